@@ -1,0 +1,25 @@
+"""Reading runs: a folder of checkpoints → a trajectory of matrices. The only code that opens weight files."""
+
+from __future__ import annotations
+
+from dynamics.checkpoints.errors import NotARun
+from dynamics.checkpoints.reader import open_trajectory
+from dynamics.checkpoints.trajectory import (
+    Checkpoint,
+    LogEntry,
+    MatrixShape,
+    OpenCheckpoint,
+    Trajectory,
+    UnreadableMatrix,
+)
+
+__all__ = [
+    "Checkpoint",
+    "LogEntry",
+    "MatrixShape",
+    "NotARun",
+    "OpenCheckpoint",
+    "Trajectory",
+    "UnreadableMatrix",
+    "open_trajectory",
+]

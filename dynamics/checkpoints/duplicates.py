@@ -1,0 +1,85 @@
+"""Checkpoints that hold the same weights, found without reading all of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dynamics.checkpoints.errors import UnreadableFile
+from dynamics.checkpoints.names import parse_key
+from dynamics.checkpoints.weight_files import WeightFile
+
+#: How many tensors, and how much of each, are hashed to rule out most pairs.
+_SAMPLED_TENSORS = 4
+_SAMPLED_ROWS = 64
+
+Files = Mapping[str, WeightFile]
+
+
+def duplicates(checkpoints: Sequence[Files]) -> list[tuple[int, int]]:
+    """Pairs (earlier, later) of checkpoints with bitwise equal tensors; each later one occurs once.
+
+    A few small tensors of each are hashed; whole files are compared only where these agree.
+
+    Args:
+        checkpoints: Adapter name to weight file, one mapping a checkpoint.
+    """
+    alike: dict[str, list[int]] = defaultdict(list)
+    pairs: list[tuple[int, int]] = []
+    for index, files in enumerate(checkpoints):
+        if not files:
+            continue
+        try:
+            group = alike[_sample(files)]
+            twin = next((earlier for earlier in group if same_tensors(checkpoints[earlier], files)), None)
+        except UnreadableFile:  # gone since its header was read: reported where its matrices are read
+            continue
+        if twin is None:
+            group.append(index)
+        else:
+            pairs.append((twin, index))
+    return pairs
+
+
+def same_tensors(one: Files, other: Files) -> bool:
+    """Whether two checkpoints hold the same adapters with bitwise equal tensors.
+
+    Raises:
+        UnreadableFile: If a file has gone or changed since its header was read.
+    """
+    if one.keys() != other.keys() or any(one[name].tensors != other[name].tensors for name in one):
+        return False
+    return all(_same_content(one[name], other[name]) for name in one)
+
+
+def _same_content(one: WeightFile, other: WeightFile) -> bool:
+    with one.open() as load, other.open() as load_other:
+        return all(torch.equal(_bits(load(key)), _bits(load_other(key))) for key in _telling(one))
+
+
+def _sample(files: Files) -> str:
+    digest = hashlib.sha256()
+    for name, file in sorted(files.items()):
+        listing = sorted((key, info.dtype, info.shape) for key, info in file.tensors.items())
+        digest.update(repr((name, listing)).encode())
+        with file.open() as load:
+            for key in _telling(file)[:_SAMPLED_TENSORS]:
+                digest.update(_bits(load(key)[:_SAMPLED_ROWS] if file.tensors[key].shape else load(key)).numpy())
+    return digest.hexdigest()
+
+
+def _telling(file: WeightFile) -> list[str]:
+    """Keys, factors that start at zero first (they differ earliest), small ones before large ones."""
+    parts = {key: part.part if (part := parse_key(key)) else "" for key in file.tensors}
+    return sorted(
+        file.tensors, key=lambda key: (parts[key] not in ("B", "embedding_A", "E"), file.tensors[key].count, key)
+    )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    # As bytes: NaN equals itself, 0 does not equal -0.
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

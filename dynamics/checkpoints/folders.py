@@ -1,0 +1,222 @@
+"""Which folders of a run are checkpoints, in which order, and what each of them holds."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynamics.checkpoints.errors import NotARun, UnreadableFile, one_line
+from dynamics.checkpoints.foreign import describe
+from dynamics.checkpoints.names import natural_order, some
+from dynamics.checkpoints.training_state import read_training_state
+from dynamics.checkpoints.weight_files import read_weight_file
+from dynamics.findings import Finding
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in PEFT's own order of preference
+CONFIG = "adapter_config.json"
+STATE = "trainer_state.json"
+#: The name PEFT gives an adapter that was given none; it is saved in the folder itself.
+DEFAULT = "default"
+_LARGEST_STEP = 2**63 - 1
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
+_UNFINISHED = re.compile(r"tmp-checkpoint-[0-9]+")
+_DENSE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_LOOKED_FOR = f"checkpoint-*/ or {CONFIG} with {WEIGHTS[0]} or {WEIGHTS[1]}"
+_REMEDY = "Pass a Trainer output folder, or one checkpoint."
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """One adapter: its name, its folder, and its two files where they are there."""
+
+    name: str
+    folder: Path
+    weights: Path | None
+    config: Path | None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A folder that may be a checkpoint.
+
+    Args:
+        step: Optimizer step.
+        folder: The folder.
+        adapters: The adapters in it.
+        state: Its ``trainer_state.json``, if there.
+        entries: Names of everything in it.
+    """
+
+    step: int
+    folder: Path
+    adapters: tuple[AdapterFolder, ...]
+    state: Path | None
+    entries: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What lies in a run folder.
+
+    Args:
+        numbered: Folders ``checkpoint-N``, one a step, ascending.
+        root: The folder itself, if it holds an adapter.
+        findings: Folders that were left out.
+    """
+
+    numbered: Sequence[Candidate]
+    root: Candidate | None
+    findings: Sequence[Finding]
+
+
+def find_checkpoints(run: Path) -> RunFolder:
+    """Looks for checkpoints in a run folder; reads nothing but names and the step of a lone adapter.
+
+    Raises:
+        NotARun: If the folder is not there, is empty, or holds neither checkpoints nor an adapter.
+    """
+    names = _entries_of_run(run)
+    numbered, findings = _numbered(run, names)
+    for name in names:
+        if _UNFINISHED.fullmatch(name):
+            message = "It is a checkpoint that is still being written, or was never finished; it is left out."
+            findings.append(Finding("OD118", message, "Analyse the run again when it is saved.", file=name))
+    root = None
+    if _holds_adapter(names):
+        own = _CHECKPOINT.fullmatch(run.resolve().name)
+        root = _candidate(run, int(own[1]) if own else _state_step(run), names)
+    elif not numbered and (own := _CHECKPOINT.fullmatch(run.resolve().name)):
+        lone = _candidate(run, int(own[1]), names)  # one checkpoint, perhaps with named adapters or without weights
+        root = lone if lone.adapters or lone.state else None
+    if not numbered and root is None:
+        raise NotARun(*_nothing(run, names, findings))
+    return RunFolder(numbered, root, findings)
+
+
+def _entries_of_run(run: Path) -> list[str]:
+    if not run.exists():
+        dangling = f" It is a link to {os.readlink(run)!r}, which is not there." if run.is_symlink() else ""
+        raise NotARun(f"No such folder: {str(run)!r}.{dangling} {_REMEDY}")
+    if not run.is_dir():
+        raise NotARun(f"{str(run)!r} is a file, not a run folder. Pass the folder that holds it.")
+    try:
+        names = sorted(os.listdir(run), key=natural_order)
+    except OSError as error:
+        raise NotARun(f"{str(run)!r} cannot be read: {one_line(error)}. Give yourself read permission.") from error
+    if not names:
+        raise NotARun(f"{str(run)!r} is empty (looked for {_LOOKED_FOR}). {_REMEDY}")
+    return names
+
+
+def _numbered(run: Path, names: Sequence[str]) -> tuple[list[Candidate], list[Finding]]:
+    findings: list[Finding] = []
+    folders: dict[int, str] = {}
+    # The canonical name comes first of those that give one step: it is the shortest.
+    for name in sorted((name for name in names if _CHECKPOINT.fullmatch(name)), key=len):
+        step = int(name.removeprefix("checkpoint-"))
+        if step > _LARGEST_STEP:
+            message = "Its step number does not fit into 64 bits; it is left out."
+            findings.append(Finding("OD106", message, "Rename the folder.", file=name))
+        elif step in folders:
+            message = f"It is left out: {folders[step]} is the same step under its canonical name."
+            findings.append(Finding("OD111", message, "Remove one of the two.", file=name, step=step))
+        else:
+            folders[step] = name
+    candidates: list[Candidate] = []
+    for step, name in sorted(folders.items()):
+        folder = run / name
+        problem = _not_a_folder(folder)
+        if problem is None:
+            try:
+                candidates.append(_candidate(folder, step, sorted(os.listdir(folder), key=natural_order)))
+                continue
+            except OSError as error:
+                problem = f"The folder cannot be read: {one_line(error)}."
+        findings.append(Finding("OD106", problem, "Restore the checkpoint, or remove it.", file=name, step=step))
+    return candidates, findings
+
+
+def _not_a_folder(folder: Path) -> str | None:
+    if folder.is_symlink() and not folder.exists():
+        return f"It is a link to {os.readlink(folder)!r}, which is not there."
+    return None if folder.is_dir() else "It is a file, not a folder."
+
+
+def _candidate(folder: Path, step: int, names: Sequence[str]) -> Candidate:
+    adapters = [_adapter(DEFAULT, folder, names)] if _holds_adapter(names) else []
+    for name in names:  # PEFT saves every adapter but the default one in a subfolder of its name
+        inner = folder / name
+        if _CHECKPOINT.fullmatch(name) or not inner.is_dir():
+            continue
+        try:
+            inside = os.listdir(inner)
+        except OSError:
+            continue  # no adapter is known to be in it; an adapter's own files are reported when they cannot be read
+        if _holds_adapter(inside):
+            adapters.append(_adapter(name, inner, inside))
+    state = folder / STATE if STATE in names else None
+    return Candidate(step, folder, tuple(adapters), state, tuple(names))
+
+
+def _adapter(name: str, folder: Path, names: Iterable[str]) -> AdapterFolder:
+    names = set(names)
+    weights = next((folder / file for file in WEIGHTS if file in names), None)
+    return AdapterFolder(name, folder, weights, folder / CONFIG if CONFIG in names else None)
+
+
+def _holds_adapter(names: Iterable[str]) -> bool:
+    return not {CONFIG, *WEIGHTS}.isdisjoint(names)
+
+
+def _state_step(folder: Path) -> int:
+    try:
+        return read_training_state(folder / STATE).step or 0
+    except UnreadableFile:  # absent, or reported where the log is read
+        return 0
+
+
+def other_weights(folder: Path, names: Sequence[str], run: Path, step: int | None = None) -> list[Finding]:
+    """Findings for weight files in a folder that are not PEFT adapters: what each of them is.
+
+    Args:
+        folder: The folder.
+        names: Names of what is in it.
+        run: The run's folder.
+        step: The step, if the folder is a checkpoint.
+    """
+    findings = []
+    for name in names:
+        path = folder / name
+        file = path.relative_to(run).as_posix()
+        remedy = "Pass a run of PEFT LoRA adapters."
+        if _DENSE.fullmatch(name):
+            message = "It holds the weights of a whole model, not an adapter; only adapters are analysed."
+            findings.append(Finding("OD103", message, remedy, file=file, step=step))
+        elif name.endswith(".safetensors") and name not in WEIGHTS:
+            try:
+                keys = read_weight_file(path).tensors
+            except UnreadableFile as error:
+                findings.append(error.to_finding(file, step))
+                continue
+            what = describe(keys) or "a weight file without LoRA factors of PEFT"
+            findings.append(Finding("OD103", f"It is {what}, which is not analysed.", remedy, file=file, step=step))
+    return findings
+
+
+def _nothing(run: Path, names: Sequence[str], findings: Sequence[Finding]) -> tuple[str, list[Finding]]:
+    """Message and findings for a folder in which nothing can be analysed."""
+    found = [*findings, *other_weights(run, names, run)]
+    inside = [name for name in names if (run / name).is_dir() and _looks_like_run(run / name)]
+    remedy = f"Pass one of the runs inside it: {some(inside)}." if inside else _REMEDY
+    return f"No checkpoints in {str(run)!r} (looked for {_LOOKED_FOR}). {remedy}", found
+
+
+def _looks_like_run(folder: Path) -> bool:
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return False
+    return _holds_adapter(names) or any(map(_CHECKPOINT.fullmatch, names))

@@ -1,0 +1,44 @@
+"""Weight files that are not PEFT adapters: what they are, by their keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+#: (what it is, a pattern that one key must match), in order: the particular before the general.
+_STYLES: tuple[tuple[str, str], ...] = (
+    ("a LoKr adapter (Kronecker product)", r"\.lokr_w[12]|\.lokr_t2"),
+    ("a LoHa adapter (Hadamard product)", r"\.hada_w[12]"),
+    ("a DoRA adapter in kohya's format", r"\.dora_scale$"),
+    ("a LoRA file in kohya's format (lora_down, lora_up, alpha)", r"^lora_(unet|te\d?|transformer|prior)_"),
+    ("a LoRA file in cloneofsimo's format", r"^[a-z_]+:\d+:(up|down)$"),
+    ("a LoRA file in xlabs' format", r"\.processor\..*_lora\d?\.(down|up)\.weight$"),
+    ("a LoRA file with lora_down and lora_up keys (kohya or diffusers)", r"\.lora_(down|up)\.weight$"),
+    ("a LoRA file in diffusers' format", r"^(transformer|unet|text_encoder(_\d)?|diffusion_model)\..*\.lora(_A|_B|\.)"),
+    ("a LoRA file of a diffusion model", r"^(double|single)_blocks\.\d+\..*\.lora_[AB]\."),
+    ("a prompt-tuning adapter", r"(^|\.)prompt_embeddings$|(^|\.)prompt_encoder\."),
+    ("an adaption-prompt adapter", r"\.adaption_(prompt|gate)$"),
+    ("an IA3 adapter", r"\.ia3_l$"),
+    ("a VeRA adapter", r"\.vera_lambda_[bd]$"),
+    ("an OFT or BOFT adapter", r"\.b?oft_[rRs]\b"),
+    ("a textual-inversion embedding", r"^emb_params$|^<.*>$|^string_to_param"),
+)
+
+
+def describe(keys: Iterable[str]) -> str | None:
+    """What a weight file is if it is not PEFT LoRA, by its keys; ``None`` if they say nothing.
+
+    >>> describe(["lora_unet_blocks_0_q.lora_down.weight", "lora_unet_blocks_0_q.alpha"])
+    "a LoRA file in kohya's format (lora_down, lora_up, alpha)"
+    >>> describe(["base_model.model.q.lora_A.weight"]) is None
+    True
+    """
+    keys = list(keys)
+    for what, pattern in _STYLES:
+        if any(map(_searcher(pattern), keys)):
+            return what
+    return None
+
+
+def _searcher(pattern: str) -> Callable[[str], object]:
+    return re.compile(pattern).search

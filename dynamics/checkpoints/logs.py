@@ -1,0 +1,79 @@
+"""The training log as groups of the result: ``/training`` and ``/score``."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from dynamics import schema
+from dynamics.checkpoints.trajectory import LogEntry, Trajectory
+
+#: The Trainer writes scores under this prefix; the rest of its entries is about training.
+SCORE_PREFIX = "eval_"
+#: Scores of no task: how long the evaluation took.
+_ABOUT_THE_EVALUATION = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+def log_groups(trajectory: Trajectory) -> dict[str, xr.Dataset]:
+    """``"training"`` and ``"score"``, each only if the log has something for it."""
+    training = [entry for entry in trajectory.log if not entry.name.startswith(SCORE_PREFIX)]
+    scores = [entry for entry in trajectory.log if _is_score(entry.name)]
+    groups = {}
+    if training:
+        groups["training"] = _training(training)
+    if scores:
+        groups["score"] = _scores(scores, trajectory)
+    return groups
+
+
+def _is_score(name: str) -> bool:
+    return name.startswith(SCORE_PREFIX) and not name.endswith(_ABOUT_THE_EVALUATION)
+
+
+def _training(entries: list[LogEntry]) -> xr.Dataset:
+    """One row for each logged (segment, step), one variable for each scalar."""
+    rows = sorted({(entry.segment, entry.step) for entry in entries})
+    position = {row: index for index, row in enumerate(rows)}
+    columns = {entry.name: np.full(len(rows), np.nan) for entry in entries}
+    for entry in entries:
+        columns[entry.name][position[entry.segment, entry.step]] = entry.value
+    return xr.Dataset(
+        # Zarr's names are paths: a slash in a metric's name would make a group of it.
+        {
+            name.replace("/", "__"): ("log", values, {"units": "as logged", "long_name": name})
+            for name, values in columns.items()
+        },
+        coords={
+            "log_segment": ("log", [segment for segment, _ in rows], {"units": "1", "long_name": "number of the training"}),
+            "log_step": ("log", [step for _, step in rows], {"units": "1", "long_name": "optimizer step"}),
+        },
+    )
+
+
+def _scores(entries: list[LogEntry], trajectory: Trajectory) -> xr.Dataset:
+    """``score(step, task)``; of several trainings that evaluated at one step, that of the checkpoint there."""
+    owner = {checkpoint.step: checkpoint.segment for checkpoint in trajectory.checkpoints}
+    chosen = {}
+    for entry in sorted(entries, key=lambda entry: entry.segment):
+        if owner.get(entry.step, entry.segment) == entry.segment:
+            chosen[entry.step, entry.name] = entry
+    steps = sorted({step for step, _ in chosen})
+    tasks = list(dict.fromkeys(name for _, name in chosen))
+    values = np.full((len(steps), len(tasks)), np.nan)
+    segment = np.zeros(len(steps), dtype=np.int64)
+    for (step, task), entry in chosen.items():
+        values[steps.index(step), tasks.index(task)] = entry.value
+        segment[steps.index(step)] = entry.segment
+    unknown = np.full_like(values, np.nan)
+    arrays = {"score": values, "items": unknown, "standard_error": unknown.copy()}
+    dataset = xr.Dataset(
+        {name: (schema.SCORE[name].dims, array, schema.attributes(schema.SCORE[name])) for name, array in arrays.items()},
+        coords={
+            "step": ("step", np.asarray(steps, dtype=np.int64), {"units": "1", "long_name": "optimizer step"}),
+            "task": np.asarray(tasks, dtype=str),
+            "segment": ("step", segment, {"units": "1", "long_name": "number of the training"}),
+        },
+    )
+    for name in ("items", "standard_error"):
+        dataset[name].attrs["missing"] = "the Trainer's log does not say it"
+    return dataset

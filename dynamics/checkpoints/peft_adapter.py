@@ -1,0 +1,254 @@
+"""Keys and configuration of one PEFT adapter file → its matrices, and what is refused by name."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from dynamics.checkpoints.experts import Level, expert_products, targeted
+from dynamics.checkpoints.foreign import describe
+from dynamics.checkpoints.names import AdapterKey, matrix_names, module_name, natural_order, parse_key, some
+from dynamics.checkpoints.peft_config import AdapterConfig
+from dynamics.checkpoints.products import FLOATS, Product, diagonal, plain
+from dynamics.checkpoints.variants import Refusal, Remark
+from dynamics.checkpoints.weight_files import TensorInfo, WeightFile
+
+_PAIRS = (("A", "B"), ("embedding_A", "embedding_B"))
+#: Parts beside the factors that leave the product as it is (VeLoRA's buffer, MonteCLoRA's sampler).
+_BYSTANDERS = ("velora_embed", "monteclora_sampler")
+_BASE = "Its base weights are needed."
+_SAVE = "Save the adapter again, or check that the file and adapter_config.json belong together."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What one adapter file holds.
+
+    Args:
+        products: Name of the matrix to its product, in the model's order.
+        refused: Name of the matrix to the reason why it is not analysed.
+        beside: Kind of other tensors to their keys (biases, saved modules, ...).
+        refusal: Why the whole adapter is not analysed, if so.
+        ranks: Rank of every matrix that has factors, refused or not, by name.
+        remarks: How its products are to be read.
+    """
+
+    products: Mapping[str, Product] = field(default_factory=dict)
+    refused: Mapping[str, Refusal] = field(default_factory=dict)
+    beside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    refusal: Refusal | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    remarks: tuple[Remark, ...] = ()
+
+
+def read_adapter(file: WeightFile, config: AdapterConfig) -> Adapter:
+    """Sorts the keys of an adapter file into matrices, refusals and the rest.
+
+    Args:
+        file: The weight file's header.
+        config: Its configuration.
+    """
+    parsed = {key: part for key in file.tensors if (part := parse_key(key)) is not None}
+    modules: dict[str, dict[str, str]] = defaultdict(dict)
+    beside: dict[str, list[str]] = defaultdict(list)
+    doubled: set[str] = set()
+    for key in file.tensors:
+        part = parsed.get(key)
+        if part is None or part.leaf == "bias" or part.part in _BYSTANDERS:
+            beside[_kind(key, part)].append(key)
+        elif part.part in modules[part.stem]:
+            doubled.add(part.stem)
+        else:
+            modules[part.stem][part.part] = key
+    names = matrix_names(modules)
+    ranks = {names[stem]: rank for stem, keys in modules.items() if (rank := _rank(keys, file.tensors)) is not None}
+    whole = config.refusal or _not_an_adapter(file, parsed, ranks, config)
+    if whole is not None:
+        return Adapter(refusal=whole, refused=dict.fromkeys(ranks, whole), ranks=ranks)
+    products, refused = _products(modules, doubled, names, config, file.tensors)
+    ordered = sorted(products, key=natural_order)
+    products = {name: products[name] for name in ordered}
+    return Adapter(products, refused, _frozen(beside), None, ranks, _remarks(modules, config))
+
+
+def _remarks(modules: Iterable[str], config: AdapterConfig) -> tuple[Remark, ...]:
+    remarks = []
+    if any(stem.endswith(".base_layer.out_proj") for stem in modules):
+        text = (
+            "nn.MultiheadAttention: PEFT adds the update of out_proj twice, in training as in merging; "
+            "the update analysed includes the factor 2."
+        )
+        remarks.append(Remark("OD121", text))
+    ambiguous = {stem: alphas for stem in modules if (alphas := config.ambiguous_alphas(module_name(stem)))}
+    if not ambiguous:
+        return tuple(remarks)
+    alphas = next(iter(ambiguous.values()))
+    text = (
+        f"Several keys of alpha_pattern match {some(map(module_name, ambiguous))} "
+        f"(alpha {' or '.join(f'{alpha:g}' for alpha in alphas)} for the first). The first is used, as PEFT does when it "
+        "loads; but PEFT sorts them when it saves, so training may have used another."
+    )
+    return (*remarks, Remark("OD119", text))
+
+
+def _frozen(lists: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
+    return {kind: tuple(keys) for kind, keys in lists.items()}
+
+
+def _rank(keys: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> int | None:
+    for a, _ in _PAIRS:
+        if a in keys and tensors[keys[a]].shape:
+            return tensors[keys[a]].shape[0]
+    return None
+
+
+def _kind(key: str, part: AdapterKey | None) -> str:
+    """What a tensor is that belongs to no product."""
+    if part is not None:
+        return "lora_bias" if part.leaf == "bias" else "variant state"
+    words = key.split(".")
+    if "modules_to_save" in words or "original_module" in words:
+        return "modules_to_save"
+    if any(word.startswith("trainable_tokens") for word in words):
+        return "trainable tokens"
+    return "bias" if words[-1] == "bias" else "saved weights"
+
+
+def _not_an_adapter(
+    file: WeightFile, parsed: Mapping[str, AdapterKey], ranks: Mapping[str, int], config: AdapterConfig
+) -> Refusal | None:
+    if ranks:
+        return _several_inside(parsed.values())
+    what = describe(file.tensors)
+    if what is not None:
+        reason = f"It is {what}, although its configuration says {config.peft_type}."
+        return Refusal("OD103", reason, "Put the configuration and the weights of one adapter together.")
+    if parsed:
+        return None  # lone parts of pairs: each is refused by name
+    held = f"{len(file.tensors)} other tensors" if file.tensors else "no tensors"
+    reason = f"Expected lora_A and lora_B tensors, got {held}: target_modules may have matched nothing."
+    return Refusal("OD106", reason, "Check target_modules, and save the adapter again.")
+
+
+def _several_inside(keys: Iterable[AdapterKey]) -> Refusal | None:
+    adapters = sorted({key.adapter for key in keys if key.part in ("A", "B", "embedding_A", "embedding_B")})
+    if len(adapters) < 2:
+        return None
+    reason = f"It holds several adapters in one file ({', '.join(map(repr, adapters))}) but one configuration."
+    return Refusal("OD103", reason, "Save each adapter in a folder of its own (PEFT's save_pretrained).")
+
+
+def _products(
+    modules: Mapping[str, Mapping[str, str]],
+    doubled: set[str],
+    names: Mapping[str, str],
+    config: AdapterConfig,
+    tensors: Mapping[str, TensorInfo],
+) -> tuple[dict[str, Product], dict[str, Refusal]]:
+    products: dict[str, Product] = {}
+    refused: dict[str, Refusal] = {}
+    wrapped: dict[str, list[Level]] = defaultdict(list)
+    for stem, keys in modules.items():
+        name = names[stem]
+        if stem in doubled:
+            refused[name] = Refusal("OD104", "One of its factors occurs twice.", _SAVE)
+            continue
+        fault = _fault(keys, tensors, config)
+        if fault is not None:
+            refused[name] = fault
+        elif (owner := _owner(stem)) != stem or targeted(config, module_name(owner)):
+            depth = (len(stem) - len(owner)) // len(".base_layer")
+            wrapped[owner].append(Level(depth, keys["A"], keys["B"]))
+        else:
+            name, module, times = _live_name(stem, name, modules)
+            built = _product(keys, module, config, tensors, times)
+            (refused if isinstance(built, Refusal) else products)[name] = built  # type: ignore[assignment]
+    for owner, levels in wrapped.items():
+        name = matrix_names([owner])[owner]
+        built = expert_products(
+            module_name(owner), name, sorted(levels, key=lambda level: level.depth), config, tensors
+        )
+        if isinstance(built, Refusal):
+            refused[name] = built
+        else:
+            products |= built
+    return products, refused
+
+
+def _owner(stem: str) -> str:
+    """The module around which PEFT nested its wrappers: the stem without trailing ``.base_layer``."""
+    while stem.endswith(".base_layer"):
+        stem = stem.removesuffix(".base_layer")
+    return stem
+
+
+def _live_name(stem: str, name: str, modules: Mapping[str, Mapping[str, str]]) -> tuple[str, str, int]:
+    """Name of the matrix, name of the module by which PEFT looks up rank and alpha, how often PEFT adds it.
+
+    ``nn.MultiheadAttention`` is adapted as a whole: its own factors belong to ``in_proj_weight``, and
+    those of ``base_layer.out_proj`` take rank and alpha from the attention module. PEFT adds the latter
+    twice, in training as in merging (``MultiheadAttention.merge``, seen in 0.21).
+    """
+    outer, inside, _ = stem.partition(".base_layer.")
+    if inside and outer in modules:
+        return name, module_name(outer), 2
+    if f"{stem}.base_layer.out_proj" in modules:
+        return f"{name}.in_proj_weight", module_name(stem), 1
+    return name, module_name(stem), 1
+
+
+def _fault(keys: Mapping[str, str], tensors: Mapping[str, TensorInfo], config: AdapterConfig) -> Refusal | None:
+    """What keeps a module's tensors from being a pair of factors; the configuration's rank comes later."""
+    pair = next((p for p in _PAIRS if p[0] in keys or p[1] in keys), None)
+    if "magnitude_vector" in keys:
+        return Refusal("OD105", "It has a DoRA magnitude: the update rescales the base weight.", _BASE)
+    if pair is None:
+        return Refusal("OD103", f"It has only lora_{', lora_'.join(sorted(keys))}: no LoRA factors.", _SAVE)
+    for one, other in (pair, pair[::-1]):
+        if other not in keys:
+            return Refusal("OD104", f"lora_{one} is there without lora_{other}.", _SAVE)
+    known = {*pair, "E"} if config.peft_type == "ADALORA" else set(pair)
+    odd = sorted(set(keys) - known)
+    if odd:
+        return Refusal("OD103", f"Beside its factors it has lora_{', lora_'.join(odd)}: no plain product.", _SAVE)
+    for part in (*pair, *(("E",) if "E" in keys else ())):
+        info = tensors[keys[part]]
+        if info.dtype not in FLOATS:
+            reason = f"lora_{part} is stored as {info.dtype}: packed or quantised factors are not analysed."
+            return Refusal("OD103", reason, "Save the adapter in float32, float16 or bfloat16.")
+        if len(info.shape) < 2 or info.count == 0:
+            reason = f"lora_{part} has shape {list(info.shape)}: not gathered before saving, or pruned away."
+            return Refusal("OD104", reason, "Gather sharded parameters (ZeRO-3, FSDP) before saving.")
+    return None
+
+
+def _product(
+    keys: Mapping[str, str], module: str, config: AdapterConfig, tensors: Mapping[str, TensorInfo], times: int
+) -> Product | Refusal:
+    a, b = next((keys[a], keys[b]) for a, b in _PAIRS if a in keys)
+    shape_a, shape_b = tensors[a].shape, tensors[b].shape
+    if len(shape_a) > 2 and shape_a[0] != shape_b[1] and shape_b[1] and shape_a[0] % shape_b[1] == 0:
+        reason = f"lora_A {list(shape_a)} and lora_B {list(shape_b)} are of a grouped convolution: no single product."
+        return Refusal("OD103", reason, "Grouped convolutions are not analysed.")
+    if shape_a[0] != shape_b[1] or any(size != 1 for size in shape_b[2:]):
+        return Refusal("OD104", f"lora_A {list(shape_a)} and lora_B {list(shape_b)} do not multiply.", _SAVE)
+    if config.peft_type == "ADALORA":
+        return _adalora(keys, module, config, tensors)
+    expected = config.rank_of(module, stored=shape_a[0])
+    if shape_a[0] != expected:
+        reason = f"The configuration gives it rank {expected}, its factors have rank {shape_a[0]}."
+        return Refusal("OD104", reason, "Correct r or rank_pattern in adapter_config.json: the scale depends on it.")
+    return plain(a, b, tensors, times * config.scale_of(module, stored=shape_a[0]))
+
+
+def _adalora(
+    keys: Mapping[str, str], module: str, config: AdapterConfig, tensors: Mapping[str, TensorInfo]
+) -> Product | Refusal:
+    rank = tensors[keys["A"]].shape[0]
+    if "E" not in keys or tensors[keys["E"]].shape != (rank, 1):
+        return Refusal("OD104", "AdaLoRA's lora_E is missing or does not fit its lora_A.", _SAVE)
+    if rank > config.rank:
+        reason = f"The configuration's init_r is {config.rank}, its factors have rank {rank}."
+        return Refusal("OD104", reason, "Correct init_r in adapter_config.json: the scale depends on it.")
+    return diagonal(keys["A"], keys["B"], keys["E"], tensors, config.scale_of(module))

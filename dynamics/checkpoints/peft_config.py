@@ -1,0 +1,187 @@
+"""``adapter_config.json``: what kind of adapter it is, and the scale that PEFT gives each module."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from dynamics.checkpoints.errors import UnreadableFile, one_line
+from dynamics.checkpoints.plain_files import read_json
+from dynamics.checkpoints.variants import Refusal, Remark, judge
+
+#: PEFT's defaults for keys that a configuration leaves out (``LoraConfig``, ``AdaLoraConfig``).
+_DEFAULT_RANK = {"LORA": ("r", 8), "ADALORA": ("init_r", 12)}
+_DEFAULT_ALPHA = 8
+_RESAVE = "Save the adapter again with PEFT's save_pretrained."
+
+Patterns = tuple[tuple[str, re.Pattern[str], float], ...]
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What of a configuration decides which product is analysed, and its scale.
+
+    Args:
+        peft_type: ``LORA`` or ``ADALORA``; any other kind is a refusal.
+        rank: ``r`` (AdaLoRA: ``init_r``).
+        alpha: ``lora_alpha``.
+        rslora: Whether the scale is alpha / √r instead of alpha / r.
+        rank_pattern: Pattern, compiled pattern and rank, in order.
+        alpha_pattern: The same for alpha.
+        target_parameters: Parameters (not modules) that were adapted, as written.
+        refusal: Why nothing of this adapter is analysed, if so.
+        remarks: How its products are to be read.
+        settings: What distinguishes one training's configuration from another's.
+    """
+
+    peft_type: str
+    rank: int
+    alpha: float
+    rslora: bool = False
+    rank_pattern: Patterns = ()
+    alpha_pattern: Patterns = ()
+    target_parameters: tuple[str, ...] = ()
+    refusal: Refusal | None = None
+    remarks: tuple[Remark, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
+
+    def rank_of(self, module: str, stored: int | None = None) -> int:
+        """The rank that PEFT gives a module, by its name inside the model.
+
+        PEFT takes the first pattern that matches, but sorts the patterns when it saves them: where
+        several match, the rank of the stored factors tells which of them was the first in training.
+
+        Args:
+            module: The module's name.
+            stored: Rank of its stored factors.
+        """
+        ranks = _matches(self.rank_pattern, module)
+        return int(stored if stored in ranks else ranks[0] if ranks else self.rank)
+
+    def ambiguous_alphas(self, module: str) -> tuple[float, ...]:
+        """Different alphas that patterns give a module: on disk their order is not that of the training."""
+        alphas = tuple(dict.fromkeys(_matches(self.alpha_pattern, module)))
+        return alphas if len(alphas) > 1 else ()
+
+    def scale_of(self, module: str, stored: int | None = None) -> float:
+        r"""The factor before B A: \(\alpha/r\), rsLoRA \(\alpha/\sqrt r\), AdaLoRA \(\alpha/(r_0+10^{-5})\).
+
+        Sources: ``LoraLayer.update_layer`` and ``SVDLinear.get_delta_weight`` of PEFT 0.21;
+        rsLoRA: Kalajdzievski 2023.
+
+        >>> AdapterConfig("LORA", rank=16, alpha=32, rslora=True).scale_of("q_proj")
+        8.0
+        """
+        alpha = next(iter(_matches(self.alpha_pattern, module)), self.alpha)
+        if self.peft_type == "ADALORA":
+            # PEFT keeps the initial rank in the scale when it prunes, and replaces an alpha that is not positive.
+            return (alpha if alpha > 0 else float(self.rank)) / (self.rank + 1e-5)
+        rank = self.rank_of(module, stored)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+@lru_cache(maxsize=2**16)
+def _matches(patterns: Patterns, module: str) -> tuple[float, ...]:
+    """Values of the patterns that match the end of a name, at a dot, in order (PEFT's ``get_pattern_key``)."""
+    values = tuple(value for _, pattern, value in patterns if pattern.match(module))
+    # PEFT then looks the whole name up as it is: names with signs that mean something in a pattern.
+    return values or tuple(value for key, _, value in patterns if key == module)
+
+
+def read_adapter_config(path: Path) -> AdapterConfig:
+    """Reads ``adapter_config.json``.
+
+    Raises:
+        UnreadableFile: ``OD102`` (missing, not JSON, not what PEFT accepts) or ``OD107``.
+    """
+    return parse_adapter_config(read_json(path, "OD102"))
+
+
+def parse_adapter_config(content: Mapping[str, Any]) -> AdapterConfig:
+    """The configuration from its JSON object.
+
+    >>> config = parse_adapter_config({"peft_type": "LORA", "r": 8, "lora_alpha": 16})
+    >>> config.scale_of("model.layers.0.self_attn.q_proj")
+    2.0
+
+    Raises:
+        UnreadableFile: ``OD102`` if a value is missing or not what PEFT accepts.
+    """
+    peft_type = content.get("peft_type")
+    if not isinstance(peft_type, str):
+        raise UnreadableFile("OD102", f"Its peft_type is {peft_type!r}; expected a name such as 'LORA'.", _RESAVE)
+    refusal, remarks = judge(content)
+    if peft_type not in _DEFAULT_RANK:
+        return AdapterConfig(peft_type, rank=1, alpha=1.0, refusal=refusal, settings={"peft_type": peft_type})
+    rank_key, default_rank = _DEFAULT_RANK[peft_type]
+    rank = _positive(content, rank_key, default_rank)
+    alpha = _finite("lora_alpha", content.get("lora_alpha", _DEFAULT_ALPHA))
+    missing = [key for key in (rank_key, "lora_alpha") if key not in content]
+    if missing:
+        text = f"The configuration lacks {', '.join(missing)}: PEFT takes {rank_key}={rank}, lora_alpha={alpha:g}."
+        remarks += (Remark("OD119", text),)
+    parameters = content.get("target_parameters") or ()
+    # AdaLoRA's rank_pattern holds masks of what was pruned, already applied to the stored factors.
+    ranks = () if peft_type == "ADALORA" else _patterns(content, "rank_pattern")
+    return AdapterConfig(
+        peft_type,
+        rank,
+        alpha,
+        rslora=bool(content.get("use_rslora")) and peft_type == "LORA",
+        rank_pattern=ranks,
+        alpha_pattern=() if peft_type == "ADALORA" else _patterns(content, "alpha_pattern"),
+        target_parameters=tuple(str(name) for name in parameters) if isinstance(parameters, list) else (),
+        refusal=refusal,
+        remarks=remarks,
+        settings=_settings(content, rank, alpha),
+    )
+
+
+def _settings(content: Mapping[str, Any], rank: int, alpha: float) -> dict[str, Any]:
+    modules = content.get("target_modules")
+    return {
+        "peft_type": content["peft_type"],
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": bool(content.get("use_rslora")),
+        "target_modules": sorted(map(str, modules)) if isinstance(modules, list) else modules,
+        "rank_pattern": content.get("rank_pattern") or {},
+        "alpha_pattern": content.get("alpha_pattern") or {},
+    }
+
+
+def _positive(content: Mapping[str, Any], key: str, default: int) -> int:
+    value = content.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise UnreadableFile("OD102", f"Its {key} is {value!r}; expected a positive integer.", _RESAVE)
+    return value
+
+
+def _finite(key: str, value: Any) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    if not number:  # nor NaN nor infinity
+        raise UnreadableFile("OD102", f"Its {key} is {value!r}; expected a finite number.", _RESAVE)
+    return float(value)
+
+
+def _patterns(content: Mapping[str, Any], name: str) -> Patterns:
+    table = content.get(name) or {}
+    if not isinstance(table, dict):
+        raise UnreadableFile("OD102", f"Its {name} is {table!r}; expected an object of name: number.", _RESAVE)
+    patterns = []
+    for key, value in table.items():
+        try:
+            pattern = re.compile(rf"(.*\.)?({key})$")
+        except re.error as error:
+            problem = f"Its {name} has the key {key!r}, which is not a regular expression ({one_line(error)})."
+            raise UnreadableFile("OD102", problem, f"Correct {name} as PEFT would have to.") from error
+        number = _finite(f"{name}[{key!r}]", value)
+        if name == "rank_pattern" and (number <= 0 or number != int(number)):
+            raise UnreadableFile("OD102", f"Its {name}[{key!r}] is {value!r}; expected a positive integer.", _RESAVE)
+        patterns.append((key, pattern, number))
+    return tuple(patterns)

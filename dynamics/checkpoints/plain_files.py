@@ -1,0 +1,69 @@
+"""Opening files that may be anything: absent, a pointer text, a pipe, forbidden, not JSON."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from dynamics.checkpoints.errors import UnreadableFile, one_line
+
+_LFS_HEAD = b"version https://git-lfs.github.com/spec/"
+_LFS_REMEDY = "Run `git lfs pull` where the files were cloned, then copy the real file."
+#: Configurations and training states are small; anything larger is not one of them.
+_JSON_LIMIT = 256 * 2**20
+
+
+def read_start(path: Path, code: str, count: int = 64) -> tuple[int, bytes]:
+    """Size and first bytes of a regular file that is not a Git-LFS pointer.
+
+    Args:
+        path: The file; links are followed.
+        code: Code of the finding when it cannot be read (a pointer is always ``OD107``).
+        count: How many bytes to return.
+
+    Raises:
+        UnreadableFile: If it is absent, no regular file, forbidden, empty or a Git-LFS pointer.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableFile(code, "It is not a regular file.", "Put the file itself there.")
+        with path.open("rb") as file:
+            start = file.read(max(count, len(_LFS_HEAD)))
+    except FileNotFoundError:
+        raise UnreadableFile(code, "The file is not there.", "Copy it again.") from None
+    except PermissionError:
+        raise UnreadableFile(code, "It may not be read.", "Give yourself read permission (chmod u+r).") from None
+    except UnreadableFile:
+        raise
+    except OSError as error:
+        raise UnreadableFile(code, f"It cannot be read: {one_line(error)}.", "Copy it again.") from error
+    if status.st_size == 0:
+        raise UnreadableFile(code, "It is empty (zero bytes).", "Save or copy it again.")
+    if start.startswith(_LFS_HEAD):
+        problem = f"It is a Git-LFS pointer ({status.st_size} bytes of text), not the file itself."
+        raise UnreadableFile("OD107", problem, _LFS_REMEDY)
+    return status.st_size, start[:count]
+
+
+def read_json(path: Path, code: str) -> dict[str, Any]:
+    """A JSON object from a file; bare ``NaN`` and ``Infinity``, as Python writes them, are accepted.
+
+    Raises:
+        UnreadableFile: With ``code`` if it is not a JSON object, ``OD107`` if it is a Git-LFS pointer.
+    """
+    size, _ = read_start(path, code)
+    if size > _JSON_LIMIT:
+        raise UnreadableFile(code, f"It has {size} bytes: too large for a JSON file of its kind.", "Check the file.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
+        raise UnreadableFile(code, f"It is not valid JSON: {one_line(error)}.", "Save or copy it again.") from error
+    except OSError as error:
+        raise UnreadableFile(code, f"It cannot be read: {one_line(error)}.", "Copy it again.") from error
+    if not isinstance(content, dict):
+        problem = f"Expected a JSON object, got {type(content).__name__}."
+        raise UnreadableFile(code, problem, "Save or copy it again.")
+    return content

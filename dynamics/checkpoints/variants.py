@@ -1,0 +1,144 @@
+"""Which kinds and variants of adapter are a plain product of two factors, and which are not.
+
+The weight change that PEFT makes is s B A for LoRA and the variants that only change how it is
+trained or initialised. It is something else for variants that rescale, route, pool or mask (DoRA,
+Arrow, QALoRA, BD-LoRA), and for those that change the base weight when they start (PiSSA, OLoRA,
+CorDA, LoftQ, LoRA-GA, KaSA): there B A of a checkpoint is not the change that training made.
+Decided after PEFT 0.21, ``tuners/lora/layer.py`` and ``tuners/lora/variants.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_ANALYSED = ("LORA", "ADALORA")
+
+#: Keys of LoraConfig and AdaLoraConfig that change nothing about the product, or are read elsewhere.
+_HARMLESS = frozenset(
+    """task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules
+    exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights
+    layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core
+    trainable_token_indices loftq_config eva_config corda_config lora_ga_config use_dora velora_config
+    alora_invocation_tokens use_qalora qalora_group_size monteclora_config layer_replication runtime_config lora_bias
+    target_parameters use_bdlora arrow_config kasa_config ensure_weight_tying target_modules_to_tie merge_weights
+    target_r init_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step""".split()  # noqa: SIM905 (as a list it would fill a page)
+)
+
+#: Variants that are switched on by a key of their own: key -> (code, name, why, remedy).
+_SWITCHES = {
+    "use_dora": ("OD105", "DoRA", "its update rescales the base weight, which the run does not hold"),
+    "kasa_config": ("OD105", "KaSA", "it truncates the base weight when it starts, and the run does not hold it"),
+    "use_qalora": ("OD103", "QALoRA", "its A acts on pooled inputs, so B A is not the weight's update"),
+    "use_bdlora": ("OD103", "BD-LoRA", "its factors are stored as diagonal blocks"),
+    "arrow_config": ("OD103", "Arrow", "it routes between adapters token by token"),
+    "enable_lora": ("OD103", "merged LoRA (enable_lora)", "its factors are stored interleaved by group"),
+}
+
+#: Initialisations that move part of the base weight into the adapter: prefix -> name.
+_MUTATING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+#: Initialisations from which B A starts at zero on the unchanged base weight.
+_ZERO_START = ("true", "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an adapter, or one of its modules, is not analysed."""
+
+    code: str
+    reason: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Remark:
+    """How what is analysed is to be read."""
+
+    code: str
+    message: str
+
+
+def judge(content: Mapping[str, Any]) -> tuple[Refusal | None, tuple[Remark, ...]]:
+    """Whether the adapter of a configuration is analysed, and what its reader must know.
+
+    Args:
+        content: ``adapter_config.json``.
+
+    >>> judge({"peft_type": "IA3"})[0].reason
+    'It is an IA3 adapter; only LoRA and AdaLoRA are products of factors that are analysed.'
+    >>> judge({"peft_type": "LORA", "init_lora_weights": "gaussian"})
+    (None, ())
+    """
+    kind = content["peft_type"]
+    if kind not in _ANALYSED:
+        article = "an" if kind[:1] in "AEIO" else "a"
+        reason = f"It is {article} {kind} adapter; only LoRA and AdaLoRA are products of factors that are analysed."
+        return Refusal("OD103", reason, "Analyse a LoRA run, or convert the adapter (PEFT: convert_to_lora)."), ()
+    refusal = _switched_on(content) or _unknown_variant(content) or _mutated_start(content, kind)
+    return refusal, () if refusal else tuple(_remarks(content, kind))
+
+
+def _switched_on(content: Mapping[str, Any]) -> Refusal | None:
+    for key, (code, name, why) in _SWITCHES.items():
+        if content.get(key):
+            remedy = "Its base weights are needed." if code == "OD105" else "It is not analysed."
+            return Refusal(code, f"It is {name} ({key}): {why}.", remedy)
+    return None
+
+
+def _unknown_variant(content: Mapping[str, Any]) -> Refusal | None:
+    # PEFT switches every variant on by a key of this form; one that is not known here may be anything.
+    unknown = [key for key in _unknown_keys(content) if key.startswith("use_") or key.endswith("_config")]
+    if not unknown:
+        return None
+    reason = f"Its configuration switches on {', '.join(unknown)}, which is not known to leave the update B A."
+    return Refusal("OD103", reason, "Update the toolkit, or remove the key if it has no effect.")
+
+
+def _unknown_keys(content: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in content.items() if value and key not in _HARMLESS and key not in _SWITCHES]
+
+
+def _start(content: Mapping[str, Any]) -> str:
+    value = content.get("init_lora_weights", True)
+    return "true" if value is None else str(value).lower()
+
+
+def _mutated_start(content: Mapping[str, Any], kind: str) -> Refusal | None:
+    if kind == "ADALORA":  # has one initialisation of its own, with a diagonal of zeros
+        return None
+    start = _start(content)
+    for prefix, name in _MUTATING.items():
+        if start.startswith(prefix):
+            reason = (
+                f"It was initialised by {name} (init_lora_weights={start!r}), which changes the base weight: "
+                "the update is s (B A − B₀ A₀), and the initial adapter is not in the run."
+            )
+            remedy = "Convert it: save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL_ADAPTER)."
+            return Refusal("OD105", reason, "Keep the initial adapter." if prefix == "loftq" else remedy)
+    if start not in (*_ZERO_START, "false"):
+        reason = f"Its init_lora_weights={start!r} is not known: B A may hold a part of the base weight."
+        return Refusal("OD105", reason, "Update the toolkit, or give the initial adapter's kind.")
+    return None
+
+
+def _remarks(content: Mapping[str, Any], kind: str) -> list[Remark]:
+    remarks = []
+    if _start(content) == "false":
+        text = "The adapter started at random (init_lora_weights=false): each total includes that random start."
+        remarks.append(Remark("OD121", text))
+    if content.get("alora_invocation_tokens"):
+        text = "Activated LoRA: the update acts only on tokens from the invocation sequence on."
+        remarks.append(Remark("OD121", text))
+    if content.get("monteclora_config"):
+        text = "MonteCLoRA: the product analysed is what PEFT merges, without the sampled perturbations."
+        remarks.append(Remark("OD121", text))
+    if kind == "ADALORA":
+        text = "AdaLoRA: the product analysed is B diag(E) A; E is multiplied into the right factor."
+        remarks.append(Remark("OD121", text))
+    unknown = _unknown_keys(content)
+    if unknown:
+        text = f"The configuration has keys that are not PEFT's and were left aside: {', '.join(sorted(unknown))}."
+        remarks.append(Remark("OD119", text))
+    return remarks

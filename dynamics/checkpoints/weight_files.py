@@ -1,0 +1,208 @@
+"""Weight files: what is in them, without loading them, and how to load one tensor at a time.
+
+safetensors headers are checked here before the library opens the file, so that each defect gets its
+own sentence; ``.bin`` files are read with ``weights_only=True``: no object in them is ever built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dynamics.checkpoints.errors import UnreadableFile, one_line
+from dynamics.checkpoints.plain_files import read_start
+
+#: Bits of each dtype, by the name that safetensors gives it.
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+_TORCH_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+#: The format's own limit.
+_HEADER_LIMIT = 100_000_000
+_AGAIN = "Save or copy the file again."
+
+Loader = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Dtype (as safetensors names it) and shape of one stored tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A readable weight file, not yet opened.
+
+    Args:
+        path: The file.
+        bytes: Its size.
+        header_sha256: Hash of its header (safetensors) or of its list of tensors (``.bin``).
+        tensors: Key to dtype and shape.
+        metadata: What a safetensors file says about itself.
+    """
+
+    path: Path
+    bytes: int
+    header_sha256: str
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+    @contextmanager
+    def open(self) -> Iterator[Loader]:
+        """Maps the file into memory; the loader gives tensors that are views of the mapping.
+
+        Raises:
+            UnreadableFile: If the file has gone or changed since its header was read.
+        """
+        if self.path.suffix == ".safetensors":
+            try:
+                file = safe_open(str(self.path), framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise UnreadableFile("OD101", f"It cannot be opened any more: {one_line(error)}.", _AGAIN) from error
+            with file as handle:
+                yield handle.get_tensor
+        else:
+            state = _load_pickle(self.path)
+            try:
+                yield state.__getitem__
+            finally:
+                state.clear()
+
+
+def read_weight_file(path: Path) -> WeightFile:
+    """Reads the header of a ``.safetensors`` file, or the list of tensors of a ``.bin`` file.
+
+    Raises:
+        UnreadableFile: ``OD101`` or ``OD107``, with what is wrong with it.
+    """
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+
+
+def _read_safetensors(path: Path) -> WeightFile:
+    size, start = read_start(path, "OD101", count=8)
+    length = int.from_bytes(start, "little")
+    if size < 8 or length > _HEADER_LIMIT:
+        raise UnreadableFile("OD101", "It does not begin like a safetensors file.", _AGAIN)
+    if 8 + length > size:
+        problem = f"It is truncated: its header alone needs {8 + length} bytes, the file has {size}."
+        raise UnreadableFile("OD101", problem, _AGAIN)
+    with path.open("rb") as file:
+        file.seek(8)
+        header = file.read(length)
+    try:
+        entries = json.loads(header, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableFile("OD101", f"Its header is not valid JSON: {one_line(error)}.", _AGAIN) from error
+    if not isinstance(entries, dict):
+        raise UnreadableFile("OD101", "Its header is not a JSON object.", _AGAIN)
+    metadata = entries.pop("__metadata__", None)
+    tensors = _checked(entries, size - 8 - length)
+    texts = {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
+    return WeightFile(path, size, hashlib.sha256(header).hexdigest(), tensors, texts)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return entries
+
+
+def _checked(entries: Mapping[str, Any], room: int) -> dict[str, TensorInfo]:
+    """Entries of a header whose offsets must tile the ``room`` bytes of data exactly."""
+    tensors: dict[str, TensorInfo] = {}
+    spans: list[tuple[int, int]] = []
+    for key, entry in entries.items():
+        dtype, shape, (begin, end) = _fields(key, entry)
+        tensors[key] = TensorInfo(dtype, shape)
+        if not 0 <= begin <= end:
+            raise UnreadableFile("OD101", f"Its header gives {key!r} the bytes {begin} to {end}.", _AGAIN)
+        if end > room:
+            problem = f"It is truncated or its header lies: {key!r} ends at byte {end} of its data, which has {room}."
+            raise UnreadableFile("OD101", problem, _AGAIN)
+        if (end - begin) * 8 != tensors[key].count * _BITS[dtype]:
+            problem = f"Its header lies: {key!r}, {dtype} of shape {list(shape)}, does not take {end - begin} bytes."
+            raise UnreadableFile("OD101", problem, _AGAIN)
+        spans.append((begin, end))
+    position = 0
+    for begin, end in sorted(spans):
+        if begin != position:
+            raise UnreadableFile("OD101", "Its header lies: tensors overlap or leave gaps.", _AGAIN)
+        position = end
+    if position != room:
+        problem = f"Its header lies: the tensors take {position} bytes, the file has {room} bytes of data."
+        raise UnreadableFile("OD101", problem, _AGAIN)
+    return tensors
+
+
+def _fields(key: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    def whole(number: object) -> bool:
+        return isinstance(number, int) and not isinstance(number, bool)
+
+    if isinstance(entry, dict):
+        dtype, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
+        if (
+            isinstance(shape, list)
+            and all(whole(n) and n >= 0 for n in shape)
+            and isinstance(offsets, list)
+            and len(offsets) == 2
+            and all(whole(n) for n in offsets)
+        ):
+            if not isinstance(dtype, str) or dtype not in _BITS:
+                raise UnreadableFile("OD101", f"Its header gives {key!r} the unknown dtype {dtype!r}.", _AGAIN)
+            return dtype, tuple(shape), (offsets[0], offsets[1])
+    raise UnreadableFile("OD101", f"Its header does not describe {key!r} (dtype, shape, data_offsets).", _AGAIN)
+
+
+def _read_pickle(path: Path) -> WeightFile:
+    size, _ = read_start(path, "OD101")
+    state = _load_pickle(path)
+    tensors = {
+        key: TensorInfo(_TORCH_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+        for key, tensor in state.items()
+    }
+    listing = json.dumps([[key, info.dtype, info.shape] for key, info in tensors.items()])
+    return WeightFile(path, size, hashlib.sha256(listing.encode()).hexdigest(), tensors, {})
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    # Files in torch's first format cannot be mapped; they are read whole.
+    mapped = zipfile.is_zipfile(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # a damaged pickle can raise anything at all; nothing in it is executed
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            problem = "It holds Python objects, not only tensors; they could run code and were not loaded."
+            remedy = "Save the adapter as safetensors (save_pretrained(..., safe_serialization=True))."
+            raise UnreadableFile("OD101", problem, remedy) from error
+        raise UnreadableFile("OD101", f"It cannot be read: {one_line(error)}", _AGAIN) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state.items()
+    ):
+        raise UnreadableFile("OD101", "It does not hold a dictionary of tensors.", _AGAIN)
+    return {key: tensor.detach() for key, tensor in state.items()}

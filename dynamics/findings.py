@@ -1,0 +1,107 @@
+"""Findings: what a reader of the numbers must know, with evidence and remedy.
+
+A finding has a stable code. Its severity is part of the code's definition, so that the exit status
+of the command line never depends on wording: an ``error`` means that some input was not analysed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Severity = Literal["note", "warning", "error"]
+
+#: code -> (severity, what it means). One line each; the numbers of one hundred belong to one room.
+CATALOGUE: Mapping[str, tuple[Severity, str]] = {
+    # 1xx: reading a run
+    "OD100": ("error", "a run in which nothing can be analysed"),
+    "OD101": ("error", "a weight file could not be read"),
+    "OD102": ("error", "a configuration could not be read"),
+    "OD103": ("error", "an adapter of a kind that is not analysed"),
+    "OD104": ("error", "a matrix whose factors do not fit"),
+    "OD105": ("error", "a variant that needs what the run does not hold"),
+    "OD106": ("error", "a checkpoint folder without weights"),
+    "OD107": ("error", "a file that is a Git-LFS pointer"),
+    "OD108": ("warning", "training state that could not be read"),
+    "OD109": ("note", "trainable parameters that are not low-rank updates"),
+    "OD110": ("note", "an adapter outside the numbered checkpoints"),
+    "OD111": ("note", "two folders for one step"),
+    "OD112": ("note", "several trainings in one folder"),
+    "OD113": ("warning", "evidence of several trainings that does not decide"),
+    "OD114": ("note", "duplicate checkpoints"),
+    "OD115": ("warning", "a matrix that is not in every checkpoint"),
+    "OD116": ("warning", "the rank of a matrix changes between checkpoints"),
+    "OD117": ("note", "names are as on disk"),
+    "OD118": ("warning", "a checkpoint that may still be being written"),
+    "OD119": ("note", "configuration and weights do not say the same"),
+    "OD120": ("warning", "scores that could not be placed"),
+    "OD121": ("note", "how an analysed product is to be read"),
+    "OD122": ("note", "a weight file that is a link out of the run"),
+    # 2xx: spectra
+    "OD201": ("error", "a non-finite factor"),
+    "OD202": ("note", "an update that is exactly zero"),
+    "OD203": ("note", "an update below the resolution of its storage"),
+    "OD204": ("note", "an increment that cannot be formed"),
+    "OD205": ("note", "an update more concentrated than its null"),
+    "OD206": ("note", "rank that is not used"),
+    "OD207": ("error", "singular values that did not converge"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing a reader must know.
+
+    Args:
+        code: A key of ``CATALOGUE``, e.g. ``"OD101"``.
+        message: One sentence: what was expected, what came.
+        remedy: What the user can do, or ``""``.
+        file: Path relative to the run, or ``""``.
+        matrix: Name of the matrix it is about, or ``""``.
+        step: Optimizer step it is about, or ``None``.
+        evidence: The numbers behind it, JSON-compatible (missing is ``None``).
+
+    >>> Finding("OD202", "The update is zero.", matrix="layers.0", step=0).severity
+    'note'
+    """
+
+    code: str
+    message: str
+    remedy: str = ""
+    file: str = ""
+    matrix: str = ""
+    step: int | None = None
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.code in CATALOGUE, self.code
+
+    @property
+    def severity(self) -> Severity:
+        """``note``, ``warning`` or ``error``, by the code."""
+        return CATALOGUE[self.code][0]
+
+    @property
+    def title(self) -> str:
+        """What the code means."""
+        return CATALOGUE[self.code][1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-compatible dictionary, with severity and title."""
+        return {**asdict(self), "evidence": dict(self.evidence), "severity": self.severity, "title": self.title}
+
+    def __str__(self) -> str:
+        where = ", ".join(part for part in (self.file, self.matrix) if part)
+        text = f"{self.code} {where + ': ' if where else ''}{self.message}"
+        return f"{text} {self.remedy}" if self.remedy else text
+
+
+def worst_severity(findings: Iterable[Finding]) -> Severity | None:
+    """The gravest severity among findings, ``None`` if there are none.
+
+    >>> worst_severity([Finding("OD202", "zero"), Finding("OD101", "unreadable")])
+    'error'
+    """
+    order: tuple[Severity, ...] = ("note", "warning", "error")
+    return max((finding.severity for finding in findings), key=order.index, default=None)

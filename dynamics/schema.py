@@ -1,0 +1,249 @@
+"""The contract of the result: groups, variables, dimensions, units. Everything that reads a result relies on it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+KINDS = ("total", "increment")
+QUANTILES = (0.25, 0.5, 0.75)
+
+_PER_MATRIX = ("step", "kind", "matrix")
+
+
+@dataclass(frozen=True)
+class Variable:
+    """What the schema says of one variable.
+
+    Args:
+        dims: Its dimensions, in order.
+        units: UDUNITS-like; ``"1"`` for pure numbers.
+        long_name: For axis labels.
+    """
+
+    dims: tuple[str, ...]
+    units: str
+    long_name: str
+
+
+#: The measures of an update's spectrum: dimensions (step, kind, matrix), each with ``definition`` and ``reference``.
+MEASURES: Mapping[str, Variable] = {
+    name: Variable(_PER_MATRIX, units, long_name)
+    for name, units, long_name in (
+        ("entropy_energy", "nat", "spectral entropy (energy)"),
+        ("entropy_amplitude", "nat", "spectral entropy (amplitude)"),
+        ("effective_rank_energy", "1", "effective rank (energy)"),
+        ("effective_rank_amplitude", "1", "effective rank (amplitude)"),
+        ("participation_ratio", "1", "participation ratio"),
+        ("stable_rank", "1", "stable rank"),
+        ("nuclear_rank", "1", "nuclear rank"),
+        ("dominant_ratio", "1", "dominant ratio ρ"),
+        ("energy_top_k", "1", "energy in the leading directions"),
+        ("rank_at_energy", "1", "rank at a share of energy"),
+        ("numerical_rank", "1", "numerical rank"),
+        ("condition_number", "1", "condition number"),
+        ("gini", "1", "Gini coefficient of the energies"),
+        ("hoyer", "1", "Hoyer sparseness"),
+        ("marchenko_pastur_outliers", "1", "singular values beyond the null's edge"),
+        ("entropy_deficit", "nat", "entropy below the null model's mean"),
+        ("null_percentile", "%", "percentile among draws of the null model"),
+    )
+}
+
+UPDATE: Mapping[str, Variable] = {
+    "singular_value": Variable((*_PER_MATRIX, "index"), "weight", "singular value"),
+    "count": Variable(_PER_MATRIX, "1", "number of singular values"),
+    "frobenius_norm": Variable(_PER_MATRIX, "weight", "Frobenius norm of the update"),
+    "spectral_norm": Variable(_PER_MATRIX, "weight", "largest singular value"),
+    "nuclear_norm": Variable(_PER_MATRIX, "weight", "sum of singular values"),
+    **MEASURES,
+    "is_zero": Variable(_PER_MATRIX, "1", "the update is exactly zero"),
+    "quantisation_limited": Variable(_PER_MATRIX, "1", "rounding of the storage format spoils the spectrum"),
+    "quantisation_noise_share": Variable(_PER_MATRIX, "1", "predicted share of rounding noise in the energy"),
+    "path_length": Variable(("step", "matrix"), "weight", "sum of the increments' Frobenius norms"),
+    "increment_cosine": Variable(("step", "matrix"), "1", "cosine with the previous increment"),
+    "suggested_rank": Variable(("matrix",), "1", "rank that holds the stated share of energy at the last step"),
+    "frobenius_norm_all": Variable(("step", "kind"), "weight", "Frobenius norm over all matrices"),
+    "entropy_energy_block_diagonal": Variable(("step", "kind"), "nat", "spectral entropy of the direct sum"),
+    "effective_rank_block_diagonal": Variable(("step", "kind"), "1", "effective rank of the direct sum"),
+    "participation_ratio_block_diagonal": Variable(("step", "kind"), "1", "participation ratio of the direct sum"),
+    "frobenius_norm_by_role": Variable(("step", "kind", "role_name"), "weight", "Frobenius norm over a role"),
+    "energy_share_by_role": Variable(("step", "kind", "role_name"), "1", "share of the energy in a role"),
+    "entropy_energy_by_role": Variable(("step", "kind", "role_name"), "nat", "spectral entropy of a role's direct sum"),
+}
+
+#: Coordinates that belong to a dimension of /update.
+UPDATE_COORDINATES: Mapping[str, str] = {
+    "segment": "step",
+    "from_step": "step",
+    "layer": "matrix",
+    "role": "matrix",
+    "stack": "matrix",
+    "out": "matrix",
+    "in": "matrix",
+    "adapter_rank": "matrix",
+    "storage": "matrix",
+}
+
+SCORE: Mapping[str, Variable] = {
+    "score": Variable(("step", "task"), "task units", "score"),
+    "items": Variable(("step", "task"), "1", "number of items scored"),
+    "standard_error": Variable(("step", "task"), "task units", "standard error of the score"),
+}
+
+ROOT_ATTRIBUTES = (
+    "toolkit_version",
+    "library_versions",
+    "git_commit",
+    "configuration",
+    "inputs",
+    "seed",
+    "created",
+    "run",
+    "findings",
+)
+_JSON_ATTRIBUTES = ("library_versions", "configuration", "inputs", "findings")
+
+
+def attributes(variable: Variable, definition: str = "", reference: str = "") -> dict[str, str]:
+    """Attributes of a variable; definition and reference only where they are given.
+
+    >>> attributes(SCORE["items"])
+    {'units': '1', 'long_name': 'number of items scored'}
+    """
+    stated = {"definition": definition, "reference": reference}
+    return {"units": variable.units, "long_name": variable.long_name, **{k: v for k, v in stated.items() if v}}
+
+
+def layer_and_role(name: str) -> tuple[int, str, str]:
+    """Layer number (−1 if none), role within the layer, and the stack of layers it belongs to.
+
+    >>> layer_and_role("model.layers.3.self_attn.q_proj")
+    (3, 'self_attn.q_proj', 'model.layers')
+    >>> layer_and_role("vision_tower.encoder.layers.0.mlp.experts.5.fc1")
+    (0, 'mlp.experts.*.fc1', 'vision_tower.encoder.layers')
+    >>> layer_and_role("model.layers.2.experts.gate_up_proj[7]")
+    (2, 'experts.gate_up_proj[*]', 'model.layers')
+    >>> layer_and_role("lm_head")
+    (-1, 'lm_head', '')
+    """
+    parts = name.split(".")
+    index = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    if index is None or index == len(parts) - 1:
+        return -1 if index is None else int(parts[index]), re.sub(r"\[\d+\]", "[*]", name), ""
+    role = ".".join("*" if part.isdecimal() else part for part in parts[index + 1 :])
+    return int(parts[index]), re.sub(r"\[\d+\]", "[*]", role), ".".join(parts[:index])
+
+
+def check(tree: xr.DataTree) -> None:
+    """Checks a result against every rule of the schema.
+
+    Args:
+        tree: One run's result, or a tree with one such result under each ``/runs/<name>``.
+
+    Raises:
+        ValueError: Names every rule that is broken.
+    """
+    runs = tree.children.get("runs")
+    trees = {"": tree} if runs is None else {f"/runs/{name}": child for name, child in runs.children.items()}
+    broken = [f"{path}{problem}" for path, run in trees.items() for problem in _problems(run)]
+    if runs is not None and not trees:
+        broken.append("/runs is empty")
+    if broken:
+        raise ValueError("The result breaks its schema: " + "; ".join(broken) + ".")
+
+
+def _problems(tree: xr.DataTree) -> Iterator[str]:
+    yield from (f"/ lacks the attribute {name!r}" for name in ROOT_ATTRIBUTES if name not in tree.attrs)
+    for name in _JSON_ATTRIBUTES:
+        if name in tree.attrs and not _is_json(tree.attrs[name]):
+            yield f"/ attribute {name!r} is not strict JSON"
+    if "update" not in tree.children:
+        yield "/update is missing"
+        return
+    update = tree["update"].to_dataset()
+    yield from _variable_problems("/update", update, UPDATE, complete=True)
+    yield from _coordinate_problems(update)
+    yield from _step_problems(update)
+    yield from _spectrum_problems(update)
+    if "score" in tree.children:
+        yield from _variable_problems("/score", tree["score"].to_dataset(), SCORE, complete=True)
+    if "null" in tree.children:
+        names = [f"{measure}{bound}" for measure in MEASURES for bound in ("", "_low", "_high")]
+        known = {name: Variable(_PER_MATRIX, "", "") for name in names}
+        yield from _variable_problems("/null", tree["null"].to_dataset(), known, complete=False)
+
+
+def _is_json(text: object) -> bool:
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    try:
+        json.loads(str(text), parse_constant=refuse)
+    except ValueError:
+        return False
+    return True
+
+
+def _variable_problems(
+    group: str, dataset: xr.Dataset, known: Mapping[str, Variable], *, complete: bool
+) -> Iterator[str]:
+    if complete:
+        yield from (f"{group} lacks {name!r}" for name in known if name not in dataset)
+    for name, variable in dataset.data_vars.items():
+        expected = known.get(str(name))
+        if expected is not None and variable.dims != expected.dims:
+            yield f"{group}/{name} has dimensions {variable.dims}, expected {expected.dims}"
+        yield from (f"{group}/{name} lacks the attribute {key!r}" for key in ("units", "long_name") if key not in variable.attrs)
+        if str(name) in MEASURES and group == "/update":
+            lacking = [key for key in ("definition", "reference") if key not in variable.attrs]
+            yield from (f"{group}/{name} lacks the attribute {key!r}" for key in lacking)
+            if variable.dtype != np.float64:
+                yield f"{group}/{name} is {variable.dtype}, expected float64"
+
+
+def _coordinate_problems(update: xr.Dataset) -> Iterator[str]:
+    for name, dim in UPDATE_COORDINATES.items():
+        if name not in update.coords or update[name].dims != (dim,):
+            yield f"/update lacks the coordinate {name!r} on {dim!r}"
+    if "kind" in update.coords and tuple(update["kind"].values) != KINDS:
+        yield f"/update kind is {tuple(update['kind'].values)}, expected {KINDS}"
+    if "matrix" in update.coords and not update.indexes["matrix"].is_unique:
+        yield "/update has two matrices of one name"
+
+
+def _step_problems(update: xr.Dataset) -> Iterator[str]:
+    if not {"step", "from_step", "segment"} <= set(update.coords):
+        return
+    steps = update["step"].values
+    if steps.dtype != np.int64:
+        yield f"/update step is {steps.dtype}, expected int64"
+    if len(np.unique(steps)) != len(steps) or (np.diff(steps) < 0).any():
+        yield "/update steps are not unique and ascending"
+    segment = dict(zip(steps.tolist(), update["segment"].values.tolist(), strict=True))
+    for step, origin in zip(steps.tolist(), update["from_step"].values.tolist(), strict=True):
+        if origin > 0 and (origin >= step or segment.get(origin) != segment[step]):
+            yield f"/update from_step {origin} of step {step} is not an earlier step of its segment"
+
+
+def _spectrum_problems(update: xr.Dataset) -> Iterator[str]:
+    if not {"singular_value", "count"} <= set(update.data_vars):
+        return
+    values, count = update["singular_value"], update["count"]
+    if values.dims != UPDATE["singular_value"].dims or count.dims != UPDATE["count"].dims:
+        return
+    if values.dtype != np.float64:
+        yield f"/update/singular_value is {values.dtype}, expected float64"
+    array = values.values
+    beyond = np.arange(array.shape[-1]) >= count.values[..., None]
+    if np.isfinite(array[beyond]).any():
+        yield "/update/singular_value holds numbers beyond count"
+    if (np.diff(np.nan_to_num(array, nan=-1.0), axis=-1) > 0).any():
+        yield "/update/singular_value is not descending"
+    if (array < 0).any():
+        yield "/update/singular_value holds negative numbers"

@@ -1,0 +1,277 @@
+"""Spectra of a whole trajectory: one checkpoint at a time, matrices of equal shape in batches, over the cores.
+
+At most three checkpoints of one training are open at once (the increment needs the previous one, its cosine
+with the last increment the one before), so memory does not grow with the number of checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dynamics.checkpoints.trajectory import Checkpoint, OpenCheckpoint, Trajectory, UnreadableMatrix
+from dynamics.findings import Finding
+from dynamics.spectra import increments, rounding
+from dynamics.spectra.increments import Cores
+from dynamics.spectra.singular_values import core_singular_values, singular_values
+from probes.low_rank import LowRankMatrix
+
+#: Bytes of float64 stack that one task works on: a few matrices of a 7B model, which stay in the last-level cache.
+BATCH_BYTES = 2**23
+
+
+@dataclass(frozen=True)
+class MatrixSpectra:
+    """What the engine finds out about one matrix at one step.
+
+    Args:
+        total: Singular values of the update since the start of training, descending.
+        increment: Those of the change since the previous step of the same training, ``None`` if there is none.
+        total_noise, increment_noise: Predicted energy of the storage format's rounding, see ``rounding``.
+        inner_product: ⟨this increment, the previous increment⟩, NaN if there are not two.
+    """
+
+    total: Float[Tensor, " k"]
+    increment: Float[Tensor, " l"] | None
+    total_noise: float
+    increment_noise: float
+    inner_product: float
+
+
+Results: TypeAlias = dict[tuple[int, str], MatrixSpectra]
+
+
+def trajectory_spectra(
+    trajectory: Trajectory,
+    *,
+    device: str | torch.device = "cpu",
+    workers: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[Results, list[Finding]]:
+    """Total and increment spectra of every matrix at every step.
+
+    Args:
+        trajectory: The run.
+        device: Where the QR decompositions run; the small cores are solved on the host.
+        workers: Threads, by default one for each core this process may use.
+        progress: Called with the number of matrices just finished.
+
+    Returns:
+        ``(step, matrix)`` to spectra, and what went wrong by file and matrix. A matrix that cannot be read is absent;
+        one that is not finite has NaN.
+    """
+    results: Results = {}
+    findings: list[Finding] = []
+    with _single_threaded_workers(workers or _available_cores()) as executor:
+        for segment in sorted({checkpoint.segment for checkpoint in trajectory.checkpoints}):
+            checkpoints = [checkpoint for checkpoint in trajectory.checkpoints if checkpoint.segment == segment]
+            for checkpoint, solved, found in _segment_spectra(checkpoints, executor, torch.device(device), progress):
+                findings += found
+                results.update({(checkpoint.step, name): spectra for name, spectra in solved.items()})
+    return results, findings
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _single_threaded_workers(workers: int) -> Iterator[Executor]:
+    """Threads that use one core each: many small decompositions gain nothing from threads of their own."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+            yield executor
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Consecutive open checkpoints of one training, newest first, and what the previous step brought out."""
+
+    now: OpenCheckpoint
+    before: OpenCheckpoint | None = None
+    earlier: OpenCheckpoint | None = None
+    solved: Mapping[str, MatrixSpectra] = field(default_factory=dict)
+    reduced: Mapping[str, Cores] = field(default_factory=dict)
+
+    def alone(self) -> _Window:
+        """The same without predecessors."""
+        return _Window(self.now)
+
+
+def _segment_spectra(
+    checkpoints: Sequence[Checkpoint], executor: Executor, device: torch.device, progress: Callable[[int], None]
+) -> Iterator[tuple[Checkpoint, dict[str, MatrixSpectra], list[Finding]]]:
+    opened: list[tuple[ExitStack, OpenCheckpoint]] = []
+    solved: dict[str, MatrixSpectra] = {}
+    reduced: dict[str, Cores] = {}
+    try:
+        for checkpoint in checkpoints:
+            stack = ExitStack()
+            opened.insert(0, (stack, stack.enter_context(checkpoint.open())))
+            window = _Window(*(matrices for _, matrices in opened), *[None] * (3 - len(opened)), solved, reduced)
+            solved_now: dict[str, MatrixSpectra] = {}
+            findings: list[Finding] = []
+            reduced_now: dict[str, Cores] = {}
+            tasks = [executor.submit(_solve_batch, names, window, device) for names in _batches(window)]
+            for task in as_completed(tasks):
+                for outcome in task.result():
+                    if outcome.spectra is not None:
+                        solved_now[outcome.name] = outcome.spectra
+                    if outcome.cores is not None:
+                        reduced_now[outcome.name] = outcome.cores
+                    if outcome.code:
+                        findings.append(_finding(outcome, checkpoint))
+                    progress(1)
+            yield checkpoint, solved_now, sorted(findings, key=lambda finding: finding.matrix)
+            solved, reduced = solved_now, reduced_now
+            if len(opened) == 3:
+                opened.pop()[0].close()
+    finally:
+        for stack, _ in opened:
+            stack.close()
+
+
+def _batches(window: _Window) -> list[list[str]]:
+    """Names grouped by what one batch can hold: one shape and rank, and predecessors of the same kind."""
+    groups: dict[tuple, list[str]] = defaultdict(list)
+    for name, shape in window.now.shapes.items():
+        size = (shape.out, shape.in_, shape.rank)
+        linked = tuple(
+            (other.out, other.in_, other.rank) if (other := checkpoint.shapes.get(name)) else None
+            for checkpoint in (window.before, window.earlier)
+            if checkpoint is not None
+        )
+        groups[(size, linked, name in window.reduced)].append(name)
+    chunks = []
+    for ((out, in_, rank), *_), names in groups.items():
+        length = max(1, BATCH_BYTES // (16 * max(rank, 1) * (out + in_)))
+        chunks += [names[start : start + length] for start in range(0, len(names), length)]
+    return chunks
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    name: str
+    spectra: MatrixSpectra | None = None
+    cores: Cores | None = None
+    code: str = ""
+    message: str = ""
+
+
+def _solve_batch(names: Sequence[str], window: _Window, device: torch.device) -> list[_Outcome]:
+    """One batch; a matrix that cannot be read costs only itself, a predecessor only the increment."""
+    try:
+        return _solve(names, window, device)
+    except UnreadableMatrix as error:
+        if len(names) > 1:
+            return [outcome for name in names for outcome in _solve_batch([name], window, device)]
+        if window.before is not None:
+            return _solve_batch(names, window.alone(), device)
+        return [_Outcome(names[0], code="OD101", message=str(error))]
+
+
+def _solve(names: Sequence[str], window: _Window, device: torch.device) -> list[_Outcome]:
+    shape = window.now.shapes[names[0]]
+    now = [window.now[name] for name in names]
+    before = _predecessors(names, window.before)
+    if before is not None and before[0].shape != (shape.out, shape.in_):
+        before = None  # the finding is the reader's: the matrix is another one
+    if before is not None and before[0].rank != shape.rank:
+        return [_solve_across_ranks(name, *pair, window) for name, *pair in zip(names, now, before, strict=True)]
+
+    stacked = increments.stack(now, before, device)
+    reduced = increments.cores(stacked)
+    total_cores = reduced.total()
+    totals = core_singular_values(total_cores)
+    total_noise = _noise(now, *reduced.energies_now())
+    if before is None:
+        changes, change_noise, inner = None, [0.0] * len(names), [float("nan")] * len(names)
+    else:
+        changes = core_singular_values(reduced.increment())
+        change_noise = [
+            noise + window.solved[name].total_noise for name, noise in zip(names, total_noise, strict=True)
+        ]
+        inner = _inner_products(names, window, stacked, reduced, before)
+    bad = ~total_cores.isfinite().all(-1).all(-1)
+    return [
+        _Outcome(
+            name,
+            MatrixSpectra(
+                totals[i], None if changes is None else changes[i], total_noise[i], change_noise[i], inner[i]
+            ),
+            reduced.member(i) if before is not None else None,
+            *_failure(bool(bad[i]), bool(totals[i].isnan().any())),
+        )
+        for i, name in enumerate(names)
+    ]
+
+
+def _failure(core_is_bad: bool, values_are_bad: bool) -> tuple[str, str]:
+    if core_is_bad:
+        return "OD201", "A factor holds NaN or infinity, so its spectrum is NaN."
+    if values_are_bad:
+        return "OD207", "The singular value decomposition of its core did not converge, so its spectrum is NaN."
+    return "", ""
+
+
+def _predecessors(names: Sequence[str], checkpoint: OpenCheckpoint | None) -> list[LowRankMatrix] | None:
+    if checkpoint is None or names[0] not in checkpoint.shapes:
+        return None
+    return [checkpoint[name] for name in names]
+
+
+def _inner_products(
+    names: Sequence[str],
+    window: _Window,
+    stacked: increments.Stack,
+    reduced: Cores,
+    before: Sequence[LowRankMatrix],
+) -> list[float]:
+    if names[0] not in window.reduced:
+        return [float("nan")] * len(names)
+    earlier = _predecessors(names, window.earlier)
+    assert earlier is not None, "a step whose triangular factors hold a change has a predecessor"
+    left, right = increments.cross_grams(stacked, *increments.changes_between(before, earlier, stacked.left.device))
+    reduced_before = increments.join([window.reduced[name] for name in names])
+    return increments.inner_products(reduced, reduced_before, left, right).tolist()
+
+
+def _solve_across_ranks(name: str, now: LowRankMatrix, before: LowRankMatrix, window: _Window) -> _Outcome:
+    """The increment between two ranks: no delta stack, no cosine."""
+    alone = increments.cores(increments.stack([now], None))
+    total, noise = singular_values(now), _noise([now], *alone.energies_now())[0]
+    change = singular_values(increments.difference(now, before))
+    bad = not bool(alone.total().isfinite().all())
+    spectra = MatrixSpectra(total, change, noise, noise + window.solved[name].total_noise, float("nan"))
+    return _Outcome(name, spectra, None, *_failure(bad, bool(total.isnan().any())))
+
+
+def _noise(
+    matrices: Sequence[LowRankMatrix], left_energy: Float[Tensor, "batch r"], right_energy: Float[Tensor, "batch r"]
+) -> list[float]:
+    rows = zip(matrices, left_energy, right_energy, strict=True)
+    return [rounding.noise_energy(matrix, left, right) for matrix, left, right in rows]
+
+
+def _finding(outcome: _Outcome, checkpoint: Checkpoint) -> Finding:
+    remedy = "Look for a diverged loss before this step; the other matrices are analysed."
+    return Finding(
+        outcome.code,
+        outcome.message,
+        remedy="" if outcome.code == "OD101" else remedy,
+        file=str(checkpoint.inputs[0]["path"]) if checkpoint.inputs else checkpoint.folder.name,
+        matrix=outcome.name,
+        step=checkpoint.step,
+    )

@@ -1,0 +1,215 @@
+"""The pure functions of this room, given dimensions and names: datasets in, variables out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import xarray as xr
+
+from dynamics import schema
+from dynamics.spectra import aggregate, measures, null_models, rank_suggestion
+from dynamics.spectra.null_models import NullModel
+
+_DIMS = ("step", "kind", "matrix")
+_EPSILON = {
+    "F64": torch.finfo(torch.float64).eps,
+    "F32": torch.finfo(torch.float32).eps,
+    "BF16": torch.finfo(torch.bfloat16).eps,
+    "F16": torch.finfo(torch.float16).eps,
+}
+#: Measures of which the null model has a mean and a band.
+_NULL_MEASURES = (*measures.MEASURES, "marchenko_pastur_outliers")
+_BOUNDS = {"": "mean", "_low": "5 % point", "_high": "95 % point"}
+
+
+def variable(name: str, array: np.ndarray, definition: str = "", reference: str = "", **more: object) -> xr.Variable:
+    """A variable of ``/update`` with its dimensions and attributes by the schema."""
+    known = schema.UPDATE[name]
+    return xr.Variable(known.dims, array, {**schema.attributes(known, definition, reference), **more})
+
+
+def measures_of(update: xr.Dataset) -> dict[str, xr.Variable]:
+    """Every measure that is a function of the spectrum and its storage alone."""
+    values = torch.from_numpy(update["singular_value"].values)
+    tolerance = torch.tensor(
+        [
+            measures.rank_tolerance(int(out), int(in_), _EPSILON[str(storage)])
+            for out, in_, storage in zip(
+                update["out"].values, update["in"].values, update["storage"].values, strict=True
+            )
+        ],
+        dtype=torch.float64,
+    )
+    rank = measures.numerical_rank(values, tolerance.expand(values.shape[:-1]))
+    return {
+        name: variable(name, measure.function(values).numpy(), measure.definition, measure.reference)
+        for name, measure in measures.MEASURES.items()
+    } | {
+        "numerical_rank": variable(
+            "numerical_rank",
+            rank.numpy(),
+            "number of σ > tol·σ₁, tol = max(out, in)·ε of the storage format, at most √ε",
+            "Golub & Van Loan; LAPACK's default tolerance",
+        )
+    }
+
+
+def null_models_of(update: xr.Dataset) -> tuple[xr.Dataset, dict[str, xr.Variable]]:
+    """The random-LoRA null beside every number, and the measures that are relative to it.
+
+    Returns:
+        ``/null``: mean, 5 % and 95 % point of each measure, ``(step, kind, matrix)``; and for ``/update``
+        ``entropy_deficit``, ``null_percentile`` and ``marchenko_pastur_outliers``.
+    """
+    shape = update["count"].shape
+    null = {f"{name}{bound}": np.full(shape, np.nan) for name in _NULL_MEASURES for bound in _BOUNDS}
+    values, entropy = update["singular_value"].values, update["entropy_energy"].values
+    outliers, percentile = np.full(shape, np.nan), np.full(shape, np.nan)
+    for places, model in _models(update):
+        for bound, numbers in (("", model.mean), ("_low", model.low), ("_high", model.high)):
+            for name in _NULL_MEASURES:
+                null[f"{name}{bound}"][places] = numbers[name]
+        outliers[places] = null_models.outliers(torch.from_numpy(values[places]), model.edge).numpy()
+        percentile[places] = model.percentile(torch.from_numpy(entropy[places])).numpy()
+    return _null_dataset(update, null), {
+        "entropy_deficit": variable(
+            "entropy_deficit",
+            null["entropy_energy"] - entropy,
+            "mean energy entropy of the random-LoRA null of the same shape and rank, minus entropy_energy",
+            "null of independent Gaussian factors, drawn as Bartlett triangles (Bartlett 1933)",
+        ),
+        "null_percentile": variable(
+            "null_percentile",
+            percentile,
+            f"share of {null_models.DRAWS} draws of the random-LoRA null whose energy entropy is smaller, in %",
+            "Monte-Carlo percentile",
+        ),
+        "marchenko_pastur_outliers": variable(
+            "marchenko_pastur_outliers",
+            outliers,
+            "number of σ above the update's own median σ times the 99 % point of σ₁/median σ under the random-LoRA "
+            "null; NaN for fewer than three σ or a zero median",
+            "noise scale by the median: Gavish & Donoho 2014",
+        ),
+    }
+
+
+def _models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ...], NullModel]]:
+    """Places (step, kind, matrix) that share a shape and a number of singular values, with their null model."""
+    count, out, in_ = update["count"].values, update["out"].values, update["in"].values
+    present = np.nonzero(count)
+    keys = np.stack([out[present[2]], in_[present[2]], count[present]], axis=1)
+    for key in np.unique(keys, axis=0):
+        chosen = (keys == key).all(1)
+        yield tuple(axis[chosen] for axis in present), null_models.random_lora_null(*key.tolist())
+
+
+def _null_dataset(update: xr.Dataset, arrays: dict[str, np.ndarray]) -> xr.Dataset:
+    variables = {
+        f"{name}{bound}": xr.Variable(
+            _DIMS,
+            arrays[f"{name}{bound}"],
+            {
+                "units": schema.MEASURES[name].units,
+                "long_name": f"{schema.MEASURES[name].long_name} of a random LoRA, {words}",
+                "definition": f"{words} over {null_models.DRAWS} products of Gaussian factors of the same shape",
+            },
+        )
+        for name in _NULL_MEASURES
+        for bound, words in _BOUNDS.items()
+    }
+    shapes = zip(update["out"].values.tolist(), update["in"].values.tolist(), strict=True)
+    variables["entropy_energy_gaussian"] = xr.Variable(
+        "matrix",
+        np.array([null_models.page_entropy(out, in_) for out, in_ in shapes], dtype=np.float64),
+        {
+            "units": "nat",
+            "long_name": "mean spectral entropy of a dense Gaussian matrix of the same shape",
+            "definition": "ψ(mn+1) − ψ(max+1) − (min−1)/(2 max)",
+            "reference": "Page 1993",
+        },
+    )
+    return xr.Dataset(variables, coords={dim: update[dim].variable for dim in _DIMS})
+
+
+def direct_sums(update: xr.Dataset) -> dict[str, xr.Variable]:
+    """The update of all matrices, and of all matrices of one role, as one, by the exact chain rule."""
+    # A matrix that is not there adds nothing; one that failed makes the sum unknown.
+    energy = np.where(update["count"].values > 0, update["frobenius_norm"].values ** 2, 0.0)
+    entropy, ratio = update["entropy_energy"].values, update["participation_ratio"].values
+    whole = aggregate.entropy_of_direct_sum(energy, entropy)
+    roles = np.unique(update["role"].values)
+    member = [update["role"].values == role for role in roles]
+    by_role = np.stack([energy[..., chosen].sum(-1) for chosen in member], -1)
+    total = energy.sum(-1, keepdims=True)
+    share = np.divide(by_role, total, out=np.full_like(by_role, np.nan), where=total > 0)
+    sums = np.stack([aggregate.entropy_of_direct_sum(energy[..., c], entropy[..., c]) for c in member], -1)
+    chain = "entropy of the direct sum of all updates, by the chain rule H(w) + Σ w SE, w ∝ ‖ΔW‖_F²"
+    # No step has a predecessor: there is no increment, rather than one of norm 0.
+    nothing = ~(update["count"].values > 0).any(-1)
+    role_name = xr.Variable("role_name", roles, {"units": "1", "long_name": "role within the layer"})
+    return {
+        "role_name": role_name,
+        "frobenius_norm_all": variable("frobenius_norm_all", np.where(nothing, np.nan, np.sqrt(total[..., 0]))),
+        "entropy_energy_block_diagonal": variable("entropy_energy_block_diagonal", whole, chain),
+        "effective_rank_block_diagonal": variable("effective_rank_block_diagonal", np.exp(whole), f"exp of the {chain}"),
+        "participation_ratio_block_diagonal": variable(
+            "participation_ratio_block_diagonal",
+            aggregate.participation_ratio_of_direct_sum(energy, ratio),
+            "1/Σ(w²/PR), w ∝ ‖ΔW‖_F²",
+        ),
+        "frobenius_norm_by_role": variable(
+            "frobenius_norm_by_role", np.where(nothing[..., None], np.nan, np.sqrt(by_role))
+        ),
+        "energy_share_by_role": variable("energy_share_by_role", share),
+        "entropy_energy_by_role": variable("entropy_energy_by_role", sums, chain.replace("all updates", "its updates")),
+    }
+
+
+def suggested_rank(update: xr.Dataset) -> dict[str, xr.Variable]:
+    """``suggested_rank`` from each matrix's total at the last step where it has one."""
+    values = update["singular_value"].sel(kind="total").values
+    ranks = measures.rank_at_energy(torch.from_numpy(values), rank_suggestion.ENERGY).numpy()
+    last = np.full(ranks.shape[1], np.nan)
+    for row in ranks:
+        last = np.where(np.isnan(row), last, row)
+    words = f"fewest directions that hold {rank_suggestion.ENERGY:.0%} of Σσ² of the newest total"
+    return {"suggested_rank": variable("suggested_rank", last, words, energy=rank_suggestion.ENERGY)}
+
+
+def quantiles_over_matrices(update: xr.Dataset, null: xr.Dataset) -> xr.Dataset:
+    """``/summary``: quartiles over matrices of the norm and of each measure, and the null band's medians.
+
+    Quartiles describe how matrices differ; the update of all matrices together is ``*_block_diagonal``.
+    """
+    quantiles = {
+        f"{name}_quantile": _quantile(update[name], schema.QUANTILES, f"{name} over matrices", dim="matrix")
+        for name in ("frobenius_norm", "path_length", "increment_cosine", *schema.MEASURES)
+    }
+    bands = {
+        f"{name}_null{bound}": _quantile(null[f"{name}{bound}"], 0.5, f"random-LoRA null of {name}, {words}", dim="matrix")
+        for name in _NULL_MEASURES
+        for bound, words in _BOUNDS.items()
+    }
+    return xr.Dataset({**quantiles, **bands})
+
+
+def _quantile(array: xr.DataArray, quantile: float | tuple[float, ...], words: str, dim: str) -> xr.DataArray:
+    """Quantiles over one dimension without the NaN; NaN where nothing is left, without a warning."""
+    axis = array.get_axis_num(dim)
+    empty = np.isnan(array.values).all(axis)
+    filled = np.where(np.expand_dims(empty, axis), 0.0, array.values) if array.size else array.values
+    if not array.sizes[dim]:
+        filled, empty = np.zeros([1 if d == dim else n for d, n in array.sizes.items()]), np.ones_like(empty, dtype=bool)
+    with np.errstate(invalid="ignore"):  # an interpolation between infinite condition numbers
+        numbers = np.where(empty, np.nan, np.nanquantile(filled, quantile, axis=axis))
+    dims = [d for d in array.dims if d != dim]
+    coords = {d: array[d].variable for d in dims}
+    attrs = {"units": array.attrs["units"], "long_name": f"{words}, median" if np.ndim(quantile) == 0 else words}
+    if np.ndim(quantile) == 0:
+        return xr.DataArray(numbers, coords, dims, attrs=attrs)
+    return xr.DataArray(
+        np.moveaxis(numbers, 0, -1), {**coords, "quantile": list(quantile)}, [*dims, "quantile"], attrs=attrs  # type: ignore[arg-type]
+    )

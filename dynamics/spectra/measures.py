@@ -1,0 +1,272 @@
+r"""Measures of concentration: pure functions of singular values.
+
+With σ the singular values of a matrix, every measure is a function of a distribution over directions,
+
+.. math:: p_i = \sigma_i^a / \sum_j \sigma_j^a
+
+with a = 2 (*energy*) or a = 1 (*amplitude*); for eigenvalues of a positive semi-definite matrix p_i = λ_i/Σλ.
+Most are Rényi numbers exp(H_α(p)), which fall as α grows: H_0 = ln rank, H_1 Shannon's entropy,
+H_2 = −ln Σp², H_∞ = −ln p_1.
+
+Conventions shared by all functions of this file: ``values`` is ``[..., rank]``, the result ``[...]``, float64.
+An all-zero spectrum has no distribution: NaN, never 0. NaN *after* the last number is padding, as the stored
+result has it; NaN before a number makes the result NaN. All are unchanged by scale, order and appended zeros
+unless the docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+_EXPONENTS = {"energy": 2, "amplitude": 1, "eigenvalue": 1}
+
+#: The share of energy that ``rank_at_energy`` must reach, and the number of directions of ``energy_top_k``,
+#: where the result stores one number for each.
+ENERGY_SHARE = 0.9
+TOP_K = 4
+
+
+def _clean(values: Any, *, eigenvalues: bool = False) -> tuple[Float[Tensor, "... rank"], Bool[Tensor, "..."]]:
+    """Values over their largest, padding as zeros; and where there is no distribution."""
+    values = torch.as_tensor(values, dtype=torch.float64).detach()
+    if values.ndim == 0:
+        raise ValueError("Expected values of shape [..., rank], got a single number.")
+    missing = values.isnan()
+    number_follows = (~missing).flip(-1).cummax(-1).values.flip(-1)
+    broken = (missing & number_follows).any(-1) | values.isinf().any(-1)
+    values = values.nan_to_num(0.0, 0.0, 0.0)
+    largest = values.amax(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
+    # A symmetric eigensolver returns the zeros of a PSD matrix as ±rounding of the largest.
+    tolerance = 1e-10 * largest.clamp_min(0) if eigenvalues else torch.zeros_like(largest)
+    if (values < -tolerance[..., None]).any():
+        kind = "eigenvalues of a positive semi-definite matrix" if eigenvalues else "singular values"
+        raise ValueError(f"Expected {kind}, which are not negative; the smallest is {values.min():.3g}.")
+    undefined = broken | (largest <= 0)
+    return values.clamp_min(0) / torch.where(undefined, 1.0, largest)[..., None], undefined
+
+
+def _missing_where(undefined: Tensor, result: Tensor) -> Tensor:
+    return torch.where(undefined, torch.nan, result)
+
+
+def _distribution(values: Any, weights: str) -> tuple[Float[Tensor, "... rank"], Bool[Tensor, "..."]]:
+    if weights not in _EXPONENTS:
+        raise ValueError(f"Expected weights 'energy', 'amplitude' or 'eigenvalue', got {weights!r}.")
+    scaled, undefined = _clean(values, eigenvalues=weights == "eigenvalue")
+    powers = scaled ** _EXPONENTS[weights]
+    return powers / torch.where(undefined, 1.0, powers.sum(-1))[..., None], undefined
+
+
+def spectral_entropy(values: Any, weights: str = "energy") -> Tensor:
+    r"""Shannon entropy of the spectrum, −Σ p ln p, in nats.
+
+    For ``weights="eigenvalue"`` it is the von Neumann entropy of M/tr M, the SE of a Fisher matrix.
+
+    Args:
+        values: ``[..., rank]`` singular values, or eigenvalues with ``weights="eigenvalue"``.
+        weights: ``"energy"`` (p ∝ σ²), ``"amplitude"`` (p ∝ σ) or ``"eigenvalue"`` (p ∝ λ).
+
+    Raises:
+        ValueError: On unknown weights or negative values.
+
+    >>> round(float(spectral_entropy([1.0, 1.0, 1.0, 0.0])), 6)  # ln 3
+    1.098612
+    """
+    p, undefined = _distribution(values, weights)
+    return _missing_where(undefined, -torch.xlogy(p, p).sum(-1))
+
+
+def effective_rank(values: Any, weights: str = "energy") -> Tensor:
+    """exp of :func:`spectral_entropy`: how many equal directions would have the same entropy.
+
+    ``weights="amplitude"`` is the effective rank of Roy & Vetterli (2007); ``"energy"`` weighs
+    directions by their share of the squared Frobenius norm.
+
+    >>> round(float(effective_rank([3.0, 3.0, 0.0])), 6)
+    2.0
+    """
+    return spectral_entropy(values, weights).exp()
+
+
+def participation_ratio(values: Any, weights: str = "energy") -> Tensor:
+    """1/Σp², for singular values (Σσ²)²/Σσ⁴: exp of the Rényi entropy of order 2.
+
+    >>> round(float(participation_ratio([2.0, 1.0])), 6)  # 25 / 17
+    1.470588
+    """
+    p, undefined = _distribution(values, weights)
+    return _missing_where(undefined, 1 / p.square().sum(-1))
+
+
+def dominant_ratio(values: Any, weights: str = "energy") -> Tensor:
+    """The largest share p_1; for a Fisher matrix (``weights="eigenvalue"``) ρ = λ_1/tr F.
+
+    >>> float(dominant_ratio([2.0, 1.0]))
+    0.8
+    """
+    p, undefined = _distribution(values, weights)
+    return _missing_where(undefined, p.amax(-1)) if p.shape[-1] else _missing_where(undefined, undefined.double())
+
+
+def stable_rank(values: Any, weights: str = "energy") -> Tensor:
+    """‖·‖_F²/‖·‖_2² = 1/:func:`dominant_ratio`.
+
+    >>> float(stable_rank([2.0, 1.0]))
+    1.25
+    """
+    return 1 / dominant_ratio(values, weights)
+
+
+def nuclear_rank(values: Any) -> Tensor:
+    """‖·‖_*/‖·‖_2 = Σσ/σ_1.
+
+    >>> float(nuclear_rank([2.0, 1.0]))
+    1.5
+    """
+    return 1 / dominant_ratio(values, "amplitude")
+
+
+def energy_top_k(values: Any, k: int = TOP_K) -> Tensor:
+    """Share of the squared Frobenius norm in the k largest directions.
+
+    >>> float(energy_top_k([2.0, 1.0, 0.0], k=1))
+    0.8
+    """
+    p, undefined = _distribution(values, "energy")
+    return _missing_where(undefined, p.sort(-1, descending=True).values[..., :k].sum(-1))
+
+
+def rank_at_energy(values: Any, energy: float = ENERGY_SHARE) -> Tensor:
+    """The fewest directions that hold at least the share ``energy`` of the squared Frobenius norm.
+
+    >>> float(rank_at_energy([2.0, 1.0, 0.0], energy=0.9))
+    2.0
+    """
+    if not 0 < energy <= 1:
+        raise ValueError(f"Expected a share of energy in (0, 1], got {energy}.")
+    p, undefined = _distribution(values, "energy")
+    held = p.sort(-1, descending=True).values.cumsum(-1)
+    # 1e-12: a sum of r shares is exact to r·2⁻⁵³, and a share of 1 must be reached.
+    return _missing_where(undefined, 1 + (held < energy - 1e-12).sum(-1).double())
+
+
+def numerical_rank(values: Any, tolerance: float | Tensor) -> Tensor:
+    """How many singular values exceed ``tolerance``·σ_1; 0 for a zero matrix.
+
+    >>> float(numerical_rank([1.0, 1e-3, 1e-9], tolerance=1e-6))
+    2.0
+    """
+    scaled, undefined = _clean(values)
+    zero = undefined & (torch.as_tensor(values, dtype=torch.float64) == 0).any(-1)
+    tolerance = torch.as_tensor(tolerance, dtype=torch.float64)
+    count = (scaled > tolerance[..., None]).sum(-1).double()
+    return torch.where(zero, 0.0, _missing_where(undefined, count))
+
+
+def condition_number(values: Any) -> Tensor:
+    """σ_1/σ_r over the values given; infinite if one of them is zero.
+
+    Padding is left out; a zero is a singular value and counts, so appended zeros do change this one.
+
+    >>> float(condition_number([2.0, 1.0]))
+    2.0
+    """
+    scaled, undefined = _clean(values)
+    present = ~torch.as_tensor(values, dtype=torch.float64).isnan()
+    smallest = torch.where(present, scaled, torch.inf).amin(-1) if scaled.shape[-1] else undefined.double()
+    return _missing_where(undefined, 1 / smallest)
+
+
+def gini(values: Any) -> Tensor:
+    r"""Gini coefficient of the energies σ²: 0 if all are equal, (r−1)/r if one direction holds all.
+
+    Σ_i (2i − r − 1) e_i / (r Σe), e ascending. It is relative to the number of values given: zeros count.
+
+    >>> float(gini([1.0, 0.0, 0.0, 0.0]))
+    0.75
+    """
+    p, undefined = _distribution(values, "energy")
+    present = ~torch.as_tensor(values, dtype=torch.float64).isnan()
+    count = present.sum(-1)
+    # Padding has p = 0 and so comes first in ascending order: shift the ranks past it.
+    ascending = p.sort(-1).values
+    rank = torch.arange(1, p.shape[-1] + 1, dtype=torch.float64) - (p.shape[-1] - count)[..., None]
+    return _missing_where(undefined, ((2 * rank - count[..., None] - 1) * ascending).sum(-1) / count.clamp_min(1))
+
+
+def hoyer(values: Any) -> Tensor:
+    r"""Hoyer's sparseness of the singular values, (√r − ‖σ‖₁/‖σ‖₂)/(√r − 1): 0 flat, 1 for one direction.
+
+    NaN for a single value, where it is 0/0. It is relative to the number of values given: zeros count.
+
+    >>> float(hoyer([1.0, 0.0, 0.0, 0.0]))
+    1.0
+    """
+    scaled, undefined = _clean(values)
+    root = (~torch.as_tensor(values, dtype=torch.float64).isnan()).sum(-1).double().sqrt()
+    ratio = scaled.sum(-1) / torch.where(undefined, 1.0, torch.linalg.vector_norm(scaled, dim=-1))
+    return _missing_where(undefined | (root <= 1), (root - ratio) / (root - 1))
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure as the result stores it.
+
+    Args:
+        function: Singular values ``[..., rank]`` to ``[...]``.
+        units: As written into the result.
+        definition: The formula in words and signs.
+        reference: Where it comes from.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    units: str
+    definition: str
+    reference: str
+
+
+#: Measures that need nothing but the singular values. Those that need a tolerance or a null model
+#: (numerical_rank, marchenko_pastur_outliers, entropy_deficit, null_percentile) are added where these are known.
+MEASURES: Mapping[str, Measure] = {
+    "entropy_energy": Measure(
+        spectral_entropy, "nat", "−Σ p ln p with p = σ²/Σσ²", "Shannon entropy of the normalised squared spectrum"
+    ),
+    "entropy_amplitude": Measure(
+        lambda values: spectral_entropy(values, "amplitude"), "nat", "−Σ p ln p with p = σ/Σσ", "Roy & Vetterli 2007"
+    ),
+    "effective_rank_energy": Measure(
+        effective_rank, "1", "exp(−Σ p ln p) with p = σ²/Σσ²", "exp of Shannon's entropy of the energies"
+    ),
+    "effective_rank_amplitude": Measure(
+        lambda values: effective_rank(values, "amplitude"), "1", "exp(−Σ p ln p) with p = σ/Σσ", "Roy & Vetterli 2007"
+    ),
+    "participation_ratio": Measure(participation_ratio, "1", "(Σσ²)²/Σσ⁴", "Rényi number of order 2 of the energies"),
+    "stable_rank": Measure(stable_rank, "1", "Σσ²/σ₁²", "Rudelson & Vershynin 2007"),
+    "nuclear_rank": Measure(nuclear_rank, "1", "Σσ/σ₁", "nuclear over spectral norm"),
+    "dominant_ratio": Measure(dominant_ratio, "1", "σ₁²/Σσ²", "1/stable rank"),
+    "energy_top_k": Measure(energy_top_k, "1", f"share of Σσ² in the {TOP_K} largest directions", "explained variance"),
+    "rank_at_energy": Measure(
+        rank_at_energy, "1", f"fewest directions holding {ENERGY_SHARE:.0%} of Σσ²", "explained variance"
+    ),
+    "condition_number": Measure(condition_number, "1", "σ₁ over the smallest of the stored σ", "Golub & Van Loan"),
+    "gini": Measure(gini, "1", "Gini coefficient of σ², zeros counted", "Gini 1912"),
+    "hoyer": Measure(hoyer, "1", "(√r − ‖σ‖₁/‖σ‖₂)/(√r − 1), zeros counted", "Hoyer 2004"),
+}
+
+
+def rank_tolerance(out: int, in_: int, epsilon: float) -> float:
+    """Default tolerance of :func:`numerical_rank`: max(out, in)·ε of the storage dtype, at most √ε.
+
+    The bound matters for half precision, where 4096·ε would exceed 1.
+
+    >>> rank_tolerance(100, 50, 2**-52) == 100 * 2**-52
+    True
+    """
+    return min(max(out, in_) * epsilon, math.sqrt(epsilon))

@@ -1,0 +1,113 @@
+"""What a reader of the spectra must know: one finding for each thing, not one for each matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import xarray as xr
+
+from dynamics.findings import Finding
+from dynamics.spectra.rank_suggestion import ENERGY
+from dynamics.spectra.rounding import NOISE_LIMIT
+
+#: At most so many matrices are named in one finding's evidence.
+NAMED = 8
+#: An update lies below its null if its entropy is under this percentile of the null's draws.
+PERCENTILE = 5.0
+#: A rank is called unused if this share of it would hold ``ENERGY`` of the update.
+UNUSED = 0.5
+
+
+def notes(update: xr.Dataset) -> list[Finding]:
+    """Findings that follow from the numbers of ``/update`` alone."""
+    return [
+        *_zero_updates(update),
+        *_quantisation(update),
+        *_missing_increments(update),
+        *_against_null(update),
+        *_unused_rank(update),
+    ]
+
+
+def _named(names: Sequence[str]) -> dict[str, object]:
+    return {"matrices": len(names), "names": list(names[:NAMED])}
+
+
+def _count(names: Sequence[str], total: int) -> str:
+    return "every matrix" if len(names) == total else f"{len(names)} of {total} matrices"
+
+
+def _zero_updates(update: xr.Dataset) -> Iterator[Finding]:
+    zero = update["is_zero"].sel(kind="total")
+    for step in update["step"].values.tolist():
+        here = zero.sel(step=step)
+        names = here["matrix"].values[here.values].tolist()
+        if names:
+            yield Finding(
+                "OD202",
+                f"At step {step} the update of {_count(names, zero.sizes['matrix'])} is exactly zero (B = 0, as at the "
+                "start of a LoRA training), so its measures are NaN.",
+                matrix=names[0] if len(names) == 1 else "",
+                step=step,
+                evidence=_named(names),
+            )
+
+
+def _quantisation(update: xr.Dataset) -> Iterator[Finding]:
+    for kind in update["kind"].values.tolist():
+        limited = update["quantisation_limited"].sel(kind=kind)
+        cells = int(limited.sum())
+        if not cells:
+            continue
+        worst = float(update["quantisation_noise_share"].sel(kind=kind).max())
+        formats = ", ".join(np.unique(update["storage"].values).tolist())
+        yield Finding(
+            "OD203",
+            f"In {cells} of {limited.size} {kind}s (step × matrix) rounding of the storage format ({formats}) is predicted "
+            f"to make up more than {NOISE_LIMIT:.0%} of the energy, at worst {worst:.0%}: their rank is partly noise.",
+            remedy="Save checkpoints in float32, or further apart.",
+            evidence={"kind": kind, "cells": cells, "threshold": NOISE_LIMIT, "largest_share": worst},
+        )
+
+
+def _missing_increments(update: xr.Dataset) -> Iterator[Finding]:
+    first = update["step"].values[update["from_step"].values < 0].tolist()
+    if first:
+        steps = ", ".join(str(step) for step in first)
+        yield Finding(
+            "OD204",
+            f"Step {steps} is the first checkpoint of its training, so it has a total but no increment.",
+            evidence={"steps": first},
+        )
+
+
+def _against_null(update: xr.Dataset) -> Iterator[Finding]:
+    last = update.isel(step=-1).sel(kind="total")
+    percentile = last["null_percentile"].values
+    known = ~np.isnan(percentile)
+    below = last["matrix"].values[known & (percentile < PERCENTILE)].tolist()
+    if below:
+        deficit = float(np.nanmedian(last["entropy_deficit"].values))
+        yield Finding(
+            "OD205",
+            f"At step {int(last['step'])} the update of {_count(below, int(known.sum()))} has less spectral entropy than "
+            f"{100 - PERCENTILE:.0f} % of random LoRA updates of its shape; median deficit {deficit:.2f} nat. "
+            "Any trained update is expected to; how much is what compares runs.",
+            step=int(last["step"]),
+            evidence={"threshold_percentile": PERCENTILE, "median_deficit_nat": deficit, **_named(below)},
+        )
+
+
+def _unused_rank(update: xr.Dataset) -> Iterator[Finding]:
+    rank, suggested = update["adapter_rank"].values, update["suggested_rank"].values
+    unused = (rank > 1) & (suggested <= UNUSED * rank)
+    names = update["matrix"].values[unused].tolist()
+    if names:
+        yield Finding(
+            "OD206",
+            f"{_count(names, update.sizes['matrix']).capitalize()} hold {ENERGY:.0%} of the update's energy in half of "
+            "the adapter's rank or less.",
+            remedy="rank_pattern.json has a rank for each matrix; keep α/r by an alpha_pattern.",
+            evidence={"energy": ENERGY, "threshold_share_of_rank": UNUSED, **_named(names)},
+        )

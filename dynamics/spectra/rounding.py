@@ -1,0 +1,61 @@
+r"""The rounding floor: how much of an update is the storage format's noise.
+
+A factor stored in a format with p significand bits is off by up to half a unit in the last place, so its entries
+carry independent noise of variance ulp²/12. To first order the product s(B + E_B)(A + E_A) then carries the energy
+
+.. math:: s^2 \sum_k \Big(\|A_k\|^2 \sum_i \tfrac{\mathrm{ulp}(B_{ik})^2}{12}
+          + \|B_k\|^2 \sum_j \tfrac{\mathrm{ulp}(A_{kj})^2}{12}\Big)
+
+over rows k of A and columns k of B. An increment carries that of both its ends. The prediction is an upper estimate
+where entries did not change at all between two checkpoints (their rounding error then cancels).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from probes.low_rank import LowRankMatrix
+
+#: Above this predicted share of noise energy an update is flagged ``quantisation_limited``.
+NOISE_LIMIT = 0.1
+
+#: dtype -> (integer view, mask of the exponent bits, significand bits behind the point, smallest normal number)
+_FORMATS: dict[torch.dtype, tuple[torch.dtype, int, int, float]] = {
+    torch.bfloat16: (torch.int16, 0x7F80, 7, 2.0**-126),
+    torch.float16: (torch.int16, 0x7C00, 10, 2.0**-14),
+    torch.float32: (torch.int32, 0x7F800000, 23, 2.0**-126),
+}
+
+
+def ulp_energy(factor: Tensor, dim: int) -> Float[Tensor, " k"]:
+    """Σ ulp² over one dimension of a stored matrix; zeros for float64, whose rounding is that of the computation.
+
+    The exponent bits alone, read as a number of the same format, are 2^⌊log₂|x|⌋ = ulp·2^p.
+
+    >>> ulp_energy(torch.tensor([[1.5, 1.0]], dtype=torch.bfloat16), dim=1) * 2**14
+    tensor([2.], dtype=torch.float64)
+    """
+    if factor.dtype not in _FORMATS:
+        return torch.zeros(factor.shape[1 - dim], dtype=torch.float64)
+    integer, mask, bits, smallest = _FORMATS[factor.dtype]
+    powers = torch.bitwise_and(factor.detach().view(integer), mask).view(factor.dtype).to(torch.float64)
+    if factor.dtype == torch.float16:  # the only format whose subnormals, of fixed ulp, occur in trained factors
+        powers = powers.clamp_min(smallest)
+    return powers.square().sum(dim).cpu() * 4.0**-bits
+
+
+def noise_energy(
+    matrix: LowRankMatrix, left_energy: Float[Tensor, " rank"], right_energy: Float[Tensor, " rank"]
+) -> float:
+    """Predicted energy of the rounding noise in a product of stored factors.
+
+    Args:
+        matrix: The product; its factors in their storage dtype.
+        left_energy: ‖B_k‖², squared norms of the columns of B.
+        right_energy: ‖A_k‖², squared norms of the rows of A.
+    """
+    left_noise = ulp_energy(matrix.left_factor, dim=0) / 12
+    right_noise = ulp_energy(matrix.right_factor, dim=1) / 12
+    return matrix.scale**2 * float(left_noise @ right_energy + left_energy @ right_noise)

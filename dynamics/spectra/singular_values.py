@@ -1,0 +1,112 @@
+"""Singular values of matrices and of products of thin factors, in float64."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TypeAlias, overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from probes.low_rank import LowRankMatrix
+
+Matrix: TypeAlias = Tensor | LowRankMatrix
+
+
+@overload
+def singular_values(matrix: Matrix) -> Tensor: ...
+@overload
+def singular_values(matrix: Sequence[Matrix]) -> list[Tensor]: ...
+def singular_values(matrix: Matrix | Sequence[Matrix]) -> Tensor | list[Tensor]:
+    r"""Singular values, descending, in float64 on the device of the input.
+
+    A :class:`~probes.LowRankMatrix` is never multiplied out: with B = Q_B R_B and Aᵀ = Q_A R_A, the singular values
+    of s B A are those of the small core s R_B R_Aᵀ (Golub & Van Loan). Small singular values keep all their digits
+    relative to σ_1·ε, where forming the Gram matrices would lose those below σ_1·10⁻⁸. Cost 2(out + in)·rank².
+
+    Args:
+        matrix: ``(out, in)`` tensor, or low-rank matrix, or a list of either; a list is batched by shape.
+
+    Returns:
+        ``(min(out, in),)``, for a low-rank matrix ``(min(out, in, rank),)``; for a list, one tensor each. All NaN if
+        the matrix holds NaN or infinity.
+
+    Raises:
+        ValueError: If a tensor is not a matrix.
+
+    >>> import torch
+    >>> from probes import LowRankMatrix
+    >>> singular_values(LowRankMatrix(torch.tensor([[3.0], [4.0]]), torch.tensor([[0.0, 2.0]]), scale=0.5))
+    tensor([5.], dtype=torch.float64)
+    >>> singular_values([torch.eye(2), torch.diag(torch.tensor([1.0, 2.0]))])[1]
+    tensor([2., 1.], dtype=torch.float64)
+    """
+    if isinstance(matrix, Tensor | LowRankMatrix):
+        return _batched([matrix])[0]
+    return _batched(list(matrix))
+
+
+def _batched(matrices: list[Matrix]) -> list[Tensor]:
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    for position, matrix in enumerate(matrices):
+        if isinstance(matrix, LowRankMatrix):
+            groups[(*matrix.shape, matrix.rank, matrix.left_factor.device)].append(position)
+        elif matrix.ndim == 2:
+            groups[(*matrix.shape, None, matrix.device)].append(position)
+        else:
+            raise ValueError(f"Expected a matrix of shape (out, in), got a tensor of shape {tuple(matrix.shape)}.")
+    result: list[Tensor] = [torch.empty(0)] * len(matrices)
+    for (_, _, rank, device), members in groups.items():
+        if rank is None:
+            dense = torch.stack([matrices[i].detach().to(torch.float64) for i in members])  # type: ignore[union-attr]
+            values = core_singular_values(dense)
+        else:
+            values = core_singular_values(_cores([matrices[i] for i in members]))  # type: ignore[arg-type]
+        for position, row in zip(members, values, strict=True):
+            result[position] = row.to(device)
+    return result
+
+
+def _cores(matrices: Sequence[LowRankMatrix]) -> Float[Tensor, "batch k l"]:
+    """R_B R_Aᵀ of matrices of one shape."""
+    left = torch.stack([matrix.left_factor.detach().to(torch.float64) for matrix in matrices])
+    right = torch.stack([matrix.right_factor.detach().to(torch.float64) for matrix in matrices])
+    scale = torch.tensor([matrix.scale for matrix in matrices], dtype=torch.float64, device=left.device)
+    return scale[:, None, None] * triangle(left) @ triangle(right.mT).mT
+
+
+def triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch k columns"]:
+    """R of the QR decomposition; k = min(rows, columns)."""
+    return torch.linalg.qr(tall, mode="r").R
+
+
+def core_singular_values(cores: Float[Tensor, "*batch k l"]) -> Float[Tensor, "*batch n"]:
+    """Singular values of a batch of small matrices, on the host; NaN where a core is not finite.
+
+    On the host, since the batched solvers of CUDA fall off a cliff above 32×32 and synchronise anyway.
+
+    Raises:
+        torch.linalg.LinAlgError: Never for one bad core: it becomes NaN, and its neighbours are computed alone.
+    """
+    cores = cores.cpu()
+    finite = cores.isfinite().all(-1).all(-1)
+    clean = torch.where(finite[..., None, None], cores, 0.0)
+    try:
+        values = torch.linalg.svdvals(clean)
+    except torch.linalg.LinAlgError:
+        values = _one_by_one(clean)
+    return torch.where(finite[..., None], values, torch.nan)
+
+
+def _one_by_one(cores: Float[Tensor, "*batch k l"]) -> Float[Tensor, "*batch n"]:
+    """Twin of a batched svdvals in which a core that does not converge costs only its own row."""
+    flat = cores.reshape(-1, *cores.shape[-2:])
+    values = torch.full((len(flat), min(flat.shape[-2:])), torch.nan, dtype=flat.dtype)
+    for index, core in enumerate(flat):
+        try:
+            values[index] = torch.linalg.svdvals(core)
+        except torch.linalg.LinAlgError:
+            continue  # stays NaN, which the caller reports by name
+    return values.reshape(*cores.shape[:-2], -1)

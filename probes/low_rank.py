@@ -1,0 +1,77 @@
+"""A matrix kept as the product of two thin factors."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class LowRankMatrix:
+    r"""A matrix \(\Delta W = s\,L R\) that is never multiplied out.
+
+    The factors are kept as they were given (same storage, same dtype, no copy), and the scale beside
+    them: folding \(s\) into a factor that is then subtracted from its predecessor would cost up to
+    eight digits of the difference. ``left @ right`` is the matrix, in float64, every scale folded in.
+
+    Args:
+        left: ``(out, rank)``, LoRA's B.
+        right: ``(rank, in)``, LoRA's A.
+        scale: LoRA's scale, e.g. alpha / r.
+
+    Raises:
+        ValueError: If the factors are not two matrices that can be multiplied.
+
+    >>> import torch
+    >>> matrix = LowRankMatrix(torch.ones(3, 1), torch.ones(1, 2), scale=2.0)
+    >>> matrix.shape, matrix.rank
+    ((3, 2), 1)
+    >>> matrix.left @ matrix.right
+    tensor([[2., 2.],
+            [2., 2.],
+            [2., 2.]], dtype=torch.float64)
+    """
+
+    __slots__ = ("left_factor", "right_factor", "scale")
+
+    def __init__(self, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+        if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
+            raise ValueError(
+                f"Expected factors of shapes (out, rank) and (rank, in), "
+                f"got {tuple(left.shape)} and {tuple(right.shape)}."
+            )
+        self.left_factor = left
+        self.right_factor = right
+        self.scale = float(scale)
+
+    @property
+    def left(self) -> Float[Tensor, "out rank"]:
+        """The left factor in float64, scale folded in: ``(out, rank)``."""
+        return self.left_factor.to(torch.float64) * self.scale
+
+    @property
+    def right(self) -> Float[Tensor, "rank in"]:
+        """The right factor in float64: ``(rank, in)``."""
+        return self.right_factor.to(torch.float64)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.left_factor.shape[0], self.right_factor.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of ``left``: an upper bound of the matrix's rank."""
+        return self.left_factor.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The coarser of the two dtypes in which the factors are stored."""
+        return max(self.left_factor.dtype, self.right_factor.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+
+    def to_dense(self) -> Float[Tensor, "out in"]:
+        """The product, in float64. For tests and small matrices: everything else works on the factors."""
+        return self.left @ self.right
+
+    def __repr__(self) -> str:
+        return f"LowRankMatrix(shape={self.shape}, rank={self.rank}, scale={self.scale:g}, dtype={self.dtype})"
