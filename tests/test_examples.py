@@ -13,7 +13,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from safetensors.torch import load_file, safe_open
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPT = EXAMPLES / "train_lora.py"
@@ -24,11 +25,16 @@ ABSOLUTE_PATH = re.compile(r'"(?:/|~|\\\\|[A-Za-z]:[/\\])[^"]*"')  # as a JSON s
 
 
 def train(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the example as a user does; offline, so that a download would be an error."""
+    """Run the example as a user does; offline, so that a download would be an error.
+
+    One thread: several that wait for each other on busy cores, as beside other tests, are many times slower.
+    """
     pytest.importorskip("transformers", reason="the example trains with transformers: install the 'train' extra")
     pytest.importorskip("peft", reason="the example trains with peft: install the 'train' extra")
-    command, offline = [sys.executable, str(SCRIPT), *arguments], os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=offline, check=False)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, env=environment, check=False
+    )
 
 
 def train_briefly(out: Path) -> subprocess.CompletedProcess[str]:

@@ -68,7 +68,7 @@ def _sample(files: Files) -> str:
         digest.update(repr((name, listing)).encode())
         with file.open() as load:
             for key in _telling(file)[:_SAMPLED_TENSORS]:
-                digest.update(_bits(load(key)[:_SAMPLED_ROWS] if file.tensors[key].shape else load(key)).numpy())
+                digest.update(_bits(_start(load(key))).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -78,6 +78,10 @@ def _telling(file: WeightFile) -> list[str]:
     return sorted(
         file.tensors, key=lambda key: (parts[key] not in ("B", "embedding_A", "E"), file.tensors[key].count, key)
     )
+
+
+def _start(tensor: Tensor) -> Tensor:
+    return tensor[:_SAMPLED_ROWS] if tensor.ndim else tensor
 
 
 def _bits(tensor: Tensor) -> Tensor:

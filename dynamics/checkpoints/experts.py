@@ -35,7 +35,7 @@ class Level:
 def targeted(config: AdapterConfig, module: str) -> list[str]:
     """Names of the parameters of a module that the configuration adapts.
 
-    >>> config = AdapterConfig("LORA", 8, 16, target_parameters=("experts.down_proj", "experts.gate_up_proj"))
+    >>> config = AdapterConfig("LORA", 8, 16.0, target_parameters=("experts.down_proj", "experts.gate_up_proj"))
     >>> targeted(config, "model.layers.0.mlp.experts")
     ['down_proj', 'gate_up_proj']
     """

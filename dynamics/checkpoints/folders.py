@@ -155,7 +155,8 @@ def _candidate(folder: Path, step: int, names: Sequence[str]) -> Candidate:
             inside = os.listdir(inner)
         except OSError:
             continue  # no adapter is known to be in it; an adapter's own files are reported when they cannot be read
-        if _holds_adapter(inside):
+        # A folder with a training state or checkpoints of its own is another run, such as a copy of the best one.
+        if _holds_adapter(inside) and STATE not in inside and not any(map(_CHECKPOINT.fullmatch, inside)):
             adapters.append(_adapter(name, inner, inside))
     state = folder / STATE if STATE in names else None
     return Candidate(step, folder, tuple(adapters), state, tuple(names))

@@ -86,8 +86,8 @@ def _remarks(modules: Iterable[str], config: AdapterConfig) -> tuple[Remark, ...
     alphas = next(iter(ambiguous.values()))
     text = (
         f"Several keys of alpha_pattern match {some(map(module_name, ambiguous))} "
-        f"(alpha {' or '.join(f'{alpha:g}' for alpha in alphas)} for the first). The first is used, as PEFT does when it "
-        "loads; but PEFT sorts them when it saves, so training may have used another."
+        f"(alpha {' or '.join(f'{alpha:g}' for alpha in alphas)} for the first). "
+        "The first is used, as by PEFT when it loads; PEFT sorts them when it saves, so training may have used another."
     )
     return (*remarks, Remark("OD119", text))
 
@@ -166,9 +166,8 @@ def _products(
             (refused if isinstance(built, Refusal) else products)[name] = built  # type: ignore[assignment]
     for owner, levels in wrapped.items():
         name = matrix_names([owner])[owner]
-        built = expert_products(
-            module_name(owner), name, sorted(levels, key=lambda level: level.depth), config, tensors
-        )
+        by_depth = sorted(levels, key=lambda level: level.depth)
+        built = expert_products(module_name(owner), name, by_depth, config, tensors)
         if isinstance(built, Refusal):
             refused[name] = built
         else:
@@ -227,19 +226,21 @@ def _product(
     keys: Mapping[str, str], module: str, config: AdapterConfig, tensors: Mapping[str, TensorInfo], times: int
 ) -> Product | Refusal:
     a, b = next((keys[a], keys[b]) for a, b in _PAIRS if a in keys)
-    shape_a, shape_b = tensors[a].shape, tensors[b].shape
-    if len(shape_a) > 2 and shape_a[0] != shape_b[1] and shape_b[1] and shape_a[0] % shape_b[1] == 0:
+    shape_a: tuple[int, ...] = tensors[a].shape
+    shape_b: tuple[int, ...] = tensors[b].shape
+    rank, inner = shape_a[0], shape_b[1]
+    if len(shape_a) > 2 and rank != inner and rank % inner == 0:
         reason = f"lora_A {list(shape_a)} and lora_B {list(shape_b)} are of a grouped convolution: no single product."
         return Refusal("OD103", reason, "Grouped convolutions are not analysed.")
-    if shape_a[0] != shape_b[1] or any(size != 1 for size in shape_b[2:]):
+    if rank != inner or any(size != 1 for size in shape_b[2:]):
         return Refusal("OD104", f"lora_A {list(shape_a)} and lora_B {list(shape_b)} do not multiply.", _SAVE)
     if config.peft_type == "ADALORA":
         return _adalora(keys, module, config, tensors)
-    expected = config.rank_of(module, stored=shape_a[0])
-    if shape_a[0] != expected:
-        reason = f"The configuration gives it rank {expected}, its factors have rank {shape_a[0]}."
+    expected = config.rank_of(module, stored=rank)
+    if rank != expected:
+        reason = f"The configuration gives it rank {expected}, its factors have rank {rank}."
         return Refusal("OD104", reason, "Correct r or rank_pattern in adapter_config.json: the scale depends on it.")
-    return plain(a, b, tensors, times * config.scale_of(module, stored=shape_a[0]))
+    return plain(a, b, tensors, times * config.scale_of(module, stored=rank))
 
 
 def _adalora(

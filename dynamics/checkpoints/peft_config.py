@@ -74,7 +74,7 @@ class AdapterConfig:
         Sources: ``LoraLayer.update_layer`` and ``SVDLinear.get_delta_weight`` of PEFT 0.21;
         rsLoRA: Kalajdzievski 2023.
 
-        >>> AdapterConfig("LORA", rank=16, alpha=32, rslora=True).scale_of("q_proj")
+        >>> AdapterConfig("LORA", rank=16, alpha=32.0, rslora=True).scale_of("q_proj")
         8.0
         """
         alpha = next(iter(_matches(self.alpha_pattern, module)), self.alpha)

@@ -70,6 +70,7 @@ def open_trajectory(run: str | PathLike[str], matrices: str | None = None) -> Tr
         *_duplicate_findings([contents[i] for i in used], checkpoints),
         *_missing_findings(checkpoints),
         *_rank_findings(checkpoints),
+        *_size_findings(checkpoints),
         Finding("OD117", _NAMES),
     ]
     return Trajectory(folder, tuple(checkpoints), merged_log(segments.numbers, clues), tuple(_merged(findings)))
@@ -225,6 +226,22 @@ def _rank_findings(checkpoints: Sequence[Checkpoint]) -> list[Finding]:
         )
         for changes, members in groups.items()
     ]
+
+
+def _size_findings(checkpoints: Sequence[Checkpoint]) -> list[Finding]:
+    """Matrices whose size changes within one training: no difference of them can be formed."""
+    findings = []
+    last: dict[tuple[int, str], tuple[int, tuple[int, int]]] = {}
+    for checkpoint in checkpoints:
+        for name, shape in checkpoint.shapes.items():
+            size = (shape.out, shape.in_)
+            step, before = last.get((checkpoint.segment, name), (checkpoint.step, size))
+            if size != before:
+                message = f"Its size is {before} at step {step} and {size} at step {checkpoint.step}."
+                remedy = "Check that these checkpoints are of one training."
+                findings.append(Finding("OD104", message, remedy, matrix=name, step=checkpoint.step))
+            last[checkpoint.segment, name] = (checkpoint.step, size)
+    return findings
 
 
 def _steps(steps: Sequence[int]) -> str:

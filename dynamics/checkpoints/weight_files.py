@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -160,19 +160,14 @@ def _checked(entries: Mapping[str, Any], room: int) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _fields(key: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
-    def whole(number: object) -> bool:
-        return isinstance(number, int) and not isinstance(number, bool)
+def _whole(numbers: object) -> TypeGuard[list[int]]:
+    return isinstance(numbers, list) and all(type(number) is int for number in numbers)  # a bool is no size
 
+
+def _fields(key: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
     if isinstance(entry, dict):
         dtype, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
-        if (
-            isinstance(shape, list)
-            and all(whole(n) and n >= 0 for n in shape)
-            and isinstance(offsets, list)
-            and len(offsets) == 2
-            and all(whole(n) for n in offsets)
-        ):
+        if _whole(shape) and min(shape, default=0) >= 0 and _whole(offsets) and len(offsets) == 2:
             if not isinstance(dtype, str) or dtype not in _BITS:
                 raise UnreadableFile("OD101", f"Its header gives {key!r} the unknown dtype {dtype!r}.", _AGAIN)
             return dtype, tuple(shape), (offsets[0], offsets[1])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TypeAlias
 
 import torch
@@ -25,8 +26,9 @@ from dynamics.spectra.increments import Cores
 from dynamics.spectra.singular_values import core_singular_values, singular_values
 from probes.low_rank import LowRankMatrix
 
-#: Bytes of float64 stack that one task works on: a few matrices of a 7B model, which stay in the last-level cache.
-BATCH_BYTES = 2**23
+#: Bytes of float64 stack that one task works on. Small matrices share a task; those of a 7B model come one by one,
+#: since larger allocations are mapped and zeroed anew each time.
+BATCH_BYTES = 2**21
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,10 @@ def _segment_spectra(
     try:
         for checkpoint in checkpoints:
             stack = ExitStack()
-            opened.insert(0, (stack, stack.enter_context(checkpoint.open())))
-            window = _Window(*(matrices for _, matrices in opened), *[None] * (3 - len(opened)), solved, reduced)
+            matrices = stack.enter_context(checkpoint.open())
+            # A matrix is wanted three times: as itself, as a predecessor, and by the next increment's cosine.
+            opened.insert(0, (stack, OpenCheckpoint(matrices.shapes, cache(matrices.__getitem__))))
+            window = _Window(*(each for _, each in opened), *[None] * (3 - len(opened)), solved, reduced)
             solved_now: dict[str, MatrixSpectra] = {}
             findings: list[Finding] = []
             reduced_now: dict[str, Cores] = {}

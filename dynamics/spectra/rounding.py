@@ -43,7 +43,7 @@ def ulp_energy(factor: Tensor, dim: int) -> Float[Tensor, " k"]:
     powers = torch.bitwise_and(factor.detach().view(integer), mask).view(factor.dtype).to(torch.float64)
     if factor.dtype == torch.float16:  # the only format whose subnormals, of fixed ulp, occur in trained factors
         powers = powers.clamp_min(smallest)
-    return powers.square().sum(dim).cpu() * 4.0**-bits
+    return powers.square_().sum(dim).cpu() * 4.0**-bits
 
 
 def noise_energy(

@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import dynamics
 from dynamics._version import __version__
 
 _LIBRARIES = ("torch", "numpy", "scipy", "safetensors", "xarray", "zarr")
@@ -51,7 +50,7 @@ def _library_versions() -> dict[str, str]:
 
 def _git_commit() -> str:
     """Commit of the toolkit's own checkout, ``""`` for an installed package."""
-    root = Path(dynamics.__file__).parent.parent
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""
     command = ["git", "-C", str(root), "rev-parse", "HEAD"]

@@ -1,0 +1,69 @@
+"""The set of figures of a result: what goes to ``figures/`` and into the report."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+from dynamics.plot.heatmap import heatmap
+from dynamics.plot.result import group
+from dynamics.plot.spectrum import spectra_of_standouts
+from dynamics.plot.training_log import training_log
+from dynamics.plot.trajectory import trajectory
+
+#: Variable and kind of each figure over the steps.
+OVER_STEPS = (
+    ("frobenius_norm", "total"),
+    ("frobenius_norm", "increment"),
+    ("path_length", ""),
+    ("increment_cosine", ""),
+    ("effective_rank_energy", "total"),
+    ("effective_rank_energy", "increment"),
+    ("stable_rank", "total"),
+    ("entropy_deficit", "total"),
+)
+#: Variables of the heatmaps, of the total update.
+HEATMAPS = ("frobenius_norm", "effective_rank_energy")
+
+
+def figures(tree: xr.DataTree) -> dict[str, Figure]:
+    """Every figure that has something to show, by a name that can be a file's.
+
+    Args:
+        tree: A result; of several runs the names are ``<run>/<figure>``.
+    """
+    if "runs" in tree.children:
+        return {
+            f"{run}/{name}": figure
+            for run, each in tree["runs"].children.items()
+            for name, figure in figures(each).items()
+        }
+    summary, update = group(tree, "summary"), group(tree, "update")
+    drawn = {
+        figure_name(variable, kind): trajectory(tree, variable=variable, kind=kind or "total")
+        for variable, kind in OVER_STEPS
+        if _has_values(summary[f"{variable}_quantile"], kind)
+    }
+    if "training" in tree.children and _has_values(tree["training"].to_dataset().get("loss")):
+        drawn["training_loss"] = training_log(tree, variable="loss")
+    for variable in HEATMAPS:
+        if _has_values(update[variable], "total"):
+            drawn[f"heatmap_{variable}"] = heatmap(tree, variable=variable)
+    drawn["spectra"] = spectra_of_standouts(tree)
+    return drawn
+
+
+def figure_name(variable: str, kind: str) -> str:
+    """The name of a figure over the steps.
+
+    >>> figure_name("stable_rank", "total"), figure_name("path_length", "")
+    ('stable_rank_total', 'path_length')
+    """
+    return f"{variable}_{kind}" if kind else variable
+
+
+def _has_values(array: xr.DataArray | None, kind: str = "") -> bool:
+    if array is None:
+        return False
+    return bool(np.isfinite((array.sel(kind=kind) if kind else array).values).any())

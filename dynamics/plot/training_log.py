@@ -1,0 +1,57 @@
+"""A logged number over the steps: the training's own account, beside what the weights did."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dynamics.plot.result import group, variable_of
+from dynamics.plot.style import COLOURS, canvas, figure_of, say_nothing_to_draw, step_axis, without_mathematics
+from dynamics.plot.svg import describe
+
+
+def training_log(data: xr.DataTree | xr.Dataset, *, variable: str = "loss", ax: Axes | None = None) -> Figure:
+    """One scalar of the training log as it was logged.
+
+    Args:
+        data: The result of one run, or its ``/training`` group.
+        variable: ``loss``, ``learning_rate``, ``grad_norm`` or whatever else was logged.
+        ax: Draw here, in the style of these axes; a new figure by default.
+
+    Raises:
+        ValueError: If there is no log, or the variable is not in it.
+
+    Example: ``plot.training_log(dynamics.open_run("runs/imax"), variable="grad_norm")``
+    """
+    log = group(data, "training")
+    logged = variable_of(log, variable)
+    name = str(logged.attrs.get("long_name", variable))
+    segments = log["log_segment"].values
+    known = np.isfinite(logged.values)
+    with canvas(ax) as axes:
+        for number, segment in enumerate(np.unique(segments)):
+            here = known & (segments == segment)
+            axes.plot(
+                log["log_step"].values[here],
+                logged.values[here],
+                color=COLOURS[number % len(COLOURS)],
+                marker="o" if here.sum() < 30 else "",
+                label=f"training {segment}",
+            )
+        axes.set_title(f"training log: {name}")
+        axes.set_ylabel(f"{name} (as logged)")
+        without_mathematics([axes.title, axes.yaxis.label])
+        if known.any():
+            step_axis(axes)
+        else:
+            say_nothing_to_draw(axes, "no finite value was logged")
+        if len(np.unique(segments)) > 1:
+            axes.legend()
+    figure = figure_of(axes)
+    if ax is None:
+        finite = logged.values[known]
+        ends = f"from {finite[0]:.3g} to {finite[-1]:.3g}" if finite.size else "without a finite value"
+        describe(figure, f"training log: {name}", f"Line over optimizer steps of what was logged, {ends}.")
+    return figure

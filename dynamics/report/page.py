@@ -1,0 +1,134 @@
+"""The report: one HTML page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
+
+import xarray as xr
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from dynamics import plot, schema
+from dynamics.plot.figures import HEATMAPS, OVER_STEPS, figure_name
+from dynamics.plot.hover_heatmap import fits_a_page
+from dynamics.plot.standouts import RULE
+from dynamics.report import words
+from dynamics.report.grouped import evidence_words, grouped, place, severities
+from dynamics.report.markup import breakable, formula
+from dynamics.report.summary import summarise
+
+#: A longer table makes a page that is slow to open; the whole one is in summary.json.
+MOST_ROWS = 1000
+#: Variables that the page shows beside the measures.
+_SIZES = ("frobenius_norm", "path_length", "increment_cosine", "suggested_rank")
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("dynamics.report", ""),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters |= {
+    "number": words.number,
+    "percent": words.percent,
+    "place": place,
+    "evidence": evidence_words,
+    "breakable": breakable,
+    "formula": formula,
+}
+_TEMPLATES.globals |= {"counted": words.counted}
+
+
+def page(tree: xr.DataTree, *, figures: Mapping[str, str] | None = None) -> str:
+    """The report of a result as one HTML page: no network, no other file, readable without scripts.
+
+    Everything that comes from files (names, findings, paths) is escaped, and the page's own policy allows no
+    script but its own.
+
+    Args:
+        tree: A result of one run, or of several under ``/runs``.
+        figures: SVG text by name, where ``plot.figures`` have been drawn already.
+
+    Example: ``Path("report.html").write_text(report.page(dynamics.open_run("runs/imax")), encoding="utf-8")``
+    """
+    if figures is None:
+        figures = {name: plot.to_svg(figure) for name, figure in plot.figures(tree).items()}
+    several = "runs" in tree.children
+    trees = dict(tree["runs"].children) if several else {"": tree}
+    runs = []
+    for number, (name, run) in enumerate(trees.items()):
+        prefix = f"{name}/" if several else ""
+        own = {key.removeprefix(prefix): svg for key, svg in figures.items() if key.startswith(prefix)}
+        runs.append(_run(str(name), run, own, number))
+    script = _TEMPLATES.get_template("sort.js.j2").render()
+    return _TEMPLATES.get_template("page.html.j2").render(
+        runs=runs,
+        several=several,
+        refused=grouped(json.loads(tree.attrs.get("findings", "[]"))) if several else [],
+        script=Markup(script),
+        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
+        version=runs[0]["summary"]["toolkit_version"],
+    )
+
+
+def _run(name: str, tree: xr.DataTree, figures: Mapping[str, str], number: int) -> dict[str, Any]:
+    """What the template says of one run."""
+    update = tree["update"].to_dataset().load()
+    summary = summarise(tree)
+    over_steps = {figure_name(variable, kind): variable for variable, kind in OVER_STEPS}
+    # Rows in model order give the name's column something better to sort by than letters.
+    position = {name: index for index, name in enumerate(update["matrix"].values.tolist())}
+    return {
+        "id": f"run{number}",
+        "name": name or summary["run"],
+        "summary": summary,
+        "answers": [words.how_far(summary), words.how_many_directions(summary)],
+        "analysed": words.what_was_analysed(summary),
+        "findings": grouped(summary["findings"]),
+        "severities": severities(summary["findings"]),
+        "figures": {key: Markup(svg) for key, svg in figures.items()},
+        "captions": {key: _definition(update, variable) for key, variable in over_steps.items()},
+        "has_increments": any(len(segment["steps"]) > 1 for segment in summary["segments"]),
+        "heatmaps": [_heatmap(update, variable) for variable in HEATMAPS] if fits_a_page(update) else [],
+        "rule": RULE,
+        "rows": [{**row, "position": position[row["name"]]} for row in summary["table"][:MOST_ROWS]],
+        "definitions": _definitions(update),
+        "provenance": _provenance(tree),
+    }
+
+
+def _definition(update: xr.Dataset, variable: str) -> str:
+    return str(update[variable].attrs.get("definition", ""))
+
+
+def _heatmap(update: xr.Dataset, variable: str) -> dict[str, Any]:
+    scale, panels = plot.hover_heatmap(update, variable=variable)
+    return {
+        "title": f"{update[variable].attrs['long_name']}, total",
+        "scale": Markup(scale),
+        "panels": [(label, Markup(svg)) for label, svg in panels],
+    }
+
+
+def _definitions(update: xr.Dataset) -> list[dict[str, str]]:
+    names = [*_SIZES, *schema.MEASURES]
+    keys = ("long_name", "units", "definition", "reference")
+    return [{"name": name, **{key: str(update[name].attrs.get(key, "")) for key in keys}} for name in names]
+
+
+def _provenance(tree: xr.DataTree) -> dict[str, Any]:
+    attributes = tree.attrs
+    return {
+        "created": attributes["created"],
+        "toolkit_version": attributes["toolkit_version"],
+        "git_commit": attributes["git_commit"],
+        "seed": attributes["seed"],
+        "libraries": json.loads(attributes["library_versions"]),
+        "configuration": json.loads(attributes["configuration"]),
+        "inputs": json.loads(attributes["inputs"]),
+    }

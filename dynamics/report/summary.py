@@ -1,0 +1,148 @@
+"""The content of ``summary.json``: what a run's result says at its last step, as plain JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import xarray as xr
+
+_TOTALS = (
+    "frobenius_norm_all",
+    "entropy_energy_block_diagonal",
+    "effective_rank_block_diagonal",
+    "participation_ratio_block_diagonal",
+)
+_OVER_MATRICES = ("frobenius_norm", "effective_rank_energy", "stable_rank", "dominant_ratio", "entropy_deficit")
+_PER_MATRIX = (
+    "frobenius_norm",
+    "effective_rank_energy",
+    "effective_rank_amplitude",
+    "stable_rank",
+    "dominant_ratio",
+    "entropy_deficit",
+    "null_percentile",
+)
+_FLAGS = ("is_zero", "quantisation_limited")
+
+
+def summarise(tree: xr.DataTree) -> dict[str, Any]:
+    """What a result says at its last step.
+
+    Args:
+        tree: A result of one run, or of several under ``/runs``.
+
+    Returns:
+        Strictly valid JSON, missing and infinite numbers as ``None``. For one run: ``toolkit_version``, ``run``,
+        ``created``, ``steps``, ``segments`` (training and its steps), ``matrices`` (how many), ``last_step``,
+        ``suggested_rank_energy`` (share of energy that the suggested ranks hold), ``totals`` (of the direct sum of all updates), ``over_matrices`` (quartiles, and the medians of the null),
+        ``roles``, ``table`` (a row for each matrix, largest update first), ``findings``. All numbers are of the
+        total update, i.e. since the start of training. For several: ``{"runs": {name: …}, "findings": […]}``, these
+        findings being about runs that could not be opened.
+
+    Example: ``summarise(dynamics.open_run("runs/imax"))["totals"]["frobenius_norm_all"]``
+    """
+    if "runs" in tree.children:
+        runs = {str(name): summarise(run) for name, run in tree["runs"].children.items()}
+        return {"runs": runs, "findings": _findings(tree)}
+    update = tree["update"].to_dataset().load()
+    last = update.isel(step=-1).sel(kind="total")
+    return {
+        "toolkit_version": str(tree.attrs["toolkit_version"]),
+        "run": str(tree.attrs["run"]),
+        "label": str(tree.attrs.get("label", "")),
+        "created": str(tree.attrs["created"]),
+        "steps": update["step"].values.tolist(),
+        "segments": _segments(update),
+        "matrices": update.sizes["matrix"],
+        "last_step": int(last["step"]),
+        "suggested_rank_energy": float(update["suggested_rank"].attrs["energy"]),
+        "totals": {name: _number(last[name]) for name in _TOTALS},
+        "over_matrices": _over_matrices(tree["summary"].to_dataset().load()),
+        "roles": _roles(last),
+        "table": _table(last),
+        "findings": _findings(tree),
+    }
+
+
+def all_findings(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The findings of a summary, of several runs one after the other."""
+    runs: Iterable[Mapping[str, Any]] = summary.get("runs", {}).values()
+    return [*summary["findings"], *(finding for run in runs for finding in run["findings"])]
+
+
+def _number(value: Any) -> float | None:
+    """A finite number as it is, else ``None``: JSON has neither NaN nor infinity."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _whole(value: Any) -> int | None:
+    number = _number(value)
+    return None if number is None else int(number)
+
+
+def _findings(tree: xr.DataTree) -> list[dict[str, Any]]:
+    return json.loads(tree.attrs.get("findings", "[]"))
+
+
+def _segments(update: xr.Dataset) -> list[dict[str, Any]]:
+    steps: dict[int, list[int]] = {}
+    for segment, step in zip(update["segment"].values.tolist(), update["step"].values.tolist(), strict=True):
+        steps.setdefault(segment, []).append(step)
+    return [{"segment": segment, "steps": own} for segment, own in sorted(steps.items())]
+
+
+def _over_matrices(summary: xr.Dataset) -> dict[str, dict[str, float | None]]:
+    """Quartiles over matrices at the last step, and what a random LoRA would have (medians over matrices)."""
+    last = summary.isel(step=-1).sel(kind="total")
+    return {
+        name: {
+            **{
+                word: _number(last[f"{name}_quantile"].sel(quantile=quantile))
+                for word, quantile in (("lower_quartile", 0.25), ("median", 0.5), ("upper_quartile", 0.75))
+            },
+            **{
+                word: _number(last[f"{name}_null{bound}"])
+                for word, bound in (("null_mean", ""), ("null_5_percent", "_low"), ("null_95_percent", "_high"))
+                if f"{name}_null{bound}" in last
+            },
+        }
+        for name in _OVER_MATRICES
+    }
+
+
+def _roles(last: xr.Dataset) -> list[dict[str, Any]]:
+    members = last["role"].values.tolist()
+    rows = [
+        {
+            "role": str(role),
+            "matrices": members.count(role),
+            "frobenius_norm": _number(last["frobenius_norm_by_role"].sel(role_name=role)),
+            "energy_share": _number(last["energy_share_by_role"].sel(role_name=role)),
+        }
+        for role in last["role_name"].values
+    ]
+    return sorted(rows, key=lambda row: -(row["energy_share"] or 0.0))
+
+
+def _table(last: xr.Dataset) -> list[dict[str, Any]]:
+    columns = {name: last[name].values.tolist() for name in (*_PER_MATRIX, *_FLAGS, "suggested_rank", "count")}
+    coordinates = {name: last[name].values.tolist() for name in ("matrix", "layer", "role", "out", "in", "adapter_rank")}
+    rows = [
+        {
+            "name": coordinates["matrix"][row],
+            "layer": coordinates["layer"][row] if coordinates["layer"][row] >= 0 else None,
+            **{name: coordinates[name][row] for name in ("role", "out", "in", "adapter_rank")},
+            **{name: _number(columns[name][row]) for name in _PER_MATRIX},
+            "suggested_rank": _whole(columns["suggested_rank"][row]),
+            "flags": [
+                *(flag for flag in _FLAGS if columns[flag][row]),
+                *(["not_in_last_checkpoint"] if columns["count"][row] == 0 else []),
+            ],
+        }
+        for row in range(last.sizes["matrix"])
+    ]
+    return sorted(rows, key=lambda row: -(row["frobenius_norm"] or 0.0))

@@ -1,0 +1,93 @@
+"""The summary for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from dynamics.report.grouped import FindingGroup, grouped, place
+from dynamics.report.words import how_far, how_many_directions, number, what_was_analysed
+
+#: Rows of the table: what fits a screen together with the findings.
+ROWS = 12
+_NAME_WIDTH = 34
+_STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+
+
+def terminal_summary(summary: Mapping[str, Any]) -> RenderableType:
+    """A short table of the largest updates, then the findings by code.
+
+    Args:
+        summary: See ``summarise``.
+
+    Returns:
+        Something that ``rich`` prints. Text from files is shown as it is, never read as markup.
+    """
+    if "runs" in summary:
+        runs = [part for run in summary["runs"].values() for part in (*_one_run(run), Text())]
+        return Group(*runs, *_findings(summary["findings"]))
+    return Group(*_one_run(summary))
+
+
+def _one_run(summary: Mapping[str, Any]) -> list[RenderableType]:
+    head = Text.assemble((summary["run"], "bold"), ": ", what_was_analysed(summary))
+    answers = " ".join(sentence for sentence in (how_far(summary), how_many_directions(summary)) if sentence)
+    return [head, Text(answers), Text(), _table(summary), Text(), *_findings(summary["findings"])]
+
+
+def _table(summary: Mapping[str, Any]) -> Table:
+    rows = summary["table"]
+    shown = rows[:ROWS]
+    what = f"the {ROWS} largest of {len(rows)} updates" if len(rows) > ROWS else "updates, largest first"
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
+        title=f"{what}, step {summary['last_step']:,}",
+        title_justify="left",
+        title_style="italic",
+    )
+    table.add_column("matrix", no_wrap=True, max_width=_NAME_WIDTH)
+    held = f"rank for\n{summary['suggested_rank_energy']:.0%}"
+    for heading in ("Frobenius\nnorm", "eff. rank\n(energy)", "adapter\nrank", "deficit\n(nat)", held):
+        table.add_column(heading, justify="right", no_wrap=True, min_width=max(map(len, heading.split("\n"))))
+    for row in shown:
+        table.add_row(
+            Text(_ending(row["name"], _NAME_WIDTH)),
+            number(row["frobenius_norm"]),
+            number(row["effective_rank_energy"]),
+            number(row["adapter_rank"]),
+            number(row["entropy_deficit"]),
+            number(row["suggested_rank"]),
+        )
+    return table
+
+
+def _ending(name: str, width: int) -> str:
+    """The end of a long name: it says more than its beginning."""
+    return name if len(name) <= width else f"…{name[len(name) - width + 1 :]}"
+
+
+def _findings(findings: list[Mapping[str, Any]]) -> list[RenderableType]:
+    if not findings:
+        return [Text("No findings.")]
+    return [part for group in grouped(findings) for part in _group(group)]
+
+
+def _group(group: FindingGroup) -> list[RenderableType]:
+    first = group.findings[0]
+    count = len(group.findings)
+    times = f" ({count} times)" if count > 1 else ""
+    head = Text.assemble((f"{group.severity} {group.code}", _STYLES[group.severity]), f" {group.title}{times}")
+    where = place(first)
+    text = f"{where}: {first['message']}" if where else first["message"]
+    if count > 1:
+        text += f" And {count - 1:,} more."
+    lines = [text, *(group.remedies[:1])]
+    return [head, Padding(Text(" ".join(lines)), (0, 0, 0, 2))]

@@ -1,0 +1,82 @@
+"""Numbers and summaries in words, the same in the terminal and on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+UNKNOWN = "–"
+
+
+def number(value: float | int | None, digits: int = 3) -> str:
+    """A number with so many significant digits, or a dash where there is none.
+
+    >>> number(0.0123456), number(12345.6), number(None), number(2.0), number(3.1e-9)
+    ('0.0123', '12,346', '–', '2.00', '3.10e-09')
+    """
+    if value is None:
+        return UNKNOWN
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value == 0:
+        return "0"
+    if abs(value) >= 10 ** (digits - 1) and abs(value) < 1e7:
+        return f"{value:,.0f}"
+    if not 1e-4 <= abs(value) < 1e7:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
+def percent(share: float | None) -> str:
+    """A share as percent.
+
+    >>> percent(0.1234), percent(None)
+    ('12.3 %', '–')
+    """
+    return UNKNOWN if share is None else f"{100 * share:.1f} %"
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A count with its noun.
+
+    >>> counted(1, "checkpoint"), counted(2, "matrix", "matrices")
+    ('1 checkpoint', '2 matrices')
+    """
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def what_was_analysed(summary: Mapping[str, Any]) -> str:
+    """One sentence: how many checkpoints of what.
+
+    Args:
+        summary: Of one run, see ``summarise``.
+    """
+    steps, ranks = summary["steps"], sorted({row["adapter_rank"] for row in summary["table"] if row["adapter_rank"]})
+    span = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
+    matrices = counted(summary["matrices"], "weight matrix", "weight matrices")
+    kind = ""
+    if ranks:
+        kind = f" with LoRA updates of rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+    trainings = len(summary["segments"])
+    apart = f", of {trainings} different trainings" if trainings > 1 else ""
+    return f"{counted(len(steps), 'checkpoint')} ({span}){apart}; {matrices}{kind}."
+
+
+def how_far(summary: Mapping[str, Any]) -> str:
+    """One sentence: the size of the whole update at the last step."""
+    norm = summary["totals"]["frobenius_norm_all"]
+    if norm is None:
+        return f"The size of the whole update at step {summary['last_step']:,} is not known."
+    if norm == 0:
+        return f"At step {summary['last_step']:,} no matrix has moved: every update is exactly zero."
+    return f"At step {summary['last_step']:,} the update has Frobenius norm {number(norm)} over all matrices."
+
+
+def how_many_directions(summary: Mapping[str, Any]) -> str:
+    """One sentence: effective rank over matrices, beside chance; ``""`` where nothing is known."""
+    rank = summary["over_matrices"]["effective_rank_energy"]
+    if rank["median"] is None:
+        return ""
+    quartiles = f"quartiles {number(rank['lower_quartile'])} to {number(rank['upper_quartile'])}"
+    null = "" if rank.get("null_mean") is None else f"; a random LoRA of the same shape has {number(rank['null_mean'])}"
+    return f"The effective rank (energy) of a matrix is {number(rank['median'])} in the median ({quartiles}){null}."

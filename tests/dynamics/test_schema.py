@@ -1,0 +1,100 @@
+import json
+import re
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from dynamics import pipeline, schema
+from dynamics.checkpoints import open_trajectory
+from tests.runs import write_run
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return pipeline.measure(open_trajectory(write_run(tmp_path / "run")))
+
+
+def changed(tree, **variables):
+    datasets = {path: node.to_dataset(inherit=False) for path, node in tree.subtree_with_keys}
+    result = xr.DataTree.from_dict({path: dataset for path, dataset in datasets.items() if path != "."})
+    result.attrs = dict(tree.attrs)
+    result["update"] = xr.DataTree(datasets["update"].assign(variables))
+    return result
+
+
+def test_what_the_pipeline_makes_keeps_the_schema(tree):
+    schema.check(tree)
+
+
+def test_several_runs_are_checked_each(tree):
+    both = xr.DataTree.from_dict({"/runs/a": tree, "/runs/b": tree})
+    schema.check(both)
+    del both["runs"]["b"].attrs["seed"]
+    with pytest.raises(ValueError, match=re.escape("/runs/b/ lacks the attribute 'seed'")):
+        schema.check(both)
+
+
+@pytest.mark.parametrize("name", schema.UPDATE)
+def test_every_variable_is_asked_for(tree, name):
+    update = tree["update"].to_dataset().drop_vars(name)
+    tree["update"] = xr.DataTree(update)
+    with pytest.raises(ValueError, match=re.escape(f"/update lacks '{name}'")):
+        schema.check(tree)
+
+
+def test_dimensions(tree):
+    values = tree["update"]["stable_rank"]
+    with pytest.raises(ValueError, match=re.escape("/update/stable_rank has dimensions ('kind', 'step', 'matrix')")):
+        schema.check(changed(tree, stable_rank=values.transpose("kind", "step", "matrix")))
+
+
+def test_attributes(tree):
+    values = tree["update"]["stable_rank"].copy()
+    del values.attrs["definition"]
+    with pytest.raises(ValueError, match=re.escape("/update/stable_rank lacks the attribute 'definition'")):
+        schema.check(changed(tree, stable_rank=values))
+
+
+def test_spectra_are_descending_and_end_at_their_count(tree):
+    values = tree["update"]["singular_value"].copy()
+    flipped = values.copy(data=values.values[..., ::-1])
+    with pytest.raises(ValueError, match="not descending"):
+        schema.check(changed(tree, singular_value=flipped))
+    with pytest.raises(ValueError, match="numbers beyond count"):
+        schema.check(changed(tree, singular_value=values.fillna(0.0)))
+
+
+def test_steps_are_unique_and_ascending(tree):
+    update = tree["update"].to_dataset()
+    tree["update"] = xr.DataTree(update.assign_coords(step=np.array([10, 10, 30])))
+    with pytest.raises(ValueError, match="steps are not unique and ascending"):
+        schema.check(tree)
+
+
+def test_increments_do_not_cross_trainings(tree):
+    update = tree["update"].to_dataset()
+    tree["update"] = xr.DataTree(update.assign_coords(segment=("step", [0, 1, 1])))
+    with pytest.raises(ValueError, match="from_step 10 of step 20 is not an earlier step of its segment"):
+        schema.check(tree)
+
+
+def test_attributes_are_strict_json(tree):
+    tree.attrs["findings"] = json.dumps([float("nan")])
+    with pytest.raises(ValueError, match="'findings' is not strict JSON"):
+        schema.check(tree)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.12.mlp.down_proj", (12, "mlp.down_proj", "model.layers")),
+        ("transformer.h.0.attn.c_attn", (0, "attn.c_attn", "transformer.h")),
+        ("stages.0.blocks.2.mlp.fc1", (0, "blocks.*.mlp.fc1", "stages")),
+        ("model.layers.1.self_attn.q_proj@second", (1, "self_attn.q_proj@second", "model.layers")),
+        ("classifier.0", (0, "classifier.0", "")),
+        ("embed_tokens", (-1, "embed_tokens", "")),
+    ],
+)
+def test_layer_role_and_stack(name, expected):
+    assert schema.layer_and_role(name) == expected
