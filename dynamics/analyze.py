@@ -21,10 +21,11 @@ ANALYSED, INPUT_REFUSED, NOTHING_ANALYSED, INTERRUPTED = 0, 1, 2, 130
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def _show_version(asked: bool) -> None:
+def _show_version(asked: bool) -> bool:
     if asked:
         typer.echo(__version__)
         raise typer.Exit
+    return asked
 
 
 @app.command()
@@ -112,7 +113,8 @@ def _tell(tree: xr.DataTree, folder: Path, as_json: bool, with_report: bool, qui
         console.print(str(folder / ("report.html" if with_report else "summary.json")), soft_wrap=True, highlight=False)
     if as_json or quiet:
         for finding in errors:
-            _complain(f"{finding['code']} {finding['file']}: {finding['message']}")
+            where = ", ".join(part for part in (finding["file"], finding["matrix"]) if part)
+            _complain(" ".join(part for part in (finding["code"], f"{where}:", finding["message"], finding["remedy"]) if part))
     return INPUT_REFUSED if errors else ANALYSED
 
 
@@ -152,7 +154,8 @@ def _progress_bar(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
         def advance(run: str, done: int, total: int) -> None:

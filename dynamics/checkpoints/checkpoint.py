@@ -154,7 +154,8 @@ class Reader:
             if place.weights is None:
                 message = f"It has {CONFIG} but no weights (adapter_model.safetensors or .bin)."
                 remedy = "Restore the weights, or remove the folder."
-                yield Finding("OD106", message, remedy, file=self._name(place.folder) if where else where, step=step)
+                name = place.folder.relative_to(self.run).as_posix() if place.folder != self.run else CONFIG
+                yield Finding("OD106", message, remedy, file=name, step=step)
         if candidate.adapters:
             return
         others = other_weights(candidate.folder, candidate.entries, self.run, step)

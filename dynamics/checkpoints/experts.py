@@ -7,6 +7,9 @@ told here from what must hold: ranks divide the rows into the same number of exp
 ``gate_up_proj``, ``down_proj`` the first is between the hidden and twice the intermediate size, the
 second between the intermediate and the hidden size. Where that leaves none or several, the
 parameters are refused, never guessed and never merged.
+
+The matrix of an expert is B A, as everywhere. Whether its rows are the outputs depends on the version
+of PEFT that trained it (early ones read every parameter as (experts, in, out)); its singular values do not.
 """
 
 from __future__ import annotations

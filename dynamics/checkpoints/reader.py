@@ -127,8 +127,10 @@ def _with_root(
     if {adapter.name for adapter in root.adapters} - set(reader.adapters):
         content = replace(content, products={})
     last = next((one for one in reversed(contents) if one.products), None)
+    problems: tuple[Finding, ...] = ()
     if not content.products:
         message += "nothing of it could be analysed."
+        problems = tuple(finding for finding in content.findings if finding.severity != "note")
     elif last is not None and same_tensors(last.files, content.files):
         message += "it holds the same weights as the last checkpoint."
     else:
@@ -143,7 +145,8 @@ def _with_root(
         why = "its step is unknown" if state is None or state.step is None else f"step {state.step} has a checkpoint"
         message += f"{why}, and its weights differ from the last checkpoint's."
         remedy = "Analyse it on its own, or put it into a folder checkpoint-N."
-    return candidates, contents, states, [Finding("OD110", message, remedy, file=_root_file(root))]
+    note = Finding("OD110", message, remedy, file=_root_file(root))
+    return candidates, contents, states, [note, *problems]
 
 
 def _root_file(root: Candidate) -> str:

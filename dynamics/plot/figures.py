@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from dynamics.plot.heatmap import heatmap
 from dynamics.plot.result import group
 from dynamics.plot.spectrum import spectra_of_standouts
+from dynamics.plot.standouts import standouts
 from dynamics.plot.training_log import training_log
 from dynamics.plot.trajectory import trajectory
 
@@ -40,17 +41,20 @@ def figures(tree: xr.DataTree) -> dict[str, Figure]:
             for name, figure in figures(each).items()
         }
     summary, update = group(tree, "summary"), group(tree, "update")
+    # Without increments a path has length 0, which is no news.
+    moved = has_values(summary["frobenius_norm_quantile"], "increment")
     drawn = {
         figure_name(variable, kind): trajectory(tree, variable=variable, kind=kind or "total")
         for variable, kind in OVER_STEPS
-        if _has_values(summary[f"{variable}_quantile"], kind)
+        if has_values(summary[f"{variable}_quantile"], kind) and (moved or variable != "path_length")
     }
-    if "training" in tree.children and _has_values(tree["training"].to_dataset().get("loss")):
+    if "training" in tree.children and has_values(tree["training"].to_dataset().get("loss")):
         drawn["training_loss"] = training_log(tree, variable="loss")
     for variable in HEATMAPS:
-        if _has_values(update[variable], "total"):
+        if has_values(update[variable], "total"):
             drawn[f"heatmap_{variable}"] = heatmap(tree, variable=variable)
-    drawn["spectra"] = spectra_of_standouts(tree)
+    if standouts(update):
+        drawn["spectra"] = spectra_of_standouts(tree)
     return drawn
 
 
@@ -63,7 +67,8 @@ def figure_name(variable: str, kind: str) -> str:
     return f"{variable}_{kind}" if kind else variable
 
 
-def _has_values(array: xr.DataArray | None, kind: str = "") -> bool:
+def has_values(array: xr.DataArray | None, kind: str = "") -> bool:
+    """Whether there is a finite number to draw."""
     if array is None:
         return False
     return bool(np.isfinite((array.sel(kind=kind) if kind else array).values).any())

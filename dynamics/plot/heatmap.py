@@ -16,6 +16,7 @@ from dynamics.plot.svg import describe
 _DIMS = ("step", "matrix")
 #: Inches for a row, and for the whole figure at most: it has to fit a page.
 _ROW, _TALLEST = 0.16, 11.0
+_MOST_LABELS = 60
 
 
 def heatmap(
@@ -92,13 +93,13 @@ def colour_range(values: np.ndarray) -> tuple[float, float]:
     """Smallest and largest finite value; a range of some width even for equal ones.
 
     >>> colour_range(np.array([[2.0, 2.0, np.nan]]))
-    (2.0, 3.0)
+    (2.0, 4.0)
     """
     finite = values[np.isfinite(values)]
     if not finite.size:
         return 0.0, 1.0
     low, high = float(finite.min()), float(finite.max())
-    return low, high if high > low else low + max(abs(low) / 2, 1e-12)
+    return low, high if high > low else low + (abs(low) or 1.0)
 
 
 def words_of_cells(values: np.ndarray, steps: int) -> str:
@@ -119,15 +120,14 @@ def _label_rows(axes: Axes, groups: list[RowGroup]) -> None:
         count = len(each.positions)
         if number:
             axes.axhline(start - 0.5, color="white", linewidth=1.5)
-        singles = each.labels[0] != "" and not each.labels[0][0].isdigit()
-        if singles and count <= 24:
+        if each.numbered:
+            ticks.append(start + (count - 1) / 2)
+            labels.append(f"{shorten(each.label, 40)}\n{each.labels[0]} to {each.labels[-1]}")
+        else:
             ticks += range(start, start + count)
             labels += [shorten(label, 40) for label in each.labels]
-        else:
-            ticks.append(start + (count - 1) / 2)
-            labels.append(f"{shorten(each.label, 40)}\nlayers {each.labels[0]}–{each.labels[-1]}")
         start += count
-    keep = max(1, -(-len(ticks) // 60))
+    keep = max(1, -(-len(ticks) // _MOST_LABELS))
     axes.set_yticks(ticks[::keep], labels[::keep])
     axes.tick_params(axis="y", length=0)
     without_mathematics(axes.get_yticklabels())

@@ -65,9 +65,11 @@ def _panel(
     rows: RowGroup, names: list[str], steps: list[int], values: np.ndarray, colours: np.ndarray, words: str
 ) -> str:
     labels = [shorten(label, 26) for label in rows.labels]
-    left = 8 + _CHARACTER * max(len(label) for label in labels)
+    left = 8 + int(_CHARACTER * max(len(label) for label in labels))
     width = min(26.0, (_WIDTH - left) / len(steps))
-    size = f'width="{width:.4g}" height="{_CELL_HEIGHT}"'
+    # Whole pixels leave no seams; cells thinner than that overlap a little instead.
+    width = float(int(width)) if width >= 2 else width
+    size = f'width="{width if width >= 2 else width + 0.5:.4g}" height="{_CELL_HEIGHT}"'
     every = max(1, -(-len(labels) // 32))
     parts = []
     for row, position in enumerate(rows.positions):
@@ -85,8 +87,8 @@ def _panel(
     )
     height = bottom + _BOTTOM
     return (
-        f'<svg class="cells" shape-rendering="crispEdges" role="img" aria-label={quoteattr(words)} width="{_WIDTH}" height="{height}" '
-        f'viewBox="0 0 {_WIDTH} {height}">{"".join(parts)}{ends}</svg>'
+        f'<svg class="cells" shape-rendering="crispEdges" role="img" aria-label={quoteattr(words)} '
+        f'width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}">{"".join(parts)}{ends}</svg>'
     )
 
 

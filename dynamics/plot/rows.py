@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-_NUMBER = re.compile(r"\d+")
+#: A number that stands for itself in a name: a layer, an expert; not the 1 of fc1.
+_NUMBER = re.compile(r"(?:^|[.\[])(\d+)(?=[.\]]|$)")
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,13 @@ class RowGroup:
         label: The role; with its stack where the model has several.
         positions: Of the matrices along ``matrix``, in the order to show them.
         labels: A short one for each: the layer, or what else tells it apart.
+        numbered: Whether the labels are numbers of one role's matrices, rather than names.
     """
 
     label: str
     positions: tuple[int, ...]
     labels: tuple[str, ...]
+    numbered: bool = True
 
 
 def row_groups(update: xr.Dataset) -> list[RowGroup]:
@@ -50,7 +53,7 @@ def row_groups(update: xr.Dataset) -> list[RowGroup]:
         groups.append(RowGroup(label, tuple(ordered), tuple(_labels(names, layers, ordered))))
     if single:
         label = "single matrices" if groups else "matrices"
-        groups.append(RowGroup(label, tuple(single), tuple(names[position] for position in single)))
+        groups.append(RowGroup(label, tuple(single), tuple(names[position] for position in single), False))
     return groups
 
 

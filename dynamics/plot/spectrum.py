@@ -76,7 +76,7 @@ def spectrum(
 
 
 def spectra_of_standouts(tree: xr.DataTree) -> Figure:
-    """One panel for each matrix that stands out at the last step, all on one scale."""
+    """One panel for each matrix that stands out at the last step, all on one scale; no panel if nothing moved."""
     update = group(tree, "update")
     reasons = standouts(update)
     rows = max(1, -(-len(reasons) // 3))
@@ -87,12 +87,10 @@ def spectra_of_standouts(tree: xr.DataTree) -> Figure:
         panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
         for panel, (name, reason) in zip(panels, reasons.items(), strict=False):
             _draw_standout(tree, panel, name, reason)
-        for empty in panels[len(reasons) :]:
-            if reasons:
-                empty.remove()
-                panels[panels.index(empty) - columns].tick_params(labelbottom=True)
-            else:
-                say_nothing_to_draw(empty, "no update to draw: nothing moved")
+        for number, empty in enumerate(panels[len(reasons) :], start=len(reasons)):
+            empty.remove()
+            if number >= columns:
+                panels[number - columns].tick_params(labelbottom=True)
         handles = {label: handle for panel in figure.axes for handle, label in _entries(panel)}
         if _NULL in handles:  # one line needs no legend
             figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
@@ -103,8 +101,7 @@ def spectra_of_standouts(tree: xr.DataTree) -> Figure:
 
 def _draw_standout(tree: xr.DataTree, panel: Axes, name: str, reason: str) -> None:
     spectrum(tree, matrices=[name], ax=panel)
-    panel.set_title(f"{shorten(name, 38)}\n{reason}", fontsize=8, fontweight="normal")
-    without_mathematics([panel.title])
+    without_mathematics([panel.set_title(f"{shorten(name, 38)}\n{reason}", fontsize=8, fontweight="normal")])
     if (legend := panel.get_legend()) is not None:
         legend.remove()
     panel.label_outer()
@@ -171,6 +168,10 @@ def _finish(axes: Axes, drawn: bool) -> None:
     if len(handles) > _LEGEND_LIMIT:
         labels[_LEGEND_LIMIT - 1] = f"… and {len(handles) - _LEGEND_LIMIT + 1} more"
     legend = axes.legend(
-        handles[:_LEGEND_LIMIT], labels[:_LEGEND_LIMIT], loc="upper left", bbox_to_anchor=(0.0, -0.18), borderaxespad=0.0
+        handles[:_LEGEND_LIMIT],
+        labels[:_LEGEND_LIMIT],
+        loc="upper left",
+        bbox_to_anchor=(0.0, -0.18),
+        borderaxespad=0.0,
     )
     without_mathematics(legend.get_texts())

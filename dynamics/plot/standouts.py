@@ -9,8 +9,8 @@ import xarray as xr
 NAMED_BY_RULE = 3
 
 RULE = (
-    f"At the last step: the {NAMED_BY_RULE} matrices whose update has the largest Frobenius norm, and the {NAMED_BY_RULE} "
-    "whose spectral entropy lies furthest below the random-LoRA null of their shape (in nat)."
+    f"At the last step: the {NAMED_BY_RULE} matrices whose update has the largest Frobenius norm, and the "
+    f"{NAMED_BY_RULE} whose spectral entropy lies furthest below the random-LoRA null of their shape (in nat)."
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,17 +10,18 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 #: Okabe & Ito 2008, without yellow, which vanishes on white: told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 NULL_COLOUR = "#8c8c8c"
+_FEW_STEPS = 3
 MISSING_COLOUR = "#dddddd"
 #: Perceptually uniform, the same order of light and dark with any kind of colour vision.
 COLOUR_MAP = "viridis"
 
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     # Figures are written with text as text: Verdana and DejaVu are equally wide, the others are narrower.
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "Helvetica", "sans-serif"],
@@ -71,10 +72,11 @@ def figure_of(ax: Axes) -> Figure:
     return figure
 
 
-def step_axis(ax: Axes, label: str = "optimizer step") -> None:
-    """Whole numbers with thousands separated, as steps are."""
-    ax.set_xlabel(label)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+def step_axis(ax: Axes, steps: Sequence[int]) -> None:
+    """Whole numbers with thousands separated, as steps are; of few steps each has its tick."""
+    ax.set_xlabel("optimizer step")
+    few = len(steps) <= _FEW_STEPS
+    ax.xaxis.set_major_locator(FixedLocator(steps) if few else MaxNLocator(nbins=6, integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
 
 

@@ -6,12 +6,13 @@ import re
 import warnings
 from hashlib import sha256
 from io import StringIO
+from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-_OUTPUT = {"svg.fonttype": "none", "svg.hashsalt": "optimization-dynamics"}
+_OUTPUT: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "optimization-dynamics"}
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 _PROLOGUE = re.compile(r"^.*?(?=<svg\b)", re.DOTALL)
 _GLOBAL_STYLE = re.compile(r"<style type=\"text/css\">\*\{[^}]*\}</style>")
@@ -53,5 +54,5 @@ def to_svg(figure: Figure) -> str:
     text = _IDENTIFIER.sub(rf"\g<1>{prefix}", text)
     label = ". ".join(part.rstrip(".") for part in (title, description) if part)
     words = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
-    text = text.replace("<svg ", f"<svg role=\"img\" aria-label={quoteattr(label)} ", 1)
+    text = text.replace("<svg ", f'<svg role="img" aria-label={quoteattr(label)} ', 1)
     return re.sub(r"(<svg\b[^>]*>)", lambda root: root[1] + words, text, count=1)

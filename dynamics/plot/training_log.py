@@ -40,11 +40,10 @@ def training_log(data: xr.DataTree | xr.Dataset, *, variable: str = "loss", ax: 
                 marker="o" if here.sum() < 30 else "",
                 label=f"training {segment}",
             )
-        axes.set_title(f"training log: {name}")
-        axes.set_ylabel(f"{name} (as logged)")
-        without_mathematics([axes.title, axes.yaxis.label])
+        title, label = axes.set_title(f"training log: {name}"), axes.set_ylabel(f"{name} (as logged)")
+        without_mathematics([title, label])
         if known.any():
-            step_axis(axes)
+            step_axis(axes, np.unique(log["log_step"].values[known]).tolist())
         else:
             say_nothing_to_draw(axes, "no finite value was logged")
         if len(np.unique(segments)) > 1:

@@ -50,7 +50,7 @@ def trajectory(
         axes.set_title(long_name(variable) + of_kind)
         axes.set_ylabel(axis_label(variable))
         if np.isfinite(quantiles.values).any():
-            step_axis(axes)
+            step_axis(axes, summary["step"].values.tolist())
             if variable in _SIZES:
                 axes.set_ylim(bottom=0)
             _legend(axes)
@@ -72,11 +72,14 @@ def _draw_null(axes: Axes, summary: xr.Dataset, variable: str, kind: str) -> Non
     if f"{variable}_null_low" not in summary:
         return
     low, high = (summary[f"{variable}_null_{bound}"].sel(kind=kind).values for bound in ("low", "high"))
-    if not np.isfinite(low).any():
-        return
+    known = np.isfinite(low) & np.isfinite(high)
     steps = summary["step"].values
-    if len(steps) == 1:
-        axes.errorbar(steps, low, [[0.0], high - low], color=NULL_COLOUR, capsize=5, fmt="none", label=_NULL)
+    if known.sum() == 1:  # a band of one step has no width
+        middle = (low + high)[known] / 2
+        bar = (high - low)[known] / 2
+        axes.errorbar(steps[known], middle, bar, color=NULL_COLOUR, capsize=5, fmt="none", label=_NULL)
+        return
+    if not known.any():
         return
     # A band may be thinner than a pixel: its edge keeps it visible.
     axes.fill_between(steps, low, high, facecolor=NULL_COLOUR, edgecolor=NULL_COLOUR, alpha=0.45, label=_NULL)

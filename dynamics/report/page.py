@@ -13,9 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dynamics import plot, schema
-from dynamics.plot.figures import HEATMAPS, OVER_STEPS, figure_name
+from dynamics.plot.figures import HEATMAPS, OVER_STEPS, figure_name, has_values
 from dynamics.plot.hover_heatmap import fits_a_page
-from dynamics.plot.standouts import RULE
+from dynamics.plot.standouts import RULE, standouts
 from dynamics.report import words
 from dynamics.report.grouped import evidence_words, grouped, place, severities
 from dynamics.report.markup import breakable, formula
@@ -94,8 +94,14 @@ def _run(name: str, tree: xr.DataTree, figures: Mapping[str, str], number: int) 
         "figures": {key: Markup(svg) for key, svg in figures.items()},
         "captions": {key: _definition(update, variable) for key, variable in over_steps.items()},
         "has_increments": any(len(segment["steps"]) > 1 for segment in summary["segments"]),
-        "heatmaps": [_heatmap(update, variable) for variable in HEATMAPS] if fits_a_page(update) else [],
+        "fits": fits_a_page(update),
+        "heatmaps": [
+            _heatmap(update, variable)
+            for variable in HEATMAPS
+            if fits_a_page(update) and has_values(update[variable], "total")
+        ],
         "rule": RULE,
+        "standouts": standouts(update),
         "rows": [{**row, "position": position[row["name"]]} for row in summary["table"][:MOST_ROWS]],
         "definitions": _definitions(update),
         "provenance": _provenance(tree),

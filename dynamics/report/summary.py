@@ -35,12 +35,16 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         tree: A result of one run, or of several under ``/runs``.
 
     Returns:
-        Strictly valid JSON, missing and infinite numbers as ``None``. For one run: ``toolkit_version``, ``run``,
-        ``created``, ``steps``, ``segments`` (training and its steps), ``matrices`` (how many), ``last_step``,
-        ``suggested_rank_energy`` (share of energy that the suggested ranks hold), ``totals`` (of the direct sum of all updates), ``over_matrices`` (quartiles, and the medians of the null),
-        ``roles``, ``table`` (a row for each matrix, largest update first), ``findings``. All numbers are of the
-        total update, i.e. since the start of training. For several: ``{"runs": {name: …}, "findings": […]}``, these
-        findings being about runs that could not be opened.
+        Strictly valid JSON, missing and infinite numbers as ``None``. For one run:
+
+        - ``toolkit_version``, ``run``, ``label`` (group of runs), ``created``;
+        - ``steps``, ``last_step``, ``segments`` (each training and its steps), ``matrices`` (how many);
+        - ``totals`` of the direct sum of all updates; ``over_matrices``: quartiles, and the medians of the null;
+        - ``roles``, most energy first; ``table``, a row for each matrix, largest update first;
+        - ``suggested_rank_energy``, the share of energy that the suggested ranks hold; ``findings``.
+
+        All numbers are of the total update, i.e. since the start of training, at the last step. For several runs
+        ``{"runs": {name: …}, "findings": […]}``, these findings being about runs that could not be opened.
 
     Example: ``summarise(dynamics.open_run("runs/imax"))["totals"]["frobenius_norm_all"]``
     """
@@ -130,7 +134,9 @@ def _roles(last: xr.Dataset) -> list[dict[str, Any]]:
 
 def _table(last: xr.Dataset) -> list[dict[str, Any]]:
     columns = {name: last[name].values.tolist() for name in (*_PER_MATRIX, *_FLAGS, "suggested_rank", "count")}
-    coordinates = {name: last[name].values.tolist() for name in ("matrix", "layer", "role", "out", "in", "adapter_rank")}
+    coordinates = {
+        name: last[name].values.tolist() for name in ("matrix", "layer", "role", "out", "in", "adapter_rank")
+    }
     rows = [
         {
             "name": coordinates["matrix"][row],

@@ -30,13 +30,13 @@ def terminal_summary(summary: Mapping[str, Any]) -> RenderableType:
         Something that ``rich`` prints. Text from files is shown as it is, never read as markup.
     """
     if "runs" in summary:
-        runs = [part for run in summary["runs"].values() for part in (*_one_run(run), Text())]
+        runs = [part for name, run in summary["runs"].items() for part in (*_one_run(name, run), Text())]
         return Group(*runs, *_findings(summary["findings"]))
-    return Group(*_one_run(summary))
+    return Group(*_one_run(summary["run"], summary))
 
 
-def _one_run(summary: Mapping[str, Any]) -> list[RenderableType]:
-    head = Text.assemble((summary["run"], "bold"), ": ", what_was_analysed(summary))
+def _one_run(name: str, summary: Mapping[str, Any]) -> list[RenderableType]:
+    head = Text.assemble((name, "bold"), ": ", what_was_analysed(summary))
     answers = " ".join(sentence for sentence in (how_far(summary), how_many_directions(summary)) if sentence)
     return [head, Text(answers), Text(), _table(summary), Text(), *_findings(summary["findings"])]
 

@@ -77,6 +77,12 @@ def how_many_directions(summary: Mapping[str, Any]) -> str:
     rank = summary["over_matrices"]["effective_rank_energy"]
     if rank["median"] is None:
         return ""
+    if summary["matrices"] == 1:
+        return f"The effective rank (energy) of its update is {number(rank['median'])}{_chance(rank)}."
     quartiles = f"quartiles {number(rank['lower_quartile'])} to {number(rank['upper_quartile'])}"
-    null = "" if rank.get("null_mean") is None else f"; a random LoRA of the same shape has {number(rank['null_mean'])}"
-    return f"The effective rank (energy) of a matrix is {number(rank['median'])} in the median ({quartiles}){null}."
+    middle = f"{number(rank['median'])} in the median ({quartiles})"
+    return f"The effective rank (energy) of a matrix's update is {middle}{_chance(rank)}."
+
+
+def _chance(rank: Mapping[str, float | None]) -> str:
+    return "" if rank["null_mean"] is None else f"; a random LoRA of the same shape has {number(rank['null_mean'])}"

@@ -226,6 +226,15 @@ def test_final_adapter_without_a_place_is_left_out(step: int | None, why: str, t
     assert why in only(trajectory, "OD110").message
 
 
+def test_final_adapter_that_cannot_be_read_is_reported(tmp_path: Path, codes: Any) -> None:
+    write_run(tmp_path, (10, 20))
+    write_adapter(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(b"")
+    trajectory = open_trajectory(tmp_path)
+    assert trajectory.steps == (10, 20)
+    assert codes(trajectory.findings) == ["OD110", "OD101"]
+
+
 # --- several adapters --------------------------------------------------------------------------
 
 

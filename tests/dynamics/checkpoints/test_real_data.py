@@ -56,7 +56,7 @@ def test_runs_without_weights(rank: str, shared_data: Path) -> None:
     with pytest.raises(NotARun) as raised:
         open_trajectory(shared_data / "vqdung71104__Day21-Track3-Finetuning-LLMs-LoRA-QLoRA" / rank)
     missing = [finding.file for finding in raised.value.findings if finding.code == "OD106"]
-    assert missing == ["checkpoint-23", "checkpoint-46", "checkpoint-69"]
+    assert missing == ["adapter_config.json", "checkpoint-23", "checkpoint-46", "checkpoint-69"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,80 @@
+import subprocess
+import sys
+
+import matplotlib as mpl
+import pytest
+
+from dynamics import plot
+from dynamics.plot.figures import HEATMAPS, OVER_STEPS, figure_name
+from tests.trees import HOSTILE, example_runs, example_tree, matrix_names
+
+
+def test_a_full_result_has_every_figure():
+    drawn = plot.figures(example_tree())
+    over_steps = [figure_name(variable, kind) for variable, kind in OVER_STEPS]
+    assert list(drawn) == [*over_steps, "training_loss", *(f"heatmap_{name}" for name in HEATMAPS), "spectra"]
+
+
+def test_one_checkpoint_has_no_figure_of_increments():
+    drawn = plot.figures(example_tree(steps=1))
+    assert not {"frobenius_norm_increment", "effective_rank_energy_increment", "increment_cosine", "path_length"} & set(
+        drawn
+    )
+
+
+def test_zero_updates_have_figures_of_their_size_only():
+    drawn = plot.figures(example_tree(zero=matrix_names(14)))
+    assert set(drawn) == {
+        "frobenius_norm_total",
+        "frobenius_norm_increment",
+        "path_length",
+        "training_loss",
+        "heatmap_frobenius_norm",
+    }
+
+
+def test_a_run_without_a_log_has_no_loss():
+    tree = example_tree()
+    del tree["training"]
+    assert "training_loss" not in plot.figures(tree)
+
+
+def test_several_runs_have_their_figures_apart():
+    drawn = plot.figures(example_runs(a=example_tree(steps=2), b=example_tree(steps=1)))
+    assert {"a/spectra", "b/spectra", "a/frobenius_norm_increment"} <= set(drawn)
+    assert "b/frobenius_norm_increment" not in drawn
+
+
+@pytest.mark.parametrize(
+    "awkward",
+    [
+        {"steps": 1, "matrices": 1},
+        {"segment": [0, 1, 0, 1, 1, 1]},
+        {"missing": matrix_names(3)},
+        {"matrices": [HOSTILE, "_a.0.b", "x" * 200, "层.0"]},
+    ],
+)
+def test_no_missing_number_reaches_a_path(awkward):
+    for figure in plot.figures(example_tree(**awkward)).values():
+        paths = [line for line in plot.to_svg(figure).splitlines() if " d=" in line or "transform=" in line]
+        assert not [line for line in paths if "nan" in line.lower() or "inf" in line.lower()]
+
+
+def test_the_users_settings_stay_as_they_are():
+    before = _settings()
+    for figure in plot.figures(example_tree(steps=2)).values():
+        plot.to_svg(figure)
+    assert _settings() == before
+
+
+def _settings():
+    # Not dict(rcParams): reading the backend by its name would choose one.
+    return dict(dict.items(mpl.rcParams))
+
+
+def test_importing_takes_no_backend():
+    code = (
+        "import matplotlib, sys; before = dict(dict.items(matplotlib.rcParams)); import dynamics.plot; "
+        "assert 'matplotlib.pyplot' not in sys.modules; assert dict(dict.items(matplotlib.rcParams)) == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,236 @@
+import re
+from base64 import b64encode
+from collections import Counter
+from hashlib import sha256
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from dynamics.findings import Finding
+from dynamics.report import page
+from tests.trees import HOSTILE, example_runs, example_tree, matrix_names
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+class Page(HTMLParser):
+    """Elements, identifiers and text of a page."""
+
+    VOID = ("meta", "br", "wbr", "rect", "path", "use", "image", "line", "circle")
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.text = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+        if tag in ("td", "th", "dt", "dd", "p", "h1", "h2", "h3", "li"):
+            self.text.append(" ")
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.open):
+            self.text.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def words(self):
+        return " ".join("".join(self.text).split())
+
+
+@pytest.fixture(scope="module")
+def text():
+    findings = [
+        Finding("OD101", f"Number {n}.", "Copy it again.", file=f"c-{n}", evidence={"bytes": n}) for n in range(5)
+    ]
+    return page(example_tree(matrices=21, run="imax", findings=[*findings, Finding("OD204", "First.")]))
+
+
+@pytest.fixture(scope="module")
+def parsed(text):
+    return Page(text)
+
+
+def test_needs_nothing_but_itself(text, parsed):
+    for tag, attributes in parsed.elements:
+        for name in ("src", "href", "xlink:href", "data", "action", "srcset"):
+            target = attributes.get(name) or "#"
+            assert target.startswith(("#", "data:")), (tag, target)
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    assert not parsed.all("link")
+
+
+def test_allows_no_script_but_its_own(text, parsed):
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    policy = next(
+        meta["content"] for meta in parsed.all("meta") if "content" in meta and "default-src" in meta["content"]
+    )
+    assert f"script-src 'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" in policy
+    assert policy.startswith("default-src 'none';")
+    assert not [a for _, a in parsed.elements if any(name.startswith("on") for name in a)]
+
+
+def test_says_first_what_was_analysed(parsed):
+    words = parsed.words()
+    assert "imax 6 checkpoints (steps 100 to 600); 21 weight matrices with LoRA updates of rank 8." in words
+    assert words.index("6 checkpoints") < words.index("Findings") < words.index("How far did the weights move?")
+
+
+def test_answers_come_under_their_questions(parsed):
+    words = parsed.words()
+    headings = [
+        "Findings: 5 errors, 1 note",
+        "How far did the weights move?",
+        "How many directions did the updates use?",
+        "Where and when?",
+        "Which matrices stand out?",
+        "Every matrix at step 600",
+        "What the numbers mean",
+        "Provenance",
+    ]
+    places = [words.index(heading) for heading in headings]
+    assert places == sorted(places)
+
+
+def test_findings_have_evidence_and_remedy_and_fold_when_many(text, parsed):
+    words = parsed.words()
+    assert "a weight file could not be read OD101" in words
+    assert "c-1: Number 1. Evidence: bytes 1." in words
+    assert words.count("What to do: Copy it again.") == 1
+    assert "2 more" in words
+    folded = text[text.index("<summary>2 more</summary>") : text.index("</details>")]
+    assert "Number 3." in folded
+    assert "Number 2." not in folded
+
+
+def test_every_figure_has_words_for_who_cannot_see_it(parsed):
+    pictures = [svg for svg in parsed.all("svg") if svg.get("role") == "img"]
+    assert len(pictures) == len(parsed.all("svg")) - 7  # the bars of the seven roles repeat the number beside them
+    assert all(len(svg["aria-label"]) > 20 for svg in pictures)
+
+
+def test_identifiers_are_unique(parsed):
+    counts = Counter(attributes["id"] for _, attributes in parsed.elements if "id" in attributes)
+    assert [name for name, count in counts.items() if count > 1] == []
+
+
+def test_table_has_a_row_for_each_matrix_and_reads_without_scripts(text):
+    table = text[text.index('<table class="numbers sortable">') :]
+    table = table[: table.index("</table>")]
+    assert table.count('<th scope="row"') == 21
+    assert table.count('<th scope="col">') == 12
+    assert "<button" not in table
+    assert "hidden>Headings sort." in table
+
+
+def test_cells_of_the_heatmaps_tell_their_values(text):
+    assert text.count("<title>model.layers.2.mlp.down_proj, step 600: ") == 2
+
+
+def test_measures_are_defined_with_their_reference(parsed):
+    words = parsed.words()
+    assert (
+        "effective_rank_amplitude effective rank (amplitude) exp(−Σ p ln p) with p = σ/Σσ Roy & Vetterli 2007" in words
+    )
+    assert "stable_rank stable rank Σσ²/σ₁² Rudelson & Vershynin 2007" in words
+
+
+def test_says_where_it_comes_from(parsed):
+    words = parsed.words()
+    for each in (
+        "2026-01-02T03:04:05+00:00",
+        "optimization-dynamics 1.2.3",
+        "torch 2.13.0",
+        '"device": "cpu"',
+        "a" * 64,
+    ):
+        assert each in words
+
+
+def test_text_of_files_is_escaped():
+    findings = [Finding("OD115", HOSTILE, HOSTILE, file=HOSTILE, matrix=HOSTILE, evidence={HOSTILE: [HOSTILE]})]
+    names = [HOSTILE, f"{HOSTILE}.0.q", f"{HOSTILE}.1.q"]
+    text = page(example_tree(matrices=names, run=HOSTILE, findings=findings))
+    assert "<script>alert" not in text
+    assert text.count("<script") == 1
+    parsed = Page(text)
+    assert HOSTILE in parsed.words()
+    assert not parsed.all("b") or all("onclick" not in attributes for attributes in parsed.all("b"))
+
+
+@pytest.mark.parametrize(
+    ("awkward", "said"),
+    [
+        ({"steps": 1}, "No training here has two checkpoints, so there are no increments."),
+        ({"matrices": 1}, "1 weight matrix with LoRA updates"),
+        ({"zero": matrix_names(14)}, "None: no update at step 600 is known to be other than zero."),
+        ({"zero": matrix_names(14)}, "Not defined at step 600"),
+        ({"segment": [0, 1, 0, 1, 0, 1]}, "of 2 different trainings"),
+        ({"missing": matrix_names(14)}, "The size of the whole update at step 600"),
+        ({"missing": matrix_names(2)}, "not in last checkpoint"),
+    ],
+)
+def test_awkward_results_have_a_page(awkward, said):
+    text = page(example_tree(**awkward), figures={})
+    assert said in Page(text).words()
+    assert not re.search(r">\s*(nan|None|inf)\s*<", text)
+
+
+def test_seven_billion_parameters_fit_in_three_megabytes():
+    text = page(example_tree(steps=20, matrices=224))
+    assert len(text.encode()) < 3_000_000
+
+
+def test_very_many_matrices_are_told_in_part():
+    tree = example_tree(steps=1, matrices=MOST_ROWS + 5)
+    words = Page(page(tree)).words()
+    assert "The 1,000 largest updates of 1,005; all are in summary.json." in words
+
+
+def test_too_many_cells_for_hover_are_a_picture():
+    text = page(
+        example_tree(steps=601, matrices=20), figures={"heatmap_frobenius_norm": "<svg><title>it</title></svg>"}
+    )
+    assert "There are too many cells for values on hover" in text
+    assert "<svg><title>it</title></svg>" in text
+    assert 'class="cells"' not in text
+
+
+def test_several_runs_have_a_section_each_and_contents():
+    parsed = Page(page(example_runs(a=example_tree(steps=1), b=example_tree(steps=2)), figures={}))
+    targets = [link["href"].removeprefix("#") for link in parsed.all("a")]
+    assert targets == [article["id"] for article in parsed.all("article")]
+    assert len(targets) == 2
+    assert "Runs that could not be analysed" in parsed.words()
+    assert len(parsed.all("h1")) == 1
+
+
+def test_figures_that_are_drawn_already_are_used():
+    text = page(example_tree(steps=1), figures={"frobenius_norm_total": "<svg><title>mine</title></svg>"})
+    assert "<figure><svg><title>mine</title></svg>" in text
+
+
+@pytest.mark.parametrize("name", ["pydoc_lora"])
+def test_a_real_run(name):
+    from dynamics.checkpoints import open_trajectory
+    from dynamics.pipeline import measure
+
+    run = REPOSITORY / "examples" / "runs" / name
+    if not run.is_dir():
+        pytest.skip(f"the sample run is not in this checkout (looked for examples/runs/{name})")
+    parsed = Page(page(measure(open_trajectory(run))))
+    assert f"{name} 8 checkpoints (steps 25 to 200); 20 weight matrices" in parsed.words()

@@ -1,0 +1,67 @@
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from dynamics.findings import Finding
+from dynamics.report import summarise, terminal_summary
+from dynamics.report.terminal import ROWS
+from tests.trees import example_runs, example_tree, matrix_names
+
+
+def printed(tree, width=80):
+    out = StringIO()
+    Console(file=out, width=width, force_terminal=False).print(terminal_summary(summarise(tree)))
+    return out.getvalue()
+
+
+def test_says_what_was_analysed_and_what_came_out():
+    text = " ".join(printed(example_tree(run="imax")).split())
+    assert "imax: 6 checkpoints (steps 100 to 600); 14 weight matrices with LoRA updates of rank 8." in text
+    assert "At step 600 the update has Frobenius norm" in text
+    assert "a random LoRA of the same shape has" in text
+
+
+@pytest.mark.parametrize("matrices", [1, 12, 13, 224])
+def test_table_is_short(matrices):
+    text = printed(example_tree(steps=2, matrices=matrices))
+    assert text.count("model.layers.") == min(matrices, ROWS)
+    assert (f"the {ROWS} largest of {matrices} updates" in text) == (matrices > ROWS)
+
+
+@pytest.mark.parametrize("names", [matrix_names(20), [f"{'very_long.' * 20}{n}.q_proj" for n in range(3)]])
+def test_fits_eighty_columns_without_cutting_a_heading_or_a_number(names):
+    lines = printed(example_tree(matrices=names)).splitlines()
+    assert max(map(len, lines)) <= 80
+    heading = next(line for line in lines if "Frobenius eff" in line)
+    assert heading.split() == ["Frobenius", "eff.", "rank", "adapter", "deficit", "rank", "for"]
+    rows = [line for line in lines if line.strip().endswith(tuple("0123456789")) and "proj" in line]
+    assert len(rows) == min(len(names), ROWS)
+    assert all(len(row.split()) == 6 for row in rows)
+
+
+def test_findings_are_grouped_and_counted():
+    findings = [Finding("OD101", f"Number {n}.", "Copy it again.", file=f"c-{n}") for n in range(9)]
+    text = " ".join(printed(example_tree(steps=1, findings=[Finding("OD204", "First."), *findings])).split())
+    assert "error OD101 a weight file could not be read (9 times) c-0: Number 0. And 8 more. Copy it again." in text
+    assert text.index("OD101") < text.index("OD204")
+    assert "Number 1." not in text
+
+
+def test_markup_in_names_is_shown_as_it_is():
+    text = printed(
+        example_tree(steps=1, matrices=["[red]x[/red]", "[/]"], run="[bold]", findings=[Finding("OD202", "[/x]")])
+    )
+    for each in ("[red]x[/red]", "[/]", "[bold]:", "[/x]"):
+        assert each in text
+
+
+def test_zero_updates_say_so():
+    assert "At step 600 no matrix has moved: every update is exactly zero." in printed(
+        example_tree(zero=matrix_names(14))
+    )
+
+
+def test_several_runs_have_their_own_names():
+    text = printed(example_runs(first=example_tree(steps=1), second=example_tree(steps=1)))
+    assert text.index("first: 1 checkpoint") < text.index("second: 1 checkpoint") < text.index("OD100")

@@ -1,0 +1,320 @@
+"""The command line as a user meets it: whole processes, their output, their exit status."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dynamics import open_run, schema
+from dynamics.analyze import _named_runs, app
+from tests.runs import NAMES, adapter_config, random_factors, write_adapter, write_run, write_state
+
+ROOT = Path(__file__).parents[2]
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1000\n"
+
+
+def process(*arguments):
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "dynamics.analyze", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def analyze(*arguments):
+    """The command in this process, which has torch imported already; an exception fails the test."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "run")
+
+
+def assert_refused(result, status, *words):
+    """A line on stderr has the words; there is no traceback."""
+    assert result.returncode == status, result.stderr
+    assert "Traceback" not in result.stderr
+    assert any(all(word in line for word in words) for line in result.stderr.splitlines()), result.stderr
+
+
+def test_a_clean_run(run):
+    result = process(run)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert result.stdout.rstrip().endswith(str(run / "dynamics" / "report.html"))
+    written = sorted(entry.name for entry in (run / "dynamics").iterdir())
+    assert written == ["analysis.zarr", "figures", "rank_pattern.json", "report.html", "run.yaml", "summary.json"]
+    tree = open_run(run)
+    schema.check(tree)
+    assert tree["update"]["step"].values.tolist() == [10, 20, 30]
+    assert [file["path"] for file in json.loads(tree.attrs["inputs"])] == [
+        f"checkpoint-{step}/adapter_model.safetensors" for step in (10, 20, 30)
+    ]
+
+
+def test_json_is_json_and_nothing_else(tmp_path):
+    names = [f"model.layers.{layer}.{role}" for layer in range(30) for role in ("q_proj", "v_proj")]
+    factors = random_factors(names)
+    factors[names[0]] = (torch.zeros(12, 4), factors[names[0]][1])  # has NaN among its measures
+    result = process(write_run(tmp_path / "run", {1: factors}), "--json", "--no-report")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    summary = json.loads(result.stdout, parse_constant=refuse)
+    assert summary["matrices"] == 60
+    written = (tmp_path / "run" / "dynamics" / "summary.json").read_text()
+    assert json.loads(written, parse_constant=refuse) == summary
+
+
+def test_only_the_matrices_asked_for(run):
+    assert analyze(run, "--matrices", r"layers\.0\.", "--no-report", "--quiet").returncode == 0
+    assert open_run(run)["update"]["matrix"].values.tolist() == [name for name in NAMES if "layers.0." in name]
+
+
+def test_quiet_and_no_report(run, tmp_path):
+    result = analyze(run, "--quiet", "--no-report", "--out", tmp_path / "elsewhere")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert not (tmp_path / "elsewhere" / "report.html").exists()
+    assert not (run / "dynamics").exists()
+
+
+def test_several_runs(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "other" / "run", seed=5)
+    result = analyze(f"imax={run}", f"dmax={tmp_path / 'other' / 'run'}")
+    assert result.returncode == 0, result.stderr
+    tree = open_run(tmp_path)
+    schema.check(tree)
+    assert {name: child.attrs["label"] for name, child in tree["runs"].children.items()} == {"run": "imax", "run-2": "dmax"}
+
+
+def test_one_of_several_runs_is_not_one(run, tmp_path):
+    result = analyze(run, tmp_path / "nowhere", "--no-report", "--quiet", "--out", tmp_path / "out")
+    assert_refused(result, 1, "nowhere")
+    assert list(open_run(tmp_path / "out")["runs"].children) == ["run"]
+
+
+def test_help_needs_no_torch():
+    script = "import sys; sys.argv = ['x', '--help']\ntry:\n    import runpy; runpy.run_module('dynamics.analyze', run_name='__main__')\nfinally:\n    print('torch' in sys.modules, 'numpy' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.stdout.splitlines()[-1] == "False False"
+    assert "[LABEL=]RUN" in result.stdout
+
+
+def test_analysis_imports_neither_transformers_nor_peft(run):
+    script = f"import sys; from dynamics.pipeline import analyze_run; analyze_run({str(run)!r}); print(sorted({{'transformers', 'peft'}} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
+def test_progress_goes_to_stderr(run):
+    result = analyze(run, "--progress", "--json", "--no-report")
+    json.loads(result.stdout)
+    assert "run" in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--no-such-option"], ["x", "--device", "tpu"], ["x", "--matrices", "("]])
+def test_bad_usage(arguments, run):
+    result = analyze(*[run if each == "x" else each for each in arguments])
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr
+
+
+def test_no_such_folder(tmp_path):
+    assert_refused(analyze(tmp_path / "nowhere"), 2, "nowhere")
+
+
+def test_an_empty_folder(tmp_path):
+    assert_refused(analyze(tmp_path), 2, "is empty", "Pass a Trainer output folder, or one checkpoint.")
+
+
+def test_a_folder_without_checkpoints(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    assert_refused(analyze(tmp_path), 2, "No checkpoints in", "Pass a Trainer output folder, or one checkpoint.")
+
+
+def test_no_matrix_has_the_name(run):
+    assert_refused(analyze(run, "--matrices", "k_proj"), 2, "k_proj")
+
+
+def damage_truncated(checkpoint):
+    weights = checkpoint / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+
+
+def damage_empty(checkpoint):
+    (checkpoint / "adapter_model.safetensors").write_bytes(b"")
+
+
+def damage_lfs(checkpoint):
+    (checkpoint / "adapter_model.safetensors").write_text(LFS)
+
+
+def damage_header(checkpoint):
+    weights = checkpoint / "adapter_model.safetensors"
+    weights.write_bytes((2**40).to_bytes(8, "little") + weights.read_bytes()[8:])
+
+
+def damage_config(checkpoint):
+    (checkpoint / "adapter_config.json").write_text("{not json")
+
+
+def damage_no_config(checkpoint):
+    (checkpoint / "adapter_config.json").unlink()
+
+
+def damage_no_weights(checkpoint):
+    (checkpoint / "adapter_model.safetensors").unlink()
+
+
+def damage_kind(checkpoint):
+    (checkpoint / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+
+
+def damage_unknown_kind(checkpoint):
+    (checkpoint / "adapter_config.json").write_text(json.dumps({"peft_type": "SOMETHING_NEW"}))
+
+
+def damage_rank(checkpoint):
+    (checkpoint / "adapter_config.json").write_text(json.dumps(adapter_config(rank=3)))
+
+
+def damage_dora(checkpoint):
+    (checkpoint / "adapter_config.json").write_text(json.dumps(adapter_config(use_dora=True)))
+
+
+DAMAGES = [value for name, value in list(globals().items()) if name.startswith("damage_")]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__.removeprefix("damage_"))
+def test_one_damaged_checkpoint_is_named_and_the_rest_is_saved(run, damage):
+    damage(run / "checkpoint-20")
+    result = analyze(run, "--quiet", "--no-report")
+    assert_refused(result, 1, "checkpoint-20")
+    tree = open_run(run)
+    schema.check(tree)
+    assert {10, 30} <= set(tree["update"]["step"].values.tolist())
+    assert np.isfinite(tree["update"]["frobenius_norm"].sel(step=[10, 30], kind="total")).all()
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__.removeprefix("damage_"))
+def test_a_damaged_adapter_alone(tmp_path, damage):
+    damage(write_adapter(tmp_path / "adapter"))
+    result = analyze(tmp_path / "adapter")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert all(len(line) < 600 for line in result.stderr.splitlines())
+    assert not (tmp_path / "adapter" / "dynamics").exists()
+
+
+def test_a_number_that_is_not_finite_is_exit_status_1(tmp_path):
+    factors = random_factors()
+    factors[NAMES[0]][0][0, 0] = torch.nan
+    result = analyze(write_run(tmp_path / "run", {1: factors}), "--quiet")
+    assert_refused(result, 1, NAMES[0], "checkpoint-1/adapter_model.safetensors")
+
+
+def test_zero_updates_are_no_failure(tmp_path):
+    factors = {name: (torch.zeros_like(left), right) for name, (left, right) in random_factors().items()}
+    result = analyze(write_run(tmp_path / "run", {0: factors}))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "dynamics" / "report.html").exists()
+
+
+class Payload:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_that_would_execute_code_is_not_executed(tmp_path):
+    run, mark = write_run(tmp_path / "run", [1]), tmp_path / "executed"
+    checkpoint = run / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "adapter_config.json").write_text(json.dumps(adapter_config()))
+    torch.save({"x": Payload(mark)}, checkpoint / "adapter_model.bin")
+    (checkpoint / "trainer_state.json").write_text("{}")
+    assert_refused(analyze(run, "--quiet", "--no-report"), 1, "checkpoint-2/adapter_model.bin")
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Payload(mark)))  # the payload works
+    assert mark.exists()
+
+
+def test_text_from_files_is_escaped_in_the_page(tmp_path):
+    name = "model.layers.0.<script>alert(1)</script>"
+    run = write_run(tmp_path / "run", {1: random_factors([name])}, config=adapter_config(target_modules=["<script>"]))
+    assert analyze(run).returncode == 0
+    page = (run / "dynamics" / "report.html").read_text()
+    assert "<script>alert(1)" not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_an_output_folder_that_cannot_be_written(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_refused(analyze(run, "--out", tmp_path / "file" / "out"), 2, "file")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux' /dev/full")
+def test_a_full_disk_leaves_the_old_result(run, tmp_path):
+    assert analyze(run, "--quiet").returncode == 0
+    old = (run / "dynamics" / "summary.json").read_bytes()
+    # A file size limit fails writes as a full disk does: with an OSError from the system.
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
+        "from dynamics.analyze import app; app()"
+    )
+    command = [sys.executable, "-c", script, str(run), "--matrices", "layers.0"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert_refused(result, 2, "File too large")
+    assert (run / "dynamics" / "summary.json").read_bytes() == old
+    assert len(open_run(run)["update"]["matrix"]) == len(NAMES)
+    assert not list((run / "dynamics").glob(".partial*"))
+
+
+def test_killed_at_any_moment_the_old_result_or_the_new_stands(run):
+    assert analyze(run, "--quiet", "--no-report").returncode == 0
+    command = [sys.executable, "-m", "dynamics.analyze", str(run), "--quiet", "--no-report", "--matrices", "layers.0"]
+    for delay in (2.0, 2.6, 3.2, 3.8):
+        process = subprocess.Popen(command, cwd=ROOT)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert len(open_run(run)["update"]["matrix"]) in (2, 4)
+        json.loads((run / "dynamics" / "summary.json").read_text())
+
+
+def test_states_alone_are_not_a_run(tmp_path):
+    write_state(tmp_path / "checkpoint-5", 5)
+    assert_refused(analyze(tmp_path), 2, "checkpoint-5")
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "labels"),
+    [
+        (["runs/a"], {"a": "runs/a"}, {}),
+        (["x=runs/a", "y=other/a"], {"a": "runs/a", "a-2": "other/a"}, {"a": "x", "a-2": "y"}),
+        (["x=runs/a=b"], {"a=b": "runs/a=b"}, {"a=b": "x"}),
+    ],
+)
+def test_labels_and_names(given, names, labels):
+    assert _named_runs(given) == (names, labels)
