@@ -38,7 +38,9 @@ def analyze(
             show_default=False,
         ),
     ],
-    matrices: Annotated[str | None, typer.Option(metavar="REGEX", help="Watch only matrices whose name it finds.")] = None,
+    matrices: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Watch only matrices whose name it finds.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where results go. [default: RUN/dynamics]", show_default=False)
     ] = None,
@@ -114,7 +116,9 @@ def _tell(tree: xr.DataTree, folder: Path, as_json: bool, with_report: bool, qui
     if as_json or quiet:
         for finding in errors:
             where = ", ".join(part for part in (finding["file"], finding["matrix"]) if part)
-            _complain(" ".join(part for part in (finding["code"], f"{where}:", finding["message"], finding["remedy"]) if part))
+            _complain(
+                " ".join(part for part in (finding["code"], f"{where}:", finding["message"], finding["remedy"]) if part)
+            )
     return INPUT_REFUSED if errors else ANALYSED
 
 

@@ -103,5 +103,6 @@ def worst_severity(findings: Iterable[Finding]) -> Severity | None:
     >>> worst_severity([Finding("OD202", "zero"), Finding("OD101", "unreadable")])
     'error'
     """
-    order: tuple[Severity, ...] = ("note", "warning", "error")
-    return max((finding.severity for finding in findings), key=order.index, default=None)
+    found = {finding.severity for finding in findings}
+    order: tuple[Severity, ...] = ("error", "warning", "note")
+    return next((severity for severity in order if severity in found), None)

@@ -102,9 +102,7 @@ def measure(
 
     groups, found = analyse_spectra(trajectory, device=device, progress=advance)
     tree = xr.DataTree.from_dict({f"/{name}": group for name, group in (groups | log_groups(trajectory)).items()})
-    inputs = [
-        {**file, "step": checkpoint.step} for checkpoint in trajectory.checkpoints for file in checkpoint.inputs
-    ]
+    inputs = [{**file, "step": checkpoint.step} for checkpoint in trajectory.checkpoints for file in checkpoint.inputs]
     tree.attrs = provenance(trajectory.name, configuration or {}, inputs, SEED)
     tree.attrs["findings"] = _as_json([*trajectory.findings, *found])
     return tree
@@ -146,7 +144,9 @@ def _open_all(runs: Mapping[str, Path], options: Options) -> tuple[dict[str, Tra
                 raise
             refused += [Finding("OD100", str(error), file=str(folder)), *error.findings]
     if not trajectories:
-        raise NotARun("None of the runs could be analysed: " + " ".join(f.message for f in refused if f.code == "OD100"))
+        raise NotARun(
+            "None of the runs could be analysed: " + " ".join(f.message for f in refused if f.code == "OD100")
+        )
     return trajectories, refused
 
 
@@ -176,6 +176,7 @@ def _write(tree: xr.DataTree, folder: Path, options: Options) -> None:
             pattern = json.dumps(rank_pattern(run["update"].to_dataset()), indent=2)
             write_text(partial / f"rank_pattern{'.' if name else ''}{name}.json", pattern + "\n")
         if options.report:
-            for name, figure in plot.figures(tree).items():
-                write_text(partial / "figures" / f"{name}.svg", plot.to_svg(figure))
-            write_text(partial / "report.html", report.page(tree))
+            drawings = {name: plot.to_svg(figure) for name, figure in plot.figures(tree).items()}
+            for name, drawing in drawings.items():
+                write_text(partial / "figures" / f"{name}.svg", drawing)
+            write_text(partial / "report.html", report.page(tree, figures=drawings))

@@ -199,7 +199,9 @@ def _variable_problems(
         expected = known.get(str(name))
         if expected is not None and variable.dims != expected.dims:
             yield f"{group}/{name} has dimensions {variable.dims}, expected {expected.dims}"
-        yield from (f"{group}/{name} lacks the attribute {key!r}" for key in ("units", "long_name") if key not in variable.attrs)
+        yield from (
+            f"{group}/{name} lacks the attribute {key!r}" for key in ("units", "long_name") if key not in variable.attrs
+        )
         if str(name) in MEASURES and group == "/update":
             lacking = [key for key in ("definition", "reference") if key not in variable.attrs]
             yield from (f"{group}/{name} lacks the attribute {key!r}" for key in lacking)

@@ -26,7 +26,9 @@ def assert_same_spectrum(one: LowRankMatrix | Tensor, other: LowRankMatrix | Ten
 def assert_rotation_invariant(matrix: LowRankMatrix) -> None:
     out, in_ = matrix.shape
     rotated = LowRankMatrix(
-        orthonormal(out, out, 11) @ matrix.left_factor.double(), matrix.right_factor.double() @ orthonormal(in_, in_, 12), matrix.scale
+        orthonormal(out, out, 11) @ matrix.left_factor.double(),
+        matrix.right_factor.double() @ orthonormal(in_, in_, 12),
+        matrix.scale,
     )
     assert_same_spectrum(matrix, rotated)
 

@@ -44,7 +44,11 @@ def _training(entries: list[LogEntry]) -> xr.Dataset:
             for name, values in columns.items()
         },
         coords={
-            "log_segment": ("log", [segment for segment, _ in rows], {"units": "1", "long_name": "number of the training"}),
+            "log_segment": (
+                "log",
+                [segment for segment, _ in rows],
+                {"units": "1", "long_name": "number of the training"},
+            ),
             "log_step": ("log", [step for _, step in rows], {"units": "1", "long_name": "optimizer step"}),
         },
     )
@@ -67,7 +71,10 @@ def _scores(entries: list[LogEntry], trajectory: Trajectory) -> xr.Dataset:
     unknown = np.full_like(values, np.nan)
     arrays = {"score": values, "items": unknown, "standard_error": unknown.copy()}
     dataset = xr.Dataset(
-        {name: (schema.SCORE[name].dims, array, schema.attributes(schema.SCORE[name])) for name, array in arrays.items()},
+        {
+            name: (schema.SCORE[name].dims, array, schema.attributes(schema.SCORE[name]))
+            for name, array in arrays.items()
+        },
         coords={
             "step": ("step", np.asarray(steps, dtype=np.int64), {"units": "1", "long_name": "optimizer step"}),
             "task": np.asarray(tasks, dtype=str),

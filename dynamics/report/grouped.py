@@ -59,8 +59,10 @@ def severities(findings: Iterable[Mapping[str, Any]]) -> str:
 
 
 def place(finding: Mapping[str, Any]) -> str:
-    """Where a finding is: file, matrix and step, as far as they are known."""
+    """Where a finding is: file, matrix, step, as far as known; a step that the message names is left out."""
     step = "" if finding["step"] is None else f"step {finding['step']}"
+    if f"{step} " in finding["message"].replace(",", " ").lower():
+        step = ""
     return ", ".join(part for part in (finding["file"], finding["matrix"], step) if part)
 
 

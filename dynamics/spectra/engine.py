@@ -124,7 +124,9 @@ def _segment_spectra(
             matrices = stack.enter_context(checkpoint.open())
             # A matrix is wanted three times: as itself, as a predecessor, and by the next increment's cosine.
             opened.insert(0, (stack, OpenCheckpoint(matrices.shapes, cache(matrices.__getitem__))))
-            window = _Window(*(each for _, each in opened), *[None] * (3 - len(opened)), solved, reduced)
+            now, before, earlier = [each for _, each in opened] + [None] * (3 - len(opened))
+            assert now is not None
+            window = _Window(now, before, earlier, solved, reduced)
             solved_now: dict[str, MatrixSpectra] = {}
             findings: list[Finding] = []
             reduced_now: dict[str, Cores] = {}
@@ -193,7 +195,9 @@ def _solve(names: Sequence[str], window: _Window, device: torch.device) -> list[
     if before is not None and before[0].shape != (shape.out, shape.in_):
         before = None  # the finding is the reader's: the matrix is another one
     if before is not None and before[0].rank != shape.rank:
-        return [_solve_across_ranks(name, *pair, window) for name, *pair in zip(names, now, before, strict=True)]
+        return [
+            _solve_across_ranks(name, one, other, window) for name, one, other in zip(names, now, before, strict=True)
+        ]
 
     stacked = increments.stack(now, before, device)
     reduced = increments.cores(stacked)
@@ -204,9 +208,7 @@ def _solve(names: Sequence[str], window: _Window, device: torch.device) -> list[
         changes, change_noise, inner = None, [0.0] * len(names), [float("nan")] * len(names)
     else:
         changes = core_singular_values(reduced.increment())
-        change_noise = [
-            noise + window.solved[name].total_noise for name, noise in zip(names, total_noise, strict=True)
-        ]
+        change_noise = [noise + window.solved[name].total_noise for name, noise in zip(names, total_noise, strict=True)]
         inner = _inner_products(names, window, stacked, reduced, before)
     bad = ~total_cores.isfinite().all(-1).all(-1)
     return [

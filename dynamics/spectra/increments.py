@@ -155,9 +155,7 @@ def difference(now: LowRankMatrix, before: LowRankMatrix) -> LowRankMatrix:
             torch.cat([now.scale * left, -before.scale * left_before], 1), torch.cat([right, right_before])
         )
     change = now.scale * (right - right_before) + (now.scale - before.scale) * right_before
-    return LowRankMatrix(
-        torch.cat([left, left - left_before], 1), torch.cat([change, before.scale * right_before])
-    )
+    return LowRankMatrix(torch.cat([left, left - left_before], 1), torch.cat([change, before.scale * right_before]))
 
 
 def changes_between(

@@ -67,13 +67,18 @@ def null_models_of(update: xr.Dataset) -> tuple[xr.Dataset, dict[str, xr.Variabl
     null = {f"{name}{bound}": np.full(shape, np.nan) for name in _NULL_MEASURES for bound in _BOUNDS}
     values, entropy = update["singular_value"].values, update["entropy_energy"].values
     outliers, percentile = np.full(shape, np.nan), np.full(shape, np.nan)
+    band = {"singular_value_low": np.full(values.shape, np.nan), "singular_value_high": np.full(values.shape, np.nan)}
+    norm = update["frobenius_norm"].values
     for places, model in _models(update):
         for bound, numbers in (("", model.mean), ("_low", model.low), ("_high", model.high)):
             for name in _NULL_MEASURES:
                 null[f"{name}{bound}"][places] = numbers[name]
+        count = len(model.spectrum_low)
+        band["singular_value_low"][(*places, slice(count))] = norm[places][:, None] * model.spectrum_low.numpy()
+        band["singular_value_high"][(*places, slice(count))] = norm[places][:, None] * model.spectrum_high.numpy()
         outliers[places] = null_models.outliers(torch.from_numpy(values[places]), model.edge).numpy()
         percentile[places] = model.percentile(torch.from_numpy(entropy[places])).numpy()
-    return _null_dataset(update, null), {
+    return _null_dataset(update, null, band), {
         "entropy_deficit": variable(
             "entropy_deficit",
             null["entropy_energy"] - entropy,
@@ -106,7 +111,7 @@ def _models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ...], NullMo
         yield tuple(axis[chosen] for axis in present), null_models.random_lora_null(*key.tolist())
 
 
-def _null_dataset(update: xr.Dataset, arrays: dict[str, np.ndarray]) -> xr.Dataset:
+def _null_dataset(update: xr.Dataset, arrays: dict[str, np.ndarray], band: dict[str, np.ndarray]) -> xr.Dataset:
     variables = {
         f"{name}{bound}": xr.Variable(
             _DIMS,
@@ -120,6 +125,13 @@ def _null_dataset(update: xr.Dataset, arrays: dict[str, np.ndarray]) -> xr.Datas
         for name in _NULL_MEASURES
         for bound, words in _BOUNDS.items()
     }
+    for (name, array), words in zip(band.items(), ("5 % point", "95 % point"), strict=True):
+        attributes = {
+            "units": "weight",
+            "long_name": f"singular value of a random LoRA of the same norm, {words}",
+            "definition": f"{words} of σ/‖σ‖_F over {null_models.DRAWS} draws, times this update's frobenius_norm",
+        }
+        variables[name] = xr.Variable((*_DIMS, "index"), array, attributes)
     shapes = zip(update["out"].values.tolist(), update["in"].values.tolist(), strict=True)
     variables["entropy_energy_gaussian"] = xr.Variable(
         "matrix",
@@ -131,7 +143,7 @@ def _null_dataset(update: xr.Dataset, arrays: dict[str, np.ndarray]) -> xr.Datas
             "reference": "Page 1993",
         },
     )
-    return xr.Dataset(variables, coords={dim: update[dim].variable for dim in _DIMS})
+    return xr.Dataset(variables, coords={dim: update[dim].variable for dim in (*_DIMS, "index")})
 
 
 def direct_sums(update: xr.Dataset) -> dict[str, xr.Variable]:
@@ -139,7 +151,7 @@ def direct_sums(update: xr.Dataset) -> dict[str, xr.Variable]:
     # A matrix that is not there adds nothing; one that failed makes the sum unknown.
     energy = np.where(update["count"].values > 0, update["frobenius_norm"].values ** 2, 0.0)
     entropy, ratio = update["entropy_energy"].values, update["participation_ratio"].values
-    whole = aggregate.entropy_of_direct_sum(energy, entropy)
+    whole = np.asarray(aggregate.entropy_of_direct_sum(energy, entropy))
     roles = np.unique(update["role"].values)
     member = [update["role"].values == role for role in roles]
     by_role = np.stack([energy[..., chosen].sum(-1) for chosen in member], -1)
@@ -148,20 +160,22 @@ def direct_sums(update: xr.Dataset) -> dict[str, xr.Variable]:
     sums = np.stack([aggregate.entropy_of_direct_sum(energy[..., c], entropy[..., c]) for c in member], -1)
     chain = "entropy of the direct sum of all updates, by the chain rule H(w) + Σ w SE, w ∝ ‖ΔW‖_F²"
     # No step has a predecessor: there is no increment, rather than one of norm 0.
-    nothing = ~(update["count"].values > 0).any(-1)
+    nothing = (update["count"].values == 0).all(-1)
     role_name = xr.Variable("role_name", roles, {"units": "1", "long_name": "role within the layer"})
     return {
         "role_name": role_name,
         "frobenius_norm_all": variable("frobenius_norm_all", np.where(nothing, np.nan, np.sqrt(total[..., 0]))),
         "entropy_energy_block_diagonal": variable("entropy_energy_block_diagonal", whole, chain),
-        "effective_rank_block_diagonal": variable("effective_rank_block_diagonal", np.exp(whole), f"exp of the {chain}"),
+        "effective_rank_block_diagonal": variable(
+            "effective_rank_block_diagonal", np.exp(whole), f"exp of the {chain}"
+        ),
         "participation_ratio_block_diagonal": variable(
             "participation_ratio_block_diagonal",
-            aggregate.participation_ratio_of_direct_sum(energy, ratio),
+            np.asarray(aggregate.participation_ratio_of_direct_sum(energy, ratio)),
             "1/Σ(w²/PR), w ∝ ‖ΔW‖_F²",
         ),
         "frobenius_norm_by_role": variable(
-            "frobenius_norm_by_role", np.where(nothing[..., None], np.nan, np.sqrt(by_role))
+            "frobenius_norm_by_role", np.where(np.expand_dims(nothing, -1), np.nan, np.sqrt(by_role))
         ),
         "energy_share_by_role": variable("energy_share_by_role", share),
         "entropy_energy_by_role": variable("entropy_energy_by_role", sums, chain.replace("all updates", "its updates")),
@@ -180,36 +194,33 @@ def suggested_rank(update: xr.Dataset) -> dict[str, xr.Variable]:
 
 
 def quantiles_over_matrices(update: xr.Dataset, null: xr.Dataset) -> xr.Dataset:
-    """``/summary``: quartiles over matrices of the norm and of each measure, and the null band's medians.
+    """``/summary``: quartiles over matrices of the norm and of each measure, and medians of the null band.
 
     Quartiles describe how matrices differ; the update of all matrices together is ``*_block_diagonal``.
     """
-    quantiles = {
-        f"{name}_quantile": _quantile(update[name], schema.QUANTILES, f"{name} over matrices", dim="matrix")
-        for name in ("frobenius_norm", "path_length", "increment_cosine", *schema.MEASURES)
+    names = ("frobenius_norm", "path_length", "increment_cosine", *schema.MEASURES)
+    quartiles = {
+        f"{name}_quantile": _over_matrices(update[name], list(schema.QUANTILES), f"{name}, quartiles over matrices")
+        for name in names
     }
     bands = {
-        f"{name}_null{bound}": _quantile(null[f"{name}{bound}"], 0.5, f"random-LoRA null of {name}, {words}", dim="matrix")
+        f"{name}_null{bound}": _over_matrices(
+            null[f"{name}{bound}"], [0.5], f"random-LoRA null of {name}, {words}, median over matrices"
+        ).isel(quantile=0, drop=True)
         for name in _NULL_MEASURES
         for bound, words in _BOUNDS.items()
     }
-    return xr.Dataset({**quantiles, **bands})
+    return xr.Dataset({**quartiles, **bands})
 
 
-def _quantile(array: xr.DataArray, quantile: float | tuple[float, ...], words: str, dim: str) -> xr.DataArray:
-    """Quantiles over one dimension without the NaN; NaN where nothing is left, without a warning."""
-    axis = array.get_axis_num(dim)
-    empty = np.isnan(array.values).all(axis)
-    filled = np.where(np.expand_dims(empty, axis), 0.0, array.values) if array.size else array.values
-    if not array.sizes[dim]:
-        filled, empty = np.zeros([1 if d == dim else n for d, n in array.sizes.items()]), np.ones_like(empty, dtype=bool)
-    with np.errstate(invalid="ignore"):  # an interpolation between infinite condition numbers
-        numbers = np.where(empty, np.nan, np.nanquantile(filled, quantile, axis=axis))
-    dims = [d for d in array.dims if d != dim]
-    coords = {d: array[d].variable for d in dims}
-    attrs = {"units": array.attrs["units"], "long_name": f"{words}, median" if np.ndim(quantile) == 0 else words}
-    if np.ndim(quantile) == 0:
-        return xr.DataArray(numbers, coords, dims, attrs=attrs)
-    return xr.DataArray(
-        np.moveaxis(numbers, 0, -1), {**coords, "quantile": list(quantile)}, [*dims, "quantile"], attrs=attrs  # type: ignore[arg-type]
-    )
+def _over_matrices(array: xr.DataArray, quantiles: list[float], words: str) -> xr.DataArray:
+    """Quantiles of the numbers that are there; NaN, without a warning, where there are none."""
+    axis = array.dims.index("matrix")
+    missing = np.isnan(array.values).all(axis)
+    numbers = np.where(np.expand_dims(missing, axis), 0.0, array.values)
+    with np.errstate(invalid="ignore"):  # between two infinite condition numbers
+        found = np.where(missing, np.nan, np.nanquantile(numbers, quantiles, axis=axis))
+    dims = [dim for dim in array.dims if dim != "matrix"]
+    coords = {**{dim: array[dim].variable for dim in dims}, "quantile": quantiles}
+    attrs = {"units": array.attrs["units"], "long_name": words}
+    return xr.DataArray(np.moveaxis(found, 0, -1), coords, [*dims, "quantile"], attrs=attrs)

@@ -33,7 +33,7 @@ ENERGY_SHARE = 0.9
 TOP_K = 4
 
 
-def _clean(values: Any, *, eigenvalues: bool = False) -> tuple[Float[Tensor, "... rank"], Bool[Tensor, "..."]]:
+def _clean(values: Any, *, eigenvalues: bool = False) -> tuple[Float[Tensor, "... rank"], Bool[Tensor, ...]]:
     """Values over their largest, padding as zeros; and where there is no distribution."""
     values = torch.as_tensor(values, dtype=torch.float64).detach()
     if values.ndim == 0:
@@ -56,7 +56,7 @@ def _missing_where(undefined: Tensor, result: Tensor) -> Tensor:
     return torch.where(undefined, torch.nan, result)
 
 
-def _distribution(values: Any, weights: str) -> tuple[Float[Tensor, "... rank"], Bool[Tensor, "..."]]:
+def _distribution(values: Any, weights: str) -> tuple[Float[Tensor, "... rank"], Bool[Tensor, ...]]:
     if weights not in _EXPONENTS:
         raise ValueError(f"Expected weights 'energy', 'amplitude' or 'eigenvalue', got {weights!r}.")
     scaled, undefined = _clean(values, eigenvalues=weights == "eigenvalue")

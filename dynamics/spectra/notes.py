@@ -64,8 +64,9 @@ def _quantisation(update: xr.Dataset) -> Iterator[Finding]:
         formats = ", ".join(np.unique(update["storage"].values).tolist())
         yield Finding(
             "OD203",
-            f"In {cells} of {limited.size} {kind}s (step × matrix) rounding of the storage format ({formats}) is predicted "
-            f"to make up more than {NOISE_LIMIT:.0%} of the energy, at worst {worst:.0%}: their rank is partly noise.",
+            f"In {cells} of {limited.size} {kind}s (step × matrix) rounding of the storage format ({formats}) is "
+            f"predicted to make up more than {NOISE_LIMIT:.0%} of the energy, at worst {worst:.0%}: their rank is "
+            "partly noise.",
             remedy="Save checkpoints in float32, or further apart.",
             evidence={"kind": kind, "cells": cells, "threshold": NOISE_LIMIT, "largest_share": worst},
         )
@@ -91,8 +92,8 @@ def _against_null(update: xr.Dataset) -> Iterator[Finding]:
         deficit = float(np.nanmedian(last["entropy_deficit"].values))
         yield Finding(
             "OD205",
-            f"At step {int(last['step'])} the update of {_count(below, int(known.sum()))} has less spectral entropy than "
-            f"{100 - PERCENTILE:.0f} % of random LoRA updates of its shape; median deficit {deficit:.2f} nat. "
+            f"At step {int(last['step'])} the update of {_count(below, int(known.sum()))} has less spectral entropy "
+            f"than {100 - PERCENTILE:.0f} % of random LoRA updates of its shape; median deficit {deficit:.2f} nat. "
             "Any trained update is expected to; how much is what compares runs.",
             step=int(last["step"]),
             evidence={"threshold_percentile": PERCENTILE, "median_deficit_nat": deficit, **_named(below)},

@@ -41,7 +41,9 @@ def bartlett_triangle(rows: int, rank: int, draws: int, generator: np.random.Gen
 
 
 @lru_cache(maxsize=256)
-def random_lora_spectra(out: int, in_: int, rank: int, draws: int = DRAWS, seed: int = SEED) -> Float[Tensor, "draws k"]:
+def random_lora_spectra(
+    out: int, in_: int, rank: int, draws: int = DRAWS, seed: int = SEED
+) -> Float[Tensor, "draws k"]:
     """Singular values of B A, B ``(out, rank)`` and A ``(rank, in)`` standard normal: ``(draws, min(out, in, rank))``.
 
     The seed is spread over the shape, so that a shape has the same null in every run.
@@ -96,7 +98,7 @@ def top_to_median(spectra: Float[Tensor, "draws k"], quantile: float = 0.99) -> 
     return float((spectra[:, 0] / spectra.quantile(0.5, dim=-1)).quantile(quantile))
 
 
-def outliers(values: Float[Tensor, "... k"], edge: float) -> Float[Tensor, "..."]:
+def outliers(values: Float[Tensor, "... k"], edge: float) -> Float[Tensor, ...]:
     """How many singular values exceed ``edge`` times their own median.
 
     The median sets the noise scale (Gavish & Donoho 2014). For a low-rank update the edge is that of the random
@@ -118,16 +120,19 @@ class NullModel:
     Args:
         entropies: ``(draws,)`` energy entropies, ascending; for percentiles.
         edge: See :func:`top_to_median`.
+        spectrum_low, spectrum_high: ``(k,)`` 5 % and 95 % points of each σ/‖σ‖.
         mean, low, high: Measure to number; low and high are the 5 % and 95 % points.
     """
 
     entropies: Float[Tensor, " draws"]
     edge: float
+    spectrum_low: Float[Tensor, " k"]
+    spectrum_high: Float[Tensor, " k"]
     mean: Mapping[str, float]
     low: Mapping[str, float]
     high: Mapping[str, float]
 
-    def percentile(self, entropy: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def percentile(self, entropy: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """Where an entropy lies among the draws, 0 to 100: small means more concentrated than chance."""
         below = torch.searchsorted(self.entropies, entropy.contiguous())
         return torch.where(entropy.isnan(), torch.nan, 100.0 * below / self.entropies.numel())
@@ -142,9 +147,12 @@ def random_lora_null(out: int, in_: int, rank: int, draws: int = DRAWS, seed: in
     values["marchenko_pastur_outliers"] = outliers(spectra, edge)
     quantiles = torch.tensor(QUANTILES, dtype=torch.float64)
     bounds = {name: value.quantile(quantiles) for name, value in values.items()}
+    shape = (spectra / torch.linalg.vector_norm(spectra, dim=-1, keepdim=True)).quantile(quantiles, dim=0)
     return NullModel(
         entropies=values["entropy_energy"].sort().values,
         edge=edge,
+        spectrum_low=shape[0],
+        spectrum_high=shape[1],
         mean={name: float(value.mean()) for name, value in values.items()},
         low={name: float(bound[0]) for name, bound in bounds.items()},
         high={name: float(bound[1]) for name, bound in bounds.items()},

@@ -88,14 +88,14 @@ def core_singular_values(cores: Float[Tensor, "*batch k l"]) -> Float[Tensor, "*
     On the host, since the batched solvers of CUDA fall off a cliff above 32×32 and synchronise anyway.
 
     Raises:
-        torch.linalg.LinAlgError: Never for one bad core: it becomes NaN, and its neighbours are computed alone.
+        Nothing for a core that does not converge: it becomes NaN, and its neighbours are computed alone.
     """
     cores = cores.cpu()
     finite = cores.isfinite().all(-1).all(-1)
     clean = torch.where(finite[..., None, None], cores, 0.0)
     try:
         values = torch.linalg.svdvals(clean)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         values = _one_by_one(clean)
     return torch.where(finite[..., None], values, torch.nan)
 
@@ -107,6 +107,6 @@ def _one_by_one(cores: Float[Tensor, "*batch k l"]) -> Float[Tensor, "*batch n"]
     for index, core in enumerate(flat):
         try:
             values[index] = torch.linalg.svdvals(core)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
             continue  # stays NaN, which the caller reports by name
     return values.reshape(*cores.shape[:-2], -1)

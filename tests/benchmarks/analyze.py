@@ -98,7 +98,9 @@ def main() -> None:
         runs = {count: write_run(Path(folder) / f"run-{count}", count) for count in counts}
         run, out = runs[counts[-1]], Path(folder) / "out"
         trajectory = open_trajectory(run)
-        print(f"7B-shaped adapter, {counts[-1]} checkpoints × {len(trajectory.matrices)} matrices, r = 16, bf16; ", end="")
+        print(
+            f"7B-shaped adapter, {counts[-1]} checkpoints × {len(trajectory.matrices)} matrices, r = 16, bf16; ", end=""
+        )
         print(f"{os.cpu_count()} cores, torch {torch.__version__}\n\n| | median | range |\n|---|---|---|")
 
         engines, floors = repeat(options.repeats, lambda: engine(trajectory), lambda: floor(trajectory))

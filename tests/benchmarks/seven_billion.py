@@ -29,7 +29,12 @@ def write_run(folder: Path, checkpoints: int, seed: int = 0) -> Path:
             factor += 0.1 * torch.randn(factor.shape, generator=generator)
         tensors = {key: factor.bfloat16() for key, factor in factors.items()}
         save_file(tensors, checkpoint / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": sorted(r.split(".")[1] for r in SHAPES)}
+        config = {
+            "peft_type": "LORA",
+            "r": RANK,
+            "lora_alpha": ALPHA,
+            "target_modules": sorted(r.split(".")[1] for r in SHAPES),
+        }
         (checkpoint / "adapter_config.json").write_text(json.dumps(config))
     return folder
 

@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -25,6 +26,11 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1000\n"
 def process(*arguments):
     """The command in a process of its own."""
     command = [sys.executable, "-m", "dynamics.analyze", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def python(script):
+    command = [sys.executable, "-c", textwrap.dedent(script)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
@@ -99,7 +105,10 @@ def test_several_runs(run, tmp_path, monkeypatch):
     assert result.returncode == 0, result.stderr
     tree = open_run(tmp_path)
     schema.check(tree)
-    assert {name: child.attrs["label"] for name, child in tree["runs"].children.items()} == {"run": "imax", "run-2": "dmax"}
+    assert {name: child.attrs["label"] for name, child in tree["runs"].children.items()} == {
+        "run": "imax",
+        "run-2": "dmax",
+    }
 
 
 def test_one_of_several_runs_is_not_one(run, tmp_path):
@@ -109,16 +118,25 @@ def test_one_of_several_runs_is_not_one(run, tmp_path):
 
 
 def test_help_needs_no_torch():
-    script = "import sys; sys.argv = ['x', '--help']\ntry:\n    import runpy; runpy.run_module('dynamics.analyze', run_name='__main__')\nfinally:\n    print('torch' in sys.modules, 'numpy' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert result.stdout.splitlines()[-1] == "False False"
+    script = """
+        import atexit, runpy, sys
+        atexit.register(lambda: print({"torch", "numpy", "xarray"} & set(sys.modules)))
+        sys.argv = ["analyze", "--help"]
+        runpy.run_module("dynamics.analyze", run_name="__main__")
+    """
+    result = python(script)
     assert "[LABEL=]RUN" in result.stdout
+    assert result.stdout.splitlines()[-1] == "set()"
 
 
 def test_analysis_imports_neither_transformers_nor_peft(run):
-    script = f"import sys; from dynamics.pipeline import analyze_run; analyze_run({str(run)!r}); print(sorted({{'transformers', 'peft'}} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+    script = f"""
+        import sys
+        from dynamics.analyze import _analyze
+        _analyze([{str(run)!r}], None, None, "cpu", False, False, None, True)
+        print({{"transformers", "peft"}} & set(sys.modules))
+    """
+    assert python(script).stdout.splitlines()[-1] == "set()"
 
 
 def test_progress_goes_to_stderr(run):

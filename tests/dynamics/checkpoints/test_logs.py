@@ -2,7 +2,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-
 import pytest
 
 from dynamics.checkpoints import Checkpoint, LogEntry, Trajectory

@@ -1,3 +1,4 @@
+from importlib import import_module
 from xml.etree import ElementTree
 
 import pytest
@@ -65,7 +66,8 @@ def test_every_panel_has_words_for_who_cannot_see_it(tree):
 
 
 def test_too_many_cells_are_for_a_picture(tree, monkeypatch):
-    monkeypatch.setattr("dynamics.plot.hover_heatmap.MOST_CELLS", 21 * 6)
+    module = import_module("dynamics.plot.hover_heatmap")
+    monkeypatch.setattr(module, "MOST_CELLS", 21 * 6)
     assert fits_a_page(tree)
-    monkeypatch.setattr("dynamics.plot.hover_heatmap.MOST_CELLS", 21 * 6 - 1)
+    monkeypatch.setattr(module, "MOST_CELLS", 21 * 6 - 1)
     assert not fits_a_page(tree)

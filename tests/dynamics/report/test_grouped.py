@@ -28,6 +28,11 @@ def test_a_place_is_what_is_known_of_it():
     assert place(Finding("OD202", "m", step=0).to_dict()) == "step 0"
 
 
+def test_a_step_that_the_message_names_is_not_said_twice():
+    assert place(Finding("OD205", "At step 20 it is small.", step=20).to_dict()) == ""
+    assert place(Finding("OD205", "At step 200 it is small.", step=20).to_dict()) == "step 20"
+
+
 def test_long_evidence_is_cut_and_says_so():
     assert evidence_words({"names": [str(n) for n in range(10)]}) == "names 0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
 

@@ -3,6 +3,7 @@ from base64 import b64encode
 from collections import Counter
 from hashlib import sha256
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -167,9 +168,7 @@ def test_text_of_files_is_escaped():
     text = page(example_tree(matrices=names, run=HOSTILE, findings=findings))
     assert "<script>alert" not in text
     assert text.count("<script") == 1
-    parsed = Page(text)
-    assert HOSTILE in parsed.words()
-    assert not parsed.all("b") or all("onclick" not in attributes for attributes in parsed.all("b"))
+    assert HOSTILE in Page(text).words()
 
 
 @pytest.mark.parametrize(
@@ -195,16 +194,15 @@ def test_seven_billion_parameters_fit_in_three_megabytes():
     assert len(text.encode()) < 3_000_000
 
 
-def test_very_many_matrices_are_told_in_part():
-    tree = example_tree(steps=1, matrices=MOST_ROWS + 5)
-    words = Page(page(tree)).words()
-    assert "The 1,000 largest updates of 1,005; all are in summary.json." in words
+def test_very_many_matrices_are_told_in_part(monkeypatch):
+    monkeypatch.setattr(import_module("dynamics.report.page"), "MOST_ROWS", 10)
+    words = Page(page(example_tree(steps=1), figures={})).words()
+    assert "The 10 largest updates of 14; all are in summary.json." in words
 
 
-def test_too_many_cells_for_hover_are_a_picture():
-    text = page(
-        example_tree(steps=601, matrices=20), figures={"heatmap_frobenius_norm": "<svg><title>it</title></svg>"}
-    )
+def test_too_many_cells_for_hover_are_a_picture(monkeypatch):
+    monkeypatch.setattr(import_module("dynamics.plot.hover_heatmap"), "MOST_CELLS", 83)
+    text = page(example_tree(), figures={"heatmap_frobenius_norm": "<svg><title>it</title></svg>"})
     assert "There are too many cells for values on hover" in text
     assert "<svg><title>it</title></svg>" in text
     assert 'class="cells"' not in text

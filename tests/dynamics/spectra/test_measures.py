@@ -13,7 +13,14 @@ from tests import properties
 from tests.matrices import SCALES, SPECTRA
 from tests.reference import entropy
 
-RANKS = ["effective_rank_energy", "effective_rank_amplitude", "participation_ratio", "stable_rank", "nuclear_rank", "rank_at_energy"]
+RANKS = [
+    "effective_rank_energy",
+    "effective_rank_amplitude",
+    "participation_ratio",
+    "stable_rank",
+    "nuclear_rank",
+    "rank_at_energy",
+]
 #: Relative to the number of values given, by definition.
 COUNTING = {"gini", "hoyer", "condition_number"}
 spectra = st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=12).map(lambda values: torch.tensor(values).double())
@@ -82,7 +89,13 @@ def test_averaging_two_energies_raises_the_entropy(values):
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_flat_spectra_have_full_rank(count):
     values = torch.full((count,), 0.3, dtype=torch.float64)
-    for name in ("effective_rank_energy", "effective_rank_amplitude", "participation_ratio", "stable_rank", "nuclear_rank"):
+    for name in (
+        "effective_rank_energy",
+        "effective_rank_amplitude",
+        "participation_ratio",
+        "stable_rank",
+        "nuclear_rank",
+    ):
         assert float(function(name)(values)) == pytest.approx(count, rel=1e-12)
     assert float(measures.condition_number(values)) == 1
     assert float(measures.gini(values)) == pytest.approx(0, abs=1e-12)
@@ -173,7 +186,10 @@ def test_eigenvalues_may_carry_rounding_below_zero_but_not_more():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: spectral_entropy([1.0], "power"), "Expected weights 'energy', 'amplitude' or 'eigenvalue', got 'power'."),
+        (
+            lambda: spectral_entropy([1.0], "power"),
+            "Expected weights 'energy', 'amplitude' or 'eigenvalue', got 'power'.",
+        ),
         (lambda: stable_rank([1.0, -1.0]), "Expected singular values, which are not negative; the smallest is -1."),
         (lambda: stable_rank(1.0), "Expected values of shape [..., rank], got a single number."),
         (lambda: measures.rank_at_energy([1.0], 0.0), "Expected a share of energy in (0, 1], got 0.0."),

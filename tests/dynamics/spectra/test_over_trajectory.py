@@ -1,5 +1,7 @@
 """From files to labelled numbers, against dense matrices."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -75,7 +77,7 @@ def test_path_length_and_cosine_equal_dense_ones(runs, update):
         changes = [dense(runs, b, name) - dense(runs, a, name) for a, b in ((10, 20), (20, 30), (30, 40))]
         path = np.cumsum([0.0] + [float(change.norm()) for change in changes])
         np.testing.assert_allclose(update["path_length"].sel(matrix=name), path, rtol=1e-12)
-        for row, (last, change) in enumerate(zip(changes, changes[1:], strict=False), start=2):
+        for row, (last, change) in enumerate(pairwise(changes), start=2):
             expected = float((last * change).sum() / (last.norm() * change.norm()))
             assert float(update["increment_cosine"].sel(matrix=name)[row]) == pytest.approx(expected, abs=1e-9)
     assert update["increment_cosine"].isel(step=[0, 1]).isnull().all()

@@ -114,5 +114,7 @@ def test_gradients_are_not_recorded():
 
 
 def test_a_tensor_that_is_not_a_matrix_is_refused():
-    with pytest.raises(ValueError, match=re.escape("Expected a matrix of shape (out, in), got a tensor of shape (2, 2, 2).")):
+    with pytest.raises(
+        ValueError, match=re.escape("Expected a matrix of shape (out, in), got a tensor of shape (2, 2, 2).")
+    ):
         singular_values(torch.ones(2, 2, 2))

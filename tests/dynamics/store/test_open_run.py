@@ -43,7 +43,7 @@ def test_nothing_is_stored(tmp_path):
 
 def test_a_store_that_does_not_open(tmp_path):
     (tmp_path / "analysis.zarr").mkdir()
-    with pytest.raises(ValueError, match="Analyse the run again: python -m dynamics.analyze RUN"):
+    with pytest.raises(ValueError, match=r"Analyse the run again: python -m dynamics\.analyze RUN"):
         open_run(tmp_path)
 
 
