@@ -12,10 +12,11 @@ import torch
 import xarray as xr
 import yaml
 
-from dynamics import plot, report, schema
+from dynamics import schema
 from dynamics.checkpoints import NotARun, Trajectory, open_trajectory
 from dynamics.checkpoints.logs import log_groups
 from dynamics.findings import Finding
+from dynamics.report import summarise
 from dynamics.spectra.null_models import SEED
 from dynamics.spectra.over_trajectory import analyse_spectra
 from dynamics.spectra.rank_suggestion import rank_pattern
@@ -169,14 +170,23 @@ def _as_json(findings: Sequence[Finding]) -> str:
 def _write(tree: xr.DataTree, folder: Path, options: Options) -> None:
     with staged(folder) as partial:
         write_tree(tree, partial / RESULT)
-        summary = report.summarise(tree)
-        write_text(partial / "summary.json", json.dumps(summary, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        write_text(
+            partial / "summary.json", json.dumps(summarise(tree), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        )
         runs = tree["runs"].children if "runs" in tree.children else {"": tree}
         for name, run in runs.items():
             pattern = json.dumps(rank_pattern(run["update"].to_dataset()), indent=2)
             write_text(partial / f"rank_pattern{'.' if name else ''}{name}.json", pattern + "\n")
         if options.report:
-            drawings = {name: plot.to_svg(figure) for name, figure in plot.figures(tree).items()}
-            for name, drawing in drawings.items():
-                write_text(partial / "figures" / f"{name}.svg", drawing)
-            write_text(partial / "report.html", report.page(tree, figures=drawings))
+            _write_report(tree, partial)
+
+
+def _write_report(tree: xr.DataTree, folder: Path) -> None:
+    # Here, not above: an analysis without figures must not wait for matplotlib.
+    from dynamics import plot
+    from dynamics.report.page import page
+
+    drawings = {name: plot.to_svg(figure) for name, figure in plot.figures(tree).items()}
+    for name, drawing in drawings.items():
+        write_text(folder / "figures" / f"{name}.svg", drawing)
+    write_text(folder / "report.html", page(tree, figures=drawings))

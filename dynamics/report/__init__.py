@@ -1,7 +1,9 @@
-"""A finished result told: as JSON, in a terminal, as one HTML page."""
+"""A finished result told: as JSON, in a terminal, and, in ``dynamics.report.page``, as one HTML page.
 
-from dynamics.report.page import page
+The page draws, so it is not imported here: a summary must not wait for matplotlib.
+"""
+
 from dynamics.report.summary import all_findings, summarise
 from dynamics.report.terminal import terminal_summary
 
-__all__ = ["all_findings", "page", "summarise", "terminal_summary"]
+__all__ = ["all_findings", "summarise", "terminal_summary"]

@@ -54,7 +54,7 @@ def page(tree: xr.DataTree, *, figures: Mapping[str, str] | None = None) -> str:
         tree: A result of one run, or of several under ``/runs``.
         figures: SVG text by name, where ``plot.figures`` have been drawn already.
 
-    Example: ``Path("report.html").write_text(report.page(dynamics.open_run("runs/imax")), encoding="utf-8")``
+    Example: ``Path("report.html").write_text(page(dynamics.open_run("runs/imax")), encoding="utf-8")``
     """
     if figures is None:
         figures = {name: plot.to_svg(figure) for name, figure in plot.figures(tree).items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dynamics.findings import Finding
-from dynamics.report import page
+from dynamics.report.page import page
 from tests.trees import HOSTILE, example_runs, example_tree, matrix_names
 
 REPOSITORY = Path(__file__).parents[3]
