@@ -26,17 +26,24 @@ from dynamics.checkpoints import Trajectory, open_trajectory
 from dynamics.spectra.engine import trajectory_spectra
 from tests.benchmarks.seven_billion import write_run
 
+#: A process starts with its parent's peak memory on its account, so the one that is measured has a small parent.
+LAUNCHER = """
+import os, resource, subprocess, sys, time
+start = time.perf_counter()
+status = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+sys.exit(status)
+"""
+
 
 def child(command: Sequence[str]) -> tuple[float, float]:
     """Wall seconds and peak resident MiB of one whole process."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{' '.join(command)} failed: {errors.decode()[-500:]}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    launcher = [sys.executable, "-I", "-S", "-c", LAUNCHER, *command]
+    result = subprocess.run(launcher, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {result.stderr[-500:]}")
+    seconds, peak = map(float, result.stdout.split())
+    return seconds, peak
 
 
 def analyze(run: Path, out: Path) -> tuple[float, float]:
