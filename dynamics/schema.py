@@ -58,6 +58,7 @@ MEASURES: Mapping[str, Variable] = {
 UPDATE: Mapping[str, Variable] = {
     "singular_value": Variable((*_PER_MATRIX, "index"), "weight", "singular value"),
     "count": Variable(_PER_MATRIX, "1", "number of singular values"),
+    "factor_rank": Variable(_PER_MATRIX, "1", "number of columns of the factors"),
     "frobenius_norm": Variable(_PER_MATRIX, "weight", "Frobenius norm of the update"),
     "spectral_norm": Variable(_PER_MATRIX, "weight", "largest singular value"),
     "nuclear_norm": Variable(_PER_MATRIX, "weight", "sum of singular values"),
@@ -67,7 +68,7 @@ UPDATE: Mapping[str, Variable] = {
     "quantisation_noise_share": Variable(_PER_MATRIX, "1", "predicted share of rounding noise in the energy"),
     "path_length": Variable(("step", "matrix"), "weight", "sum of the increments' Frobenius norms"),
     "increment_cosine": Variable(("step", "matrix"), "1", "cosine with the previous increment"),
-    "suggested_rank": Variable(("matrix",), "1", "rank that holds the stated share of energy at the last step"),
+    "suggested_rank": Variable(("matrix",), "1", "rank that holds the stated share of energy of the newest total"),
     "frobenius_norm_all": Variable(("step", "kind"), "weight", "Frobenius norm over all matrices"),
     "entropy_energy_block_diagonal": Variable(("step", "kind"), "nat", "spectral entropy of the direct sum"),
     "effective_rank_block_diagonal": Variable(("step", "kind"), "1", "effective rank of the direct sum"),
@@ -107,6 +108,8 @@ ROOT_ATTRIBUTES = (
     "run",
     "findings",
 )
+#: Prefixes that wrappers put before the live model's names.
+_WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
 _JSON_ATTRIBUTES = ("library_versions", "configuration", "inputs", "findings")
 
 
@@ -133,7 +136,8 @@ def layer_and_role(name: str) -> tuple[int, str, str]:
     (-1, 'lm_head', '')
     """
     parts = name.split(".")
-    index = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    # Nine digits: what is longer is no layer number, and would not fit an integer.
+    index = next((i for i, part in enumerate(parts) if part.isdecimal() and len(part) <= 9), None)
     if index is None or index == len(parts) - 1:
         return -1 if index is None else int(parts[index]), re.sub(r"\[\d+\]", "[*]", name), ""
     role = ".".join("*" if part.isdecimal() else part for part in parts[index + 1 :])
@@ -160,6 +164,8 @@ def check(tree: xr.DataTree) -> None:
 
 def _problems(tree: xr.DataTree) -> Iterator[str]:
     yield from (f"/ lacks the attribute {name!r}" for name in ROOT_ATTRIBUTES if name not in tree.attrs)
+    if not isinstance(tree.attrs.get("seed", 0), int | np.integer):
+        yield f"/ attribute 'seed' is {tree.attrs['seed']!r}, expected an integer"
     for name in _JSON_ATTRIBUTES:
         if name in tree.attrs and not _is_json(tree.attrs[name]):
             yield f"/ attribute {name!r} is not strict JSON"
@@ -217,6 +223,11 @@ def _coordinate_problems(update: xr.Dataset) -> Iterator[str]:
         yield f"/update kind is {tuple(update['kind'].values)}, expected {KINDS}"
     if "matrix" in update.coords and not update.indexes["matrix"].is_unique:
         yield "/update has two matrices of one name"
+    if "matrix" in update.coords:
+        wrapped = [name for name in update["matrix"].values.tolist() if name.startswith(_WRAPPERS)]
+        yield from (f"/update matrix {name!r} has a wrapper's prefix" for name in wrapped)
+    if "adapter_rank" in update.coords and (update["adapter_rank"] < 0).any():
+        yield "/update adapter_rank is negative"
 
 
 def _step_problems(update: xr.Dataset) -> Iterator[str]:
@@ -227,6 +238,10 @@ def _step_problems(update: xr.Dataset) -> Iterator[str]:
         yield f"/update step is {steps.dtype}, expected int64"
     if len(np.unique(steps)) != len(steps) or (np.diff(steps) < 0).any():
         yield "/update steps are not unique and ascending"
+    if (steps < 0).any():
+        yield "/update steps are negative"
+    if update["from_step"].dtype != np.int64:
+        yield f"/update from_step is {update['from_step'].dtype}, expected int64"
     segment = dict(zip(steps.tolist(), update["segment"].values.tolist(), strict=True))
     for step, origin in zip(steps.tolist(), update["from_step"].values.tolist(), strict=True):
         if origin > 0 and (origin >= step or segment.get(origin) != segment[step]):
@@ -249,3 +264,16 @@ def _spectrum_problems(update: xr.Dataset) -> Iterator[str]:
         yield "/update/singular_value is not descending"
     if (array < 0).any():
         yield "/update/singular_value holds negative numbers"
+    if np.isinf(array).any():
+        yield "/update/singular_value holds infinity"
+    if "from_step" in update.coords and (count.sel(kind="increment").values[update["from_step"].values < 0] > 0).any():
+        yield "/update has an increment where from_step is -1"
+    for name in ("is_zero", "quantisation_limited"):
+        if name in update and update[name].dtype != bool:
+            yield f"/update/{name} is {update[name].dtype}, expected bool"
+    if {"is_zero", "dominant_ratio"} <= set(update.data_vars):
+        ratio, zero = update["dominant_ratio"].values, update["is_zero"].values.astype(bool)
+        if np.isfinite(ratio[zero]).any():
+            yield "/update has measures of an update that is zero"
+        if (ratio > 1 + 1e-9).any():
+            yield "/update/dominant_ratio is above 1"

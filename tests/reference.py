@@ -16,19 +16,27 @@ def dense_singular_values(matrix: LowRankMatrix) -> Tensor:
     return torch.linalg.svdvals(matrix.to_dense())
 
 
-def exact_product(matrix: LowRankMatrix) -> list[list[Fraction]]:
-    """s B A in rational arithmetic: floats are rationals, so nothing is rounded."""
+def exact_product(matrix: LowRankMatrix, scales: list[Fraction]) -> list[list[Fraction]]:
+    """B diag(s) A in rational arithmetic: floats are rationals, so nothing is rounded."""
     left = [[Fraction(x) for x in row] for row in matrix.left_factor.tolist()]
     right = [[Fraction(x) for x in row] for row in matrix.right_factor.tolist()]
-    scale = Fraction(matrix.scale)
-    return [
-        [scale * sum(row[k] * right[k][j] for k in range(len(right))) for j in range(len(right[0]))] for row in left
-    ]
+    return [[sum(s * row[k] * right[k][j] for k, s in enumerate(scales)) for j in range(len(right[0]))] for row in left]
 
 
 def exact_difference(now: LowRankMatrix, before: LowRankMatrix) -> Tensor:
     """``now − before``, every entry right to the last bit of float64."""
-    pairs = zip(exact_product(now), exact_product(before), strict=True)
+    products = [exact_product(matrix, [Fraction(matrix.scale)] * matrix.rank) for matrix in (now, before)]
+    return _difference(*products)
+
+
+def exact_columns_difference(now: LowRankMatrix, before: LowRankMatrix) -> Tensor:
+    """The same where each column has its own scale."""
+    products = [exact_product(matrix, [Fraction(s) for s in matrix.scales().tolist()]) for matrix in (now, before)]
+    return _difference(*products)
+
+
+def _difference(now: list[list[Fraction]], before: list[list[Fraction]]) -> Tensor:
+    pairs = zip(now, before, strict=True)
     entries = [[float(a - b) for a, b in zip(row, other, strict=True)] for row, other in pairs]
     return torch.tensor(entries, dtype=torch.float64)
 

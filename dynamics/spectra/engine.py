@@ -6,7 +6,9 @@ with the last increment the one before), so memory does not grow with the number
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
@@ -23,12 +25,14 @@ from dynamics.checkpoints.trajectory import Checkpoint, OpenCheckpoint, Trajecto
 from dynamics.findings import Finding
 from dynamics.spectra import increments, rounding
 from dynamics.spectra.increments import Cores
-from dynamics.spectra.singular_values import core_singular_values, singular_values
+from dynamics.spectra.singular_values import core_singular_values
 from probes.low_rank import LowRankMatrix
 
-#: Bytes of float64 stack that one task works on. Small matrices share a task; those of a 7B model come one by one,
-#: since larger allocations are mapped and zeroed anew each time.
-BATCH_BYTES = 2**21
+#: Bytes of float64 stack that one task works on: a few matrices of a 7B model, which stay in the last-level cache.
+BATCH_BYTES = 2**23
+
+#: Buffers of each worker.
+_OWN = threading.local()
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class MatrixSpectra:
         increment: Those of the change since the previous step of the same training, ``None`` if there is none.
         total_noise, increment_noise: Predicted energy of the storage format's rounding, see ``rounding``.
         inner_product: ⟨this increment, the previous increment⟩, NaN if there are not two.
+        ranks: Columns of the factors of the total and of the increment, which is a sum of two.
     """
 
     total: Float[Tensor, " k"]
@@ -47,6 +52,7 @@ class MatrixSpectra:
     total_noise: float
     increment_noise: float
     inner_product: float
+    ranks: tuple[int, int]
 
 
 Results: TypeAlias = dict[tuple[int, str], MatrixSpectra]
@@ -91,10 +97,19 @@ def _single_threaded_workers(workers: int) -> Iterator[Executor]:
     """Threads that use one core each: many small decompositions gain nothing from threads of their own."""
     threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as executor:
-            yield executor
+        with ThreadPoolExecutor(workers, initializer=_prepare_worker) as executor:
+            try:
+                yield executor
+            except BaseException:
+                executor.shutdown(cancel_futures=True)  # ^C must not wait for what has not begun
+                raise
     finally:
         torch.set_num_threads(threads)
+
+
+def _prepare_worker() -> None:
+    torch.set_num_threads(1)
+    _OWN.workspace = increments.Workspace()
 
 
 @dataclass(frozen=True)
@@ -194,30 +209,32 @@ def _solve(names: Sequence[str], window: _Window, device: torch.device) -> list[
     before = _predecessors(names, window.before)
     if before is not None and before[0].shape != (shape.out, shape.in_):
         before = None  # the finding is the reader's: the matrix is another one
-    if before is not None and before[0].rank != shape.rank:
-        return [
-            _solve_across_ranks(name, one, other, window) for name, one, other in zip(names, now, before, strict=True)
-        ]
-
-    stacked = increments.stack(now, before, device)
+    stacked = increments.stack(now, before, device, _OWN.workspace)
     reduced = increments.cores(stacked)
     total_cores = reduced.total()
-    totals = core_singular_values(total_cores)
-    total_noise = _noise(now, *reduced.energies_now())
-    if before is None:
-        changes, change_noise, inner = None, [0.0] * len(names), [float("nan")] * len(names)
-    else:
-        changes = core_singular_values(reduced.increment())
-        change_noise = [noise + window.solved[name].total_noise for name, noise in zip(names, total_noise, strict=True)]
-        inner = _inner_products(names, window, stacked, reduced, before)
+    totals = core_singular_values(total_cores)[:, : shape.rank]
+    energies = [side[:, : shape.rank] for side in reduced.energies()]
+    rows = zip(now, *energies, strict=True)
+    noise = [rounding.noise_energy(matrix, left, right) for matrix, left, right in rows]
     bad = ~total_cores.isfinite().all(-1).all(-1)
+    if before is None:
+        spectra = [MatrixSpectra(totals[i], None, noise[i], 0.0, math.nan, (shape.rank, 0)) for i in range(len(names))]
+    else:
+        columns = shape.rank + before[0].rank
+        changes = core_singular_values(reduced.increment())[:, :columns]
+        noise_before = [window.solved[name].total_noise if name in window.solved else math.nan for name in names]
+        inner = _inner_products(names, window, stacked, reduced, before)
+        spectra = [
+            MatrixSpectra(totals[i], changes[i], noise[i], noise[i] + noise_before[i], inner[i], (shape.rank, columns))
+            for i in range(len(names))
+        ]
+    # The next increment's cosine wants this one's triangles; across a change of rank there is none.
+    keep = before is not None and before[0].rank == shape.rank
     return [
         _Outcome(
             name,
-            MatrixSpectra(
-                totals[i], None if changes is None else changes[i], total_noise[i], change_noise[i], inner[i]
-            ),
-            reduced.member(i) if before is not None else None,
+            spectra[i],
+            reduced.member(i) if keep else None,
             *_failure(bool(bad[i]), bool(totals[i].isnan().any())),
         )
         for i, name in enumerate(names)
@@ -226,7 +243,10 @@ def _solve(names: Sequence[str], window: _Window, device: torch.device) -> list[
 
 def _failure(core_is_bad: bool, values_are_bad: bool) -> tuple[str, str]:
     if core_is_bad:
-        return "OD201", "A factor holds NaN or infinity, so its spectrum is NaN."
+        return (
+            "OD201",
+            "Its factors or their product are not finite, so its spectrum and the increment after it are NaN.",
+        )
     if values_are_bad:
         return "OD207", "The singular value decomposition of its core did not converge, so its spectrum is NaN."
     return "", ""
@@ -245,30 +265,16 @@ def _inner_products(
     reduced: Cores,
     before: Sequence[LowRankMatrix],
 ) -> list[float]:
-    if names[0] not in window.reduced:
-        return [float("nan")] * len(names)
+    ranks = {window.now.shapes[names[0]].rank, before[0].rank}
+    if names[0] not in window.reduced or ranks != {window.reduced[names[0]].rank}:
+        return [math.nan] * len(names)
     earlier = _predecessors(names, window.earlier)
     assert earlier is not None, "a step whose triangular factors hold a change has a predecessor"
-    left, right = increments.cross_grams(stacked, *increments.changes_between(before, earlier, stacked.left.device))
+    left, right = increments.cross_grams(
+        stacked, *increments.changes_between(before, earlier, stacked.left.device, _OWN.workspace)
+    )
     reduced_before = increments.join([window.reduced[name] for name in names])
     return increments.inner_products(reduced, reduced_before, left, right).tolist()
-
-
-def _solve_across_ranks(name: str, now: LowRankMatrix, before: LowRankMatrix, window: _Window) -> _Outcome:
-    """The increment between two ranks: no delta stack, no cosine."""
-    alone = increments.cores(increments.stack([now], None))
-    total, noise = singular_values(now), _noise([now], *alone.energies_now())[0]
-    change = singular_values(increments.difference(now, before))
-    bad = not bool(alone.total().isfinite().all())
-    spectra = MatrixSpectra(total, change, noise, noise + window.solved[name].total_noise, float("nan"))
-    return _Outcome(name, spectra, None, *_failure(bad, bool(total.isnan().any())))
-
-
-def _noise(
-    matrices: Sequence[LowRankMatrix], left_energy: Float[Tensor, "batch r"], right_energy: Float[Tensor, "batch r"]
-) -> list[float]:
-    rows = zip(matrices, left_energy, right_energy, strict=True)
-    return [rounding.noise_energy(matrix, left, right) for matrix, left, right in rows]
 
 
 def _finding(outcome: _Outcome, checkpoint: Checkpoint) -> Finding:

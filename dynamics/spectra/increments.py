@@ -1,17 +1,18 @@
 r"""What one step changed: the difference of two low-rank matrices without cancellation.
 
 The obvious stack [B₁, −B₀]·[A₁; A₀] cancels: at a relative change ε it loses log₁₀(1/ε) digits. With
-ΔB = B₁ − B₀ and ΔA = A₁ − A₀, both exact or nearly so, the identity
+ΔB = B₁ − B₀ and ΔA = A₁ − A₀, both exact or nearly so, and S the scales of the columns,
 
-.. math:: B_1 A_1 - B_0 A_0 = [B_1,\ \Delta B]\,[\Delta A;\ A_0]
+.. math:: B_1 S_1 A_1 - B_0 S_0 A_0 = B_1 (S_1 \Delta A + (S_1 - S_0) A_0) + \Delta B\, S_0 A_0
 
-has an error that does not depend on ε. The triangular factors of [B₁, ΔB] and [A₀ᵀ, ΔAᵀ] hold everything: the
-increment's core, the core of the total B₁A₁ (through A₁ = A₀ + ΔA), and the norms of all columns. One QR a side
-serves both.
+with A₀ = A₁ − ΔA has an error that does not depend on ε. The triangular factors of [B₁, ΔB] and [A₁ᵀ, ΔAᵀ] hold
+everything: the increment's core, in their leading blocks the core of the total B₁S₁A₁, and the norms of all columns.
+One QR a side serves both.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,47 +24,79 @@ from dynamics.spectra.singular_values import triangle
 from probes.low_rank import LowRankMatrix
 
 
+class Workspace:
+    """Buffers to use again: a large allocation is mapped and zeroed by the system each time.
+
+    What was made with a workspace is valid until the next call with the same one; a workspace belongs to one thread.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.device], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+        """A float64 tensor of this shape with anything in it."""
+        key, size = (name, torch.device(device)), math.prod(shape)
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = torch.empty(size, dtype=torch.float64, device=device)
+        return self._buffers[key][:size].view(shape)
+
+
 @dataclass(frozen=True)
 class Stack:
     """Factors of a batch of updates of one shape, each side as one tall float64 matrix in column-major order.
 
     Args:
         left: ``(batch, columns, out)``: rows are the columns of [B₁, ΔB], or of B₁ alone.
-        right: ``(batch, columns, in)``: rows are the columns of [A₀ᵀ, ΔAᵀ], or of A₁ᵀ alone.
-        rank: r, the number of columns that belong to B₁.
-        scale, scale_before: ``(batch,)``.
+        right: ``(batch, columns, in)``: rows are the columns of [A₁ᵀ, ΔAᵀ], or of A₁ᵀ alone.
+        rank: r, the number of columns that belong to B₁: the larger rank of the two ends.
+        scale, scale_before: ``(batch, r)``, of each column.
     """
 
     left: Float[Tensor, "batch columns out"]
     right: Float[Tensor, "batch columns in"]
     rank: int
-    scale: Float[Tensor, " batch"]
-    scale_before: Float[Tensor, " batch"] | None
+    scale: Float[Tensor, "batch rank"]
+    scale_before: Float[Tensor, "batch rank"] | None
 
 
 def stack(
-    now: Sequence[LowRankMatrix], before: Sequence[LowRankMatrix] | None, device: torch.device | str = "cpu"
+    now: Sequence[LowRankMatrix],
+    before: Sequence[LowRankMatrix] | None,
+    device: torch.device | str = "cpu",
+    workspace: Workspace | None = None,
 ) -> Stack:
-    """Stacks a batch of matrices of one shape and rank, with their predecessors of the same shape and rank."""
-    rank, (out, in_) = now[0].rank, now[0].shape
+    """Stacks a batch of matrices with their predecessors: ``now`` of one shape and rank, ``before`` too.
+
+    Where the ranks differ, the smaller pair of factors is extended by zeros: so a rank that grows, by rows and columns
+    added to what was there, has the increment of what changed.
+    """
+    (out, in_), rank_now = now[0].shape, now[0].rank
+    rank = rank_now if before is None else max(rank_now, before[0].rank)
     columns = rank if before is None else 2 * rank
-    left = torch.empty(len(now), columns, out, dtype=torch.float64, device=device)
-    right = torch.empty(len(now), columns, in_, dtype=torch.float64, device=device)
+    workspace = workspace or Workspace()
+    left = workspace.take("left", (len(now), columns, out), device)
+    right = workspace.take("right", (len(now), columns, in_), device)
+    if before is not None and before[0].rank != rank_now:
+        left.zero_()
+        right.zero_()
     for index, matrix in enumerate(now):
-        left[index, :rank] = matrix.left_factor.detach().mT
-        right[index, -rank:] = matrix.right_factor.detach()
+        left[index, :rank_now] = matrix.left_factor.detach().mT
+        right[index, :rank_now] = matrix.right_factor.detach()
     if before is None:
-        return Stack(left, right, rank, _scales(now), None)
+        return Stack(left, right, rank, _scales(now, rank), None)
     for index, matrix in enumerate(before):
-        left[index, rank:] = matrix.left_factor.detach().mT
-        right[index, :rank] = matrix.right_factor.detach()
+        left[index, rank : rank + matrix.rank] = matrix.left_factor.detach().mT
+        right[index, rank : rank + matrix.rank] = matrix.right_factor.detach()
     torch.sub(left[:, :rank], left[:, rank:], out=left[:, rank:])
-    right[:, rank:] -= right[:, :rank]
-    return Stack(left, right, rank, _scales(now), _scales(before))
+    torch.sub(right[:, :rank], right[:, rank:], out=right[:, rank:])
+    return Stack(left, right, rank, _scales(now, rank), _scales(before, rank))
 
 
-def _scales(matrices: Sequence[LowRankMatrix]) -> Float[Tensor, " batch"]:
-    return torch.tensor([matrix.scale for matrix in matrices], dtype=torch.float64)
+def _scales(matrices: Sequence[LowRankMatrix], rank: int) -> Float[Tensor, "batch rank"]:
+    scales = torch.ones(len(matrices), rank, dtype=torch.float64)
+    for row, matrix in zip(scales, matrices, strict=True):
+        row[: matrix.rank] = matrix.scales()
+    return scales
 
 
 @dataclass(frozen=True)
@@ -78,8 +111,8 @@ class Cores:
     left: Float[Tensor, "batch k columns"]
     right: Float[Tensor, "batch l columns"]
     rank: int
-    scale: Float[Tensor, " batch"]
-    scale_before: Float[Tensor, " batch"] | None
+    scale: Float[Tensor, "batch rank"]
+    scale_before: Float[Tensor, "batch rank"] | None
 
     def member(self, index: int) -> Cores:
         """One matrix of the batch, as a batch of one."""
@@ -87,29 +120,23 @@ class Cores:
         before = None if self.scale_before is None else self.scale_before[one]
         return Cores(self.left[one], self.right[one], self.rank, self.scale[one], before)
 
-    def energies_now(self) -> tuple[Float[Tensor, "batch rank"], Float[Tensor, "batch rank"]]:
+    def energies(self) -> tuple[Float[Tensor, "batch rank"], Float[Tensor, "batch rank"]]:
         """‖B₁ₖ‖² and ‖A₁ₖ‖²: squared norms of the columns of B₁ and of the rows of A₁."""
-        return self.left[:, :, : self.rank].square().sum(1), self.right_now().square().sum(1)
+        return self.left[:, :, : self.rank].square().sum(1), self.right[:, :, : self.rank].square().sum(1)
 
-    def total(self) -> Float[Tensor, "batch j l"]:
-        """Core of s₁B₁A₁: the leading block of the left triangle is all there is of B₁."""
-        return _times(self.scale, self.left[:, : self.rank, : self.rank] @ self.right_now().mT)
-
-    def right_now(self) -> Float[Tensor, "batch l rank"]:
-        """Core of A₁ᵀ = A₀ᵀ + ΔAᵀ."""
-        if self.scale_before is None:
-            return self.right
-        return self.right[:, :, : self.rank] + self.right[:, :, self.rank :]
+    def total(self) -> Float[Tensor, "batch j i"]:
+        """Core of B₁S₁A₁: the leading blocks are all there is of B₁ and A₁."""
+        r = self.rank
+        return _columns(self.left[:, :r, :r], self.scale) @ self.right[:, :r, :r].mT
 
     def increment(self) -> Float[Tensor, "batch k l"]:
-        """Core of s₁B₁A₁ − s₀B₀A₀ = B₁(s₁ΔA + (s₁ − s₀)A₀) + s₀ΔB A₀."""
+        """Core of B₁S₁A₁ − B₀S₀A₀."""
         assert self.scale_before is not None
-        before, change = self.right[:, :, : self.rank], self.right[:, :, self.rank :]
-        right_of_now = _times(self.scale, change) + _times(self.scale - self.scale_before, before)
-        return (
-            self.left[:, :, : self.rank] @ right_of_now.mT
-            + _times(self.scale_before, self.left[:, :, self.rank :]) @ before.mT
-        )
+        r = self.rank
+        change, before = self.right[:, :, r:], self.right[:, :, :r] - self.right[:, :, r:]
+        beside_now = _columns(change, self.scale) + _columns(before, self.scale - self.scale_before)
+        beside_change = _columns(before, self.scale_before)
+        return self.left[:, :, :r] @ beside_now.mT + self.left[:, :, r:] @ beside_change.mT
 
 
 def join(members: Sequence[Cores]) -> Cores:
@@ -124,8 +151,9 @@ def join(members: Sequence[Cores]) -> Cores:
     )
 
 
-def _times(scale: Float[Tensor, " batch"], cores: Float[Tensor, "batch k l"]) -> Float[Tensor, "batch k l"]:
-    return scale[:, None, None] * cores
+def _columns(cores: Float[Tensor, "batch k r"], scale: Float[Tensor, "batch r"]) -> Float[Tensor, "batch k r"]:
+    """Each column times its scale."""
+    return cores * scale[:, None, :]
 
 
 def cores(stacked: Stack) -> Cores:
@@ -139,32 +167,17 @@ def cores(stacked: Stack) -> Cores:
     )
 
 
-def difference(now: LowRankMatrix, before: LowRankMatrix) -> LowRankMatrix:
-    """``now − before`` as a low-rank matrix of rank r₁ + r₀, by the delta stack where the ranks agree.
-
-    >>> import torch
-    >>> a, b = torch.ones(1, 2), torch.ones(3, 1)
-    >>> difference(LowRankMatrix(b, a, 3.0), LowRankMatrix(b, a, 1.0)).to_dense()[0]
-    tensor([2., 2.], dtype=torch.float64)
-    """
-    left, right = now.left_factor.detach().double(), now.right_factor.detach().double()
-    left_before, right_before = before.left_factor.detach().double(), before.right_factor.detach().double()
-    if now.rank != before.rank:
-        # Of two different parametrisations nothing is close to anything: the plain stack loses no digits.
-        return LowRankMatrix(
-            torch.cat([now.scale * left, -before.scale * left_before], 1), torch.cat([right, right_before])
-        )
-    change = now.scale * (right - right_before) + (now.scale - before.scale) * right_before
-    return LowRankMatrix(torch.cat([left, left - left_before], 1), torch.cat([change, before.scale * right_before]))
-
-
 def changes_between(
-    now: Sequence[LowRankMatrix], before: Sequence[LowRankMatrix], device: torch.device | str = "cpu"
+    now: Sequence[LowRankMatrix],
+    before: Sequence[LowRankMatrix],
+    device: torch.device | str = "cpu",
+    workspace: Workspace | None = None,
 ) -> tuple[Float[Tensor, "batch rank out"], Float[Tensor, "batch rank in"]]:
     """ΔBᵀ and ΔA of matrices of one shape and rank, without stacking what did not change."""
     rank, (out, in_) = now[0].rank, now[0].shape
-    left = torch.empty(len(now), rank, out, dtype=torch.float64, device=device)
-    right = torch.empty(len(now), rank, in_, dtype=torch.float64, device=device)
+    workspace = workspace or Workspace()
+    left = workspace.take("left change", (len(now), rank, out), device)
+    right = workspace.take("right change", (len(now), rank, in_), device)
     for index, (matrix, predecessor) in enumerate(zip(now, before, strict=True)):
         left[index] = matrix.left_factor.detach().mT
         left[index] -= predecessor.left_factor.detach().mT.to(device)
@@ -189,39 +202,41 @@ def inner_products(
 ) -> Float[Tensor, " batch"]:
     r"""⟨Δ_t, Δ_{t−1}⟩ of consecutive increments, from r×r cross-Grams.
 
-    Both increments are products of {B_{t−1}, ΔB_t, ΔB_{t−1}} and {A_{t−1}, ΔA_t, ΔA_{t−1}}. Every Gram among these but
-    ΔB_tᵀΔB_{t−1} and ΔA_tΔA_{t−1}ᵀ already stands in the triangular factors, so these two r×r products are all
-    that is computed in the matrices' own dimensions.
+    In the bases {B_{t−1}, ΔB_t}, {A_{t−1}, ΔA_t} of one and {B_{t−1}, ΔB_{t−1}}, {A_{t−1}, ΔA_{t−1}} of the other,
+
+    .. math:: \Delta_t \sim \begin{pmatrix} S_t - S_{t-1} & S_t \\ S_t & S_t \end{pmatrix}, \qquad
+              \Delta_{t-1} \sim \begin{pmatrix} S_{t-1} - S_{t-2} & S_{t-2} \\ S_{t-2} & -S_{t-2} \end{pmatrix}
+
+    so the inner product is Σ (MᵀGM') ∘ H with the bases' cross-Grams G and H. Of these, all but ΔB_tᵀΔB_{t−1} and
+    ΔA_tΔA_{t−1}ᵀ already stand in the triangular factors. No term is larger than the result's own order.
 
     Args:
         reduced: Of step t, with its predecessor.
-        reduced_before: Of step t−1, with its predecessor.
+        reduced_before: Of step t−1, with its predecessor, of the same rank.
         left_changes, right_changes: As :func:`cross_grams` gives them.
     """
-    assert reduced.scale_before is not None
     assert reduced_before.scale_before is not None
-    r = reduced.rank
-    # Left: Δ_t has columns [B_t, ΔB_t] = [B_{t−1} + ΔB_t, ΔB_t]; Δ_{t−1} has [B_{t−1}, ΔB_{t−1}].
-    gram, gram_before = reduced.left.mT @ reduced.left, reduced_before.left.mT @ reduced_before.left
-    middle_changed = gram_before[:, :r, r:]  # B_{t−1}ᵀ ΔB_{t−1}
-    changed_middle = gram[:, r:, :r] - gram[:, r:, r:]  # ΔB_tᵀ B_{t−1} = ΔB_tᵀ(B_t − ΔB_t)
-    left = torch.cat(
-        [
-            torch.cat([gram_before[:, :r, :r] + changed_middle, middle_changed + left_changes], 2),
-            torch.cat([changed_middle, left_changes], 2),
-        ],
-        1,
-    )
-    # Right: Δ_t has rows [s_tΔA_t + (s_t − s_{t−1})A_{t−1}; s_{t−1}A_{t−1}]; Δ_{t−1} the same one step earlier, with
-    # A_{t−2} = A_{t−1} − ΔA_{t−1}. In the bases {A_{t−1}, ΔA_t} and {A_{t−2}, ΔA_{t−1}}:
-    gram, gram_before = reduced.right.mT @ reduced.right, reduced_before.right.mT @ reduced_before.right
-    change_now = gram[:, r:, :r]  # ΔA_t A_{t−1}ᵀ
-    middle_first = gram_before[:, :r, :r] + gram_before[:, r:, :r]  # A_{t−1} A_{t−2}ᵀ
-    middle_change = gram_before[:, :r, r:] + gram_before[:, r:, r:]  # A_{t−1} ΔA_{t−1}ᵀ
-    now, before, earlier = reduced.scale, reduced.scale_before, reduced_before.scale_before
-    rows_change = torch.cat([change_now - right_changes, right_changes], 2)  # ΔA_t against {A_{t−2}, ΔA_{t−1}}
-    rows_middle = torch.cat([middle_first, middle_change], 2)  # A_{t−1} against the same
-    rows = torch.cat([_times(now, rows_change) + _times(now - before, rows_middle), _times(before, rows_middle)], 1)
-    first, change = rows[:, :, :r], rows[:, :, r:]
-    right = torch.cat([_times(before, change) + _times(before - earlier, first), _times(earlier, first)], 2)
-    return (left * right).sum((1, 2))
+    now, before, earlier = reduced.scale, reduced_before.scale, reduced_before.scale_before
+    left = _bases_gram(reduced.left, reduced_before.left, left_changes)
+    right = _bases_gram(reduced.right, reduced_before.right, right_changes)
+    coefficients = _blocks(now - before, now, now, now)
+    coefficients_before = _blocks(before - earlier, earlier, earlier, -earlier)
+    return ((coefficients.mT @ left @ coefficients_before) * right).sum((1, 2))
+
+
+def _bases_gram(
+    core: Float[Tensor, "batch k columns"],
+    core_before: Float[Tensor, "batch l columns"],
+    changes: Float[Tensor, "batch r r"],
+) -> Float[Tensor, "batch columns columns"]:
+    """Gram of {X_{t−1}, ΔX_t} against {X_{t−1}, ΔX_{t−1}} on one side."""
+    r = changes.shape[-1]
+    gram, gram_before = core.mT @ core, core_before.mT @ core_before
+    change_middle = gram[:, r:, :r] - gram[:, r:, r:]  # ΔX_tᵀX_{t−1} = ΔX_tᵀ(X_t − ΔX_t)
+    return torch.cat([gram_before[:, :r], torch.cat([change_middle, changes], 2)], 1)
+
+
+def _blocks(*diagonals: Float[Tensor, "batch r"]) -> Float[Tensor, "batch n n"]:
+    """Two by two diagonal blocks, row by row."""
+    first, second, third, fourth = (diagonal.diag_embed() for diagonal in diagonals)
+    return torch.cat([torch.cat([first, second], 2), torch.cat([third, fourth], 2)], 1)

@@ -50,7 +50,7 @@ def measures_of(update: xr.Dataset) -> dict[str, xr.Variable]:
         "numerical_rank": variable(
             "numerical_rank",
             rank.numpy(),
-            "number of σ > tol·σ₁, tol = max(out, in)·ε of the storage format, at most √ε",
+            "number of σ > tol·σ₁, tol = max(out, in)·ε of the storage format, √ε where that exceeds 0.1",
             "Golub & Van Loan; LAPACK's default tolerance",
         )
     }
@@ -102,10 +102,10 @@ def null_models_of(update: xr.Dataset) -> tuple[xr.Dataset, dict[str, xr.Variabl
 
 
 def _models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ...], NullModel]]:
-    """Places (step, kind, matrix) that share a shape and a number of singular values, with their null model."""
-    count, out, in_ = update["count"].values, update["out"].values, update["in"].values
-    present = np.nonzero(count)
-    keys = np.stack([out[present[2]], in_[present[2]], count[present]], axis=1)
+    """Places (step, kind, matrix) that share a shape and a rank of the factors, with their null model."""
+    rank, out, in_ = update["factor_rank"].values, update["out"].values, update["in"].values
+    present = np.nonzero(rank)
+    keys = np.stack([out[present[2]], in_[present[2]], rank[present]], axis=1)
     for key in np.unique(keys, axis=0):
         chosen = (keys == key).all(1)
         yield tuple(axis[chosen] for axis in present), null_models.random_lora_null(*key.tolist())
@@ -148,8 +148,11 @@ def _null_dataset(update: xr.Dataset, arrays: dict[str, np.ndarray], band: dict[
 
 def direct_sums(update: xr.Dataset) -> dict[str, xr.Variable]:
     """The update of all matrices, and of all matrices of one role, as one, by the exact chain rule."""
-    # A matrix that is not there adds nothing; one that failed makes the sum unknown.
-    energy = np.where(update["count"].values > 0, update["frobenius_norm"].values ** 2, 0.0)
+    # A matrix that is not there adds nothing; one that failed, or whose increment is not known, makes the sum unknown.
+    count, linked = update["count"].values, update["from_step"].values >= 0
+    unknown = np.zeros(count.shape, dtype=bool)
+    unknown[:, 1] = (count[:, 0] > 0) & (count[:, 1] == 0) & linked[:, None]
+    energy = np.where((count > 0) | unknown, update["frobenius_norm"].values ** 2, 0.0)
     entropy, ratio = update["entropy_energy"].values, update["participation_ratio"].values
     whole = np.asarray(aggregate.entropy_of_direct_sum(energy, entropy))
     roles = np.unique(update["role"].values)

@@ -81,6 +81,20 @@ def _missing_increments(update: xr.Dataset) -> Iterator[Finding]:
             f"Step {steps} is the first checkpoint of its training, so it has a total but no increment.",
             evidence={"steps": first},
         )
+    count = update["count"]
+    for step, origin in zip(update["step"].values.tolist(), update["from_step"].values.tolist(), strict=True):
+        total, increment = (count.sel(step=step, kind=kind).values > 0 for kind in ("total", "increment"))
+        names = update["matrix"].values[total & ~increment].tolist()
+        if origin >= 0 and names:
+            yield Finding(
+                "OD204",
+                f"At step {step} {_count(names, len(total))} has a total but no increment, since the previous "
+                f"checkpoint, step {origin}, does not hold it; the increment of all matrices together is "
+                "unknown there.",
+                matrix=names[0] if len(names) == 1 else "",
+                step=step,
+                evidence=_named(names),
+            )
 
 
 def _against_null(update: xr.Dataset) -> Iterator[Finding]:
@@ -107,8 +121,8 @@ def _unused_rank(update: xr.Dataset) -> Iterator[Finding]:
     if names:
         yield Finding(
             "OD206",
-            f"{_count(names, update.sizes['matrix']).capitalize()} hold {ENERGY:.0%} of the update's energy in half of "
-            "the adapter's rank or less.",
+            f"Half of the adapter's rank or less holds {ENERGY:.0%} of the update's energy in "
+            f"{_count(names, update.sizes['matrix'])}.",
             remedy="rank_pattern.json has a rank for each matrix; keep α/r by an alpha_pattern.",
             evidence={"energy": ENERGY, "threshold_share_of_rank": UNUSED, **_named(names)},
         )

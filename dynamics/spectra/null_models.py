@@ -110,7 +110,8 @@ def outliers(values: Float[Tensor, "... k"], edge: float) -> Float[Tensor, ...]:
     """
     median = values.nanquantile(0.5, dim=-1, keepdim=True)
     count = (values > edge * median).sum(-1).double()
-    return torch.where((median[..., 0] > 0) & (values.shape[-1] > 2), count, torch.nan)
+    enough = (~values.isnan()).sum(-1) > 2
+    return torch.where((median[..., 0] > 0) & enough, count, torch.nan)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,12 @@ class NullModel:
     high: Mapping[str, float]
 
     def percentile(self, entropy: Float[Tensor, ...]) -> Float[Tensor, ...]:
-        """Where an entropy lies among the draws, 0 to 100: small means more concentrated than chance."""
+        """Where an entropy lies among the draws, 0 to 100: small means more concentrated than chance.
+
+        NaN where all draws agree, as for a single singular value: then chance leaves nothing to compare with.
+        """
+        if self.entropies[-1] - self.entropies[0] < 1e-9:
+            return torch.full_like(entropy, torch.nan)
         below = torch.searchsorted(self.entropies, entropy.contiguous())
         return torch.where(entropy.isnan(), torch.nan, 100.0 * below / self.entropies.numel())
 

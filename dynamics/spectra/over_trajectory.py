@@ -51,29 +51,38 @@ def _spectra(trajectory: Trajectory, results: Results) -> xr.Dataset:
     longest = max((len(part) for each in results.values() for part in _parts(each)), default=0)
     values = np.full((len(steps), len(schema.KINDS), len(names), longest), np.nan)
     count = np.zeros(values.shape[:-1], dtype=np.int64)
+    rank = np.zeros_like(count)
     column = {name: position for position, name in enumerate(names)}
     row = {step: position for position, step in enumerate(steps)}
     for (step, name), spectra in results.items():
         for kind, part in enumerate(_parts(spectra)):
             values[row[step], kind, column[name], : len(part)] = part
             count[row[step], kind, column[name]] = len(part)
+            rank[row[step], kind, column[name]] = spectra.ranks[kind]
     # A failed spectrum is NaN throughout, an absent one has count 0: neither has a norm.
     known = np.isfinite(values).any(-1)
+    largest = np.nan_to_num(values).max(-1, initial=0.0)
+    relative = np.divide(values, largest[..., None], out=np.zeros_like(values), where=largest[..., None] > 0)
     norms = {
-        "frobenius_norm": np.sqrt(np.nansum(values**2, -1)),
-        "spectral_norm": np.nan_to_num(values).max(-1, initial=0.0),
+        "frobenius_norm": largest * np.sqrt(np.nansum(relative**2, -1)),
+        "spectral_norm": largest,
         "nuclear_norm": np.nansum(values, -1),
     }
     return xr.Dataset(
         {
             "singular_value": labelled.variable("singular_value", values),
             "count": labelled.variable("count", count),
+            "factor_rank": labelled.variable("factor_rank", rank),
             **{name: labelled.variable(name, np.where(known, norm, np.nan)) for name, norm in norms.items()},
         },
         coords={
             "step": ("step", np.asarray(steps, dtype=np.int64), {"units": "1", "long_name": "optimizer step"}),
-            "kind": list(schema.KINDS),
-            "matrix": np.asarray(names, dtype=str),
+            "kind": (
+                "kind",
+                list(schema.KINDS),
+                {"units": "1", "long_name": "since the start, or since the last step"},
+            ),
+            "matrix": ("matrix", np.asarray(names, dtype=str), {"units": "1", "long_name": "weight matrix"}),
             "index": ("index", np.arange(longest), {"units": "1", "long_name": "position in descending order"}),
             **_step_coordinates(trajectory),
             **_matrix_coordinates(trajectory),
@@ -139,10 +148,10 @@ def _rounding(update: xr.Dataset, results: Results) -> dict[str, xr.Variable]:
             if (spectra := results.get((step, name))) is not None:
                 noise[row, 0, column] = spectra.total_noise
                 noise[row, 1, column] = spectra.increment_noise if spectra.increment is not None else np.nan
-    energy = update["frobenius_norm"].values ** 2
-    share = np.divide(noise, energy, out=np.full_like(noise, np.nan), where=energy > 0)
+    norm = update["frobenius_norm"].values
+    share = np.divide(np.sqrt(noise), norm, out=np.full_like(noise, np.nan), where=norm > 0) ** 2
     return {
-        "is_zero": labelled.variable("is_zero", (energy == 0) & (update["count"].values > 0)),
+        "is_zero": labelled.variable("is_zero", norm == 0),
         "quantisation_noise_share": labelled.variable(
             "quantisation_noise_share", share, "Σ ulp²/12 of the stored factors, carried to the product, over ‖·‖_F²"
         ),
@@ -165,8 +174,11 @@ def _geometry(update: xr.Dataset, results: Results) -> dict[str, xr.Variable]:
         before = steps.index(origin[row])
         path[row] = path[before] + length[row]
         inner = np.array([results[step, name].inner_product if (step, name) in results else np.nan for name in names])
-        with np.errstate(invalid="ignore", divide="ignore"):  # 0/0: the cosine with a zero increment is NaN
-            cosine[row] = inner / (length[row] * length[before])
+        sizes = length[row] * length[before]
+        with np.errstate(invalid="ignore"):
+            moved = sizes > 0  # a zero increment has no direction, and rounding must not lend it one
+        np.divide(inner, sizes, out=cosine[row], where=moved)
+        np.clip(cosine[row], -1, 1, out=cosine[row])
     return {
         "path_length": labelled.variable(
             "path_length", path, "Σ ‖increment‖_F since the first captured step of the training"

@@ -3,7 +3,7 @@ r"""The rounding floor: how much of an update is the storage format's noise.
 A factor stored in a format with p significand bits is off by up to half a unit in the last place, so its entries
 carry independent noise of variance ulp²/12. To first order the product s(B + E_B)(A + E_A) then carries the energy
 
-.. math:: s^2 \sum_k \Big(\|A_k\|^2 \sum_i \tfrac{\mathrm{ulp}(B_{ik})^2}{12}
+.. math:: \sum_k s_k^2 \Big(\|A_k\|^2 \sum_i \tfrac{\mathrm{ulp}(B_{ik})^2}{12}
           + \|B_k\|^2 \sum_j \tfrac{\mathrm{ulp}(A_{kj})^2}{12}\Big)
 
 over rows k of A and columns k of B. An increment carries that of both its ends. The prediction is an upper estimate
@@ -58,4 +58,4 @@ def noise_energy(
     """
     left_noise = ulp_energy(matrix.left_factor, dim=0) / 12
     right_noise = ulp_energy(matrix.right_factor, dim=1) / 12
-    return matrix.scale**2 * float(left_noise @ right_energy + left_energy @ right_noise)
+    return float(matrix.scales().square() @ (left_noise * right_energy + left_energy * right_noise))

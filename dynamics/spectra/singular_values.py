@@ -34,7 +34,7 @@ def singular_values(matrix: Matrix | Sequence[Matrix]) -> Tensor | list[Tensor]:
         the matrix holds NaN or infinity.
 
     Raises:
-        ValueError: If a tensor is not a matrix.
+        ValueError: If a tensor is not a real matrix.
 
     >>> import torch
     >>> from probes import LowRankMatrix
@@ -53,6 +53,8 @@ def _batched(matrices: list[Matrix]) -> list[Tensor]:
     for position, matrix in enumerate(matrices):
         if isinstance(matrix, LowRankMatrix):
             groups[(*matrix.shape, matrix.rank, matrix.left_factor.device)].append(position)
+        elif matrix.is_complex():
+            raise ValueError(f"Expected a real matrix, got one of dtype {matrix.dtype}.")
         elif matrix.ndim == 2:
             groups[(*matrix.shape, None, matrix.device)].append(position)
         else:
@@ -73,8 +75,8 @@ def _cores(matrices: Sequence[LowRankMatrix]) -> Float[Tensor, "batch k l"]:
     """R_B R_Aᵀ of matrices of one shape."""
     left = torch.stack([matrix.left_factor.detach().to(torch.float64) for matrix in matrices])
     right = torch.stack([matrix.right_factor.detach().to(torch.float64) for matrix in matrices])
-    scale = torch.tensor([matrix.scale for matrix in matrices], dtype=torch.float64, device=left.device)
-    return scale[:, None, None] * triangle(left) @ triangle(right.mT).mT
+    scales = torch.stack([matrix.scales() for matrix in matrices]).to(left.device)
+    return (triangle(left) * scales[:, None, :]) @ triangle(right.mT).mT
 
 
 def triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch k columns"]:

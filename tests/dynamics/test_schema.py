@@ -79,6 +79,40 @@ def test_increments_do_not_cross_trainings(tree):
         schema.check(tree)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("singular_value", np.inf, "/update/singular_value holds infinity"),
+        ("dominant_ratio", 7.0, "/update/dominant_ratio is above 1"),
+        ("count", 3, "/update has an increment where from_step is -1"),
+        ("is_zero", True, "/update has measures of an update that is zero"),
+    ],
+)
+def test_numbers_that_cannot_be(tree, name, value, message):
+    values = tree["update"][name]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        schema.check(changed(tree, **{name: values.copy(data=np.full_like(values.values, value))}))
+
+
+def test_flags_are_booleans(tree):
+    with pytest.raises(ValueError, match=re.escape("/update/is_zero is float64, expected bool")):
+        schema.check(changed(tree, is_zero=tree["update"]["is_zero"].astype(float)))
+
+
+def test_names_are_those_of_the_live_base_model(tree):
+    update = tree["update"].to_dataset()
+    names = [f"base_model.model.{name}" for name in update["matrix"].values]
+    tree["update"] = xr.DataTree(update.assign_coords(matrix=names))
+    with pytest.raises(ValueError, match="has a wrapper's prefix"):
+        schema.check(tree)
+
+
+def test_the_seed_is_a_number(tree):
+    tree.attrs["seed"] = "zero"
+    with pytest.raises(ValueError, match=re.escape("'seed' is 'zero', expected an integer")):
+        schema.check(tree)
+
+
 def test_attributes_are_strict_json(tree):
     tree.attrs["findings"] = json.dumps([float("nan")])
     with pytest.raises(ValueError, match="'findings' is not strict JSON"):
@@ -94,6 +128,7 @@ def test_attributes_are_strict_json(tree):
         ("model.layers.1.self_attn.q_proj@second", (1, "self_attn.q_proj@second", "model.layers")),
         ("classifier.0", (0, "classifier.0", "")),
         ("embed_tokens", (-1, "embed_tokens", "")),
+        (f"layers.{'9' * 30}.q", (-1, f"layers.{'9' * 30}.q", "")),
     ],
 )
 def test_layer_role_and_stack(name, expected):

@@ -5,7 +5,7 @@ from dynamics.spectra import increments
 from dynamics.spectra.singular_values import core_singular_values, singular_values
 from probes import LowRankMatrix
 from tests.matrices import moved, random_lora
-from tests.reference import dense_singular_values, exact_difference
+from tests.reference import dense_singular_values, exact_columns_difference, exact_difference
 
 STEP_SIZES = [10.0**-k for k in range(1, 9)]
 
@@ -26,14 +26,6 @@ def test_error_does_not_grow_as_steps_shrink(relative, dtype):
     assert (values - expected).abs().max() <= 1e-12 * expected[0]
 
 
-@pytest.mark.parametrize("relative", STEP_SIZES)
-def test_difference_as_a_matrix(relative):
-    before = random_lora(14, 11, 3, seed=0, dtype=torch.float64)
-    now = moved(before, relative, seed=1)
-    expected = torch.linalg.svdvals(exact_difference(now, before))[:6]
-    assert (singular_values(increments.difference(now, before)) - expected).abs().max() <= 1e-12 * expected[0]
-
-
 @pytest.mark.parametrize("relative", [1e-1, 1e-8])
 def test_a_changed_scale(relative):
     before = rescaled(random_lora(12, 10, 3, seed=0, dtype=torch.float64), 2.0)
@@ -41,7 +33,6 @@ def test_a_changed_scale(relative):
     expected = torch.linalg.svdvals(exact_difference(now, before))[:6]
     values = core_singular_values(increments.cores(increments.stack([now], [before])).increment())[0]
     assert (values - expected).abs().max() <= 1e-12 * expected[0]
-    assert (singular_values(increments.difference(now, before)) - expected).abs().max() <= 1e-12 * expected[0]
 
 
 def test_the_naive_stack_would_lose_digits():
@@ -70,11 +61,53 @@ def test_a_batch_equals_its_members():
         torch.testing.assert_close(batch.member(index).total(), alone.total())
 
 
-def test_difference_between_ranks():
-    now, before = random_lora(9, 8, 3, seed=0), random_lora(9, 8, 2, seed=1)
-    change = increments.difference(now, before)
-    assert change.rank == 5
-    torch.testing.assert_close(change.to_dense(), now.to_dense() - before.to_dense())
+@pytest.mark.parametrize("relative", [1e-1, 1e-8])
+@pytest.mark.parametrize("grown", [True, False])
+def test_a_rank_that_changes_by_added_directions(relative, grown):
+    small = random_lora(14, 11, 2, seed=0, dtype=torch.float64)
+    zero, fresh = torch.zeros(14, 3, dtype=torch.float64), random_lora(3, 11, 3, seed=5).right_factor.double()
+    extended = LowRankMatrix(
+        torch.cat([small.left_factor, zero], 1), torch.cat([small.right_factor, fresh]), small.scale
+    )
+    now, before = (moved(extended, relative, seed=1), small) if grown else (moved(small, relative, seed=1), extended)
+    expected = torch.linalg.svdvals(exact_difference(now, before))[:7]
+    reduced = increments.cores(increments.stack([now], [before]))
+    assert (core_singular_values(reduced.increment())[0, :7] - expected).abs().max() <= 1e-12 * expected[0]
+    total = dense_singular_values(now)[: now.rank]
+    assert (core_singular_values(reduced.total())[0, : now.rank] - total).abs().max() <= 1e-12 * total[0]
+
+
+@pytest.mark.parametrize("shrink", [1e-6, 1e-10])
+def test_totals_keep_their_digits_where_a_factor_shrank(shrink):
+    now = random_lora(14, 11, 3, seed=1, dtype=torch.float64)
+    before = LowRankMatrix(now.left_factor, now.right_factor / shrink, now.scale)
+    values = core_singular_values(increments.cores(increments.stack([now], [before])).total())[0]
+    expected = dense_singular_values(now)[:3]
+    assert (values - expected).abs().max() <= 1e-12 * expected[0]
+
+
+def test_columns_of_different_scale():
+    """As in the sum of two adapters, or AdaLoRA's diagonal."""
+
+    def columns(matrix, scales):
+        return LowRankMatrix(matrix.left_factor, matrix.right_factor, 1.0, column_scale=torch.tensor(scales).double())
+
+    first = random_lora(12, 10, 4, seed=0, dtype=torch.float64)
+    second, third = (moved(first, 1e-7, seed=s) for s in (1, 2))
+    steps = [
+        columns(first, [7 / 3, 7 / 3, 4.5, 4.5]),
+        columns(second, [7 / 3, 7 / 3, 4.5, 4.5]),
+        columns(third, [7 / 3, 2, 4.5, 4]),
+    ]
+    changes = [exact_columns_difference(steps[2], steps[1]), exact_columns_difference(steps[1], steps[0])]
+    middle = increments.cores(increments.stack([steps[1]], [steps[0]]))
+    expected = torch.linalg.svdvals(changes[1])[:8]
+    assert (core_singular_values(middle.increment())[0] - expected).abs().max() <= 1e-12 * expected[0]
+    last = increments.stack([steps[2]], [steps[1]])
+    reduced = increments.cores(last)
+    left, right = increments.cross_grams(last, *increments.changes_between([steps[1]], [steps[0]]))
+    inner = increments.inner_products(reduced, middle, left, right)[0]
+    assert abs(inner - (changes[0] * changes[1]).sum()) <= 1e-6 * changes[0].norm() * changes[1].norm()
 
 
 @pytest.mark.parametrize("relative", [1e-1, 1e-4, 1e-7])

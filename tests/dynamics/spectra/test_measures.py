@@ -1,8 +1,10 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
+import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -152,8 +154,16 @@ def test_energy_and_numerical_rank():
     assert float(measures.numerical_rank(torch.zeros(3), 1e-6)) == 0
 
 
+def test_labelled_arrays_lists_and_tensors_are_the_same():
+    values = [3.0, 2.0, 1.0]
+    expected = effective_rank(torch.tensor(values, dtype=torch.float64))
+    for same in (values, np.array(values), xr.DataArray(values), torch.tensor(values), (3, 2, 1)):
+        assert effective_rank(same) == expected
+
+
 def test_tolerance_of_half_precision_stays_below_one():
     assert measures.rank_tolerance(4096, 4096, 2**-7) == 2**-3.5
+    assert measures.rank_tolerance(11008, 4096, 2**-23) == 11008 * 2**-23
     assert measures.rank_tolerance(64, 32, 2**-23) == 64 * 2**-23
 
 

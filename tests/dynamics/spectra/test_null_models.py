@@ -90,5 +90,6 @@ def test_a_spike_is_an_outlier_and_noise_is_not():
 
 def test_outliers_need_a_median_to_stand_out_from():
     assert null_models.outliers(torch.tensor([[3.0, 1.0]]), 2.0).isnan().all()
+    assert null_models.outliers(torch.tensor([[3.0, 1.0, torch.nan, torch.nan]]), 2.0).isnan().all()
     assert null_models.outliers(torch.tensor([[3.0, 0.0, 0.0, 0.0]]), 2.0).isnan().all()
     assert null_models.outliers(torch.tensor([[torch.nan] * 4]), 2.0).isnan().all()

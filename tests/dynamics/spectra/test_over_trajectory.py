@@ -127,9 +127,10 @@ def test_a_zero_update_is_flagged_and_its_measures_are_missing(runs, tmp_path):
     )
 
 
+@pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_broken_factor_is_named_and_costs_only_what_it_touches(runs, tmp_path, bad):
-    runs[20][NAMES[1]][0][0, 0] = bad
+def test_a_broken_factor_is_named_and_costs_only_what_it_touches(runs, tmp_path, bad, side):
+    runs[20][NAMES[1]][side][0, 0] = bad
     update, findings = analyse(write_run(tmp_path / "run", runs))
     finding = next(f for f in findings if f.code == "OD201")
     assert (finding.matrix, finding.step) == (NAMES[1], 20)
@@ -149,6 +150,41 @@ def test_a_matrix_that_comes_later(runs, tmp_path):
     assert late["count"].sel(kind="total").values.tolist() == [0, 4, 4, 4]
     assert late["count"].sel(kind="increment").values.tolist() == [0, 0, 8, 8]
     assert np.isfinite(update["frobenius_norm_all"].sel(step=10, kind="total"))
+
+
+def test_a_matrix_missing_in_the_middle_leaves_its_next_increment_unknown(runs, tmp_path):
+    del runs[20][NAMES[2]]
+    update, findings = analyse(write_run(tmp_path / "run", runs))
+    assert update["count"].sel(matrix=NAMES[2], kind="increment").values.tolist() == [0, 0, 0, 8]
+    all_of_them = update["frobenius_norm_all"].sel(kind="increment").values
+    assert np.isnan(all_of_them).tolist() == [True, False, True, False]
+    assert [(f.matrix, f.step) for f in findings if f.code == "OD204" and f.matrix] == [(NAMES[2], 30)]
+
+
+def test_a_zero_increment_has_no_direction(runs, tmp_path):
+    still = {name: (left * 0, right) for name, (left, right) in runs[10].items()}
+    moved_but_zero = {name: (left, right + 1) for name, (left, right) in still.items()}
+    update, _ = analyse(write_run(tmp_path / "run", {1: still, 2: moved_but_zero, 3: runs[10], 4: runs[20]}))
+    assert (update["frobenius_norm"].sel(step=2, kind="increment") == 0).all()
+    assert update["increment_cosine"].sel(step=[2, 3]).isnull().all()
+    assert update["increment_cosine"].sel(step=4).notnull().all()
+
+
+@pytest.mark.parametrize(("out", "in_", "rank"), [(8, 100, 64), (2, 300, 8), (20, 20, 15)])
+def test_the_null_has_the_rank_of_the_factors_not_of_the_product(tmp_path, out, in_, rank):
+    names = [f"layers.{i}.w" for i in range(40)]
+    factors = random_factors(names, out=out, in_=in_, rank=rank, seed=3)
+    update, _ = analyse(write_run(tmp_path / "run", {1: factors}, config=adapter_config(rank=rank)))
+    percentile = update["null_percentile"].sel(step=1, kind="total").values
+    assert 0.2 < (percentile < 50).mean() < 0.8
+    assert (update["factor_rank"].sel(kind="total") == rank).all()
+
+
+def test_a_single_direction_is_not_more_concentrated_than_chance(tmp_path):
+    run = write_run(tmp_path / "run", {1: random_factors(rank=1)}, config=adapter_config(rank=1))
+    update, findings = analyse(run)
+    assert update["null_percentile"].isnull().all()
+    assert "OD205" not in [f.code for f in findings]
 
 
 def test_a_rank_that_changes(tmp_path):

@@ -113,6 +113,11 @@ def test_gradients_are_not_recorded():
     assert not singular_values(LowRankMatrix(left, torch.ones(1, 2))).requires_grad
 
 
+def test_a_complex_matrix_is_refused():
+    with pytest.raises(ValueError, match=re.escape("Expected a real matrix, got one of dtype torch.complex64.")):
+        singular_values(torch.eye(2, dtype=torch.complex64))
+
+
 def test_a_tensor_that_is_not_a_matrix_is_refused():
     with pytest.raises(
         ValueError, match=re.escape("Expected a matrix of shape (out, in), got a tensor of shape (2, 2, 2).")
