@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,56 +76,71 @@ def _analyze(
     progress: bool | None,
     quiet: bool,
 ) -> int:
-    # Here, not above: --help must not wait for torch.
-    from dynamics.checkpoints import NotARun
-    from dynamics.pipeline import Options, analyze_run, default_output
-
-    options = Options(matrices, device, with_report)
-    named, labels = _named_runs(runs)
-    target: Any = next(iter(named.values())) if len(named) == 1 else named
     try:
-        with _progress_bar(shown=_wanted(progress, quiet)) as advance:
-            tree = analyze_run(target, out=out, options=options, labels=labels, progress=advance)
-    except NotARun as error:
-        for finding in error.findings:
-            _complain(str(finding))
-        _complain(str(error))
-        return NOTHING_ANALYSED
-    except (OSError, ValueError) as error:
-        _complain(_one_line(error))
-        return NOTHING_ANALYSED
-    except KeyboardInterrupt:
-        _complain("Interrupted; an earlier result is as it was.")
+        # Here, not above: --help must not wait for torch.
+        from dynamics.checkpoints import NotARun
+        from dynamics.pipeline import Options, analyze_run, output_folder
+        from dynamics.report import finding_line
+
+        try:
+            named, labels = _named_runs(runs)
+            target: Any = next(iter(named.values())) if len(named) == 1 else named
+            folder = output_folder([Path(run) for run in named.values()], out)
+            options = Options(matrices, device, with_report)
+            with _progress_bar(shown=_wanted(progress, quiet)) as advance:
+                tree = analyze_run(target, out=folder, options=options, labels=labels, progress=advance)
+        except NotARun as error:
+            for finding in error.findings:
+                if finding.severity in _told(quiet):
+                    _complain(finding_line(finding.to_dict()))
+            _complain(str(error))
+            return NOTHING_ANALYSED
+        except (OSError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+            _complain(str(error) or type(error).__name__)
+            return NOTHING_ANALYSED
+        return _tell(tree, folder, as_json, with_report, quiet)
+    except KeyboardInterrupt as interrupt:
+        # Not by _complain, which imports: ^C may have come in the middle of that.
+        typer.echo(
+            f"Interrupted; {interrupt.args[0] if interrupt.args else 'an earlier result is as it was'}.", err=True
+        )
         return INTERRUPTED
-    folder = out or default_output([Path(run) for run in named.values()])
-    return _tell(tree, folder, as_json, with_report, quiet)
 
 
 def _tell(tree: xr.DataTree, folder: Path, as_json: bool, with_report: bool, quiet: bool) -> int:
     from rich.console import Console
 
-    from dynamics.report import all_findings, summarise, terminal_summary
+    from dynamics.report import all_findings, finding_lines, summarise, terminal_summary
 
     summary = summarise(tree)
-    errors = [finding for finding in all_findings(summary) if finding["severity"] == "error"]
+    _write_any_text()
     if as_json:
-        json.dump(summary, sys.stdout, allow_nan=False, ensure_ascii=False)
-        sys.stdout.write("\n")
+        typer.echo(json.dumps(summary, allow_nan=False))
     elif not quiet:
-        console = Console()
-        console.print(terminal_summary(summary))
-        console.print(str(folder / ("report.html" if with_report else "summary.json")), soft_wrap=True, highlight=False)
-    if as_json or quiet:
-        for finding in errors:
-            where = ", ".join(part for part in (finding["file"], finding["matrix"]) if part)
-            _complain(
-                " ".join(part for part in (finding["code"], f"{where}:", finding["message"], finding["remedy"]) if part)
-            )
-    return INPUT_REFUSED if errors else ANALYSED
+        Console().print(terminal_summary(summary))
+        typer.echo(folder / ("report.html" if with_report else "summary.json"))
+    for line in finding_lines(summary, _told(quiet)):
+        _complain(line)
+    failed = any(finding["severity"] == "error" for finding in all_findings(summary))
+    return INPUT_REFUSED if failed else ANALYSED
+
+
+def _told(quiet: bool) -> tuple[str, ...]:
+    """Severities that go to stderr."""
+    return ("error",) if quiet else ("error", "warning")
+
+
+def _write_any_text() -> None:
+    """Lets stdout escape what its encoding lacks: names in a result are anybody's."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _named_runs(runs: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Name → folder, names made unique; and name → label.
+
+    Raises:
+        ValueError: If a run is the empty text.
 
     >>> _named_runs(["a=runs/x", "other/x"])
     ({'x': 'runs/x', 'x-2': 'other/x'}, {'x': 'a'})
@@ -134,7 +151,9 @@ def _named_runs(runs: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
         label, separator, folder = run.partition("=")
         if not separator or Path(run).exists():
             label, folder = "", run
-        base = name = Path(folder).resolve().name or "run"
+        if not folder:
+            raise ValueError(f"Expected [LABEL=]RUN with RUN a folder, got {run!r}. For this folder, pass a dot.")
+        base = name = _plain_name(folder)
         count = 1
         while name in named:
             count += 1
@@ -143,6 +162,17 @@ def _named_runs(runs: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
         if label:
             labels[name] = label
     return named, labels
+
+
+def _plain_name(folder: str) -> str:
+    """The folder's own name, a link's too, as it can name a group and a file.
+
+    >>> _plain_name("runs/a/../b"), _plain_name("/"), _plain_name(".hidden")
+    ('b', 'run', 'hidden')
+    """
+    name = os.path.basename(os.path.abspath(folder)).encode("utf-8", "backslashreplace").decode()
+    # 190 bytes: with what goes before and after it, it is still a file's name.
+    return name.replace("\\", "_").lstrip(".").encode()[:190].decode(errors="ignore") or "run"
 
 
 def _wanted(progress: bool | None, quiet: bool) -> bool:
@@ -157,27 +187,23 @@ def _progress_bar(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
         def advance(run: str, done: int, total: int) -> None:
             if run not in tasks:
-                tasks[run] = bar.add_task(run.replace("[", r"\["), total=total)
+                tasks[run] = bar.add_task(run, total=total)
             bar.update(tasks[run], completed=done)
 
         yield advance
 
 
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.strerror}: '{error.filename}'."
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _complain(message: str) -> None:
-    typer.echo(message, err=True)
+    from dynamics.report.lines import one_line
+
+    typer.echo(one_line(message), err=True)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 
@@ -20,7 +20,17 @@ from dynamics.report import summarise
 from dynamics.spectra.null_models import SEED
 from dynamics.spectra.over_trajectory import analyse_spectra
 from dynamics.spectra.rank_suggestion import rank_pattern
-from dynamics.store import FOLDER, RESULT, provenance, staged, write_text, write_tree
+from dynamics.store import (
+    FOLDER,
+    RESULT,
+    encodable,
+    encodable_dataset,
+    provenance,
+    staged,
+    write_text,
+    write_tree,
+    writing,
+)
 
 #: Called with a run's name, the matrices done (all steps counted) and the matrices in all.
 Progress = Callable[[str, int, int], None]
@@ -58,7 +68,7 @@ def analyze_run(
         run: Run folder, or name → run folder for several.
         out: Output folder; by default ``RUN/dynamics``, for several runs ``./dynamics``.
         options: See :class:`Options`.
-        labels: Name → group of runs it belongs to, kept as the attribute ``label``.
+        labels: Name → group of runs it belongs to, kept as the attribute ``label``; for one run its only entry counts.
         progress: See ``Progress``.
 
     Returns:
@@ -66,23 +76,28 @@ def analyze_run(
 
     Raises:
         NotARun: If there is nothing in any run that can be analysed.
-        ValueError: If the regular expression or the device is not one.
-        OSError: If the output cannot be written; an earlier result is then as it was.
+        ValueError: If the regular expression, the device, a run's name or the output folder is not one.
+        OutputError: If the output cannot be written; an earlier result is then as it was.
     """
     runs = {name: Path(folder) for name, folder in run.items()} if isinstance(run, Mapping) else {"": Path(run)}
-    folder = default_output(list(runs.values())) if out is None else Path(out)
-    device = resolve_device(options.device)
-    configuration = {"runs": [str(each) for each in runs.values()], "out": str(folder), **asdict(options)}
+    folder = output_folder(list(runs.values()), out)
+    options = replace(options, device=resolve_device(options.device))
+    configuration = _configuration(runs, folder, options)
+    if isinstance(run, Mapping):
+        _refuse_names(runs)
 
     trajectories, refused = _open_all(runs, options)
-    write_text(folder / "run.yaml", yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True))
-    trees = {
-        name: _labelled(measure(trajectory, device, configuration, progress), name, labels)
-        for name, trajectory in trajectories.items()
-    }
-    tree = _joined(trees, refused) if isinstance(run, Mapping) else next(iter(trees.values()))
-    schema.check(tree)
-    _write(tree, folder, options)
+    with staged(folder, _file_names(trajectories, options), ["figures"] if options.report else []) as stage:
+        with writing(folder):
+            write_text(stage / "run.yaml", yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True))
+        trees = {
+            name: _labelled(measure(trajectory, options.device, configuration, progress), name, labels)
+            for name, trajectory in trajectories.items()
+        }
+        tree = _joined(trees, refused, configuration) if isinstance(run, Mapping) else next(iter(trees.values()))
+        schema.check(tree)
+        with writing(folder):
+            _write(tree, stage, options)
     return tree
 
 
@@ -102,16 +117,24 @@ def measure(
         progress(trajectory.name, done, total)
 
     groups, found = analyse_spectra(trajectory, device=device, progress=advance)
-    tree = xr.DataTree.from_dict({f"/{name}": group for name, group in (groups | log_groups(trajectory)).items()})
+    groups = {f"/{name}": encodable_dataset(group) for name, group in (groups | log_groups(trajectory)).items()}
+    tree = xr.DataTree.from_dict(groups)
     inputs = [{**file, "step": checkpoint.step} for checkpoint in trajectory.checkpoints for file in checkpoint.inputs]
     tree.attrs = provenance(trajectory.name, configuration or {}, inputs, SEED)
     tree.attrs["findings"] = _as_json([*trajectory.findings, *found])
     return tree
 
 
-def default_output(runs: Sequence[Path]) -> Path:
-    """``RUN/dynamics``, for several runs ``./dynamics``."""
-    return runs[0] / FOLDER if len(runs) == 1 else Path(FOLDER)
+def output_folder(runs: Sequence[Path], out: str | PathLike[str] | None = None) -> Path:
+    """Where results go: ``out``, else ``RUN/dynamics``, for several runs ``./dynamics``.
+
+    Raises:
+        ValueError: If the folder is a Python package, as ``./dynamics`` is in a clone of this project.
+    """
+    folder = Path(out) if out is not None else runs[0] / FOLDER if len(runs) == 1 else Path(FOLDER)
+    if (folder / "__init__.py").exists():
+        raise ValueError(f"The output folder '{folder}' is a Python package. Choose another with --out.")
+    return folder
 
 
 def resolve_device(device: str) -> str:
@@ -123,14 +146,39 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(device).type
+        kind, index = torch.device(device).type, torch.device(device).index or 0
     except RuntimeError:
-        kind = ""
+        kind, index = "", 0
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"Expected the device to be auto, cpu, cuda or cuda:i, got {device!r}.")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"The device {device!r} is asked for, but torch sees no CUDA device. Use --device cpu.")
+    if kind == "cuda" and index >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ValueError(f"The device {device!r} is asked for, but the last one is cuda:{last}. Use --device auto.")
     return device
+
+
+def _configuration(runs: Mapping[str, Path], folder: Path, options: Options) -> dict[str, object]:
+    """The resolved options; paths are absolute, since the result may be read from anywhere."""
+    paths = {"runs": [str(run.absolute()) for run in runs.values()], "out": str(folder.absolute())}
+    return encodable({**paths, **asdict(options)})
+
+
+def _refuse_names(names: Iterable[str]) -> None:
+    """Names of several runs are those of groups and of files."""
+    for name in names:
+        if not name or name.startswith(".") or set(name) & {"/", "\\", "\0"} or len(name.encode()) > 200:
+            raise ValueError(f"Expected the name of a run to be a plain name of at most 200 bytes, got {name!r}.")
+
+
+def _file_names(runs: Iterable[str], options: Options) -> list[str]:
+    patterns = [_rank_pattern_file(name) for name in runs]
+    return ["run.yaml", RESULT, "summary.json", *patterns, *(["report.html"] if options.report else [])]
+
+
+def _rank_pattern_file(run: str) -> str:
+    return f"rank_pattern.{run}.json" if run else "rank_pattern.json"
 
 
 def _open_all(runs: Mapping[str, Path], options: Options) -> tuple[dict[str, Trajectory], list[Finding]]:
@@ -152,33 +200,36 @@ def _open_all(runs: Mapping[str, Path], options: Options) -> tuple[dict[str, Tra
 
 
 def _labelled(tree: xr.DataTree, name: str, labels: Mapping[str, str] | None) -> xr.DataTree:
-    if labels and name in labels:
-        tree.attrs["label"] = labels[name]
+    label = (labels or {}).get(name) if name else next(iter((labels or {}).values()), None)
+    if label:
+        tree.attrs["label"] = encodable(label)
     return tree
 
 
-def _joined(trees: Mapping[str, xr.DataTree], refused: Sequence[Finding]) -> xr.DataTree:
+def _joined(
+    trees: Mapping[str, xr.DataTree], refused: Sequence[Finding], configuration: Mapping[str, object]
+) -> xr.DataTree:
     tree = xr.DataTree.from_dict({f"/runs/{name}": each for name, each in trees.items()})
+    inputs = [{**file, "run": name} for name, each in trees.items() for file in json.loads(each.attrs["inputs"])]
+    tree.attrs = provenance("", configuration, inputs, SEED)
     tree.attrs["findings"] = _as_json(refused)
     return tree
 
 
 def _as_json(findings: Sequence[Finding]) -> str:
-    return json.dumps([finding.to_dict() for finding in findings], allow_nan=False)
+    return json.dumps(encodable([finding.to_dict() for finding in findings]), allow_nan=False)
 
 
-def _write(tree: xr.DataTree, folder: Path, options: Options) -> None:
-    with staged(folder) as partial:
-        write_tree(tree, partial / RESULT)
-        write_text(
-            partial / "summary.json", json.dumps(summarise(tree), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-        )
-        runs = tree["runs"].children if "runs" in tree.children else {"": tree}
-        for name, run in runs.items():
-            pattern = json.dumps(rank_pattern(run["update"].to_dataset()), indent=2)
-            write_text(partial / f"rank_pattern{'.' if name else ''}{name}.json", pattern + "\n")
-        if options.report:
-            _write_report(tree, partial)
+def _write(tree: xr.DataTree, stage: Path, options: Options) -> None:
+    write_tree(tree, stage / RESULT)
+    summary = json.dumps(summarise(tree), indent=2, allow_nan=False, ensure_ascii=False)
+    write_text(stage / "summary.json", summary + "\n")
+    runs = tree["runs"].children if "runs" in tree.children else {"": tree}
+    for name, run in runs.items():
+        pattern = json.dumps(rank_pattern(run["update"].to_dataset()), indent=2)
+        write_text(stage / _rank_pattern_file(str(name)), pattern + "\n")
+    if options.report:
+        _write_report(tree, stage)
 
 
 def _write_report(tree: xr.DataTree, folder: Path) -> None:

@@ -37,9 +37,7 @@ class LowRankMatrix:
 
     __slots__ = ("column_scale", "left_factor", "right_factor", "scale")
 
-    def __init__(
-        self, left: Tensor, right: Tensor, scale: float = 1.0, *, column_scale: Tensor | None = None
-    ) -> None:
+    def __init__(self, left: Tensor, right: Tensor, scale: float = 1.0, *, column_scale: Tensor | None = None) -> None:
         if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
             raise ValueError(
                 f"Expected factors of shapes (out, rank) and (rank, in), "

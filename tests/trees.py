@@ -128,6 +128,7 @@ def _spectra(
         {
             "singular_value": labelled.variable("singular_value", values),
             "count": labelled.variable("count", count),
+            "factor_rank": labelled.variable("factor_rank", count),
             "frobenius_norm": labelled.variable("frobenius_norm", norm),
             "spectral_norm": labelled.variable("spectral_norm", values[..., 0]),
             "nuclear_norm": labelled.variable("nuclear_norm", np.where(known, np.nansum(values, -1), np.nan)),
@@ -174,6 +175,6 @@ def _geometry(update: xr.Dataset, seed: int) -> dict[str, xr.Variable]:
 def _training(steps: list[int], segments: list[int]) -> xr.Dataset:
     loss = 2.0 * np.exp(-np.arange(len(steps)) / 5)
     return xr.Dataset(
-        {"loss": ("log", loss, {"units": "as logged", "long_name": "loss"})},
-        coords={"log_step": ("log", steps), "log_segment": ("log", segments)},
+        {"value": (("log", "metric"), loss[:, None], {"units": "as logged", "long_name": "logged number"})},
+        coords={"metric": ["loss"], "log_step": ("log", steps), "log_segment": ("log", segments)},
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.folders import CONFIG, AdapterFolder, Candidate, other_weights
 from dynamics.checkpoints.foreign import describe
-from dynamics.checkpoints.names import natural_order, some
+from dynamics.checkpoints.names import natural_order, shown, shown_path, some
 from dynamics.checkpoints.peft_adapter import Adapter, read_adapter
 from dynamics.checkpoints.peft_config import AdapterConfig, read_adapter_config
 from dynamics.checkpoints.products import Product, total, under
@@ -142,10 +142,10 @@ class Reader:
         return Content(products, files, (*findings, *notes), ranks, settings)
 
     def _name(self, path: Path) -> str:
-        return path.relative_to(self.run).as_posix()
+        return shown_path(path, self.run)
 
     def _matrix(self, name: str, adapter: str) -> str:
-        return f"{name}@{adapter}" if len(self.adapters) > 1 else name
+        return _at(name, adapter) if len(self.adapters) > 1 else name
 
     def _absences(self, candidate: Candidate, latest: bool) -> Iterator[Finding]:
         """Findings for what a checkpoint should hold and does not."""
@@ -154,7 +154,7 @@ class Reader:
             if place.weights is None:
                 message = f"It has {CONFIG} but no weights (adapter_model.safetensors or .bin)."
                 remedy = "Restore the weights, or remove the folder."
-                name = place.folder.relative_to(self.run).as_posix() if place.folder != self.run else CONFIG
+                name = self._name(place.folder) if place.folder != self.run else CONFIG
                 yield Finding("OD106", message, remedy, file=name, step=step)
         if candidate.adapters:
             return
@@ -250,8 +250,8 @@ class Reader:
             parts = by_matrix[name]
             if complete and len({(part.shape.out, part.shape.in_) for part in parts.values()}) == 1:
                 combined[name] = total(parts)
-            combined |= {f"{name}@{adapter}": part for adapter, part in parts.items()}
-        adapters = ", ".join(self.adapters)
+            combined |= {_at(name, adapter): part for adapter, part in parts.items()}
+        adapters = ", ".join(map(shown, self.adapters))
         if complete:
             message = f"`matrix` is the sum of its adapters ({adapters}): right only where all of them are active."
         else:
@@ -260,10 +260,15 @@ class Reader:
         return {name: product for name, product in combined.items() if self.watch(name)}, [note]
 
 
+def _at(name: str, adapter: str) -> str:
+    """Name of a matrix of one adapter among several."""
+    return f"{name}@{shown(adapter)}"
+
+
 def _beside(beside: Mapping[str, Sequence[str]], file: str, step: int) -> Finding:
     counts = {kind: len(keys) for kind, keys in sorted(beside.items())}
     listing = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-    keys = [key for keys in beside.values() for key in keys]
+    keys = [shown(key) for keys in beside.values() for key in keys]
     message = f"{sum(counts.values())} stored tensors are not low-rank updates and are not analysed: {listing}."
     evidence = {"counts": counts, "examples": keys[:6]}
     return Finding("OD109", f"{message} E.g. {some(keys)}.", file=file, step=step, evidence=evidence)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dynamics.checkpoints.errors import NotARun, UnreadableFile, one_line
 from dynamics.checkpoints.foreign import describe
-from dynamics.checkpoints.names import natural_order, some
+from dynamics.checkpoints.names import natural_order, shown, shown_path, some
 from dynamics.checkpoints.training_state import read_training_state
 from dynamics.checkpoints.weight_files import read_weight_file
 from dynamics.findings import Finding
@@ -86,14 +86,20 @@ def find_checkpoints(run: Path) -> RunFolder:
             findings.append(Finding("OD118", message, "Analyse the run again when it is saved.", file=name))
     root = None
     if _holds_adapter(names):
-        own = _CHECKPOINT.fullmatch(run.resolve().name)
-        root = _candidate(run, int(own[1]) if own else _state_step(run), names)
-    elif not numbered and (own := _CHECKPOINT.fullmatch(run.resolve().name)):
-        lone = _candidate(run, int(own[1]), names)  # one checkpoint, perhaps with named adapters or without weights
+        own = _own_step(run)
+        root = _candidate(run, _state_step(run) if own is None else own, names)
+    elif not numbered and (own := _own_step(run)) is not None:
+        lone = _candidate(run, own, names)  # one checkpoint, perhaps with named adapters or without weights
         root = lone if lone.adapters or lone.state else None
     if not numbered and root is None:
         raise NotARun(*_nothing(run, names, findings))
     return RunFolder(numbered, root, findings)
+
+
+def _own_step(run: Path) -> int | None:
+    """The step in the folder's name; of a link, its own name goes first."""
+    names = (Path(os.path.abspath(run)).name, run.resolve().name)
+    return next((int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name))), None)
 
 
 def _entries_of_run(run: Path) -> list[str]:
@@ -191,7 +197,7 @@ def other_weights(folder: Path, names: Sequence[str], run: Path, step: int | Non
     findings = []
     for name in names:
         path = folder / name
-        file = path.relative_to(run).as_posix()
+        file = shown_path(path, run)
         remedy = "Pass a run of PEFT LoRA adapters."
         if _DENSE.fullmatch(name):
             message = "It holds the weights of a whole model, not an adapter; only adapters are analysed."
@@ -210,14 +216,22 @@ def other_weights(folder: Path, names: Sequence[str], run: Path, step: int | Non
 def _nothing(run: Path, names: Sequence[str], findings: Sequence[Finding]) -> tuple[str, list[Finding]]:
     """Message and findings for a folder in which nothing can be analysed."""
     found = [*findings, *other_weights(run, names, run)]
-    inside = [name for name in names if (run / name).is_dir() and _looks_like_run(run / name)]
-    remedy = f"Pass one of the runs inside it: {some(inside)}." if inside else _REMEDY
+    inside = {name: _entries(run / name) for name in names if (run / name).is_dir()}
+    runs = [shown(name) for name, entries in inside.items() if any(map(_CHECKPOINT.fullmatch, entries))]
+    adapters = [shown(name) for name, entries in inside.items() if _holds_adapter(entries)]
+    remedy = _REMEDY
+    if runs:
+        both = sorted({*runs, *adapters}, key=natural_order)
+        remedy = f"Pass one of the runs inside it: {some(both)}."
+    elif len(adapters) == 1:
+        remedy = f"It holds an adapter in a subfolder of its name: {adapters[0]}. Pass that subfolder."
+    elif adapters:
+        remedy = f"It holds adapters in subfolders of their names: {some(adapters)}. Pass one of them."
     return f"No checkpoints in {str(run)!r} (looked for {_LOOKED_FOR}). {remedy}", found
 
 
-def _looks_like_run(folder: Path) -> bool:
+def _entries(folder: Path) -> list[str]:
     try:
-        names = os.listdir(folder)
+        return os.listdir(folder)
     except OSError:
-        return False
-    return _holds_adapter(names) or any(map(_CHECKPOINT.fullmatch, names))
+        return []

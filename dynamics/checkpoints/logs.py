@@ -31,27 +31,36 @@ def _is_score(name: str) -> bool:
 
 
 def _training(entries: list[LogEntry]) -> xr.Dataset:
-    """One row for each logged (segment, step), one variable for each scalar."""
+    """``value(log, metric)``, a row for each logged (segment, step).
+
+    Metrics are a coordinate: their names are anybody's, and those of variables are paths in the store.
+    """
     rows = sorted({(entry.segment, entry.step) for entry in entries})
-    position = {row: index for index, row in enumerate(rows)}
-    columns = {entry.name: np.full(len(rows), np.nan) for entry in entries}
+    metrics = list(dict.fromkeys(entry.name for entry in entries))
+    row = {place: index for index, place in enumerate(rows)}
+    column = {name: index for index, name in enumerate(metrics)}
+    values = np.full((len(rows), len(metrics)), np.nan)
     for entry in entries:
-        columns[entry.name][position[entry.segment, entry.step]] = entry.value
+        values[row[entry.segment, entry.step], column[entry.name]] = entry.value
+    segments, steps = np.asarray(rows, dtype=np.int64).T
+    attributes = {
+        "units": "as logged",
+        "long_name": "logged number",
+        "missing": "not logged at this step, or logged as NaN",
+    }
     return xr.Dataset(
-        # Zarr's names are paths: a slash in a metric's name would make a group of it.
-        {
-            name.replace("/", "__"): ("log", values, {"units": "as logged", "long_name": name})
-            for name, values in columns.items()
-        },
+        {"value": (("log", "metric"), values, attributes)},
         coords={
-            "log_segment": (
-                "log",
-                [segment for segment, _ in rows],
-                {"units": "1", "long_name": "number of the training"},
-            ),
-            "log_step": ("log", [step for _, step in rows], {"units": "1", "long_name": "optimizer step"}),
+            "metric": ("metric", _names(metrics), {"units": "1", "long_name": "name of the number in the log"}),
+            "log_segment": ("log", segments, {"units": "1", "long_name": "number of the training"}),
+            "log_step": ("log", steps, {"units": "1", "long_name": "optimizer step"}),
         },
     )
+
+
+def _names(names: list[str]) -> np.ndarray:
+    """Names as an array of text, which would drop a NUL at the end, and with it what tells two names apart."""
+    return np.asarray([name.replace("\0", "\\0") for name in names], dtype=str)
 
 
 def _scores(entries: list[LogEntry], trajectory: Trajectory) -> xr.Dataset:
@@ -77,7 +86,7 @@ def _scores(entries: list[LogEntry], trajectory: Trajectory) -> xr.Dataset:
         },
         coords={
             "step": ("step", np.asarray(steps, dtype=np.int64), {"units": "1", "long_name": "optimizer step"}),
-            "task": np.asarray(tasks, dtype=str),
+            "task": ("task", _names(tasks), {"units": "1", "long_name": "name of the score in the log"}),
             "segment": ("step", segment, {"units": "1", "long_name": "number of the training"}),
         },
     )

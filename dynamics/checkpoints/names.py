@@ -6,13 +6,17 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import PurePath
 
-_KEY = re.compile(r"(?P<stem>.+)\.lora_(?P<part>[A-Za-z0-9_]+)(?P<rest>(?:\..+)?)")
+_KEY = re.compile(r"(?P<stem>.+)\.lora_(?P<part>[A-Za-z0-9_]+)(?P<rest>(?:\..+)?)", re.DOTALL)
 #: PEFT's own prefix; what may stand before it are wrappers around the whole model.
 _PEFT_PREFIX = "base_model.model."
 _OUTER_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.")
 #: Names that libraries reserve for wrappers around a submodule; no model calls a submodule so.
 _INNER_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
+#: Far beyond any model's names; whoever stores, draws or prints a name may rely on it.
+_LONGEST_NAME = 1000
+_LARGEST_NUMBER = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,58 @@ def _without_inner_wrappers(name: str) -> str:
     return ".".join(words) or name
 
 
-def natural_order(name: str) -> tuple[str | int, ...]:
+def name_fault(name: str) -> str | None:
+    """What keeps the name of a matrix from being stored and shown, as a sentence; ``None`` if nothing does.
+
+    >>> name_fault("model.layers.0.q_proj") is None
+    True
+    >>> name_fault("model.layers.99999999999999999999.q_proj")
+    'Its name holds a number that does not fit into 64 bits.'
+    """
+    if not name:
+        return "Its name is empty."
+    if len(name) > _LONGEST_NAME:
+        return f"Its name has {len(name)} characters; expected at most {_LONGEST_NAME}."
+    if not name.isprintable():  # control characters, lone surrogates
+        return "Its name holds characters that cannot be shown or stored."
+    if any(int(digits) > _LARGEST_NUMBER for digits in re.findall("[0-9]+", name)):
+        return "Its name holds a number that does not fit into 64 bits."
+    return None
+
+
+def shown(text: str, limit: int = 120) -> str:
+    r"""Text that may be anything, as it can stand in a message: on one line, escaped as Python would, shortened.
+
+    >>> shown("a\nb"), shown("x" * 300, limit=5)
+    ('a\nb', 'xxxxx… (300 characters)')
+    """
+    start = text[:limit]
+    escaped = start if start.isprintable() else repr(start)[1:-1]
+    return escaped if len(text) <= limit else f"{escaped}… ({len(text)} characters)"
+
+
+def shown_path(path: PurePath, folder: PurePath) -> str:
+    """A file's path relative to a folder, with slashes, as it can stand in a message.
+
+    >>> shown_path(PurePath("run/checkpoint-1/x.bin"), PurePath("run"))
+    'checkpoint-1/x.bin'
+    """
+    return shown(path.relative_to(folder).as_posix(), limit=_LONGEST_NAME)
+
+
+def natural_order(name: str) -> tuple[str | tuple[int, str], ...]:
     """Sort key that puts layer 2 before layer 10, as the model does.
 
     >>> sorted(["h.10.q", "h.2.q"], key=natural_order)
     ['h.2.q', 'h.10.q']
     """
-    return tuple(int(word) if i % 2 else word for i, word in enumerate(re.split(r"([0-9]+)", name)))
+    words = enumerate(re.split(r"([0-9]+)", name))
+    return tuple(_digits_order(word) if i % 2 else word for i, word in words)
+
+
+def _digits_order(digits: str) -> tuple[int, str]:
+    significant = digits.lstrip("0")  # as a number, which Python makes of some thousand digits only
+    return len(significant), significant
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 
 from dynamics.checkpoints.experts import Level, expert_products, targeted
 from dynamics.checkpoints.foreign import describe
-from dynamics.checkpoints.names import AdapterKey, matrix_names, module_name, natural_order, parse_key, some
+from dynamics.checkpoints.names import (
+    AdapterKey,
+    matrix_names,
+    module_name,
+    name_fault,
+    natural_order,
+    parse_key,
+    shown,
+    some,
+)
 from dynamics.checkpoints.peft_config import AdapterConfig
 from dynamics.checkpoints.products import FLOATS, Product, diagonal, plain
 from dynamics.checkpoints.variants import Refusal, Remark
@@ -18,6 +27,7 @@ _PAIRS = (("A", "B"), ("embedding_A", "embedding_B"))
 #: Parts beside the factors that leave the product as it is (VeLoRA's buffer, MonteCLoRA's sampler).
 _BYSTANDERS = ("velora_embed", "monteclora_sampler")
 _BASE = "Its base weights are needed."
+_RENAME = "Save the adapter again from a model whose modules have plain names."
 _SAVE = "Save the adapter again, or check that the file and adapter_config.json belong together."
 
 
@@ -62,14 +72,18 @@ def read_adapter(file: WeightFile, config: AdapterConfig) -> Adapter:
         else:
             modules[part.stem][part.part] = key
     names = matrix_names(modules)
+    faults = {stem: fault for stem, name in names.items() if (fault := name_fault(name)) is not None}
+    refused = {shown(names[stem]): Refusal("OD104", fault, _RENAME) for stem, fault in faults.items()}
+    modules = {stem: keys for stem, keys in modules.items() if stem not in faults}
     ranks = {names[stem]: rank for stem, keys in modules.items() if (rank := _rank(keys, file.tensors)) is not None}
-    whole = config.refusal or _not_an_adapter(file, parsed, ranks, config)
+    longest = max((len(module_name(stem)) for stem in modules), default=0)
+    whole = config.refusal or config.slow_pattern(longest) or _not_an_adapter(file, parsed, ranks, config)
     if whole is not None:
         return Adapter(refusal=whole, refused=dict.fromkeys(ranks, whole), ranks=ranks)
-    products, refused = _products(modules, doubled, names, config, file.tensors)
+    products, unfit = _products(modules, doubled, names, config, file.tensors)
     ordered = sorted(products, key=natural_order)
     products = {name: products[name] for name in ordered}
-    return Adapter(products, refused, _frozen(beside), None, ranks, _remarks(modules, config))
+    return Adapter(products, {**refused, **unfit}, _frozen(beside), None, ranks, _remarks(modules, config))
 
 
 def _remarks(modules: Iterable[str], config: AdapterConfig) -> tuple[Remark, ...]:
@@ -135,7 +149,7 @@ def _several_inside(keys: Iterable[AdapterKey]) -> Refusal | None:
     adapters = sorted({key.adapter for key in keys if key.part in ("A", "B", "embedding_A", "embedding_B")})
     if len(adapters) < 2:
         return None
-    reason = f"It holds several adapters in one file ({', '.join(map(repr, adapters))}) but one configuration."
+    reason = f"It holds several adapters in one file ({some(map(repr, map(shown, adapters)))}) but one configuration."
     return Refusal("OD103", reason, "Save each adapter in a folder of its own (PEFT's save_pretrained).")
 
 

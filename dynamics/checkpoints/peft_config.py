@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.checkpoints.errors import UnreadableFile, one_line
+from dynamics.checkpoints.names import name_fault, shown
+from dynamics.checkpoints.patterns import MOST_PATHS, paths
 from dynamics.checkpoints.plain_files import read_json
 from dynamics.checkpoints.variants import Refusal, Remark, judge
 
@@ -18,6 +20,10 @@ from dynamics.checkpoints.variants import Refusal, Remark, judge
 _DEFAULT_RANK = {"LORA": ("r", 8), "ADALORA": ("init_r", 12)}
 _DEFAULT_ALPHA = 8
 _RESAVE = "Save the adapter again with PEFT's save_pretrained."
+#: Sizes of normal float32 numbers: PEFT multiplies by the scale in float32 or coarser.
+_SMALLEST, _LARGEST = 1e-37, 3e38
+_LARGEST_RANK = 2**31 - 1
+_LONGEST_KEY = 1000
 
 Patterns = tuple[tuple[str, re.Pattern[str], float], ...]
 
@@ -67,6 +73,21 @@ class AdapterConfig:
         """Different alphas that patterns give a module: on disk their order is not that of the training."""
         alphas = tuple(dict.fromkeys(_matches(self.alpha_pattern, module)))
         return alphas if len(alphas) > 1 else ()
+
+    def slow_pattern(self, length: int) -> Refusal | None:
+        """Refuses a configuration with a pattern that could take forever to match.
+
+        Args:
+            length: Number of characters of the longest module name.
+        """
+        for table, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for key, _, _ in patterns:
+                if paths(key, length) > MOST_PATHS:
+                    ways = f"more than {MOST_PATHS // 10**6} million ways"
+                    reason = f"Its {table} has the key {shown(key)!r}, which may be matched in {ways}."
+                    remedy = "Write the key without nested repeats, or as the name of the module."
+                    return Refusal("OD102", reason, remedy)
+        return None
 
     def scale_of(self, module: str, stored: int | None = None) -> float:
         r"""The factor before B A: \(\alpha/r\), rsLoRA \(\alpha/\sqrt r\), AdaLoRA \(\alpha/(r_0+10^{-5})\).
@@ -125,7 +146,6 @@ def parse_adapter_config(content: Mapping[str, Any]) -> AdapterConfig:
     if missing:
         text = f"The configuration lacks {', '.join(missing)}: PEFT takes {rank_key}={rank}, lora_alpha={alpha:g}."
         remarks += (Remark("OD119", text),)
-    parameters = content.get("target_parameters") or ()
     # AdaLoRA's rank_pattern holds masks of what was pruned, already applied to the stored factors.
     ranks = () if peft_type == "ADALORA" else _patterns(content, "rank_pattern")
     return AdapterConfig(
@@ -135,7 +155,7 @@ def parse_adapter_config(content: Mapping[str, Any]) -> AdapterConfig:
         rslora=bool(content.get("use_rslora")) and peft_type == "LORA",
         rank_pattern=ranks,
         alpha_pattern=() if peft_type == "ADALORA" else _patterns(content, "alpha_pattern"),
-        target_parameters=tuple(str(name) for name in parameters) if isinstance(parameters, list) else (),
+        target_parameters=_names(content, "target_parameters"),
         refusal=refusal,
         remarks=remarks,
         settings=_settings(content, rank, alpha),
@@ -157,31 +177,46 @@ def _settings(content: Mapping[str, Any], rank: int, alpha: float) -> dict[str, 
 
 def _positive(content: Mapping[str, Any], key: str, default: int) -> int:
     value = content.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise UnreadableFile("OD102", f"Its {key} is {value!r}; expected a positive integer.", _RESAVE)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST_RANK:
+        problem = f"Its {key} is {shown(repr(value))}; expected a positive integer below 2**31."
+        raise UnreadableFile("OD102", problem, _RESAVE)
     return value
 
 
+def _names(content: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    names = content.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and not name_fault(name) for name in names):
+        raise UnreadableFile("OD102", f"Its {key} is {shown(repr(names))}; expected a list of names.", _RESAVE)
+    return tuple(names)
+
+
 def _finite(key: str, value: Any) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-    if not number:  # nor NaN nor infinity
-        raise UnreadableFile("OD102", f"Its {key} is {value!r}; expected a finite number.", _RESAVE)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # NaN is in no range; the zero that is allowed is the one that text says.
+    if not number or not (_SMALLEST <= abs(value) <= _LARGEST or str(value) in ("0", "0.0")):
+        expected = f"0, or a number that float32 holds ({_SMALLEST:g} to {_LARGEST:g} in size)"
+        raise UnreadableFile("OD102", f"Its {key} is {shown(repr(value))}; expected {expected}.", _RESAVE)
     return float(value)
 
 
 def _patterns(content: Mapping[str, Any], name: str) -> Patterns:
     table = content.get(name) or {}
     if not isinstance(table, dict):
-        raise UnreadableFile("OD102", f"Its {name} is {table!r}; expected an object of name: number.", _RESAVE)
+        problem = f"Its {name} is {shown(repr(table))}; expected an object of name: number."
+        raise UnreadableFile("OD102", problem, _RESAVE)
     patterns = []
     for key, value in table.items():
+        if len(key) > _LONGEST_KEY:
+            problem = f"Its {name} has a key of {len(key)} characters; expected at most {_LONGEST_KEY}."
+            raise UnreadableFile("OD102", problem, f"Write {name} with shorter patterns.")
         try:
             pattern = re.compile(rf"(.*\.)?({key})$")
-        except re.error as error:
-            problem = f"Its {name} has the key {key!r}, which is not a regular expression ({one_line(error)})."
+        except (re.error, RecursionError, OverflowError) as error:
+            problem = f"Its {name} has the key {shown(key)!r}, which is not a regular expression ({one_line(error)})."
             raise UnreadableFile("OD102", problem, f"Correct {name} as PEFT would have to.") from error
-        number = _finite(f"{name}[{key!r}]", value)
+        number = _finite(f"{name}[{shown(key)!r}]", value)
         if name == "rank_pattern" and (number <= 0 or number != int(number)):
-            raise UnreadableFile("OD102", f"Its {name}[{key!r}] is {value!r}; expected a positive integer.", _RESAVE)
+            problem = f"Its {name}[{shown(key)!r}] is {value!r}; expected a positive integer."
+            raise UnreadableFile("OD102", problem, _RESAVE)
         patterns.append((key, pattern, number))
     return tuple(patterns)

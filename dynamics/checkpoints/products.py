@@ -55,13 +55,13 @@ def _load_plain(a: str, b: str, scale: float, load: Loader) -> LowRankMatrix:
 
 
 def diagonal(a: str, b: str, e: str, tensors: Mapping[str, TensorInfo], scale: float) -> Product:
-    """AdaLoRA's s B diag(E) A; A and E are multiplied in float64, where float32 products are exact."""
+    """AdaLoRA's s B diag(E) A: E scales the columns of B, beside the factors as they are stored."""
     product = plain(a, b, tensors, scale)
     return Product(product.shape, partial(_load_diagonal, a, b, e, scale))
 
 
 def _load_diagonal(a: str, b: str, e: str, scale: float, load: Loader) -> LowRankMatrix:
-    return LowRankMatrix(load(b), load(a).double() * load(e).double(), scale)
+    return LowRankMatrix(load(b), load(a), scale, column_scale=load(e).flatten())
 
 
 def expert(a: str, b: str, index: int, count: int, tensors: Mapping[str, TensorInfo], scale: float) -> Product:
@@ -81,7 +81,9 @@ def _load_expert(a: str, b: str, index: int, count: int, scale: float, load: Loa
 
 
 def total(parts: Mapping[str, Product]) -> Product:
-    """Sum of one matrix over adapters, by stacking factors: ``[B₁ B₂] [A₁; A₂]``.
+    """Sum of one matrix over adapters, by stacking stored factors: ``[B₁ B₂] diag(s₁, s₂) [A₁; A₂]``.
+
+    Factors of several dtypes are stacked in one that holds them all; no value is rounded.
 
     Args:
         parts: Adapter to product; ``build`` of the sum is given keys ``adapter + "\\0" + key``.
@@ -93,12 +95,9 @@ def total(parts: Mapping[str, Product]) -> Product:
 
 def _load_total(parts: Mapping[str, Product], load: Loader) -> LowRankMatrix:
     loaded = [part.build(load) for part in parts.values()]
-    scales = {matrix.scale for matrix in loaded}
-    dtypes = {factor.dtype for matrix in loaded for factor in (matrix.left_factor, matrix.right_factor)}
-    if len(scales) == 1 and len(dtypes) == 1:  # stacks as stored: nothing is rounded
-        left, right = [m.left_factor for m in loaded], [m.right_factor for m in loaded]
-        return LowRankMatrix(torch.cat(left, dim=1), torch.cat(right), scales.pop())
-    return LowRankMatrix(torch.cat([m.left for m in loaded], dim=1), torch.cat([m.right for m in loaded]))
+    left = torch.cat([matrix.left_factor for matrix in loaded], dim=1)
+    right = torch.cat([matrix.right_factor for matrix in loaded])
+    return LowRankMatrix(left, right, column_scale=torch.cat([matrix.scales() for matrix in loaded]))
 
 
 def under(adapter: str, product: Product) -> Product:

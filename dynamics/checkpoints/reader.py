@@ -13,7 +13,7 @@ from dynamics.checkpoints.checkpoint import Content, Reader
 from dynamics.checkpoints.duplicates import duplicates, same_tensors
 from dynamics.checkpoints.errors import NotARun, UnreadableFile
 from dynamics.checkpoints.folders import DEFAULT, STATE, Candidate, RunFolder, find_checkpoints
-from dynamics.checkpoints.names import natural_order, some
+from dynamics.checkpoints.names import natural_order, shown_path, some
 from dynamics.checkpoints.segments import Clues, find_segments, merged_log
 from dynamics.checkpoints.training_state import TrainingState, read_training_state
 from dynamics.checkpoints.trajectory import Checkpoint, Trajectory
@@ -99,7 +99,7 @@ def _states(run: Path, candidates: Sequence[Candidate]) -> tuple[list[TrainingSt
     for candidate in candidates:
         state = None
         if candidate.state is not None:
-            file = candidate.state.relative_to(run).as_posix()
+            file = shown_path(candidate.state, run)
             try:
                 state = read_training_state(candidate.state)
             except UnreadableFile as error:
@@ -151,7 +151,7 @@ def _with_root(
 
 def _root_file(root: Candidate) -> str:
     weights = root.adapters[0].weights or root.adapters[0].config
-    return weights.relative_to(root.folder).as_posix() if weights is not None else ""
+    return shown_path(weights, root.folder) if weights is not None else ""
 
 
 def _clues(candidate: Candidate, state: TrainingState | None, content: Content) -> Clues:
@@ -161,7 +161,7 @@ def _clues(candidate: Candidate, state: TrainingState | None, content: Content) 
 
 def _checkpoint(run: Path, candidate: Candidate, content: Content, segment: int) -> Checkpoint:
     inputs = tuple(
-        {"path": file.path.relative_to(run).as_posix(), "bytes": file.bytes, "header_sha256": file.header_sha256}
+        {"path": shown_path(file.path, run), "bytes": file.bytes, "header_sha256": file.header_sha256}
         for file in content.files.values()
     )
     shapes = {name: product.shape for name, product in content.products.items()}
@@ -201,8 +201,11 @@ def _missing_findings(checkpoints: Sequence[Checkpoint]) -> list[Finding]:
         for name in (name for name, count in counts.items() if count < len(own)):
             groups[tuple(one.step for one in own if name not in one.shapes)].append(name)
         for steps, names in groups.items():
-            message = f"{some(names)}: not in every checkpoint, missing at {_steps(steps)}."
-            remedy = "Its increments are formed between the checkpoints that have it."
+            message = (
+                f"{some(names)}: not in every checkpoint, missing at {_steps(steps)}. An increment is formed only "
+                "where the previous checkpoint of the same training has the matrix too."
+            )
+            remedy = "Check that these checkpoints are of one training, with one choice of matrices."
             evidence = {"matrices": names, "missing_at": list(steps)}
             matrix = names[0] if len(names) == 1 else ""
             findings.append(Finding("OD115", message, remedy, matrix=matrix, evidence=evidence))

@@ -11,10 +11,11 @@ what it says of itself, in ascending order of step:
    A continued log outweighs everything below: a training may be extended or have its plan changed.
    Learning rates alone do not make a continuation: two trainings of one schedule share them.
 2. **Where the logs are silent**, one of these is enough: floating-point operations so far that go
-   down although the step goes up; other ranks in every shared matrix; matrices that only the one has
-   and matrices that only the other has. Otherwise two of these: another ``max_steps`` or
-   ``num_train_epochs``; another ``train_batch_size``; other logging, evaluation or save intervals;
-   another alpha, rsLoRA or ``target_modules``.
+   down although the step goes up; other ranks in every shared matrix, if the matrices are not the same
+   or one of the two has a log; matrices that only the one has and matrices that only the other has.
+   Otherwise two of these: other ranks in every matrix (alone, a rank that grows or is pruned); another
+   ``max_steps`` or ``num_train_epochs``; another ``train_batch_size``; other logging, evaluation or
+   save intervals; another alpha, rsLoRA or ``target_modules``.
 3. **Where evidence is left over that does not decide**, nothing is split, and a warning says so. A
    checkpoint without any evidence goes with the training of the checkpoint before it.
 
@@ -83,7 +84,10 @@ def compare(earlier: Clues, later: Clues) -> Verdict:
     if logs.answer != "unknown":
         return logs
     strong = [*_operations(earlier, later), *_other_matrices(earlier, later)]
+    ranks = [*_other_ranks(earlier, later)]
+    may_change = earlier.ranks.keys() == later.ranks.keys() and not _has_log(earlier) and not _has_log(later)
     weak = [*logs.evidence, *_other_plans(earlier, later), *_other_settings(earlier, later)]
+    (weak if may_change else strong).extend(ranks)
     answer = "another" if strong or len(weak) >= 2 else "unknown"
     return Verdict(answer, (*strong, *weak))
 
@@ -116,6 +120,10 @@ def _compare_logs(earlier: Clues, later: Clues) -> Verdict:
     return Verdict("continues" if agreeing else "unknown", (), agreeing)
 
 
+def _has_log(clues: Clues) -> bool:
+    return clues.state is not None and bool(_metrics(clues.state))
+
+
 def _metrics(state: TrainingState) -> dict[tuple[int, str], float]:
     return {(step, name): value for step, name, value in state.log if not name.endswith(_NOT_COMPARED)}
 
@@ -144,6 +152,10 @@ def _other_matrices(earlier: Clues, later: Clues) -> Iterable[str]:
     if resized:
         before, after = ("×".join(map(str, one.sizes[resized[0]])) for one in (earlier, later))
         yield f"{some(resized, 1)} has size {before} at step {earlier.step} and {after} at step {later.step}"
+
+
+def _other_ranks(earlier: Clues, later: Clues) -> Iterable[str]:
+    shared = earlier.ranks.keys() & later.ranks.keys()
     if shared and all(earlier.ranks[name] != later.ranks[name] for name in shared):
         name = min(shared)
         yield (

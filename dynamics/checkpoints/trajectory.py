@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -125,8 +126,8 @@ class Trajectory:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
-        return self.folder.resolve().name
+        """The folder's own name; that of the link, where it is one."""
+        return Path(os.path.abspath(self.folder)).name
 
     @property
     def steps(self) -> tuple[int, ...]:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dynamics.checkpoints.names import shown
+
 _ANALYSED = ("LORA", "ADALORA")
 
 #: Keys of LoraConfig and AdaLoraConfig that change nothing about the product, or are read elsewhere.
@@ -72,6 +74,7 @@ def judge(content: Mapping[str, Any]) -> tuple[Refusal | None, tuple[Remark, ...
     """
     kind = content["peft_type"]
     if kind not in _ANALYSED:
+        kind = shown(kind)
         article = "an" if kind[:1] in "AEIO" else "a"
         reason = f"It is {article} {kind} adapter; only LoRA and AdaLoRA are products of factors that are analysed."
         return Refusal("OD103", reason, "Analyse a LoRA run, or convert the adapter (PEFT: convert_to_lora)."), ()
@@ -97,7 +100,8 @@ def _unknown_variant(content: Mapping[str, Any]) -> Refusal | None:
 
 
 def _unknown_keys(content: Mapping[str, Any]) -> list[str]:
-    return [key for key, value in content.items() if value and key not in _HARMLESS and key not in _SWITCHES]
+    unknown = (key for key, value in content.items() if value and key not in _HARMLESS and key not in _SWITCHES)
+    return list(map(shown, unknown))
 
 
 def _start(content: Mapping[str, Any]) -> str:
@@ -135,7 +139,7 @@ def _remarks(content: Mapping[str, Any], kind: str) -> list[Remark]:
         text = "MonteCLoRA: the product analysed is what PEFT merges, without the sampled perturbations."
         remarks.append(Remark("OD121", text))
     if kind == "ADALORA":
-        text = "AdaLoRA: the product analysed is B diag(E) A; E is multiplied into the right factor."
+        text = "AdaLoRA: the product analysed is B diag(E) A, with E as stored."
         remarks.append(Remark("OD121", text))
     unknown = _unknown_keys(content)
     if unknown:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -77,21 +78,37 @@ class WeightFile:
         """Maps the file into memory; the loader gives tensors that are views of the mapping.
 
         Raises:
-            UnreadableFile: If the file has gone or changed since its header was read.
+            UnreadableFile: If the file has gone or changed since its header was read. The loader raises it too,
+                if the size of the file has changed since it was opened.
         """
-        if self.path.suffix == ".safetensors":
+        with ExitStack() as stack:
             try:
-                file = safe_open(str(self.path), framework="pt")
+                descriptor = stack.enter_context(self.path.open("rb")).fileno()
+                if self.path.suffix == ".safetensors":
+                    load = stack.enter_context(safe_open(str(self.path), framework="pt")).get_tensor
+                else:
+                    state = _load_pickle(self.path)
+                    stack.callback(state.clear)
+                    load = state.__getitem__
+            except UnreadableFile:
+                raise
             except (OSError, SafetensorError) as error:
                 raise UnreadableFile("OD101", f"It cannot be opened any more: {one_line(error)}.", _AGAIN) from error
-            with file as handle:
-                yield handle.get_tensor
-        else:
-            state = _load_pickle(self.path)
-            try:
-                yield state.__getitem__
-            finally:
-                state.clear()
+            yield _guarded(load, descriptor)
+
+
+def _guarded(load: Loader, descriptor: int) -> Loader:
+    """The loader, asking for the size of its file first: reading a mapping behind the file's end kills the process."""
+    size = os.fstat(descriptor).st_size
+
+    def load_checked(key: str) -> Tensor:
+        now = os.fstat(descriptor).st_size
+        if now != size:
+            problem = f"It had {size} bytes when it was opened and has {now} now."
+            raise UnreadableFile("OD101", problem, "Analyse the run again when it is saved.")
+        return load(key)
+
+    return load_checked
 
 
 def read_weight_file(path: Path) -> WeightFile:
@@ -138,6 +155,11 @@ def _checked(entries: Mapping[str, Any], room: int) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int]] = []
     for key, entry in entries.items():
+        try:
+            key.encode()
+        except UnicodeEncodeError as error:  # a lone surrogate: JSON can write it, safetensors refuses the file
+            problem = f"Its header gives a tensor the name {key!r}, which is not Unicode."
+            raise UnreadableFile("OD101", problem, _AGAIN) from error
         dtype, shape, (begin, end) = _fields(key, entry)
         tensors[key] = TensorInfo(dtype, shape)
         if not 0 <= begin <= end:

@@ -10,7 +10,7 @@ from dynamics.plot.heatmap import heatmap
 from dynamics.plot.result import group
 from dynamics.plot.spectrum import spectra_of_standouts
 from dynamics.plot.standouts import standouts
-from dynamics.plot.training_log import training_log
+from dynamics.plot.training_log import logged_number, training_log
 from dynamics.plot.trajectory import trajectory
 
 #: Variable and kind of each figure over the steps.
@@ -48,7 +48,7 @@ def figures(tree: xr.DataTree) -> dict[str, Figure]:
         for variable, kind in OVER_STEPS
         if has_values(summary[f"{variable}_quantile"], kind) and (moved or variable != "path_length")
     }
-    if "training" in tree.children and has_values(tree["training"].to_dataset().get("loss")):
+    if "training" in tree.children and has_values(logged_number(group(tree, "training"), "loss")):
         drawn["training_loss"] = training_log(tree, variable="loss")
     for variable in HEATMAPS:
         if has_values(update[variable], "total"):

@@ -7,7 +7,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.plot.result import group, variable_of
+from dynamics.plot.result import group
 from dynamics.plot.style import COLOURS, canvas, figure_of, say_nothing_to_draw, step_axis, without_mathematics
 from dynamics.plot.svg import describe
 
@@ -26,8 +26,11 @@ def training_log(data: xr.DataTree | xr.Dataset, *, variable: str = "loss", ax: 
     Example: ``plot.training_log(dynamics.open_run("runs/imax"), variable="grad_norm")``
     """
     log = group(data, "training")
-    logged = variable_of(log, variable)
-    name = str(logged.attrs.get("long_name", variable))
+    logged = logged_number(log, variable)
+    if logged is None:
+        known = ", ".join(sorted(map(str, log["metric"].values)))
+        raise ValueError(f"Expected the name of a number in the training log, got {variable!r}. There are: {known}.")
+    name = variable
     segments = log["log_segment"].values
     known = np.isfinite(logged.values)
     with canvas(ax) as axes:
@@ -54,3 +57,9 @@ def training_log(data: xr.DataTree | xr.Dataset, *, variable: str = "loss", ax: 
         ends = f"from {finite[0]:.3g} to {finite[-1]:.3g}" if finite.size else "without a finite value"
         describe(figure, f"training log: {name}", f"Line over optimizer steps of what was logged, {ends}.")
     return figure
+
+
+def logged_number(log: xr.Dataset, name: str) -> xr.DataArray | None:
+    """One scalar of the ``/training`` group over ``log``, ``None`` if it was never logged."""
+    found = np.flatnonzero(log["metric"].values == name)
+    return log["value"].isel(metric=int(found[0])) if found.size else None

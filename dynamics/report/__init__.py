@@ -3,7 +3,8 @@
 The page draws, so it is not imported here: a summary must not wait for matplotlib.
 """
 
+from dynamics.report.lines import finding_line, finding_lines, one_line
 from dynamics.report.summary import all_findings, summarise
 from dynamics.report.terminal import terminal_summary
 
-__all__ = ["all_findings", "summarise", "terminal_summary"]
+__all__ = ["all_findings", "finding_line", "finding_lines", "one_line", "summarise", "terminal_summary"]

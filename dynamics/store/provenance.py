@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamics._version import __version__
+from dynamics.store.plain_text import encodable
 
 _LIBRARIES = ("torch", "numpy", "scipy", "safetensors", "xarray", "zarr")
 
@@ -21,18 +22,18 @@ def provenance(
     """Root attributes of a result.
 
     Args:
-        run: The run's name.
+        run: The run's name, ``""`` for several.
         configuration: The resolved options, JSON-compatible.
         inputs: Fingerprints of the weight files: path, bytes, hash of the header.
         seed: Seed of everything drawn at random.
     """
     return {
-        "run": run,
+        "run": encodable(run),
         "toolkit_version": __version__,
         "library_versions": json.dumps(_library_versions()),
         "git_commit": _git_commit(),
-        "configuration": json.dumps(configuration),
-        "inputs": json.dumps(list(map(dict, inputs))),
+        "configuration": json.dumps(encodable(configuration)),
+        "inputs": json.dumps(encodable(inputs)),
         "seed": seed,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -1,95 +1,101 @@
-"""All outputs or none: files are made in a hidden folder beside their place and renamed when complete."""
+"""All outputs or none: files are made in a hidden folder inside their place and moved when all are complete."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_PARTIAL = ".partial-"
-_OLD = ".old-"
+from dynamics.store import commit
+from dynamics.store.locking import locked, uninterrupted
+from dynamics.store.ownership import STAGING, OutputError, refuse_foreign
+
+_LOCK = "lock"
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A folder whose entries replace those of the same name under ``out`` if the block completes.
+def staged(out: Path, names: Iterable[str] = (), folders: Iterable[str] = ()) -> Iterator[Path]:
+    """A folder whose content becomes the result in ``out`` if the block completes.
 
-    On an exception, ^C included, ``out`` keeps what it had. A process that is killed leaves a hidden folder behind,
-    which the next call removes.
+    Files are replaced one by one, a ``*.zarr`` as one. What an earlier result has beyond the new one is removed; what
+    no analysis wrote is never touched. On an exception, ^C included, ``out`` keeps what it had. A process that is
+    killed leaves its stage behind, which the next call removes.
 
     Args:
-        out: The output folder; made if it is not there.
+        out: The output folder; made if it is not there, removed again if nothing came of it.
+        names: Relative paths that will be written, as far as known: checked before the block begins.
+        folders: Folders that files will be written into, likewise.
 
     Raises:
-        OSError: If ``out`` cannot be made or written.
+        OutputError: If ``out`` cannot be made or written, or something that no analysis wrote stands in the way.
+        KeyboardInterrupt: If ^C came while the result took its place; the message says that it did.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    _recover(out)
-    partial = out / f"{_PARTIAL}{os.getpid()}"
-    partial.mkdir()
+    made = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
+    owner = commit.new_owner()
+    partial = out / STAGING / f"{commit.PARTIAL}{owner}"
     try:
+        with _output_errors(f"The output folder '{out}' cannot be written (", "). Choose another with --out."):
+            (out / STAGING).mkdir(parents=True, exist_ok=True)
+            if any((out / STAGING).glob("*-*")):
+                with locked(out / STAGING / _LOCK), uninterrupted():
+                    commit.recover(out)
+            refuse_foreign(out, names, folders)
+            partial.mkdir()
         yield partial
-        for entry in sorted(partial.iterdir()):
-            _replace(entry, out / entry.name)
+        with writing(out), locked(out / STAGING / _LOCK):
+            try:
+                with uninterrupted():
+                    commit.recover(out)
+                    commit.replace_result(out, partial, owner)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("the new result is complete and in its place") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        commit.forget(owner)
+        _remove_if_empty([out / STAGING, *made])
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Errors of the system become one line that says which output, and what to do.
+
+    Raises:
+        OutputError: In place of any other ``OSError``.
+    """
+    what = f" while writing '{out}'; an earlier result is as it was."
+    with _output_errors("", f"{what} Make room, or choose another folder with --out."):
+        yield
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes one file atomically."""
+    """Writes one file of a stage, its folder with it; what is no Unicode (half a surrogate pair) is escaped."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{_PARTIAL}{os.getpid()}-{path.name}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def complete(path: Path) -> Path:
     """Where the last complete version of an output is: ``path``, unless a process was killed while replacing it."""
-    if not path.exists():
-        for old in path.parent.glob(f"{_OLD}*-{path.name}"):
-            return old
-    return path
+    return path if path.exists() else commit.set_aside_by_others(path) or path
 
 
-def _replace(entry: Path, target: Path) -> None:
-    if not target.is_dir():
-        os.replace(entry, target)
-        return
-    # A folder that is not empty cannot be replaced in one call; _recover and complete() cover the gap.
-    old = target.with_name(f"{_OLD}{os.getpid()}-{target.name}")
-    target.rename(old)
-    entry.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _recover(out: Path) -> None:
-    """Undoes what killed processes left: half-written folders go, a result between two names gets its own back."""
-    for partial in out.glob(f"{_PARTIAL}*"):
-        if not _is_running(partial.name.removeprefix(_PARTIAL)):
-            shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
-    for old in out.glob(f"{_OLD}*"):
-        pid, _, name = old.name.removeprefix(_OLD).partition("-")
-        if _is_running(pid):
-            continue
-        if (out / name).exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(out / name)
-
-
-def _is_running(pid: str) -> bool:
-    number = pid.partition("-")[0]
-    if not number.isdecimal() or int(number) == os.getpid():
-        return False
+@contextmanager
+def _output_errors(before: str, after: str) -> Iterator[None]:
     try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        number = error.errno or 0  # an error that Python raised itself has none
+        reason = os.strerror(number) if number in errno.errorcode else str(error)
+        raise OutputError(f"{before}{reason}{after}") from error
+
+
+def _remove_if_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return  # not empty, so in use; or never made

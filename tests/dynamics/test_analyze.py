@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 from dynamics import open_run, schema
 from dynamics.analyze import _named_runs, app
+from dynamics.pipeline import analyze_run, resolve_device
 from tests.runs import NAMES, adapter_config, random_factors, write_adapter, write_run, write_state
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +61,7 @@ def test_a_clean_run(run):
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert result.stdout.rstrip().endswith(str(run / "dynamics" / "report.html"))
-    written = sorted(entry.name for entry in (run / "dynamics").iterdir())
+    written = sorted(entry.name for entry in (run / "dynamics").iterdir() if entry.name != ".staging")
     assert written == ["analysis.zarr", "figures", "rank_pattern.json", "report.html", "run.yaml", "summary.json"]
     tree = open_run(run)
     schema.check(tree)
@@ -288,7 +290,9 @@ def test_text_from_files_is_escaped_in_the_page(tmp_path):
 
 def test_an_output_folder_that_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_text("")
-    assert_refused(analyze(run, "--out", tmp_path / "file" / "out"), 2, "file")
+    out = tmp_path / "file" / "out"
+    message = f"The output folder '{out}' cannot be written (Not a directory). Choose another with --out.\n"
+    assert analyze(run, "--out", out).stderr == message
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux' /dev/full")
@@ -303,10 +307,10 @@ def test_a_full_disk_leaves_the_old_result(run, tmp_path):
     )
     command = [sys.executable, "-c", script, str(run), "--matrices", "layers.0"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert_refused(result, 2, "File too large")
+    assert_refused(result, 2, "File too large while writing", str(run / "dynamics"), "an earlier result is as it was")
     assert (run / "dynamics" / "summary.json").read_bytes() == old
     assert len(open_run(run)["update"]["matrix"]) == len(NAMES)
-    assert not list((run / "dynamics").glob(".partial*"))
+    assert not list((run / "dynamics" / ".staging").glob("*-*"))
 
 
 def test_killed_at_any_moment_the_old_result_or_the_new_stands(run):
@@ -324,6 +328,199 @@ def test_killed_at_any_moment_the_old_result_or_the_new_stands(run):
 def test_states_alone_are_not_a_run(tmp_path):
     write_state(tmp_path / "checkpoint-5", 5)
     assert_refused(analyze(tmp_path), 2, "checkpoint-5")
+
+
+def names_of(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["report.html", "figures", "analysis.zarr", "summary.json", "run.yaml"])
+def test_what_somebody_else_put_there_is_refused_before_computing(run, tmp_path, monkeypatch, name):
+    out = tmp_path / "out"
+    (out / name).parent.mkdir()
+    (out / name).mkdir() if name != "figures" else (out / name).write_text("mine")
+    monkeypatch.setattr("dynamics.pipeline.measure", lambda *_: pytest.fail("it was computed"))
+    assert_refused(analyze(run, "--out", out), 2, str(out / name), "Move it away, or choose another folder")
+    assert names_of(out) == [name]
+
+
+def test_the_users_own_figures_stay(run):
+    (run / "figures").mkdir()
+    (run / "figures" / "mine.txt").write_text("x")
+    for _ in range(2):
+        assert analyze(run, "--out", run, "--quiet").returncode == 0
+    assert (run / "figures" / "mine.txt").read_text() == "x"
+    assert (run / "figures" / "spectra.svg").exists()
+
+
+def test_what_an_earlier_analysis_left_over_is_removed(run, tmp_path):
+    out = tmp_path / "out"
+    other = write_run(tmp_path / "other", seed=5)
+    assert analyze(run, other, "--out", out, "--quiet").returncode == 0
+    assert (out / "figures" / "other" / "spectra.svg").exists()
+    assert analyze(run, "--out", out, "--quiet", "--no-report").returncode == 0
+    left = sorted(entry.name for entry in out.iterdir() if entry.name != ".staging")
+    assert left == ["analysis.zarr", "rank_pattern.json", "run.yaml", "summary.json"]
+
+
+def test_nothing_is_left_where_nothing_was_analysed(tmp_path):
+    write_state(tmp_path / "run" / "checkpoint-5", 5)
+    assert analyze(tmp_path / "run", "--out", tmp_path / "out").returncode == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [OverflowError("too large"), RuntimeError("CUDA\nbroke"), MemoryError()])
+def test_an_error_of_a_library_is_one_line(run, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("dynamics.pipeline.measure", fail)
+    result = analyze(run)
+    assert result.returncode == 2
+    assert result.stderr == (" ".join(str(error).split()) or "MemoryError") + "\n"
+    assert not (run / "dynamics").exists()
+
+
+def test_a_device_beyond_the_last_one(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == "cuda:1"
+    message = "The device 'cuda:2' is asked for, but the last one is cuda:1. Use --device auto.\n"
+    assert analyze(run, "--device", "cuda:2").stderr == message
+
+
+@pytest.mark.parametrize("name", ["foo[", "foo[bar]", "[red]", "[", "a b"])
+def test_names_that_look_like_markup(tmp_path, name):
+    run = write_run(tmp_path / name, [1])
+    out = tmp_path / "x[" / "bar]"  # x[/bar] is a closing tag
+    result = analyze(run, "--no-report", "--out", out, "--progress")
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, str(out / "summary.json"))
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", "gr\u00fcn".encode(), b".hidden", b"x" * 255])
+@pytest.mark.parametrize("several", [False, True])
+def test_no_folder_name_loses_the_run(tmp_path, name, several):
+    try:
+        run = write_run(tmp_path / os.fsdecode(name), [1])
+    except OSError:
+        pytest.skip("this file system takes only names that are UTF-8")
+    others = [write_run(tmp_path / "other", [1])] if several else []
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    for how in ("--json", "--no-progress"):
+        command = [sys.executable, "-m", "dynamics.analyze", run, *others, how, "--out", tmp_path / "out"]
+        result = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment, check=False)
+        # safetensors opens no path that is not UTF-8: such weights are refused, by name, and the rest is saved.
+        assert result.returncode == (1 if name == b"caf\xe9" else 0), result.stderr
+        assert b"Traceback" not in result.stderr
+        assert all(line.startswith(b"OD101 error ") for line in result.stderr.splitlines())
+        result.stdout.decode("ascii")
+    json.loads((tmp_path / "out" / "summary.json").read_bytes().decode("utf-8"))
+    schema.check(open_run(tmp_path / "out"))
+
+
+def test_metric_names_that_are_paths(tmp_path):
+    run = write_run(tmp_path / "run", [1], states=False)
+    names = ["..", ".", "", "log_step", ".zgroup", "nul\0", "x" * 300, "a/b", "a__b", "\ud800"]
+    log = [{"step": 1, "epoch": 0.1, **dict.fromkeys(names, 1.0), **{f"eval_{name}": 2.0 for name in names}}]
+    write_state(run / "checkpoint-1", 1, log)
+    result = analyze(run, "--no-report")
+    assert result.returncode == 0, result.stderr
+    tree = open_run(run)
+    assert (tree["training"].sizes["metric"], tree["score"].sizes["task"]) == (len(names), len(names))
+    assert "\\ud800" in tree["training"]["metric"].values
+
+
+def damaged_run(folder):
+    """An error, and a warning about another checkpoint."""
+    run = write_run(folder)
+    damage_truncated(run / "checkpoint-20")
+    (run / "checkpoint-30" / "trainer_state.json").write_text("{")
+    return run
+
+
+@pytest.mark.parametrize(
+    ("how", "told"), [([], ["error", "warning"]), (["--json"], ["error", "warning"]), (["--quiet"], ["error"])]
+)
+def test_errors_and_warnings_are_lines_on_stderr(tmp_path, how, told):
+    run = damaged_run(tmp_path / "run")
+    lines = analyze(run, "--no-report", *how).stderr.splitlines()
+    assert [line.split(" ")[1] for line in lines] == told
+    assert lines[0].startswith("OD101 error checkpoint-20/adapter_model.safetensors: ")
+    remedies = {finding["code"]: finding["remedy"] for finding in json.loads(open_run(run).attrs["findings"])}
+    assert all(line.endswith(remedies[line[:5]]) for line in lines)
+
+
+def test_of_several_runs_each_line_names_its_run(tmp_path):
+    run, other = damaged_run(tmp_path / "run"), write_run(tmp_path / "other", [1])
+    lines = analyze(run, other, "--no-report", "--quiet", "--out", tmp_path / "out").stderr.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["OD101 error run, checkpoint-20/adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_python_package_is_no_output_folder(run, tmp_path, monkeypatch, explicit):
+    (tmp_path / "clone" / "dynamics").mkdir(parents=True)
+    (tmp_path / "clone" / "dynamics" / "__init__.py").write_text("")
+    monkeypatch.chdir(tmp_path / "clone")
+    arguments = [run, "--out", "dynamics"] if explicit else [run, write_run(tmp_path / "other", [1])]
+    message = "The output folder 'dynamics' is a Python package. Choose another with --out.\n"
+    assert analyze(*arguments).stderr == message
+    assert names_of(tmp_path / "clone" / "dynamics") == ["__init__.py"]
+
+
+def test_the_label_of_a_single_run(run):
+    assert analyze(f"lab={run}", "--no-report", "--quiet").returncode == 0
+    assert open_run(run).attrs["label"] == "lab"
+
+
+@pytest.mark.parametrize("given", ["", "x="])
+def test_no_folder_is_not_this_folder(run, monkeypatch, given):
+    monkeypatch.chdir(run)
+    message = f"Expected [LABEL=]RUN with RUN a folder, got {given!r}. For this folder, pass a dot.\n"
+    result = analyze(given)
+    assert (result.returncode, result.stderr) == (2, message)
+    assert not (run / "dynamics").exists()
+
+
+def test_a_link_to_a_run_has_its_own_name(run, tmp_path):
+    (tmp_path / "best").symlink_to(run)
+    assert list(_named_runs([str(tmp_path / "best"), str(run)])[0]) == ["best", "run"]
+
+
+def test_the_root_of_several_runs_says_where_it_comes_from(run, tmp_path):
+    other = write_run(tmp_path / "other", [1])
+    arguments = [run, other, tmp_path / "nowhere", "--no-report", "--quiet", "--out", tmp_path / "out"]
+    assert analyze(*arguments).returncode == 1
+    root = open_run(tmp_path / "out").attrs
+    assert set(schema.ROOT_ATTRIBUTES) <= set(root)
+    assert [(file["run"], file["step"]) for file in json.loads(root["inputs"])] == [
+        *(("run", step) for step in (10, 20, 30)),
+        ("other", 1),
+    ]
+    assert [finding["code"] for finding in json.loads(root["findings"])] == ["OD100"]
+    configuration = json.loads(root["configuration"])
+    assert configuration["device"] in ("cpu", "cuda")
+    assert configuration["runs"] == [str(run), str(other), str(tmp_path / "nowhere")]
+    assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text()) == configuration
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".zgroup", "a/b", "x" * 201])
+def test_names_of_runs_are_plain(run, tmp_path, name):
+    with pytest.raises(ValueError, match="Expected the name of a run to be a plain name of at most 200 bytes, got"):
+        analyze_run({name: run}, out=tmp_path / "out")
+
+
+def test_interrupted_while_computing(run):
+    script = f"""
+        import os, signal, sys
+        from dynamics import pipeline
+        pipeline.measure = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+        sys.argv = ["analyze", {str(run)!r}]
+        from dynamics.analyze import app
+        app()
+    """
+    result = python(script)
+    assert (result.returncode, result.stderr) == (130, "Interrupted; an earlier result is as it was.\n")
+    assert not (run / "dynamics").exists()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from dynamics.checkpoints import NotARun, Trajectory, UnreadableMatrix, open_tra
 from dynamics.findings import Finding
 from tests.runs import adapter_config, adapter_tensors, random_factors, write_adapter, write_run, write_state
 
+LOOKED_FOR = "checkpoint-*/ or adapter_config.json with adapter_model.safetensors or adapter_model.bin"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
 WEIGHTS = "adapter_model.safetensors"
 Q = "model.layers.0.self_attn.q_proj"
@@ -66,6 +67,20 @@ def test_folder_without_checkpoints_names_the_runs_inside(tmp_path: Path) -> Non
     message = str(refused(tmp_path))
     assert "No checkpoints in" in message
     assert message.endswith("Pass one of the runs inside it: legal, medical.")
+
+
+@pytest.mark.parametrize(
+    ("adapters", "ending"),
+    [
+        (("style",), "It holds an adapter in a subfolder of its name: style. Pass that subfolder."),
+        (("legal", "style"), "It holds adapters in subfolders of their names: legal, style. Pass one of them."),
+    ],
+)
+def test_folder_with_named_adapters_only(adapters: tuple[str, ...], ending: str, tmp_path: Path) -> None:
+    for adapter in adapters:
+        write_adapter(tmp_path / adapter)
+    assert str(refused(tmp_path)).endswith(f"(looked for {LOOKED_FOR}). {ending}")
+    assert open_trajectory(tmp_path / adapters[0]).steps == (0,)
 
 
 def test_everything_refused_carries_the_findings(tmp_path: Path) -> None:
@@ -277,6 +292,31 @@ def test_file_that_changes_after_opening(tmp_path: Path) -> None:
     write_adapter(tmp_path / "checkpoint-20", random_factors(rank=2))
     with trajectory.checkpoints[1].open() as matrices, pytest.raises(UnreadableMatrix, match="no longer holds"):
         matrices[Q]
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("change", [-100, 100])
+def test_file_whose_size_changes_while_it_is_open(binary: bool, change: int, tmp_path: Path) -> None:
+    """Behind the end of a mapped file that became shorter is SIGBUS: no exception, the end of the process."""
+    path = write_adapter(tmp_path, binary=binary) / ("adapter_model.bin" if binary else WEIGHTS)
+    size = path.stat().st_size
+    with open_trajectory(tmp_path).checkpoints[0].open() as matrices:
+        assert matrices[Q].rank == 4
+        os.truncate(path, size + change)
+        with pytest.raises(UnreadableMatrix) as raised:
+            matrices[Q]
+    assert str(raised.value) == (
+        f"It had {size} bytes when it was opened and has {size + change} now. Analyse the run again when it is saved."
+    )
+
+
+def test_file_that_is_replaced_while_it_is_open_is_read_as_it_was(tmp_path: Path) -> None:
+    factors = random_factors()
+    write_adapter(tmp_path / "run", factors)
+    write_adapter(tmp_path / "new", random_factors(rank=2))
+    with open_trajectory(tmp_path / "run").checkpoints[0].open() as matrices:
+        (tmp_path / "new" / WEIGHTS).rename(tmp_path / "run" / WEIGHTS)
+        assert torch.equal(matrices[Q].left_factor, factors[Q][0])
 
 
 # --- configurations ----------------------------------------------------------------------------

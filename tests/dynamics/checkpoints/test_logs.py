@@ -3,9 +3,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from dynamics.checkpoints import Checkpoint, LogEntry, Trajectory
 from dynamics.checkpoints.logs import log_groups
+from dynamics.store import read_tree, write_tree
 
 
 def trajectory(entries, owners=()):
@@ -17,8 +19,10 @@ def test_training_scalars_and_scores_are_told_apart():
     groups = log_groups(
         trajectory([(0, 5, "loss", 2.0), (0, 5, "grad_norm", 1.0), (0, 10, "loss", 1.5), (0, 10, "eval_acc", 0.7)])
     )
-    assert groups["training"]["loss"].values.tolist() == [2.0, 1.5]
-    np.testing.assert_array_equal(groups["training"]["grad_norm"], [1.0, np.nan])
+    value = groups["training"]["value"]
+    assert value.dims == ("log", "metric")
+    assert value.sel(metric="loss").values.tolist() == [2.0, 1.5]
+    np.testing.assert_array_equal(value.sel(metric="grad_norm"), [1.0, np.nan])
     assert groups["training"]["log_step"].values.tolist() == [5, 10]
     assert groups["score"]["score"].sel(step=10, task="eval_acc") == 0.7
     assert groups["score"]["items"].isnull().all()
@@ -29,9 +33,26 @@ def test_how_long_an_evaluation_took_is_not_a_score():
     assert groups["score"]["task"].values.tolist() == ["eval_loss"]
 
 
-def test_metric_names_with_slashes_do_not_become_groups():
-    groups = log_groups(trajectory([(0, 5, "train/mem", 3.0)]))
-    assert groups["training"]["train__mem"].attrs["long_name"] == "train/mem"
+HOSTILE = ["a/b", "a__b", "..", ".", "", "log_step", "value", ".zgroup", "x" * 300, "nul\0", "nul", "ä", "/", "a//b"]
+
+
+@pytest.mark.parametrize("prefix", ["", "eval_"])
+def test_no_metric_name_is_a_path_in_the_store(tmp_path, prefix):
+    names = [prefix + name for name in HOSTILE]
+    entries = [(0, 5, name, float(index)) for index, name in enumerate(names)]
+    groups = log_groups(trajectory(entries))
+    write_tree(xr.DataTree.from_dict({f"/{name}": group for name, group in groups.items()}), tmp_path / "x.zarr")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.zarr"}
+    tree = read_tree(tmp_path / "x.zarr")
+    values = tree["score"]["score"] if prefix else tree["training"]["value"]
+    assert values.values.ravel().tolist() == [float(index) for index in range(len(names))]
+    read = values["task" if prefix else "metric"].values.tolist()
+    assert read == [name.replace("\0", "\\0") for name in names]
+
+
+def test_each_variable_has_units_and_a_name():
+    for group in log_groups(trajectory([(0, 5, "loss", 3.0), (0, 5, "eval_loss", 1.0)])).values():
+        assert all({"units", "long_name"} <= set(variable.attrs) for variable in group.variables.values())
 
 
 def test_of_two_trainings_the_one_whose_checkpoint_it_is_has_the_score():

@@ -196,6 +196,26 @@ def test_lone_checkpoint_takes_the_step_of_its_name(tmp_path: Path) -> None:
     assert trajectory.checkpoints[0].inputs[0]["path"] == WEIGHTS
 
 
+@pytest.mark.parametrize(("link", "step"), [("checkpoint-7", 7), ("best", 20)])
+def test_linked_checkpoint_takes_the_step_of_its_own_name_first(link: str, step: int, tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (tmp_path / "checkpoint-20" / "trainer_state.json").unlink()
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / link).symlink_to(tmp_path / "checkpoint-20")
+    assert open_trajectory(tmp_path / "links" / link).steps == (step,)
+
+
+def test_a_linked_run_is_called_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "a")
+    (tmp_path / "imax").symlink_to(tmp_path / "a")
+    assert open_trajectory(tmp_path / "imax").name == "imax"
+    monkeypatch.chdir(tmp_path)
+    assert open_trajectory("imax/").name == "imax"
+    monkeypatch.chdir(tmp_path / "a")
+    assert open_trajectory(".").name == "a"
+    assert open_trajectory("../imax/../a").name == "a"
+
+
 def test_final_adapter_like_the_last_checkpoint_is_left_out(tmp_path: Path) -> None:
     last = random_factors(seed=5)
     write_run(tmp_path, {10: random_factors(), 20: last})
@@ -300,6 +320,11 @@ def test_matrix_that_is_not_in_every_checkpoint(tmp_path: Path) -> None:
     finding = only(trajectory, "OD115")
     assert finding.matrix == NAMES[3]
     assert finding.evidence == {"matrices": [NAMES[3]], "missing_at": [10]}
+    assert finding.message == (
+        f"{NAMES[3]}: not in every checkpoint, missing at step 10. An increment is formed only where the previous "
+        "checkpoint of the same training has the matrix too."
+    )
+    assert finding.remedy == "Check that these checkpoints are of one training, with one choice of matrices."
 
 
 def test_rank_that_changes(tmp_path: Path) -> None:

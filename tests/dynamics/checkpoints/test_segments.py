@@ -123,11 +123,27 @@ def test_operations_that_go_down() -> None:
 
 @pytest.mark.parametrize("state", [silent, lambda step, **matrices: clues(step, None, **matrices)])
 def test_other_ranks_or_matrices(state: Any) -> None:
-    assert numbers(state(10, ranks={"q": 8, "v": 8}), state(20, ranks={"q": 16, "v": 16})) == (0, 1)
     assert numbers(state(10, ranks={"q": 8, "v": 8}), state(20, ranks={"q": 8, "v": 16})) == (0, 0)
     assert numbers(state(10, ranks={"q": 8, "k": 8}), state(20, ranks={"q": 8, "v": 8})) == (0, 1)
     assert numbers(state(10, ranks={"q": 8, "v": 8}), state(20, ranks={"q": 8})) == (0, 0)
     assert numbers(state(10, sizes={"q": (8, 4)}), state(20, sizes={"q": (8, 6)})) == (0, 1)
+
+
+@pytest.mark.parametrize("state", [silent, lambda step, **matrices: clues(step, None, **matrices)])
+def test_ranks_alone_are_reported_and_not_split(state: Any) -> None:
+    growth = [state(10, ranks={"q": 4, "v": 4}), state(20, ranks={"q": 8, "v": 8}), state(30, ranks={"q": 8, "v": 8})]
+    assert numbers(*growth) == (0, 0, 0)
+    (finding,) = find_segments(growth).findings
+    assert finding.code == "OD113"
+    assert "all ranks differ, e.g. q: 4 at step 10, 8 at step 20" in finding.message
+
+
+def test_all_ranks_with_one_more_piece_of_evidence_are_another_training() -> None:
+    before, after = {"default": {"lora_alpha": 8}}, {"default": {"lora_alpha": 16}}
+    run = [silent(10, ranks={"q": 4}, settings=before), silent(20, ranks={"q": 8}, settings=after)]
+    assert numbers(*run) == (0, 1)
+    assert numbers(silent(10, ranks={"q": 4, "k": 4}), silent(20, ranks={"q": 8})) == (0, 1)
+    assert numbers(clues(10, ranks={"q": 4}), silent(20, ranks={"q": 8})) == (0, 1)
 
 
 def test_continued_log_outweighs_other_ranks() -> None:
@@ -160,7 +176,7 @@ def test_interleaved_run_on_disk(tmp_path: Path) -> None:
 
 def test_rerun_with_another_configuration_and_no_states(tmp_path: Path) -> None:
     write_run(tmp_path, (10, 20), states=False)
-    write_adapter(tmp_path / "checkpoint-15", random_factors(rank=2), adapter_config(rank=2))
+    write_adapter(tmp_path / "checkpoint-15", random_factors(rank=2), adapter_config(rank=2, alpha=16))
 
     trajectory = open_trajectory(tmp_path)
 
@@ -168,3 +184,13 @@ def test_rerun_with_another_configuration_and_no_states(tmp_path: Path) -> None:
     found = [finding.code for finding in trajectory.findings]
     assert "OD112" in found
     assert "OD116" in found
+
+
+def test_rank_that_grows_in_every_matrix_is_one_training(tmp_path: Path) -> None:
+    write_run(tmp_path, (10, 20), states=False)
+    write_adapter(tmp_path / "checkpoint-30", random_factors(rank=8), adapter_config(rank=8))
+
+    trajectory = open_trajectory(tmp_path)
+
+    assert [one.segment for one in trajectory.checkpoints] == [0, 0, 0]
+    assert [finding.code for finding in trajectory.findings] == ["OD113", "OD116", "OD117"]
