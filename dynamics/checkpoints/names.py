@@ -115,7 +115,7 @@ def shown(text: str, limit: int = 120) -> str:
     r"""Text that may be anything, as it can stand in a message: on one line, escaped as Python would, shortened.
 
     >>> shown("a\nb"), shown("x" * 300, limit=5)
-    ('a\nb', 'xxxxx… (300 characters)')
+    ('a\\nb', 'xxxxx… (300 characters)')
     """
     start = text[:limit]
     escaped = start if start.isprintable() else repr(start)[1:-1]
