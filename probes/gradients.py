@@ -1,0 +1,177 @@
+"""Gradients at the two moments at which they mean something: before and after clipping, as the optimizer will use them.
+
+Before clipping is the end of a step's last backward pass, once data parallelism has reduced the gradients. A parameter's
+own hook comes too early for that; the end of the backward pass is reached by callbacks of the autograd engine, which
+DDP and FSDP use for the same purpose. What is measured at the end of each backward pass replaces what was measured before,
+so that under gradient accumulation the last one remains: the sum that the optimizer sees.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.variable import Variable
+from torch.utils.hooks import RemovableHandle
+
+#: Callbacks that the engine is asked for, one from within the other: DDP asks for its own during the backward
+#: pass, and what is asked for later runs later.
+_ROUNDS = 3
+
+
+class GradientNorms:
+    """Norms of parameters' gradients at the end of the backward passes of a step.
+
+    Between :meth:`arm` and :meth:`disarm` there is a hook on each parameter; otherwise there is none.
+
+    Args:
+        parameters: The parameters, each once.
+
+    >>> weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+    >>> norms = GradientNorms([weight])
+    >>> norms.arm()
+    >>> (weight * weight).sum().backward()
+    >>> norms.before_clipping().sqrt()
+    tensor([10.], dtype=torch.float64)
+    >>> norms.disarm()
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self._handles: list[RemovableHandle] = []
+        self._asked = False
+        self._latest: Tensor | None = None
+
+    def arm(self) -> None:
+        """Measures from now on; what was measured before is forgotten."""
+        self.disarm()
+        self._latest = None
+        for parameter in self._parameters:
+            if parameter.requires_grad:
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self._ask))
+
+    def disarm(self) -> None:
+        """Removes the hooks; what was measured stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._asked = False
+
+    def before_clipping(self) -> Float[Tensor, " parameter"] | None:
+        """Squared norms at the end of the last backward pass, ``None`` if there was none; see :func:`squared_norms`."""
+        return None if self._latest is None else reduced(self._latest, self._parameters)
+
+    def after_clipping(self) -> Float[Tensor, " parameter"]:
+        """Squared norms of the gradients as they are now."""
+        return reduced(squared_norms(self._parameters), self._parameters)
+
+    def _ask(self, parameter: Tensor) -> None:
+        if not self._asked:  # once a backward pass
+            self._asked = True
+            _at_end_of_backward(self._measure, _ROUNDS)
+
+    def _measure(self) -> None:
+        self._asked = False
+        if self._handles:  # disarmed in the meantime: inert
+            self._latest = squared_norms(self._parameters)
+
+
+def _at_end_of_backward(function: Any, rounds: int) -> None:
+    """Calls a function once the running backward pass is over, after whatever else waits for that."""
+    # torch.distributed itself uses this; there is no public name for it.
+    queue = Variable._execution_engine.queue_callback  # pyright: ignore[reportAttributeAccessIssue]
+    queue(function if rounds == 1 else lambda: _at_end_of_backward(function, rounds - 1))
+
+
+@torch.no_grad()
+def squared_norms(parameters: Sequence[nn.Parameter]) -> Float[Tensor, " parameter"]:
+    """‖∂L/∂p‖² of each parameter in float64, on the device, without waiting for it; −1 where there is no gradient.
+
+    Of a DTensor, the norm of what this rank holds: see :func:`reduced`.
+
+    >>> squared_norms([nn.Parameter(torch.ones(1))])
+    tensor([-1.], dtype=torch.float64)
+    """
+    devices = {parameter.device for parameter in parameters}
+    home = next(iter(devices)) if len(devices) == 1 else torch.device("cpu")
+    missing = torch.full((), -1.0, dtype=torch.float64, device=home)
+    return torch.stack(
+        [
+            missing
+            if parameter.grad is None
+            else torch.linalg.vector_norm(_entries(parameter.grad), dtype=torch.float64).square().to(home)
+            for parameter in parameters
+        ]
+        or [missing]
+    )[: len(parameters)]
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    """The numbers of a gradient on this rank."""
+    gradient = gradient.detach()
+    if hasattr(gradient, "to_local"):
+        return gradient.to_local()  # pyright: ignore[reportAttributeAccessIssue]
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def reduced(
+    local: Float[Tensor, " parameter"], parameters: Sequence[nn.Parameter]
+) -> Float[Tensor, " parameter"]:
+    """Squared norms over all ranks that hold a piece of a parameter; all of them must call this together."""
+    groups: dict[Any, list[int]] = {}
+    for index, parameter in enumerate(parameters):
+        for dimension in _sharded_dimensions(parameter):
+            groups.setdefault((parameter.device_mesh, dimension), []).append(index)  # pyright: ignore[reportAttributeAccessIssue]
+    result = local.clone() if groups else local
+    for (mesh, dimension), members in groups.items():
+        part = result[members]
+        dist.all_reduce(part, group=mesh.get_group(dimension))
+        result[members] = part
+    return result
+
+
+def _sharded_dimensions(parameter: nn.Parameter) -> list[int]:
+    """Dimensions of its device mesh over which a DTensor is split; none for a plain tensor."""
+    placements = getattr(parameter, "placements", ())
+    return [dimension for dimension, placement in enumerate(placements) if placement.is_shard()]
+
+
+def norms_of(
+    squared: Float[Tensor, " parameter"], parameters: Sequence[nn.Parameter], matrices: Sequence[Sequence[nn.Parameter]]
+) -> list[float]:
+    """Norm over the parameters of each matrix: 0 where none has a gradient, infinite where one is not finite.
+
+    Args:
+        squared: Of each parameter, negative where it has no gradient.
+        parameters: The parameters.
+        matrices: Those of each matrix.
+
+    >>> a, b, c = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    >>> norms_of(torch.tensor([9.0, 16.0, -1.0], dtype=torch.float64), [a, b, c], [[a], [a, b], [c]])
+    [3.0, 5.0, 0.0]
+    """
+    place = {id(parameter): index for index, parameter in enumerate(parameters)}
+    numbers = squared.tolist()  # the one moment at which the host waits for the device
+    sums = [sum(0.0 if (n := numbers[place[id(parameter)]]) < 0 else n for parameter in own) for own in matrices]
+    return [math.sqrt(total) if math.isfinite(total) else math.inf for total in sums]
+
+
+def loss_scale(scaler: Any, optimizer: Any) -> float:
+    """By how much the gradients in ``.grad`` are larger than the loss's own, now: AMP's scale, 1 once they are unscaled.
+
+    Args:
+        scaler: A ``torch.amp.GradScaler`` or ``None``.
+        optimizer: The optimizer, Accelerate's wrapper or not.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return 1.0
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    # The scaler keeps which optimizers' gradients it has unscaled in this step, and says so nowhere else.
+    states = getattr(scaler, "_per_optimizer_states", {})
+    stage = states[id(optimizer)]["stage"] if id(optimizer) in states else None
+    return float(scaler.get_scale()) if getattr(stage, "name", "READY") == "READY" else 1.0

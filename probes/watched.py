@@ -1,0 +1,395 @@
+"""Which matrices of a live model are watched: adapters as factors, other trainable weights as they are.
+
+Nothing is copied and nothing is left on the model: what is found refers to the model's own parameters, so that it
+follows the training, whose optimizer changes them in place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from probes.low_rank import LowRankMatrix
+from probes.unwrapping import base_model, class_names, parents, plain_path, unique_names
+
+Matrix: TypeAlias = Tensor | LowRankMatrix
+#: From a parameter to a tensor of its shape: its value, its gradient, a copy of it from an earlier step.
+Reading: TypeAlias = Callable[[nn.Parameter], Tensor]
+
+#: Variants of LoRA (PEFT's classes) that train or initialise it in their own way, and leave the update s B A.
+_PLAIN_VARIANTS = ("ALora", "Monteclora", "Velora", "MiCA")
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter's value; that of a DTensor is gathered, which all ranks must do together.
+
+    >>> whole(nn.Parameter(torch.ones(2)))
+    tensor([1., 1.])
+    """
+    tensor = parameter.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.flatten(1)
+
+
+def _part(index: int, tensor: Tensor) -> Tensor:
+    return tensor[index]
+
+
+def _expert_left(index: int, count: int, tensor: Tensor) -> Tensor:
+    return tensor[:, index::count]
+
+
+def _expert_right(index: int, count: int, tensor: Tensor) -> Tensor:
+    return tensor.unflatten(0, (count, -1))[index]
+
+
+@dataclass(frozen=True)
+class Product:
+    """One adapter on one matrix: s · left · diag(diagonal) · right, parts of its parameters.
+
+    Args:
+        left, right: The parameters that hold the factors.
+        scale: PEFT's scale, as it is now.
+        left_view, right_view: From a tensor of the parameter's shape to the factor, ``(out, r)`` and ``(r, in)``.
+        diagonal: AdaLoRA's E, or ``None``.
+    """
+
+    left: nn.Parameter
+    right: nn.Parameter
+    scale: Callable[[], float]
+    left_view: Callable[[Tensor], Tensor] = _same
+    right_view: Callable[[Tensor], Tensor] = _same
+    diagonal: nn.Parameter | None = None
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """All of them, frozen ones included."""
+        return (self.left, self.right) if self.diagonal is None else (self.left, self.right, self.diagonal)
+
+    def matrix(self, reading: Reading) -> LowRankMatrix:
+        """The product, of parameters as they are read."""
+        column_scale = None if self.diagonal is None else reading(self.diagonal).flatten()
+        left, right = self.left_view(reading(self.left)), self.right_view(reading(self.right))
+        return LowRankMatrix(left, right, self.scale(), column_scale=column_scale)
+
+    def derivative(self, reading: Reading, direction: Reading) -> LowRankMatrix:
+        """First-order change of the product when each parameter changes along ``direction``, of rank at most 2r (3r)."""
+        left, right = self.left_view(reading(self.left)), self.right_view(reading(self.right))
+        left_change, right_change = self.left_view(direction(self.left)), self.right_view(direction(self.right))
+        if self.diagonal is None:
+            columns, rows = [left_change, left], [right, right_change]
+        else:
+            diagonal, change = reading(self.diagonal).flatten(), direction(self.diagonal).flatten()
+            columns = [left_change * diagonal, left * diagonal, left * change]
+            rows = [right, right_change, right]
+        return LowRankMatrix(torch.cat(columns, 1), torch.cat(rows), self.scale())
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A weight that is trained as it is.
+
+    Args:
+        parameter: The parameter.
+        view: From a tensor of its shape to the matrix ``(out, in)``.
+    """
+
+    parameter: nn.Parameter
+    view: Callable[[Tensor], Tensor] = _same
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The one parameter."""
+        return (self.parameter,)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One watched matrix.
+
+    Args:
+        name: Its name in the live base model, without wrappers' prefixes and ``.weight``.
+        terms: The adapters that add up to it, or the weight itself.
+        part_of: Name of the sum that this matrix is one adapter's part of, or ``""``.
+    """
+
+    name: str
+    terms: tuple[Product, ...] | Dense
+    part_of: str = ""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is a weight as it is, not a product of factors."""
+        return isinstance(self.terms, Dense)
+
+    @property
+    def sources(self) -> tuple[nn.Parameter, ...]:
+        """All parameters that it is made of."""
+        if isinstance(self.terms, Dense):
+            return self.terms.parameters
+        return tuple(parameter for term in self.terms for parameter in term.parameters)
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Those of its parameters that are trained."""
+        return tuple(parameter for parameter in self.sources if parameter.requires_grad)
+
+    def read(self, reading: Reading = whole) -> Matrix:
+        """The matrix as it is now; by reference, except for the sum of several adapters and for gathered parameters.
+
+        Args:
+            reading: From a parameter to the tensor to take for it, by default its value.
+        """
+        if isinstance(self.terms, Dense):
+            return self.terms.view(reading(self.terms.parameter))
+        return _sum([term.matrix(reading) for term in self.terms])
+
+    def gradient(self, gradients: Reading, reading: Reading = whole) -> Matrix:
+        """Gradient of a dense weight; of a product the change of the matrix along its factors' gradients.
+
+        That is s(∇_B A + B ∇_A): what a step of gradient descent on the factors does to the matrix, to first order and
+        per unit of learning rate.
+
+        Args:
+            gradients: From a parameter to its gradient, zeros if it has none.
+            reading: As in :meth:`read`.
+        """
+        if isinstance(self.terms, Dense):
+            return self.terms.view(gradients(self.terms.parameter))
+        return _sum([term.derivative(reading, gradients) for term in self.terms])
+
+
+def _sum(products: list[LowRankMatrix]) -> LowRankMatrix:
+    if len(products) == 1:
+        return products[0]
+    left = torch.cat([product.left_factor for product in products], 1)
+    right = torch.cat([product.right_factor for product in products])
+    return LowRankMatrix(left, right, column_scale=torch.cat([product.scales() for product in products]))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a model's trainable parameters turned out to be.
+
+    Args:
+        watched: The watched matrices, in the model's order.
+        skipped: Module → why its adapter is not a product of factors.
+        uncovered: Trainable parameters that belong to no watched matrix (vectors, other adapters).
+        covered_share: Share of the trainable numbers that belong to a watched matrix; 0 if there are none.
+    """
+
+    watched: tuple[Watched, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    uncovered: tuple[str, ...] = ()
+    covered_share: float = 0.0
+
+
+def watched_matrices(model: nn.Module, matrices: str | None = None) -> dict[str, Matrix]:
+    """The matrices that training changes, by name, referring to the model's own parameters.
+
+    Low-rank adapters (LoRA, rsLoRA, AdaLoRA; on linear, convolution, embedding and attention layers and on fused experts)
+    come as :class:`LowRankMatrix` with PEFT's scale, all active adapters of a matrix together, and each as
+    ``name@adapter`` if there are several. Every other trainable weight of two or more dimensions comes as it is: a
+    convolution flattened to (out, in·kernel), a stack of experts as one matrix each, ``name[e]``.
+
+    Args:
+        model: Any module; wrapped by PEFT, DDP, ``torch.compile`` or with FSDP 2's parameters or not.
+        matrices: Regular expression; only matrices whose name it finds.
+
+    Raises:
+        ValueError: For a regular expression that is not one, and for models wrapped by FSDP 1.
+
+    >>> list(watched_matrices(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))))
+    ['0']
+    """
+    return {watched.name: watched.read() for watched in find_watched(model, matrices)}
+
+
+def find_watched(model: nn.Module, matrices: str | None = None) -> list[Watched]:
+    """As :func:`watched_matrices`, each with its parameters, to be read again later."""
+    return list(find(model, matrices).watched)
+
+
+def find(model: nn.Module, matrices: str | None = None) -> Found:
+    """As :func:`find_watched`, with what is not watched, and why."""
+    pattern = _compiled(matrices)
+    base = base_model(model)
+    adapted: dict[str, dict[str, dict[str, Product]]] = {}
+    skipped: dict[str, str] = {}
+    claimed: set[int] = set()
+    for path, module in base.named_modules():
+        if not _is_lora(module):
+            continue
+        own = dict(_adapters(module, skipped, path))
+        parameters = [p for parts in own.values() for product in parts.values() for p in product.parameters]
+        if not any(parameter.requires_grad for parameter in parameters):
+            continue
+        if all(id(parameter) in claimed for parameter in parameters):
+            continue  # the same factors on a tied weight
+        claimed |= {id(parameter) for parameter in parameters}
+        adapted[path] = own
+    dense = {
+        path: parameter
+        for path, parameter in base.named_parameters()
+        if parameter.requires_grad and id(parameter) not in claimed and _is_dense(base, path, parameter)
+    }
+    names = unique_names([*adapted, *dense], {path: _name(base, path) for path in (*adapted, *dense)})
+    everything = [*_low_rank(adapted, names), *_weights(base, dense, names)]
+    chosen = [watched for watched in _in_order(everything, base) if pattern is None or pattern.search(watched.name)]
+    return Found(tuple(chosen), skipped, *_coverage(base, chosen))
+
+
+def _compiled(matrices: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if matrices is None else re.compile(matrices)
+    except re.error as error:
+        raise ValueError(f"Expected a regular expression for matrices, got {matrices!r} ({error}).") from error
+
+
+def _is_lora(module: nn.Module) -> bool:
+    return "LoraLayer" in class_names(module) and hasattr(module, "scaling")
+
+
+def _adapters(module: nn.Module, skipped: dict[str, str], path: str) -> Iterator[tuple[str, dict[str, Product]]]:
+    """Active adapters of one layer that are products; each as products by what to add to the matrix's name."""
+    for adapter in module.active_adapters:  # pyright: ignore[reportGeneralTypeIssues]
+        pair = _pair(module, adapter)
+        if pair is None:
+            continue
+        reason = _not_a_product(module, adapter, *pair)
+        if reason:
+            skipped[path] = reason
+        else:
+            yield adapter, _products(module, adapter, *pair)
+
+
+def _pair(module: nn.Module, adapter: str) -> tuple[nn.Parameter, nn.Parameter] | None:
+    for a, b in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+        factors_a, factors_b = getattr(module, a, {}), getattr(module, b, {})
+        if adapter in factors_a and adapter in factors_b:
+            return _parameter(factors_b[adapter]), _parameter(factors_a[adapter])
+    return None
+
+
+def _parameter(holder: nn.Module | nn.Parameter) -> nn.Parameter:
+    return holder if isinstance(holder, nn.Parameter) else holder.weight  # pyright: ignore[reportReturnType]
+
+
+def _not_a_product(module: nn.Module, adapter: str, left: nn.Parameter, right: nn.Parameter) -> str:
+    variant = getattr(module, "lora_variant", {}).get(adapter)
+    if variant is not None and not type(variant).__name__.startswith(_PLAIN_VARIANTS):
+        return f"{type(variant).__name__}: its update is not the product of its two factors"
+    if adapter in getattr(module, "lora_magnitude_vector", {}):
+        return "DoRA: its update is not the product of its two factors"
+    if left.is_meta or right.is_meta:
+        return "its factors are on the meta device (offloaded), where they have no values"
+    if left.ndim < 2 or right.ndim < 2 or left[0].numel() * getattr(module, "num_experts", 1) == 0:
+        return f"its factors have shapes {tuple(left.shape)} and {tuple(right.shape)}"
+    if left.flatten(1).shape[1] != right.shape[0]:
+        return f"its factors of shapes {tuple(left.shape)} and {tuple(right.shape)} do not multiply (grouped convolution)"
+    return ""
+
+
+def _products(module: nn.Module, adapter: str, left: nn.Parameter, right: nn.Parameter) -> dict[str, Product]:
+    experts = getattr(module, "num_experts", 1) if "ParamWrapper" in class_names(module) else 1
+    if experts > 1:
+        scale = partial(_scale, module, adapter)
+        return {
+            f"[{index}]": Product(
+                left, right, scale, partial(_expert_left, index, experts), partial(_expert_right, index, experts)
+            )
+            for index in range(experts)
+        }
+    diagonals = getattr(module, "lora_E", {})
+    if adapter in diagonals:
+        scale = partial(_adalora_scale, module, adapter)
+        return {"": Product(left, right, scale, diagonal=diagonals[adapter])}
+    return {"": Product(left, right, partial(_scale, module, adapter), _flat, _flat)}
+
+
+def _scale(module: nn.Module, adapter: str) -> float:
+    return float(module.scaling[adapter])  # pyright: ignore[reportIndexIssue, reportArgumentType]
+
+
+def _adalora_scale(module: nn.Module, adapter: str) -> float:
+    # As PEFT's SVDLinear.forward has it.
+    return _scale(module, adapter) / (float(module.ranknum[adapter]) + 1e-5)  # pyright: ignore[reportIndexIssue, reportArgumentType]
+
+
+def _low_rank(
+    adapted: Mapping[str, Mapping[str, Mapping[str, Product]]], names: Mapping[str, str]
+) -> Iterator[Watched]:
+    for path, adapters in adapted.items():
+        name = names[path]
+        suffixes = dict.fromkeys(suffix for parts in adapters.values() for suffix in parts)
+        for suffix in suffixes:
+            parts = {adapter: products[suffix] for adapter, products in adapters.items() if suffix in products}
+            whole_name = f"{name}{suffix}"
+            yield Watched(whole_name, tuple(parts.values()))
+            if len(parts) > 1:
+                for adapter, product in parts.items():
+                    yield Watched(f"{whole_name}@{adapter}", (product,), part_of=whole_name)
+
+
+def _is_dense(base: nn.Module, path: str, parameter: nn.Parameter) -> bool:
+    if parameter.ndim < 2 or parameter.numel() == 0 or parameter.is_meta or not parameter.is_floating_point():
+        return False
+    # What belongs to an adapter of another kind is part of a formula, not a weight.
+    words = [word for module, word in parents(base, path) if "BaseTunerLayer" in class_names(module)]
+    return all(word in ("base_layer", "trainable_tokens_delta") for word in words)
+
+
+def _weights(base: nn.Module, dense: Mapping[str, nn.Parameter], names: Mapping[str, str]) -> Iterator[Watched]:
+    for path, parameter in dense.items():
+        name = names[path]
+        owner = list(parents(base, path))[-1][0]
+        if parameter.ndim == 2:
+            yield Watched(name, Dense(parameter))
+        elif parameter.ndim > 3 or any("Conv" in each for each in class_names(owner)):
+            yield Watched(name, Dense(parameter, _flat))
+        elif parameter.shape[0] == 1:
+            yield Watched(name, Dense(parameter, partial(_part, 0)))
+        else:
+            for index in range(parameter.shape[0]):
+                yield Watched(f"{name}[{index}]", Dense(parameter, partial(_part, index)))
+
+
+def _name(base: nn.Module, path: str) -> str:
+    """Name of a matrix, from the path of its layer (an adapter) or of its parameter."""
+    *_, (owner, word) = parents(base, path)
+    layer = getattr(owner, word)
+    name = plain_path(base, path)
+    if isinstance(layer, nn.Module):
+        parameter = getattr(layer, "parameter_name", "weight") if "ParamWrapper" in class_names(layer) else "weight"
+        return name if parameter == "weight" else f"{name}.{parameter}"
+    if "trainable_tokens_delta" in path.split("."):
+        return name.rpartition(".")[0]  # the adapter's name
+    return name.removesuffix(".weight")
+
+
+def _in_order(everything: list[Watched], base: nn.Module) -> list[Watched]:
+    """As the model's parameters stand."""
+    place = {id(parameter): position for position, parameter in enumerate(base.parameters())}
+    return sorted(everything, key=lambda watched: min(place[id(parameter)] for parameter in watched.sources))
+
+
+def _coverage(base: nn.Module, chosen: list[Watched]) -> tuple[tuple[str, ...], float]:
+    watched = {id(parameter) for each in chosen for parameter in each.parameters}
+    trained = [(path, parameter) for path, parameter in base.named_parameters() if parameter.requires_grad]
+    uncovered = tuple(plain_path(base, path) for path, parameter in trained if id(parameter) not in watched)
+    total = sum(parameter.numel() for _, parameter in trained)
+    covered = sum(parameter.numel() for _, parameter in trained if id(parameter) in watched)
+    return uncovered, covered / total if total else 0.0
