@@ -17,8 +17,10 @@ from dynamics.checkpoints import NotARun, Trajectory, open_trajectory
 from dynamics.checkpoints.logs import log_groups
 from dynamics.findings import Finding
 from dynamics.report import summarise
+from dynamics.spectra import notes
+from dynamics.spectra.measured import measured
 from dynamics.spectra.null_models import SEED
-from dynamics.spectra.over_trajectory import analyse_spectra
+from dynamics.spectra.over_trajectory import raw_spectra
 from dynamics.spectra.rank_suggestion import rank_pattern
 from dynamics.store import (
     FOLDER,
@@ -116,7 +118,9 @@ def measure(
         done += matrices
         progress(trajectory.name, done, total)
 
-    groups, found = analyse_spectra(trajectory, device=device, progress=advance)
+    raw_update, found = raw_spectra(trajectory, device=device, progress=advance)
+    groups = measured(raw_update)
+    found += notes.notes(groups["update"])
     groups = {f"/{name}": encodable_dataset(group) for name, group in (groups | log_groups(trajectory)).items()}
     tree = xr.DataTree.from_dict(groups)
     inputs = [{**file, "step": checkpoint.step} for checkpoint in trajectory.checkpoints for file in checkpoint.inputs]

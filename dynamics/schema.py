@@ -78,6 +78,17 @@ UPDATE: Mapping[str, Variable] = {
     "entropy_energy_by_role": Variable(("step", "kind", "role_name"), "nat", "spectral entropy of a role's direct sum"),
 }
 
+#: Gradients as the optimizer saw them; of a low-rank matrix those of its factors, and what they do to the matrix.
+GRADIENT: Mapping[str, Variable] = {
+    "norm_before_clip": Variable(("step", "matrix"), "loss/weight", "gradient norm before clipping"),
+    "norm_after_clip": Variable(("step", "matrix"), "loss/weight", "gradient norm after clipping"),
+    "singular_value": Variable(("step", "matrix", "index"), "loss/weight", "singular value of the gradient"),
+    "count": Variable(("step", "matrix"), "1", "number of singular values"),
+    "factor_rank": Variable(("step", "matrix"), "1", "number of columns of the factors"),
+    "frobenius_norm": Variable(("step", "matrix"), "loss/weight", "Frobenius norm of the gradient"),
+    **{name: Variable(("step", "matrix"), known.units, known.long_name) for name, known in MEASURES.items()},
+}
+
 #: Coordinates that belong to a dimension of /update.
 UPDATE_COORDINATES: Mapping[str, str] = {
     "segment": "step",
@@ -177,6 +188,8 @@ def _problems(tree: xr.DataTree) -> Iterator[str]:
     yield from _coordinate_problems(update)
     yield from _step_problems(update)
     yield from _spectrum_problems(update)
+    if "gradient" in tree.children:
+        yield from _variable_problems("/gradient", tree["gradient"].to_dataset(), GRADIENT, complete=True)
     if "score" in tree.children:
         yield from _variable_problems("/score", tree["score"].to_dataset(), SCORE, complete=True)
     if "null" in tree.children:
@@ -208,7 +221,7 @@ def _variable_problems(
         yield from (
             f"{group}/{name} lacks the attribute {key!r}" for key in ("units", "long_name") if key not in variable.attrs
         )
-        if str(name) in MEASURES and group == "/update":
+        if str(name) in MEASURES and group in ("/update", "/gradient"):
             lacking = [key for key in ("definition", "reference") if key not in variable.attrs]
             yield from (f"{group}/{name} lacks the attribute {key!r}" for key in lacking)
             if variable.dtype != np.float64:

@@ -15,17 +15,14 @@ from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from dynamics.checkpoints.trajectory import Checkpoint, OpenCheckpoint, Trajectory, UnreadableMatrix
 from dynamics.findings import Finding
-from dynamics.spectra import increments, rounding
+from dynamics.spectra import increments, pairs
 from dynamics.spectra.increments import Cores
-from dynamics.spectra.singular_values import core_singular_values
+from dynamics.spectra.pairs import MatrixSpectra, Results
 from probes.low_rank import LowRankMatrix
 
 #: Bytes of float64 stack that one task works on: a few matrices of a 7B model, which stay in the last-level cache.
@@ -33,29 +30,6 @@ BATCH_BYTES = 2**23
 
 #: Buffers of each worker.
 _OWN = threading.local()
-
-
-@dataclass(frozen=True)
-class MatrixSpectra:
-    """What the engine finds out about one matrix at one step.
-
-    Args:
-        total: Singular values of the update since the start of training, descending.
-        increment: Those of the change since the previous step of the same training, ``None`` if there is none.
-        total_noise, increment_noise: Predicted energy of the storage format's rounding, see ``rounding``.
-        inner_product: ⟨this increment, the previous increment⟩, NaN if there are not two.
-        ranks: Columns of the factors of the total and of the increment, which is a sum of two.
-    """
-
-    total: Float[Tensor, " k"]
-    increment: Float[Tensor, " l"] | None
-    total_noise: float
-    increment_noise: float
-    inner_product: float
-    ranks: tuple[int, int]
-
-
-Results: TypeAlias = dict[tuple[int, str], MatrixSpectra]
 
 
 def trajectory_spectra(
@@ -206,43 +180,18 @@ def _solve_batch(names: Sequence[str], window: _Window, device: torch.device) ->
 def _solve(names: Sequence[str], window: _Window, device: torch.device) -> list[_Outcome]:
     shape = window.now.shapes[names[0]]
     now = [window.now[name] for name in names]
-    before = _predecessors(names, window.before)
-    if before is not None and before[0].shape != (shape.out, shape.in_):
+    before = _before(names, window)
+    if before is not None and before.matrices[0].shape != (shape.out, shape.in_):
         before = None  # the finding is the reader's: the matrix is another one
-    stacked = increments.stack(now, before, device, _OWN.workspace)
-    reduced = increments.cores(stacked)
-    total_cores = reduced.total()
-    totals = core_singular_values(total_cores)[:, : shape.rank]
-    energies = [side[:, : shape.rank] for side in reduced.energies()]
-    rows = zip(now, *energies, strict=True)
-    noise = [rounding.noise_energy(matrix, left, right) for matrix, left, right in rows]
-    bad = ~total_cores.isfinite().all(-1).all(-1)
-    if before is None:
-        spectra = [MatrixSpectra(totals[i], None, noise[i], 0.0, math.nan, (shape.rank, 0)) for i in range(len(names))]
-    else:
-        columns = shape.rank + before[0].rank
-        changes = core_singular_values(reduced.increment())[:, :columns]
-        noise_before = [window.solved[name].total_noise if name in window.solved else math.nan for name in names]
-        inner = _inner_products(names, window, stacked, reduced, before)
-        spectra = [
-            MatrixSpectra(totals[i], changes[i], noise[i], noise[i] + noise_before[i], inner[i], (shape.rank, columns))
-            for i in range(len(names))
-        ]
-    # The next increment's cosine wants this one's triangles; across a change of rank there is none.
-    keep = before is not None and before[0].rank == shape.rank
+    solved = pairs.solve(now, before, device=device, workspace=_OWN.workspace)
     return [
-        _Outcome(
-            name,
-            spectra[i],
-            reduced.member(i) if keep else None,
-            *_failure(bool(bad[i]), bool(totals[i].isnan().any())),
-        )
-        for i, name in enumerate(names)
+        _Outcome(name, one.spectra, one.cores, *_failure(one.is_finite, bool(one.spectra.total.isnan().any())))
+        for name, one in zip(names, solved, strict=True)
     ]
 
 
-def _failure(core_is_bad: bool, values_are_bad: bool) -> tuple[str, str]:
-    if core_is_bad:
+def _failure(core_is_finite: bool, values_are_bad: bool) -> tuple[str, str]:
+    if not core_is_finite:
         return (
             "OD201",
             "Its factors or their product are not finite, so its spectrum and the increment after it are NaN.",
@@ -252,29 +201,22 @@ def _failure(core_is_bad: bool, values_are_bad: bool) -> tuple[str, str]:
     return "", ""
 
 
-def _predecessors(names: Sequence[str], checkpoint: OpenCheckpoint | None) -> list[LowRankMatrix] | None:
+def _before(names: Sequence[str], window: _Window) -> pairs.Before | None:
+    matrices = _matrices(names, window.before)
+    if matrices is None:
+        return None
+    noise = [window.solved[name].total_noise if name in window.solved else math.nan for name in names]
+    if names[0] not in window.reduced:
+        return pairs.Before(matrices, noise)
+    earlier = _matrices(names, window.earlier)
+    assert earlier is not None, "a step whose triangular factors hold a change has a predecessor"
+    return pairs.Before(matrices, noise, [window.reduced[name] for name in names], earlier)
+
+
+def _matrices(names: Sequence[str], checkpoint: OpenCheckpoint | None) -> list[LowRankMatrix] | None:
     if checkpoint is None or names[0] not in checkpoint.shapes:
         return None
     return [checkpoint[name] for name in names]
-
-
-def _inner_products(
-    names: Sequence[str],
-    window: _Window,
-    stacked: increments.Stack,
-    reduced: Cores,
-    before: Sequence[LowRankMatrix],
-) -> list[float]:
-    ranks = {window.now.shapes[names[0]].rank, before[0].rank}
-    if names[0] not in window.reduced or ranks != {window.reduced[names[0]].rank}:
-        return [math.nan] * len(names)
-    earlier = _predecessors(names, window.earlier)
-    assert earlier is not None, "a step whose triangular factors hold a change has a predecessor"
-    left, right = increments.cross_grams(
-        stacked, *increments.changes_between(before, earlier, stacked.left.device, _OWN.workspace)
-    )
-    reduced_before = increments.join([window.reduced[name] for name in names])
-    return increments.inner_products(reduced, reduced_before, left, right).tolist()
 
 
 def _finding(outcome: _Outcome, checkpoint: Checkpoint) -> Finding:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dynamics.spectra.singular_values import triangle
+from dynamics.spectra.singular_values import tall_triangle
 from probes.low_rank import LowRankMatrix
 
 
@@ -157,10 +157,10 @@ def _columns(cores: Float[Tensor, "batch k r"], scale: Float[Tensor, "batch r"])
 
 
 def cores(stacked: Stack) -> Cores:
-    """The QR step: all the work in the matrices' own dimensions happens here."""
+    """The triangular factors, on the host: all the work in the matrices' own dimensions happens here."""
     return Cores(
-        triangle(stacked.left.mT).cpu(),
-        triangle(stacked.right.mT).cpu(),
+        tall_triangle(stacked.left.mT),
+        tall_triangle(stacked.right.mT),
         stacked.rank,
         stacked.scale,
         stacked.scale_before,

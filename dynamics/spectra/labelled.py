@@ -153,6 +153,7 @@ def direct_sums(update: xr.Dataset) -> dict[str, xr.Variable]:
     unknown = np.zeros(count.shape, dtype=bool)
     unknown[:, 1] = (count[:, 0] > 0) & (count[:, 1] == 0) & linked[:, None]
     energy = np.where((count > 0) | unknown, update["frobenius_norm"].values ** 2, 0.0)
+    energy[..., _parts_of_sums(update["matrix"].values.tolist())] = 0.0
     entropy, ratio = update["entropy_energy"].values, update["participation_ratio"].values
     whole = np.asarray(aggregate.entropy_of_direct_sum(energy, entropy))
     roles = np.unique(update["role"].values)
@@ -183,6 +184,12 @@ def direct_sums(update: xr.Dataset) -> dict[str, xr.Variable]:
         "energy_share_by_role": variable("energy_share_by_role", share),
         "entropy_energy_by_role": variable("entropy_energy_by_role", sums, chain.replace("all updates", "its updates")),
     }
+
+
+def _parts_of_sums(names: list[str]) -> list[bool]:
+    """Which matrices are one adapter's part (``name@adapter``) of a sum that is there too."""
+    known = set(names)
+    return ["@" in name and name.rpartition("@")[0] in known for name in names]
 
 
 def suggested_rank(update: xr.Dataset) -> dict[str, xr.Variable]:

@@ -58,4 +58,13 @@ def noise_energy(
     """
     left_noise = ulp_energy(matrix.left_factor, dim=0) / 12
     right_noise = ulp_energy(matrix.right_factor, dim=1) / 12
-    return float(matrix.scales().square() @ (left_noise * right_energy + left_energy * right_noise))
+    return float(matrix.scales().cpu().square() @ (left_noise * right_energy + left_energy * right_noise))
+
+
+def dense_noise_energy(weight: Tensor) -> float:
+    """Predicted energy of the rounding noise in a weight that is stored as it is: Σ ulp²/12.
+
+    >>> dense_noise_energy(torch.ones(1, 3, dtype=torch.bfloat16)) == 3 / 12 * 2**-14
+    True
+    """
+    return float(ulp_energy(weight, dim=0).sum()) / 12

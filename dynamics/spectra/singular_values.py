@@ -84,6 +84,54 @@ def triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batc
     return torch.linalg.qr(tall, mode="r").R
 
 
+#: Below this the diagonal of a scaled Cholesky factor has lost more than half of its digits.
+_INDEPENDENT = 1e-7
+
+
+def gram_triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch columns columns"]:
+    r"""R with RᵀR = XᵀX, on the host, from Grams formed on the device: for accelerators, whose batched QR is slow.
+
+    The columns are brought to norm 1 before the Cholesky factorization, so that columns of very different size (a
+    weight and its change) cost no digits; zero columns stay zero. Where columns are dependent to 10⁻⁷ the Gram no
+    longer holds their difference, and those matrices go through QR.
+
+    >>> x = torch.tensor([[3.0, 0.0], [4.0, 0.0]], dtype=torch.float64)
+    >>> gram_triangle(x)
+    tensor([[5., 0.],
+            [0., 0.]], dtype=torch.float64)
+    """
+    gram = (tall.mT @ tall).cpu()
+    size = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    unit = torch.where(size > 0, size, 1.0)
+    scaled = gram / unit[..., :, None] / unit[..., None, :]
+    scaled.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    finite = scaled.isfinite().all(-1).all(-1)
+    lower, failed = torch.linalg.cholesky_ex(torch.where(finite[..., None, None], scaled, torch.nan).nan_to_num(0.0))
+    triangles = lower.mT * size[..., None, :]
+    dependent = (failed != 0) | (lower.diagonal(dim1=-2, dim2=-1).amin(-1) < _INDEPENDENT) | ~finite
+    if dependent.any():
+        rows, columns = tall.shape[-2:]
+        again = torch.zeros(int(dependent.sum()), columns, columns, dtype=tall.dtype)
+        again[:, : min(rows, columns)] = triangle(tall[dependent.to(tall.device)]).cpu()
+        triangles[dependent] = again
+    return triangles
+
+
+def tall_triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch k columns"]:
+    """R on the host: by QR on the CPU, which keeps all digits, by :func:`gram_triangle` on an accelerator."""
+    return triangle(tall) if tall.device.type == "cpu" else gram_triangle(tall)
+
+
+def dense_singular_values(dense: Float[Tensor, "rows columns"]) -> Float[Tensor, " n"]:
+    """Singular values of one large matrix on its own device, brought to the host; NaN if it is not finite."""
+    if dense.device.type == "cpu" or not bool(dense.isfinite().all()):
+        return core_singular_values(dense)
+    try:
+        return torch.linalg.svdvals(dense).cpu()
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        return core_singular_values(dense)
+
+
 def core_singular_values(cores: Float[Tensor, "*batch k l"]) -> Float[Tensor, "*batch n"]:
     """Singular values of a batch of small matrices, on the host; NaN where a core is not finite.
 
