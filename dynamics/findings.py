@@ -46,6 +46,18 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD205": ("note", "an update more concentrated than its null"),
     "OD206": ("note", "rank that is not used"),
     "OD207": ("error", "singular values that did not converge"),
+    # 3xx: capturing a training
+    "OD301": ("warning", "a matrix that gets no gradient"),
+    "OD302": ("warning", "an adapter that has not moved after the warm-up"),
+    "OD303": ("warning", "an update that collapsed to one direction"),
+    "OD304": ("warning", "a gradient that is not finite"),
+    "OD305": ("warning", "steps that could not be captured"),
+    "OD306": ("note", "trainable parameters that are not watched"),
+    "OD307": ("note", "a capture that begins or goes on at a step without a record"),
+    "OD308": ("warning", "capture and checkpoint do not say the same"),
+    "OD309": ("warning", "a record that cannot be read"),
+    "OD310": ("warning", "an adapter that cannot be watched"),
+    "OD311": ("note", "gradients that are not recorded"),
 }
 
 

@@ -1,15 +1,19 @@
 """Gradients at the two moments at which they mean something: before and after clipping, as the optimizer will use them.
 
-Before clipping is the end of a step's last backward pass, once data parallelism has reduced the gradients. A parameter's
-own hook comes too early for that; the end of the backward pass is reached by callbacks of the autograd engine, which
-DDP and FSDP use for the same purpose. What is measured at the end of each backward pass replaces what was measured before,
-so that under gradient accumulation the last one remains: the sum that the optimizer sees.
+Before clipping is the end of a step's last backward pass, once data parallelism has reduced the gradients. A
+parameter's own hook comes too early for that; the end of the backward pass is reached by callbacks of the autograd
+engine, which DDP and FSDP use for the same purpose. Where one backward pass runs inside another (reentrant
+checkpointing), it is the end of the outermost that counts. What is measured at the end of each backward pass replaces
+what was measured before, so that under gradient accumulation the last one remains: the sum that the optimizer sees.
+
+Under AMP with loss scaling the gradients before clipping are still scaled: divide their norms by the scaler's
+``get_scale()``, and those after clipping, which unscales first, by :func:`loss_scale`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +48,7 @@ class GradientNorms:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = list(parameters)
         self._handles: list[RemovableHandle] = []
-        self._asked = False
+        self._backwards: set[int] = set()  # those at whose end we are called
         self._latest: Tensor | None = None
 
     def arm(self) -> None:
@@ -60,7 +64,7 @@ class GradientNorms:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._asked = False
+        self._backwards.clear()
 
     def before_clipping(self) -> Float[Tensor, " parameter"] | None:
         """Squared norms at the end of the last backward pass, ``None`` if there was none; see :func:`squared_norms`."""
@@ -70,18 +74,32 @@ class GradientNorms:
         """Squared norms of the gradients as they are now."""
         return reduced(squared_norms(self._parameters), self._parameters)
 
-    def _ask(self, parameter: Tensor) -> None:
-        if not self._asked:  # once a backward pass
-            self._asked = True
-            _at_end_of_backward(self._measure, _ROUNDS)
+    def _ask(self, *_: Any) -> None:
+        """Asks, once a backward pass, to be called at its end."""
+        backward = torch._C._current_graph_task_id()
+        if self._handles and backward not in self._backwards:
+            # By its number: a pass that raises never ends, and must not keep the next one from asking.
+            self._backwards.add(backward)
+            _at_end_of_backward(lambda: self._end(backward))
+
+    def _end(self, backward: int) -> None:
+        """Measures, unless the pass that has ended ran inside another one (reentrant checkpointing)."""
+        self._backwards.discard(backward)
+        if not self._handles:  # disarmed in the meantime: inert
+            return
+        outer = torch._C._current_autograd_node()  # what called it, if anything did
+        following = [] if outer is None else [node for node, _ in outer.next_functions if node is not None]
+        for node in following:  # what runs next belongs to the outer pass: there we ask again
+            node.register_prehook(self._ask)
+        if not following:
+            _at_end_of_backward(self._measure, _ROUNDS - 1)
 
     def _measure(self) -> None:
-        self._asked = False
-        if self._handles:  # disarmed in the meantime: inert
+        if self._handles:
             self._latest = squared_norms(self._parameters)
 
 
-def _at_end_of_backward(function: Any, rounds: int) -> None:
+def _at_end_of_backward(function: Callable[[], None], rounds: int = 1) -> None:
     """Calls a function once the running backward pass is over, after whatever else waits for that."""
     # torch.distributed itself uses this; there is no public name for it.
     queue = Variable._execution_engine.queue_callback  # pyright: ignore[reportAttributeAccessIssue]
@@ -116,12 +134,11 @@ def _entries(gradient: Tensor) -> Tensor:
     gradient = gradient.detach()
     if hasattr(gradient, "to_local"):
         return gradient.to_local()  # pyright: ignore[reportAttributeAccessIssue]
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
+    gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
 
 
-def reduced(
-    local: Float[Tensor, " parameter"], parameters: Sequence[nn.Parameter]
-) -> Float[Tensor, " parameter"]:
+def reduced(local: Float[Tensor, " parameter"], parameters: Sequence[nn.Parameter]) -> Float[Tensor, " parameter"]:
     """Squared norms over all ranks that hold a piece of a parameter; all of them must call this together."""
     groups: dict[Any, list[int]] = {}
     for index, parameter in enumerate(parameters):
@@ -130,8 +147,11 @@ def reduced(
     result = local.clone() if groups else local
     for (mesh, dimension), members in groups.items():
         part = result[members]
-        dist.all_reduce(part, group=mesh.get_group(dimension))
-        result[members] = part
+        missing = part < 0
+        # The second row counts ranks with a gradient, so that −1 stays −1 and is not summed.
+        sums = torch.stack([part.masked_fill(missing, 0.0), (~missing).double()])
+        dist.all_reduce(sums, group=mesh.get_group(dimension))
+        result[members] = sums[0].masked_fill(sums[1] == 0, -1.0)
     return result
 
 
@@ -162,7 +182,7 @@ def norms_of(
 
 
 def loss_scale(scaler: Any, optimizer: Any) -> float:
-    """By how much the gradients in ``.grad`` are larger than the loss's own, now: AMP's scale, 1 once they are unscaled.
+    """By how much the gradients in ``.grad`` exceed the loss's own, now: AMP's scale, 1 once they are unscaled.
 
     Args:
         scaler: A ``torch.amp.GradScaler`` or ``None``.

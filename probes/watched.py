@@ -7,7 +7,7 @@ follows the training, whose optimizer changes them in place.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -33,7 +33,12 @@ def whole(parameter: Tensor) -> Tensor:
     tensor([1., 1.])
     """
     tensor = parameter.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is a DTensor, of which this rank holds a piece."""
+    return hasattr(parameter, "full_tensor")
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -79,11 +84,11 @@ class Product:
         """All of them, frozen ones included."""
         return (self.left, self.right) if self.diagonal is None else (self.left, self.right, self.diagonal)
 
-    def matrix(self, reading: Reading) -> LowRankMatrix:
-        """The product, of parameters as they are read."""
+    def matrix(self, reading: Reading, scale: float | None = None) -> LowRankMatrix:
+        """The product, of parameters as they are read, with its scale as it is now or as given."""
         column_scale = None if self.diagonal is None else reading(self.diagonal).flatten()
         left, right = self.left_view(reading(self.left)), self.right_view(reading(self.right))
-        return LowRankMatrix(left, right, self.scale(), column_scale=column_scale)
+        return LowRankMatrix(left, right, self.scale() if scale is None else scale, column_scale=column_scale)
 
     def derivative(self, reading: Reading, direction: Reading) -> LowRankMatrix:
         """First-order change of the product when each parameter changes along ``direction``, of rank at most 2r (3r)."""
@@ -147,15 +152,21 @@ class Watched:
         """Those of its parameters that are trained."""
         return tuple(parameter for parameter in self.sources if parameter.requires_grad)
 
-    def read(self, reading: Reading = whole) -> Matrix:
+    def scales(self) -> tuple[float, ...]:
+        """The scale of each adapter as it is now (AdaLoRA's changes); empty for a dense weight."""
+        return () if isinstance(self.terms, Dense) else tuple(term.scale() for term in self.terms)
+
+    def read(self, reading: Reading = whole, scales: Sequence[float] | None = None) -> Matrix:
         """The matrix as it is now; by reference, except for the sum of several adapters and for gathered parameters.
 
         Args:
             reading: From a parameter to the tensor to take for it, by default its value.
+            scales: What :meth:`scales` gave when those tensors were taken, by default what it gives now.
         """
         if isinstance(self.terms, Dense):
             return self.terms.view(reading(self.terms.parameter))
-        return _sum([term.matrix(reading) for term in self.terms])
+        known = self.scales() if scales is None else scales
+        return _sum([term.matrix(reading, scale) for term, scale in zip(self.terms, known, strict=True)])
 
     def gradient(self, gradients: Reading, reading: Reading = whole) -> Matrix:
         """Gradient of a dense weight; of a product the change of the matrix along its factors' gradients.
@@ -233,7 +244,11 @@ def find(model: nn.Module, matrices: str | None = None) -> Found:
     for path, module in base.named_modules():
         if not _is_lora(module):
             continue
-        own = dict(_adapters(module, skipped, path))
+        try:
+            own = dict(_adapters(module))
+        except _NotAProduct as reason:
+            skipped[plain_path(base, path)] = str(reason)
+            continue
         parameters = [p for parts in own.values() for product in parts.values() for p in product.parameters]
         if not any(parameter.requires_grad for parameter in parameters):
             continue
@@ -263,17 +278,19 @@ def _is_lora(module: nn.Module) -> bool:
     return "LoraLayer" in class_names(module) and hasattr(module, "scaling")
 
 
-def _adapters(module: nn.Module, skipped: dict[str, str], path: str) -> Iterator[tuple[str, dict[str, Product]]]:
-    """Active adapters of one layer that are products; each as products by what to add to the matrix's name."""
+class _NotAProduct(Exception):
+    """An active adapter is no product, so that what the layer's adapters add up to is none either."""
+
+
+def _adapters(module: nn.Module) -> Iterator[tuple[str, dict[str, Product]]]:
+    """Active adapters of one layer, each as products by what to add to the matrix's name."""
     for adapter in module.active_adapters:  # pyright: ignore[reportGeneralTypeIssues]
         pair = _pair(module, adapter)
         if pair is None:
             continue
-        reason = _not_a_product(module, adapter, *pair)
-        if reason:
-            skipped[path] = reason
-        else:
-            yield adapter, _products(module, adapter, *pair)
+        if reason := _not_a_product(module, adapter, *pair):
+            raise _NotAProduct(reason)
+        yield adapter, _products(module, adapter, *pair)
 
 
 def _pair(module: nn.Module, adapter: str) -> tuple[nn.Parameter, nn.Parameter] | None:
@@ -299,7 +316,9 @@ def _not_a_product(module: nn.Module, adapter: str, left: nn.Parameter, right: n
     if left.ndim < 2 or right.ndim < 2 or left[0].numel() * getattr(module, "num_experts", 1) == 0:
         return f"its factors have shapes {tuple(left.shape)} and {tuple(right.shape)}"
     if left.flatten(1).shape[1] != right.shape[0]:
-        return f"its factors of shapes {tuple(left.shape)} and {tuple(right.shape)} do not multiply (grouped convolution)"
+        return (
+            f"its factors of shapes {tuple(left.shape)} and {tuple(right.shape)} do not multiply (grouped convolution)"
+        )
     return ""
 
 

@@ -153,7 +153,7 @@ def direct_sums(update: xr.Dataset) -> dict[str, xr.Variable]:
     unknown = np.zeros(count.shape, dtype=bool)
     unknown[:, 1] = (count[:, 0] > 0) & (count[:, 1] == 0) & linked[:, None]
     energy = np.where((count > 0) | unknown, update["frobenius_norm"].values ** 2, 0.0)
-    energy[..., _parts_of_sums(update["matrix"].values.tolist())] = 0.0
+    energy[..., parts_of_sums(update["matrix"].values.tolist())] = 0.0
     entropy, ratio = update["entropy_energy"].values, update["participation_ratio"].values
     whole = np.asarray(aggregate.entropy_of_direct_sum(energy, entropy))
     roles = np.unique(update["role"].values)
@@ -186,7 +186,7 @@ def direct_sums(update: xr.Dataset) -> dict[str, xr.Variable]:
     }
 
 
-def _parts_of_sums(names: list[str]) -> list[bool]:
+def parts_of_sums(names: list[str]) -> list[bool]:
     """Which matrices are one adapter's part (``name@adapter``) of a sum that is there too."""
     known = set(names)
     return ["@" in name and name.rpartition("@")[0] in known for name in names]

@@ -70,11 +70,13 @@ class Solved:
         spectra: Its spectra.
         cores: Its triangular factors, which the next increment's cosine wants; ``None`` across a change of rank.
         is_finite: Whether its factors' product is.
+        noise: Predicted rounding energy of the matrix as it is stored, without that of its start.
     """
 
     spectra: MatrixSpectra
     cores: Cores | None
     is_finite: bool
+    noise: float
 
 
 def solve(
@@ -124,7 +126,9 @@ def solve(
         ]
     # The next increment's cosine wants this one's triangles; across a change of rank there is none.
     keep = before is not None and before.matrices[0].rank == rank
-    return [Solved(each, reduced.member(i) if keep else None, bool(finite[i])) for i, each in enumerate(spectra)]
+    return [
+        Solved(each, reduced.member(i) if keep else None, bool(finite[i]), noise[i]) for i, each in enumerate(spectra)
+    ]
 
 
 def _since(
@@ -133,9 +137,7 @@ def _since(
     """Singular values of the change since the start, and the rounding energy of the start."""
     reduced = increments.cores(increments.stack(now, start, device, workspace))
     values = core_singular_values(reduced.increment())[:, : now[0].rank + start[0].rank]
-    there = increments.cores(increments.stack(start, None, device, workspace))
-    energies = [side[:, : start[0].rank] for side in there.energies()]
-    return values, [rounding.noise_energy(*row) for row in zip(start, *energies, strict=True)]
+    return values, [rounding.product_noise_energy(matrix) for matrix in start]
 
 
 def _inner_products(before: Before, stacked: increments.Stack, reduced: Cores, workspace: Workspace) -> list[float]:
@@ -148,25 +150,30 @@ def _inner_products(before: Before, stacked: increments.Stack, reduced: Cores, w
 
 
 def solve_dense(
-    now: Float[Tensor, "out in"], start: Float[Tensor, "out in"], before: Float[Tensor, "out in"] | None
-) -> MatrixSpectra:
-    """Spectra of one dense weight's change since the start, and since the previous step, by an exact SVD in float64.
+    now: Float[Tensor, "out in"], before: Float[Tensor, "out in"] | None, start: Float[Tensor, "out in"] | None
+) -> Solved:
+    """Spectra of one dense weight's change, by an exact SVD in float64.
 
     Args:
         now: The weight, in its own dtype and on its own device, where the SVD runs.
-        start: At the start of training.
         before: At the previous step; ``None`` if there is none.
+        start: At the start of training; where it is not known there is no total.
     """
     count = min(now.shape)
-    here = rounding.dense_noise_energy(now)
-    total = dense_singular_values(_difference(now, start))
-    noise = here + rounding.dense_noise_energy(start)
+    noise = rounding.dense_noise_energy(now)
+    total, total_noise = torch.empty(0, dtype=torch.float64), math.nan
+    if start is not None:
+        total, total_noise = dense_singular_values(_difference(now, start)), noise + rounding.dense_noise_energy(start)
     if before is None:
-        return MatrixSpectra(total, None, noise, 0.0, math.nan, (count, 0))
-    # The first captured step: what changed since the start is what changed at all.
-    increment = total.clone() if before is start else dense_singular_values(_difference(now, before))
-    change_noise = here + rounding.dense_noise_energy(before)
-    return MatrixSpectra(total, increment, noise, change_noise, math.nan, (count, count))
+        increment, change_noise = None, 0.0
+    elif before is start:  # what changed since the start is what changed at all
+        increment, change_noise = total.clone(), total_noise
+    else:
+        increment = dense_singular_values(_difference(now, before))
+        change_noise = noise + rounding.dense_noise_energy(before)
+    ranks = (0 if start is None else count, 0 if increment is None else count)
+    spectra = MatrixSpectra(total, increment, total_noise, change_noise, math.nan, ranks)
+    return Solved(spectra, None, bool(now.isfinite().all()), noise)
 
 
 def _difference(now: Tensor, before: Tensor) -> Float[Tensor, "out in"]:

@@ -72,11 +72,11 @@ def _batched(matrices: list[Matrix]) -> list[Tensor]:
 
 
 def _cores(matrices: Sequence[LowRankMatrix]) -> Float[Tensor, "batch k l"]:
-    """R_B R_Aᵀ of matrices of one shape."""
+    """R_B R_Aᵀ of matrices of one shape, on the host."""
     left = torch.stack([matrix.left_factor.detach().to(torch.float64) for matrix in matrices])
     right = torch.stack([matrix.right_factor.detach().to(torch.float64) for matrix in matrices])
-    scales = torch.stack([matrix.scales() for matrix in matrices]).to(left.device)
-    return (triangle(left) * scales[:, None, :]) @ triangle(right.mT).mT
+    scales = torch.stack([matrix.scales() for matrix in matrices])
+    return (tall_triangle(left) * scales.cpu()[:, None, :]) @ tall_triangle(right.mT).mT
 
 
 def triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch k columns"]:

@@ -1,0 +1,6 @@
+"""What is recorded of a training, and when."""
+
+from dynamics.capture.presets import PRESETS, Preset, preset_named
+from dynamics.capture.schedules import Schedule, at, either, every, geometric, logarithmic
+
+__all__ = ["PRESETS", "Preset", "Schedule", "at", "either", "every", "geometric", "logarithmic", "preset_named"]
