@@ -50,11 +50,12 @@ class GradientNorms:
         self._handles: list[RemovableHandle] = []
         self._backwards: set[int] = set()  # those at whose end we are called
         self._latest: Tensor | None = None
+        self._failure: Exception | None = None
 
     def arm(self) -> None:
         """Measures from now on; what was measured before is forgotten."""
         self.disarm()
-        self._latest = None
+        self._latest = self._failure = None
         for parameter in self._parameters:
             if parameter.requires_grad:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(self._ask))
@@ -67,7 +68,13 @@ class GradientNorms:
         self._backwards.clear()
 
     def before_clipping(self) -> Float[Tensor, " parameter"] | None:
-        """Squared norms at the end of the last backward pass, ``None`` if there was none; see :func:`squared_norms`."""
+        """Squared norms at the end of the last backward pass, ``None`` if there was none; see :func:`squared_norms`.
+
+        Raises:
+            Exception: What went wrong at that moment, which was no place to disturb the backward pass.
+        """
+        if self._failure is not None:
+            raise self._failure
         return None if self._latest is None else reduced(self._latest, self._parameters)
 
     def after_clipping(self) -> Float[Tensor, " parameter"]:
@@ -96,7 +103,10 @@ class GradientNorms:
 
     def _measure(self) -> None:
         if self._handles:
-            self._latest = squared_norms(self._parameters)
+            try:
+                self._latest = squared_norms(self._parameters)
+            except Exception as error:
+                self._failure = error
 
 
 def _at_end_of_backward(function: Callable[[], None], rounds: int = 1) -> None:

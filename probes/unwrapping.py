@@ -1,6 +1,6 @@
-"""From a model as it is trained to the model as it was built: which wrappers stand around it, and its names without them.
+"""From a model as it is trained to the model as it was built: what wraps it, and its names without the wrappers.
 
-Wrappers are recognised by what they are, not by how they are called: a model may have a submodule ``module`` of its own.
+Wrappers are recognised by what they are, not by what they are called: a model may have a submodule ``module`` itself.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Product:
         return LowRankMatrix(left, right, self.scale() if scale is None else scale, column_scale=column_scale)
 
     def derivative(self, reading: Reading, direction: Reading) -> LowRankMatrix:
-        """First-order change of the product when each parameter changes along ``direction``, of rank at most 2r (3r)."""
+        """First-order change of the product as each parameter changes along ``direction``, of rank at most 2r (3r)."""
         left, right = self.left_view(reading(self.left)), self.right_view(reading(self.right))
         left_change, right_change = self.left_view(direction(self.left)), self.right_view(direction(self.right))
         if self.diagonal is None:
@@ -211,8 +211,8 @@ class Found:
 def watched_matrices(model: nn.Module, matrices: str | None = None) -> dict[str, Matrix]:
     """The matrices that training changes, by name, referring to the model's own parameters.
 
-    Low-rank adapters (LoRA, rsLoRA, AdaLoRA; on linear, convolution, embedding and attention layers and on fused experts)
-    come as :class:`LowRankMatrix` with PEFT's scale, all active adapters of a matrix together, and each as
+    Low-rank adapters (LoRA, rsLoRA, AdaLoRA; on linear, convolution, embedding and attention layers and on fused
+    experts) come as :class:`LowRankMatrix` with PEFT's scale, all active adapters of a matrix together, and each as
     ``name@adapter`` if there are several. Every other trainable weight of two or more dimensions comes as it is: a
     convolution flattened to (out, in·kernel), a stack of experts as one matrix each, ``name[e]``.
 
@@ -259,7 +259,7 @@ def find(model: nn.Module, matrices: str | None = None) -> Found:
     dense = {
         path: parameter
         for path, parameter in base.named_parameters()
-        if parameter.requires_grad and id(parameter) not in claimed and _is_dense(base, path, parameter)
+        if parameter.requires_grad and _is_dense(base, path, parameter)
     }
     names = unique_names([*adapted, *dense], {path: _name(base, path) for path in (*adapted, *dense)})
     everything = [*_low_rank(adapted, names), *_weights(base, dense, names)]

@@ -1,6 +1,17 @@
 """What is recorded of a training, and when."""
 
 from dynamics.capture.presets import PRESETS, Preset, preset_named
-from dynamics.capture.schedules import Schedule, at, either, every, geometric, logarithmic
+from dynamics.capture.schedules import Schedule, at, at_no_step, either, every, geometric, logarithmic
 
-__all__ = ["PRESETS", "Preset", "Schedule", "at", "either", "every", "geometric", "logarithmic", "preset_named"]
+__all__ = [
+    "PRESETS",
+    "Preset",
+    "Schedule",
+    "at",
+    "at_no_step",
+    "either",
+    "every",
+    "geometric",
+    "logarithmic",
+    "preset_named",
+]

@@ -36,6 +36,11 @@ def at(*steps: int) -> Schedule:
     return lambda step: step in chosen
 
 
+def at_no_step(step: int) -> bool:
+    """Never."""
+    return False
+
+
 def geometric(ratio: float | int = 2, first: int = 1) -> Schedule:
     """``first``, and then each step ``ratio`` times as far as the one before, rounded: many early, few late.
 

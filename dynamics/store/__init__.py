@@ -1,23 +1,45 @@
-"""Results on disk: Zarr, provenance, atomic outputs."""
+"""Results on disk: Zarr, provenance, atomic outputs; and the records of a training."""
 
-from dynamics.store.open_run import FOLDER, RESULT, open_run
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dynamics.store.capture_place import CaptureExists
+from dynamics.store.capture_reading import Capture, capture_path, read_capture
 from dynamics.store.ownership import OutputError
+from dynamics.store.places import FOLDER, RESULT, result_path
 from dynamics.store.plain_text import encodable, encodable_dataset
 from dynamics.store.provenance import provenance
 from dynamics.store.staging import staged, write_text, writing
 from dynamics.store.zarr_store import read_tree, write_tree
 
+if TYPE_CHECKING:
+    from dynamics.store.capture_store import CaptureStore
+
 __all__ = [
     "FOLDER",
     "RESULT",
+    "Capture",
+    "CaptureExists",
+    "CaptureStore",
     "OutputError",
+    "capture_path",
     "encodable",
     "encodable_dataset",
-    "open_run",
     "provenance",
+    "read_capture",
     "read_tree",
+    "result_path",
     "staged",
     "write_text",
     "write_tree",
     "writing",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CaptureStore":  # the only one that needs torch, which reading a result does not
+        from dynamics.store.capture_store import CaptureStore
+
+        return CaptureStore
+    raise AttributeError(f"module 'dynamics.store' has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -119,10 +120,9 @@ def test_flattened_parameters_are_refused() -> None:
     class FullyShardedDataParallel(nn.Module):
         pass
 
-    with pytest.raises(ValueError) as error:
-        base_model(FullyShardedDataParallel())
-
-    assert str(error.value) == (
+    message = (
         "Expected a model whose parameters are matrices, got one wrapped by FullyShardedDataParallel (FSDP 1), "
         "which flattens them. Use FSDP 2 (torch.distributed.fsdp.fully_shard; accelerate: fsdp_version: 2)."
     )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        base_model(FullyShardedDataParallel())

@@ -34,7 +34,7 @@ def test_the_store_itself(tree, tmp_path):
 
 def test_nothing_is_stored(tmp_path):
     message = (
-        f"No stored result for '{tmp_path}' (looked for dynamics/analysis.zarr and analysis.zarr). "
+        f"No stored result for '{tmp_path}' (looked for analysis.zarr and capture.zarr, there and in dynamics/). "
         f"Make one with: python -m dynamics.analyze {tmp_path}"
     )
     with pytest.raises(FileNotFoundError, match=re.escape(message)):

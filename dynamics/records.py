@@ -1,0 +1,189 @@
+"""The records of one training in progress: where they go, what they give cause to say, and how a training goes on."""
+
+from __future__ import annotations
+
+import secrets
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from torch import Tensor
+
+from dynamics.findings import Finding
+from dynamics.spectra.null_models import SEED
+from dynamics.spectra.signs import Signs
+from dynamics.store import FOLDER, Capture, CaptureExists, CaptureStore, encodable, provenance, read_capture
+from dynamics.store.capture_reading import CAPTURE, is_capture
+
+#: Up to this relative difference of spectra, a model is the one that a record was taken of.
+AGREES = 1e-2
+
+
+def earlier_capture(run: Path) -> Capture | None:
+    """What is recorded in a run's folder, ``None`` if nothing is.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    path = run / FOLDER / CAPTURE
+    return read_capture(path) if is_capture(path) else None
+
+
+def agreement(record: xr.Dataset, now: xr.Dataset) -> float:
+    """Largest relative difference of the totals' singular values between two raw updates of one step.
+
+    >>> from dynamics.spectra.raw import raw_update
+    >>> agreement(raw_update({1: (0, -1)}, {}, {}), raw_update({1: (0, -1)}, {}, {}))
+    0.0
+    """
+    names = [name for name in record["matrix"].values.tolist() if name in set(now["matrix"].values.tolist())]
+    both = (each["singular_value"].sel(kind="total", matrix=names).values[0] for each in (record, now))
+    before, after = (np.nan_to_num(values) for values in both)
+    length = min(before.shape[-1], after.shape[-1])
+    largest = np.maximum(before.max(-1, initial=0), after.max(-1, initial=0))
+    apart = np.abs(before[..., :length] - after[..., :length]).max(-1, initial=0)
+    return float(np.divide(apart, largest, out=np.zeros_like(apart), where=largest > 0).max(initial=0.0))
+
+
+class Records:
+    """Writes the records of a training and keeps its root attributes true.
+
+    Args:
+        run: The run folder.
+        notes: What is to be said of the whole training, from its beginning.
+        attributes: Beside provenance: ``disk_names``, ``covered_share``.
+        configuration: How it is recorded, JSON-compatible.
+        warmup_steps: See ``Signs``.
+        resume_from: The step after which the training goes on, ``None`` if it begins.
+        earlier: What was recorded before, where it goes on.
+
+    Raises:
+        CaptureExists: If there are records and the training does not resume.
+        OSError: If they cannot be written.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        notes: Sequence[Finding],
+        attributes: Mapping[str, Any],
+        configuration: Mapping[str, Any],
+        warmup_steps: int,
+        resume_from: int | None,
+        earlier: Capture | None,
+    ) -> None:
+        self._notes, self._signs = list(notes), Signs(warmup_steps)
+        past = earlier.attributes if earlier is not None and resume_from is not None else {}
+        kept = [] if earlier is None else [r for step, r in earlier.records.items() if step <= (resume_from or 0)]
+        self._gaps = [gap for gap in _dictionaries(past.get("gaps")) if _step_of(gap) <= (resume_from or 0)]
+        self._told: set[str] = set()
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        resumptions = _dictionaries(past.get("resumptions"))
+        if resume_from is not None:
+            resumptions.append({"step": resume_from, "created": now})
+        content = {
+            **provenance(run.absolute().name, configuration, [], SEED),
+            "run_id": past.get("run_id") or secrets.token_hex(8),
+            "created": past.get("created") or now,
+            "resumptions": resumptions,
+            **encodable(dict(attributes)),
+        }
+        for record in kept:
+            self._signs.see(record["update"], record.get("gradient"))
+        self._noted = self._changing()
+        folder = run / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        content |= self._noted
+        if resume_from is None:
+            self._store = CaptureStore.create(folder, content)
+        else:
+            self._store = CaptureStore.resume(folder, resume_from, content)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that have a record."""
+        return self._store.steps
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What holds now."""
+        return [*self._notes, *self._signs.findings()]
+
+    def write_start(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps what the training began with, for when it resumes."""
+        if tensors:
+            self._store.write_start(tensors)
+
+    def write(self, step: int, update: xr.Dataset, gradient: xr.Dataset | None) -> None:
+        """Adds a record, and says once what it gives cause to.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        self._store.write(step, {"update": update} | ({} if gradient is None else {"gradient": gradient}))
+        self._signs.see(update, gradient)
+        for finding in self._signs.findings():
+            self._tell(finding.code, str(finding))
+        self.annotate()
+
+    def gap(self, step: int, reason: str) -> None:
+        """Notes that a step could not be recorded, or not all of it, and says so the first time."""
+        self._gaps.append({"step": step, "reason": encodable(reason)})
+        self._tell(
+            "OD305",
+            f"optimization-dynamics could not record step {step} ({reason}). Training goes on, and so does the "
+            "recording at the next captured step; this is said once.",
+        )
+
+    def annotate(self) -> None:
+        """Brings the root attributes up to date."""
+        changing = self._changing()
+        if changing != self._noted:
+            self._store.annotate(changing)
+            self._noted = changing
+
+    def close(self) -> None:
+        """Gives the store back."""
+        self._store.close()
+
+    def _changing(self) -> dict[str, Any]:
+        findings = encodable([finding.to_dict() for finding in self.findings])
+        return {"findings": findings, "gaps": list(self._gaps)}
+
+    def _tell(self, code: str, text: str) -> None:
+        if code not in self._told:
+            self._told.add(code)
+            warnings.warn(text, UserWarning, stacklevel=2)
+
+
+def refuse_other_weights(earlier: Capture, step: int, now: xr.Dataset) -> bool:
+    """Whether there is a record of this step; refused if it is one of other weights.
+
+    Raises:
+        CaptureExists: If the record does not agree with the model.
+    """
+    record = earlier.records.get(step)
+    if record is None:
+        return False
+    difference = agreement(record["update"], now)
+    if difference > AGREES:
+        raise CaptureExists(
+            f"'{earlier.path}' has a record of step {step} whose spectra differ from the model's by {difference:.0%}: "
+            "it is another training's, or the weights come from another checkpoint. "
+            "Choose another folder, or move the capture away."
+        )
+    return True
+
+
+def _dictionaries(value: Any) -> list[dict[str, Any]]:
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def _step_of(gap: Mapping[str, Any]) -> int:
+    step = gap.get("step")
+    return step if isinstance(step, int) else 0
