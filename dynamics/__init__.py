@@ -12,8 +12,10 @@ from dynamics._version import __version__
 
 if TYPE_CHECKING:
     from dynamics import plot
+    from dynamics.callback import DynamicsCallback
     from dynamics.checkpoints import open_trajectory
     from dynamics.pipeline import analyze_run
+    from dynamics.recorder import Recorder
     from dynamics.spectra.measures import (
         dominant_ratio,
         effective_rank,
@@ -22,11 +24,13 @@ if TYPE_CHECKING:
         stable_rank,
     )
     from dynamics.spectra.singular_values import singular_values
-    from dynamics.store import open_run
+    from dynamics.stored import open_run
 
 _HOME = {
+    "DynamicsCallback": "dynamics.callback",
+    "Recorder": "dynamics.recorder",
     "analyze_run": "dynamics.pipeline",
-    "open_run": "dynamics.store",
+    "open_run": "dynamics.stored",
     "open_trajectory": "dynamics.checkpoints",
     "singular_values": "dynamics.spectra.singular_values",
     "effective_rank": "dynamics.spectra.measures",
@@ -37,6 +41,8 @@ _HOME = {
 }
 
 __all__ = [
+    "DynamicsCallback",
+    "Recorder",
     "__version__",
     "analyze_run",
     "dominant_ratio",

@@ -36,7 +36,7 @@ def analyze(
         list[str],
         typer.Argument(
             metavar="[LABEL=]RUN...",
-            help="A Trainer output folder with checkpoint-N/, one checkpoint, or one adapter folder.",
+            help="A Trainer output folder with checkpoints or a capture, one checkpoint or adapter, a capture store.",
             show_default=False,
         ),
     ],

@@ -1,4 +1,4 @@
-"""The whole path on one screen: open → measure → draw → write."""
+"""The whole path on one screen: open → measure, merge → draw → write."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ import xarray as xr
 import yaml
 
 from dynamics import schema
-from dynamics.checkpoints import NotARun, Trajectory, open_trajectory
+from dynamics.checkpoints import NotARun, Trajectory
 from dynamics.checkpoints.logs import log_groups
 from dynamics.findings import Finding
 from dynamics.report import summarise
-from dynamics.spectra import notes
-from dynamics.spectra.measured import measured
 from dynamics.spectra.null_models import SEED
 from dynamics.spectra.over_trajectory import raw_spectra
 from dynamics.spectra.rank_suggestion import rank_pattern
@@ -26,13 +24,15 @@ from dynamics.store import (
     FOLDER,
     RESULT,
     encodable,
-    encodable_dataset,
     provenance,
     staged,
     write_text,
     write_tree,
     writing,
 )
+from dynamics.stored.captured import Captured
+from dynamics.stored.sources import Source, open_source, results_folder
+from dynamics.stored.tree import Parts, as_json, result_tree
 
 #: Called with a run's name, the matrices done (all steps counted) and the matrices in all.
 Progress = Callable[[str, int, int], None]
@@ -88,13 +88,13 @@ def analyze_run(
     if isinstance(run, Mapping):
         _refuse_names(runs)
 
-    trajectories, refused = _open_all(runs, options)
-    with staged(folder, _file_names(trajectories, options), ["figures"] if options.report else []) as stage:
+    sources, refused = _open_all(runs, options)
+    with staged(folder, _file_names(sources, options), ["figures"] if options.report else []) as stage:
         with writing(folder):
             write_text(stage / "run.yaml", yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True))
         trees = {
-            name: _labelled(measure(trajectory, options.device, configuration, progress), name, labels)
-            for name, trajectory in trajectories.items()
+            name: _labelled(_measure(source, options, configuration, progress), name, labels)
+            for name, source in sources.items()
         }
         tree = _joined(trees, refused, configuration) if isinstance(run, Mapping) else next(iter(trees.values()))
         schema.check(tree)
@@ -108,8 +108,9 @@ def measure(
     device: str = "cpu",
     configuration: Mapping[str, object] | None = None,
     progress: Progress = lambda run, done, total: None,
+    captured: Captured | None = None,
 ) -> xr.DataTree:
-    """The result of one trajectory, not written anywhere."""
+    """The result of one trajectory, merged with what its training captured; not written anywhere."""
     total = sum(len(checkpoint.shapes) for checkpoint in trajectory.checkpoints)
     done = 0
 
@@ -118,24 +119,20 @@ def measure(
         done += matrices
         progress(trajectory.name, done, total)
 
-    raw_update, found = raw_spectra(trajectory, device=device, progress=advance)
-    groups = measured(raw_update)
-    found += notes.notes(groups["update"])
-    groups = {f"/{name}": encodable_dataset(group) for name, group in (groups | log_groups(trajectory)).items()}
-    tree = xr.DataTree.from_dict(groups)
+    checkpoints, found = raw_spectra(trajectory, device=device, progress=advance) if total else (None, [])
     inputs = [{**file, "step": checkpoint.step} for checkpoint in trajectory.checkpoints for file in checkpoint.inputs]
-    tree.attrs = provenance(trajectory.name, configuration or {}, inputs, SEED)
-    tree.attrs["findings"] = _as_json([*trajectory.findings, *found])
-    return tree
+    findings = [*trajectory.findings, *found]
+    parts = Parts(trajectory.name, checkpoints, captured, log_groups(trajectory), findings, inputs)
+    return result_tree(parts, configuration or {})
 
 
 def output_folder(runs: Sequence[Path], out: str | PathLike[str] | None = None) -> Path:
-    """Where results go: ``out``, else ``RUN/dynamics``, for several runs ``./dynamics``.
+    """Where results go: ``out``, else ``RUN/dynamics`` (of a capture store beside it), for several runs ``./dynamics``.
 
     Raises:
         ValueError: If the folder is a Python package, as ``./dynamics`` is in a clone of this project.
     """
-    folder = Path(out) if out is not None else runs[0] / FOLDER if len(runs) == 1 else Path(FOLDER)
+    folder = Path(out) if out is not None else results_folder(runs[0]) if len(runs) == 1 else Path(FOLDER)
     if (folder / "__init__.py").exists():
         raise ValueError(f"The output folder '{folder}' is a Python package. Choose another with --out.")
     return folder
@@ -185,22 +182,26 @@ def _rank_pattern_file(run: str) -> str:
     return f"rank_pattern.{run}.json" if run else "rank_pattern.json"
 
 
-def _open_all(runs: Mapping[str, Path], options: Options) -> tuple[dict[str, Trajectory], list[Finding]]:
+def _open_all(runs: Mapping[str, Path], options: Options) -> tuple[dict[str, Source], list[Finding]]:
     """Every run that can be opened; the last refusal is raised if none can."""
-    trajectories: dict[str, Trajectory] = {}
+    sources: dict[str, Source] = {}
     refused: list[Finding] = []
     for name, folder in runs.items():
         try:
-            trajectories[name] = open_trajectory(folder, options.matrices)
+            sources[name] = open_source(folder, options.matrices)
         except NotARun as error:
             if len(runs) == 1:
                 raise
             refused += [Finding("OD100", str(error), file=str(folder)), *error.findings]
-    if not trajectories:
+    if not sources:
         raise NotARun(
             "None of the runs could be analysed: " + " ".join(f.message for f in refused if f.code == "OD100")
         )
-    return trajectories, refused
+    return sources, refused
+
+
+def _measure(source: Source, options: Options, configuration: Mapping[str, object], progress: Progress) -> xr.DataTree:
+    return measure(source.trajectory, options.device, configuration, progress, source.captured)
 
 
 def _labelled(tree: xr.DataTree, name: str, labels: Mapping[str, str] | None) -> xr.DataTree:
@@ -216,12 +217,8 @@ def _joined(
     tree = xr.DataTree.from_dict({f"/runs/{name}": each for name, each in trees.items()})
     inputs = [{**file, "run": name} for name, each in trees.items() for file in json.loads(each.attrs["inputs"])]
     tree.attrs = provenance("", configuration, inputs, SEED)
-    tree.attrs["findings"] = _as_json(refused)
+    tree.attrs["findings"] = as_json(refused)
     return tree
-
-
-def _as_json(findings: Sequence[Finding]) -> str:
-    return json.dumps(encodable([finding.to_dict() for finding in findings]), allow_nan=False)
 
 
 def _write(tree: xr.DataTree, stage: Path, options: Options) -> None:

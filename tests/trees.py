@@ -6,11 +6,15 @@ import json
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 import xarray as xr
 
 from dynamics import schema
 from dynamics.findings import Finding
-from dynamics.spectra import labelled
+from dynamics.spectra import labelled, raw
+from dynamics.spectra.measured import measured
+from dynamics.spectra.raw import GradientSpectrum, Place
+from dynamics.stored.tree import quantiles_of_gradients
 
 ROLES = (
     "self_attn.q_proj",
@@ -40,6 +44,8 @@ def example_tree(
     missing: Sequence[str] = (),
     findings: Sequence[Finding] = (),
     run: str = "example",
+    gradients: Sequence[int] | None = None,
+    gradient_spectra: bool = True,
 ) -> xr.DataTree:
     """A plausible result of one run: updates that grow over the steps and concentrate.
 
@@ -53,6 +59,8 @@ def example_tree(
         missing: Matrices that are not in the last checkpoint.
         findings: Stored with the result.
         run: The run's name.
+        gradients: Steps at which gradients were captured; with them the result is one of a captured training.
+        gradient_spectra: Whether their singular values were, beside their norms.
     """
     numbers = [100 * (1 + index) for index in range(steps)] if isinstance(steps, int) else list(steps)
     names = matrix_names(matrices) if isinstance(matrices, int) else list(matrices)
@@ -64,6 +72,8 @@ def example_tree(
     update = update.assign(labelled.direct_sums(update)).assign(labelled.suggested_rank(update))
     summary = labelled.quantiles_over_matrices(update, null)
     groups = {"/update": update, "/null": null, "/summary": summary, "/training": _training(numbers, segments)}
+    if gradients is not None:
+        groups |= _gradients(gradients, names, rank, seed, gradient_spectra)
     tree = xr.DataTree.from_dict(groups)
     inputs = [
         {"path": f"checkpoint-{step}/adapter_model.safetensors", "bytes": 4096, "header_sha256": "a" * 64, "step": step}
@@ -80,6 +90,8 @@ def example_tree(
         "created": "2026-01-02T03:04:05+00:00",
         "findings": json.dumps([finding.to_dict() for finding in findings]),
     }
+    if gradients is not None:
+        tree.attrs["captured"] = json.dumps({"steps": numbers, "checkpoints": []})
     return tree
 
 
@@ -147,6 +159,31 @@ def _spectra(
             **{name: ("matrix", np.full(len(names), value, dtype=np.int64)) for name, value in same.items()},
         },
     )
+
+
+def _gradients(
+    steps: Sequence[int], names: list[str], rank: int, seed: int, with_spectra: bool
+) -> dict[str, xr.Dataset]:
+    """Gradients that shrink over the steps, clipped at a norm of 1."""
+    generator = np.random.default_rng(seed)
+    places = {name: Place(256, 128, rank, "F32") for name in names}
+    parts = []
+    for number, step in enumerate(steps):
+        found = {}
+        for name in names:
+            values = np.sort(generator.lognormal(0.0, 1.0, 2 * rank))[::-1].copy() / np.sqrt(1 + number)
+            norm = float(np.linalg.norm(values))
+            spectrum = (torch.from_numpy(values), 2 * rank) if with_spectra else ()
+            found[name] = GradientSpectrum(norm, min(norm, 1.0), *spectrum)
+        parts.append(raw.raw_gradient(step, places, found))
+    update = raw.raw_update(dict.fromkeys(steps, (0, -1)), places, {})
+    groups = measured(update, raw.concatenate(parts))
+    gradient, null = groups["gradient"], groups["null_gradient"]
+    return {
+        "/gradient": gradient,
+        "/null_gradient": null,
+        "/summary_gradient": quantiles_of_gradients(gradient, null),
+    }
 
 
 def _previous(steps: list[int], segments: list[int], row: int) -> int:

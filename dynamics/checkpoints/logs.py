@@ -10,13 +10,15 @@ from dynamics.checkpoints.trajectory import LogEntry, Trajectory
 
 #: The Trainer writes scores under this prefix; the rest of its entries is about training.
 SCORE_PREFIX = "eval_"
+#: What a capture logs for those who watch the training: all of it is in its records.
+_RECORDED_PREFIXES = ("dynamics/", "train/dynamics/")
 #: Scores of no task: how long the evaluation took.
 _ABOUT_THE_EVALUATION = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
 def log_groups(trajectory: Trajectory) -> dict[str, xr.Dataset]:
     """``"training"`` and ``"score"``, each only if the log has something for it."""
-    training = [entry for entry in trajectory.log if not entry.name.startswith(SCORE_PREFIX)]
+    training = [entry for entry in trajectory.log if not entry.name.startswith((SCORE_PREFIX, *_RECORDED_PREFIXES))]
     scores = [entry for entry in trajectory.log if _is_score(entry.name)]
     groups = {}
     if training:

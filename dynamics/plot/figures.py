@@ -6,8 +6,9 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
+from dynamics.plot.gradient import NORM, gradient
 from dynamics.plot.heatmap import heatmap
-from dynamics.plot.result import group
+from dynamics.plot.result import group, has_group
 from dynamics.plot.spectrum import spectra_of_standouts
 from dynamics.plot.standouts import standouts
 from dynamics.plot.training_log import logged_number, training_log
@@ -24,6 +25,8 @@ OVER_STEPS = (
     ("stable_rank", "total"),
     ("entropy_deficit", "total"),
 )
+#: What is drawn of gradients, where they were captured.
+OF_GRADIENTS = (NORM, "effective_rank_energy", "dominant_ratio")
 #: Variables of the heatmaps, of the total update.
 HEATMAPS = ("frobenius_norm", "effective_rank_energy")
 
@@ -48,6 +51,8 @@ def figures(tree: xr.DataTree) -> dict[str, Figure]:
         for variable, kind in OVER_STEPS
         if has_values(summary[f"{variable}_quantile"], kind) and (moved or variable != "path_length")
     }
+    if has_group(tree, "summary_gradient"):
+        drawn |= _gradients(tree)
     if "training" in tree.children and has_values(logged_number(group(tree, "training"), "loss")):
         drawn["training_loss"] = training_log(tree, variable="loss")
     for variable in HEATMAPS:
@@ -56,6 +61,25 @@ def figures(tree: xr.DataTree) -> dict[str, Figure]:
     if standouts(update):
         drawn["spectra"] = spectra_of_standouts(tree)
     return drawn
+
+
+def _gradients(tree: xr.DataTree) -> dict[str, Figure]:
+    summary = group(tree, "summary_gradient")
+    known = {name: "norm_before_clip" if name == NORM else name for name in OF_GRADIENTS}
+    return {
+        gradient_name(name): gradient(tree, variable=name)
+        for name, variable in known.items()
+        if has_values(summary[f"{variable}_quantile"])
+    }
+
+
+def gradient_name(variable: str) -> str:
+    """The name of a figure of gradients.
+
+    >>> gradient_name("norm")
+    'gradient_norm'
+    """
+    return f"gradient_{variable}"
 
 
 def figure_name(variable: str, kind: str) -> str:

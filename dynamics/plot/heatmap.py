@@ -28,7 +28,7 @@ def heatmap(
 ) -> Figure:
     """Matrix × step of one variable, rows by role and within a role by layer, first layer on top.
 
-    Cells without a finite value are grey. Columns are checkpoints, evenly spaced whatever the steps between them.
+    Cells without a finite value are grey. Columns are steps, evenly spaced whatever the steps between them.
 
     Args:
         data: The result of one run, or its ``/update`` group.
@@ -137,4 +137,4 @@ def _label_steps(axes: Axes, steps: np.ndarray) -> None:
     keep = max(1, -(-len(steps) // 10))
     places = np.arange(0, len(steps), keep)
     axes.set_xticks(places, [f"{step:,}" for step in steps[places]], rotation=45 if len(steps) > 5 else 0)
-    axes.set_xlabel("optimizer step of the checkpoint")
+    axes.set_xlabel("optimizer step")

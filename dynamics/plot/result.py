@@ -14,7 +14,7 @@ def group(data: xr.DataTree | xr.Dataset, name: str) -> xr.Dataset:
 
     Args:
         data: The result of one run, or the group itself.
-        name: ``"update"``, ``"null"``, ``"summary"`` or ``"training"``.
+        name: ``"update"``, ``"null"``, ``"summary"``, ``"summary_gradient"`` or ``"training"``.
 
     Raises:
         ValueError: If the tree holds several runs, or lacks the group.

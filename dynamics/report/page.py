@@ -13,7 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dynamics import plot, schema
-from dynamics.plot.figures import HEATMAPS, OVER_STEPS, figure_name, has_values
+from dynamics.plot.figures import HEATMAPS, OF_GRADIENTS, OVER_STEPS, figure_name, gradient_name, has_values
+from dynamics.plot.gradient import NORM
 from dynamics.plot.hover_heatmap import fits_a_page
 from dynamics.plot.standouts import RULE, standouts
 from dynamics.report import words
@@ -87,13 +88,14 @@ def _run(name: str, tree: xr.DataTree, figures: Mapping[str, str], number: int) 
         "id": f"run{number}",
         "name": name or summary["run"],
         "summary": summary,
-        "answers": [words.how_far(summary), words.how_many_directions(summary)],
+        "answers": [words.how_far(summary), words.how_many_directions(summary), words.how_steep(summary)],
         "analysed": words.what_was_analysed(summary),
         "findings": grouped(summary["findings"]),
         "severities": severities(summary["findings"]),
         "figures": {key: Markup(svg) for key, svg in figures.items()},
-        "captions": {key: _definition(update, variable) for key, variable in over_steps.items()},
-        "has_increments": any(len(segment["steps"]) > 1 for segment in summary["segments"]),
+        "captions": {key: _definition(update, variable) for key, variable in over_steps.items()} | _of_gradients(tree),
+        "has_increments": any(len(segment["steps"]) > 1 for segment in summary["segments"])
+        or has_values(update["frobenius_norm"], "increment"),
         "fits": fits_a_page(update),
         "heatmaps": [
             _heatmap(update, variable)
@@ -110,6 +112,17 @@ def _run(name: str, tree: xr.DataTree, figures: Mapping[str, str], number: int) 
 
 def _definition(update: xr.Dataset, variable: str) -> str:
     return str(update[variable].attrs.get("definition", ""))
+
+
+def _of_gradients(tree: xr.DataTree) -> dict[str, str]:
+    """Definitions for the figures of gradients; the norm's is that before clipping, which the caption goes on from."""
+    if "gradient" not in tree.children:
+        return {}
+    gradient = tree["gradient"].to_dataset()
+    return {
+        gradient_name(name): _definition(gradient, "norm_before_clip" if name == NORM else name)
+        for name in OF_GRADIENTS
+    }
 
 
 def _heatmap(update: xr.Dataset, variable: str) -> dict[str, Any]:

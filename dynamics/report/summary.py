@@ -25,6 +25,7 @@ _PER_MATRIX = (
     "entropy_deficit",
     "null_percentile",
 )
+_OF_GRADIENTS = ("norm_before_clip", "norm_after_clip", "effective_rank_energy", "dominant_ratio")
 _FLAGS = ("is_zero", "quantisation_limited")
 
 
@@ -39,6 +40,8 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
 
         - ``toolkit_version``, ``run``, ``label`` (group of runs), ``created``;
         - ``steps``, ``last_step``, ``segments`` (each training and its steps), ``matrices`` (how many);
+        - ``captured``: ``None``, or how many ``steps`` were captured during training and how many ``checkpoints`` read;
+        - ``gradient``: ``None``, or medians over matrices at the last ``step`` at which gradients were captured;
         - ``totals`` of the direct sum of all updates; ``over_matrices``: quartiles, and the medians of the null;
         - ``roles``, most energy first; ``table``, a row for each matrix, largest update first;
         - ``suggested_rank_energy``, the share of energy that the suggested ranks hold; ``findings``.
@@ -62,6 +65,8 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         "segments": _segments(update),
         "matrices": update.sizes["matrix"],
         "last_step": int(last["step"]),
+        "captured": _captured(tree),
+        "gradient": _gradient(tree),
         "suggested_rank_energy": float(update["suggested_rank"].attrs["energy"]),
         "totals": {name: _number(last[name]) for name in _TOTALS},
         "over_matrices": _over_matrices(tree["summary"].to_dataset().load()),
@@ -97,6 +102,30 @@ def _segments(update: xr.Dataset) -> list[dict[str, Any]]:
     for segment, step in zip(update["segment"].values.tolist(), update["step"].values.tolist(), strict=True):
         steps.setdefault(segment, []).append(step)
     return [{"segment": segment, "steps": own} for segment, own in sorted(steps.items())]
+
+
+def _captured(tree: xr.DataTree) -> dict[str, int] | None:
+    if "captured" not in tree.attrs:
+        return None
+    captured = json.loads(tree.attrs["captured"])
+    return {name: len(captured[name]) for name in ("steps", "checkpoints")}
+
+
+def _gradient(tree: xr.DataTree) -> dict[str, Any] | None:
+    """Medians over matrices, and the median of the null's mean where there is one."""
+    if "summary_gradient" not in tree.children:
+        return None
+    last = tree["summary_gradient"].to_dataset().isel(step=-1).load()
+    return {
+        "step": int(last["step"]),
+        **{
+            name: {
+                "median": _number(last[f"{name}_quantile"].sel(quantile=0.5)),
+                **({"null_mean": _number(last[f"{name}_null"])} if f"{name}_null" in last else {}),
+            }
+            for name in _OF_GRADIENTS
+        },
+    }
 
 
 def _over_matrices(summary: xr.Dataset) -> dict[str, dict[str, float | None]]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynamics.report.grouped import FindingGroup, grouped, place
-from dynamics.report.words import how_far, how_many_directions, number, what_was_analysed
+from dynamics.report.words import how_far, how_many_directions, how_steep, number, what_was_analysed
 
 #: Rows of the table: what fits a screen together with the findings.
 ROWS = 12
@@ -38,7 +38,8 @@ def terminal_summary(summary: Mapping[str, Any]) -> RenderableType:
 def _one_run(name: str, summary: Mapping[str, Any]) -> list[RenderableType]:
     head = Text.assemble((name, "bold"), ": ", what_was_analysed(summary))
     answers = " ".join(sentence for sentence in (how_far(summary), how_many_directions(summary)) if sentence)
-    return [head, Text(answers), Text(), _table(summary), Text(), *_findings(summary["findings"])]
+    steepness = [Text(sentence)] if (sentence := how_steep(summary)) else []
+    return [head, Text(answers), *steepness, Text(), _table(summary), Text(), *_findings(summary["findings"])]
 
 
 def _table(summary: Mapping[str, Any]) -> Table:

@@ -46,20 +46,25 @@ def counted(count: int, noun: str, plural: str = "") -> str:
 
 
 def what_was_analysed(summary: Mapping[str, Any]) -> str:
-    """One sentence: how many checkpoints of what.
+    """One sentence: how many checkpoints of what, or how many captured steps beside them.
 
     Args:
         summary: Of one run, see ``summarise``.
     """
     steps, ranks = summary["steps"], sorted({row["adapter_rank"] for row in summary["table"] if row["adapter_rank"]})
     span = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
+    captured = summary["captured"]
+    what = counted(len(steps), "checkpoint")
+    if captured is not None:
+        read = counted(captured["checkpoints"], "checkpoint")
+        what = f"Captured at {counted(captured['steps'], 'step')} during training, {read}"
     matrices = counted(summary["matrices"], "weight matrix", "weight matrices")
     kind = ""
     if ranks:
         kind = f" with LoRA updates of rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
     trainings = len(summary["segments"])
     apart = f", of {trainings} different trainings" if trainings > 1 else ""
-    return f"{counted(len(steps), 'checkpoint')} ({span}){apart}; {matrices}{kind}."
+    return f"{what} ({span}){apart}; {matrices}{kind}."
 
 
 def how_far(summary: Mapping[str, Any]) -> str:
@@ -84,5 +89,23 @@ def how_many_directions(summary: Mapping[str, Any]) -> str:
     return f"The effective rank (energy) of a matrix's update is {middle}{_chance(rank)}."
 
 
-def _chance(rank: Mapping[str, float | None]) -> str:
-    return "" if rank["null_mean"] is None else f"; a random LoRA of the same shape has {number(rank['null_mean'])}"
+def how_steep(summary: Mapping[str, Any]) -> str:
+    """One sentence: the last captured gradient; ``""`` where none was captured."""
+    gradient = summary["gradient"]
+    if gradient is None or gradient["norm_before_clip"]["median"] is None:
+        return ""
+    norms = [number(gradient[f"norm_{when}_clip"]["median"]) for when in ("before", "after")]
+    sentence = (
+        f"The gradient of a matrix at step {gradient['step']:,} has norm {norms[0]} in the median, {norms[1]} after "
+        "clipping"
+    )
+    rank = gradient["effective_rank_energy"]
+    if rank["median"] is None:
+        return f"{sentence}."
+    return (
+        f"{sentence}, and an effective rank (energy) of {number(rank['median'])}{_chance(rank, 'random factors have')}."
+    )
+
+
+def _chance(rank: Mapping[str, float | None], who: str = "a random LoRA of the same shape has") -> str:
+    return "" if rank["null_mean"] is None else f"; {who} {number(rank['null_mean'])}"

@@ -102,9 +102,12 @@ def null_models_of(update: xr.Dataset) -> tuple[xr.Dataset, dict[str, xr.Variabl
 
 
 def _models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ...], NullModel]]:
-    """Places (step, kind, matrix) that share a shape and a rank of the factors, with their null model."""
+    """Places (step, kind, matrix) that share a shape and a rank of the factors, with their null model.
+
+    Dense matrices are no products of factors: their null is ``entropy_energy_gaussian``.
+    """
     rank, out, in_ = update["factor_rank"].values, update["out"].values, update["in"].values
-    present = np.nonzero(rank)
+    present = np.nonzero((rank > 0) & (update["adapter_rank"].values > 0))
     keys = np.stack([out[present[2]], in_[present[2]], rank[present]], axis=1)
     for key in np.unique(keys, axis=0):
         chosen = (keys == key).all(1)

@@ -8,7 +8,7 @@ all ranks in the same order; one rank computes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -97,18 +97,12 @@ class LiveSpectra:
         """
         self._solved, self._gathered = {}, {}
         workspace = Workspace()
-        failure: Exception | None = None
-        for batch in self._batches:
-            values = _gather(batch)
-            if not self._leads or failure is not None:
-                continue
-            try:
-                self._gathered |= {id(p): values[id(p)] for each in batch for p in each.sources if is_sharded(p)}
-                self._solved |= self._solve(batch, Snapshot(values), workspace)
-            except Exception as error:  # the other ranks wait for this one to gather the rest
-                failure = error
-        if failure is not None:
-            raise failure
+
+        def solve(batch: Sequence[Watched], values: dict[int, Tensor]) -> None:
+            self._gathered |= {id(p): values[id(p)] for each in batch for p in each.sources if is_sharded(p)}
+            self._solved |= self._solve(batch, Snapshot(values), workspace)
+
+        self._for_each_batch(solve)
         return {name: solved.spectra for name, solved in self._solved.items()}
 
     def advance(self) -> None:
@@ -127,16 +121,28 @@ class LiveSpectra:
             gradient: From a parameter to its gradient as this rank has it, zeros if it has none.
         """
         found: dict[str, tuple[Tensor, int]] = {}
-        for batch in self._batches:
-            values = _gather(batch)
-            changes = {id(p): whole(gradient(p)) for each in batch for p in each.sources}
-            if not self._leads:
-                continue
+
+        def solve(batch: Sequence[Watched], values: dict[int, Tensor], changes: dict[int, Tensor]) -> None:
             matrices = [each.gradient(_reading(changes), _reading(values)) for each in batch]
             for each, matrix, spectrum in zip(batch, matrices, _values_of(matrices), strict=True):
                 rank = matrix.rank if isinstance(matrix, LowRankMatrix) else min(matrix.shape)
                 found[each.name] = spectrum.cpu(), rank
+
+        self._for_each_batch(solve, gradient)
         return found
+
+    def _for_each_batch(self, function: Callable[..., None], *readings: Reading) -> None:
+        """Calls it with each batch and its parameters' values (and what else is read); on the leading rank alone."""
+        failure: Exception | None = None
+        for batch in self._batches:
+            gathered = [_gather(batch, reading) for reading in (_value, *readings)]
+            if self._leads and failure is None:
+                try:
+                    function(batch, *gathered)
+                except Exception as error:  # the other ranks wait for this one to gather the rest
+                    failure = error
+        if failure is not None:
+            raise failure
 
     def _what_is_not_zero(self) -> Snapshot:
         """Dense weights, and products that are not zero."""
@@ -238,8 +244,12 @@ def _batches(watched: Sequence[Watched], places: Mapping[str, Place], start: Sna
     return batches
 
 
-def _gather(batch: Sequence[Watched]) -> dict[int, Tensor]:
-    return {id(parameter): whole(parameter) for each in batch for parameter in each.sources}
+def _value(parameter: nn.Parameter) -> Tensor:
+    return parameter
+
+
+def _gather(batch: Sequence[Watched], reading: Reading = _value) -> dict[int, Tensor]:
+    return {id(parameter): whole(reading(parameter)) for each in batch for parameter in each.sources}
 
 
 def _reading(values: Mapping[int, Tensor]) -> Reading:

@@ -8,6 +8,8 @@ from dynamics.report import all_findings, summarise
 from tests.trees import example_runs, example_tree, matrix_names
 
 KEYS = {
+    "captured",
+    "gradient",
     "toolkit_version", "run", "label", "created", "steps", "segments", "matrices", "last_step", "suggested_rank_energy",
     "totals", "over_matrices", "roles", "table", "findings",
 }  # fmt: skip

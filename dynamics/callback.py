@@ -1,0 +1,220 @@
+"""The callback: a :class:`~dynamics.Recorder` driven by a ``transformers.Trainer``. All else is in the recorder."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.trainer_callback import DefaultFlowCallback
+from transformers.trainer_utils import SaveStrategy
+
+from dynamics.capture import Schedule, at_no_step, either, preset_named
+from dynamics.capture.disk_names import disk_names
+from dynamics.recorder import Recorder
+from probes.watched import find_watched
+
+#: What the recorder's numbers are called in the training log.
+PREFIX = "dynamics/"
+
+
+class DynamicsCallback(TrainerCallback):
+    """Records what a training does to the weights, at the steps of a schedule and wherever a checkpoint is saved.
+
+    The records go into ``out_dir/dynamics/capture.zarr``; read them with ``dynamics.open_run(out_dir)`` or analyse them
+    with ``python -m dynamics.analyze out_dir``. A summary of each goes into the training log as ``dynamics/…``.
+
+    The training is the same, bit for bit, with the callback and without. A failure to record is one warning and a gap.
+
+    Args:
+        out_dir: Run folder, best the Trainer's ``output_dir``.
+        preset: ``"economy"``: spectra of updates and gradient norms; ``"standard"``: spectra of gradients as well;
+            ``"full"``: also cosines of consecutive increments, for a second copy of the watched factors.
+        every: Capture every so many steps, instead of the preset's schedule.
+        at: Capture these steps.
+        schedule: Capture where ``schedule(step)`` is true, see ``dynamics.capture``.
+        matrices: Regular expression; only matrices whose name it finds are watched.
+        strict: Whether a failure to record raises.
+
+    Raises:
+        ValueError: If the preset is not one; when training begins, if there is nothing to watch.
+        CaptureExists: When training begins, if the run has records and the training does not resume.
+
+    Example: one line more puts the numbers into every integration of ``report_to`` as well::
+
+        callback = DynamicsCallback("runs/imax", preset="standard")
+        trainer = Trainer(model, TrainingArguments("runs/imax"), train_dataset=data, callbacks=[callback])
+        callback.attach(trainer)
+        trainer.train()
+    """
+
+    def __init__(
+        self,
+        out_dir: str | PathLike[str],
+        *,
+        preset: str = "standard",
+        every: int | None = None,
+        at: Sequence[int] | None = None,
+        schedule: Schedule | None = None,
+        matrices: str | None = None,
+        strict: bool = False,
+    ) -> None:
+        default = preset_named(preset).schedule if every is None and at is None else at_no_step
+        self._schedule = default if schedule is None else schedule
+        self._out_dir = out_dir
+        self._wishes: dict[str, Any] = {
+            "preset": preset,
+            "every": every,
+            "at": at,
+            "matrices": matrices,
+            "strict": strict,
+        }
+        self._trainer: Trainer | None = None
+        self._waiting: dict[str, float] = {}
+        self.recorder: Recorder | None = None
+
+    def attach(self, trainer: Trainer) -> DynamicsCallback:
+        """Puts the callback before the Trainer's reporters, so that they see its numbers.
+
+        A callback is given no Trainer, and those of the user come after the reporters: unattached, the numbers
+        are in ``trainer.state.log_history`` alone.
+
+        Args:
+            trainer: With the callback among its callbacks or not.
+
+        Returns:
+            Itself.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+        flow = [place for place, each in enumerate(callbacks) if isinstance(each, DefaultFlowCallback)]
+        callbacks.insert(flow[-1] + 1 if flow else 0, self)
+        self._trainer = trainer
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes in the model and opens the store.
+
+        Raises:
+            ValueError: If there is nothing to watch.
+            CaptureExists: If the run has records and the training does not resume.
+        """
+        self.close()
+        self._waiting = {}
+        model = kwargs["model"]
+        self.recorder = Recorder(
+            self._out_dir,
+            model,
+            schedule=either(self._schedule, lambda step: _is_saved(step, args, state)),
+            resume_from=state.global_step or None,
+            warmup_steps=args.get_warmup_steps(state.max_steps),
+            gradients=not _keeps_gradients_away(args, kwargs.get("optimizer")),
+            disk_names=_disk_names(model, self._wishes["matrices"]),
+            **self._wishes,
+        )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Hooks on to the backward passes of a step that is to be captured."""
+        if self.recorder is not None:  # the Trainer counts a step when it is done
+            self.recorder.before_backward(state.global_step + 1, getattr(kwargs.get("optimizer"), "scaler", None))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Reads the gradients, clipped and unscaled, as the optimizer is about to take them."""
+        if self.recorder is not None:
+            self.recorder.before_optimizer_step(kwargs.get("optimizer"))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Writes the record of a captured step."""
+        if self.recorder is not None and self.recorder.after_optimizer_step():
+            self._log(state, will_log=control.should_log)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Makes sure that a checkpoint's step has a record, from which a resumed training can go on."""
+        if self.recorder is not None and self.recorder.record(state.global_step):
+            self._log(state, will_log=False)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds the numbers of a step that the Trainer logs itself to what it logs."""
+        if self._waiting and logs is not None:
+            numbers, self._waiting = self._waiting, {}
+            logs.update(numbers)
+            state.log_history[-1].update(numbers)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Closes the store."""
+        self.close()
+
+    def close(self) -> None:
+        """Removes all hooks and gives the store back; for when a training raised, after which no event comes."""
+        if self.recorder is not None:
+            self.recorder.close()
+
+    def __enter__(self) -> DynamicsCallback:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _log(self, state: TrainerState, *, will_log: bool) -> None:
+        """Hands a record's summary to the training log, together with the Trainer's own numbers where it has some."""
+        assert self.recorder is not None
+        numbers = {f"{PREFIX}{name}": number for name, number in self.recorder.scalars.items()}
+        if self._trainer is not None and will_log:
+            self._waiting = numbers
+        elif self._trainer is not None:
+            self._trainer.log(numbers)
+        else:
+            state.log_history.append({**numbers, "epoch": state.epoch, "step": state.global_step})
+
+
+def _is_saved(step: int, args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the Trainer is going to save a checkpoint at this step, as far as that can be known before."""
+    if args.save_strategy != SaveStrategy.STEPS:
+        return False
+    return step >= state.max_steps or (state.save_steps > 0 and step % state.save_steps == 0)
+
+
+def _keeps_gradients_away(args: TrainingArguments, optimizer: Any) -> bool:
+    """Whether DeepSpeed ZeRO is at work, which takes gradients apart as they come."""
+    return bool(getattr(args, "deepspeed", None)) or "DeepSpeed" in type(optimizer).__name__
+
+
+def _disk_names(model: Any, matrices: str | None) -> dict[str, Any]:
+    """Names of the watched weights on disk; without them names stay as in the model."""
+    watched = [each.name for each in find_watched(model, matrices) if each.is_dense]
+    if not watched:
+        return {}
+    try:
+        return disk_names(model, watched, state_dict_conversion=_as_saved)
+    except Exception as error:  # a library's inner function on anybody's model
+        warnings.warn(
+            f"The names under which this model's weights are saved could not be found ({type(error).__name__}: "
+            f"{error}); those of checkpoints will be taken as they are.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return {}
+
+
+def _as_saved(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+    return revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))

@@ -1,0 +1,334 @@
+"""The recorder: captured steps of a training, from the live model to the store. For any training loop.
+
+A guest in the training: it reads parameters and gradients, and what goes wrong in it costs a record, not the training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xarray as xr
+from torch import Tensor, nn
+
+from dynamics.capture import Schedule, preset_named
+from dynamics.capture.presets import schedule_of
+from dynamics.capture.watching import notes_on, notes_on_resuming, watched_or_refused
+from dynamics.findings import Finding
+from dynamics.records import Records, earlier_capture, refuse_other_weights
+from dynamics.spectra import raw
+from dynamics.spectra.live import LiveSpectra
+from dynamics.spectra.pairs import MatrixSpectra
+from dynamics.spectra.raw import GradientSpectrum
+from dynamics.spectra.scalars import scalars
+from dynamics.store import encodable
+from dynamics.store.capture_start import read_tensors
+from probes.gradients import GradientNorms, loss_scale, norms_of
+from probes.watched import Found, is_sharded
+
+
+@dataclass
+class _InFlight:
+    """The step that is being captured."""
+
+    step: int
+    scaler: Any = None
+    scale: float = 1.0
+    gradient: xr.Dataset | None = None
+
+
+class Recorder:
+    """Records what a training does to a model's weights, at the steps of a schedule.
+
+    Each captured step becomes one complete record in ``run/dynamics/capture.zarr``: singular values of every watched
+    matrix's update since the start and since the last captured step, its gradient's norm before and after clipping,
+    and by preset the singular values of its gradient and the cosine of consecutive increments.
+
+    Args:
+        run: Run folder; records go into ``run/dynamics/capture.zarr``.
+        model: The model in training, its adapters in place; in any wrapper (PEFT, DDP, FSDP 2, ``torch.compile``).
+        preset: ``"economy"``, ``"standard"`` or ``"full"``: what a record holds, and by default which steps.
+        every: Capture every so many steps, instead of the preset's schedule.
+        at: Capture these steps.
+        schedule: Capture where ``schedule(step)`` is true, see ``dynamics.capture``. Of several wishes each is granted.
+        matrices: Regular expression; only matrices whose name it finds are watched.
+        resume_from: The step that the training resumes from: the capture goes on, and later records are dropped.
+            ``None``: training begins now, and the model's weights are its start.
+        warmup_steps: Of the learning rate; what is warned of allows for them.
+        gradients: Whether gradients are recorded; ``False`` where they cannot be read (DeepSpeed ZeRO).
+        disk_names: Matrix → its name in saved weights, where that is another.
+        strict: Whether a failure to record raises, instead of one warning and a gap in the records.
+
+    Raises:
+        ValueError: If nothing is to be watched, or the preset, the schedule or the regular expression is not one.
+        CaptureExists: If the run has records already and does not resume, or resumes from other weights than recorded.
+
+    Example: a plain training loop::
+
+        with dynamics.Recorder("runs/mine", model) as recorder:
+            for step, batch in enumerate(loader, start=1):
+                with recorder.step(step, optimizer):
+                    loss(model, batch).backward()
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        run: str | PathLike[str],
+        model: nn.Module,
+        *,
+        preset: str = "standard",
+        every: int | None = None,
+        at: Sequence[int] | None = None,
+        schedule: Schedule | None = None,
+        matrices: str | None = None,
+        resume_from: int | None = None,
+        warmup_steps: int = 0,
+        gradients: bool = True,
+        disk_names: Mapping[str, Any] | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.preset = preset_named(preset)
+        self._schedule = schedule_of(self.preset, interval=every, steps=at, schedule=schedule)
+        found = watched_or_refused(model, matrices)
+        self._parameters = list({id(p): p for each in found.watched for p in each.parameters}.values())
+        self._of_matrices = {each.name: each.parameters for each in found.watched}
+        self._leads = not _distributed() or dist.get_rank() == 0
+        self._takes_part = self._leads or any(is_sharded(p) for each in found.watched for p in each.sources)
+        self._gradients, self._strict = gradients, strict
+        self._norms = GradientNorms(self._parameters)
+        self._in_flight: _InFlight | None = None
+        self._records: Records | None = None
+        self.scalars: dict[str, float] = {}
+        name = None if schedule is None else getattr(schedule, "__qualname__", type(schedule).__name__)
+        wishes = {"every": every, "at": None if at is None else list(map(int, at)), "schedule": name}
+        configuration = {"preset": preset, **wishes, "matrices": matrices, "gradients": gradients}
+        content = {"disk_names": dict(disk_names or {}), "covered_share": found.covered_share}
+        self._open(Path(run), found, resume_from, warmup_steps, encodable(configuration), content)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps recorded so far; empty on ranks that do not write."""
+        return [] if self._records is None else self._records.steps
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What the model and its records give cause to say, as it stands now."""
+        return [] if self._records is None else self._records.findings
+
+    @contextmanager
+    def step(self, step: int, optimizer: Any = None, scaler: Any = None) -> Iterator[None]:
+        """One optimizer step: everything from the first forward pass to after ``optimizer.step()``.
+
+        Args:
+            step: Number of this optimizer step, from 1.
+            optimizer: The optimizer, Accelerate's wrapper or not; without it, call :meth:`before_optimizer_step`
+                after clipping, or what is known of gradients is their norm before clipping.
+            scaler: The ``torch.amp.GradScaler``, if the loss is scaled.
+        """
+        self.before_backward(step, scaler)
+        hook = None
+        if self._in_flight is not None and optimizer is not None:
+            inner = getattr(optimizer, "optimizer", optimizer)
+            hook = inner.register_step_pre_hook(lambda *_: self.before_optimizer_step(optimizer))
+        try:
+            yield
+            self.after_optimizer_step()
+        finally:
+            if hook is not None:
+                hook.remove()
+            self._norms.disarm()
+            self._in_flight = None
+
+    def before_backward(self, step: int, scaler: Any = None) -> None:
+        """To be called before the first forward pass of an optimizer step; does nothing unless it is to be captured.
+
+        Args:
+            step: Number of this optimizer step, from 1.
+            scaler: The ``torch.amp.GradScaler``, if the loss is scaled.
+        """
+        self._norms.disarm()
+        self._in_flight = None
+        if self._takes_part and step > self._last and self._schedule(step):
+            self._in_flight = _InFlight(step, scaler, loss_scale(scaler, None))
+            if self._gradients:
+                self._norms.arm()
+
+    @torch.no_grad()
+    def before_optimizer_step(self, optimizer: Any = None) -> None:
+        """To be called after clipping and before ``optimizer.step()``; does nothing unless the step is captured.
+
+        Args:
+            optimizer: The optimizer; only wanted where a loss scaler is in use, which may have unscaled it or not.
+        """
+        flight = self._in_flight
+        if flight is None or not self._gradients or flight.gradient is not None:
+            return
+        with self._forgiven(flight.step):
+            self._norms.disarm()
+            scale = loss_scale(flight.scaler, optimizer)
+            before, after = self._norms.before_clipping(), self._norms.after_clipping()
+            spectra = self._live.gradients(_gradient) if self.preset.gradient_spectra else {}
+            if self._leads:
+                spectra = {name: (values / scale, rank) for name, (values, rank) in spectra.items()}
+                norms = self._by_matrix(before, flight.scale), self._by_matrix(after, scale)
+                flight.gradient = self._gradient_record(flight.step, *norms, spectra)
+
+    @torch.no_grad()
+    def after_optimizer_step(self) -> bool:
+        """To be called after ``optimizer.step()``: completes and writes the record of a captured step.
+
+        Returns:
+            Whether there is a new record; its numbers are in :attr:`scalars`.
+        """
+        flight, self._in_flight = self._in_flight, None
+        if flight is None:
+            return False
+        self._norms.disarm()
+        if self._gradients and flight.gradient is None:  # nobody said when gradients were clipped, or no step was taken
+            with self._forgiven(flight.step):
+                before = self._norms.before_clipping()
+                if self._leads and before is not None:
+                    norms = self._by_matrix(before, flight.scale), self._by_matrix(None, 1.0)
+                    flight.gradient = self._gradient_record(flight.step, *norms, {})
+        return self._capture(flight.step, flight.gradient)
+
+    @torch.no_grad()
+    def record(self, step: int) -> bool:
+        """Captures the model as it is after this step, without gradients, unless the step has been captured.
+
+        For moments that matter beside the schedule: from a step with a record, a resumed training goes on without a
+        gap.
+        """
+        return self._takes_part and step > self._last and self._capture(step, None)
+
+    def close(self) -> None:
+        """Removes all hooks and gives the store back; what is called afterwards does nothing. Twice does no harm."""
+        self._norms.disarm()
+        self._in_flight = None
+        self._takes_part = False
+        if self._records is not None:
+            with self._forgiven(self._last):
+                self._records.annotate()
+            self._records.close()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _capture(self, step: int, gradient: xr.Dataset | None) -> bool:
+        self._last, written = step, False
+        with self._forgiven(step):
+            spectra = self._live.measure()
+            if self._records is not None:
+                update = self._update(step, spectra)
+                self._records.write(step, update, gradient)
+                written, self._from_step = True, step
+                self._live.advance()
+                self.scalars = scalars(update, gradient)
+        return written
+
+    def _open(
+        self,
+        run: Path,
+        found: Found,
+        resume_from: int | None,
+        warmup_steps: int,
+        configuration: Mapping[str, Any],
+        attributes: Mapping[str, Any],
+    ) -> None:
+        """Takes in the model as it is, and opens the store; if that is refused on one rank, it is on all."""
+        self._last = self._from_step = resume_from or 0
+        earlier, start, refusal = None, None, None
+        if resume_from is not None and self._leads:
+            earlier = earlier_capture(run)
+            start = {} if earlier is None else read_tensors(earlier.path / ".start.safetensors")
+        start = {} if resume_from is not None and start is None else start
+        cosines = self.preset.increment_cosines
+        self._live = LiveSpectra(found.watched, start=start, cosines=cosines, leads=self._leads)
+        spectra = self._live.measure() if resume_from is not None and self._takes_part else {}
+        if self._leads:
+            try:
+                goes_on = earlier is not None and refuse_other_weights(
+                    earlier, self._last, self._update(self._last, spectra)
+                )
+                notes = notes_on(found, gradients=self._gradients) + notes_on_resuming(resume_from, goes_on=goes_on)
+                self._records = Records(
+                    run,
+                    notes=notes,
+                    attributes=attributes,
+                    configuration=configuration,
+                    warmup_steps=warmup_steps,
+                    resume_from=resume_from,
+                    earlier=earlier,
+                )
+                if resume_from is None:
+                    self._records.write_start(self._live.start)
+                elif not goes_on:
+                    self._from_step = -1
+                    self._records.write(resume_from, self._update(resume_from, spectra), None)
+                    self._from_step = resume_from
+                if resume_from is not None:
+                    self._live.advance()
+            except Exception as error:
+                refusal = error
+        _raise_on_all(refusal)
+
+    def _update(self, step: int, spectra: Mapping[str, MatrixSpectra]) -> xr.Dataset:
+        results = {(step, name): each for name, each in spectra.items()}
+        return raw.raw_update({step: (0, self._from_step)}, self._live.places, results)
+
+    def _by_matrix(self, squared: Tensor | None, scale: float) -> list[float]:
+        """Norm of each matrix's gradient, NaN where there is none to measure."""
+        if squared is None:
+            return [math.nan] * len(self._of_matrices)
+        return [norm / scale for norm in norms_of(squared, self._parameters, list(self._of_matrices.values()))]
+
+    def _gradient_record(
+        self, step: int, before: Sequence[float], after: Sequence[float], spectra: Mapping[str, tuple[Tensor, int]]
+    ) -> xr.Dataset:
+        gradients = {
+            name: GradientSpectrum(norm_before, norm_after, *spectra.get(name, (None, 0)))
+            for name, norm_before, norm_after in zip(self._of_matrices, before, after, strict=True)
+        }
+        return raw.raw_gradient(step, self._live.places, gradients)
+
+    @contextmanager
+    def _forgiven(self, step: int) -> Iterator[None]:
+        """What goes wrong inside costs what is being recorded, not the training."""
+        try:
+            yield
+        except Exception as error:
+            if self._strict:
+                raise
+            if self._records is not None:
+                self._records.gap(step, f"{type(error).__name__}: {error}")
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _raise_on_all(error: Exception | None) -> None:
+    """Raises on every rank what was refused on the first, which would else wait for it."""
+    if _distributed() and dist.get_world_size() > 1:
+        box = [error]
+        dist.broadcast_object_list(box, src=0)
+        error = box[0]
+    if error is not None:
+        raise error
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
