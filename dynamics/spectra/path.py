@@ -1,0 +1,98 @@
+r"""The path of a training through weight space: inner products of its updates, and what follows from them.
+
+With D_t the update at step t, all matrices together, everything is a function of the Gram matrix of the path,
+
+.. math:: K_{tu} = \langle D_t, D_u \rangle = \sum_{\text{matrices}} \operatorname{tr}(\Delta W_t^\top \Delta W_u)
+
+which is a sum over matrices, so they are read one at a time. For products of factors it takes r×r blocks alone:
+⟨B₁A₁, B₂A₂⟩ = tr((B₂ᵀB₁)(A₁A₂ᵀ)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from probes.low_rank import LowRankMatrix
+
+
+@dataclass(frozen=True)
+class PathShape:
+    """What the Gram matrix of a path says about its shape.
+
+    Args:
+        distance: ``(step,)``, ‖D_t‖: how far from the start.
+        length: ``(step,)``, Σ‖D_s − D_{s−1}‖ up to t, from the start.
+        straightness: ``(step,)``, distance over length: 1 on a straight line. NaN where nothing has moved.
+        component_share: ``(component,)``, share of Σ‖D_t‖² along each principal direction of the path, descending; the
+            start, where D = 0, is the origin: nothing is centred.
+        participation_ratio: How many directions the path moved in, 1/Σ share².
+    """
+
+    distance: Float[np.ndarray, " step"]
+    length: Float[np.ndarray, " step"]
+    straightness: Float[np.ndarray, " step"]
+    component_share: Float[np.ndarray, " component"]
+    participation_ratio: float
+
+
+def path_gram(updates: Sequence[Tensor | LowRankMatrix]) -> Float[np.ndarray, "step step"]:
+    """Inner products of one matrix's updates at several steps, in float64; add those of all matrices.
+
+    Args:
+        updates: One for each step, all ``(out, in)`` and all dense or all factored; ranks may differ.
+
+    Raises:
+        ValueError: If their shapes differ, or some are factored and others not.
+
+    >>> a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]])
+    >>> path_gram([a, b]).tolist()
+    [[1.0, 1.0], [1.0, 5.0]]
+    """
+    factored = [each for each in updates if isinstance(each, LowRankMatrix)]
+    shapes = {tuple(each.shape) for each in updates}
+    if len(shapes) > 1 or 0 < len(factored) < len(updates):
+        kinds = "some factored and some not" if 0 < len(factored) < len(updates) else f"of shapes {sorted(shapes)}"
+        raise ValueError(f"Expected updates of one matrix, all factored or all dense, got updates {kinds}.")
+    if not factored:
+        rows = torch.stack([each.detach().to(torch.float64).flatten() for each in updates if isinstance(each, Tensor)])
+        return (rows @ rows.mT).cpu().numpy()
+    left = torch.cat([each.left for each in factored], 1)
+    right = torch.cat([each.right for each in factored])
+    products = ((left.mT @ left) * (right @ right.mT)).cpu().numpy()
+    starts = np.cumsum([0, *(each.rank for each in factored[:-1])])
+    return np.add.reduceat(np.add.reduceat(products, starts, axis=0), starts, axis=1)
+
+
+def path_shape(gram: Float[np.ndarray, "step step"]) -> PathShape:
+    r"""Distance, length, straightness and principal directions of a path that begins at the origin.
+
+    ‖D_t − D_{t−1}‖² = K_tt − 2K_{t,t−1} + K_{t−1,t−1}. It cancels where steps are small: below about 1e-8 of the
+    distance a step is not resolved; lengths from increments themselves (``path_length``) do not have this limit.
+
+    Args:
+        gram: K over all matrices, steps ascending; NaN in it makes everything NaN.
+
+    >>> shape = path_shape(np.array([[1.0, 1.0], [1.0, 2.0]]))  # (1, 0), then (1, 1)
+    >>> shape.length.tolist(), round(float(shape.straightness[-1]), 4)
+    ([1.0, 2.0], 0.7071)
+    """
+    steps = len(gram)
+    if not np.isfinite(gram).all():
+        missing = np.full(steps, np.nan)
+        return PathShape(missing, missing, missing, missing, float("nan"))
+    squared = np.diag(gram).clip(0)
+    beside = np.diag(gram, -1)
+    moved = np.concatenate([squared[:1], (squared[1:] - 2 * beside + squared[:-1]).clip(0)])
+    distance, length = np.sqrt(squared), np.cumsum(np.sqrt(moved))
+    straightness = np.divide(distance, length, out=np.full(steps, np.nan), where=length > 0)
+    energies = np.linalg.eigvalsh(gram)[::-1].clip(0) if steps else np.empty(0)
+    total = energies.sum()
+    share = energies / total if total > 0 else np.full(steps, np.nan)
+    ratio = float(1 / (share**2).sum()) if total > 0 else float("nan")
+    return PathShape(distance, length, straightness, share, ratio)
