@@ -57,7 +57,9 @@ def measures_of(update: xr.Dataset) -> dict[str, xr.Variable]:
 
 
 def null_models_of(update: xr.Dataset) -> tuple[xr.Dataset, dict[str, xr.Variable]]:
-    """The random-LoRA null beside every number, and the measures that are relative to it.
+    """The null model beside every number, and the measures that are relative to it.
+
+    Of a product of factors that is a random LoRA, of a dense matrix a Gaussian one.
 
     Returns:
         ``/null``: mean, 5 % and 95 % point of each measure, ``(step, kind, matrix)``; and for ``/update``
@@ -82,20 +84,22 @@ def null_models_of(update: xr.Dataset) -> tuple[xr.Dataset, dict[str, xr.Variabl
         "entropy_deficit": variable(
             "entropy_deficit",
             null["entropy_energy"] - entropy,
-            "mean energy entropy of the random-LoRA null of the same shape and rank, minus entropy_energy",
-            "null of independent Gaussian factors, drawn as Bartlett triangles (Bartlett 1933)",
+            "mean energy entropy of the null of the same shape and rank (random LoRA; dense: Gaussian matrix), minus "
+            "entropy_energy",
+            "independent Gaussian factors, drawn as Bartlett triangles (Bartlett 1933); dense: Dumitriu & Edelman 2002",
         ),
         "null_percentile": variable(
             "null_percentile",
             percentile,
-            f"share of {null_models.DRAWS} draws of the random-LoRA null whose energy entropy is smaller, in %",
+            f"share of the null's draws ({null_models.DRAWS}; fewer of a large dense matrix) whose energy entropy is "
+            "smaller, in %",
             "Monte-Carlo percentile",
         ),
         "marchenko_pastur_outliers": variable(
             "marchenko_pastur_outliers",
             outliers,
-            "number of σ above the update's own median σ times the 99 % point of σ₁/median σ under the random-LoRA "
-            "null; NaN for fewer than three σ or a zero median",
+            "number of σ above the update's own median σ times the 99 % point of σ₁/median σ under the null; NaN for "
+            "fewer than three σ or a zero median",
             "noise scale by the median: Gavish & Donoho 2014",
         ),
     }
@@ -104,14 +108,20 @@ def null_models_of(update: xr.Dataset) -> tuple[xr.Dataset, dict[str, xr.Variabl
 def _models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ...], NullModel]]:
     """Places (step, kind, matrix) that share a shape and a rank of the factors, with their null model.
 
-    Dense matrices are no products of factors: their null is ``entropy_energy_gaussian``.
+    Dense matrices are no products of factors: their null is a Gaussian matrix.
     """
     rank, out, in_ = update["factor_rank"].values, update["out"].values, update["in"].values
-    present = np.nonzero((rank > 0) & (update["adapter_rank"].values > 0))
-    keys = np.stack([out[present[2]], in_[present[2]], rank[present]], axis=1)
+    factored = np.where(update["adapter_rank"].values > 0, rank, 0)
+    present = np.nonzero(rank > 0)
+    keys = np.stack([out[present[2]], in_[present[2]], factored[present]], axis=1)
     for key in np.unique(keys, axis=0):
-        chosen = (keys == key).all(1)
-        yield tuple(axis[chosen] for axis in present), null_models.random_lora_null(*key.tolist())
+        chosen, (rows, columns, columns_of_factors) = (keys == key).all(1), key.tolist()
+        model = (
+            null_models.random_lora_null(rows, columns, columns_of_factors)
+            if columns_of_factors
+            else null_models.gaussian_null(rows, columns)
+        )
+        yield tuple(axis[chosen] for axis in present), model
 
 
 def _null_dataset(update: xr.Dataset, arrays: dict[str, np.ndarray], band: dict[str, np.ndarray]) -> xr.Dataset:
@@ -121,8 +131,9 @@ def _null_dataset(update: xr.Dataset, arrays: dict[str, np.ndarray], band: dict[
             arrays[f"{name}{bound}"],
             {
                 "units": schema.MEASURES[name].units,
-                "long_name": f"{schema.MEASURES[name].long_name} of a random LoRA, {words}",
-                "definition": f"{words} over {null_models.DRAWS} products of Gaussian factors of the same shape",
+                "long_name": f"{schema.MEASURES[name].long_name} of the null, {words}",
+                "definition": f"{words} over {null_models.DRAWS} products of Gaussian factors of the same shape; of a "
+                "dense matrix over Gaussian ones, fewer where they are large",
             },
         )
         for name in _NULL_MEASURES
@@ -131,8 +142,8 @@ def _null_dataset(update: xr.Dataset, arrays: dict[str, np.ndarray], band: dict[
     for (name, array), words in zip(band.items(), ("5 % point", "95 % point"), strict=True):
         attributes = {
             "units": "weight",
-            "long_name": f"singular value of a random LoRA of the same norm, {words}",
-            "definition": f"{words} of σ/‖σ‖_F over {null_models.DRAWS} draws, times this update's frobenius_norm",
+            "long_name": f"singular value of the null of the same norm, {words}",
+            "definition": f"{words} of σ/‖σ‖_F over the draws, times this update's frobenius_norm",
         }
         variables[name] = xr.Variable((*_DIMS, "index"), array, attributes)
     shapes = zip(update["out"].values.tolist(), update["in"].values.tolist(), strict=True)

@@ -17,6 +17,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.linalg import eigvalsh_tridiagonal
 from scipy.special import digamma
 from torch import Tensor
 
@@ -24,6 +25,9 @@ from dynamics.spectra import measures
 
 #: Draws of a null model: enough that its 5 % and 95 % points are known to about 1.5 percentiles.
 DRAWS = 256
+#: Of dense shapes, fewer where they are large: a large random spectrum hardly varies from draw to draw.
+_DENSE_VALUES = 2**16
+_FEWEST_DRAWS = 16
 SEED = 0
 QUANTILES = (0.05, 0.95)
 
@@ -58,17 +62,19 @@ def random_lora_spectra(
 def gaussian_spectra(out: int, in_: int, draws: int = DRAWS, seed: int = SEED) -> Float[Tensor, "draws k"]:
     """Singular values of a standard normal ``(out, in)`` matrix: ``(draws, min(out, in))``.
 
-    From the bidiagonal model of Dumitriu & Edelman 2002: diagonal χ(max − i), off-diagonal χ(min − 1 − i).
+    From the bidiagonal model L of Dumitriu & Edelman 2002: diagonal χ(max − i), off-diagonal χ(min − 1 − i). LLᵀ is
+    tridiagonal, so a draw costs O(min²) and no matrix is formed.
     """
     long, short = max(out, in_), min(out, in_)
     generator = np.random.default_rng([seed, out, in_])
     index = np.arange(short)
-    bidiagonal = np.zeros((draws, short, short))
-    bidiagonal[:, index, index] = np.sqrt(generator.chisquare(long - index, (draws, short)))
-    if short > 1:
-        below = index[1:]
-        bidiagonal[:, below, below - 1] = np.sqrt(generator.chisquare(short - below, (draws, short - 1)))
-    return torch.linalg.svdvals(torch.from_numpy(bidiagonal))
+    diagonal = generator.chisquare(long - index, (draws, short))
+    below = generator.chisquare(short - index[1:], (draws, short - 1)) if short > 1 else np.empty((draws, 0))
+    squares = np.empty((draws, short))
+    for row in range(draws):
+        beside = np.sqrt(diagonal[row, :-1] * below[row])
+        squares[row] = eigvalsh_tridiagonal(diagonal[row] + np.append(0.0, below[row]), beside)
+    return torch.from_numpy(np.sqrt(squares.clip(0)[:, ::-1]))
 
 
 def gaussian_purity(out: int, in_: int) -> float:
@@ -147,7 +153,30 @@ class NullModel:
 @lru_cache(maxsize=256)
 def random_lora_null(out: int, in_: int, rank: int, draws: int = DRAWS, seed: int = SEED) -> NullModel:
     """The random-LoRA null of one shape, all measures."""
-    spectra = random_lora_spectra(out, in_, rank, draws, seed)
+    return _null_model(random_lora_spectra(out, in_, rank, draws, seed))
+
+
+@lru_cache(maxsize=256)
+def gaussian_null(out: int, in_: int, draws: int | None = None, seed: int = SEED) -> NullModel:
+    """The null of a dense matrix, independent standard normal entries, all measures.
+
+    >>> gaussian_null(3, 5).mean["stable_rank"] < 3
+    True
+    """
+    chosen = draws or dense_draws(out, in_)
+    return _null_model(gaussian_spectra(out, in_, chosen, seed))
+
+
+def dense_draws(out: int, in_: int) -> int:
+    """How many draws the null of a dense shape is made of.
+
+    >>> dense_draws(64, 64), dense_draws(1024, 4096), dense_draws(11008, 4096)
+    (256, 64, 16)
+    """
+    return max(_FEWEST_DRAWS, min(DRAWS, _DENSE_VALUES // min(out, in_)))
+
+
+def _null_model(spectra: Float[Tensor, "draws k"]) -> NullModel:
     values = {name: measure.function(spectra) for name, measure in measures.MEASURES.items()}
     edge = top_to_median(spectra)
     values["marchenko_pastur_outliers"] = outliers(spectra, edge)

@@ -93,3 +93,17 @@ def test_outliers_need_a_median_to_stand_out_from():
     assert null_models.outliers(torch.tensor([[3.0, 1.0, torch.nan, torch.nan]]), 2.0).isnan().all()
     assert null_models.outliers(torch.tensor([[3.0, 0.0, 0.0, 0.0]]), 2.0).isnan().all()
     assert null_models.outliers(torch.tensor([[torch.nan] * 4]), 2.0).isnan().all()
+
+
+def test_a_dense_gaussian_matrix_is_what_its_null_expects():
+    model = null_models.gaussian_null(48, 80)
+    fresh = null_models.gaussian_spectra(48, 80, 400, seed=8)
+    percentiles = model.percentile(measures.spectral_entropy(fresh)).numpy() / 100
+    assert 0.03 < (percentiles < 0.05).mean() < 0.09
+    assert (null_models.outliers(fresh, model.edge) > 0).double().mean() < 0.04
+
+
+def test_a_large_dense_null_takes_few_draws_and_no_matrix():
+    model = null_models.gaussian_null(3000, 1500)
+    assert len(model.entropies) == null_models.dense_draws(3000, 1500) == 43
+    assert model.mean["entropy_energy"] == pytest.approx(null_models.page_entropy(3000, 1500), abs=1e-3)
