@@ -99,6 +99,26 @@ def _scales(matrices: Sequence[LowRankMatrix], rank: int) -> Float[Tensor, "batc
     return scales
 
 
+def difference(now: LowRankMatrix, before: LowRankMatrix) -> LowRankMatrix:
+    """The increment itself, as a product of float64 factors of rank r₁ + r₀, without cancellation where ranks agree.
+
+    B₁(S₁ΔA + (S₁ − S₀)A₀) + ΔB S₀A₀ as above; across a change of rank [B₁S₁, −B₀S₀]·[A₁; A₀].
+
+    >>> one, two = (LowRankMatrix(torch.full((1, 1), x), torch.ones(1, 1), 0.5) for x in (1.0, 3.0))
+    >>> difference(two, one).to_dense()
+    tensor([[1.]], dtype=torch.float64)
+    """
+    right, right_before = now.right.detach(), before.right.detach()
+    if now.rank != before.rank:
+        left = torch.cat([now.left.detach(), -before.left.detach()], 1)
+        return LowRankMatrix(left, torch.cat([right, right_before]))
+    left = now.left_factor.detach().to(torch.float64)
+    left_change = left - before.left_factor.detach().to(torch.float64)
+    scale, scale_before = (each.scales().to(right.device)[:, None] for each in (now, before))
+    change = scale * (right - right_before) + (scale - scale_before) * right_before
+    return LowRankMatrix(torch.cat([left, left_change], 1), torch.cat([change, scale_before * right_before]))
+
+
 @dataclass(frozen=True)
 class Cores:
     """Small matrices that carry everything wanted of a :class:`Stack`.

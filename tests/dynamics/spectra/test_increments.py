@@ -131,3 +131,28 @@ def test_members_join_to_their_batch():
     batch = increments.cores(increments.stack([now, before], [before, now]))
     joined = increments.join([batch.member(0), batch.member(1)])
     torch.testing.assert_close(joined.increment(), batch.increment(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("relative", STEP_SIZES)
+def test_the_difference_itself_loses_no_digits(relative):
+    before = random_lora(14, 11, 3, seed=0, dtype=torch.float64)
+    now = moved(before, relative, seed=1)
+    exact = exact_difference(now, before)
+    assert (increments.difference(now, before).to_dense() - exact).norm() <= 1e-12 * exact.norm()
+
+
+def test_the_difference_follows_scales_and_ranks():
+    generator = torch.Generator().manual_seed(1)
+    matrices = [
+        LowRankMatrix(
+            torch.randn(5, rank, generator=generator),
+            torch.randn(rank, 4, generator=generator),
+            scale,
+            column_scale=torch.rand(rank, generator=generator),
+        )
+        for rank, scale in ((2, 0.5), (2, 3.0), (3, 1.0))
+    ]
+    for now in matrices:
+        for before in matrices:
+            expected = now.to_dense() - before.to_dense()
+            torch.testing.assert_close(increments.difference(now, before).to_dense(), expected, rtol=1e-12, atol=1e-12)
