@@ -1,0 +1,228 @@
+r"""An update beside the weight it changes: its relative size, the subspaces they share, and intruder dimensions.
+
+Every number has its chance level: what an update of the same singular values, turned at random, would give. Without it
+an overlap or a count of "intruders" says little: in 4096 dimensions a random direction has no base vector near it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.sparse.linalg import eigsh
+from torch import Tensor
+
+from dynamics.spectra.dense import gram
+from dynamics.spectra.singular_values import triangle
+from probes.low_rank import LowRankMatrix
+
+Matrix = Tensor | LowRankMatrix
+
+#: Directions that are compared by default.
+TOP_K = 10
+#: A direction with no larger cosine with any singular vector of the base is an intruder (Shuttleworth et al. 2024).
+INTRUDER_COSINE = 0.5
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """All singular values and vectors of a weight, float64 on the host; vectors of σ < 1e-8 σ₁ are not resolved.
+
+    Args:
+        left: ``(out, k)``, orthonormal columns, k = min(out, in).
+        values: ``(k,)``, descending.
+        right: ``(in, k)``.
+    """
+
+    left: Float[Tensor, "out k"]
+    values: Float[Tensor, " k"]
+    right: Float[Tensor, "in k"]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What an update shares with the base's leading directions, beside chance.
+
+    Args:
+        left, right: ‖U_kᵀU⁰_k‖_F²/k, the mean squared cosine of principal angles; 1: the same subspace.
+        left_null, right_null: k/out and k/in.
+        energy_left, energy_right: share of ‖ΔW‖_F² in the span of U⁰_k, and of V⁰_k.
+    """
+
+    left: float
+    right: float
+    left_null: float
+    right_null: float
+    energy_left: float
+    energy_right: float
+
+
+@dataclass(frozen=True)
+class Intruders:
+    """Leading left singular directions of the tuned weight that no singular vector of the base resembles.
+
+    Args:
+        count: How many of the k leading ones.
+        energy_share: Their share of the k leading σ².
+        null_count, null_energy_share: Means of the same over updates turned at random.
+    """
+
+    count: int
+    energy_share: float
+    null_count: float
+    null_energy_share: float
+
+
+def decompose(weight: Float[Tensor, "out in"]) -> Decomposition:
+    """Thin SVD of a weight by the eigendecomposition of the Gram of its shorter side.
+
+    Raises:
+        ValueError: If it is not finite.
+
+    >>> decompose(torch.diag(torch.tensor([1.0, 2.0]))).values
+    tensor([2., 1.], dtype=torch.float64)
+    """
+    dense = weight.detach().to(device="cpu", dtype=torch.float64)
+    if not bool(dense.isfinite().all()):
+        raise ValueError("Expected a finite weight, got one with NaN or infinity.")
+    tall = dense.shape[0] > dense.shape[1]
+    wide = dense.mT if tall else dense
+    squares, vectors = torch.linalg.eigh(gram(wide))
+    values, short = squares.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
+    long = torch.linalg.qr(wide.mT @ short).Q
+    # QR leaves the sign of each column open.
+    long = long * torch.sign((long * (wide.mT @ short)).sum(0)).where(values > 0, torch.ones(()))
+    return Decomposition(long, values, short) if tall else Decomposition(short, values, long)
+
+
+def leading_vectors(update: Matrix, k: int) -> tuple[Float[Tensor, "out k"], Float[Tensor, "in k"]]:
+    """The k leading left and right singular vectors; of a product of factors from its r×r core alone.
+
+    >>> left, right = leading_vectors(LowRankMatrix(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0, 0.0]])), 1)
+    >>> left.abs().flatten().tolist(), right.abs().flatten().tolist()
+    ([0.0, 1.0], [1.0, 0.0])
+    """
+    if isinstance(update, LowRankMatrix):
+        left, right = torch.linalg.qr(update.left.detach().cpu()), torch.linalg.qr(update.right.detach().cpu().mT)
+        inner_left, _, inner_right = torch.linalg.svd(left.R @ right.R.mT)
+        return left.Q @ inner_left[:, :k], right.Q @ inner_right.mT[:, :k]
+    whole = decompose(update)
+    return whole.left[:, :k], whole.right[:, :k]
+
+
+def relative_size(update: Matrix, weight: Float[Tensor, "out in"]) -> float:
+    """‖ΔW‖_F/‖W⁰‖_F; NaN where the base is zero.
+
+    >>> relative_size(torch.full((2, 2), 0.5), torch.ones(2, 2))
+    0.5
+    """
+    size = float(weight.detach().to(torch.float64).norm())
+    return _norm(update) / size if size > 0 else float("nan")
+
+
+def overlap(update: Matrix, base: Decomposition, k: int = TOP_K) -> Overlap:
+    """What the update shares with the k leading directions of the base.
+
+    Args:
+        update: ``(out, in)``.
+        base: Of the weight that it changes.
+        k: Directions; at most as many as there are.
+
+    >>> base = decompose(torch.diag(torch.tensor([3.0, 2.0, 1.0])))
+    >>> overlap(torch.diag(torch.tensor([0.0, 0.0, 1.0])), base, k=1).energy_left
+    0.0
+    """
+    k = min(k, len(base.values), *update.shape)
+    left, right = leading_vectors(update, k)
+    base_left, base_right = base.left[:, :k], base.right[:, :k]
+    energy = _norm(update) ** 2
+    if isinstance(update, LowRankMatrix):
+        inside_left = (triangle(update.right.detach().cpu().mT) @ (base_left.mT @ update.left.detach().cpu()).mT).norm()
+        inside_right = (triangle(update.left.detach().cpu()) @ (update.right.detach().cpu() @ base_right)).norm()
+    else:
+        dense = update.detach().to(device="cpu", dtype=torch.float64)
+        inside_left, inside_right = (base_left.mT @ dense).norm(), (dense @ base_right).norm()
+    return Overlap(
+        left=float((left.mT @ base_left).square().sum()) / k,
+        right=float((right.mT @ base_right).square().sum()) / k,
+        left_null=k / update.shape[0],
+        right_null=k / update.shape[1],
+        energy_left=float(inside_left) ** 2 / energy if energy > 0 else float("nan"),
+        energy_right=float(inside_right) ** 2 / energy if energy > 0 else float("nan"),
+    )
+
+
+def intruders(
+    update: Matrix,
+    weight: Float[Tensor, "out in"],
+    base: Decomposition,
+    *,
+    k: int = TOP_K,
+    cosine: float = INTRUDER_COSINE,
+    draws: int = 4,
+    seed: int = 0,
+) -> Intruders:
+    r"""Directions that the update brought among the k leading ones of W⁰ + ΔW (Shuttleworth et al. 2024).
+
+    Direction j is an intruder if max_i |⟨u_j, u⁰_i⟩| < ``cosine`` over *all* singular vectors of the base. The count
+    saturates, and a large update turned at random makes intruders too: read the share of energy, beside its null.
+
+    Args:
+        update: ``(out, in)``.
+        weight: W⁰.
+        base: Its decomposition.
+        k: Leading directions that are looked at.
+        cosine: ε.
+        draws: Of the null: updates with the same singular values, turned at random (Haar).
+        seed: Of the draws.
+    """
+    start = weight.detach().to(device="cpu", dtype=torch.float64)
+    count, share = _intruding(start + _dense(update), base, k, cosine)
+    generator = torch.Generator().manual_seed(seed)
+    null = [_intruding(start + _turned(update, generator), base, k, cosine) for _ in range(draws)]
+    counts, shares = zip(*null, strict=True) if null else ((float("nan"),), (float("nan"),))
+    return Intruders(count, share, float(np.mean(counts)), float(np.mean(shares)))
+
+
+def _intruding(tuned: Float[Tensor, "out in"], base: Decomposition, k: int, cosine: float) -> tuple[int, float]:
+    product = tuned @ tuned.mT
+    k = min(k, len(base.values))
+    if k < len(product) - 1:
+        start = product.sum(1).numpy()
+        squares, vectors = eigsh(product.numpy(), k=k, v0=start)
+        squares, left = torch.from_numpy(squares), torch.from_numpy(vectors)
+    else:
+        squares, left = torch.linalg.eigh(product)
+        squares, left = squares[-k:], left[:, -k:]
+    strange = (left.mT @ base.left).abs().amax(1) < cosine
+    total = float(squares.sum())
+    return int(strange.sum()), float(squares[strange].sum()) / total if total > 0 else float("nan")
+
+
+def _turned(update: Matrix, generator: torch.Generator) -> Float[Tensor, "out in"]:
+    """A matrix of the same singular values between random orthonormal vectors."""
+    if isinstance(update, LowRankMatrix):
+        core = triangle(update.left.detach().cpu()) @ triangle(update.right.detach().cpu().mT).mT
+        values = torch.linalg.svdvals(core)
+    else:
+        values = torch.linalg.svdvals(_dense(update))
+    sides = (
+        torch.linalg.qr(torch.randn(length, len(values), generator=generator, dtype=torch.float64)).Q
+        for length in update.shape
+    )
+    left, right = sides
+    return (left * values) @ right.mT
+
+
+def _dense(update: Matrix) -> Float[Tensor, "out in"]:
+    if isinstance(update, LowRankMatrix):
+        return update.to_dense().detach().cpu()
+    return update.detach().to(device="cpu", dtype=torch.float64)
+
+
+def _norm(update: Matrix) -> float:
+    if isinstance(update, LowRankMatrix):
+        return float((triangle(update.left.detach()) @ triangle(update.right.detach().mT).mT).norm())
+    return float(update.detach().to(torch.float64).norm())
