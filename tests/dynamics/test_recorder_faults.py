@@ -1,0 +1,218 @@
+"""What goes wrong while recording costs a record, never the training, and never what was recorded before."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import dynamics
+from dynamics import Recorder
+from dynamics.store import CaptureStore, read_capture
+
+
+def train(recorder: Recorder, model: torch.nn.Module, steps: int = 5) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(1, steps + 1):
+        with recorder.step(step, optimizer):
+            model(torch.ones(1, 4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """No room for the records of steps 2 and 3."""
+    write = CaptureStore.write
+
+    def refuse(self, step, groups, **kwargs):
+        if step in (2, 3):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, step, groups, **kwargs)
+
+    monkeypatch.setattr(CaptureStore, "write", refuse)
+
+
+def test_a_full_disk_is_one_warning_and_a_gap(model, tmp_path, full_disk):
+    with Recorder(tmp_path, model, every=1) as recorder, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(recorder, model)
+    told = [str(each.message) for each in caught if "optimization-dynamics" in str(each.message)]
+    assert told == [
+        "optimization-dynamics could not record step 2 (OSError: [Errno 28] No space left on device). Training goes "
+        "on, and so does the recording at the next captured step; this is said once."
+    ]
+    tree = dynamics.open_run(tmp_path)
+    assert tree["update"]["step"].values.tolist() == [1, 4, 5]
+    assert tree["update"]["from_step"].values.tolist() == [0, 1, 4]
+    (gap,) = [each for each in json.loads(tree.attrs["findings"]) if each["code"] == "OD305"]
+    assert gap["evidence"]["steps"] == [2, 3]
+
+
+def test_an_increment_after_a_gap_is_since_the_last_record(model, tmp_path, full_disk):
+    weights = {0: model[0].weight.detach().clone()}
+    with Recorder(tmp_path, model, every=1) as recorder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(1, 5):
+            with recorder.step(step, optimizer):
+                model(torch.ones(1, 4)).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            weights[step] = model[0].weight.detach().clone()
+    norm = dynamics.open_run(tmp_path)["update"]["frobenius_norm"].sel(matrix="0", step=4)
+    assert float(norm.sel(kind="increment")) == pytest.approx(float((weights[4] - weights[1]).norm()), rel=1e-5)
+    assert float(norm.sel(kind="total")) == pytest.approx(float((weights[4] - weights[0]).norm()), rel=1e-5)
+
+
+def test_strict_raises(model, tmp_path, full_disk):
+    with Recorder(tmp_path, model, every=1, strict=True) as recorder, pytest.raises(OSError, match="No space left"):
+        train(recorder, model)
+    assert list(read_capture(tmp_path / "dynamics" / "capture.zarr").records) == [1]
+
+
+@pytest.mark.parametrize("method", ["measure", "gradients"])
+def test_a_failure_to_measure_is_a_gap_too(model, tmp_path, monkeypatch, method):
+    with Recorder(tmp_path, model, every=1) as recorder:
+        measure = getattr(recorder._live, method)
+        calls = []
+
+        def fail(*args):
+            calls.append(args)
+            if len(calls) == 2:
+                raise torch.OutOfMemoryError("out of memory")
+            return measure(*args)
+
+        monkeypatch.setattr(recorder._live, method, fail)
+        with pytest.warns(UserWarning, match=re.escape("could not record step 2 (OutOfMemoryError: out of memory)")):
+            train(recorder, model)
+    update = dynamics.open_run(tmp_path)["update"]
+    # Without its gradient a step still has its update.
+    assert update["step"].values.tolist() == ([1, 3, 4, 5] if method == "measure" else [1, 2, 3, 4, 5])
+
+
+def test_hooks_are_gone_after_a_step_that_raised(model, tmp_path):
+    with Recorder(tmp_path, model, every=1) as recorder:
+        with pytest.raises(ZeroDivisionError), recorder.step(1):
+            model(torch.ones(1, 4)).sum().backward(torch.tensor(1 / 0))
+        assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+        train(recorder, model, steps=2)
+    assert dynamics.open_run(tmp_path)["update"]["step"].values.tolist() == [1, 2]
+
+
+def test_a_closed_recorder_does_nothing(model, tmp_path):
+    recorder = Recorder(tmp_path, model, every=1)
+    train(recorder, model, steps=1)
+    recorder.close()
+    train(recorder, model, steps=2)
+    recorder.close()
+    assert not recorder.record(7)
+    assert dynamics.open_run(tmp_path)["update"]["step"].values.tolist() == [1]
+
+
+# ---- killed ----
+
+# A training of two factors that moves by a known amount each step. It resumes as trainings do, from a checkpoint of its
+# weights that it writes before the record; both are of the same step or the record is missing.
+SCRIPT = """
+    import json, os, random, signal, sys, time, warnings
+    from pathlib import Path
+    import torch
+    from torch import nn
+    from dynamics import Recorder
+    from dynamics.store import capture_path, read_capture
+
+    run, moments = Path(sys.argv[1]), random.Random(0)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            generator = torch.Generator().manual_seed(0)
+            self.first, self.second = (nn.Linear(12, 12, bias=False) for _ in range(2))
+            for layer in (self.first, self.second):
+                layer.weight.data = torch.randn(12, 12, generator=generator)
+
+        def at(self, step):
+            weights = Model()
+            for layer, start in ((self.first, weights.first), (self.second, weights.second)):
+                layer.weight.data.copy_(start.weight.data * (1 + 0.01 * step))
+            return self
+
+    def train(after, pipe):
+        model = Model().at(after)
+        recorder = Recorder(run, model, preset="economy", every=1, resume_from=after or None)
+        for step in range(after + 1, after + 1000):
+            recorder.before_backward(step)
+            model.at(step)
+            assert recorder.after_optimizer_step()
+            os.write(pipe, f"{step}\\n".encode())
+
+    last = 0
+    for _ in range(20):
+        after = max(0, last - 2)
+        receiver, sender = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                train(after, sender)
+            finally:
+                os._exit(1)
+        os.close(sender)
+        reports = os.fdopen(receiver)
+        reported = [reports.readline() for _ in range(moments.randint(0, 4))]
+        time.sleep(moments.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        reported = [int(line) for line in reported + reports.readlines()]
+        place = capture_path(run)
+        left = read_capture(place) if place else None
+        steps = list(left.records) if left else []
+        start = Model()
+        errors = [
+            abs(float(groups["update"]["singular_value"].sel(kind="total")[0, index, 0])
+                / float(torch.linalg.svdvals(weight)[0] * 0.01 * step) - 1)
+            for step, groups in (left.records.items() if left else ())
+            for index, weight in enumerate((start.first.weight, start.second.weight))
+        ]
+        last = max(steps, default=0)
+        print(json.dumps({"after": after, "reported": reported, "steps": steps, "broken": left.broken if left else {},
+                          "worst": max(errors, default=0.0)}), flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+def test_a_training_killed_twenty_times_loses_the_step_in_flight_alone(tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rounds = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rounds) == 20
+    for one in rounds:
+        finished = one["reported"][-1] if one["reported"] else one["after"]
+        assert one["broken"] == {}
+        assert one["steps"] == list(range(1, len(one["steps"]) + 1))
+        assert len(one["steps"]) >= finished
+        # A record may be whole when its step has not been reported yet; records that resuming drops go one by one.
+        assert len(one["steps"]) <= finished + (1 if one["reported"] else 2)
+        assert one["worst"] < 1e-4
+    assert sum(len(one["reported"]) for one in rounds) >= 20
+    assert max(len(one["steps"]) for one in rounds) > 10
