@@ -41,7 +41,8 @@ class _InFlight:
     step: int
     scaler: Any = None
     scale: float = 1.0
-    gradient: xr.Dataset | None = None
+    measured: bool = False  # on every rank alike: measuring takes them all
+    gradient: xr.Dataset | None = None  # on the rank that writes
 
 
 class Recorder:
@@ -171,8 +172,9 @@ class Recorder:
             optimizer: The optimizer; only wanted where a loss scaler is in use, which may have unscaled it or not.
         """
         flight = self._in_flight
-        if flight is None or not self._gradients or flight.gradient is not None:
+        if flight is None or not self._gradients or flight.measured:
             return
+        flight.measured = True
         with self._forgiven(flight.step):
             self._norms.disarm()
             scale = loss_scale(flight.scaler, optimizer)
@@ -194,7 +196,7 @@ class Recorder:
         if flight is None:
             return False
         self._norms.disarm()
-        if self._gradients and flight.gradient is None:  # nobody said when gradients were clipped, or no step was taken
+        if self._gradients and not flight.measured:  # nobody said when gradients were clipped, or no step was taken
             with self._forgiven(flight.step):
                 before = self._norms.before_clipping()
                 if self._leads and before is not None:
