@@ -182,7 +182,8 @@ class DynamicsCallback(TrainerCallback):
         if self._trainer is not None and will_log:
             self._waiting = numbers
         elif self._trainer is not None:
-            self._trainer.log(numbers)
+            # Not by its own method: a subclass may average and clear its metrics there, as TRL's do.
+            Trainer.log(self._trainer, numbers)
         else:
             state.log_history.append({**numbers, "epoch": state.epoch, "step": state.global_step})
 

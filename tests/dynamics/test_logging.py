@@ -1,118 +1,175 @@
-"""The callback's numbers stand where people look: in the log history, and with ``attach`` in every reporter."""
+"""The numbers of each record stand in the training log, and, once attached, in what the Trainer reports to."""
 
 from __future__ import annotations
 
-import importlib.util
+import json
+import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers import TrainerCallback
+import torch
+from transformers import Trainer
 
+import dynamics
 from dynamics import DynamicsCallback
-from tests.trainings import trainer
+from tests.trainings import losses, trainer
 
-NUMBER = "dynamics/total/frobenius_norm"
-
-
-def history(training) -> dict[int, float]:
-    """Step to the number, as it stands in the log history; once for each step."""
-    found = [(entry["step"], entry[NUMBER]) for entry in training.state.log_history if NUMBER in entry]
-    assert len(dict(found)) == len(found)
-    return dict(found)
-
-
-def scalars_of_tensorboard(folder: Path) -> dict[str, dict[int, float]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found: dict[str, dict[int, float]] = {}
-    for file in sorted(folder.rglob("events.out.tfevents.*")):
-        events = EventAccumulator(str(file))
-        events.Reload()
-        for tag in events.Tags()["scalars"]:
-            found.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
-    return found
+#: Captured steps; of these only the second is logged by the Trainer where it logs every third.
+CAPTURED = [2, 3, 5]
+NAMES = {
+    *(
+        f"dynamics/{kind}/{measure}"
+        for kind in ("total", "increment")
+        for measure in ("frobenius_norm", "effective_rank_energy", "dominant_ratio")
+    ),
+    *(f"dynamics/gradient/{name}" for name in ("norm_before_clip", "norm_after_clip", "effective_rank_energy")),
+}
+NORM = "dynamics/total/frobenius_norm"
 
 
-@pytest.mark.parametrize("attached", [True, False])
-@pytest.mark.parametrize("logging_steps", [1, 3])
-def test_every_captured_step_is_in_the_log_history(tmp_path, attached, logging_steps):
-    callback = DynamicsCallback(tmp_path, at=[2, 3, 5])
-    training = trainer(tmp_path, [callback], max_steps=6, logging_steps=logging_steps, save_strategy="no")
+def train(out: Path, *, attached: bool = True, **changes: Any) -> Trainer:
+    """Six steps, of which some are captured."""
+    callback = DynamicsCallback(out, at=changes.pop("at", CAPTURED))
+    training = trainer(out, [callback], **{"max_steps": 6, "save_strategy": "no", **changes})
     if attached:
         callback.attach(training)
     training.train()
-    assert list(history(training)) == [2, 3, 5]
-    assert callback.recorder.steps == [2, 3, 5]
-    # A step that the Trainer logs itself has one entry, with both.
-    logged = [entry["step"] for entry in training.state.log_history if "loss" in entry]
-    assert logged == list(range(logging_steps, 7, logging_steps))
+    return training
 
 
-def test_reporters_see_the_numbers_of_an_attached_callback_alone(tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard", reason="reads event files with tensorboard: install the 'test' extra")
-    found = {}
-    for name, attached in (("attached", True), ("alone", False)):
-        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events" / name))
-        callback = DynamicsCallback(tmp_path / name, at=[2, 3], preset="standard")
-        training = trainer(tmp_path / name, [callback], max_steps=3, report_to="tensorboard", save_strategy="no")
-        if attached:
-            callback.attach(training)
-        training.train()
-        found[name] = scalars_of_tensorboard(tmp_path / "events" / name)
-        if attached:
-            numbers = found[name][f"train/{NUMBER}"]
-            assert numbers == {step: pytest.approx(value, rel=1e-6) for step, value in history(training).items()}
-            assert set(numbers) == {2, 3}
-    tags = {name: {tag for tag in each if "dynamics" in tag} for name, each in found.items()}
-    assert tags["alone"] == set()
-    assert "train/dynamics/gradient/norm_before_clip" in tags["attached"]
-    assert "train/loss" in found["alone"]
+def entries(training: Trainer) -> list[dict[str, Any]]:
+    """Those of the log that hold our numbers."""
+    return [entry for entry in training.state.log_history if any(name.startswith("dynamics/") for name in entry)]
 
 
-def test_attaching_puts_it_before_the_reporters_and_behind_the_flow(tmp_path):
-    callback = DynamicsCallback(tmp_path)
-    training = trainer(tmp_path, [callback], report_to="tensorboard")
+def recorded_norms(run: Path) -> dict[int, float]:
+    """Norm of all updates as one, from the records."""
+    norm = dynamics.open_run(run)["update"]["frobenius_norm"].sel(kind="total")
+    return {int(step): float((norm.sel(step=step) ** 2).sum() ** 0.5) for step in norm["step"].values}
+
+
+def tensorboard_scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """What the event files say: tag → step → value."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = reader.EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture
+def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "board"
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("logging_steps", [1, 3, 100], ids=["aligned", "partly_aligned", "never_logged"])
+@pytest.mark.parametrize("attached", [True, False])
+def test_each_record_has_one_entry_in_the_log(tmp_path: Path, attached: bool, logging_steps: int) -> None:
+    training = train(tmp_path, attached=attached, logging_steps=logging_steps)
+
+    assert [entry["step"] for entry in entries(training)] == CAPTURED
+    assert all(NAMES | {"epoch"} <= entry.keys() for entry in entries(training))
+    assert {entry["step"]: entry[NORM] for entry in entries(training)} == pytest.approx(recorded_norms(tmp_path))
+    with_loss = [entry["step"] for entry in entries(training) if "loss" in entry]
+    assert with_loss == ([step for step in CAPTURED if step % logging_steps == 0] if attached else [])
+
+
+@pytest.mark.parametrize("logging_steps", [1, 3], ids=["aligned", "partly_aligned"])
+def test_attached_its_numbers_are_in_tensorboard(tmp_path: Path, board: Path, logging_steps: int) -> None:
+    train(tmp_path, logging_steps=logging_steps, report_to="tensorboard")
+
+    scalars = tensorboard_scalars(board)
+    assert {tag.removeprefix("train/") for tag in scalars if "dynamics/" in tag} == NAMES
+    assert scalars[f"train/{NORM}"] == pytest.approx(recorded_norms(tmp_path), rel=1e-6)  # event files hold float32
+    assert list(scalars["train/loss"]) == list(range(logging_steps, 7, logging_steps))
+
+
+def test_unattached_they_are_in_the_log_alone(tmp_path: Path, board: Path) -> None:
+    training = train(tmp_path, attached=False, logging_steps=3, report_to="tensorboard")
+
+    assert [tag for tag in tensorboard_scalars(board) if "dynamics" in tag] == []
+    assert len(entries(training)) == len(CAPTURED)
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_checkpoint_between_captured_steps_is_logged_too(tmp_path: Path, attached: bool) -> None:
+    """Saved at the end of an epoch of two steps, which nobody could know before."""
+    changes = {"save_strategy": "epoch", "per_device_train_batch_size": 16, "num_train_epochs": 2, "max_steps": -1}
+    training = train(tmp_path, at=[1], attached=attached, logging_steps=100, **changes)
+
+    assert [entry["step"] for entry in entries(training)] == [1, 2, 4]
+    assert "dynamics/gradient/norm_before_clip" not in entries(training)[-1]
+
+
+def test_a_checkpoint_holds_the_numbers_so_far(tmp_path: Path) -> None:
+    train(tmp_path, logging_steps=3, save_strategy="steps", save_steps=3)
+
+    history = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if NORM in entry] == [2, 3]
+
+
+def test_attaching_twice_or_before_the_callback_was_passed_is_the_same(tmp_path: Path, board: Path) -> None:
+    training = trainer(tmp_path, max_steps=2, save_strategy="no", logging_steps=5, report_to="tensorboard")
+    callback = DynamicsCallback(tmp_path, every=1)
     assert callback.attach(training) is callback
-    names = [type(each).__name__ for each in training.callback_handler.callbacks]
-    assert (
-        names.index("DefaultFlowCallback") + 1 == names.index("DynamicsCallback") < names.index("TensorBoardCallback")
-    )
-    callback.attach(training)
-    assert [type(each).__name__ for each in training.callback_handler.callbacks].count("DynamicsCallback") == 1
-
-
-def test_attaching_a_callback_that_was_not_given_adds_it(tmp_path):
-    callback = DynamicsCallback(tmp_path, at=[1]).attach(training := trainer(tmp_path, max_steps=1))
-    training.train()
-    assert list(history(training)) == [1]
-    assert callback.recorder.steps == [1]
-
-
-def test_a_number_does_not_wait_for_a_step_that_is_never_logged(tmp_path):
-    """What waited for the Trainer's own entry is not carried into a later one."""
-    seen = []
-
-    class Watch(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            seen.append((state.global_step, NUMBER in (logs or {})))
-
-    callback = DynamicsCallback(tmp_path, at=[2])
-    training = trainer(tmp_path, [callback, Watch()], max_steps=3, logging_steps=1, save_strategy="no")
     callback.attach(training).attach(training)
     training.train()
-    assert seen[:3] == [(1, False), (2, True), (3, False)]
+
+    assert training.callback_handler.callbacks.count(callback) == 1
+    assert [entry["step"] for entry in entries(training)] == [1, 2]
+    assert list(tensorboard_scalars(board)[f"train/{NORM}"]) == [1, 2]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
-def test_wandb_offline(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    import wandb
+class RunningMeans(Trainer):
+    """A Trainer that adds a mean since its last log, as TRL's do."""
 
-    callback = DynamicsCallback(tmp_path / "run", at=[2])
-    training = trainer(tmp_path / "run", [callback], max_steps=2, report_to="wandb", save_strategy="no")
-    callback.attach(training)
-    training.train()
-    assert wandb.run is not None
-    assert dict(wandb.run.summary)[f"train/{NUMBER}"] == pytest.approx(history(training)[2])
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.values: list[float] = []
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.values.append(float(len(self.values) ** 2))
+        return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.values:
+            logs["mean"] = sum(self.values) / len(self.values)
+            self.values = []
+        super().log(logs, start_time)
+
+
+def test_a_trainers_own_means_are_over_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.trainings.Trainer", RunningMeans)
+    plain = trainer(tmp_path / "plain", max_steps=6, save_strategy="no", logging_steps=3)
+    plain.train()
+
+    watched = train(tmp_path / "watched", logging_steps=3)
+
+    assert [entry["mean"] for entry in plain.state.log_history if "mean" in entry][:2] == [55 / 6, 451 / 6]
+    assert losses(watched.state.log_history) == losses(plain.state.log_history)
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb", reason="needs wandb, which is not among the test dependencies")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    train(tmp_path, logging_steps=3, report_to="wandb")
+
+    summary = {name: wandb.run.summary[f"train/{name}"] for name in NAMES}
     wandb.finish()
+    assert summary[NORM] == pytest.approx(recorded_norms(tmp_path)[CAPTURED[-1]])
+    (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert all(f"train/{name}".encode() in written.read_bytes() for name in NAMES)
+
+
+def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio", reason="needs trackio, which is not among the test dependencies")
+    train(tmp_path, logging_steps=3, report_to="trackio", project="ours", run_name="one")
+
+    with sqlite3.connect(tmp_path / "trackio" / "ours.db") as database:
+        rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics order by step")]
+    norms = {row["train/global_step"]: row[f"train/{NORM}"] for row in rows if f"train/{NORM}" in row}
+    assert norms == pytest.approx(recorded_norms(tmp_path))

@@ -1,0 +1,38 @@
+"""The examples of recording run as they stand, and leave records that open."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dynamics
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+#: Script → what it needs, arguments, and the steps that it must have recorded.
+SCRIPTS = {
+    "train_with_callback.py": (("transformers", "peft"), ("--steps", "4"), [1, 2, 4]),
+    "plain_loop.py": ((), ("--steps", "40"), [20, 40]),
+    "sft_with_callback.py": (("trl", "datasets"), ("--steps", "3"), [1, 2, 3]),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_it_ends_well_and_leaves_records(name, tmp_path):
+    needs, arguments, steps = SCRIPTS[name]
+    for package in needs:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{name} needs {package}, which is not installed")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / name), "--out", str(tmp_path / "run"), *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.endswith(f"python -m dynamics.analyze {tmp_path / 'run'}\n")
+    tree = dynamics.open_run(tmp_path / "run")
+    assert tree["update"]["step"].values.tolist() == steps
+    assert (tree["update"]["frobenius_norm"].sel(kind="increment").values > 0).any(-1).all()
+    assert (tree["gradient"]["norm_before_clip"].values > 0).any(-1).all()
