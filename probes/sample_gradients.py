@@ -1,0 +1,205 @@
+r"""Gradients of one parameter for each of N samples, as the products that they are made of.
+
+A linear layer's is Σ_t δ_it x_itᵀ: two matrices of N·T rows hold N gradients of out × in numbers. Inner products come
+from these directly (Σ_tt' (x_it·x_jt')(δ_it·δ_jt')) or from gradients multiplied out a few rows at a time, whichever
+takes fewer operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from probes.low_rank import LowRankMatrix
+
+#: Bytes that multiplied-out gradients, or token-by-token products, may take at once.
+BUDGET = 2**28
+
+
+@dataclass(frozen=True)
+class Materialised:
+    """Gradients as they are, ``(sample, *shape)``."""
+
+    values: Tensor
+
+    def rows(self, first: int, last: int) -> Float[Tensor, "sample row column"]:
+        """Rows of the gradients as matrices."""
+        return self.values[:, first:last].flatten(2) if self.values.ndim > 2 else self.values[:, first:last, None]
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Σ_t left_it right_itᵀ, ``(row, column)``."""
+
+    left: Float[Tensor, "sample token row"]
+    right: Float[Tensor, "sample token column"]
+
+    def rows(self, first: int, last: int) -> Float[Tensor, "sample row column"]:
+        """Rows of the gradients as matrices."""
+        return self.left[:, :, first:last].mT @ self.right
+
+    def beside(self, other: Outer) -> Outer:
+        """The sum of both, of the same samples."""
+        return Outer(torch.cat([self.left, other.left], 1), torch.cat([self.right, other.right], 1))
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Σ_t e(place_it) right_itᵀ: what an embedding adds to its rows."""
+
+    places: Int[Tensor, "sample token"]
+    right: Float[Tensor, "sample token column"]
+    count: int
+
+    def rows(self, first: int, last: int) -> Float[Tensor, "sample row column"]:
+        """Rows of the gradients as matrices."""
+        here = (self.places >= first) & (self.places < last)
+        found = self.right.new_zeros(len(self.right), last - first, self.right.shape[-1])
+        places = torch.where(here, self.places - first, 0)[..., None].expand_as(self.right)
+        return found.scatter_add_(1, places, self.right * here[..., None])
+
+    def beside(self, other: Scatter) -> Scatter:
+        """The sum of both, of the same samples."""
+        return Scatter(torch.cat([self.places, other.places], 1), torch.cat([self.right, other.right], 1), self.count)
+
+
+Term = Materialised | Outer | Scatter
+
+
+@dataclass(frozen=True)
+class SampleGradient:
+    """Gradients of one parameter, the sum of terms; zero if there are none.
+
+    Args:
+        shape: Of the parameter.
+        samples: N.
+        terms: Each of the parameter's shape, as a matrix of its first dimension by all others.
+    """
+
+    shape: tuple[int, ...]
+    samples: int
+    terms: Sequence[Term]
+
+    def dense(self, like: Tensor) -> Float[Tensor, "sample ..."]:
+        """The gradients multiplied out, ``(sample, *shape)``."""
+        if not self.terms:
+            return like.new_zeros(self.samples, *self.shape)
+        return sum(term.rows(0, self.shape[0]) for term in self.terms).reshape(self.samples, *self.shape)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def stacked(parts: Sequence[SampleGradient]) -> SampleGradient:
+    """The gradients of several batches as those of one; shorter sequences are filled up with zeros.
+
+    Raises:
+        Nothing: where batches differ in how their gradients are made, they are multiplied out.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    kinds = {tuple(type(term) for term in part.terms) for part in parts}
+    samples = sum(part.samples for part in parts)
+    if len(kinds) == 1:
+        columns = zip(*(part.terms for part in parts), strict=True)
+        return SampleGradient(parts[0].shape, samples, [_stack_terms(column) for column in columns])
+    like = next(_tensor(term) for part in parts for term in part.terms)
+    return SampleGradient(parts[0].shape, samples, [Materialised(torch.cat([part.dense(like) for part in parts]))])
+
+
+def gram(gradient: SampleGradient) -> Float[Tensor, "n n"]:
+    """Inner products of the gradients, ``(N, N)``, float64 on the host."""
+    total = torch.zeros(gradient.samples, gradient.samples, dtype=torch.float64)
+    if not gradient.terms:
+        return total
+    if len(gradient.terms) == 1 and _token_by_token_is_cheaper(gradient.terms[0]):
+        return _token_by_token(gradient.terms[0])
+    columns = max(1, int(torch.tensor(gradient.shape[1:]).prod())) if len(gradient.shape) > 1 else 1
+    size = _tensor(gradient.terms[0]).element_size()
+    step = max(1, BUDGET // (gradient.samples * columns * size))
+    length = gradient.shape[0]  # pyright: ignore[reportGeneralTypeIssues]
+    for first in range(0, length, step):
+        last = min(first + step, length)
+        rows = sum(term.rows(first, last) for term in gradient.terms).flatten(1)  # pyright: ignore[reportAttributeAccessIssue]
+        total += (rows @ rows.mT).to(device="cpu", dtype=torch.float64)
+    return total
+
+
+def inner_products(gradient: SampleGradient, change: Tensor | LowRankMatrix) -> Float[Tensor, " n"]:
+    """Inner product of each gradient with a change of the parameter, float64 on the host.
+
+    Args:
+        gradient: Of N samples.
+        change: Of the parameter's shape; a product of factors is not multiplied out.
+    """
+    total = torch.zeros(gradient.samples, dtype=torch.float64)
+    for term in gradient.terms:
+        total += _inner_products(term, change, gradient.shape).to(device="cpu", dtype=torch.float64)
+    return total
+
+
+def _inner_products(term: Term, change: Tensor | LowRankMatrix, shape: tuple[int, ...]) -> Float[Tensor, " n"]:
+    if isinstance(term, Materialised):
+        dense = change.to_dense() if isinstance(change, LowRankMatrix) else change
+        return term.values.flatten(1).to(torch.float64) @ dense.to(term.values.device, torch.float64).flatten()
+    right = term.right.to(torch.float64)
+    if isinstance(change, LowRankMatrix):
+        left_factor, right_factor = (each.detach().to(right.device) for each in (change.left, change.right))
+        moved = right @ right_factor.mT  # (sample, token, rank)
+        if isinstance(term, Scatter):
+            return (moved * left_factor[term.places]).sum((1, 2))
+        return (moved * (term.left.to(torch.float64) @ left_factor)).sum((1, 2))
+    dense = change.detach().to(right.device, torch.float64).reshape(shape[0], -1)
+    if isinstance(term, Scatter):
+        return (right * dense[term.places]).sum((1, 2))
+    return ((right @ dense.mT) * term.left).sum((1, 2))
+
+
+def _token_by_token_is_cheaper(term: Term) -> bool:
+    """Multiplications for all pairs of tokens, against those for gradients multiplied out and then paired."""
+    if isinstance(term, Materialised):
+        return False
+    samples, tokens, columns = term.right.shape
+    rows = term.left.shape[-1] if isinstance(term, Outer) else term.count
+    paired = samples**2 * tokens**2 * ((rows if isinstance(term, Outer) else 1) + columns)
+    made = samples * tokens * (rows if isinstance(term, Outer) else 1) * columns
+    return paired < made + samples**2 * rows * columns
+
+
+def _token_by_token(term: Term) -> Float[Tensor, "n n"]:
+    assert not isinstance(term, Materialised)
+    samples, tokens, _ = term.right.shape
+    flat = term.right.flatten(0, 1)
+    step = max(1, BUDGET // (tokens * samples * tokens * term.right.element_size() * 2))
+    total = torch.zeros(samples, samples, dtype=torch.float64)
+    for first in range(0, samples, step):
+        last = min(first + step, samples)
+        right = term.right[first:last].flatten(0, 1) @ flat.mT
+        if isinstance(term, Outer):
+            left = term.left[first:last].flatten(0, 1) @ term.left.flatten(0, 1).mT
+        else:
+            left = (term.places[first:last].flatten()[:, None] == term.places.flatten()).to(right.dtype)
+        pairs = (left * right).reshape(last - first, tokens, samples, tokens)
+        total[first:last] = pairs.sum((1, 3)).to(device="cpu", dtype=torch.float64)
+    return total
+
+
+def _stack_terms(terms: Sequence[Term]) -> Term:
+    first = terms[0]
+    if isinstance(first, Materialised):
+        return Materialised(torch.cat([term.values for term in terms]))  # pyright: ignore[reportAttributeAccessIssue]
+    longest = max(term.right.shape[1] for term in terms)  # pyright: ignore[reportAttributeAccessIssue]
+    right = torch.cat([_filled(term.right, longest) for term in terms])  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(first, Outer):
+        return Outer(torch.cat([_filled(term.left, longest) for term in terms]), right)  # pyright: ignore[reportAttributeAccessIssue]
+    places = torch.cat([_filled(term.places[..., None], longest)[..., 0] for term in terms])  # pyright: ignore[reportAttributeAccessIssue]
+    return Scatter(places, right, first.count)
+
+
+def _filled(tensor: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, 0, 0, length - tensor.shape[1]))
+
+
+def _tensor(term: Term) -> Tensor:
+    return term.values if isinstance(term, Materialised) else term.right

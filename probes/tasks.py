@@ -1,0 +1,287 @@
+"""Tasks: held-out samples whose gradients, losses and scores are measured, each with its group.
+
+A group is what clusters samples: several questions about one image are not independent samples. Equal group names in
+two tasks mean the same group: the same image may carry both tasks' annotations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, groupby
+from typing import Any
+
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from probes.batches import PerSample, ProbeBatch, one_each
+from probes.collation import kind, longest, pad_and_stack, tensors
+from probes.losses import token_losses
+from probes.overlap import overlapping
+
+#: What names a sample, or its group: a key of the sample, one name for each sample, or a function of the sample.
+Naming = str | Collection[Any] | Callable[[Any], Any] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Held-out samples of one task, and how to measure a model on them.
+
+    Args:
+        name: Of the task.
+        samples: Any map-style data set: a list of dicts, a Hugging Face data set, a torch data set. Reading a sample
+            twice must give the same sample.
+        loss: ``"sum"`` (default) or ``"mean"`` of the model's own cross-entropy over a sample's tokens, padding and
+            labels of −100 left out, or a function (model, batch) → losses ``[samples in the batch]``. The sum is
+            nearest to what the Trainer minimises, the mean over all tokens of a step.
+        score: A function (model, batch) → values ``[samples in the batch]`` whose mean is the score; by default the
+            negative mean loss per token.
+        group: What each sample belongs to (its image, patient, document): a key of the samples, one name a sample, or
+            a function of the sample. By default each sample is a group of its own.
+        sample_id: What each sample is called, likewise; by default ``name/number``.
+        collate: Makes a batch, a dict as the model takes it, from a list of samples. By default sequences are padded,
+            everything else is stacked (:func:`probes.collation.pad_and_stack`), and text and the keys named by
+            ``group`` and ``sample_id`` are left out.
+        batch_size: Samples a batch.
+        higher_is_better: Which way ``score`` points; ``None`` if unknown. The default score is better when higher.
+
+    Raises:
+        ValueError: If one of these is not as described.
+
+    >>> task = Task(
+    ...     "vqa", [{"input_ids": [1, 2], "image": "a.png"}, {"input_ids": [3], "image": "a.png"}], group="image"
+    ... )
+    >>> task.sample_ids(), task.groups()
+    (['vqa/0', 'vqa/1'], ['a.png', 'a.png'])
+    >>> next(iter(task.batches()))["attention_mask"].tolist()
+    [[1, 1], [1, 0]]
+    """
+
+    name: str
+    samples: Any = field(repr=False)
+    loss: str | PerSample | None = None
+    score: PerSample | None = None
+    group: Naming = field(default=None, repr=False)
+    sample_id: Naming = field(default=None, repr=False)
+    collate: Callable[[list[Any]], Any] | None = None
+    batch_size: int = 8
+    higher_is_better: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name == "all":
+            raise ValueError(f"Expected a name for the task, got {self.name!r} ('all' stands for all tasks together).")
+        if not (hasattr(self.samples, "__len__") and hasattr(self.samples, "__getitem__")):
+            raise ValueError(
+                f"{self}: expected samples that can be read by number, got {type(self.samples).__name__}. "
+                "Take some of a stream first: list(itertools.islice(stream, 64))."
+            )
+        if isinstance(self.samples, Mapping):
+            raise ValueError(f"{self}: expected a data set or list of samples, got one {type(self.samples).__name__}.")
+        if len(self.samples) == 0:
+            raise ValueError(f"{self}: expected at least one sample, got none.")
+        if isinstance(self.loss, str) and self.loss not in ("sum", "mean"):
+            raise ValueError(f"{self}: expected loss 'sum', 'mean' or a function, got {self.loss!r}.")
+        if self.batch_size < 1:
+            raise ValueError(f"{self}: expected batch_size of at least 1, got {self.batch_size}.")
+        for what, naming in (("group", self.group), ("sample_id", self.sample_id)):
+            if not (naming is None or isinstance(naming, str) or callable(naming)) and len(naming) != len(self):
+                raise ValueError(f"{self}: expected one {what} for each of {len(self)} samples, got {len(naming)}.")
+        if self.score is None and self.higher_is_better is False:
+            raise ValueError(f"{self}: the default score is better when higher. Leave higher_is_better out.")
+
+    def __str__(self) -> str:
+        return f"Task {self.name!r}"
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.samples)
+
+    def sample_ids(self) -> list[str]:
+        """Name of each sample."""
+        return self._names("sample_id", self.sample_id, [f"{self.name}/{number}" for number in range(len(self))])
+
+    def groups(self) -> list[str]:
+        """Name of each sample's group."""
+        return self._names("group", self.group, None)
+
+    def batches(self) -> Iterator[ProbeBatch]:
+        """The samples in order, on the host.
+
+        Raises:
+            ValueError: If samples cannot be put into a batch.
+        """
+        return _batches((self,), None)
+
+    def losses(self, model: nn.Module, batch: Any) -> Shaped[Tensor, " sample"]:
+        """Loss of each sample in a batch.
+
+        Raises:
+            ValueError: If the task's own function returns anything but one number a sample.
+        """
+        if callable(self.loss):
+            return one_each(self.loss(model, batch), getattr(batch, "samples", None), f"{self}: loss(model, batch)")
+        return token_losses(model, batch, reduction=self.loss or "sum")
+
+    def refuse_overlap(self, training: Any) -> int:
+        """Raises if probe samples are also in the training set, as far as their content tells.
+
+        Samples are compared under the keys that both sides have. Gradients of samples that were trained on are not
+        those of the population: an update lies along them by construction.
+
+        Args:
+            training: The training set, map-style or a stream, which is read once.
+
+        Returns:
+            How many training samples were compared; 0 if there was nothing in common by which to compare them.
+
+        Raises:
+            ValueError: How many samples overlap, and which is the first.
+        """
+        found, compared = overlapping(self.samples, training, leave_out=self._keys_not_for_the_model())
+        if found:
+            first = next(iter(found))
+            raise ValueError(
+                f"{self}: expected held-out samples, got {len(found)} of {len(self)} that are also in the "
+                f"training set, first {self.sample_ids()[first]!r} "
+                f"(training sample {found[first]}). Probe samples not trained on."
+            )
+        return compared
+
+    def tensors(self, number: int) -> dict[str, Tensor]:
+        """One sample as the default collation takes it.
+
+        Raises:
+            ValueError: If the sample is no dict of numbers and text.
+        """
+        try:
+            return tensors(self.samples[number], self._keys_not_for_the_model())
+        except ValueError as error:
+            raise ValueError(f"{self}, sample {number}: {error}") from error
+
+    def _keys_not_for_the_model(self) -> list[str]:
+        return [naming for naming in (self.group, self.sample_id) if isinstance(naming, str)]
+
+    def _names(self, what: str, naming: Naming, default: list[str] | None) -> list[str]:
+        if naming is None:
+            return self.sample_ids() if default is None else default
+        if not (isinstance(naming, str) or callable(naming)):
+            return [_text(value) for value in naming]
+        return [_text(self._named(what, naming, number)) for number in range(len(self))]
+
+    def _named(self, what: str, naming: str | Callable[[Any], Any], number: int) -> Any:
+        sample = self.samples[number]
+        if callable(naming):
+            return naming(sample)
+        if not isinstance(sample, Mapping) or sample.get(naming) is None:
+            keys = ", ".join(map(repr, sample)) if isinstance(sample, Mapping) else type(sample).__name__
+            raise ValueError(f"{self}: expected {naming!r} in each sample for {what}, sample {number} has {keys} only.")
+        return sample[naming]
+
+
+@dataclass(frozen=True)
+class ProbeBatches:
+    """The samples of several tasks in batches; can be iterated over again and again, and reads them each time.
+
+    Args:
+        parts: Tasks whose samples may share a batch, and the lengths to which their sequences are padded.
+    """
+
+    parts: tuple[tuple[tuple[Task, ...], dict[str, int] | None], ...]
+
+    def __iter__(self) -> Iterator[ProbeBatch]:
+        """The batches, on the host."""
+        return chain.from_iterable(_batches(tasks, lengths) for tasks, lengths in self.parts)
+
+
+def probe_batches(tasks: Sequence[Task]) -> tuple[ProbeBatches, list[str], list[str], list[str]]:
+    """The samples of all tasks as one stream of batches, and what each sample is.
+
+    Neighbouring tasks share batches where they have the default collation, the same loss and samples of the same kind
+    (keys, formats, shapes; sequences of any length); their sequences are padded to one length. All other tasks have
+    batches of their own. Measure the losses with :func:`probe_loss`.
+
+    Returns:
+        The batches, and by sample, in their order: its task, its group, its name.
+
+    Raises:
+        ValueError: If there are no tasks, two have one name, or samples cannot be put into batches.
+
+    >>> tasks = [Task("a", [{"input_ids": [1]}]), Task("b", [{"input_ids": [2, 3]}])]
+    >>> batches, sample_task, sample_group, sample_id = probe_batches(tasks)
+    >>> [batch["input_ids"].tolist() for batch in batches]
+    [[[1, 0], [2, 3]]]
+    >>> sample_task, sample_id
+    (['a', 'b'], ['a/0', 'b/0'])
+    """
+    require_names(tasks)
+    runs = [tuple(run) for _, run in groupby(tasks, key=_kind)]
+    parts = tuple((run, _lengths(run) if run[0].collate is None else None) for run in runs)
+    return (
+        ProbeBatches(parts),
+        [task.name for task in tasks for _ in range(len(task))],
+        [group for task in tasks for group in task.groups()],
+        [name for task in tasks for name in task.sample_ids()],
+    )
+
+
+def probe_loss(model: nn.Module, batch: ProbeBatch) -> Shaped[Tensor, " sample"]:
+    """Loss of each sample in a batch of :func:`probe_batches`, as its task measures it.
+
+    >>> task = Task("x", [{"x": 2.0}], loss=lambda model, batch: model(batch["x"]))
+    >>> [probe_loss(nn.Identity(), batch) for batch in probe_batches([task])[0]]
+    [tensor([2.])]
+    """
+    return batch.loss(model, batch)
+
+
+def require_names(tasks: Sequence[Task]) -> None:
+    """Raises ``ValueError`` if there are no tasks, or two of them have one name.
+
+    >>> require_names([])
+    Traceback (most recent call last):
+    ValueError: Expected at least one task, got none.
+    """
+    if not tasks:
+        raise ValueError("Expected at least one task, got none.")
+    names = [task.name for task in tasks]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Expected tasks with names of their own, got several named {', '.join(map(repr, twice))}.")
+
+
+def _kind(task: Task) -> object:
+    """Equal for tasks whose samples may share a batch."""
+    if task.collate is not None:
+        return id(task)
+    return task.loss or "sum", kind(task.tensors(0))
+
+
+def _lengths(tasks: Sequence[Task]) -> dict[str, int]:
+    return longest(task.tensors(number) for task in tasks for number in range(len(task)))
+
+
+def _batches(tasks: Sequence[Task], lengths: Mapping[str, int] | None) -> Iterator[ProbeBatch]:
+    members = [(task, number) for task in tasks for number in range(len(task))]
+    size = min(task.batch_size for task in tasks)
+    for start in range(0, len(members), size):
+        chunk = members[start : start + size]
+        yield ProbeBatch(_collated(chunk, lengths), len(chunk), tasks[0].losses)
+
+
+def _collated(members: Sequence[tuple[Task, int]], lengths: Mapping[str, int] | None) -> Mapping[str, Any]:
+    (first, start), (last, end) = members[0], members[-1]
+    if first.collate is None:
+        samples = [task.tensors(number) for task, number in members]
+        try:
+            return pad_and_stack(samples, lengths)
+        except ValueError as error:
+            raise ValueError(f"Batch from {first}, sample {start}, to {last}, sample {end}: {error}") from error
+    batch = first.collate([task.samples[number] for task, number in members])
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"{first}: expected collate to return a dict as the model takes it, got {type(batch).__name__}."
+        )
+    return batch
+
+
+def _text(value: Any) -> str:
+    return str(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
