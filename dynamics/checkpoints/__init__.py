@@ -7,19 +7,24 @@ from dynamics.checkpoints.reader import open_trajectory
 from dynamics.checkpoints.trajectory import (
     Checkpoint,
     LogEntry,
+    Matrix,
     MatrixShape,
     OpenCheckpoint,
     Trajectory,
     UnreadableMatrix,
 )
+from dynamics.checkpoints.updates import DenseUpdate, update_since
 
 __all__ = [
     "Checkpoint",
+    "DenseUpdate",
     "LogEntry",
+    "Matrix",
     "MatrixShape",
     "NotARun",
     "OpenCheckpoint",
     "Trajectory",
     "UnreadableMatrix",
     "open_trajectory",
+    "update_since",
 ]

@@ -1,32 +1,34 @@
-"""One checkpoint folder: its adapters, their matrices and sums, and what was found in it."""
+"""One checkpoint folder: its adapters, their matrices and sums, or the weights of a whole model; and what was found."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from torch import Tensor
-
+from dynamics.checkpoints.base import Base
+from dynamics.checkpoints.dense import read_dense
 from dynamics.checkpoints.errors import UnreadableFile
-from dynamics.checkpoints.folders import CONFIG, AdapterFolder, Candidate, other_weights
-from dynamics.checkpoints.foreign import describe
-from dynamics.checkpoints.names import natural_order, shown, shown_path, some
+from dynamics.checkpoints.folders import CONFIG, DEFAULT, AdapterFolder, Candidate, other_weights
+from dynamics.checkpoints.foreign import describe, is_readable
+from dynamics.checkpoints.foreign_adapter import read_foreign
+from dynamics.checkpoints.mlx import is_mlx, mlx_scale
+from dynamics.checkpoints.names import natural_order, parse_key, shown, shown_path, some
+from dynamics.checkpoints.opening import open_matrices
 from dynamics.checkpoints.peft_adapter import Adapter, read_adapter
 from dynamics.checkpoints.peft_config import AdapterConfig, read_adapter_config
+from dynamics.checkpoints.plain_files import read_json
 from dynamics.checkpoints.products import Product, total, under
-from dynamics.checkpoints.trajectory import OpenCheckpoint, UnreadableMatrix
+from dynamics.checkpoints.trajectory import OpenCheckpoint
 from dynamics.checkpoints.variants import Refusal
-from dynamics.checkpoints.weight_files import Loader, WeightFile, read_weight_file
+from dynamics.checkpoints.weight_files import WeightFile, Weights, read_weight_file
+from dynamics.checkpoints.whole_models import read_whole_model, ties_embeddings
 from dynamics.findings import Finding
-from probes.low_rank import LowRankMatrix
 
 Watch = Callable[[str], bool]
-_CHANGED = "Its file no longer holds what its header said when the run was opened. Analyse the run again."
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,19 @@ class Content:
 
     Args:
         products: Name of the matrix to its product, in the model's order; empty if nothing is analysed.
-        files: Name of the adapter to its weight file.
+        files: Name of the adapter to its weight file; of a whole model ``default`` to its weights.
         findings: What was found.
         ranks: Rank of each matrix with factors, refused ones included: evidence of which training it is.
         settings: Adapter name to what distinguishes its configuration.
+        base: The base's weights, which some products are made with (DoRA).
     """
 
     products: Mapping[str, Product] = field(default_factory=dict)
-    files: Mapping[str, WeightFile] = field(default_factory=dict)
+    files: Mapping[str, Weights] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     ranks: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    base: Weights | None = None
 
     @contextmanager
     def open(self) -> Iterator[OpenCheckpoint]:
@@ -54,43 +58,9 @@ class Content:
         A file that has gone or changed since its header was read shows on access, as an
         ``UnreadableMatrix``: the other adapters of the checkpoint can still be read.
         """
-        with ExitStack() as stack:
-            loaders = {adapter: _opened(stack, file) for adapter, file in self.files.items()}
-
-            def load_tensor(key: str) -> Tensor:
-                adapter, _, inner = key.partition("\0")
-                return loaders[adapter](inner)
-
-            def load(name: str) -> LowRankMatrix:
-                if not loaders:
-                    raise RuntimeError(f"The checkpoint is closed; read {name!r} inside its `with` block.")
-                try:
-                    matrix = self.products[name].build(load_tensor)
-                except UnreadableFile as error:
-                    raise UnreadableMatrix(str(error)) from error
-                except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-                    raise UnreadableMatrix(_CHANGED) from error
-                if matrix.shape != (shapes[name].out, shapes[name].in_) or matrix.rank != shapes[name].rank:
-                    raise UnreadableMatrix(_CHANGED)
-                return matrix
-
-            shapes = {name: product.shape for name, product in self.products.items()}
-            try:
-                yield OpenCheckpoint(shapes, load)
-            finally:
-                loaders.clear()  # nothing may keep the mapping: memory must not grow with the checkpoints
-
-
-def _opened(stack: ExitStack, file: WeightFile) -> Loader:
-    try:
-        return stack.enter_context(file.open())
-    except UnreadableFile as error:
-        failure = error
-
-        def load(key: str) -> Tensor:
-            raise failure
-
-        return load
+        files = self.files if self.base is None else {**self.files, "": self.base}
+        with open_matrices(self.products, files) as opened:
+            yield opened
 
 
 @dataclass(frozen=True)
@@ -101,11 +71,13 @@ class Reader:
         run: The run's folder; files in findings are relative to it.
         adapters: Names of all adapters of the run; with several, matrices are ``matrix@adapter``.
         watch: Which matrices are wanted, by name.
+        base: The weights before training, if they are known.
     """
 
     run: Path
     adapters: Sequence[str]
     watch: Watch
+    base: Base | None = None
 
     def read(self, candidate: Candidate, latest: bool = False) -> Content:
         """Reads headers and configurations of one checkpoint folder.
@@ -114,8 +86,10 @@ class Reader:
             candidate: The folder.
             latest: Whether it is the run's last checkpoint, which may still be being written.
         """
+        if candidate.whole is not None:
+            return self._read_whole(candidate, candidate.whole)
         findings = list(self._absences(candidate, latest))
-        files: dict[str, WeightFile] = {}
+        files: dict[str, Weights] = {}
         read: dict[str, Adapter] = {}
         settings: dict[str, Any] = {}
         for place in candidate.adapters:
@@ -127,19 +101,52 @@ class Reader:
                 findings.append(error.to_finding(self._name(place.weights), candidate.step))
                 continue
             findings += self._links(place.weights, candidate.step)
-            config = self._config(place, file, candidate, latest)
-            if isinstance(config, Finding):
-                findings.append(config)
+            try:
+                adapter = self._foreign(place, file)
+            except UnreadableFile as error:
+                findings.append(error.to_finding(self._name(place.config or place.weights), candidate.step))
                 continue
-            adapter = read_adapter(file, config)
-            findings += self._remarks(adapter, config, place, candidate.step)
-            settings[place.name] = config.settings
+            if adapter is None:
+                config = self._config(place, file, candidate, latest)
+                if isinstance(config, Finding):
+                    findings.append(config)
+                    continue
+                adapter = read_adapter(file, config, self.base)
+                adapter = replace(adapter, remarks=(*config.remarks, *adapter.remarks))
+                settings[place.name] = config.settings
+            findings += self._remarks(adapter, place, candidate.step)
             read[place.name] = adapter
             if adapter.products:
                 files[place.name] = file
         products, notes = self._combined({name: read[name] for name in files}, candidate)
         ranks = {self._matrix(name, key): rank for key, one in read.items() for name, rank in one.ranks.items()}
-        return Content(products, files, (*findings, *notes), ranks, settings)
+        base = self.base.weights if self.base and any(product.uses_base for product in products.values()) else None
+        return Content(products, files, (*findings, *notes), ranks, settings, base)
+
+    def _read_whole(self, candidate: Candidate, path: Path) -> Content:
+        """Reads the headers of a whole model's weights."""
+        name, step = self._name(path), candidate.step
+        try:
+            weights = read_whole_model(path)
+        except UnreadableFile as error:
+            return Content(findings=(error.to_finding(name, step),))
+        findings = [finding for part in weights.parts for finding in self._links(part.path, step)]
+        held = read_dense(weights, tied_embeddings=ties_embeddings(path.parent))
+        if any(parse_key(key) for key in weights.tensors):
+            message = "It holds LoRA factors among the weights of a whole model: what its matrices are is not known."
+            remedy = "Save the adapter alone (PEFT's save_pretrained), or merge it before saving."
+            return Content(findings=(*findings, Finding("OD103", message, remedy, file=name, step=step)))
+        if not held.products and not held.refused:
+            message = f"Expected weight matrices, got {len(weights.tensors)} other tensors."
+            return Content(
+                findings=(*findings, Finding("OD106", message, "Save the model again.", file=name, step=step))
+            )
+        findings += self._refusals(held.refused, name, step)
+        if held.beside:
+            findings.append(_beside(held.beside, name, step))
+        products = {matrix: under(DEFAULT, product) for matrix, product in held.products.items() if self.watch(matrix)}
+        ranks = dict.fromkeys((*held.products, *held.refused), 0)
+        return Content(products, {DEFAULT: weights} if products else {}, tuple(findings), ranks)
 
     def _name(self, path: Path) -> str:
         return shown_path(path, self.run)
@@ -168,12 +175,22 @@ class Reader:
             message = "It holds no weights (adapter_model.safetensors or .bin)."
             yield Finding("OD106", message, "Restore the weights, or remove the folder.", file=where, step=step)
 
+    def _foreign(self, place: AdapterFolder, file: WeightFile) -> Adapter | None:
+        """An adapter that PEFT did not write; ``None`` if it did, or if it is of a kind that is not read."""
+        if place.config is None:
+            return read_foreign(file) if is_readable(file.tensors) else None
+        content = read_json(place.config, "OD102")
+        if not is_mlx(content):
+            return None
+        scale = mlx_scale(content)
+        return Adapter(refusal=scale) if isinstance(scale, Refusal) else read_foreign(file, scale)
+
     def _config(
         self, place: AdapterFolder, file: WeightFile, candidate: Candidate, latest: bool
     ) -> AdapterConfig | Finding:
         if place.config is not None:
             try:
-                return read_adapter_config(place.config)
+                return read_adapter_config(place.config, has_base=self.base is not None)
             except UnreadableFile as error:
                 return error.to_finding(self._name(place.config), candidate.step)
         name = self._name(file.path)
@@ -196,22 +213,28 @@ class Reader:
         message = f"It is a link to {str(target)!r}, outside the run; that file was read."
         return [Finding("OD122", message, file=self._name(path), step=step)]
 
-    def _remarks(self, adapter: Adapter, config: AdapterConfig, place: AdapterFolder, step: int) -> Iterator[Finding]:
+    def _remarks(self, adapter: Adapter, place: AdapterFolder, step: int) -> Iterator[Finding]:
         assert place.weights is not None
         weights, configuration = self._name(place.weights), self._name(place.config or place.weights)
         if adapter.refusal is not None:
             yield self._refused(adapter.refusal, list(adapter.refused), weights, step)
             return
-        for remark in (*config.remarks, *adapter.remarks):
+        for remark in adapter.remarks:
             yield Finding(remark.code, remark.message, file=configuration, step=step)
-        grouped: dict[Refusal, list[str]] = defaultdict(list)
-        for name, refusal in adapter.refused.items():
-            if self.watch(self._matrix(name, place.name)):
-                grouped[refusal].append(name)
-        for refusal, names in grouped.items():
-            yield self._refused(refusal, names, weights, step)
+        yield from self._refusals(adapter.refused, weights, step, place.name)
         if adapter.beside:
             yield _beside(adapter.beside, weights, step)
+
+    def _refusals(
+        self, refused: Mapping[str, Refusal], file: str, step: int, adapter: str = DEFAULT
+    ) -> Iterator[Finding]:
+        """One finding for each reason, of the matrices that are watched."""
+        grouped: dict[Refusal, list[str]] = defaultdict(list)
+        for name, refusal in refused.items():
+            if self.watch(self._matrix(name, adapter)):
+                grouped[refusal].append(name)
+        for refusal, names in grouped.items():
+            yield self._refused(refusal, names, file, step)
 
     @staticmethod
     def _refused(refusal: Refusal, names: list[str], file: str, step: int) -> Finding:
@@ -248,7 +271,8 @@ class Reader:
         combined: dict[str, Product] = {}
         for name in sorted(by_matrix, key=natural_order):
             parts = by_matrix[name]
-            if complete and len({(part.shape.out, part.shape.in_) for part in parts.values()}) == 1:
+            factored = all(part.shape.rank for part in parts.values())
+            if complete and factored and len({(part.shape.out, part.shape.in_) for part in parts.values()}) == 1:
                 combined[name] = total(parts)
             combined |= {_at(name, adapter): part for adapter, part in parts.items()}
         adapters = ", ".join(map(shown, self.adapters))

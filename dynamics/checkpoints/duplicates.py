@@ -11,13 +11,13 @@ from torch import Tensor
 
 from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.names import parse_key
-from dynamics.checkpoints.weight_files import WeightFile
+from dynamics.checkpoints.weight_files import Weights
 
 #: How many tensors, and how much of each, are hashed to rule out most pairs.
 _SAMPLED_TENSORS = 4
 _SAMPLED_ROWS = 64
 
-Files = Mapping[str, WeightFile]
+Files = Mapping[str, Weights]
 
 
 def duplicates(checkpoints: Sequence[Files]) -> list[tuple[int, int]]:
@@ -26,7 +26,7 @@ def duplicates(checkpoints: Sequence[Files]) -> list[tuple[int, int]]:
     A few small tensors of each are hashed; whole files are compared only where these agree.
 
     Args:
-        checkpoints: Adapter name to weight file, one mapping a checkpoint.
+        checkpoints: Adapter name to its weights, one mapping a checkpoint.
     """
     alike: dict[str, list[int]] = defaultdict(list)
     pairs: list[tuple[int, int]] = []
@@ -55,7 +55,7 @@ def same_tensors(one: Files, other: Files) -> bool:
         return False
 
 
-def _same_content(one: WeightFile, other: WeightFile) -> bool:
+def _same_content(one: Weights, other: Weights) -> bool:
     with one.open() as load, other.open() as load_other:
         return all(torch.equal(_bits(load(key)), _bits(load_other(key))) for key in _telling(one))
 
@@ -71,7 +71,7 @@ def _sample(files: Files) -> str:
     return digest.hexdigest()
 
 
-def _telling(file: WeightFile) -> list[str]:
+def _telling(file: Weights) -> list[str]:
     """Keys, factors that start at zero first (they differ earliest), small ones before large ones."""
     parts = {key: part.part if (part := parse_key(key)) else "" for key in file.tensors}
     return sorted(

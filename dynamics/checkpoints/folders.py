@@ -10,12 +10,17 @@ from pathlib import Path
 
 from dynamics.checkpoints.errors import NotARun, UnreadableFile, one_line
 from dynamics.checkpoints.foreign import describe
+from dynamics.checkpoints.mlx import ADAPTERS
 from dynamics.checkpoints.names import natural_order, shown, shown_path, some
+from dynamics.checkpoints.series import Series, find_series
 from dynamics.checkpoints.training_state import read_training_state
 from dynamics.checkpoints.weight_files import read_weight_file
+from dynamics.checkpoints.whole_models import lone_shards, whole_model
 from dynamics.findings import Finding
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in PEFT's own order of preference
+#: Where diffusers' training scripts save an adapter.
+DIFFUSERS = "pytorch_lora_weights.safetensors"
 CONFIG = "adapter_config.json"
 STATE = "trainer_state.json"
 #: The name PEFT gives an adapter that was given none; it is saved in the folder itself.
@@ -23,8 +28,7 @@ DEFAULT = "default"
 _LARGEST_STEP = 2**63 - 1
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
 _UNFINISHED = re.compile(r"tmp-checkpoint-[0-9]+")
-_DENSE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-_LOOKED_FOR = f"checkpoint-*/ or {CONFIG} with {WEIGHTS[0]} or {WEIGHTS[1]}"
+_LOOKED_FOR = f"checkpoint-*/ or {CONFIG} with {WEIGHTS[0]} or {WEIGHTS[1]}, or model.safetensors[.index.json]"
 _REMEDY = "Pass a Trainer output folder, or one checkpoint."
 
 
@@ -48,6 +52,7 @@ class Candidate:
         adapters: The adapters in it.
         state: Its ``trainer_state.json``, if there.
         entries: Names of everything in it.
+        whole: The file that holds, or names, the weights of a whole model; ``None`` if there is none, or adapters are.
     """
 
     step: int
@@ -55,6 +60,12 @@ class Candidate:
     adapters: tuple[AdapterFolder, ...]
     state: Path | None
     entries: tuple[str, ...]
+    whole: Path | None = None
+
+    @property
+    def holds_weights(self) -> bool:
+        """Whether there is an adapter or a whole model in it."""
+        return bool(self.adapters) or self.whole is not None
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,8 @@ class RunFolder:
     """What lies in a run folder.
 
     Args:
-        numbered: Folders ``checkpoint-N``, one a step, ascending.
-        root: The folder itself, if it holds an adapter.
+        numbered: Folders ``checkpoint-N``, or files with numbers in their names, one a step, ascending.
+        root: The folder itself, if it holds an adapter, or a whole model and no checkpoint holds an adapter.
         findings: Folders that were left out.
     """
 
@@ -73,7 +84,8 @@ class RunFolder:
 
 
 def find_checkpoints(run: Path) -> RunFolder:
-    """Looks for checkpoints in a run folder; reads nothing but names and the step of a lone adapter.
+    """Looks for checkpoints in a run folder; reads nothing but names, the step of a lone adapter, and headers of files
+    that are no PEFT adapter.
 
     Raises:
         NotARun: If the folder is not there, is empty, or holds neither checkpoints nor an adapter.
@@ -85,10 +97,17 @@ def find_checkpoints(run: Path) -> RunFolder:
             message = "It is a checkpoint that is still being written, or was never finished; it is left out."
             findings.append(Finding("OD118", message, "Analyse the run again when it is saved.", file=name))
     root = None
-    if _holds_adapter(names):
-        own = _own_step(run)
+    own = _own_step(run)
+    series = Series() if numbered else _files(run, names)
+    numbered += [_of_file(run, step, path, names) for step, path in series.numbered.items()]
+    findings += series.findings
+    if series.final is not None:
+        root = _of_file(run, _state_step(run) if own is None else own, series.final, names)
+    elif series.numbered:
+        pass  # the folder's own configuration belongs to its files
+    elif _holds_adapter(names) or (whole_model(run, names) and not any(one.adapters for one in numbered)):
         root = _candidate(run, _state_step(run) if own is None else own, names)
-    elif not numbered and (own := _own_step(run)) is not None:
+    elif not numbered and own is not None:
         lone = _candidate(run, own, names)  # one checkpoint, perhaps with named adapters or without weights
         root = lone if lone.adapters or lone.state else None
     if not numbered and root is None:
@@ -164,8 +183,25 @@ def _candidate(folder: Path, step: int, names: Sequence[str]) -> Candidate:
         # A folder with a training state or checkpoints of its own is another run, such as a copy of the best one.
         if _holds_adapter(inside) and STATE not in inside and not any(map(_CHECKPOINT.fullmatch, inside)):
             adapters.append(_adapter(name, inner, inside))
+    if not adapters and DIFFUSERS in names:
+        return _of_file(folder, step, folder / DIFFUSERS, names)
     state = folder / STATE if STATE in names else None
-    return Candidate(step, folder, tuple(adapters), state, tuple(names))
+    whole = None if adapters else whole_model(folder, names)
+    return Candidate(step, folder, tuple(adapters), state, tuple(names), folder / whole if whole else None)
+
+
+def _files(run: Path, names: Sequence[str]) -> Series:
+    """Adapter files that PEFT did not write; none where there are files that it, or a whole model, would have."""
+    if not {*WEIGHTS}.isdisjoint(names) or whole_model(run, names):
+        return Series()
+    return find_series(run, [name for name in names if name not in lone_shards(names)])
+
+
+def _of_file(folder: Path, step: int, path: Path, names: Sequence[str]) -> Candidate:
+    """One adapter file as a checkpoint."""
+    state = folder / STATE if STATE in names and path.name in (ADAPTERS, DIFFUSERS) else None
+    config = folder / CONFIG if CONFIG in names else None
+    return Candidate(step, folder, (AdapterFolder(DEFAULT, folder, path, config),), state, tuple(names))
 
 
 def _adapter(name: str, folder: Path, names: Iterable[str]) -> AdapterFolder:
@@ -195,14 +231,15 @@ def other_weights(folder: Path, names: Sequence[str], run: Path, step: int | Non
         step: The step, if the folder is a checkpoint.
     """
     findings = []
+    if shards := lone_shards(names):
+        message = f"It is a part of a whole model's weights ({len(shards)} are here), but their index is not there."
+        remedy = "Copy the index (….index.json) beside its shards."
+        findings.append(Finding("OD106", message, remedy, file=shown_path(folder / shards[0], run), step=step))
     for name in names:
         path = folder / name
         file = shown_path(path, run)
-        remedy = "Pass a run of PEFT LoRA adapters."
-        if _DENSE.fullmatch(name):
-            message = "It holds the weights of a whole model, not an adapter; only adapters are analysed."
-            findings.append(Finding("OD103", message, remedy, file=file, step=step))
-        elif name.endswith(".safetensors") and name not in WEIGHTS:
+        remedy = "Pass a run of PEFT LoRA adapters, or of whole models."
+        if name.endswith(".safetensors") and name not in (*WEIGHTS, *shards):
             try:
                 keys = read_weight_file(path).tensors
             except UnreadableFile as error:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-#: (what it is, a pattern that one key must match), in order: the particular before the general.
-_STYLES: tuple[tuple[str, str], ...] = (
+#: (what it is, a pattern that one key must match), in order: the particular before the general. First those whose
+#: products are read (``foreign_adapter``).
+_READ: tuple[tuple[str, str], ...] = (
     ("a LoKr adapter (Kronecker product)", r"\.lokr_w[12]|\.lokr_t2"),
     ("a LoHa adapter (Hadamard product)", r"\.hada_w[12]"),
     ("a DoRA adapter in kohya's format", r"\.dora_scale$"),
@@ -16,6 +17,9 @@ _STYLES: tuple[tuple[str, str], ...] = (
     ("a LoRA file with lora_down and lora_up keys (kohya or diffusers)", r"\.lora_(down|up)\.weight$"),
     ("a LoRA file in diffusers' format", r"^(transformer|unet|text_encoder(_\d)?|diffusion_model)\..*\.lora(_A|_B|\.)"),
     ("a LoRA file of a diffusion model", r"^(double|single)_blocks\.\d+\..*\.lora_[AB]\."),
+)
+_OTHERS: tuple[tuple[str, str], ...] = (
+    ("a LoRA file in MLX' format", r"\.lora_[ab]$"),
     ("a prompt-tuning adapter", r"(^|\.)prompt_embeddings$|(^|\.)prompt_encoder\."),
     ("an adaption-prompt adapter", r"\.adaption_(prompt|gate)$"),
     ("an IA3 adapter", r"\.ia3_l$"),
@@ -34,10 +38,17 @@ def describe(keys: Iterable[str]) -> str | None:
     True
     """
     keys = list(keys)
-    for what, pattern in _STYLES:
-        if any(map(_searcher(pattern), keys)):
-            return what
-    return None
+    return next((what for what, pattern in (*_READ, *_OTHERS) if any(map(_searcher(pattern), keys))), None)
+
+
+def is_readable(keys: Iterable[str]) -> bool:
+    """Whether the keys are those of a foreign file whose products are read without a configuration.
+
+    >>> is_readable(["unet:0:up", "unet:0:down"]), is_readable(["base_model.model.q.lora_A.weight"])
+    (True, False)
+    """
+    keys = list(keys)
+    return any(any(map(_searcher(pattern), keys)) for _, pattern in _READ)
 
 
 def _searcher(pattern: str) -> Callable[[str], object]:

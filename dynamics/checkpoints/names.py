@@ -17,6 +17,8 @@ _INNER_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_w
 #: Far beyond any model's names; whoever stores, draws or prints a name may rely on it.
 _LONGEST_NAME = 1000
 _LARGEST_NUMBER = 2**63 - 1
+#: So many wrappers are taken off a whole model; nobody nests more.
+_DEEPEST = 8
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def module_name(stem: str) -> str:
     'module.encoder'
     """
     rest = stem
-    while rest.startswith(_OUTER_WRAPPERS):
+    while rest.startswith(_OUTER_WRAPPERS) and len(stem) < 2 * _LONGEST_NAME:  # a longer one is not analysed anyway
         rest = rest.split(".", 1)[1]
     return rest.removeprefix(_PEFT_PREFIX) if rest.startswith(_PEFT_PREFIX) else stem
 
@@ -90,6 +92,29 @@ def matrix_names(stems: Iterable[str]) -> dict[str, str]:
 def _without_inner_wrappers(name: str) -> str:
     words = [word for word in name.split(".") if word not in _INNER_WRAPPERS]
     return ".".join(words) or name
+
+
+def without_wrappers(keys: Iterable[str]) -> dict[str, str]:
+    """Each key of a whole model's weights without wrappers.
+
+    What surrounds the whole model stands before all of its keys; a module of the model that happens to be called
+    ``module`` does not.
+
+    >>> without_wrappers(["module.a", "module._orig_mod.b"])
+    {'module.a': 'a', 'module._orig_mod.b': 'b'}
+    >>> without_wrappers(["module.a", "b"])
+    {'module.a': 'module.a', 'b': 'b'}
+    """
+    names = {key: key for key in keys}
+    for _ in range(_DEEPEST):
+        prefix = _common_wrapper(names.values())
+        names = {key: name.removeprefix(prefix) for key, name in names.items()}
+    return {key: _without_inner_wrappers(name) for key, name in names.items()}
+
+
+def _common_wrapper(names: Iterable[str]) -> str:
+    names = list(names)
+    return next((p for p in (*_OUTER_WRAPPERS, _PEFT_PREFIX) if names and all(n.startswith(p) for n in names)), "")
 
 
 def name_fault(name: str) -> str | None:

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from dynamics.checkpoints.base import Base, fitted
+from dynamics.checkpoints.dora import dora
 from dynamics.checkpoints.experts import Level, expert_products, targeted
 from dynamics.checkpoints.foreign import describe
 from dynamics.checkpoints.names import (
@@ -20,13 +22,14 @@ from dynamics.checkpoints.names import (
 )
 from dynamics.checkpoints.peft_config import AdapterConfig
 from dynamics.checkpoints.products import FLOATS, Product, diagonal, plain
+from dynamics.checkpoints.saved_modules import SAVED, saved_modules
 from dynamics.checkpoints.variants import Refusal, Remark
 from dynamics.checkpoints.weight_files import TensorInfo, WeightFile
 
 _PAIRS = (("A", "B"), ("embedding_A", "embedding_B"))
 #: Parts beside the factors that leave the product as it is (VeLoRA's buffer, MonteCLoRA's sampler).
 _BYSTANDERS = ("velora_embed", "monteclora_sampler")
-_BASE = "Its base weights are needed."
+_BASE = "Give the base weights (--base)."
 _RENAME = "Save the adapter again from a model whose modules have plain names."
 _SAVE = "Save the adapter again, or check that the file and adapter_config.json belong together."
 
@@ -52,12 +55,13 @@ class Adapter:
     remarks: tuple[Remark, ...] = ()
 
 
-def read_adapter(file: WeightFile, config: AdapterConfig) -> Adapter:
+def read_adapter(file: WeightFile, config: AdapterConfig, base: Base | None = None) -> Adapter:
     """Sorts the keys of an adapter file into matrices, refusals and the rest.
 
     Args:
         file: The weight file's header.
         config: Its configuration.
+        base: The weights before training: DoRA needs them, and only with them saved modules have an update.
     """
     parsed = {key: part for key in file.tensors if (part := parse_key(key)) is not None}
     modules: dict[str, dict[str, str]] = defaultdict(dict)
@@ -80,7 +84,12 @@ def read_adapter(file: WeightFile, config: AdapterConfig) -> Adapter:
     whole = config.refusal or config.slow_pattern(longest) or _not_an_adapter(file, parsed, ranks, config)
     if whole is not None:
         return Adapter(refusal=whole, refused=dict.fromkeys(ranks, whole), ranks=ranks)
-    products, unfit = _products(modules, doubled, names, config, file.tensors)
+    found = None if base is None else base.find([names[stem] for stem in modules])
+    products, unfit = _products(modules, doubled, names, config, file.tensors, found)
+    if base is not None:
+        saved = saved_modules(beside, file.tensors, taken=products)
+        products |= saved.products
+        beside = {kind: [key for key in keys if key not in saved.keys] for kind, keys in beside.items()}
     ordered = sorted(products, key=natural_order)
     products = {name: products[name] for name in ordered}
     return Adapter(products, {**refused, **unfit}, _frozen(beside), None, ranks, _remarks(modules, config))
@@ -107,7 +116,7 @@ def _remarks(modules: Iterable[str], config: AdapterConfig) -> tuple[Remark, ...
 
 
 def _frozen(lists: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
-    return {kind: tuple(keys) for kind, keys in lists.items()}
+    return {kind: tuple(keys) for kind, keys in lists.items() if keys}
 
 
 def _rank(keys: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> int | None:
@@ -123,10 +132,10 @@ def _kind(key: str, part: AdapterKey | None) -> str:
         return "lora_bias" if part.leaf == "bias" else "variant state"
     words = key.split(".")
     if "modules_to_save" in words or "original_module" in words:
-        return "modules_to_save"
+        return SAVED[0]
     if any(word.startswith("trainable_tokens") for word in words):
         return "trainable tokens"
-    return "bias" if words[-1] == "bias" else "saved weights"
+    return "bias" if words[-1] == "bias" else SAVED[1]
 
 
 def _not_an_adapter(
@@ -159,6 +168,7 @@ def _products(
     names: Mapping[str, str],
     config: AdapterConfig,
     tensors: Mapping[str, TensorInfo],
+    base: Mapping[str, Product] | None,
 ) -> tuple[dict[str, Product], dict[str, Refusal]]:
     products: dict[str, Product] = {}
     refused: dict[str, Refusal] = {}
@@ -168,7 +178,7 @@ def _products(
         if stem in doubled:
             refused[name] = Refusal("OD104", "One of its factors occurs twice.", _SAVE)
             continue
-        fault = _fault(keys, tensors, config)
+        fault = _fault(keys, tensors, config, has_base=base is not None)
         if fault is not None:
             refused[name] = fault
         elif (owner := _owner(stem)) != stem or targeted(config, module_name(owner)):
@@ -177,6 +187,8 @@ def _products(
         else:
             name, module, times = _live_name(stem, name, modules)
             built = _product(keys, module, config, tensors, times)
+            if "magnitude_vector" in keys and isinstance(built, Product) and base is not None:
+                built = _rescaled(built, keys["magnitude_vector"], base.get(names[stem]), config, tensors)
             (refused if isinstance(built, Refusal) else products)[name] = built  # type: ignore[assignment]
     for owner, levels in wrapped.items():
         name = matrix_names([owner])[owner]
@@ -211,17 +223,34 @@ def _live_name(stem: str, name: str, modules: Mapping[str, Mapping[str, str]]) -
     return name, module_name(stem), 1
 
 
-def _fault(keys: Mapping[str, str], tensors: Mapping[str, TensorInfo], config: AdapterConfig) -> Refusal | None:
+def _rescaled(
+    product: Product, magnitude: str, base: Product | None, config: AdapterConfig, tensors: Mapping[str, TensorInfo]
+) -> Product | Refusal:
+    """DoRA's update, which rescales the base weight."""
+    weight = None if base is None else fitted(base, product.shape, config.fan_in_fan_out)
+    if weight is None:
+        shape = (product.shape.out, product.shape.in_)
+        lacks = "has no such weight" if base is None else f"has {(base.shape.out, base.shape.in_)} for its {shape}"
+        return Refusal("OD105", f"It has a DoRA magnitude, and the base {lacks}.", "Pass the base of its training.")
+    if tensors[magnitude].count != product.shape.out or tensors[magnitude].dtype not in FLOATS:
+        reason = f"Its DoRA magnitude has shape {list(tensors[magnitude].shape)}, not one length for each row."
+        return Refusal("OD104", reason, _SAVE)
+    return dora(product, magnitude, weight)
+
+
+def _fault(
+    keys: Mapping[str, str], tensors: Mapping[str, TensorInfo], config: AdapterConfig, has_base: bool
+) -> Refusal | None:
     """What keeps a module's tensors from being a pair of factors; the configuration's rank comes later."""
     pair = next((p for p in _PAIRS if p[0] in keys or p[1] in keys), None)
-    if "magnitude_vector" in keys:
+    if "magnitude_vector" in keys and (not has_base or pair != _PAIRS[0] or config.peft_type != "LORA"):
         return Refusal("OD105", "It has a DoRA magnitude: the update rescales the base weight.", _BASE)
     if pair is None:
         return Refusal("OD103", f"It has only lora_{', lora_'.join(sorted(keys))}: no LoRA factors.", _SAVE)
     for one, other in (pair, pair[::-1]):
         if other not in keys:
             return Refusal("OD104", f"lora_{one} is there without lora_{other}.", _SAVE)
-    known = {*pair, "E"} if config.peft_type == "ADALORA" else set(pair)
+    known = {*pair, "E"} if config.peft_type == "ADALORA" else {*pair, "magnitude_vector"}
     odd = sorted(set(keys) - known)
     if odd:
         return Refusal("OD103", f"Beside its factors it has lora_{', lora_'.join(odd)}: no plain product.", _SAVE)

@@ -37,6 +37,7 @@ class AdapterConfig:
         rank: ``r`` (AdaLoRA: ``init_r``).
         alpha: ``lora_alpha``.
         rslora: Whether the scale is alpha / √r instead of alpha / r.
+        fan_in_fan_out: Whether the base stores its weights as (in, out), as GPT-2's Conv1D does.
         rank_pattern: Pattern, compiled pattern and rank, in order.
         alpha_pattern: The same for alpha.
         target_parameters: Parameters (not modules) that were adapted, as written.
@@ -49,6 +50,7 @@ class AdapterConfig:
     rank: int
     alpha: float
     rslora: bool = False
+    fan_in_fan_out: bool = False
     rank_pattern: Patterns = ()
     alpha_pattern: Patterns = ()
     target_parameters: tuple[str, ...] = ()
@@ -114,16 +116,20 @@ def _matches(patterns: Patterns, module: str) -> tuple[float, ...]:
     return values or tuple(value for key, _, value in patterns if key == module)
 
 
-def read_adapter_config(path: Path) -> AdapterConfig:
+def read_adapter_config(path: Path, *, has_base: bool = False) -> AdapterConfig:
     """Reads ``adapter_config.json``.
+
+    Args:
+        path: The file.
+        has_base: Whether the base's weights are at hand, which DoRA needs.
 
     Raises:
         UnreadableFile: ``OD102`` (missing, not JSON, not what PEFT accepts) or ``OD107``.
     """
-    return parse_adapter_config(read_json(path, "OD102"))
+    return parse_adapter_config(read_json(path, "OD102"), has_base=has_base)
 
 
-def parse_adapter_config(content: Mapping[str, Any]) -> AdapterConfig:
+def parse_adapter_config(content: Mapping[str, Any], *, has_base: bool = False) -> AdapterConfig:
     """The configuration from its JSON object.
 
     >>> config = parse_adapter_config({"peft_type": "LORA", "r": 8, "lora_alpha": 16})
@@ -136,7 +142,7 @@ def parse_adapter_config(content: Mapping[str, Any]) -> AdapterConfig:
     peft_type = content.get("peft_type")
     if not isinstance(peft_type, str):
         raise UnreadableFile("OD102", f"Its peft_type is {peft_type!r}; expected a name such as 'LORA'.", _RESAVE)
-    refusal, remarks = judge(content)
+    refusal, remarks = judge(content, has_base=has_base)
     if peft_type not in _DEFAULT_RANK:
         return AdapterConfig(peft_type, rank=1, alpha=1.0, refusal=refusal, settings={"peft_type": peft_type})
     rank_key, default_rank = _DEFAULT_RANK[peft_type]
@@ -153,6 +159,7 @@ def parse_adapter_config(content: Mapping[str, Any]) -> AdapterConfig:
         rank,
         alpha,
         rslora=bool(content.get("use_rslora")) and peft_type == "LORA",
+        fan_in_fan_out=bool(content.get("fan_in_fan_out")),
         rank_pattern=ranks,
         alpha_pattern=() if peft_type == "ADALORA" else _patterns(content, "alpha_pattern"),
         target_parameters=_names(content, "target_parameters"),
@@ -169,6 +176,7 @@ def _settings(content: Mapping[str, Any], rank: int, alpha: float) -> dict[str, 
         "r": rank,
         "lora_alpha": alpha,
         "use_rslora": bool(content.get("use_rslora")),
+        "fan_in_fan_out": bool(content.get("fan_in_fan_out")),
         "target_modules": sorted(map(str, modules)) if isinstance(modules, list) else modules,
         "rank_pattern": content.get("rank_pattern") or {},
         "alpha_pattern": content.get("alpha_pattern") or {},

@@ -48,21 +48,34 @@ def read_start(path: Path, code: str, count: int = 64) -> tuple[int, bytes]:
     return status.st_size, start[:count]
 
 
+def read_text(path: Path, code: str) -> str:
+    """The text of a JSON file, not parsed; a byte-order mark is left out.
+
+    Raises:
+        UnreadableFile: With ``code`` if it is too large, not UTF-8 or cannot be read; ``OD107`` for a Git-LFS pointer.
+    """
+    size, _ = read_start(path, code)
+    if size > _JSON_LIMIT:
+        raise UnreadableFile(code, f"It has {size} bytes: too large for a JSON file of its kind.", "Check the file.")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except ValueError as error:
+        raise UnreadableFile(code, f"It is not valid JSON: {one_line(error)}.", "Save or copy it again.") from error
+    except OSError as error:
+        raise UnreadableFile(code, f"It cannot be read: {one_line(error)}.", "Copy it again.") from error
+
+
 def read_json(path: Path, code: str) -> dict[str, Any]:
     """A JSON object from a file; bare ``NaN`` and ``Infinity``, as Python writes them, are accepted.
 
     Raises:
         UnreadableFile: With ``code`` if it is not a JSON object, ``OD107`` if it is a Git-LFS pointer.
     """
-    size, _ = read_start(path, code)
-    if size > _JSON_LIMIT:
-        raise UnreadableFile(code, f"It has {size} bytes: too large for a JSON file of its kind.", "Check the file.")
+    text = read_text(path, code)
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UnreadableFile(code, f"It is not valid JSON: {one_line(error)}.", "Save or copy it again.") from error
-    except OSError as error:
-        raise UnreadableFile(code, f"It cannot be read: {one_line(error)}.", "Copy it again.") from error
     if not isinstance(content, dict):
         problem = f"Expected a JSON object, got {type(content).__name__}."
         raise UnreadableFile(code, problem, "Save or copy it again.")

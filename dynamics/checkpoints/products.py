@@ -1,4 +1,4 @@
-"""How one matrix is built from stored tensors: the products B A, and nothing that is not one."""
+"""How one matrix is built from stored tensors: products B A as their factors, dense weights as views."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from dynamics.checkpoints.trajectory import MatrixShape
+from dynamics.checkpoints.trajectory import Matrix, MatrixShape
 from dynamics.checkpoints.weight_files import Loader, TensorInfo
 from probes.low_rank import LowRankMatrix
 
@@ -23,10 +24,12 @@ class Product:
     Args:
         shape: Known from the header.
         build: Gives the matrix, reading tensors with the loader it is given.
+        uses_base: Whether it reads the base's weights, under keys ``"\\0" + key``.
     """
 
     shape: MatrixShape
-    build: Callable[[Loader], LowRankMatrix]
+    build: Callable[[Loader], Matrix]
+    uses_base: bool = False
 
 
 def coarser(*dtypes: str) -> str:
@@ -94,7 +97,8 @@ def total(parts: Mapping[str, Product]) -> Product:
 
 
 def _load_total(parts: Mapping[str, Product], load: Loader) -> LowRankMatrix:
-    loaded = [part.build(load) for part in parts.values()]
+    loaded = [matrix for part in parts.values() if isinstance(matrix := part.build(load), LowRankMatrix)]
+    assert len(loaded) == len(parts), "only products have sums"
     left = torch.cat([matrix.left_factor for matrix in loaded], dim=1)
     right = torch.cat([matrix.right_factor for matrix in loaded])
     return LowRankMatrix(left, right, column_scale=torch.cat([matrix.scales() for matrix in loaded]))
@@ -103,10 +107,27 @@ def _load_total(parts: Mapping[str, Product], load: Loader) -> LowRankMatrix:
 def under(adapter: str, product: Product) -> Product:
     """The same product, reading from the file of a named adapter among several.
 
-    The loader it is given understands keys ``adapter + "\\0" + key``.
+    The loader it is given understands keys ``adapter + "\\0" + key``; what is to be read from the base,
+    ``"\\0" + key``, stays as it is.
     """
-    return Product(product.shape, partial(_load_under, adapter, product))
+    return Product(product.shape, partial(_load_under, adapter, product), product.uses_base)
 
 
-def _load_under(adapter: str, product: Product, load: Loader) -> LowRankMatrix:
-    return product.build(lambda key: load(f"{adapter}\0{key}"))
+def _load_under(adapter: str, product: Product, load: Loader) -> Matrix:
+    return product.build(lambda key: load(key if key.startswith("\0") else f"{adapter}\0{key}"))
+
+
+def weight(key: str, shape: tuple[int, int], dtype: str, view: Callable[[Tensor], Tensor]) -> Product:
+    """A dense weight, as a view ``(out, in)`` of a stored tensor.
+
+    Args:
+        key: The tensor's key.
+        shape: Of the view.
+        dtype: As stored.
+        view: From the stored tensor to the matrix.
+    """
+    return Product(MatrixShape(*shape, 0, dtype, "weight"), partial(_load_weight, key, view))
+
+
+def _load_weight(key: str, view: Callable[[Tensor], Tensor], load: Loader) -> Tensor:
+    return view(load(key))

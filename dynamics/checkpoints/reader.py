@@ -9,12 +9,14 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
+from dynamics.checkpoints.base import base_checkpoint, open_base
 from dynamics.checkpoints.checkpoint import Content, Reader
 from dynamics.checkpoints.duplicates import duplicates, same_tensors
 from dynamics.checkpoints.errors import NotARun, UnreadableFile
 from dynamics.checkpoints.folders import DEFAULT, STATE, Candidate, RunFolder, find_checkpoints
 from dynamics.checkpoints.names import natural_order, shown_path, some
 from dynamics.checkpoints.segments import Clues, find_segments, merged_log
+from dynamics.checkpoints.starts import every_shape, has_updates, start_findings
 from dynamics.checkpoints.training_state import TrainingState, read_training_state
 from dynamics.checkpoints.trajectory import Checkpoint, Trajectory
 from dynamics.findings import Finding, worst_severity
@@ -25,18 +27,22 @@ _NAMES = (
 )
 
 
-def open_trajectory(run: str | PathLike[str], matrices: str | None = None) -> Trajectory:
-    """Opens a run of LoRA checkpoints: headers and configurations only, no weights.
+def open_trajectory(
+    run: str | PathLike[str], matrices: str | None = None, base: str | PathLike[str] | None = None
+) -> Trajectory:
+    """Opens a run of LoRA adapters or of whole models: headers and configurations only, no weights.
 
-    What cannot be read or is not a plain product of factors becomes a finding of the trajectory; the
-    rest is read. The matrices themselves come from ``with checkpoint.open() as matrices``.
+    What cannot be read, or is neither a dense weight nor a plain product of factors, becomes a finding of the
+    trajectory; the rest is read. The matrices themselves come from ``with checkpoint.open() as matrices``.
 
     Args:
         run: A Trainer output folder with ``checkpoint-N/``, or one checkpoint or adapter folder.
         matrices: Watch only matrices in whose names this regular expression is found (``re.search``).
+        base: Folder with the weights before training. Totals of dense weights are counted from it, without it from the
+            run's first checkpoint; modules saved with an adapter, and DoRA, are analysed only with it.
 
     Raises:
-        NotARun: If nothing at all can be read; its ``findings`` say why, file by file.
+        NotARun: If nothing at all can be read, or not the base; its ``findings`` say why, file by file.
         ValueError: If ``matrices`` is not a regular expression.
 
     Example::
@@ -51,7 +57,8 @@ def open_trajectory(run: str | PathLike[str], matrices: str | None = None) -> Tr
     found = find_checkpoints(folder)
     numbered = found.numbered or [root for root in (found.root,) if root is not None]
     names = _adapter_names(numbered)
-    reader = Reader(folder, names, watch)
+    start = None if base is None else open_base(base)
+    reader = Reader(folder, names, watch, start)
     contents = [reader.read(one, latest=one is numbered[-1]) for one in numbered]
     states, findings = _states(folder, numbered)
     candidates, contents, states, notes = _with_root(found, reader, list(numbered), contents, states)
@@ -73,7 +80,15 @@ def open_trajectory(run: str | PathLike[str], matrices: str | None = None) -> Tr
         *_size_findings(checkpoints),
         Finding("OD117", _NAMES),
     ]
-    return Trajectory(folder, tuple(checkpoints), merged_log(segments.numbers, clues), tuple(_merged(findings)))
+    at_start = None
+    if start is not None:
+        at_start, lacking = base_checkpoint(start, every_shape(checkpoints), _transposed([contents[i] for i in used]))
+        findings += lacking
+    findings += start_findings(checkpoints, at_start)
+    if not has_updates(checkpoints, at_start):
+        raise _nothing_left(folder, matrices, contents, findings)
+    log = merged_log(segments.numbers, clues)
+    return Trajectory(folder, tuple(checkpoints), log, tuple(_merged(findings)), at_start)
 
 
 def _watch(matrices: str | None) -> Callable[[str], bool]:
@@ -122,7 +137,8 @@ def _with_root(
     root = found.root
     if root is None or not found.numbered:
         return candidates, contents, states, []
-    message, remedy = "An adapter is saved beside the checkpoints; it is left out: ", ""
+    what = "adapter" if root.adapters else "model"
+    message, remedy = f"{'An' if root.adapters else 'A'} {what} is saved beside the checkpoints; it is left out: ", ""
     content = reader.read(root)
     if {adapter.name for adapter in root.adapters} - set(reader.adapters):
         content = replace(content, products={})
@@ -139,7 +155,7 @@ def _with_root(
         if state is not None and state.step is not None and state.step not in taken:
             both = [*zip(candidates, contents, states, strict=True), (replace(root, step=state.step), content, state)]
             both.sort(key=lambda entry: entry[0].step)
-            text = f"The adapter saved beside the checkpoints is step {state.step}, by its {STATE}."
+            text = f"The {what} saved beside the checkpoints is step {state.step}, by its {STATE}."
             note = Finding("OD110", text, step=state.step)
             return [b[0] for b in both], [b[1] for b in both], [b[2] for b in both], [note]
         why = "its step is unknown" if state is None or state.step is None else f"step {state.step} has a checkpoint"
@@ -150,7 +166,7 @@ def _with_root(
 
 
 def _root_file(root: Candidate) -> str:
-    weights = root.adapters[0].weights or root.adapters[0].config
+    weights = root.whole or root.adapters[0].weights or root.adapters[0].config
     return shown_path(weights, root.folder) if weights is not None else ""
 
 
@@ -161,11 +177,18 @@ def _clues(candidate: Candidate, state: TrainingState | None, content: Content) 
 
 def _checkpoint(run: Path, candidate: Candidate, content: Content, segment: int) -> Checkpoint:
     inputs = tuple(
-        {"path": shown_path(file.path, run), "bytes": file.bytes, "header_sha256": file.header_sha256}
+        {"path": shown_path(part.path, run), "bytes": part.bytes, "header_sha256": part.header_sha256}
         for file in content.files.values()
+        for part in file.parts
     )
     shapes = {name: product.shape for name, product in content.products.items()}
     return Checkpoint(candidate.step, candidate.folder, segment, shapes, content.open, content.findings, inputs)
+
+
+def _transposed(contents: Sequence[Content]) -> set[str]:
+    """Matrices of adapters that say that their base stores (in, out)."""
+    turned = [one for one in contents if any(each.get("fan_in_fan_out") for each in one.settings.values())]
+    return {name for content in turned for name in content.products}
 
 
 def _nothing_left(run: Path, matrices: str | None, contents: Sequence[Content], findings: Sequence[Finding]) -> NotARun:

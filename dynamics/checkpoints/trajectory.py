@@ -7,10 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
 
 from dynamics.findings import Finding
 from probes.low_rank import LowRankMatrix
+
+#: A low-rank update as its factors; a dense weight, or a dense update, as it is.
+Matrix: TypeAlias = LowRankMatrix | Tensor
 
 
 class UnreadableMatrix(ValueError):
@@ -25,17 +30,23 @@ class MatrixShape:
         out: Output dimension (rows).
         in_: Input dimension (columns).
         rank: Adapter rank, 0 for a dense matrix.
-        dtype: Storage dtype of the factors, as safetensors writes it (``F32``, ``BF16``, ...).
+        dtype: Storage dtype of the factors or of the weight, as safetensors writes it (``F32``, ``BF16``, ...).
+        holds: ``"update"`` where the matrix is the change since the start, ``"weight"`` where it is the weight
+            itself, of which the start must be subtracted.
     """
 
     out: int
     in_: int
     rank: int
     dtype: str
+    holds: Literal["update", "weight"] = "update"
 
 
-class OpenCheckpoint(Mapping[str, LowRankMatrix]):
+class OpenCheckpoint(Mapping[str, Matrix]):
     """The matrices of one checkpoint, loaded when asked for; valid until it is closed.
+
+    Low-rank updates come as :class:`LowRankMatrix`; everything dense as a tensor ``(out, in)``, a view of the file
+    where it is stored as such.
 
     Args:
         shapes: Name to shape, in the model's order.
@@ -45,11 +56,11 @@ class OpenCheckpoint(Mapping[str, LowRankMatrix]):
         UnreadableMatrix: On access, if the file does not hold what its header says.
     """
 
-    def __init__(self, shapes: Mapping[str, MatrixShape], load: Callable[[str], LowRankMatrix]) -> None:
+    def __init__(self, shapes: Mapping[str, MatrixShape], load: Callable[[str], Matrix]) -> None:
         self.shapes = shapes
         self._load = load
 
-    def __getitem__(self, name: str) -> LowRankMatrix:
+    def __getitem__(self, name: str) -> Matrix:
         if name not in self.shapes:
             raise KeyError(name)
         return self._load(name)
@@ -110,6 +121,7 @@ class Trajectory:
         checkpoints: In ascending order of step; steps are unique.
         log: Scalars of the training log (loss, learning rate, ``eval_*``), by segment and step.
         findings: Everything found while reading, those of the checkpoints included.
+        base: The weights before training under the names of the run, if they were given; step 0.
 
     Example: the largest singular value of each matrix in the last checkpoint::
 
@@ -123,6 +135,17 @@ class Trajectory:
     checkpoints: Sequence[Checkpoint]
     log: Sequence[LogEntry] = field(default=())
     findings: Sequence[Finding] = field(default=())
+    base: Checkpoint | None = None
+
+    def start_of(self, checkpoint: Checkpoint) -> Checkpoint | None:
+        """What totals of dense weights are counted from: the base, or the first checkpoint of the same training.
+
+        ``None`` for that first checkpoint itself: without a base it has no total.
+        """
+        if self.base is not None:
+            return self.base
+        first = next(one for one in self.checkpoints if one.segment == checkpoint.segment)
+        return None if first is checkpoint else first
 
     @property
     def name(self) -> str:

@@ -38,6 +38,9 @@ _SWITCHES = {
     "enable_lora": ("OD103", "merged LoRA (enable_lora)", "its factors are stored interleaved by group"),
 }
 
+#: Of these the ones that are analysed where the base is at hand.
+_WITH_BASE = ("use_dora",)
+
 #: Initialisations that move part of the base weight into the adapter: prefix -> name.
 _MUTATING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 #: Initialisations from which B A starts at zero on the unchanged base weight.
@@ -61,11 +64,12 @@ class Remark:
     message: str
 
 
-def judge(content: Mapping[str, Any]) -> tuple[Refusal | None, tuple[Remark, ...]]:
+def judge(content: Mapping[str, Any], *, has_base: bool = False) -> tuple[Refusal | None, tuple[Remark, ...]]:
     """Whether the adapter of a configuration is analysed, and what its reader must know.
 
     Args:
         content: ``adapter_config.json``.
+        has_base: Whether the base's weights are at hand.
 
     >>> judge({"peft_type": "IA3"})[0].reason
     'It is an IA3 adapter; only LoRA and AdaLoRA are products of factors that are analysed.'
@@ -78,14 +82,15 @@ def judge(content: Mapping[str, Any]) -> tuple[Refusal | None, tuple[Remark, ...
         article = "an" if kind[:1] in "AEIO" else "a"
         reason = f"It is {article} {kind} adapter; only LoRA and AdaLoRA are products of factors that are analysed."
         return Refusal("OD103", reason, "Analyse a LoRA run, or convert the adapter (PEFT: convert_to_lora)."), ()
-    refusal = _switched_on(content) or _unknown_variant(content) or _mutated_start(content, kind)
+    refusal = _switched_on(content, has_base) or _unknown_variant(content) or _mutated_start(content, kind)
     return refusal, () if refusal else tuple(_remarks(content, kind))
 
 
-def _switched_on(content: Mapping[str, Any]) -> Refusal | None:
+def _switched_on(content: Mapping[str, Any], has_base: bool) -> Refusal | None:
     for key, (code, name, why) in _SWITCHES.items():
-        if content.get(key):
-            remedy = "Its base weights are needed." if code == "OD105" else "It is not analysed."
+        if content.get(key) and not (key in _WITH_BASE and has_base):
+            needed = "Give the base weights (--base)." if key in _WITH_BASE else "Its base weights are needed."
+            remedy = needed if code == "OD105" else "It is not analysed."
             return Refusal(code, f"It is {name} ({key}): {why}.", remedy)
     return None
 
@@ -134,6 +139,9 @@ def _remarks(content: Mapping[str, Any], kind: str) -> list[Remark]:
         remarks.append(Remark("OD121", text))
     if content.get("alora_invocation_tokens"):
         text = "Activated LoRA: the update acts only on tokens from the invocation sequence on."
+        remarks.append(Remark("OD121", text))
+    if content.get("use_dora"):
+        text = "DoRA: the update analysed is that of the whole weight, of full rank, formed with the base."
         remarks.append(Remark("OD121", text))
     if content.get("monteclora_config"):
         text = "MonteCLoRA: the product analysed is what PEFT merges, without the sampled perturbations."

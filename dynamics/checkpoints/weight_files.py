@@ -11,11 +11,11 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +30,7 @@ _BITS = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
-_TORCH_NAMES = {
+TORCH_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
@@ -55,6 +55,28 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
+@runtime_checkable
+class Weights(Protocol):
+    """Named tensors on disk, not yet opened: one file, the shards of an index, a distributed checkpoint.
+
+    ``path`` is the file that names them, ``parts`` the files that hold them; the rest is as in :class:`WeightFile`.
+    """
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def header_sha256(self) -> str: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    @property
+    def tied(self) -> Mapping[str, str]: ...
+    @property
+    def parts(self) -> Sequence[Weights]: ...
+    def open(self) -> AbstractContextManager[Loader]: ...
+
+
 @dataclass(frozen=True)
 class WeightFile:
     """A readable weight file, not yet opened.
@@ -65,6 +87,7 @@ class WeightFile:
         header_sha256: Hash of its header (safetensors) or of its list of tensors (``.bin``).
         tensors: Key to dtype and shape.
         metadata: What a safetensors file says about itself.
+        tied: Key to the first key that has the same tensor in the same memory (``.bin``).
     """
 
     path: Path
@@ -72,6 +95,12 @@ class WeightFile:
     header_sha256: str
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[WeightFile]:
+        """The files that hold its tensors: itself."""
+        return (self,)
 
     @contextmanager
     def open(self) -> Iterator[Loader]:
@@ -200,11 +229,22 @@ def _read_pickle(path: Path) -> WeightFile:
     size, _ = read_start(path, "OD101")
     state = _load_pickle(path)
     tensors = {
-        key: TensorInfo(_TORCH_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+        key: TensorInfo(TORCH_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
         for key, tensor in state.items()
     }
     listing = json.dumps([[key, info.dtype, info.shape] for key, info in tensors.items()])
-    return WeightFile(path, size, hashlib.sha256(listing.encode()).hexdigest(), tensors, {})
+    return WeightFile(path, size, hashlib.sha256(listing.encode()).hexdigest(), tensors, {}, _tied(state))
+
+
+def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Key to the first key with the same view of the same memory; where nothing is stored nothing is shared."""
+    first: dict[object, str] = {}
+    tied = {}
+    for key, tensor in state.items():
+        view = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and first.setdefault(view, key) != key:
+            tied[key] = first[view]
+    return tied
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
@@ -215,7 +255,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle can raise anything at all; nothing in it is executed
         if "weights_only" in str(error) or "Unsupported" in str(error):
             problem = "It holds Python objects, not only tensors; they could run code and were not loaded."
-            remedy = "Save the adapter as safetensors (save_pretrained(..., safe_serialization=True))."
+            remedy = "Save it as safetensors (save_pretrained(..., safe_serialization=True))."
             raise UnreadableFile("OD101", problem, remedy) from error
         raise UnreadableFile("OD101", f"It cannot be read: {one_line(error)}", _AGAIN) from error
     if not isinstance(state, dict) or not all(

@@ -16,7 +16,10 @@ from dynamics.checkpoints import NotARun, Trajectory, UnreadableMatrix, open_tra
 from dynamics.findings import Finding
 from tests.runs import adapter_config, adapter_tensors, random_factors, write_adapter, write_run, write_state
 
-LOOKED_FOR = "checkpoint-*/ or adapter_config.json with adapter_model.safetensors or adapter_model.bin"
+LOOKED_FOR = (
+    "checkpoint-*/ or adapter_config.json with adapter_model.safetensors or adapter_model.bin, "
+    "or model.safetensors[.index.json]"
+)
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
 WEIGHTS = "adapter_model.safetensors"
 Q = "model.layers.0.self_attn.q_proj"
@@ -621,11 +624,13 @@ def test_two_folders_for_one_step(tmp_path: Path) -> None:
     assert only(trajectory, "OD111").file == "checkpoint-0010"
 
 
-def test_full_model_weights_are_named_as_such(tmp_path: Path) -> None:
+def test_broken_whole_model_among_adapters_costs_one_checkpoint(tmp_path: Path) -> None:
     write_run(tmp_path)
     (tmp_path / "checkpoint-40").mkdir()
     (tmp_path / "checkpoint-40" / "model.safetensors").write_bytes(b"")
-    assert "weights of a whole model" in only(open_trajectory(tmp_path), "OD103").message
+    trajectory = open_trajectory(tmp_path)
+    assert trajectory.steps == (10, 20, 30)
+    assert only(trajectory, "OD101").file == "checkpoint-40/model.safetensors"
 
 
 def test_step_beyond_64_bits(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dynamics.checkpoints import NotARun, open_trajectory
-from dynamics.checkpoints.names import name_fault, natural_order, shown
+from dynamics.checkpoints.names import module_name, name_fault, natural_order, shown
 from dynamics.findings import Finding
 from tests.runs import NAMES, adapter_config, adapter_tensors, random_factors, write_adapter
 
@@ -148,6 +148,11 @@ def test_rank_that_no_adapter_has(rank: int, tmp_path: Path) -> None:
     with pytest.raises(NotARun) as raised:
         open_trajectory(tmp_path)
     assert "expected a positive integer below 2**31." in raised.value.findings[0].message
+
+
+def test_endless_wrappers_are_not_taken_off() -> None:
+    stem = "module." * 200_000 + "base_model.model.q"
+    assert module_name(stem) == stem
 
 
 def test_natural_order_of_numbers_of_any_length() -> None:

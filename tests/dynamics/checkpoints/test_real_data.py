@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dynamics.checkpoints import NotARun, open_trajectory
 from dynamics.checkpoints.peft_config import parse_adapter_config
+from tests.dynamics.checkpoints import foreign_twins as twins
 
 RUNS: dict[str, tuple[tuple[int, ...], int, list[str]]] = {
     "paulohenriquecrs__RoBERTa_SEQ_CLS_LoRA_Portuguese/results": (
@@ -59,19 +61,51 @@ def test_runs_without_weights(rank: str, shared_data: Path) -> None:
     assert missing == ["adapter_config.json", "checkpoint-23", "checkpoint-46", "checkpoint-69"]
 
 
+def test_other_formats_are_refused_by_name(shared_data: Path) -> None:
+    with pytest.raises(NotARun) as raised:
+        open_trajectory(shared_data / "invoke-ai__InvokeAI/tests/backend/model_manager/data/test_files")
+    assert raised.value.findings
+    assert all(finding.code == "OD103" and "textual-inv" in finding.message for finding in raised.value.findings)
+
+
 @pytest.mark.parametrize(
-    ("folder", "what"),
+    ("folder", "stems"),
     [
-        ("KohakuBlueleaf__LyCORIS/at_3e64b457/result", "LoKr"),
-        ("cloneofsimo__lora/example_loras", "cloneofsimo's format"),
-        ("invoke-ai__InvokeAI/tests/backend/model_manager/data/test_files", "textual-inversion"),
+        (
+            "KohakuBlueleaf__LyCORIS/at_3e64b457/result",
+            "smart_falcon_4_lokr, smart_falcon_8_lokr, smart_falcon_16_lokr",
+        ),
+        ("cloneofsimo__lora/example_loras", "analog_svd_rank4, lora_disney"),
     ],
 )
-def test_other_formats_are_refused_by_name(folder: str, what: str, shared_data: Path) -> None:
-    with pytest.raises(NotARun) as raised:
+def test_folders_of_several_adapters_are_refused_by_name(folder: str, stems: str, shared_data: Path) -> None:
+    with pytest.raises(NotARun, match=f"trainings, by their names: {stems}. Put the files of one training"):
         open_trajectory(shared_data / folder)
-    assert raised.value.findings
-    assert all(finding.code == "OD103" and what in finding.message for finding in raised.value.findings)
+
+
+FOREIGN = {
+    "KohakuBlueleaf__LyCORIS/at_3e64b457/result/smart_falcon_4_lokr.safetensors": 350,
+    "KohakuBlueleaf__LyCORIS/at_3e64b457/result/smart_falcon_16_lokr.safetensors": 350,
+    "cloneofsimo__lora/example_loras/analog_svd_rank4.safetensors": 192,
+    "cloneofsimo__lora/example_loras/lora_disney.safetensors": 192,
+}
+
+
+@pytest.mark.parametrize(("file", "count"), FOREIGN.items(), ids=FOREIGN.keys())
+def test_foreign_adapters_have_the_updates_of_their_formulas(
+    file: str, count: int, shared_data: Path, tmp_path: Path
+) -> None:
+    shutil.copy(shared_data / file, tmp_path)
+    trajectory = open_trajectory(tmp_path)
+    assert not [finding for finding in trajectory.findings if finding.severity != "note"]
+    modules = twins.modules(load_file(shared_data / file))
+    assert set(trajectory.matrices) == set(modules)
+    assert len(modules) == count
+    with trajectory.checkpoints[0].open() as matrices:
+        small = [name for name, shape in matrices.shapes.items() if shape.out * shape.in_ < 10**6]
+        for name in small[::20]:
+            expected = twins.update(modules[name])
+            torch.testing.assert_close(matrices[name].to_dense(), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_folders_of_broken_files(shared_data: Path) -> None:
@@ -87,15 +121,29 @@ def shapes(shared_data: Path) -> list[Path]:
 
 
 def test_key_styles_without_configuration(shared_data: Path, tmp_path: Path) -> None:
+    """Each gives the update of its library's formula, matrix by matrix, or a finding that says why not."""
     for path in shapes(shared_data):
         folder = tmp_path / path.stem
         folder.mkdir()
-        save_file(small_tensors(path), folder / "adapter_model.safetensors")
-        with pytest.raises(NotARun) as raised:
-            open_trajectory(folder)
-        (finding,) = raised.value.findings
-        assert finding.code in ("OD102", "OD103"), path.stem
-        assert (finding.code == "OD102") == (path.stem == "flux_lora_diffusers_base_model_format"), path.stem
+        tensors = small_tensors(path)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        if path.stem == "flux_lora_diffusers_base_model_format":  # PEFT's own, whose scale is in its configuration
+            with pytest.raises(NotARun, match="rank and scale are unknown"):
+                open_trajectory(folder)
+            continue
+        modules = twins.modules(tensors)
+        plain = {name: parts for name, parts in modules.items() if "dora" not in parts}
+        if not plain:
+            with pytest.raises(NotARun, match="DoRA magnitude"):
+                open_trajectory(folder)
+            continue
+        trajectory = open_trajectory(folder)
+        assert set(trajectory.matrices) == set(plain), path.stem
+        refused = {name for finding in trajectory.findings for name in finding.evidence.get("matrices", ())}
+        assert refused == set(modules) - set(plain), path.stem
+        with trajectory.checkpoints[0].open() as matrices:
+            for name in trajectory.matrices[::5]:
+                torch.testing.assert_close(matrices[name].to_dense(), twins.update(plain[name]), rtol=1e-10, atol=1e-12)
 
 
 def test_key_styles_under_a_lora_configuration(shared_data: Path, tmp_path: Path) -> None:
