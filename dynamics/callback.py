@@ -16,10 +16,14 @@ from transformers.trainer_utils import SaveStrategy
 from dynamics.capture import Schedule, at_no_step, either, preset_named
 from dynamics.capture.disk_names import disk_names
 from dynamics.recorder import Recorder
+from probes.tasks import Task
+from probes.undisturbed import undisturbed
 from probes.watched import find_watched
 
 #: What the recorder's numbers are called in the training log.
 PREFIX = "dynamics/"
+#: Training sets of at most so many samples are read when training begins, to see that no probe sample is among them.
+COMPARED = 10_000
 
 
 class DynamicsCallback(TrainerCallback):
@@ -32,6 +36,9 @@ class DynamicsCallback(TrainerCallback):
 
     Args:
         out_dir: Run folder, best the Trainer's ``output_dir``.
+        tasks: Held-out probe samples, each a :class:`probes.Task`: with them each captured step also has the Fisher at
+            the start of its increment, and the tasks' scores. Refused if they are in the training set, where that can
+            be told.
         preset: ``"economy"``: spectra of updates and gradient norms; ``"standard"``: spectra of gradients as well;
             ``"full"``: also cosines of consecutive increments, for a second copy of the watched factors.
         every: Capture every so many steps, instead of the preset's schedule.
@@ -55,6 +62,7 @@ class DynamicsCallback(TrainerCallback):
     def __init__(
         self,
         out_dir: str | PathLike[str],
+        tasks: Sequence[Task] | None = None,
         *,
         preset: str = "standard",
         every: int | None = None,
@@ -71,9 +79,11 @@ class DynamicsCallback(TrainerCallback):
             "every": every,
             "at": at,
             "matrices": matrices,
+            "tasks": tasks,
             "strict": strict,
         }
         self._trainer: Trainer | None = None
+        self._under_way: int | None = None  # the batch size of a training that has taken a step and has not ended
         self._waiting: dict[str, float] = {}
         self.recorder: Recorder | None = None
 
@@ -109,14 +119,16 @@ class DynamicsCallback(TrainerCallback):
         self.close()
         self._waiting = {}
         model = kwargs["model"]
+        self._refuse_overlap(model, kwargs.get("train_dataloader"))
         self.recorder = Recorder(
             self._out_dir,
             model,
             schedule=either(self._schedule, lambda step: _is_saved(step, args, state)),
-            resume_from=state.global_step or None,
+            resume_from=state.global_step or self._taken_up_again(args, state),
             warmup_steps=args.get_warmup_steps(state.max_steps),
             gradients=not _keeps_gradients_away(args, kwargs.get("optimizer")),
             disk_names=_disk_names(model, self._wishes["matrices"]),
+            batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             **self._wishes,
         )
 
@@ -136,6 +148,7 @@ class DynamicsCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Writes the record of a captured step."""
+        self._under_way = state.train_batch_size
         if self.recorder is not None and self.recorder.after_optimizer_step():
             self._log(state, will_log=control.should_log)
 
@@ -162,6 +175,7 @@ class DynamicsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Closes the store."""
+        self._under_way = None
         self.close()
 
     def close(self) -> None:
@@ -174,6 +188,23 @@ class DynamicsCallback(TrainerCallback):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _refuse_overlap(self, model: Any, train_dataloader: Any) -> None:
+        """Refuses probe samples that are trained on, where the training set is map-style and soon read."""
+        dataset = getattr(train_dataloader, "dataset", None)
+        if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) <= COMPARED:
+            with undisturbed(model):  # reading may draw random numbers
+                for task in self._wishes["tasks"] or ():
+                    task.refuse_overlap(dataset)
+
+    def _taken_up_again(self, args: TrainingArguments, state: TrainerState) -> int | None:
+        """Step 0 where ``auto_find_batch_size`` gave a training up and begins it again, from where its weights are.
+
+        The records so far are of an attempt that the Trainer drops; the start of the weights is still the first's.
+        """
+        before, self._under_way = self._under_way, None
+        smaller = before is not None and state.train_batch_size is not None and state.train_batch_size < before
+        return 0 if args.auto_find_batch_size and smaller else None
 
     def _log(self, state: TrainerState, *, will_log: bool) -> None:
         """Hands a record's summary to the training log, together with the Trainer's own numbers where it has some."""

@@ -38,6 +38,8 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD120": ("warning", "scores that could not be placed"),
     "OD121": ("note", "how an analysed product is to be read"),
     "OD122": ("note", "a weight file that is a link out of the run"),
+    "OD123": ("note", "what updates of dense weights are counted from"),
+    "OD124": ("warning", "a weight that the base does not have"),
     # 2xx: spectra
     "OD201": ("error", "a non-finite factor"),
     "OD202": ("note", "an update that is exactly zero"),
@@ -58,6 +60,18 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD309": ("warning", "a record that cannot be read"),
     "OD310": ("warning", "an adapter that cannot be watched"),
     "OD311": ("note", "gradients that are not recorded"),
+    "OD312": ("warning", "records that probed other samples"),
+    # 4xx: the Fisher
+    "OD401": ("note", "intervals that rest on few groups"),
+    "OD402": ("warning", "a Gram matrix that is not finite"),
+    "OD403": ("warning", "an update that lies partly outside the space of the gradients"),
+    "OD404": ("note", "cosines of tasks that are not resolved"),
+    "OD405": ("note", "null gradients of more samples than were probed"),
+    "OD406": ("note", "an update without its gradient null"),
+    "OD407": ("note", "an update more concentrated than a gradient of its batch"),
+    "OD408": ("note", "probe samples that come in groups"),
+    "OD409": ("note", "tasks of unequal numbers of samples"),
+    "OD410": ("warning", "an update product that does not belong to its update"),
 }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dynamics.capture import Schedule, preset_named
 from dynamics.capture.presets import schedule_of
+from dynamics.capture.probing import FisherProbe
 from dynamics.capture.watching import notes_on, notes_on_resuming, watched_or_refused
 from dynamics.findings import Finding
 from dynamics.records import Records, earlier_capture, refuse_other_weights
@@ -31,6 +32,7 @@ from dynamics.spectra.scalars import scalars
 from dynamics.store import encodable
 from dynamics.store.capture_start import read_tensors
 from probes.gradients import GradientNorms, loss_scale, norms_of
+from probes.tasks import Task
 from probes.watched import Found, is_sharded
 
 
@@ -65,11 +67,16 @@ class Recorder:
         warmup_steps: Of the learning rate; what is warned of allows for them.
         gradients: Whether gradients are recorded; ``False`` where they cannot be read (DeepSpeed ZeRO).
         disk_names: Matrix → its name in saved weights, where that is another.
+        tasks: Held-out probe samples. With them a record has the Fisher at the start of the increment, K and b, and the
+            scores of tasks that have one; one forward-backward pass over all probe samples a captured step.
+        batch_size: Samples that the optimizer sees in one step, over all processes and accumulated; for the null of
+            concentration. 0: not known.
         strict: Whether a failure to record raises, instead of one warning and a gap in the records.
 
     Raises:
         ValueError: If nothing is to be watched, or the preset, the schedule or the regular expression is not one.
         CaptureExists: If the run has records already and does not resume, or resumes from other weights than recorded.
+        OSError: If the store cannot be made; what fails later does not raise, unless ``strict``.
 
     Example: a plain training loop::
 
@@ -96,6 +103,8 @@ class Recorder:
         warmup_steps: int = 0,
         gradients: bool = True,
         disk_names: Mapping[str, Any] | None = None,
+        tasks: Sequence[Task] | None = None,
+        batch_size: int = 0,
         strict: bool = False,
     ) -> None:
         self.preset = preset_named(preset)
@@ -109,6 +118,7 @@ class Recorder:
         self._norms = GradientNorms(self._parameters)
         self._in_flight: _InFlight | None = None
         self._records: Records | None = None
+        self._probe = self._probe_of(model, tasks, found, batch_size, restricted=matrices is not None)
         self.scalars: dict[str, float] = {}
         name = None if schedule is None else getattr(schedule, "__qualname__", type(schedule).__name__)
         wishes = {"every": every, "at": None if at is None else list(map(int, at)), "schedule": name}
@@ -132,15 +142,17 @@ class Recorder:
 
         Args:
             step: Number of this optimizer step, from 1.
-            optimizer: The optimizer, Accelerate's wrapper or not; without it, call :meth:`before_optimizer_step`
-                after clipping, or what is known of gradients is their norm before clipping.
+            optimizer: The optimizer, Accelerate's wrapper or not; without it, or with one that is no
+                ``torch.optim.Optimizer``, call :meth:`before_optimizer_step` after clipping, or what is known of
+                gradients is their norm before clipping.
             scaler: The ``torch.amp.GradScaler``, if the loss is scaled.
         """
         self.before_backward(step, scaler)
         hook = None
         if self._in_flight is not None and optimizer is not None:
             inner = getattr(optimizer, "optimizer", optimizer)
-            hook = inner.register_step_pre_hook(lambda *_: self.before_optimizer_step(optimizer))
+            if hasattr(inner, "register_step_pre_hook"):  # not every optimizer is one of torch
+                hook = inner.register_step_pre_hook(lambda *_: self.before_optimizer_step(optimizer))
         try:
             yield
             self.after_optimizer_step()
@@ -218,10 +230,11 @@ class Recorder:
         self._norms.disarm()
         self._in_flight = None
         self._takes_part = False
-        if self._records is not None:
-            with self._forgiven(self._last):
-                self._records.annotate()
-            self._records.close()
+        try:
+            self._annotate()
+        finally:
+            if self._records is not None:
+                self._records.close()
 
     def __enter__(self) -> Recorder:
         return self
@@ -235,11 +248,43 @@ class Recorder:
             spectra = self._live.measure()
             if self._records is not None:
                 update = self._update(step, spectra)
-                self._records.write(step, update, gradient)
-                written, self._from_step = True, step
+                numbers = scalars(update, gradient)
+                self._records.write(step, update, gradient, self._probed(step))
+                written, self.scalars = True, numbers
+                self._from_step = -1  # until there are copies of this step
                 self._live.advance()
-                self.scalars = scalars(update, gradient)
+                if self._probe is not None:
+                    self._probe.advance()
+                self._from_step = step
+        if written:
+            self._annotate()
         return written
+
+    def _probe_of(
+        self, model: nn.Module, tasks: Sequence[Task] | None, found: Found, batch_size: int, *, restricted: bool
+    ) -> FisherProbe | None:
+        if not tasks or not self._takes_part:
+            return None
+        dense = [parameter for each in found.watched if each.is_dense for parameter in each.sources]
+        blocks = [each.name for each in found.watched if not each.part_of] if restricted else None
+        return FisherProbe(model, tasks, blocks=blocks, on_host=dense, batch_size=batch_size)
+
+    def _probed(self, step: int) -> dict[str, xr.Dataset | None]:
+        """What the probe samples tell at this step; what goes wrong with them costs nothing else."""
+        found: dict[str, xr.Dataset | None] = {}
+        if self._probe is not None and self._from_step >= 0:
+            with self._forgiven(step):
+                found["fisher"] = self._probe.record(step, self._from_step, self._live.increments())
+        if self._probe is not None:
+            with self._forgiven(step):
+                found["score"] = self._probe.scores(step)
+        return found
+
+    def _annotate(self) -> None:
+        """Says what the records give cause to."""
+        with self._forgiven(self._last):
+            if self._records is not None:
+                self._records.annotate()
 
     def _open(
         self,
@@ -252,16 +297,17 @@ class Recorder:
     ) -> None:
         """Takes in the model as it is, and opens the store; if that is refused on one rank, it is on all."""
         self._last = self._from_step = resume_from or 0
-        earlier, start, refusal = None, None, None
-        if resume_from is not None and self._leads:
-            earlier = earlier_capture(run)
-            start = {} if earlier is None else read_tensors(earlier.path / ".start.safetensors")
+        earlier, start = None, None
+        with _raised_on_all():
+            if resume_from is not None and self._leads:
+                earlier = earlier_capture(run)
+                start = {} if earlier is None else read_tensors(earlier.path / ".start.safetensors")
         start = {} if resume_from is not None and start is None else start
         cosines = self.preset.increment_cosines
         self._live = LiveSpectra(found.watched, start=start, cosines=cosines, leads=self._leads)
-        spectra = self._live.measure() if resume_from is not None and self._takes_part else {}
-        if self._leads:
-            try:
+        with _raised_on_all():
+            spectra = self._live.measure() if resume_from is not None and self._takes_part else {}
+            if self._leads:
                 goes_on = earlier is not None and refuse_other_weights(
                     earlier, self._last, self._update(self._last, spectra)
                 )
@@ -275,17 +321,25 @@ class Recorder:
                     resume_from=resume_from,
                     earlier=earlier,
                 )
-                if resume_from is None:
-                    self._records.write_start(self._live.start)
-                elif not goes_on:
-                    self._from_step = -1
-                    self._records.write(resume_from, self._update(resume_from, spectra), None)
-                    self._from_step = resume_from
-                if resume_from is not None:
-                    self._live.advance()
-            except Exception as error:
-                refusal = error
-        _raise_on_all(refusal)
+                try:
+                    self._begin(self._records, resume_from, spectra, goes_on=goes_on)
+                except BaseException:
+                    self._records.close()
+                    raise
+
+    def _begin(
+        self, records: Records, resume_from: int | None, spectra: Mapping[str, MatrixSpectra], *, goes_on: bool
+    ) -> None:
+        """Puts down what is needed to go on from here: the start, or a record of the step that is resumed from."""
+        if resume_from is None:
+            records.write_start(self._live.start)
+            return
+        if not goes_on:
+            self._from_step = -1
+            records.write(resume_from, self._update(resume_from, spectra), None)
+            records.annotate()
+            self._from_step = resume_from
+        self._live.advance()
 
     def _update(self, step: int, spectra: Mapping[str, MatrixSpectra]) -> xr.Dataset:
         results = {(step, name): each for name, each in spectra.items()}
@@ -322,12 +376,18 @@ def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _raise_on_all(error: Exception | None) -> None:
-    """Raises on every rank what was refused on the first, which would else wait for it."""
+@contextmanager
+def _raised_on_all() -> Iterator[None]:
+    """What is refused inside on the first rank is raised on every one, which would else wait for it."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
     if _distributed() and dist.get_world_size() > 1:
         box = [error]
         dist.broadcast_object_list(box, src=0)
-        error = box[0]
+        error = box[0] or error
     if error is not None:
         raise error
 

@@ -119,17 +119,21 @@ class Records:
         if tensors:
             self._store.write_start(tensors)
 
-    def write(self, step: int, update: xr.Dataset, gradient: xr.Dataset | None) -> None:
-        """Adds a record, and says once what it gives cause to.
+    def write(
+        self,
+        step: int,
+        update: xr.Dataset,
+        gradient: xr.Dataset | None,
+        probed: Mapping[str, xr.Dataset | None] | None = None,
+    ) -> None:
+        """Adds a record; what is ``None`` was not measured.
 
         Raises:
             OSError: If it cannot be written.
         """
-        self._store.write(step, {"update": update} | ({} if gradient is None else {"gradient": gradient}))
+        groups = {"update": update, "gradient": gradient, **(probed or {})}
+        self._store.write(step, {name: group for name, group in groups.items() if group is not None})
         self._signs.see(update, gradient)
-        for finding in self._signs.findings():
-            self._tell(finding.code, str(finding))
-        self.annotate()
 
     def gap(self, step: int, reason: str) -> None:
         """Notes that a step could not be recorded, or not all of it, and says so the first time."""
@@ -141,7 +145,13 @@ class Records:
         )
 
     def annotate(self) -> None:
-        """Brings the root attributes up to date."""
+        """Brings the root attributes up to date, and says once what the records give cause to.
+
+        Raises:
+            OSError: If they cannot be written; the next call tries again.
+        """
+        for finding in self._signs.findings():
+            self._tell(finding.code, str(finding))
         changing = self._changing()
         if changing != self._noted:
             self._store.annotate(changing)

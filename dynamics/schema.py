@@ -108,6 +108,17 @@ SCORE: Mapping[str, Variable] = {
     "standard_error": Variable(("step", "task"), "task units", "standard error of the score"),
 }
 
+#: What is kept of the Fisher at each step; everything else follows from it. K = GGᵀ is unnormalised.
+FISHER_RECORD: Mapping[str, Variable] = {
+    "gram": Variable(("step", "block", "sample", "sample_"), "(loss/weight)²", "inner products K of gradients"),
+    "update_product": Variable(("step", "block", "sample"), "loss", "inner products b of gradients with the update"),
+    "update_norm_squared": Variable(("step", "block"), "weight²", "squared norm of the update inside the space"),
+    "share_outside_space": Variable(("step", "block"), "1", "share of the update outside the space"),
+    "dimension": Variable(("step", "block"), "1", "dimension of the space"),
+    "loss": Variable(("step", "sample"), "nat", "loss of each probe sample"),
+}
+SAMPLE_LABELS = ("sample_task", "sample_group", "sample_id")
+
 ROOT_ATTRIBUTES = (
     "toolkit_version",
     "library_versions",
@@ -120,7 +131,7 @@ ROOT_ATTRIBUTES = (
     "findings",
 )
 #: Prefixes that wrappers put before the live model's names.
-_WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
+WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
 _JSON_ATTRIBUTES = ("library_versions", "configuration", "inputs", "findings")
 
 
@@ -237,7 +248,7 @@ def _coordinate_problems(update: xr.Dataset) -> Iterator[str]:
     if "matrix" in update.coords and not update.indexes["matrix"].is_unique:
         yield "/update has two matrices of one name"
     if "matrix" in update.coords:
-        wrapped = [name for name in update["matrix"].values.tolist() if name.startswith(_WRAPPERS)]
+        wrapped = [name for name in update["matrix"].values.tolist() if name.startswith(WRAPPERS)]
         yield from (f"/update matrix {name!r} has a wrapper's prefix" for name in wrapped)
     if "adapter_rank" in update.coords and (update["adapter_rank"] < 0).any():
         yield "/update adapter_rank is negative"

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dynamics.spectra import pairs, rounding
-from dynamics.spectra.increments import Workspace
+from dynamics.spectra.increments import Workspace, difference
 from dynamics.spectra.pairs import Before, MatrixSpectra, Solved
 from dynamics.spectra.raw import Place
 from dynamics.spectra.singular_values import dense_singular_values, singular_values
@@ -75,7 +75,7 @@ class LiveSpectra:
         self._solved_before: dict[str, Solved] = {}
         self._gathered: dict[int, Tensor] = {}
         if start is None:
-            self._keep()
+            self._keep(Snapshot())
 
     @property
     def start(self) -> dict[str, Tensor]:
@@ -99,20 +99,44 @@ class LiveSpectra:
         workspace = Workspace()
 
         def solve(batch: Sequence[Watched], values: dict[int, Tensor]) -> None:
-            self._gathered |= {id(p): values[id(p)] for each in batch for p in each.sources if is_sharded(p)}
+            # On the host, so that no more than one batch is ever whole beside the model.
+            sharded = [p for each in batch for p in each.sources if is_sharded(p)]
+            self._gathered |= {id(p): values[id(p)].to("cpu", copy=True) for p in sharded}
             self._solved |= self._solve(batch, Snapshot(values), workspace)
 
         self._for_each_batch(solve)
         return {name: solved.spectra for name, solved in self._solved.items()}
 
     def advance(self) -> None:
-        """What was just measured becomes the earlier step of the next measurement."""
-        if self._leads:
-            if self._cosines:
-                self._earlier, self._before = self._before, Snapshot()
-            self._solved_before = self._solved
-            self._keep(self._gathered)
+        """What was just measured becomes the earlier step of the next measurement.
+
+        Where that fails, as for want of memory, the next measurement has no earlier step, not a wrong one.
+        """
+        solved, gathered = self._solved, self._gathered
         self._solved, self._gathered = {}, {}
+        if self._leads:
+            last, self._before, self._solved_before = self._before, Snapshot(), {}
+            if self._cosines:
+                self._earlier, last = last, Snapshot()
+            self._keep(last, gathered)
+            self._solved_before = solved
+
+    def increments(self) -> dict[str, Matrix]:
+        """Change of every matrix since the last captured step, itself; of those that are no part of a sum, in float64.
+
+        Only on the leading rank, for parameters that are whole there. Dense weights take a float64 copy of the model.
+        """
+        found: dict[str, Matrix] = {}
+        for each in self._watched:
+            if each.part_of or not self._before.holds(each):
+                continue
+            now, before = each.read(), self._before.read(each)
+            if isinstance(now, LowRankMatrix):
+                assert isinstance(before, LowRankMatrix)
+                found[each.name] = difference(now, before)
+            else:
+                found[each.name] = now.detach().to(torch.float64) - _dense(before).to(now.device, torch.float64)
+        return found
 
     def gradients(self, gradient: Reading) -> dict[str, tuple[Float[Tensor, " k"], int]]:
         """Singular values of every matrix's gradient, and the columns of its factors; all ranks together.
@@ -141,6 +165,7 @@ class LiveSpectra:
                     function(batch, *gathered)
                 except Exception as error:  # the other ranks wait for this one to gather the rest
                     failure = error
+            del gathered  # before the next batch is
         if failure is not None:
             raise failure
 
@@ -154,6 +179,7 @@ class LiveSpectra:
                 for parameter in each.sources:
                     if id(parameter) not in start.values:
                         start.values[id(parameter)] = self._copied(parameter, now.values[id(parameter)])
+            del now  # before the next is gathered
         return start
 
     def _from_tensors(self, tensors: Mapping[str, Tensor]) -> Snapshot:
@@ -161,20 +187,26 @@ class LiveSpectra:
         scales = {name: tensors[f"{name}#scales"] for name in self.places if f"{name}#scales" in tensors}
         return Snapshot(values, {name: tuple(scale.tolist()) for name, scale in scales.items()})
 
-    def _keep(self, gathered: Mapping[int, Tensor] | None = None) -> None:
-        """Copies every parameter, sharded ones as they were gathered (by default now, by all ranks together)."""
+    def _keep(self, places: Snapshot, gathered: Mapping[int, Tensor] | None = None) -> None:
+        """Copies every parameter, sharded ones as they were gathered (by default now, by all ranks together).
+
+        Args:
+            places: Copies of an earlier step, to be overwritten.
+            gathered: Parameter to its value.
+        """
+        copies: dict[int, Tensor] = {}
         for parameter in self._keys:
             value = whole(parameter) if gathered is None else gathered.get(id(parameter), parameter.detach())
             if not self._leads:
                 continue
-            place, start = self._before.values.get(id(parameter)), self._start.values.get(id(parameter))
+            place, start = places.values.get(id(parameter)), self._start.values.get(id(parameter))
             if gathered is None and start is not None:
-                self._before.values[id(parameter)] = start
+                copies[id(parameter)] = start
             elif place is None or place is start:
-                self._before.values[id(parameter)] = self._copied(parameter, value)
+                copies[id(parameter)] = self._copied(parameter, value)
             else:
-                place.copy_(value)
-        self._before.scales = {each.name: each.scales() for each in self._watched}
+                copies[id(parameter)] = place.copy_(value)
+        self._before = Snapshot(copies, {each.name: each.scales() for each in self._watched})
 
     def _copied(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
         return value.detach().to(self._home(parameter), copy=True)

@@ -6,6 +6,7 @@ groups of a result; whether it comes from checkpoints or from a training makes n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -88,7 +89,7 @@ def raw_update(steps: Mapping[int, tuple[int, int]], places: Mapping[str, Place]
     column = {name: position for position, name in enumerate(places)}
     for (step, name), spectra in results.items():
         here = row[step], column[name]
-        arrays["inner_product"][here] = spectra.inner_product
+        arrays["inner_product"][here] = _known(spectra.inner_product)
         parts = ((spectra.total, spectra.total_noise), (spectra.increment, spectra.increment_noise))
         for kind, (values, noise) in enumerate(parts):
             if values is not None:
@@ -96,7 +97,7 @@ def raw_update(steps: Mapping[int, tuple[int, int]], places: Mapping[str, Place]
                 arrays["singular_value"][(*place, slice(len(values)))] = values
                 arrays["count"][place] = len(values)
                 arrays["factor_rank"][place] = spectra.ranks[kind]
-                arrays["noise_energy"][place] = noise
+                arrays["noise_energy"][place] = _known(noise)
     return _dataset(UPDATE, arrays, steps, places)
 
 
@@ -114,6 +115,11 @@ def raw_gradient(step: int, places: Mapping[str, Place], gradients: Mapping[str,
             arrays["count"][0, column] = len(gradient.values)
             arrays["factor_rank"][0, column] = gradient.rank
     return _dataset(GRADIENT, arrays, {step: None}, places)
+
+
+def _known(number: float) -> float:
+    """A number, or NaN where weights that are not finite left none."""
+    return number if math.isfinite(number) else math.nan
 
 
 def _empty(variables: Mapping[str, Variable], steps: int, matrices: int, longest: int) -> dict[str, np.ndarray]:
@@ -200,8 +206,8 @@ def concatenate(parts: Sequence[xr.Dataset]) -> xr.Dataset:
     row = {step: position for position, step in enumerate(ordered)}
     column = {name: position for position, name in enumerate(places)}
     for part in parts:
-        rows = np.array([row[step] for step in part["step"].values.tolist()])
-        columns = np.array([column[name] for name in part["matrix"].values.tolist()])
+        rows = np.array([row[step] for step in part["step"].values.tolist()], dtype=np.int64)  # also of none
+        columns = np.array([column[name] for name in part["matrix"].values.tolist()], dtype=np.int64)
         for name, variable in known.items():
             at = {"step": rows, "kind": np.arange(2), "matrix": columns, "index": np.arange(part.sizes["index"])}
             arrays[name][np.ix_(*(at[dim] for dim in variable.dims))] = part[name].values

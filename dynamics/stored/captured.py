@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -14,9 +15,11 @@ import xarray as xr
 
 from dynamics.checkpoints.names import some
 from dynamics.findings import CATALOGUE, Finding
+from dynamics.schema import WRAPPERS
 from dynamics.spectra import raw
 from dynamics.store import FOLDER, Capture, capture_path, read_capture
 from dynamics.store.capture_reading import CAPTURE, capture_attributes, record_name, record_names
+from dynamics.stored.probed import GROUPS, joined_fisher, joined_scores, probe_problems
 from dynamics.stored.record_checks import record_problems
 
 _REMEDY = "The other records are used; restore it from a copy, or remove it."
@@ -30,6 +33,8 @@ class Captured:
         path: The capture store.
         update: Raw update of all captured steps, ``None`` if no record is left to use.
         gradient: Raw gradient of the steps that have one, ``None`` if none has.
+        fisher: K and b of the steps that have them, ``None`` if none has.
+        score: Scores of the steps that have some, ``None`` if none has.
         live_names: Name on disk → name in the live model, where they differ.
         findings: What was found during the training, and while reading.
         stamp: Tells whether the store has changed since: run, steps, records that cannot be used, attributes.
@@ -39,6 +44,8 @@ class Captured:
     path: Path
     update: xr.Dataset | None
     gradient: xr.Dataset | None
+    fisher: xr.Dataset | None
+    score: xr.Dataset | None
     live_names: Mapping[str, str]
     findings: tuple[Finding, ...]
     stamp: Mapping[str, Any]
@@ -88,6 +95,8 @@ def captured(capture: Capture, matrices: str | None = None) -> Captured:
     keep = _pattern(matrices or "")
     broken = dict(capture.broken)
     updates, gradients = [], []
+    probed: dict[str, list[xr.Dataset]] = {name: [] for name in GROUPS}
+    unusable: list[Finding] = []
     for step, record in capture.records.items():
         if problem := next(record_problems(record), None):
             broken[record_name(step)] = problem
@@ -95,14 +104,27 @@ def captured(capture: Capture, matrices: str | None = None) -> Captured:
         updates.append(record["update"])
         if "gradient" in record:
             gradients.append(record["gradient"])
+        problems = dict(probe_problems(record))
+        unusable += [_broken(capture.path, record_name(step), problem) for problem in problems.values()]
+        for name, found in probed.items():
+            if name in record and name not in problems:
+                found.append(record[name])
+    fisher, news = joined_fisher(probed["fisher"], keep)
     steps = [int(update["step"].values[0]) for update in updates]
     bad = sorted(broken)
     return Captured(
         path=capture.path,
         update=_joined(updates, keep),
         gradient=_joined(gradients, keep),
+        fisher=fisher,
+        score=joined_scores(probed["score"]),
         live_names=_live_names(capture.attributes.get("disk_names"), updates),
-        findings=(*_findings_of(capture.attributes), *(_broken(capture.path, name, broken[name]) for name in bad)),
+        findings=(
+            *_findings_of(capture.attributes),
+            *(_broken(capture.path, name, broken[name]) for name in bad),
+            *unusable,
+            *news,
+        ),
         stamp={
             "run_id": str(capture.attributes.get("run_id", "")),
             "steps": steps,
@@ -110,7 +132,7 @@ def captured(capture: Capture, matrices: str | None = None) -> Captured:
             "attributes": _digest(capture.attributes),
         },
         attributes=capture.attributes,
-        bytes=sum(part.nbytes for part in (*updates, *gradients)),
+        bytes=sum(part.nbytes for part in (*updates, *gradients, *probed["fisher"], *probed["score"])),
     )
 
 
@@ -163,13 +185,12 @@ def _joined(parts: list[xr.Dataset], keep: re.Pattern[str]) -> xr.Dataset | None
 
 
 def _live_names(disk_names: Any, updates: list[xr.Dataset]) -> dict[str, str]:
-    """The inverse of live → disk; where several share a name on disk, or one has several, nothing is translated."""
-    pairs = [(disk, live) for live, disk in disk_names.items()] if isinstance(disk_names, dict) else []
-    texts = [disk for disk, _ in pairs if isinstance(disk, str)]
+    """The inverse of live → disk; a name on disk that several share, or that is a live one as well, is left as it is."""
+    pairs = disk_names.items() if isinstance(disk_names, dict) else ()
+    texts = [(disk, live) for live, disk in pairs if isinstance(disk, str) and not live.startswith(WRAPPERS)]
+    sharing = Counter(disk for disk, _ in texts)
     taken = {name for update in updates for name in update["matrix"].values.tolist()}
-    return {
-        disk: live for disk, live in pairs if isinstance(disk, str) and texts.count(disk) == 1 and disk not in taken
-    }
+    return {disk: live for disk, live in texts if sharing[disk] == 1 and disk not in taken}
 
 
 def _findings_of(attributes: Mapping[str, Any]) -> Iterator[Finding]:

@@ -60,7 +60,7 @@ def merge(checkpoints: xr.Dataset | None, records: xr.Dataset | None) -> tuple[x
     segment = _segment(checkpoints, differences)
     own = dict(zip(checkpoints["step"].values.tolist(), checkpoints["segment"].values.tolist(), strict=True))
     records = records.assign_coords(segment=records["segment"].copy(data=np.full(records.sizes["step"], segment)))
-    merged = raw.concatenate([*_beside(checkpoints, records), records])
+    merged = raw.concatenate([_beside(checkpoints, records), records])
     for step in common:
         if differences[step].size <= AGREEMENT if step in differences else own[step] == segment:
             _add_totals(merged, checkpoints, step)
@@ -74,12 +74,14 @@ def translated(checkpoints: xr.Dataset, names: Mapping[str, str]) -> xr.Dataset:
 
     Args:
         checkpoints: Under names as on disk.
-        names: Name on disk → name in the live model, for those that differ. Two matrices never get one name: one whose
-            new name is another's already keeps its own.
+        names: Name on disk → name in the live model, for those that differ. Two matrices never get one name: those
+            whose new name is another's as well keep their own.
     """
     old = checkpoints["matrix"].values.tolist()
-    wanted = Counter(names.get(name, name) for name in old)
-    new = [live if wanted[live := names.get(name, name)] == 1 else name for name in old]
+    new = [names.get(name, name) for name in old]
+    # A name that is kept may be the one that yet another matrix was to get: until all differ.
+    while len(taken := Counter(new)) < len(new):
+        new = [live if taken[live] == 1 else name for name, live in zip(old, new, strict=True)]
     if new == old:
         return checkpoints
     where = [schema.layer_and_role(name) for name in new]
@@ -144,12 +146,9 @@ def _segment(checkpoints: xr.Dataset, differences: Mapping[int, _Difference]) ->
     return newest + 1 if differences else newest
 
 
-def _beside(checkpoints: xr.Dataset, records: xr.Dataset) -> list[xr.Dataset]:
-    """The steps that only checkpoints have; without any, their further matrices, so that these have a place."""
-    alone = checkpoints.isel(step=~np.isin(checkpoints["step"].values, records["step"].values))
-    if not alone.sizes["step"]:
-        alone = alone.isel(matrix=~np.isin(alone["matrix"].values, records["matrix"].values))
-    return [alone] if alone.sizes["matrix"] else []
+def _beside(checkpoints: xr.Dataset, records: xr.Dataset) -> xr.Dataset:
+    """The steps that only checkpoints have; without any, a part of no step, so that their matrices have a place."""
+    return checkpoints.isel(step=~np.isin(checkpoints["step"].values, records["step"].values))
 
 
 def _add_totals(merged: xr.Dataset, checkpoints: xr.Dataset, step: int) -> None:

@@ -7,15 +7,28 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import xarray as xr
 
-from dynamics.schema import KINDS, UPDATE_COORDINATES, Variable
+from dynamics.schema import KINDS, UPDATE_COORDINATES, WRAPPERS, Variable
 from dynamics.spectra import raw
+from dynamics.store import encodable
 
 _FORMATS = ("F64", "F32", "BF16", "F16")
+_TEXTS = ("matrix", "role", "stack", "storage")
+_COUNTS = ("count", "factor_rank")
 _STEP_COORDINATES = ("segment", "from_step")
+#: No training has as many steps, no matrix as many rows.
+_LARGEST = 10**12
+#: Chance is drawn from factors of that many columns, at the cost of its square; no adapter comes near.
+_LARGEST_RANK = 4096
+#: Beyond, the energy of a spectrum is no number any more.
+_LARGEST_NUMBER = 1e100
 
 
 def record_problems(record: Mapping[str, xr.Dataset]) -> Iterator[str]:
-    """What is wrong with a record, in words that go on from its name; nothing if it can be used."""
+    """What is wrong with a record, in words that go on from its name; nothing if it can be used.
+
+    Args:
+        record: Name of the group → its numbers, as ``read_capture`` gives them.
+    """
     if "update" not in record:
         yield "it has no update"
     for group, known in (("update", raw.UPDATE), ("gradient", raw.GRADIENT)):
@@ -24,27 +37,86 @@ def record_problems(record: Mapping[str, xr.Dataset]) -> Iterator[str]:
 
 
 def _dataset_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> Iterator[str]:
-    per_step = [name for name in _STEP_COORDINATES if "kind" in known["count"].dims]
-    per_matrix = [name for name, dim in UPDATE_COORDINATES.items() if dim == "matrix"]
-    dims = {**dict.fromkeys(per_step, ("step",)), **dict.fromkeys(per_matrix, ("matrix",))}
-    dims |= {name: (name,) for name in ("step", "matrix", "index")} | {name: each.dims for name, each in known.items()}
+    """Each check relies on those before it, so only the first problem is told."""
+    for check in (_layout_problems, _coordinate_problems, _spectrum_problems):
+        if problem := next(check(dataset, known), None):
+            yield problem
+            return
+
+
+def _layout_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> Iterator[str]:
+    dims = _dimensions(known)
     for name, expected in dims.items():
         if name not in dataset.variables or dataset[name].dims != expected:
             yield f"lacks {name!r} with the dimensions {expected}"
             return
-    texts = ("matrix", "role", "stack", "storage")
-    kinds = {name: "U" if name in texts else "fiu" if name in known else "iu" for name in dims}
-    yield from (f"holds no numbers in {name!r}" for name, kind in kinds.items() if dataset[name].dtype.kind not in kind)
-    if per_step and tuple(dataset["kind"].values.tolist()) != KINDS:
+    kinds = {name: "iu" if name in _COUNTS or name not in known else "fiu" for name in dims}
+    kinds |= dict.fromkeys(("kind", *_TEXTS), "U")
+    yield from (
+        f"holds no {'text' if kinds[name] == 'U' else 'numbers'} in {name!r}"
+        for name in dims
+        if dataset[name].dtype.kind not in kinds[name]
+    )
+
+
+def _dimensions(known: Mapping[str, Variable]) -> dict[str, tuple[str, ...]]:
+    per_kind = "kind" in known["count"].dims
+    axes = ("step", "matrix", "index", *(["kind"] if per_kind else []))
+    return {
+        **{name: (name,) for name in axes},
+        **{name: (dim,) for name, dim in UPDATE_COORDINATES.items() if per_kind or name not in _STEP_COORDINATES},
+        **{name: variable.dims for name, variable in known.items()},
+    }
+
+
+def _coordinate_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> Iterator[str]:
+    if "kind" in dataset.dims and tuple(dataset["kind"].values.tolist()) != KINDS:
         yield f"is not of the kinds {KINDS}"
     if dataset.sizes["step"] != 1:
         yield "is not of one step"
-    elif per_step and int(dataset["from_step"].values[0]) >= int(dataset["step"].values[0]):
+    smallest = {"from_step": -1, "layer": -1, "out": 1, "in": 1}
+    for name in _dimensions(known):
+        values = dataset[name].values
+        if values.dtype.kind in "iu" and values.size:
+            least = smallest.get(name, 0)
+            if not (least <= int(values.min()) and int(values.max()) < _LARGEST):
+                yield f"has a number in {name!r} that is not from {least} to {_LARGEST - 1}"
+    if "from_step" in dataset.coords and int(dataset["from_step"].values[0]) >= int(dataset["step"].values[0]):
         yield "is an increment since a later step"
     if not dataset.indexes["matrix"].is_unique:
         yield "has two matrices of one name"
+    names = dataset["matrix"].values.tolist()
+    if any(name.startswith(WRAPPERS) for name in names):
+        yield "has a matrix whose name begins with a wrapper's prefix"
+    if names != encodable(names):
+        yield "has a matrix whose name is no text"
     if not set(dataset["storage"].values.tolist()) <= set(_FORMATS):
         yield f"is stored in a format that is none of {', '.join(_FORMATS)}"
-    beyond = np.arange(dataset.sizes["index"]) >= dataset["count"].values[..., None]
-    if np.isfinite(dataset["singular_value"].values[beyond]).any():
+
+
+def _spectrum_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> Iterator[str]:
+    values, count, rank = (dataset[name].values for name in ("singular_value", *_COUNTS))
+    shortest = np.minimum(dataset["out"].values, dataset["in"].values)
+    factored = dataset["adapter_rank"].values > 0
+    if (count > np.minimum(shortest, values.shape[-1])).any() or (count > rank).any():
+        yield "counts more singular values than it can have"
+    # Without factors chance is a Gaussian matrix, of which every singular value is drawn.
+    if (rank[..., factored] > _LARGEST_RANK).any() or ((rank > 0) & (count != shortest))[..., ~factored].any():
+        yield "has a rank that its matrix cannot have"
+    if "from_step" in dataset.coords and dataset["from_step"].values[0] < 0 and count[:, 1].any():
+        yield "has an increment since nothing"
+    inside = np.arange(values.shape[-1]) < count[..., None]
+    if not np.isnan(values[~inside]).all():
         yield "has more singular values than it counts"
+    missing = np.isnan(values) & inside
+    if (missing.any(-1) & (missing.sum(-1) < count)).any():
+        yield "lacks some of its singular values"
+    for name in (each for each in known if each not in _COUNTS):
+        numbers = dataset[name].values
+        least = -_LARGEST_NUMBER if name == "inner_product" else 0.0
+        # A gradient that is not finite has a norm that says so.
+        allowed = np.isnan(numbers) | (numbers >= least) & (numbers <= _LARGEST_NUMBER)
+        if not (allowed | (np.isposinf(numbers) & name.startswith("norm"))).all():
+            yield f"has a number in {name!r} that is not from {least:g} to {_LARGEST_NUMBER:g}"
+    if (np.diff(np.where(inside, values, 0.0), axis=-1) > 0).any():
+        yield "has singular values that are not in descending order"

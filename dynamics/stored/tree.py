@@ -12,6 +12,8 @@ import xarray as xr
 
 from dynamics import schema
 from dynamics.findings import Finding
+from dynamics.fisher import measured as measured_fisher
+from dynamics.fisher.notes import notes as fisher_notes
 from dynamics.spectra import notes
 from dynamics.spectra.measured import measured
 from dynamics.spectra.null_models import SEED
@@ -68,6 +70,13 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
             groups["checkpoints"] = checkpoints
     found += notes.notes(groups["update"])
     groups |= parts.logs
+    fisher = captured.fisher if captured is not None else None
+    if fisher is not None:
+        probed = measured_fisher(fisher)
+        groups |= probed
+        found += fisher_notes(probed)
+    if captured is not None and captured.score is not None:
+        groups["score"] = _scores(captured.score, parts.logs.get("score"))
     tree = xr.DataTree.from_dict({f"/{name}": encodable_dataset(group) for name, group in groups.items()})
     inputs, own = list(parts.inputs), _own_findings(parts)
     if captured is not None:
@@ -80,6 +89,11 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
         tree.attrs["captured"] = json.dumps(encodable({**captured.stamp, "checkpoints": steps}))
         tree.attrs["checkpoint_findings"] = as_json(parts.findings)
     return tree
+
+
+def _scores(captured: xr.Dataset, logged: xr.Dataset | None) -> xr.Dataset:
+    """Scores of both; where both have one, that of the training's own records."""
+    return captured if logged is None else captured.combine_first(logged).assign_attrs(logged.attrs)
 
 
 def as_json(findings: Sequence[Finding]) -> str:

@@ -200,11 +200,22 @@ def test_models_of_every_kind(tmp_path, name):
     assert (update["frobenius_norm"].sel(kind="total").values > 0).all()
 
 
-def test_a_compiled_model_is_watched_under_its_own_names(tmp_path):
-    model = llama()
-    compiled = torch.compile(model, backend="eager")
-    with dynamics.Recorder(tmp_path, compiled, every=1, matrices="q_proj") as recorder:
-        assert sorted(recorder._of_matrices) == [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+def test_a_compiled_model_is_trained_alike_and_compiled_no_more_often(tmp_path):
+    """Hooks on parameters of a captured step must not make the compiler look again."""
+    results, graphs = [], []
+    for name, callbacks in (("plain", []), ("run", [DynamicsCallback(tmp_path / "run", preset="full", every=2)])):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "save_strategy": "no"}
+        training = trainer(tmp_path / name, callbacks, max_steps=4, **options)
+        training.train()
+        results.append(outcome(training))
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert_same(*results)
+    assert graphs[0] == graphs[1] > 0
+    update = dynamics.open_run(tmp_path / "run")["update"]
+    assert update["step"].values.tolist() == [2, 4]
+    assert "model.layers.0.self_attn.q_proj" in update["matrix"].values
 
 
 def test_nothing_to_watch_is_an_error_when_training_begins(tmp_path):

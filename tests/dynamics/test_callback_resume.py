@@ -102,6 +102,29 @@ def test_resuming_where_nothing_was_recorded_says_what_is_not_known(run):
     assert np.isfinite(update["frobenius_norm"].sel(kind="total")).all()
 
 
+def test_a_smaller_batch_size_begins_again_in_the_same_records(tmp_path):
+    """``auto_find_batch_size`` starts anew within one training; the weights stay where they were."""
+    callback = DynamicsCallback(tmp_path, every=1)
+    training = trainer(tmp_path, [callback], max_steps=3, save_strategy="no", auto_find_batch_size=True)
+    step_of_trainer, calls = training.training_step, []
+
+    def training_step(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 5:  # two steps of two batches are done
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step_of_trainer(*args, **kwargs)
+
+    training.training_step = training_step
+    training.train()
+    update = dynamics.open_run(tmp_path)["update"]
+    assert (update["step"].values.tolist(), update["from_step"].values.tolist()) == ([0, 1, 2, 3], [-1, 0, 1, 2])
+    norm = update["frobenius_norm"]
+    assert (norm.sel(kind="total", step=0) > 0).all()  # since the start, which was before the first attempt
+    assert norm.sel(kind="increment", step=0).isnull().all()
+    with pytest.raises(CaptureExists, match="holds 4 captured steps"):
+        training.train()  # a second training of the same size
+
+
 def test_a_resumed_dense_training_still_knows_its_start(tmp_path):
     """Totals of dense weights are differences from the start, which is kept beside the records."""
 

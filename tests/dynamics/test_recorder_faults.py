@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import subprocess
@@ -20,11 +21,14 @@ from dynamics import Recorder
 from dynamics.store import CaptureStore, read_capture
 
 
-def train(recorder: Recorder, model: torch.nn.Module, steps: int = 5) -> None:
+def train(
+    recorder: Recorder, model: torch.nn.Module, steps: int = 5, *, first: int = 1, gradient: float | None = None
+) -> None:
+    """Plain steps, with gradients of the loss or of one number."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in range(1, steps + 1):
+    for step in range(first, first + steps):
         with recorder.step(step, optimizer):
-            model(torch.ones(1, 4)).square().sum().backward()
+            model(torch.ones(1, 4)).square().sum().backward(None if gradient is None else torch.tensor(gradient))
             optimizer.step()
             optimizer.zero_grad()
 
@@ -123,6 +127,108 @@ def test_a_closed_recorder_does_nothing(model, tmp_path):
     recorder.close()
     assert not recorder.record(7)
     assert dynamics.open_run(tmp_path)["update"]["step"].values.tolist() == [1]
+
+
+# ---- when the record is written, and then something fails ----
+
+
+def increments(run: Path, kind: str = "increment") -> list[float]:
+    return dynamics.open_run(run)["update"]["frobenius_norm"].sel(matrix="0", kind=kind).values.tolist()
+
+
+@pytest.mark.parametrize("preset", ["economy", "full"])
+def test_without_a_copy_of_this_step_the_next_increment_is_not_known(model, tmp_path, monkeypatch, preset):
+    """Since an older step than it says, it would be a wrong number."""
+    weights = {0: model[0].weight.detach().clone()}
+    with Recorder(tmp_path, model, every=1, preset=preset) as recorder:
+        copied, calls = recorder._live._copied, []
+
+        def fail(*args):
+            calls.append(args)
+            if len(calls) == 1:
+                raise torch.OutOfMemoryError("out of memory")
+            return copied(*args)
+
+        monkeypatch.setattr(recorder._live, "_copied", fail)
+        with pytest.warns(UserWarning, match=re.escape("could not record step 1 (OutOfMemoryError: out of memory)")):
+            train(recorder, model, steps=1)
+        weights[1] = model[0].weight.detach().clone()
+        for step in range(2, 5):
+            train(recorder, model, steps=1, first=step)
+            weights[step] = model[0].weight.detach().clone()
+    update = dynamics.open_run(tmp_path)["update"]
+    assert update["step"].values.tolist() == [1, 2, 3, 4]
+    assert update["from_step"].values.tolist() == [0, -1, 2, 3]
+    found = increments(tmp_path)
+    assert math.isnan(found[1])
+    for step in (1, 3, 4):
+        expected = float((weights[step] - weights[step - 1]).norm())
+        assert found[step - 1] == pytest.approx(expected, rel=1e-5)
+    total = float((weights[2] - weights[0]).norm())
+    assert increments(tmp_path, "total")[1] == pytest.approx(total, rel=1e-5)
+
+
+def test_notes_that_cannot_be_written_cost_no_record(model, tmp_path, monkeypatch):
+    """What was found is written with the next record."""
+    annotate, calls = CaptureStore.annotate, []
+
+    def fail(self, attributes):
+        calls.append(attributes)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        annotate(self, attributes)
+
+    with Recorder(tmp_path, model, every=1) as recorder:
+        monkeypatch.setattr(CaptureStore, "annotate", fail)
+        with pytest.warns(UserWarning, match="^OD302 |^OD304 |could not record step 1") as caught:
+            train(recorder, model, steps=3, gradient=math.inf)
+    told = [str(each.message) for each in caught]
+    assert len([text for text in told if text.startswith("OD304 ")]) == 1  # though it was tried twice
+    update = dynamics.open_run(tmp_path)["update"]
+    assert (update["step"].values.tolist(), update["from_step"].values.tolist()) == ([1, 2, 3], [0, 1, 2])
+    stored = read_capture(tmp_path / "dynamics" / "capture.zarr").attributes
+    assert "OD304" in [finding["code"] for finding in stored["findings"]]
+    assert [gap["step"] for gap in stored["gaps"]] == [1]
+
+
+def test_a_recorder_that_cannot_close_in_order_gives_the_store_back(model, tmp_path, monkeypatch):
+    recorder = Recorder(tmp_path, model, every=1, strict=True)
+    train(recorder, model, steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(CaptureStore, "annotate", _full)
+        recorder._records.gap(2, "made up")
+        with pytest.raises(OSError, match="No space left"):
+            recorder.close()
+    Recorder(tmp_path, model, every=1, resume_from=1).close()
+
+
+def test_a_recorder_that_cannot_begin_says_so_and_gives_the_store_back(model, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(CaptureStore, "write_start", _full)
+        with pytest.raises(OSError, match="No space left"):
+            Recorder(tmp_path, model, every=1)
+    Recorder(tmp_path, model, every=1).close()
+
+
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_an_optimizer_that_is_none_of_torchs_costs_the_norm_after_clipping(model, tmp_path):
+    class Own:
+        def step(self) -> None:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+
+    optimizer = Own()
+    with Recorder(tmp_path, model, every=1) as recorder, recorder.step(1, optimizer):
+        model(torch.ones(1, 4)).square().sum().backward()
+        optimizer.step()
+    gradient = dynamics.open_run(tmp_path)["gradient"].sel(step=1)
+    assert (gradient["norm_before_clip"].values > 0).all()
+    assert gradient["norm_after_clip"].isnull().all()
 
 
 # ---- killed ----

@@ -1,0 +1,201 @@
+"""The Fisher of a model in training, on held-out probe samples: what a captured step records of it.
+
+Timing is predictive: gradients are taken at the weights at which the increment began, to which all trainable parameters
+are set for the moment, and multiplied with the increment that the optimizer then made. The training does not notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from dynamics import schema
+from probes.fisher import gradient_gram
+from probes.gram import Gram
+from probes.scores import Score, evaluate
+from probes.swapping import swapped
+from probes.tasks import Task, probe_batches, probe_loss
+from probes.unwrapping import base_model, plain_path
+from probes.watched import Matrix, is_sharded
+
+#: The space in which gradients and updates are compared: what a step of LoRA can reach, whatever its gauge.
+SPACE = "tangent"
+
+
+class FisherProbe:
+    """Probe samples of several tasks, and the model in training that they probe.
+
+    It keeps a copy of every trainable parameter as it was at the last captured step: of factors on their own device, of
+    dense weights on the host.
+
+    Args:
+        model: The model in training, in its wrappers; each process measures its own copy.
+        tasks: Held-out samples, each with its task and group.
+        blocks: Names of the watched matrices, where only some are watched; ``None`` for all that is trained.
+        on_host: Parameters whose copies are kept on the host.
+        batch_size: Samples that the optimizer sees in one step, for the matched null; 0 if that is not known.
+
+    Raises:
+        ValueError: If there are no tasks, their samples cannot be put into batches, or the parameters are sharded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tasks: Sequence[Task],
+        *,
+        blocks: Sequence[str] | None = None,
+        on_host: Sequence[nn.Parameter] = (),
+        batch_size: int = 0,
+    ) -> None:
+        self._batches, *labels = probe_batches(tasks)
+        self._labels = dict(zip(("sample_task", "sample_group", "sample_id"), labels, strict=True))
+        base = base_model(model)
+        self._trained = {plain_path(base, name): p for name, p in base.named_parameters() if p.requires_grad}
+        if any(is_sharded(parameter) for parameter in self._trained.values()):
+            raise ValueError(
+                "Expected parameters that are whole on each rank, got FSDP 2's shards, of which per-sample gradients "
+                "are not measured. Leave tasks out, and probe checkpoints: "
+                "python -m dynamics.analyze RUN --probe module:function"
+            )
+        self._model, self._tasks, self._blocks = model, tuple(tasks), blocks
+        self._batch_size = batch_size
+        host = {id(parameter) for parameter in on_host}
+        self._before = {
+            name: p.detach().to("cpu" if id(p) in host else p.device, copy=True) for name, p in self._trained.items()
+        }
+
+    def record(self, step: int, evaluated_at: int, increments: Mapping[str, Matrix]) -> xr.Dataset:
+        """K and b of the increment that ends at this step, at the weights where it began.
+
+        Args:
+            step: The captured step.
+            evaluated_at: The captured step before.
+            increments: Watched matrix to its change between the two.
+
+        Returns:
+            As :func:`fisher_record`; a sample whose loss or gradient is not finite has NaN.
+        """
+        changes = {**self._changes(), **increments} if self._blocks is None else dict(increments)
+        with torch.enable_grad(), swapped(list(self._trained.values()), list(self._before.values())):
+            gram = gradient_gram(
+                self._model,
+                self._batches,
+                probe_loss,
+                space=SPACE,
+                blocks=self._blocks,
+                update=changes,
+                skip_broken=True,
+            )
+        return fisher_record(
+            gram, step, evaluated_at, self._labels, batch_size=self._batch_size, reduction=_reduction(self._tasks)
+        )
+
+    def scores(self, step: int) -> xr.Dataset | None:
+        """Scores of the model as it is now, of the tasks that have a score of their own; ``None`` if none has."""
+        asked = [task for task in self._tasks if task.score is not None]
+        return score_record(step, evaluate(self._model, asked)) if asked else None
+
+    def advance(self) -> None:
+        """The weights as they are now become those where the next increment begins."""
+        for name, parameter in self._trained.items():
+            self._before[name].copy_(parameter.detach())
+
+    def _changes(self) -> dict[str, Tensor]:
+        """Of trainable parameters that are no matrices: vectors, biases."""
+        return {
+            name: p.detach().double().cpu() - self._before[name].double().cpu()
+            for name, p in self._trained.items()
+            if p.ndim < 2
+        }
+
+
+def fisher_record(
+    gram: Gram,
+    step: int,
+    evaluated_at: int,
+    labels: Mapping[str, Sequence[str]],
+    *,
+    batch_size: int = 0,
+    reduction: str = "sum",
+) -> xr.Dataset:
+    """What is kept of one step: K and b by block, with the labels of the samples.
+
+    Args:
+        gram: With or without an update; samples that it left out are NaN here.
+        step: Of the record.
+        evaluated_at: Step of the weights at which gradients were taken.
+        labels: ``sample_task``, ``sample_group`` and ``sample_id``, one text a sample.
+        batch_size: Samples in an optimizer step; 0 if not known.
+        reduction: Of the losses over a sample's tokens.
+
+    Returns:
+        As :data:`dynamics.schema.FISHER_RECORD` has it, one step.
+    """
+    blocks, samples = list(gram.gram), len(labels["sample_id"])
+    kept = [place for place in range(samples) if place not in set(gram.left_out)]
+    k = np.full((1, len(blocks), samples, samples), np.nan)
+    b = np.full((1, len(blocks), samples), np.nan)
+    loss = np.full((1, samples), np.nan)
+    loss[0, kept] = gram.losses.numpy()
+    for row, block in enumerate(blocks):
+        k[0, row][np.ix_(kept, kept)] = gram.gram[block].numpy()
+        if block in gram.update_product:
+            b[0, row, kept] = gram.update_product[block].numpy()
+    unknown = dict.fromkeys(blocks, np.nan)
+    numbers = {
+        "update_norm_squared": gram.update_norm_squared or unknown,
+        "share_outside_space": gram.share_outside_space or unknown,
+        "dimension": gram.dimension,
+    }
+    arrays = {"gram": k, "update_product": b, "loss": loss} | {
+        name: np.array([[float(each[block]) for block in blocks]]) for name, each in numbers.items()
+    }
+    known = schema.FISHER_RECORD
+    coords = {
+        "step": np.array([step], dtype=np.int64),
+        "block": np.asarray(blocks, dtype=str),
+        "evaluated_at_step": ("step", np.array([evaluated_at], dtype=np.int64)),
+        **{name: ("sample", np.asarray(labels[name], dtype=str)) for name in schema.SAMPLE_LABELS},
+    }
+    return xr.Dataset(
+        {name: (known[name].dims, array, schema.attributes(known[name])) for name, array in arrays.items()},
+        coords=coords,
+        attrs={
+            "space": gram.space,
+            "fisher": gram.fisher,
+            "unit": "sequence",
+            "reduction": reduction,
+            "batch_size": batch_size,
+        },
+    )
+
+
+def score_record(step: int, scores: Sequence[Score]) -> xr.Dataset:
+    """Scores of one step, as the group ``score`` has them."""
+    arrays = {
+        "score": [each.score for each in scores],
+        "items": [float(each.items) for each in scores],
+        "standard_error": [each.standard_error for each in scores],
+    }
+    known = schema.SCORE
+    return xr.Dataset(
+        {
+            name: (known[name].dims, np.array([values], dtype=np.float64), schema.attributes(known[name]))
+            for name, values in arrays.items()
+        },
+        coords={
+            "step": np.array([step], dtype=np.int64),
+            "task": np.asarray([each.task for each in scores], dtype=str),
+        },
+    )
+
+
+def _reduction(tasks: Sequence[Task]) -> str:
+    """Over a sample's tokens, where all tasks have the same."""
+    found = {task.loss if isinstance(task.loss, str) else "own" if callable(task.loss) else "sum" for task in tasks}
+    return found.pop() if len(found) == 1 else "mixed"

@@ -1,0 +1,313 @@
+"""What this room adds to the result: dimensions, units, definition and source of each variable of one step.
+
+Over steps every variable has the dimension ``step`` in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from dynamics.schema import Variable, attributes
+
+_SQUARED = "(loss/weight)²"
+_TASK = ("block", "task")
+_PAIR = ("block", "task", "task_")
+_CURVE = ("block", "task", "n")
+_K = ("block", "k")
+
+
+@dataclass(frozen=True)
+class Described:
+    """A variable of the schema with its formula and source."""
+
+    variable: Variable
+    definition: str
+    reference: str = ""
+
+
+def _describe(dims: tuple[str, ...], units: str, long_name: str, definition: str, reference: str = "") -> Described:
+    return Described(Variable(dims, units, long_name), definition, reference)
+
+
+def _with_interval(name: str, known: Described, how: str) -> dict[str, Described]:
+    ends = {
+        f"{name}_{end}": _describe(
+            known.variable.dims,
+            known.variable.units,
+            f"{known.variable.long_name}, {end} end",
+            f"{end} end of the 95 % interval: {how}",
+            known.reference,
+        )
+        for end in ("low", "high")
+    }
+    return {name: known, **ends}
+
+
+_JACKKNIFE = "delete-one-group jackknife, Student's t with groups − 1 degrees of freedom"
+_INFINITESIMAL = (
+    "infinitesimal jackknife over groups, of the plug-in value about its own expectation at this N; the bias in N is "
+    "not part of it: compare at equal N"
+)
+_F = "F = GᵀG/N, uncentred, of per-sample gradients G; K = GGᵀ"
+_SE = "Shannon entropy of the normalised spectrum (von Neumann entropy of F/tr F)"
+
+FISHER: Mapping[str, Described] = {
+    "samples": _describe(("task",), "1", "number of probe samples", "samples of each task"),
+    "groups": _describe(("task",), "1", "number of groups of probe samples", "groups with a sample of each task"),
+    "trace": _describe(_TASK, _SQUARED, "trace of the Fisher", f"tr K/N; {_F}"),
+    **_with_interval(
+        "eigenvalue",
+        _describe((*_TASK, "index"), _SQUARED, "eigenvalue of the Fisher", f"eig(K)/N, descending, plug-in; {_F}"),
+        f"of ln λ, {_INFINITESIMAL}",
+    ),
+    **_with_interval(
+        "spectral_entropy",
+        _describe(_TASK, "nat", "spectral entropy SE", "−Σ p ln p, p = λ/Σλ, plug-in: too small in expectation", _SE),
+        _INFINITESIMAL,
+    ),
+    "spectral_entropy_normalised": _describe(
+        _TASK, "1", "spectral entropy, normalised by sample rank", "SE/ln min(N, d)", _SE
+    ),
+    "spectral_entropy_centred": _describe(
+        _TASK, "nat", "spectral entropy of the centred Fisher", "SE of F − ḡḡᵀ, from HKH/N, plug-in", _SE
+    ),
+    "spectral_entropy_block_diagonal": _describe(
+        ("task",),
+        "nat",
+        "spectral entropy of the block-diagonal Fisher",
+        "H(w) + Σ w SE over the blocks but the global one, w = tr F_l/Σ tr F: an upper bound of the global SE",
+        "chain rule of entropy",
+    ),
+    "dominant_ratio": _describe(
+        _TASK, "1", "dominant ratio ρ", "λ₁/Σλ, plug-in: too large in expectation", "largest share of the spectrum"
+    ),
+    "dominant_ratio_low": _describe(
+        _TASK,
+        "1",
+        "dominant ratio ρ, low end",
+        "Rayleigh quotient of one half's first direction on the other half over its trace, mean over random halves of "
+        "the groups: at most ρ in expectation",
+    ),
+    "dominant_ratio_high": _describe(
+        _TASK, "1", "dominant ratio ρ, high end", "plug-in λ₁/Σλ: at least ρ in expectation"
+    ),
+    "dominant_ratio_noise_reduced": _describe(
+        _TASK,
+        "1",
+        "dominant ratio ρ, noise reduced",
+        "(λ₁ − (tr − λ₁)/(N − 1))/tr; for independent samples of similar norms only",
+        "Yata & Aoshima 2012",
+    ),
+    "dominant_ratio_centred": _describe(
+        _TASK, "1", "dominant ratio of the centred Fisher", "λ₁/Σλ of F − ḡḡᵀ, plug-in"
+    ),
+    **_with_interval(
+        "participation_ratio",
+        _describe(
+            _TASK,
+            "1",
+            "participation ratio",
+            "Σ K_ii K_jj/Σ K_ij² over pairs of different groups: (tr F)²/tr F² by U-statistics",
+        ),
+        f"of its logarithm, {_JACKKNIFE}",
+    ),
+    **_with_interval(
+        "ln_participation_ratio",
+        _describe(
+            _TASK,
+            "nat",
+            "log participation ratio",
+            "ln of participation_ratio, Rényi's entropy of order 2; SE is at least this",
+            "Rényi 1961",
+        ),
+        _JACKKNIFE,
+    ),
+    "participation_ratio_plug_in": _describe(
+        _TASK, "1", "participation ratio, plug-in", "(tr K)²/‖K‖_F²: too small in expectation"
+    ),
+    "participation_ratio_centred": _describe(
+        _TASK, "1", "participation ratio of the centred Fisher", "(tr HKH)²/‖HKH‖_F², plug-in: too small in expectation"
+    ),
+    "rarefied_spectral_entropy": _describe(
+        _CURVE,
+        "nat",
+        "spectral entropy of n groups",
+        "mean plug-in SE of n groups with one sample of each, over random subsets without replacement",
+        "rarefaction: Gotelli & Colwell 2001",
+    ),
+    "rarefied_spectral_entropy_deviation": _describe(
+        _CURVE, "nat", "deviation of it over subsets", "standard deviation over the random subsets; no standard error"
+    ),
+    "rarefied_dominant_ratio": _describe(
+        _CURVE, "1", "dominant ratio of n groups", "mean plug-in ρ of the same subsets", "Gotelli & Colwell 2001"
+    ),
+    "rarefied_participation_ratio": _describe(
+        _CURVE, "1", "participation ratio of n groups", "mean plug-in PR of the same subsets", "Gotelli & Colwell 2001"
+    ),
+}
+
+_SHARE = "Σ_{j≤k} ⟨δ, v_j⟩²/‖δ‖², v_j the leading eigenvectors of the"
+_HALVES = "over random halves of the groups: directions from one half, gradients from the other"
+_RATIO = "central 95 % of update over null gradient, over halves and draws"
+
+CONCENTRATION: Mapping[str, Described] = {
+    "captured": _describe(_K, "1", "share of the update in k leading directions", f"{_SHARE} Fisher of all samples"),
+    "null_isotropic": _describe(_K, "1", "the same share of a random direction", "k/d, mean of Beta(k/2, (d − k)/2)"),
+    "null_isotropic_low": _describe(_K, "1", "isotropic null, low end", "2.5 % point of Beta(k/2, (d − k)/2)"),
+    "null_isotropic_high": _describe(_K, "1", "isotropic null, high end", "97.5 % point of Beta(k/2, (d − k)/2)"),
+    **{
+        f"{name}{suffix}": described
+        for suffix, which in (("", "Fisher"), ("_centred", "centred Fisher"))
+        for name, described in {
+            "captured_split": _describe(
+                _K, "1", f"share of the update, directions of half the {which}", f"{_SHARE} {which} of half the groups"
+            ),
+            "null_gradient": _describe(
+                _K,
+                "1",
+                f"share of a fresh gradient, directions of half the {which}",
+                f"mean share of fresh mean gradients of null_batch samples, {_HALVES}; compare with "
+                f"captured_split{suffix}",
+            ),
+            "null_gradient_low": _describe(_K, "1", "gradient null, low end", "2.5 % point over halves and draws"),
+            "null_gradient_high": _describe(_K, "1", "gradient null, high end", "97.5 % point over halves and draws"),
+            "gain": _describe(
+                _K, "1", f"gain over a gradient ({which})", f"captured_split{suffix}/null_gradient{suffix}"
+            ),
+            "gain_low": _describe(_K, "1", "gain, low end", _RATIO),
+            "gain_high": _describe(_K, "1", "gain, high end", _RATIO),
+        }.items()
+    },
+    "concentrated": _describe(
+        _K,
+        "1",
+        "more concentrated than a gradient",
+        "gain_low > 1 and gain_low_centred > 1; of this many blocks, steps and k some are so by chance, each with "
+        "probability of at most about 2.5 %",
+    ),
+    "null_batch": _describe((), "1", "batch of the null gradients", "samples behind the update; NaN if not known"),
+    **_with_interval(
+        "rayleigh_ratio",
+        _describe(("block",), "1", "Rayleigh ratio", "(δᵀFδ/‖δ‖²)/(tr F/d): 1 for a random direction, at most d·ρ"),
+        f"of its logarithm, {_JACKKNIFE}",
+    ),
+    "relative_rayleigh_ratio": _describe(
+        ("block",), "1", "Rayleigh quotient over the largest", "(δᵀFδ/‖δ‖²)/λ₁, λ₁ plug-in"
+    ),
+    "update_norm": _describe(("block",), "weight", "norm of the update inside the space", "‖δ‖"),
+}
+
+_PAIRS = "over pairs of samples of different groups"
+
+TASKS: Mapping[str, Described] = {
+    **_with_interval(
+        "cosine",
+        _describe(
+            _PAIR,
+            "1",
+            "cosine of mean gradients",
+            f"⟨μ_s, μ_t⟩/(‖μ_s‖‖μ_t‖), each {_PAIRS}; NaN where unresolved; cut at ±1",
+        ),
+        _JACKKNIFE,
+    ),
+    "unresolved": _describe(
+        _PAIR, "1", "cosine that is not resolved", "the interval of ‖μ‖² of one of the tasks reaches 0, or is not known"
+    ),
+    "cosine_raw": _describe(
+        _PAIR, "1", "cosine of mean gradients, attenuated", "ḡ_s·ḡ_t/(‖ḡ_s‖‖ḡ_t‖): noise draws it to 0"
+    ),
+    "magnitude_similarity": _describe(
+        _PAIR,
+        "1",
+        "similarity of gradients' magnitudes",
+        f"2‖μ_s‖‖μ_t‖/(‖μ_s‖² + ‖μ_t‖²), norms {_PAIRS}",
+        "Yu et al. 2020",
+    ),
+    "conflict_rate": _describe(
+        ("block",),
+        "1",
+        "share of decided pairs of tasks in conflict",
+        "pairs whose cosine's interval lies below 0, over those whose interval does not hold 0",
+    ),
+    "decided_pairs": _describe(
+        ("block",), "1", "pairs of tasks that are decided", "pairs whose cosine's interval does not hold 0"
+    ),
+    **_with_interval(
+        "overlap",
+        _describe(_PAIR, "1", "overlap of Fishers", f"tr F_sF_t/√(tr F_s² tr F_t²), Hilbert–Schmidt, {_PAIRS}"),
+        f"of its logarithm, {_JACKKNIFE}",
+    ),
+    **_with_interval(
+        "noise_scale",
+        _describe(
+            _TASK,
+            "1",
+            "simple noise scale",
+            f"tr Σ/‖μ‖² in samples, ‖μ‖² {_PAIRS}; NaN where ‖μ‖² is not resolved",
+            "McCandlish et al. 2018",
+        ),
+        f"of its logarithm, {_JACKKNIFE}",
+    ),
+    **_with_interval(
+        "transfer",
+        _describe(
+            _PAIR,
+            "1/learning rate",
+            "first-order transfer",
+            f"⟨μ_s, μ_t⟩/L_t, {_PAIRS}: relative fall of the loss of task_ per unit of learning rate of a gradient "
+            "step on task; in factor space only",
+            "first order of Fifty et al. 2021",
+        ),
+        _JACKKNIFE,
+    ),
+    "spectral_entropy_mixture": _describe(("block",), "nat", "SE of the pooled Fisher", "SE(F), plug-in"),
+    "spectral_entropy_within": _describe(
+        ("block",), "nat", "SE within tasks", "Σ w SE(F_s), w = tr K_ss/tr K, plug-in"
+    ),
+    "divergence": _describe(
+        ("block",),
+        "nat",
+        "divergence χ of tasks' Fishers",
+        "SE(F) − Σ w SE(F_s), from 0 (the same) to H(w) (disjoint); plug-in: too large at small N",
+        "Holevo's quantity; Briët & Harremoës 2009",
+    ),
+    "divergence_largest": _describe(("block",), "nat", "largest possible χ", "H(w) = −Σ w ln w"),
+    "divergence_null_low": _describe(
+        ("block",), "nat", "χ of the same Fisher, low end", "2.5 % point over permuted labels; never subtracted"
+    ),
+    "divergence_null_high": _describe(
+        ("block",), "nat", "χ of the same Fisher, high end", "97.5 % point over permuted labels; never subtracted"
+    ),
+    "divergence_p_value": _describe(
+        ("block",), "1", "p of χ", "chance of such a χ if tasks have the same Fisher: (b + 1)/(B + 1) permutations"
+    ),
+    **_with_interval(
+        "purity_gap",
+        _describe(
+            ("block",),
+            "1",
+            "purity lost by mixing tasks",
+            f"Σ w tr f_s² − tr(Σ w f_s)², f = F/tr F, {_PAIRS}: 0 if tasks have the same Fisher",
+        ),
+        _JACKKNIFE,
+    ),
+    "sharing": _describe(
+        ("block",), "1", "sharing of directions", "1 − purity_gap/Σ w(1 − w) tr f_s²: 1 the same Fisher, 0 disjoint"
+    ),
+}
+
+
+def labelled(known: Mapping[str, Described], arrays: Mapping[str, np.ndarray]) -> dict[str, xr.Variable]:
+    """Arrays with dimensions and attributes by their name."""
+    return {
+        name: xr.Variable(
+            known[name].variable.dims,
+            array,
+            attributes(known[name].variable, known[name].definition, known[name].reference),
+        )
+        for name, array in arrays.items()
+    }
