@@ -192,7 +192,9 @@ class DynamicsCallback(TrainerCallback):
     def _refuse_overlap(self, model: Any, train_dataloader: Any) -> None:
         """Refuses probe samples that are trained on, where the training set is map-style and soon read."""
         dataset = getattr(train_dataloader, "dataset", None)
-        if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) <= COMPARED:
+        if dataset is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            return
+        if len(dataset) <= COMPARED:
             with undisturbed(model):  # reading may draw random numbers
                 for task in self._wishes["tasks"] or ():
                     task.refuse_overlap(dataset)

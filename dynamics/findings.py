@@ -72,6 +72,19 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD408": ("note", "probe samples that come in groups"),
     "OD409": ("note", "tasks of unequal numbers of samples"),
     "OD410": ("warning", "an update product that does not belong to its update"),
+    # 5xx: scores and statistics
+    "OD501": ("warning", "scores of a run that is not there"),
+    "OD502": ("warning", "scores without a matching step"),
+    "OD503": ("warning", "scores that are given more than once"),
+    "OD504": ("warning", "scores that are no numbers"),
+    "OD505": ("note", "scores of which it is not known whether higher is better"),
+    "OD506": ("error", "a score file that could not be read"),
+    "OD507": ("note", "too few runs to decide"),
+    "OD508": ("note", "runs or steps that an association leaves out"),
+    "OD509": ("note", "runs that look like repeats of one another"),
+    "OD510": ("warning", "a mixed model that did not converge"),
+    "OD511": ("warning", "runs that could not be paired"),
+    "OD512": ("warning", "a task that is not there"),
 }
 
 

@@ -23,6 +23,7 @@ from dynamics.capture.presets import schedule_of
 from dynamics.capture.probing import FisherProbe
 from dynamics.capture.watching import notes_on, notes_on_resuming, watched_or_refused
 from dynamics.findings import Finding
+from dynamics.fisher.scalars import scalars as fisher_scalars
 from dynamics.records import Records, earlier_capture, refuse_other_weights
 from dynamics.spectra import raw
 from dynamics.spectra.live import LiveSpectra
@@ -248,8 +249,11 @@ class Recorder:
             spectra = self._live.measure()
             if self._records is not None:
                 update = self._update(step, spectra)
+                probed = self._probed(step)
                 numbers = scalars(update, gradient)
-                self._records.write(step, update, gradient, self._probed(step))
+                with self._forgiven(step):
+                    numbers |= fisher_scalars(probed.get("fisher"))
+                self._records.write(step, update, gradient, probed)
                 written, self.scalars = True, numbers
                 self._from_step = -1  # until there are copies of this step
                 self._live.advance()

@@ -76,7 +76,7 @@ def main() -> None:
     callback.attach(trainer)  # before the reporters, so that they see its numbers too
     trainer.train()
 
-    update = dynamics.open_run(args.out)["update"].sel(kind="total")
+    update = dynamics.open_run(args.out)["update"].to_dataset().sel(kind="total")
     print("\nstep   ‖ΔW‖ of all matrices   effective rank (energy), median over matrices")
     for step in update["step"].values.tolist():
         at = update.sel(step=step)

@@ -3,15 +3,17 @@ r"""The empirical Fisher of a model on probe samples, as the Gram matrix of per-
 With G ``(N, d)`` the gradients of N samples' losses, F = GᵀG/N and K = GGᵀ share their spectrum (eigenvalues of K over
 N), and for an update δ the vector b = Gδ holds all that is wanted of it: δᵀFδ = ‖b‖²/N. Neither G nor F is formed.
 
-One forward and one backward pass a batch. Until K is complete, N·(numbers of the space) are held for each LoRA matrix
-(tangent or factor: r(out + in) a sample, in the model's precision), and for each dense weight the inputs and output
-gradients of its layer, N·T·(out + in) for T tokens.
+One forward and one backward pass a batch. Until K is complete, r(out + in) numbers a sample are held for each LoRA
+matrix in tangent or factor space, in the model's precision, single at least; for each dense weight, and in weight
+space, the inputs and output gradients of its layer, T·(out + in) a sample for T tokens, or out·in where that is less.
+Without the gradients of all samples no inner product between batches is known: to bound memory, choose ``blocks`` and
+call again. In tangent space ∇W is projected from gradients of the factors, by r×r solves; where these would amplify
+rounding, from inputs of A and output gradients of B, if the factors belong to layers (not to experts, embeddings).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,42 +21,30 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from probes.batches import ProbeBatch, one_each
+from probes.blocks import Block, Blocks, find_blocks, trained_parameters
 from probes.gram import GLOBAL, Gram
 from probes.label_sampling import with_sampled_labels
-from probes.per_sample import Recording, owners, recording, sample_gradients
-from probes.sample_gradients import Materialised, Outer, SampleGradient, Scatter, gram, inner_products, stacked
-from probes.spaces import TangentSpace, change_energy, tangent_space
+from probes.low_rank import LowRankMatrix
+from probes.per_sample import Chain, Recording, owners, recording, sample_gradients
+from probes.sample_gradients import (
+    Materialised,
+    Outer,
+    SampleGradient,
+    Scatter,
+    at_least_single,
+    compact,
+    gram,
+    inner_products,
+    stacked,
+)
+from probes.spaces import TangentSpace, change_energy
 from probes.tasks import probe_loss
 from probes.undisturbed import bare, undisturbed
-from probes.unwrapping import base_model, class_names, plain_path
-from probes.watched import Dense, Matrix, Product, Watched, find, is_sharded
+from probes.watched import Matrix
 
 SPACES = ("tangent", "factor", "weight")
 FISHERS = ("empirical", "sampled")
 Loss = Callable[[nn.Module, Any], Tensor]
-
-
-@dataclass
-class _Block:
-    """What one block takes of each batch, until K is formed.
-
-    Args:
-        name: Of the block.
-        products: Adapters of a low-rank matrix; empty otherwise.
-        parameters: Trainable parameters, each with the view of its gradient that is the block's.
-        dimension: d.
-        tangent: The space, of a low-rank matrix in tangent space.
-        module: The adapted layer, of a low-rank matrix in weight space.
-        parts: By batch and parameter (or one for all), gradients.
-    """
-
-    name: str
-    products: tuple[Product, ...] = ()
-    parameters: tuple[tuple[nn.Parameter, Callable[[Tensor], Tensor] | None], ...] = ()
-    dimension: int = 0
-    tangent: TangentSpace | None = None
-    module: nn.Module | None = None
-    parts: list[list[SampleGradient]] = field(default_factory=list)
 
 
 def gradient_gram(
@@ -86,7 +76,8 @@ def gradient_gram(
         fisher: ``"empirical"``: gradients for the data's labels. ``"sampled"``: for labels drawn from the model's own
             prediction, whose mean is the true Fisher; only with the model's own loss.
         blocks: Names of blocks; by default all.
-        update: Matrix (or other trainable parameter) → its change. In factor space parameter name → its change.
+        update: Matrix (or other trainable parameter) → its change; of factors, in factor space, parameter → its
+            change. What is not named has not changed.
         seed: Of the sampled labels.
         skip_broken: Whether samples whose loss or gradient is not finite are left out and listed, instead of an error.
 
@@ -104,16 +95,16 @@ def gradient_gram(
         raise ValueError(f"Expected space to be one of {', '.join(SPACES)}, got {space!r}.")
     if fisher not in FISHERS:
         raise ValueError(f"Expected fisher to be one of {', '.join(FISHERS)}, got {fisher!r}.")
-    chosen, uncovered, share = _blocks(model, space, blocks)
-    _require_known(update, chosen, space)
-    measure = _Measurement(bare(model), chosen, loss, space, fisher, torch.Generator().manual_seed(seed))
+    found = find_blocks(model, space, blocks)
+    measure = _Measurement(model, found, loss, space, fisher, torch.Generator().manual_seed(seed))
+    measure.require_known(update)
     batches: Iterable[Any] = [batch] if isinstance(batch, Mapping) else batch
     with undisturbed(model) as quiet, torch.enable_grad():
         for each in batches:
             measure.add(quiet, each)
     if not measure.losses:
         raise ValueError("Expected at least one batch of probe samples, got none.")
-    return measure.result(update, uncovered, share, skip_broken)
+    return measure.result(update, skip_broken)
 
 
 class _Measurement:
@@ -122,22 +113,35 @@ class _Measurement:
     def __init__(
         self,
         model: nn.Module,
-        blocks: Sequence[_Block],
+        blocks: Blocks,
         loss: Loss | None,
         space: str,
         fisher: str,
         generator: torch.Generator,
     ) -> None:
-        self._blocks, self._loss, self._space, self._fisher = blocks, loss, space, fisher
+        self._found, self._blocks, self._loss, self._space, self._fisher = blocks, blocks.chosen, loss, space, fisher
         self._generator = generator
-        self._parameters = list({id(p): p for block in blocks for p, _ in block.parameters}.values())
-        self._adapted = [block.module for block in blocks if block.module is not None]
-        self._own = owners(model, self._parameters)
+        self._parameters = list({id(p): p for block in self._blocks for p, _ in block.parameters}.values())
+        self._own = owners(bare(model), [*self._parameters, *(p for b in self._blocks for p in _factors(b))])
+        self._chains = {block.name: chain for block in self._blocks if (chain := self._chain(block)) is not None}
         modules = [module for each in self._own.values() for module, _ in each]
-        self._modules = list(dict.fromkeys([*modules, *self._adapted]))
-        self._names = {id(p): plain_path(base_model(model), n) for n, p in base_model(model).named_parameters()}
+        self._modules = list(dict.fromkeys([*modules, *(m for chain in self._chains.values() for m in chain)]))
+        self._names = {id(parameter): name for name, parameter in trained_parameters(model).items()}
         self._slow: dict[int, str] = {}
         self.losses: list[Tensor] = []
+
+    def require_known(self, update: Mapping[str, Matrix] | None) -> None:
+        """Refuses changes that would be left out without a word."""
+        known: set[str] = set()
+        for block in self._blocks:
+            by_parameters = block.products and self._space == "factor"
+            known |= {self._names[id(p)] for p, _ in block.parameters} if by_parameters else {block.name}
+        if unknown := [name for name in update or () if name not in known]:
+            kind = "parameters" if self._space == "factor" else "blocks"
+            raise ValueError(
+                f"Expected the update of {kind}, such as {sorted(known)[:3]}, got {unknown[:3]}. "
+                "Leave out what is not measured."
+            )
 
     def add(self, model: nn.Module, batch: Any) -> None:
         """Takes in one batch."""
@@ -154,20 +158,36 @@ class _Measurement:
 
     def _take(self, losses: Tensor, recorded: Recording, *, trusted: bool) -> None:
         gradients, slow, matrices = sample_gradients(
-            losses, self._parameters, self._own, recorded, outputs_of=self._adapted, trusted=trusted
+            losses, self._parameters, self._own, recorded, chains=list(self._chains.values()), trusted=trusted
         )
         self._slow |= {id(parameter): self._names[id(parameter)] for parameter in slow}
         for block in self._blocks:
-            if block.module is not None:
-                block.parts.append([_as_matrix(block, matrices, len(losses))])
-            elif block.tangent is not None:
-                block.parts.append([_in_tangent_space(block, block.tangent, gradients)])
+            chain = self._chains.get(block.name)
+            whole = matrices.get(chain) if chain is not None else None
+            if block.tangent is not None:
+                by_samples = any(parameter is each for parameter, _ in block.parameters for each in slow)
+                source = None if by_samples else whole
+                precision = _precision(chain, recorded)
+                part = [_in_tangent_space(block, block.tangent, source, precision, gradients)]
+            elif block.layer is not None:
+                part = [_as_matrix(block, whole, len(losses))]
             else:
-                block.parts.append([_viewed(gradients[id(p)], view, p) for p, view in block.parameters])
+                part = [_viewed(gradients[id(p)], view, p) for p, view in block.parameters]
+            block.parts.append([compact(each) for each in part])
 
-    def result(
-        self, update: Mapping[str, Matrix] | None, uncovered: tuple[str, ...], share: float, skip_broken: bool
-    ) -> Gram:
+    def _chain(self, block: Block) -> Chain | None:
+        """Modules whose inputs and output gradients say ∇W: the adapted layer, or one adapter's A and B (s ∇W)."""
+        if block.layer is not None:
+            return block.layer, block.layer
+        if block.tangent is None or block.products[0].scale() == 0:
+            return None
+        owned = [self._own.get(id(parameter), []) for parameter in _factors(block)]
+        if any(len(each) != 1 for each in owned):
+            return None
+        (first, _), (last, _) = owned[0][0], owned[1][0]
+        return (first, last) if first is not last else None
+
+    def result(self, update: Mapping[str, Matrix] | None, skip_broken: bool) -> Gram:
         """K and b of all batches."""
         losses = torch.cat(self.losses)
         grams: dict[str, Tensor] = {}
@@ -197,8 +217,8 @@ class _Measurement:
             },
             dimension={**dimension, GLOBAL: sum(dimension.values())},
             losses=losses[kept],
-            covered_share=share,
-            uncovered=uncovered,
+            covered_share=self._found.covered_share,
+            uncovered=self._found.uncovered,
             space=self._space,
             fisher=self._fisher,
             one_by_one=tuple(dict.fromkeys(self._slow.values())),
@@ -206,12 +226,12 @@ class _Measurement:
         )
 
     def _product(
-        self, block: _Block, columns: Sequence[SampleGradient], update: Mapping[str, Matrix], samples: int
+        self, block: Block, columns: Sequence[SampleGradient], update: Mapping[str, Matrix], samples: int
     ) -> tuple[Float[Tensor, " n"], float, float]:
         """b, ‖δ‖² inside the space and in all, of one block."""
         nothing = torch.zeros(samples, dtype=torch.float64), 0.0, 0.0
         if block.products and self._space == "factor":
-            changes = [update.get(self._names[id(p)]) for p, _ in block.parameters]
+            changes = [_part_of(update.get(self._names[id(p)]), view) for p, view in block.parameters]
             known = [(column, change) for column, change in zip(columns, changes, strict=True) if change is not None]
             product = sum((inner_products(column, change) for column, change in known), nothing[0])
             size = sum(change_energy(change) for _, change in known)
@@ -221,9 +241,20 @@ class _Measurement:
             return nothing
         size = change_energy(change)
         if block.tangent is None:
-            return inner_products(columns[0], change), size, size
+            return inner_products(columns[0], _along(change, columns[0])), size, size
         coordinates = block.tangent.of_change(change)
         return inner_products(columns[0], coordinates), float(coordinates.square().sum()), size
+
+
+def _precision(chain: Chain | None, recorded: Recording) -> torch.dtype:
+    """That of what the second module gave."""
+    calls = recorded.calls.get(chain[1], []) if chain is not None else []
+    return calls[0].output.dtype if calls else torch.float64
+
+
+def _factors(block: Block) -> list[nn.Parameter]:
+    """A and B of a low-rank matrix's first adapter, trained or not."""
+    return [block.products[0].right, block.products[0].left] if block.tangent is not None else []
 
 
 def probe_loss_of(batch: Any) -> Loss:
@@ -249,86 +280,9 @@ def _is_text(batch: Mapping[str, Any], samples: int) -> bool:
     return all(value.ndim in (1, 2) and value.shape[0] == samples for value in given)
 
 
-def _blocks(model: nn.Module, space: str, names: Sequence[str] | None) -> tuple[list[_Block], tuple[str, ...], float]:
-    """The chosen blocks, trainable parameters that belong to none, and the share that belongs to one."""
-    found = find(model)
-    base = base_model(model)
-    trained = {plain_path(base, path): p for path, p in base.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ValueError("Expected a model with trainable parameters, got one in which none requires a gradient.")
-    if any(is_sharded(parameter) for parameter in trained.values()):
-        raise ValueError(
-            "Expected parameters that are whole on each rank, got FSDP 2's shards. Gather the model first."
-        )
-    adapted = _adapted_layers(base) if space == "weight" else {}
-    blocks = [_block(each, space, adapted) for each in found.watched if not each.part_of]
-    taken = {id(parameter) for block in blocks for parameter, _ in block.parameters}
-    taken |= {id(parameter) for each in found.watched for parameter in each.parameters}
-    blocks += [
-        _Block(name, parameters=((parameter, None),), dimension=parameter.numel())
-        for name, parameter in trained.items()
-        if id(parameter) not in taken
-    ]
-    if names is not None:
-        known = {block.name for block in blocks}
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"Expected names of blocks, such as {sorted(known)[:3]}, got {unknown[:3]}.")
-        blocks = [block for block in blocks if block.name in set(names)]
-    covered = {id(parameter) for block in blocks for parameter, _ in block.parameters}
-    uncovered = tuple(name for name, parameter in trained.items() if id(parameter) not in covered)
-    total = sum(parameter.numel() for parameter in trained.values())
-    share = sum(parameter.numel() for parameter in trained.values() if id(parameter) in covered) / total
-    return blocks, uncovered, share
-
-
-def _block(watched: Watched, space: str, adapted: Mapping[int, nn.Module]) -> _Block:
-    if isinstance(watched.terms, Dense):
-        parameter, view = watched.terms.parameter, watched.terms.view
-        matrix = view(parameter.detach())
-        return _Block(watched.name, parameters=((parameter, view),), dimension=matrix.numel())
-    products = watched.terms
-    parameters = tuple({id(p): (p, None) for each in products for p in each.parameters if p.requires_grad}.values())
-    if space == "factor":
-        views = tuple(
-            (p, view)
-            for each in products
-            for p, view in ((each.left, each.left_view), (each.right, each.right_view), (each.diagonal, None))
-            if p is not None and p.requires_grad
-        )
-        size = sum((view(p.detach()) if view else p).numel() for p, view in views)
-        return _Block(watched.name, products, views, size)
-    if space == "weight":
-        module = adapted.get(id(products[0].left))
-        if module is None or "[" in watched.name:
-            raise ValueError(
-                f"Expected matrices of layers in weight space, got {watched.name!r}, whose gradient no layer's inputs "
-                "and outputs say. Choose space='tangent', or other blocks."
-            )
-        out, in_ = products[0].matrix(lambda p: p.detach()).shape
-        return _Block(watched.name, products, parameters, out * in_, module=module)
-    tangent = tangent_space(products)
-    return _Block(watched.name, products, parameters, tangent.dimension, tangent)
-
-
-def _adapted_layers(base: nn.Module) -> dict[int, nn.Module]:
-    """Parameter of an adapter (by identity) → the layer that it adapts."""
-    return {
-        id(parameter): module
-        for module in base.modules()
-        if "BaseTunerLayer" in class_names(module)
-        for parameter in module.parameters()
-    }
-
-
-def _require_known(update: Mapping[str, Matrix] | None, blocks: Sequence[_Block], space: str) -> None:
-    if update is None or space == "factor":
-        return
-    known = {block.name for block in blocks}
-    if unknown := [name for name in update if name not in known]:
-        raise ValueError(
-            f"Expected the update of blocks, such as {sorted(known)[:3]}, got {unknown[:3]}. "
-            "Leave out what is not measured."
-        )
+def _part_of(change: Matrix | None, view: Callable[[Tensor], Tensor] | None) -> Matrix | None:
+    """A block's part of a parameter's change."""
+    return view(change) if view is not None and isinstance(change, Tensor) else change
 
 
 def _viewed(gradient: SampleGradient, view: Callable[[Tensor], Tensor] | None, parameter: Tensor) -> SampleGradient:
@@ -342,40 +296,61 @@ def _viewed(gradient: SampleGradient, view: Callable[[Tensor], Tensor] | None, p
     return SampleGradient(tuple(part.shape), gradient.samples, [Materialised(values)])
 
 
-def _as_matrix(block: _Block, matrices: Mapping[nn.Module, Outer | Scatter], samples: int) -> SampleGradient:
-    assert block.module is not None
-    term = matrices.get(block.module)
+def _as_matrix(block: Block, term: Outer | Scatter | None, samples: int) -> SampleGradient:
     if term is None:
         raise ValueError(
             f"Expected the inputs and outputs of {block.name!r} to belong to one sample each, got a layer that is not "
             "called so. Choose space='tangent'."
         )
     out, in_ = block.products[0].matrix(lambda p: p.detach()).shape
-    if isinstance(term, Scatter):  # an embedding's own rows are words; the adapter's matrix is (dimension, words)
-        ids = torch.nn.functional.one_hot(term.places, term.count).to(term.right.dtype)
-        term = Outer(term.right, ids)
-    return SampleGradient((out, in_), samples, [term])
+    # An embedding's rows are words; the adapter's matrix is (dimension, words).
+    return SampleGradient((in_, out) if isinstance(term, Scatter) else (out, in_), samples, [term])
 
 
-def _in_tangent_space(block: _Block, tangent: TangentSpace, gradients: Mapping[int, SampleGradient]) -> SampleGradient:
-    lefts, rights = [], []
-    for product in block.products:
-        left, right = (_factor_gradient(gradients, each) for each in (product.left, product.right))
-        lefts.append(_each(product.left_view, left))
-        rights.append(_each(product.right_view, right))
-    coordinates = tangent.of_gradients(torch.cat(lefts, 2), torch.cat(rights, 1))
+def _along(change: Matrix, gradient: SampleGradient) -> Matrix:
+    """The change of a matrix the way its gradient lies."""
+    if tuple(change.shape) == gradient.shape or len(gradient.shape) != 2:
+        return change
+    return LowRankMatrix(change.right.mT, change.left.mT) if isinstance(change, LowRankMatrix) else change.mT
+
+
+def _in_tangent_space(
+    block: Block,
+    tangent: TangentSpace,
+    whole: Outer | Scatter | None,
+    precision: torch.dtype,
+    gradients: Mapping[int, SampleGradient],
+) -> SampleGradient:
+    """From gradients of the factors; or from inputs of A and output gradients of B, Σ s δ xᵀ, for a side of ∇W that
+    the factors' gradients say too badly."""
+    sources = (whole.left, whole.right) if isinstance(whole, Outer) else None
+    solve_left, solve_right = (True, True) if sources is None else tangent.is_solvable(precision)
+    scale = block.products[0].scale()
+    if sources is None or solve_left:
+        along = tangent.solved_left(_beside([(p.right, p.right_view) for p in block.products], gradients, tangent, 1))
+    else:
+        along = tangent.projected_left(*sources) / scale
+    if sources is None or solve_right:
+        beside = tangent.solved_right(_beside([(p.left, p.left_view) for p in block.products], gradients, tangent, 2))
+    else:
+        beside = tangent.projected_right(*sources) / scale
+    coordinates = tangent.coordinates(along, beside)
     return SampleGradient(tuple(coordinates.shape[1:]), len(coordinates), [Materialised(coordinates)])
 
 
-def _factor_gradient(gradients: Mapping[int, SampleGradient], parameter: nn.Parameter) -> Tensor:
-    if id(parameter) not in gradients:
-        samples = next(iter(gradients.values())).samples
-        return parameter.new_zeros(samples, *parameter.shape)
-    return gradients[id(parameter)].dense(parameter)
-
-
-def _each(view: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    return torch.vmap(view)(values)
+def _beside(
+    factors: Sequence[tuple[nn.Parameter, Callable[[Tensor], Tensor]]],
+    gradients: Mapping[int, SampleGradient],
+    tangent: TangentSpace,
+    dimension: int,
+) -> Tensor:
+    """Gradients of all trained A below, or all trained B beside, each other."""
+    found = [torch.vmap(view)(gradients[id(p)].dense(p)) for p, view in factors if p.requires_grad]
+    if found:
+        return torch.cat(found, dimension)
+    samples, like = next(iter(gradients.values())).samples, factors[0][0]
+    shape = (samples, 0, len(tangent.right)) if dimension == 1 else (samples, len(tangent.left), 0)
+    return at_least_single(like.new_zeros(shape))
 
 
 def _kept(losses: Tensor, whole: Tensor, skip_broken: bool) -> list[int]:

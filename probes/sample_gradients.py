@@ -7,6 +7,7 @@ takes fewer operations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,15 @@ from probes.low_rank import LowRankMatrix
 
 #: Bytes that multiplied-out gradients, or token-by-token products, may take at once.
 BUDGET = 2**28
+
+
+def at_least_single(tensor: Tensor) -> Tensor:
+    """A tensor in its own precision, half precision in single: sums over tokens and samples would round.
+
+    >>> at_least_single(torch.ones(1, dtype=torch.bfloat16)).dtype
+    torch.float32
+    """
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,9 @@ class Outer:
 
     def rows(self, first: int, last: int) -> Float[Tensor, "sample row column"]:
         """Rows of the gradients as matrices."""
-        return self.left[:, :, first:last].mT @ self.right
+        left = self.left[:, :, first:last]
+        # The longer side last: half the time where the other one is a factor's rank.
+        return (self.right.mT @ left).mT if last - first > self.right.shape[-1] else left.mT @ self.right
 
     def beside(self, other: Outer) -> Outer:
         """The sum of both, of the same samples."""
@@ -87,7 +99,7 @@ class SampleGradient:
     def dense(self, like: Tensor) -> Float[Tensor, "sample ..."]:
         """The gradients multiplied out, ``(sample, *shape)``."""
         if not self.terms:
-            return like.new_zeros(self.samples, *self.shape)
+            return at_least_single(like.new_zeros(self.samples, *self.shape))
         return sum(term.rows(0, self.shape[0]) for term in self.terms).reshape(self.samples, *self.shape)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -108,6 +120,22 @@ def stacked(parts: Sequence[SampleGradient]) -> SampleGradient:
     return SampleGradient(parts[0].shape, samples, [Materialised(torch.cat([part.dense(like) for part in parts]))])
 
 
+def compact(gradient: SampleGradient) -> SampleGradient:
+    """The gradients multiplied out, if that takes less memory than the products they are made of."""
+    if not gradient.terms or all(isinstance(term, Materialised) for term in gradient.terms):
+        return gradient
+    numbers = sum(
+        term.values.numel()
+        if isinstance(term, Materialised)
+        else term.right.numel() + (term.left.numel() if isinstance(term, Outer) else term.places.numel())
+        for term in gradient.terms
+    )
+    if numbers <= gradient.samples * math.prod(gradient.shape):
+        return gradient
+    values = gradient.dense(_tensor(gradient.terms[0]))
+    return SampleGradient(gradient.shape, gradient.samples, [Materialised(values)])
+
+
 def gram(gradient: SampleGradient) -> Float[Tensor, "n n"]:
     """Inner products of the gradients, ``(N, N)``, float64 on the host."""
     total = torch.zeros(gradient.samples, gradient.samples, dtype=torch.float64)
@@ -115,7 +143,7 @@ def gram(gradient: SampleGradient) -> Float[Tensor, "n n"]:
         return total
     if len(gradient.terms) == 1 and _token_by_token_is_cheaper(gradient.terms[0]):
         return _token_by_token(gradient.terms[0])
-    columns = max(1, int(torch.tensor(gradient.shape[1:]).prod())) if len(gradient.shape) > 1 else 1
+    columns = max(1, math.prod(gradient.shape[1:]))
     size = _tensor(gradient.terms[0]).element_size()
     step = max(1, BUDGET // (gradient.samples * columns * size))
     length = gradient.shape[0]  # pyright: ignore[reportGeneralTypeIssues]

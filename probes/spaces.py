@@ -27,6 +27,9 @@ from probes.watched import Matrix, Product, whole
 #: Singular values of a factor below this share of its largest one, times its longer side, span no direction.
 _EPSILON = torch.finfo(torch.float64).eps
 
+#: Share of ∇W that solving for it may lose to rounding.
+_LOST = 1e-5
+
 
 @dataclass(frozen=True)
 class TangentSpace:
@@ -37,27 +40,57 @@ class TangentSpace:
         right: Q_A ``(in, a)``.
         from_left: From ∇_B to ∇W Q_A: ``(r, a)``.
         from_right: From ∇_A to Q_Bᵀ∇W: ``(b, r)``.
+        left_condition: Ratio of the largest to the smallest singular value of B, of those that are not zero.
+        right_condition: The same of A.
     """
 
     left: Float[Tensor, "out b"]
     right: Float[Tensor, "in a"]
     from_left: Float[Tensor, "r a"]
-    from_right: Float[Tensor, "b r"]
+    from_right: Float[Tensor, "b q"]
+    left_condition: float
+    right_condition: float
 
     @property
     def dimension(self) -> int:
-        """b·in + out·a − a·b: r(out + in − r) where both factors have full rank."""
+        """b·in + out·a − a·b: r(out + in − r) where both factors are trained and have full rank."""
         (out, b), (in_, a) = self.left.shape, self.right.shape
         return b * in_ + out * a - a * b
 
-    def of_gradients(
-        self, left: Float[Tensor, "sample out r"], right: Float[Tensor, "sample r in"]
+    def is_solvable(self, precision: torch.dtype) -> tuple[bool, bool]:
+        """Whether Q_Bᵀ∇W follows from ∇_A, and ∇W Q_A from ∇_B, without losing more than 10⁻⁵ of ∇W to rounding.
+
+        The rounding of ∇_A grows with the condition number of B, that of ∇_B with A's; after a few steps from zero, B
+        may have a large one.
+        """
+        rounding = torch.finfo(precision).eps
+        return self.left_condition * rounding <= _LOST, self.right_condition * rounding <= _LOST
+
+    def solved_left(self, gradient: Float[Tensor, "sample q in"]) -> Float[Tensor, "sample b in"]:
+        """Q_Bᵀ∇W from ∇_A, of the adapters whose A is trained, below each other."""
+        return self.from_right.to(gradient.dtype) @ gradient
+
+    def solved_right(self, gradient: Float[Tensor, "sample out r"]) -> Float[Tensor, "sample out a"]:
+        """∇W Q_A from ∇_B, of the adapters whose B is trained, beside each other."""
+        return gradient @ self.from_left.to(gradient.dtype)
+
+    def projected_left(
+        self, left: Float[Tensor, "sample token out"], right: Float[Tensor, "sample token in"]
+    ) -> Float[Tensor, "sample b in"]:
+        """Q_Bᵀ∇W of ∇W = Σ_t left_t right_tᵀ: twice the operations, and as exact as these are."""
+        return (left @ self.left.to(left.dtype)).mT @ right
+
+    def projected_right(
+        self, left: Float[Tensor, "sample token out"], right: Float[Tensor, "sample token in"]
+    ) -> Float[Tensor, "sample out a"]:
+        """∇W Q_A of ∇W = Σ_t left_t right_tᵀ."""
+        return left.mT @ (right @ self.right.to(right.dtype))
+
+    def coordinates(
+        self, along: Float[Tensor, "sample b in"], beside: Float[Tensor, "sample out a"]
     ) -> Float[Tensor, "sample number"]:
-        """Coordinates of ∇W's projection, from gradients of the factors; in their dtype."""
-        dtype = left.dtype
-        along = self.from_right.to(dtype) @ right
-        beside = left @ self.from_left.to(dtype)
-        basis = self.left.to(dtype)
+        """Of X, from Q_BᵀX and X Q_A: the one, and what the other has more."""
+        basis = self.left.to(beside.dtype)
         beside = beside - basis @ (basis.mT @ beside)
         return torch.cat([along.flatten(1), beside.flatten(1)], 1)
 
@@ -69,37 +102,39 @@ class TangentSpace:
         else:
             dense = change.detach().to(self.left.device, torch.float64)
             along, beside = self.left.mT @ dense, dense @ self.right
-        beside = beside - self.left @ (self.left.mT @ beside)
-        return torch.cat([along.flatten(), beside.flatten()])
+        return self.coordinates(along[None], beside[None])[0]
 
 
 def tangent_space(products: Sequence[Product]) -> TangentSpace:
     """The tangent space of one matrix's adapters together, at their present values.
 
     Several adapters on one matrix are one with all their columns; AdaLoRA's diagonal is folded into the factor that it
-    is not the gradient of. Where columns depend on each other, the space is that of what they span.
+    is not the gradient of. A factor that is not trained opens no directions. Where columns depend on each other, the
+    space is that of what they span.
     """
     with torch.no_grad():
-        lefts, rights, of_left, of_right = [], [], [], []
+        (out, in_), device = products[0].matrix(whole).shape, products[0].left.device
+        of_left, of_right = (torch.zeros(n, 0, dtype=torch.float64, device=device) for n in (in_, out))
         for product in products:
             matrix = product.matrix(whole)
-            left, right = matrix.left_factor.to(torch.float64), matrix.right.detach()
-            scales = matrix.scales().to(right.device)
-            lefts.append(left)
-            rights.append(right)
-            of_left.append(right * scales[:, None])  # ∇_B = ∇W (diag(s) A)ᵀ
-            of_right.append(left * scales)  # ∇_A = (B diag(s))ᵀ ∇W
-        left, from_right = _basis(torch.cat(of_right, 1))
-        right, from_left = _basis(torch.cat(of_left).mT)
-        return TangentSpace(left, right, from_left, from_right.mT)
+            scales = matrix.scales().to(device)
+            if product.left.requires_grad:  # ∇_B = ∇W (diag(s) A)ᵀ
+                of_left = torch.cat([of_left, (matrix.right.to(torch.float64) * scales[:, None]).mT], 1)
+            if product.right.requires_grad:  # ∇_A = (B diag(s))ᵀ ∇W
+                of_right = torch.cat([of_right, matrix.left_factor.to(torch.float64) * scales], 1)
+        left, from_right, left_condition = _basis(of_right)
+        right, from_left, right_condition = _basis(of_left)
+        return TangentSpace(left, right, from_left, from_right.mT, left_condition, right_condition)
 
 
-def _basis(tall: Float[Tensor, "side r"]) -> tuple[Float[Tensor, "side k"], Float[Tensor, "r k"]]:
-    """Orthonormal basis Q of what the columns of X span, and M with Q = X M."""
+def _basis(tall: Float[Tensor, "side r"]) -> tuple[Float[Tensor, "side k"], Float[Tensor, "r k"], float]:
+    """Orthonormal basis Q of what the columns of X span, M with Q = X M, and X's condition number."""
     vectors, values, turned = torch.linalg.svd(tall, full_matrices=False)
     kept = values > max(tall.shape) * _EPSILON * (values[:1] if len(values) else values)
     # Rank by the factor's own storage would depend on its format; float64's keeps whatever is not exactly dependent.
-    return vectors[:, kept], turned[kept].mT / values[kept]
+    values = values[kept]
+    condition = float(values[0] / values[-1]) if len(values) else 1.0
+    return vectors[:, kept], turned[kept].mT / values, condition
 
 
 def change_energy(change: Matrix) -> float:

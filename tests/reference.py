@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch
@@ -63,3 +64,23 @@ def entropy(weights: list[float]) -> float:
     """−Σ p ln p over the non-zero shares."""
     total = sum(weights)
     return -sum(w / total * math.log(w / total) for w in weights if w > 0)
+
+
+def per_sample_gradients(model: torch.nn.Module, batch: dict, loss: Callable) -> dict[str, torch.Tensor]:
+    """Gradient of each sample's loss with respect to each trainable parameter, one backward pass for each sample."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    rows = []
+    for each in loss(model, batch):
+        gradients = torch.autograd.grad(each, [p for _, p in named], retain_graph=True, allow_unused=True)
+        rows.append([torch.zeros_like(p) if g is None else g for g, (_, p) in zip(gradients, named, strict=True)])
+    for module, mode in modes.items():
+        module.training = mode
+    return {name: torch.stack([row[place] for row in rows]) for place, (name, _) in enumerate(named)}
+
+
+def flat_gradients(model: torch.nn.Module, batch: dict, loss: Callable) -> torch.Tensor:
+    """G ``(sample, number)``, float64."""
+    found = per_sample_gradients(model, batch, loss).values()
+    return torch.cat([gradient.flatten(1).double() for gradient in found], 1)

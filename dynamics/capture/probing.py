@@ -14,13 +14,13 @@ import xarray as xr
 from torch import Tensor, nn
 
 from dynamics import schema
+from probes.blocks import trained_parameters
 from probes.fisher import gradient_gram
 from probes.gram import Gram
 from probes.scores import Score, evaluate
 from probes.swapping import swapped
 from probes.tasks import Task, probe_batches, probe_loss
-from probes.unwrapping import base_model, plain_path
-from probes.watched import Matrix, is_sharded
+from probes.watched import Matrix, find, is_sharded
 
 #: The space in which gradients and updates are compared: what a step of LoRA can reach, whatever its gauge.
 SPACE = "tangent"
@@ -53,9 +53,8 @@ class FisherProbe:
         batch_size: int = 0,
     ) -> None:
         self._batches, *labels = probe_batches(tasks)
-        self._labels = dict(zip(("sample_task", "sample_group", "sample_id"), labels, strict=True))
-        base = base_model(model)
-        self._trained = {plain_path(base, name): p for name, p in base.named_parameters() if p.requires_grad}
+        self._labels: dict[str, list[str]] = dict(zip(schema.SAMPLE_LABELS, labels, strict=True))
+        self._trained = trained_parameters(model)
         if any(is_sharded(parameter) for parameter in self._trained.values()):
             raise ValueError(
                 "Expected parameters that are whole on each rank, got FSDP 2's shards, of which per-sample gradients "
@@ -64,6 +63,8 @@ class FisherProbe:
             )
         self._model, self._tasks, self._blocks = model, tuple(tasks), blocks
         self._batch_size = batch_size
+        of_matrices = {id(parameter) for each in find(model).watched for parameter in each.parameters}
+        self._others = [name for name, parameter in self._trained.items() if id(parameter) not in of_matrices]
         host = {id(parameter) for parameter in on_host}
         self._before = {
             name: p.detach().to("cpu" if id(p) in host else p.device, copy=True) for name, p in self._trained.items()
@@ -106,11 +107,10 @@ class FisherProbe:
             self._before[name].copy_(parameter.detach())
 
     def _changes(self) -> dict[str, Tensor]:
-        """Of trainable parameters that are no matrices: vectors, biases."""
+        """Of trainable parameters of which no watched matrix is made: biases, norms, the factors of LoHa."""
         return {
-            name: p.detach().double().cpu() - self._before[name].double().cpu()
-            for name, p in self._trained.items()
-            if p.ndim < 2
+            name: self._trained[name].detach().double().cpu() - self._before[name].double().cpu()
+            for name in self._others
         }
 
 

@@ -12,14 +12,21 @@ from dynamics.checkpoints.trajectory import LogEntry, Trajectory
 SCORE_PREFIX = "eval_"
 #: What a capture logs for those who watch the training: all of it is in its records.
 _RECORDED_PREFIXES = ("dynamics/", "train/dynamics/")
-#: Scores of no task: how long the evaluation took.
-_ABOUT_THE_EVALUATION = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+#: Scores of no task: how long the evaluation took, and over how much.
+_ABOUT_THE_EVALUATION = (
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "model_preparation_time",
+    "_samples",
+    "_num_tokens",
+)
 
 
 def log_groups(trajectory: Trajectory) -> dict[str, xr.Dataset]:
     """``"training"`` and ``"score"``, each only if the log has something for it."""
     training = [entry for entry in trajectory.log if not entry.name.startswith((SCORE_PREFIX, *_RECORDED_PREFIXES))]
-    scores = [entry for entry in trajectory.log if _is_score(entry.name)]
+    scores = [entry for entry in trajectory.log if is_score(entry.name)]
     groups = {}
     if training:
         groups["training"] = _training(training)
@@ -28,7 +35,12 @@ def log_groups(trajectory: Trajectory) -> dict[str, xr.Dataset]:
     return groups
 
 
-def _is_score(name: str) -> bool:
+def is_score(name: str) -> bool:
+    """Whether a number in the Trainer's log says how good the model is.
+
+    >>> is_score("eval_vqa_loss"), is_score("eval_runtime"), is_score("loss")
+    (True, False, False)
+    """
     return name.startswith(SCORE_PREFIX) and not name.endswith(_ABOUT_THE_EVALUATION)
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from scipy import stats
 
 from dynamics.fisher.eigenvalues import inverse_roots
-from dynamics.fisher.pairs import Labels, diagonal_means, interval, jackknife_error
+from dynamics.fisher.pairs import Estimate, Labels, diagonal_means, jackknifed
 from dynamics.fisher.ratios import log, ratio
 
 
@@ -58,21 +58,21 @@ def rayleigh_ratio(
     update_norm: Float[np.ndarray, " block"],
     dimension: Float[np.ndarray, " block"],
     labels: Labels,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> Estimate:
     """(δᵀFδ/‖δ‖²)/(tr F/d) with its 95 % interval: 1 for an update of no particular direction, at most d·ρ.
 
-    Numerator and denominator are unbiased for held-out samples. Interval: delete-one-group jackknife of the logarithm.
+    Numerator and denominator are unbiased for held-out samples; their ratio's logarithm is corrected for its bias, and
+    its interval made, by the delete-one-group jackknife.
 
     Returns:
-        Ratio, low, high, each ``[block]``; NaN where the dimension is not known or the update is zero.
+        Each ``[block]``; NaN where the dimension is not known or the update is zero.
     """
     scale = ratio(dimension, update_norm**2)
     squares, squares_without = diagonal_means(update_product**2, labels)
     norms, norms_without = diagonal_means(np.diagonal(gram, axis1=1, axis2=2), labels)
     estimate = log(ratio(squares, norms))
-    error = jackknife_error(log(ratio(squares_without, norms_without)), labels.holds)
-    found = (estimate, *interval(estimate, error, labels.groups))
-    return tuple(np.exp(part[:, 0]) * scale for part in found)  # type: ignore[return-value]
+    found = jackknifed(estimate, log(ratio(squares_without, norms_without)), labels.holds, labels.groups)
+    return Estimate(*(np.exp(part[:, 0]) * scale for part in (found.estimate, found.low, found.high)))
 
 
 def relative_rayleigh_ratio(

@@ -1,16 +1,22 @@
-"""The dominant ratio ρ = λ_1/tr F: an interval that holds, and a point estimate for independent samples."""
+"""The dominant ratio ρ = λ_1/tr F: an interval that holds, and a point estimate for independent samples.
+
+Plug-in ρ is too large and ρ of directions judged on other samples too small, both in expectation. In one data set noise
+moves both the same way: simulated, the two alone hold the truth in 25–99 % of cases. The interval is therefore widened
+by the sampling error of the plug-in, and then holds it in at least 95 %.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from dynamics.fisher.pairs import interval
 from dynamics.fisher.ratios import ratio
 from dynamics.fisher.splits import SPLITS, half_splits
 
 
 def dominant_ratio_plug_in(eigenvalues: Float[np.ndarray, "block index"]) -> Float[np.ndarray, " block"]:
-    """λ̂_1/Σλ̂, at least ρ in expectation up to the noise of the trace: the upper end of its interval.
+    """λ̂_1/Σλ̂: at least ρ in expectation, up to the noise of the trace.
 
     >>> dominant_ratio_plug_in(np.array([[3.0, 1.0]]))
     array([0.75])
@@ -35,6 +41,42 @@ def dominant_ratio_noise_reduced(eigenvalues: Float[np.ndarray, "block sample"])
     return ratio(eigenvalues[:, 0] - (total - eigenvalues[:, 0]) / (samples - 1), total)
 
 
+def dominant_ratio_error(
+    eigenvalues: Float[np.ndarray, "block sample"],
+    vectors: Float[np.ndarray, "block sample sample"],
+    membership: Float[np.ndarray, "sample group"],
+) -> Float[np.ndarray, " block"]:
+    """Standard error of ln of the plug-in ρ about its own expectation, by the infinitesimal jackknife over groups.
+
+    Returns:
+        NaN for fewer than two groups or a zero matrix.
+    """
+    groups = membership.shape[1]
+    if groups < 2:
+        return np.full(len(eigenvalues), np.nan)
+    shares = ratio(eigenvalues, eigenvalues.sum(-1, keepdims=True))
+    by_group = membership.T @ vectors**2  # of each λ_j
+    influence = by_group[:, :, 0] - (by_group @ shares[:, :, None])[:, :, 0]
+    return np.sqrt(groups / (groups - 1) * (influence**2).sum(-1))
+
+
+def dominant_ratio_interval(
+    split: Float[np.ndarray, " block"],
+    plug_in: Float[np.ndarray, " block"],
+    error: Float[np.ndarray, " block"],
+    groups: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval of ρ: from the split ratio less its sampling error to the plug-in ratio plus its, at most 1.
+
+    Args:
+        split, plug_in: As :func:`dominant_ratio_split` and :func:`dominant_ratio_plug_in` return them.
+        error: Standard error of ln ρ, as :func:`dominant_ratio_error` returns it.
+        groups: Number of groups.
+    """
+    down, up = interval(np.zeros_like(error), error, groups)
+    return split * np.exp(down), np.minimum(plug_in * np.exp(up), 1.0)
+
+
 def dominant_ratio_split(
     gram: Float[np.ndarray, "block sample sample"],
     group: Int[np.ndarray, " sample"],
@@ -44,7 +86,7 @@ def dominant_ratio_split(
     """Rayleigh quotient of one half's first direction on the other half, over that half's trace; mean over splits.
 
     No direction v has vᵀFv above λ_1, and v does not depend on the half that judges it: at most ρ in expectation, up to
-    the noise of the trace. The lower end of ρ's interval. It holds for any v, so power iteration finds it well enough.
+    the noise of the trace. That holds for any v, so power iteration finds it well enough.
 
     Returns:
         NaN for fewer than two groups.

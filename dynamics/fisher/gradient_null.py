@@ -87,7 +87,7 @@ def matched_gain(
     columns, exists = _columns(k, min(len(first) for first, _ in halves))
     updates, nulls = [], []
     for first, second in halves:
-        directions = _directions(gram[:, first[:, None], first], max(columns) + 1, centre)
+        directions = _directions(gram[:, first[:, None], first], int(columns.max()) + 1, centre)
         along = np.einsum("bn,bnj->bj", update_product[:, first], directions)
         updates.append(ratio(np.cumsum(along**2, -1)[:, columns], update_norm[:, None] ** 2))
         projections = gram[:, second[:, None], first] @ directions

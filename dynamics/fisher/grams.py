@@ -77,6 +77,8 @@ def vectors_of(values: Any, names: Sequence[str], samples: int, what: str) -> Fl
     Raises:
         ValueError: If a block is missing or a vector has another length.
     """
+    if values is None:
+        raise ValueError(f"Expected {what} for each of the {len(names)} blocks, got none at all.")
     mapping = values if isinstance(values, Mapping) else dict.fromkeys(names[:1], values)
     missing = [name for name in names if name not in mapping]
     if missing:

@@ -108,7 +108,7 @@ def concentration_dataset(
     """:func:`concentration` of blocks already stacked, without its check of b and ‖δ‖ against K."""
     values, vectors = spectrum
     labels = Labels(group, np.ones((len(group), 1), dtype=bool))
-    ratio, ratio_low, ratio_high = rayleigh_ratio(stacked, product, norm, size, labels)
+    ratio = rayleigh_ratio(stacked, product, norm, size, labels)
     null, null_low, null_high = isotropic_null(size, k)
     arrays = {
         "captured": captured(values, vectors, product, norm, k),
@@ -132,9 +132,9 @@ def concentration_dataset(
     arrays |= {
         "concentrated": (arrays["gain_low"] > 1) & (arrays["gain_low_centred"] > 1),
         "null_batch": np.array(batch_size if batch_size > 0 else np.nan),
-        "rayleigh_ratio": ratio,
-        "rayleigh_ratio_low": ratio_low,
-        "rayleigh_ratio_high": ratio_high,
+        "rayleigh_ratio": ratio.estimate,
+        "rayleigh_ratio_low": ratio.low,
+        "rayleigh_ratio_high": ratio.high,
         "relative_rayleigh_ratio": relative_rayleigh_ratio(values, product, norm),
         "update_norm": norm,
     }

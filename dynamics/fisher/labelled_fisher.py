@@ -29,7 +29,8 @@ def fisher_measures(
 
     Args:
         gram: K = GGᵀ, unnormalised: ``[sample, sample]``, a mapping of block to such, or what ``gradient_gram``
-        returns. tasks: Task of each sample; without it there is only ``"all"``.
+            returns.
+        tasks: Task of each sample; without it there is only ``"all"``.
         groups: What samples belong to (an image, a patient); without it each is taken to be independent.
         dimension: d, numbers that the gradient of a block has; by default the Gram's own, else larger than N.
         seed: Of random halves and subsets.
@@ -98,7 +99,9 @@ def _of_task(
     spectral = entropy.spectral_entropy(values)
     reach = interval(spectral, entropy.entropy_error(values, vectors, own.membership), own.groups)
     few = rarefied(gram, groups, curve, seed=seed)
-    plug_in = dominance.dominant_ratio_plug_in(values)
+    plug_in, split = dominance.dominant_ratio_plug_in(values), dominance.dominant_ratio_split(gram, groups, seed=seed)
+    error = dominance.dominant_ratio_error(values, vectors, own.membership)
+    ends = dominance.dominant_ratio_interval(split, plug_in, error, own.membership.shape[1])
     padding = ((0, 0), (0, len(member) - len(places)))
     return {
         "trace": np.trace(gram, axis1=1, axis2=2) / len(places),
@@ -111,8 +114,9 @@ def _of_task(
         "spectral_entropy_normalised": entropy.normalised_by_sample_rank(spectral, len(places), size),
         "spectral_entropy_centred": entropy.spectral_entropy(around_mean),
         "dominant_ratio": plug_in,
-        "dominant_ratio_low": dominance.dominant_ratio_split(gram, groups, seed=seed),
-        "dominant_ratio_high": plug_in,
+        "dominant_ratio_low": ends[0],
+        "dominant_ratio_high": ends[1],
+        "dominant_ratio_split": split,
         "dominant_ratio_noise_reduced": dominance.dominant_ratio_noise_reduced(values),
         "dominant_ratio_centred": dominance.dominant_ratio_plug_in(around_mean),
         "participation_ratio_plug_in": participation_ratio_plug_in(values),

@@ -13,8 +13,7 @@ from dynamics.fisher import entropy, sharing
 from dynamics.fisher import tasks as between
 from dynamics.fisher.eigenvalues import fisher_eigenvalues
 from dynamics.fisher.grams import GLOBAL, blocks_of, codes_of, members_of, own
-from dynamics.fisher.pairs import Labels
-from dynamics.fisher.tasks import Estimate
+from dynamics.fisher.pairs import Estimate, Labels
 from dynamics.fisher.variables import TASKS, labelled
 
 

@@ -107,8 +107,44 @@ def jackknife_error(
     return np.sqrt(np.where(count > 1, ratio(count - 1, count), np.nan) * squares)
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval; NaN where it is not resolved or has none."""
+
+    estimate: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def jackknifed(
+    estimate: Float[np.ndarray, "block ..."],
+    left_out: Float[np.ndarray, "block group ..."],
+    relevant: Bool[np.ndarray, "group ..."],
+    groups: np.ndarray | np.integer,
+) -> Estimate:
+    """A smooth function of means less its bias of O(1/g), g θ − (g − 1) θ̄, and the interval about that.
+
+    The ratio of two unbiased means is biased: simulated, the overlap of one Fisher with itself read 1.03 with 64
+    groups a task, and its interval held 1 in half of all cases; corrected, 1.00 and 98 %.
+
+    Args:
+        estimate: θ from all groups.
+        left_out: θ without each group.
+        relevant: Which groups a number depends on.
+        groups: How many of them count for Student's t.
+
+    Returns:
+        Uncorrected and without an interval where θ does not exist without one of the groups.
+    """
+    count = relevant.sum(0)
+    mean = ratio(np.where(relevant, left_out, 0.0).sum(1), count)
+    corrected = count * estimate - (count - 1) * mean
+    low, high = interval(corrected, jackknife_error(left_out, relevant), groups)
+    return Estimate(np.where(np.isnan(low), estimate, corrected), low, high)
+
+
 def interval(
-    estimate: np.ndarray, error: np.ndarray, groups: np.ndarray | int, level: float = 0.95
+    estimate: np.ndarray, error: np.ndarray, groups: np.ndarray | np.integer | int, level: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray]:
     """estimate ± t·error with Student's t of groups − 1 degrees of freedom; NaN for fewer than two groups.
 

@@ -6,23 +6,11 @@ estimated with hardly any bias from few samples, and SE ≥ ln PR.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from jaxtyping import Float
 
-from dynamics.fisher.pairs import Labels, interval, jackknife_error, pair_means
+from dynamics.fisher.pairs import Estimate, Labels, jackknifed, pair_means
 from dynamics.fisher.ratios import log, ratio
-
-
-@dataclass(frozen=True)
-class LogParticipation:
-    """ln PR in nats with its 95 % interval, for each block and task."""
-
-    estimate: Float[np.ndarray, "block task"]
-    low: Float[np.ndarray, "block task"]
-    high: Float[np.ndarray, "block task"]
-    error: Float[np.ndarray, "block task"]
 
 
 def participation_ratio_plug_in(eigenvalues: Float[np.ndarray, "block index"]) -> Float[np.ndarray, " block"]:
@@ -34,16 +22,18 @@ def participation_ratio_plug_in(eigenvalues: Float[np.ndarray, "block index"]) -
     return ratio(eigenvalues.sum(-1) ** 2, (eigenvalues**2).sum(-1))
 
 
-def log_participation_ratio(gram: Float[np.ndarray, "block sample sample"], labels: Labels) -> LogParticipation:
+def log_participation_ratio(gram: Float[np.ndarray, "block sample sample"], labels: Labels) -> Estimate:
     r"""ln PR_U by U-statistics over pairs of different groups,
 
     .. math:: PR_U = \sum_{ij} K_{ii} K_{jj} \Big/ \sum_{ij} K_{ij}^2 ,
 
-    whose numerator and denominator are unbiased for (tr F)² and tr F²; their ratio has a bias of O(1/groups). Interval:
-    delete-one-group jackknife of ln PR_U, Student's t with groups − 1 degrees of freedom.
+    whose numerator and denominator are unbiased for (tr F)² and tr F². The bias of O(1/groups) of their ratio is
+    removed, and the interval made, by the delete-one-group jackknife of ln PR_U, Student's t with groups − 1 degrees
+    of freedom.
 
     Returns:
-        NaN where a task has fewer than two groups (interval: three), or all pairs are orthogonal.
+        Each ``[block, task]``. NaN where a task has fewer than two groups (interval: three), or all pairs are
+        orthogonal.
 
     >>> labels = Labels(np.arange(3), np.ones((3, 1), dtype=bool))
     >>> gram = np.array([[[1.0, 0.5, 0.5], [0.5, 1.0, 0.5], [0.5, 0.5, 1.0]]])
@@ -59,5 +49,4 @@ def log_participation_ratio(gram: Float[np.ndarray, "block sample sample"], labe
     left_out = log(ratio(traces.left_out, np.where(squares.left_out > least[:, None], squares.left_out, 0.0)))
     own = np.arange(labels.member.shape[1])
     estimate, left_out = estimate[:, own, own], left_out[:, :, own, own]
-    error = jackknife_error(left_out, labels.holds)
-    return LogParticipation(estimate, *interval(estimate, error, labels.groups), error)
+    return jackknifed(estimate, left_out, labels.holds, labels.groups)

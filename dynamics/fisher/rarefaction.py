@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from dynamics.fisher.dominance import dominant_ratio_plug_in
 from dynamics.fisher.eigenvalues import fisher_eigenvalues
 from dynamics.fisher.entropy import spectral_entropy
-from dynamics.fisher.pairs import Labels, interval
+from dynamics.fisher.pairs import Labels
 from dynamics.fisher.participation import log_participation_ratio, participation_ratio_plug_in
 
 #: Random subsets behind each point of a curve.
@@ -129,8 +129,9 @@ def compare_at_equal_size(
     curves = [rarefied(gram, group, [size], draws, seed) for gram, group in pair]
     ratios = [log_participation_ratio(gram, Labels(group, np.ones((len(group), 1), bool))) for gram, group in pair]
     difference = (ratios[0].estimate - ratios[1].estimate)[:, 0]
-    error = np.sqrt((ratios[0].error ** 2 + ratios[1].error ** 2)[:, 0])
-    low, high = interval(difference, error, size)
+    # The halves of two independent intervals add as their squares do.
+    reach = np.hypot(*((ratio.high - ratio.estimate)[:, 0] for ratio in ratios))
+    low, high = difference - reach, difference + reach
     return Comparison(
         size,
         (curves[0].spectral_entropy - curves[1].spectral_entropy)[:, 0],

@@ -19,9 +19,8 @@ from scipy.special import xlogy
 
 from dynamics.fisher.eigenvalues import fisher_eigenvalues
 from dynamics.fisher.entropy import spectral_entropy
-from dynamics.fisher.pairs import Labels, interval, jackknife_error, pair_means
+from dynamics.fisher.pairs import Estimate, Labels, jackknifed, pair_means
 from dynamics.fisher.ratios import ratio, root
-from dynamics.fisher.tasks import Estimate
 
 #: Permutations of the labels behind the band.
 PERMUTATIONS = 99
@@ -137,7 +136,8 @@ def purity_gap(gram: Float[np.ndarray, "block sample sample"], labels: Labels) -
 
     The order-2 twin of χ, nearly without bias: 0 if all tasks have the same Fisher, Σ w(1 − w) tr f_s² if none is
     shared. ``labels`` must hold the tasks only, without ``"all"``.
-    Sharing is 1 for the same Fisher and 0 for disjoint ones. Interval: delete-one-group jackknife, weights held.
+    Sharing is 1 for the same Fisher and 0 for disjoint ones. Bias and interval: delete-one-group jackknife,
+    weights held.
     """
     norms = np.diagonal(gram, axis1=1, axis2=2)
     weights = ratio(norms @ labels.member, norms.sum(-1, keepdims=True))
@@ -145,9 +145,9 @@ def purity_gap(gram: Float[np.ndarray, "block sample sample"], labels: Labels) -
     traces = pair_means(norms[:, :, None] * norms[:, None, :], labels)
     gap, largest = _gap(squares.mean, traces.mean, weights)
     without, _ = _gap(squares.left_out, traces.left_out, weights[:, None])
-    groups = np.ones(len(labels.holds), dtype=bool)
-    low, high = interval(gap, jackknife_error(without, groups), int(labels.groups.min()))
-    return PurityGap(Estimate(gap, low, high), 1 - ratio(gap, largest))
+    every = np.ones(len(labels.holds), dtype=bool)
+    found = jackknifed(gap, without, every, labels.groups.min())
+    return PurityGap(found, 1 - ratio(found.estimate, largest))
 
 
 def _gap(squares: np.ndarray, traces: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,5 +155,8 @@ def _gap(squares: np.ndarray, traces: np.ndarray, weights: np.ndarray) -> tuple[
     sizes = root(np.diagonal(traces, axis1=-2, axis2=-1))
     products = ratio(squares, sizes[..., :, None] * sizes[..., None, :])
     own = np.diagonal(products, axis1=-2, axis2=-1)
+    if weights.shape[-1] < 2:  # 1 − w is rounding alone
+        nothing = np.full(own.shape[:-1], np.nan)
+        return nothing, nothing
     gap = (weights * own).sum(-1) - (weights[..., :, None] * weights[..., None, :] * products).sum((-2, -1))
     return gap, (weights * (1 - weights) * own).sum(-1)

@@ -12,17 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from dynamics.fisher.pairs import Labels, PairMeans, diagonal_means, interval, jackknife_error, pair_means
+from dynamics.fisher.pairs import Estimate, Labels, diagonal_means, interval, jackknife_error, jackknifed, pair_means
 from dynamics.fisher.ratios import log, ratio, root
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval; NaN where it is not resolved or has none."""
-
-    estimate: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -65,10 +56,10 @@ def cosines(gram: Float[np.ndarray, "block sample sample"], labels: Labels) -> C
     resolved = lowest > 0
     both = resolved[:, :, None] & resolved[:, None, :]
     own = np.eye(labels.member.shape[1], dtype=bool)
-    cosine = _cosine(products.mean)
-    low, high = interval(cosine, jackknife_error(_cosine(products.left_out), relevant), groups)
+    found = jackknifed(_cosine(products.mean), _cosine(products.left_out), relevant, groups)
     estimate, low, high = (
-        np.where(both, np.where(own, 1.0, np.clip(part, -1, 1)), np.nan) for part in (cosine, low, high)
+        np.where(both, np.where(own, 1.0, np.clip(part, -1, 1)), np.nan)
+        for part in (found.estimate, found.low, found.high)
     )
     means = labels.member / labels.samples
     sizes = root(norms)
@@ -100,14 +91,14 @@ def conflict_rate(
 def overlap(gram: Float[np.ndarray, "block sample sample"], labels: Labels) -> Estimate:
     """Hilbert–Schmidt overlap tr F_sF_t/√(tr F_s² tr F_t²) by U-statistics: 1 if proportional, 0 if orthogonal.
 
-    Interval: delete-one-group jackknife of its logarithm, so that it stays positive. The estimate may exceed 1.
+    Its logarithm is corrected for its bias, and the interval made, by the delete-one-group jackknife. The estimate may
+    exceed 1.
     """
     squares = pair_means(gram**2, labels)
     relevant, groups = _pairwise(labels)
-    estimate = log(_cosine(squares.mean))
-    low, high = interval(estimate, jackknife_error(log(_cosine(squares.left_out)), relevant), groups)
-    own = np.eye(labels.member.shape[1], dtype=bool) & np.isfinite(estimate)
-    return Estimate(*(np.where(own, 1.0, np.exp(part)) for part in (estimate, low, high)))
+    found = jackknifed(log(_cosine(squares.mean)), log(_cosine(squares.left_out)), relevant, groups)
+    own = np.eye(labels.member.shape[1], dtype=bool) & np.isfinite(found.estimate)
+    return Estimate(*(np.where(own, 1.0, np.exp(part)) for part in (found.estimate, found.low, found.high)))
 
 
 def noise_scale(gram: Float[np.ndarray, "block sample sample"], labels: Labels) -> Estimate:
@@ -121,10 +112,9 @@ def noise_scale(gram: Float[np.ndarray, "block sample sample"], labels: Labels) 
     squares, squares_without = diagonal_means(np.diagonal(gram, axis1=1, axis2=2), labels)
     norms, norms_without = _norms(products.mean), _norms(products.left_out)
     lowest, _ = interval(norms, jackknife_error(norms_without, labels.holds), labels.groups)
-    estimate = log(ratio(squares, norms) - 1)
-    error = jackknife_error(log(ratio(squares_without, norms_without) - 1), labels.holds)
-    low, high = interval(estimate, error, labels.groups)
-    return Estimate(*(np.where(lowest > 0, np.exp(part), np.nan) for part in (estimate, low, high)))
+    estimate, left_out = log(ratio(squares, norms) - 1), log(ratio(squares_without, norms_without) - 1)
+    found = jackknifed(estimate, left_out, labels.holds, labels.groups)
+    return Estimate(*(np.where(lowest > 0, np.exp(part), np.nan) for part in (found.estimate, found.low, found.high)))
 
 
 def first_order_transfer(
@@ -138,9 +128,9 @@ def first_order_transfer(
     Returns:
         ``[block, task, task]``; NaN where the mean loss is not positive.
     """
-    products: PairMeans = pair_means(gram, labels)
+    products = pair_means(gram, labels)
     relevant, groups = _pairwise(labels)
     mean, without = diagonal_means(losses[None], labels)
     estimate = ratio(1.0, mean)[:, None, :] * products.mean
     left_out = ratio(1.0, without)[:, :, None, :] * products.left_out
-    return Estimate(estimate, *interval(estimate, jackknife_error(left_out, relevant), groups))
+    return jackknifed(estimate, left_out, relevant, groups)

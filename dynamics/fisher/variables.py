@@ -47,7 +47,10 @@ def _with_interval(name: str, known: Described, how: str) -> dict[str, Described
     return {name: known, **ends}
 
 
-_JACKKNIFE = "delete-one-group jackknife, Student's t with groups − 1 degrees of freedom"
+_JACKKNIFE = (
+    "delete-one-group jackknife, Student's t with groups − 1 degrees of freedom; the number is corrected for its bias "
+    "of O(1/groups) by the same"
+)
 _INFINITESIMAL = (
     "infinitesimal jackknife over groups, of the plug-in value about its own expectation at this N; the bias in N is "
     "not part of it: compare at equal N"
@@ -82,18 +85,20 @@ FISHER: Mapping[str, Described] = {
         "H(w) + Σ w SE over the blocks but the global one, w = tr F_l/Σ tr F: an upper bound of the global SE",
         "chain rule of entropy",
     ),
-    "dominant_ratio": _describe(
-        _TASK, "1", "dominant ratio ρ", "λ₁/Σλ, plug-in: too large in expectation", "largest share of the spectrum"
+    **_with_interval(
+        "dominant_ratio",
+        _describe(
+            _TASK, "1", "dominant ratio ρ", "λ₁/Σλ, plug-in: too large in expectation", "largest share of the spectrum"
+        ),
+        "from dominant_ratio_split to the plug-in ratio, each end moved outwards by the plug-in's sampling error "
+        "(infinitesimal jackknife over groups)",
     ),
-    "dominant_ratio_low": _describe(
+    "dominant_ratio_split": _describe(
         _TASK,
         "1",
-        "dominant ratio ρ, low end",
+        "dominant ratio ρ, of held-out directions",
         "Rayleigh quotient of one half's first direction on the other half over its trace, mean over random halves of "
-        "the groups: at most ρ in expectation",
-    ),
-    "dominant_ratio_high": _describe(
-        _TASK, "1", "dominant ratio ρ, high end", "plug-in λ₁/Σλ: at least ρ in expectation"
+        "the groups: too small in expectation",
     ),
     "dominant_ratio_noise_reduced": _describe(
         _TASK,

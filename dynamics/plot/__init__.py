@@ -1,12 +1,33 @@
 """Finished numbers, drawn. Each function takes a result and returns a matplotlib ``Figure``; nothing is computed."""
 
+from dynamics.plot.concentration import concentration
 from dynamics.plot.figures import figures
+from dynamics.plot.fisher_spectrum import fisher_spectrum
+from dynamics.plot.fisher_trajectory import fisher_trajectory
+from dynamics.plot.gain_trajectory import gain_trajectory
 from dynamics.plot.gradient import gradient
 from dynamics.plot.heatmap import heatmap
 from dynamics.plot.hover_heatmap import hover_heatmap
+from dynamics.plot.rarefaction import rarefaction
 from dynamics.plot.spectrum import spectrum
 from dynamics.plot.svg import to_svg
+from dynamics.plot.task_matrix import task_matrix
 from dynamics.plot.training_log import training_log
 from dynamics.plot.trajectory import trajectory
 
-__all__ = ["figures", "gradient", "heatmap", "hover_heatmap", "spectrum", "to_svg", "training_log", "trajectory"]
+__all__ = [
+    "concentration",
+    "figures",
+    "fisher_spectrum",
+    "fisher_trajectory",
+    "gain_trajectory",
+    "gradient",
+    "heatmap",
+    "hover_heatmap",
+    "rarefaction",
+    "spectrum",
+    "task_matrix",
+    "to_svg",
+    "training_log",
+    "trajectory",
+]

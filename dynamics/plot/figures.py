@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
+from dynamics.plot.fisher_figures import fisher_figures
 from dynamics.plot.gradient import NORM, gradient
 from dynamics.plot.heatmap import heatmap
 from dynamics.plot.result import group, has_group
@@ -53,6 +54,7 @@ def figures(tree: xr.DataTree) -> dict[str, Figure]:
     }
     if has_group(tree, "summary_gradient"):
         drawn |= _gradients(tree)
+    drawn |= fisher_figures(tree)
     if "training" in tree.children and has_values(logged_number(group(tree, "training"), "loss")):
         drawn["training_loss"] = training_log(tree, variable="loss")
     for variable in HEATMAPS:

@@ -16,6 +16,7 @@ from dynamics.plot.svg import describe
 #: Draws the norm before and after clipping together.
 NORM = "norm"
 _NORMS = {"norm_before_clip": "before clipping", "norm_after_clip": "after clipping"}
+_UNCLIPPED = {"norm_before_clip": "median over matrices; clipping changed nothing"}
 
 
 def gradient(data: xr.DataTree | xr.Dataset, *, variable: str = NORM, ax: Axes | None = None) -> Figure:
@@ -23,8 +24,9 @@ def gradient(data: xr.DataTree | xr.Dataset, *, variable: str = NORM, ax: Axes |
 
     Args:
         data: The result of one run, or its ``/summary_gradient`` group.
-        variable: ``"norm"``: the norm before and after clipping, on a logarithmic axis. Or a measure, with the mean and
-            the 5–95 % band of random factors of the same shape beside it.
+        variable: ``"norm"``: the norm before and after clipping, on a logarithmic axis; one line where clipping left
+            every step as it was. Or a measure, with the mean and the 5–95 % band of random factors of the same shape
+            beside it.
         ax: Draw here, in the style of these axes; a new figure by default.
 
     Raises:
@@ -33,7 +35,7 @@ def gradient(data: xr.DataTree | xr.Dataset, *, variable: str = NORM, ax: Axes |
     Example: ``plot.gradient(dynamics.open_run("runs/imax"), variable="dominant_ratio")``
     """
     summary = group(data, "summary_gradient")
-    lines = _NORMS if variable == NORM else {variable: "median over matrices"}
+    lines = _norms(summary) if variable == NORM else {variable: "median over matrices"}
     quantiles = {name: variable_of(summary, f"{name}_quantile") for name in lines}
     title = "gradient norm of a matrix" if variable == NORM else f"{long_name(variable)} of the gradient"
     drawn = any(_can_be_drawn(each.values, variable).any() for each in quantiles.values())
@@ -57,6 +59,12 @@ def gradient(data: xr.DataTree | xr.Dataset, *, variable: str = NORM, ax: Axes |
     return figure
 
 
+def _norms(summary: xr.Dataset) -> dict[str, str]:
+    """Both norms; of two lines that lie on each other only one would be seen."""
+    before, after = (variable_of(summary, f"{name}_quantile").values for name in _NORMS)
+    return _UNCLIPPED if np.array_equal(before, after, equal_nan=True) else _NORMS
+
+
 def _can_be_drawn(values: np.ndarray, variable: str) -> np.ndarray:
     """Zeros have no place on a logarithmic axis."""
     return np.isfinite(values) & ((values > 0) | (variable != NORM))
@@ -70,7 +78,9 @@ def _draw_null(axes: Axes, summary: xr.Dataset, variable: str) -> None:
     draw_band(axes, steps, low, high, "random factors, 5–95 %")
     if np.isfinite(mean).any():
         marker = "_" if np.isfinite(mean).sum() == 1 else ""
-        axes.plot(steps, mean, color="#444444", linestyle="--", linewidth=1.2, marker=marker, label="random, mean")
+        axes.plot(
+            steps, mean, color="#444444", linestyle="--", linewidth=1.2, marker=marker, label="random factors, mean"
+        )
 
 
 def _logarithmic(axes: Axes) -> None:
@@ -85,7 +95,7 @@ def _logarithmic(axes: Axes) -> None:
 
 def _words(quantiles: dict[str, xr.DataArray], lines: dict[str, str]) -> str:
     ends = {name: first_and_last(each.sel(quantile=0.5)) for name, each in quantiles.items()}
-    said = [f"{'the median' if len(lines) == 1 else lines[name]}: {words}" for name, words in ends.items() if words]
+    said = [f"{lines[name] if len(lines) > 1 else 'the median'}: {words}" for name, words in ends.items() if words]
     if not said:
         return "No step has a value."
     return f"Lines over optimizer steps, median and quartiles over matrices; {'; '.join(said)}."

@@ -26,7 +26,8 @@ def draw_quartiles(axes: Axes, quantiles: xr.DataArray, number: int, label: str)
     low, middle, high = (quantiles.sel(quantile=q).values for q in (0.25, 0.5, 0.75))
     known = np.isfinite(middle)
     # What stands alone between gaps has no line: without its marker it would not be seen.
-    alone = known & ~np.roll(known, 1) & ~np.roll(known, -1)
+    beside = np.pad(known, 1)
+    alone = known & ~beside[:-2] & ~beside[2:]
     shown = known if known.sum() <= _MOST_MARKERS else alone
     axes.plot(steps, middle, color=colour, marker=marker, markevery=shown.tolist(), label=label, zorder=3)
     if known.sum() == 1:
@@ -48,14 +49,16 @@ def draw_band(axes: Axes, steps: np.ndarray, low: np.ndarray, high: np.ndarray, 
 
 
 def legend_below(axes: Axes) -> None:
-    """A legend that hides no point; what several lines share is said once."""
-    entries = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    """A legend that hides no point; what several lines share is said once, after what is each one's own."""
+    handles, labels = axes.get_legend_handles_labels()
+    entries = dict(zip(labels, handles, strict=True))
+    shown = sorted(entries, key=lambda label: labels.count(label) > 1)
     axes.legend(
-        entries.values(),
-        entries.keys(),
+        [entries[label] for label in shown],
+        shown,
         loc="upper center",
         bbox_to_anchor=(0.5, -0.2),
-        ncols=3,
+        ncols=2 if len(shown) == 4 else 3,  # four in rows of three would leave one alone
         columnspacing=1.0,
         handlelength=1.4,
     )

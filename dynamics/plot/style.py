@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 #: Okabe & Ito 2008, without yellow, which vanishes on white: told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -78,6 +78,29 @@ def step_axis(ax: Axes, steps: Sequence[int]) -> None:
     few = len(steps) <= _FEW_STEPS
     ax.xaxis.set_major_locator(FixedLocator(steps) if few else MaxNLocator(nbins=6, integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+
+
+def logarithmic(ax: Axes) -> None:
+    """A logarithmic vertical axis with plain numbers, and with some of them even for less than a decade."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    within_a_decade = high / low < 12  # which may hold no power of ten at all
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if within_a_decade else (1.0,), numticks=7))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def doubling_axis(ax: Axes, values: Sequence[int], label: str) -> None:
+    """A horizontal axis on which doublings are equally far apart, with a tick at each value but crowded ones."""
+    ax.set_xscale("log", base=2)
+    kept = [
+        value for value, beyond in zip(values, [*values[1:], None], strict=True) if not beyond or beyond >= 1.4 * value
+    ]
+    ax.xaxis.set_major_locator(FixedLocator(kept))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.xaxis.set_minor_locator(FixedLocator([]))
+    ax.set_xlabel(label)
 
 
 def without_mathematics(texts: Iterable[Text]) -> None:

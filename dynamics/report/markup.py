@@ -6,8 +6,9 @@ import re
 
 from markupsafe import Markup, escape
 
-# An index after a bracket of a norm, after an increment or a singular value; not the underscore of a name.
-_INDEX = re.compile(r"(?<=[‖Δσ])_(?:\{([^}]*)\}|(\w))")
+# An index after a bracket of a norm, after an increment, a gradient, a singular value, a sum, or a letter that stands
+# alone; not the underscore of a name.
+_INDEX = re.compile(r"(?:(?<=[‖Δσ∇ΣμḡFKL])|(?<=\b[vf]))_(?:\{([^}]*)\}|((?<=K_)[a-z]{2}|\w))")
 
 
 def breakable(name: str) -> Markup:
@@ -24,5 +25,7 @@ def formula(text: str) -> Markup:
 
     >>> formula("‖Δ_{t−1}‖_F of entropy_energy")
     Markup('‖Δ<sub>t−1</sub>‖<sub>F</sub> of entropy_energy')
+    >>> formula("Σ_{j≤k} K_ij², v_j of null_gradient")
+    Markup('Σ<sub>j≤k</sub> K<sub>ij</sub>², v<sub>j</sub> of null_gradient')
     """
     return Markup(_INDEX.sub(lambda index: f"<sub>{index[1] or index[2]}</sub>", str(escape(text))))

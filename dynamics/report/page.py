@@ -13,11 +13,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dynamics import plot, schema
+from dynamics.plot import fisher_figures
 from dynamics.plot.figures import HEATMAPS, OF_GRADIENTS, OVER_STEPS, figure_name, gradient_name, has_values
 from dynamics.plot.gradient import NORM
 from dynamics.plot.hover_heatmap import fits_a_page
 from dynamics.plot.standouts import RULE, standouts
 from dynamics.report import words
+from dynamics.report.fisher_words import informative_directions
 from dynamics.report.grouped import evidence_words, grouped, place, severities
 from dynamics.report.markup import breakable, formula
 from dynamics.report.summary import summarise
@@ -26,6 +28,39 @@ from dynamics.report.summary import summarise
 MOST_ROWS = 1000
 #: Variables that the page shows beside the measures.
 _SIZES = ("frobenius_norm", "path_length", "increment_cosine", "suggested_rank")
+_OF_THE_GRADIENT = ("norm_before_clip", "norm_after_clip", "singular_value", "frobenius_norm")
+#: What the section on informative directions says and draws, by group.
+_OF_THE_FISHER = {
+    "fisher": (
+        "eigenvalue",
+        "spectral_entropy",
+        "dominant_ratio",
+        "dominant_ratio_low",
+        "participation_ratio",
+        "ln_participation_ratio",
+        "rarefied_spectral_entropy",
+    ),
+    "concentration": (
+        "captured",
+        "null_isotropic",
+        "captured_split",
+        "null_gradient",
+        "gain",
+        "gain_low",
+        "gain_centred",
+        "rayleigh_ratio",
+        "share_outside_space",
+    ),
+    "tasks": (
+        "cosine",
+        "unresolved",
+        "overlap",
+        "transfer",
+        "divergence",
+        "divergence_largest",
+        "divergence_null_high",
+    ),
+}
 
 _TEMPLATES = Environment(
     loader=PackageLoader("dynamics.report", ""),
@@ -88,12 +123,15 @@ def _run(name: str, tree: xr.DataTree, figures: Mapping[str, str], number: int) 
         "id": f"run{number}",
         "name": name or summary["run"],
         "summary": summary,
+        "informative_directions": informative_directions(summary),
         "answers": [words.how_far(summary), words.how_many_directions(summary), words.how_steep(summary)],
         "analysed": words.what_was_analysed(summary),
         "findings": grouped(summary["findings"]),
         "severities": severities(summary["findings"]),
         "figures": {key: Markup(svg) for key, svg in figures.items()},
-        "captions": {key: _definition(update, variable) for key, variable in over_steps.items()} | _of_gradients(tree),
+        "captions": {key: _definition(update, variable) for key, variable in over_steps.items()}
+        | _of_gradients(tree)
+        | _of_the_fisher(tree),
         "has_increments": any(len(segment["steps"]) > 1 for segment in summary["segments"])
         or has_values(update["frobenius_norm"], "increment"),
         "fits": fits_a_page(update),
@@ -105,7 +143,9 @@ def _run(name: str, tree: xr.DataTree, figures: Mapping[str, str], number: int) 
         "rule": RULE,
         "standouts": standouts(update),
         "rows": [{**row, "position": position[row["name"]]} for row in summary["table"][:MOST_ROWS]],
-        "definitions": _definitions(update),
+        "only_norms": "gradient" in tree.children
+        and not has_values(tree["gradient"].to_dataset()["effective_rank_energy"]),
+        "definitions": _definitions(tree),
         "provenance": _provenance(tree),
     }
 
@@ -115,13 +155,21 @@ def _definition(update: xr.Dataset, variable: str) -> str:
 
 
 def _of_gradients(tree: xr.DataTree) -> dict[str, str]:
-    """Definitions for the figures of gradients; the norm's is that before clipping, which the caption goes on from."""
+    """Definitions for the figures of gradients; those of the norms are in the table of definitions."""
     if "gradient" not in tree.children:
         return {}
     gradient = tree["gradient"].to_dataset()
+    return {gradient_name(name): _definition(gradient, name) for name in OF_GRADIENTS if name != NORM}
+
+
+def _of_the_fisher(tree: xr.DataTree) -> dict[str, str]:
+    """Definitions for the figures of the Fisher."""
+    if not set(fisher_figures.GROUPS) <= set(tree.children):
+        return {}
+    fisher, tasks = tree["fisher"].to_dataset(), tree["tasks"].to_dataset()
     return {
-        gradient_name(name): _definition(gradient, "norm_before_clip" if name == NORM else name)
-        for name in OF_GRADIENTS
+        **{f"fisher_{name}": _definition(fisher, name) for name in fisher_figures.OVER_STEPS},
+        **{f"tasks_{name}": _definition(tasks, name) for name in fisher_figures.BETWEEN_TASKS},
     }
 
 
@@ -134,10 +182,22 @@ def _heatmap(update: xr.Dataset, variable: str) -> dict[str, Any]:
     }
 
 
-def _definitions(update: xr.Dataset) -> list[dict[str, str]]:
-    names = [*_SIZES, *schema.MEASURES]
+def _definitions(tree: xr.DataTree) -> list[dict[str, str]]:
+    """The table of definitions: of an update, and of a gradient what is not measured as of an update."""
+    tables: dict[str, tuple[xr.Dataset, tuple[str, ...]]] = {
+        "": (tree["update"].to_dataset(), (*_SIZES, *schema.MEASURES))
+    }
+    if "gradient" in tree.children:
+        tables["gradient/"] = (tree["gradient"].to_dataset(), _OF_THE_GRADIENT)
+    for name, shown in _OF_THE_FISHER.items():
+        if name in tree.children:
+            tables[f"{name}/"] = (tree[name].to_dataset(), shown)
     keys = ("long_name", "units", "definition", "reference")
-    return [{"name": name, **{key: str(update[name].attrs.get(key, "")) for key in keys}} for name in names]
+    return [
+        {"name": f"{prefix}{name}", **{key: str(dataset[name].attrs.get(key, "")) for key in keys}}
+        for prefix, (dataset, names) in tables.items()
+        for name in names
+    ]
 
 
 def _provenance(tree: xr.DataTree) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import xarray as xr
 
+from dynamics.report.fisher_summary import fisher_summary
+
 _TOTALS = (
     "frobenius_norm_all",
     "entropy_energy_block_diagonal",
@@ -42,6 +44,7 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         - ``steps``, ``last_step``, ``segments`` (each training and its steps), ``matrices`` (how many);
         - ``captured``: ``None``, or how many ``steps`` were captured during training and how many ``checkpoints`` read;
         - ``gradient``: ``None``, or medians over matrices at the last ``step`` at which gradients were captured;
+        - ``fisher``: ``None``, or informative directions, the update in them, and tasks, see ``fisher_summary``;
         - ``totals`` of the direct sum of all updates; ``over_matrices``: quartiles, and the medians of the null;
         - ``roles``, most energy first; ``table``, a row for each matrix, largest update first;
         - ``suggested_rank_energy``, the share of energy that the suggested ranks hold; ``findings``.
@@ -67,6 +70,7 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         "last_step": int(last["step"]),
         "captured": _captured(tree),
         "gradient": _gradient(tree),
+        "fisher": fisher_summary(tree),
         "suggested_rank_energy": float(update["suggested_rank"].attrs["energy"]),
         "totals": {name: _number(last[name]) for name in _TOTALS},
         "over_matrices": _over_matrices(tree["summary"].to_dataset().load()),

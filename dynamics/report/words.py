@@ -57,7 +57,8 @@ def what_was_analysed(summary: Mapping[str, Any]) -> str:
     what = counted(len(steps), "checkpoint")
     if captured is not None:
         read = counted(captured["checkpoints"], "checkpoint")
-        what = f"Captured at {counted(captured['steps'], 'step')} during training, {read}"
+        beside = f", with {read} beside them" if captured["checkpoints"] else ", without checkpoints"
+        what = f"Captured at {counted(captured['steps'], 'step')} during training{beside}"
     matrices = counted(summary["matrices"], "weight matrix", "weight matrices")
     kind = ""
     if ranks:
@@ -94,10 +95,10 @@ def how_steep(summary: Mapping[str, Any]) -> str:
     gradient = summary["gradient"]
     if gradient is None or gradient["norm_before_clip"]["median"] is None:
         return ""
-    norms = [number(gradient[f"norm_{when}_clip"]["median"]) for when in ("before", "after")]
+    before, after = (gradient[f"norm_{when}_clip"]["median"] for when in ("before", "after"))
+    clipping = "clipping left it as it was" if after == before else f"{number(after)} after clipping"
     sentence = (
-        f"The gradient of a matrix at step {gradient['step']:,} has norm {norms[0]} in the median, {norms[1]} after "
-        "clipping"
+        f"The gradient of a matrix at step {gradient['step']:,} has norm {number(before)} in the median ({clipping})"
     )
     rank = gradient["effective_rank_energy"]
     if rank["median"] is None:

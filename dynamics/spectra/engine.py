@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import torch
+from torch import Tensor
 
-from dynamics.checkpoints.trajectory import Checkpoint, OpenCheckpoint, Trajectory, UnreadableMatrix
+from dynamics.checkpoints.trajectory import Checkpoint, Matrix, OpenCheckpoint, Trajectory, UnreadableMatrix
 from dynamics.findings import Finding
 from dynamics.spectra import increments, pairs
 from dynamics.spectra.increments import Cores
@@ -56,7 +57,10 @@ def trajectory_spectra(
     with _single_threaded_workers(workers or _available_cores()) as executor:
         for segment in sorted({checkpoint.segment for checkpoint in trajectory.checkpoints}):
             checkpoints = [checkpoint for checkpoint in trajectory.checkpoints if checkpoint.segment == segment]
-            for checkpoint, solved, found in _segment_spectra(checkpoints, executor, torch.device(device), progress):
+            starts = {checkpoint.step: trajectory.start_of(checkpoint) for checkpoint in checkpoints}
+            for checkpoint, solved, found in _segment_spectra(
+                checkpoints, starts, executor, torch.device(device), progress
+            ):
                 findings += found
                 results.update({(checkpoint.step, name): spectra for name, spectra in solved.items()})
     return results, findings
@@ -88,21 +92,29 @@ def _prepare_worker() -> None:
 
 @dataclass(frozen=True)
 class _Window:
-    """Consecutive open checkpoints of one training, newest first, and what the previous step brought out."""
+    """Consecutive open checkpoints of one training, newest first, and what the previous step brought out.
+
+    ``start`` is what dense weights are counted from.
+    """
 
     now: OpenCheckpoint
     before: OpenCheckpoint | None = None
     earlier: OpenCheckpoint | None = None
+    start: OpenCheckpoint | None = None
     solved: Mapping[str, MatrixSpectra] = field(default_factory=dict)
     reduced: Mapping[str, Cores] = field(default_factory=dict)
 
     def alone(self) -> _Window:
         """The same without predecessors."""
-        return _Window(self.now)
+        return _Window(self.now, start=self.start)
 
 
 def _segment_spectra(
-    checkpoints: Sequence[Checkpoint], executor: Executor, device: torch.device, progress: Callable[[int], None]
+    checkpoints: Sequence[Checkpoint],
+    starts: Mapping[int, Checkpoint | None],
+    executor: Executor,
+    device: torch.device,
+    progress: Callable[[int], None],
 ) -> Iterator[tuple[Checkpoint, dict[str, MatrixSpectra], list[Finding]]]:
     opened: list[tuple[ExitStack, OpenCheckpoint]] = []
     solved: dict[str, MatrixSpectra] = {}
@@ -112,10 +124,12 @@ def _segment_spectra(
             stack = ExitStack()
             matrices = stack.enter_context(checkpoint.open())
             # A matrix is wanted three times: as itself, as a predecessor, and by the next increment's cosine.
-            opened.insert(0, (stack, OpenCheckpoint(matrices.shapes, cache(matrices.__getitem__))))
+            opened.insert(0, (stack, OpenCheckpoint(matrices.shapes, _kept_factors(matrices))))
             now, before, earlier = [each for _, each in opened] + [None] * (3 - len(opened))
             assert now is not None
-            window = _Window(now, before, earlier, solved, reduced)
+            start = starts[checkpoint.step]
+            beginning = None if start is None else stack.enter_context(start.open())
+            window = _Window(now, before, earlier, beginning, solved, reduced)
             solved_now: dict[str, MatrixSpectra] = {}
             findings: list[Finding] = []
             reduced_now: dict[str, Cores] = {}
@@ -138,6 +152,12 @@ def _segment_spectra(
             stack.close()
 
 
+def _kept_factors(matrices: OpenCheckpoint) -> Callable[[str], Matrix]:
+    """Reads a matrix, factors once; dense matrices are too large to be kept."""
+    kept = cache(matrices.__getitem__)
+    return lambda name: kept(name) if matrices.shapes[name].rank else matrices[name]
+
+
 def _batches(window: _Window) -> list[list[str]]:
     """Names grouped by what one batch can hold: one shape and rank, and predecessors of the same kind."""
     groups: dict[tuple, list[str]] = defaultdict(list)
@@ -151,7 +171,7 @@ def _batches(window: _Window) -> list[list[str]]:
         groups[(size, linked, name in window.reduced)].append(name)
     chunks = []
     for ((out, in_, rank), *_), names in groups.items():
-        length = max(1, BATCH_BYTES // (16 * max(rank, 1) * (out + in_)))
+        length = max(1, BATCH_BYTES // (16 * rank * (out + in_))) if rank else 1
         chunks += [names[start : start + length] for start in range(0, len(names), length)]
     return chunks
 
@@ -179,7 +199,10 @@ def _solve_batch(names: Sequence[str], window: _Window, device: torch.device) ->
 
 def _solve(names: Sequence[str], window: _Window, device: torch.device) -> list[_Outcome]:
     shape = window.now.shapes[names[0]]
-    now = [window.now[name] for name in names]
+    if not shape.rank:
+        return [_solve_dense(name, window, device) for name in names]
+    now = _matrices(names, window.now)
+    assert now is not None
     before = _before(names, window)
     if before is not None and before.matrices[0].shape != (shape.out, shape.in_):
         before = None  # the finding is the reader's: the matrix is another one
@@ -188,6 +211,30 @@ def _solve(names: Sequence[str], window: _Window, device: torch.device) -> list[
         _Outcome(name, one.spectra, one.cores, *_failure(one.is_finite, bool(one.spectra.total.isnan().any())))
         for name, one in zip(names, solved, strict=True)
     ]
+
+
+def _solve_dense(name: str, window: _Window, device: torch.device) -> _Outcome:
+    """One dense matrix: a weight, of which the start is subtracted, or an update as it is."""
+    now = _dense(name, window.now, window, device)
+    assert now is not None
+    is_update = window.now.shapes[name].holds == "update"
+    start = torch.zeros_like(now) if is_update else _dense(name, window.start, window, device)
+    solved = pairs.solve_dense(now, _dense(name, window.before, window, device), start)
+    values = [each for each in (solved.spectra.total, solved.spectra.increment) if each is not None]
+    bad = any(bool(each.isnan().any()) for each in values)
+    return _Outcome(name, solved.spectra, None, *_failure(solved.is_finite, bad))
+
+
+def _dense(name: str, checkpoint: OpenCheckpoint | None, window: _Window, device: torch.device) -> Tensor | None:
+    """The matrix in another checkpoint, if it is the same kind of matrix there."""
+    shape = window.now.shapes[name]
+    other = None if checkpoint is None else checkpoint.shapes.get(name)
+    if checkpoint is None or other is None:
+        return None
+    if (other.out, other.in_, other.rank, other.holds) != (shape.out, shape.in_, 0, shape.holds):
+        return None
+    matrix = checkpoint[name]
+    return matrix.to(device) if isinstance(matrix, Tensor) else None
 
 
 def _failure(core_is_finite: bool, values_are_bad: bool) -> tuple[str, str]:
@@ -216,7 +263,9 @@ def _before(names: Sequence[str], window: _Window) -> pairs.Before | None:
 def _matrices(names: Sequence[str], checkpoint: OpenCheckpoint | None) -> list[LowRankMatrix] | None:
     if checkpoint is None or names[0] not in checkpoint.shapes:
         return None
-    return [checkpoint[name] for name in names]
+    matrices = [checkpoint[name] for name in names]
+    factored = [matrix for matrix in matrices if isinstance(matrix, LowRankMatrix)]
+    return factored if len(factored) == len(names) else None
 
 
 def _finding(outcome: _Outcome, checkpoint: Checkpoint) -> Finding:

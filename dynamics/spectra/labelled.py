@@ -11,6 +11,7 @@ import xarray as xr
 from dynamics import schema
 from dynamics.spectra import aggregate, measures, null_models, rank_suggestion
 from dynamics.spectra.null_models import NullModel
+from dynamics.spectra.quantiles import known_quantiles
 
 _DIMS = ("step", "kind", "matrix")
 _EPSILON = {
@@ -75,9 +76,10 @@ def null_models_of(update: xr.Dataset) -> tuple[xr.Dataset, dict[str, xr.Variabl
         for bound, numbers in (("", model.mean), ("_low", model.low), ("_high", model.high)):
             for name in _NULL_MEASURES:
                 null[f"{name}{bound}"][places] = numbers[name]
-        count = len(model.spectrum_low)
-        band["singular_value_low"][(*places, slice(count))] = norm[places][:, None] * model.spectrum_low.numpy()
-        band["singular_value_high"][(*places, slice(count))] = norm[places][:, None] * model.spectrum_high.numpy()
+        # A matrix has its newest shape; where it was smaller before, it had fewer values than that allows.
+        count = min(len(model.spectrum_low), values.shape[-1])
+        for bound, shape in (("low", model.spectrum_low), ("high", model.spectrum_high)):
+            band[f"singular_value_{bound}"][(*places, slice(count))] = norm[places][:, None] * shape[:count].numpy()
         outliers[places] = null_models.outliers(torch.from_numpy(values[places]), model.edge).numpy()
         percentile[places] = model.percentile(torch.from_numpy(entropy[places])).numpy()
     return _null_dataset(update, null, band), {
@@ -238,13 +240,9 @@ def quantiles_over_matrices(update: xr.Dataset, null: xr.Dataset) -> xr.Dataset:
 
 
 def _over_matrices(array: xr.DataArray, quantiles: list[float], words: str) -> xr.DataArray:
-    """Quantiles of the numbers that are there; NaN, without a warning, where there are none."""
-    axis = array.dims.index("matrix")
-    missing = np.isnan(array.values).all(axis)
-    numbers = np.where(np.expand_dims(missing, axis), 0.0, array.values)
-    with np.errstate(invalid="ignore"):  # between two infinite condition numbers
-        found = np.where(missing, np.nan, np.nanquantile(numbers, quantiles, axis=axis))
+    """Quantiles of the numbers that are there; NaN where there are none."""
+    found = known_quantiles(array.transpose(..., "matrix").values, quantiles)
     dims = [dim for dim in array.dims if dim != "matrix"]
     coords = {**{dim: array[dim].variable for dim in dims}, "quantile": quantiles}
     attrs = {"units": array.attrs["units"], "long_name": words}
-    return xr.DataArray(np.moveaxis(found, 0, -1), coords, [*dims, "quantile"], attrs=attrs)
+    return xr.DataArray(found, coords, [*dims, "quantile"], attrs=attrs)

@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dynamics.spectra import increments, rounding
+from dynamics.spectra.dense import dense_spectrum
 from dynamics.spectra.increments import Cores, Workspace
-from dynamics.spectra.singular_values import core_singular_values, dense_singular_values
+from dynamics.spectra.singular_values import core_singular_values
 from probes.low_rank import LowRankMatrix
 
 
@@ -152,7 +153,7 @@ def _inner_products(before: Before, stacked: increments.Stack, reduced: Cores, w
 def solve_dense(
     now: Float[Tensor, "out in"], before: Float[Tensor, "out in"] | None, start: Float[Tensor, "out in"] | None
 ) -> Solved:
-    """Spectra of one dense weight's change, by an exact SVD in float64.
+    """Spectra of one dense weight's change, exactly, in float64 (:func:`dense_spectrum`).
 
     Args:
         now: The weight, in its own dtype and on its own device, where the SVD runs.
@@ -163,13 +164,13 @@ def solve_dense(
     noise = rounding.dense_noise_energy(now)
     total, total_noise = torch.empty(0, dtype=torch.float64), math.nan
     if start is not None:
-        total, total_noise = dense_singular_values(_difference(now, start)), noise + rounding.dense_noise_energy(start)
+        total, total_noise = dense_spectrum(_difference(now, start)).values, noise + rounding.dense_noise_energy(start)
     if before is None:
         increment, change_noise = None, 0.0
     elif before is start:  # what changed since the start is what changed at all
         increment, change_noise = total.clone(), total_noise
     else:
-        increment = dense_singular_values(_difference(now, before))
+        increment = dense_spectrum(_difference(now, before)).values
         change_noise = noise + rounding.dense_noise_energy(before)
     ranks = (0 if start is None else count, 0 if increment is None else count)
     spectra = MatrixSpectra(total, increment, total_noise, change_noise, math.nan, ranks)

@@ -210,7 +210,7 @@ def concatenate(parts: Sequence[xr.Dataset]) -> xr.Dataset:
         columns = np.array([column[name] for name in part["matrix"].values.tolist()], dtype=np.int64)
         for name, variable in known.items():
             at = {"step": rows, "kind": np.arange(2), "matrix": columns, "index": np.arange(part.sizes["index"])}
-            arrays[name][np.ix_(*(at[dim] for dim in variable.dims))] = part[name].values
+            arrays[name][np.ix_(*(at[dim] for dim in variable.dims))] = part.variables[name].values
     return _dataset(known, arrays, ordered, places)
 
 

@@ -48,7 +48,7 @@ def capture_path(run: Path) -> Path | None:
     for place in (run / FOLDER / CAPTURE, run / CAPTURE):
         if not place.is_symlink() and (is_capture(place) or record_names(place)):
             return place
-    return run if is_capture(run) else None
+    return run if is_capture(run) or record_names(run) else None
 
 
 def read_capture(path: Path) -> Capture:

@@ -185,7 +185,7 @@ def _joined(parts: list[xr.Dataset], keep: re.Pattern[str]) -> xr.Dataset | None
 
 
 def _live_names(disk_names: Any, updates: list[xr.Dataset]) -> dict[str, str]:
-    """The inverse of live → disk; a name on disk that several share, or that is a live one as well, is left as it is."""
+    """The inverse of live → disk; a name on disk that several share, or that is a live one as well, stays as it is."""
     pairs = disk_names.items() if isinstance(disk_names, dict) else ()
     texts = [(disk, live) for live, disk in pairs if isinstance(disk, str) and not live.startswith(WRAPPERS)]
     sharing = Counter(disk for disk, _ in texts)

@@ -9,6 +9,8 @@ The rules:
    totals. If there are common steps and none agrees they are a training of their own. Without a common step they go
    with the newest training. Wherever a step does not agree, a finding says so, and nothing of the checkpoint is kept.
 4. An increment whose ``from_step`` is no longer an earlier step of its training is left out.
+5. Where the records know the start of their training, a checkpoint of step 0 that has moved is not it, and is left out
+   with a finding: an adapter whose folder does not say its step counts as step 0, and is usually the last one.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ def merge(checkpoints: xr.Dataset | None, records: xr.Dataset | None) -> tuple[x
     found = {step: _difference(checkpoints.sel(step=step), records.sel(step=step)) for step in common}
     differences = {step: difference for step, difference in found.items() if difference is not None}
     segment = _segment(checkpoints, differences)
+    checkpoints, misplaced = _without_false_start(checkpoints, records, segment)
     own = dict(zip(checkpoints["step"].values.tolist(), checkpoints["segment"].values.tolist(), strict=True))
     records = records.assign_coords(segment=records["segment"].copy(data=np.full(records.sizes["step"], segment)))
     merged = raw.concatenate([_beside(checkpoints, records), records])
@@ -66,7 +69,10 @@ def merge(checkpoints: xr.Dataset | None, records: xr.Dataset | None) -> tuple[x
             _add_totals(merged, checkpoints, step)
     _drop_inner_products(merged, checkpoints)
     disagreeing = {step: each for step, each in differences.items() if each.size > AGREEMENT}
-    return _without_dangling(merged), [_finding(disagreeing, segment in own.values())] if disagreeing else []
+    return _without_dangling(merged), [
+        *misplaced,
+        *([_finding(disagreeing, segment in own.values())] if disagreeing else []),
+    ]
 
 
 def translated(checkpoints: xr.Dataset, names: Mapping[str, str]) -> xr.Dataset:
@@ -144,6 +150,25 @@ def _segment(checkpoints: xr.Dataset, differences: Mapping[int, _Difference]) ->
         return max(sorted(votes), key=votes.__getitem__)
     newest = max(own.values(), default=0)
     return newest + 1 if differences else newest
+
+
+def _without_false_start(
+    checkpoints: xr.Dataset, records: xr.Dataset, segment: int
+) -> tuple[xr.Dataset, list[Finding]]:
+    """Rule 5."""
+    false = (checkpoints["step"].values == 0) & (checkpoints["segment"].values == segment)
+    known = 0 in records["from_step"].values and 0 not in records["step"].values
+    if not known or not np.nan_to_num(checkpoints["singular_value"].values[false, _TOTAL]).any():
+        return checkpoints, []
+    return checkpoints.isel(step=~false), [
+        Finding(
+            "OD308",
+            "A checkpoint whose folder does not say its step, which counts as step 0, has an update, and the captured "
+            "training began there without one. The checkpoint is left out; it may be what was saved at the end.",
+            "Keep trainer_state.json beside it (trainer.save_state() writes one), or move it out of the folder.",
+            step=0,
+        )
+    ]
 
 
 def _beside(checkpoints: xr.Dataset, records: xr.Dataset) -> xr.Dataset:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import xarray as xr
@@ -15,6 +15,11 @@ _FORMATS = ("F64", "F32", "BF16", "F16")
 _TEXTS = ("matrix", "role", "stack", "storage")
 _COUNTS = ("count", "factor_rank")
 _STEP_COORDINATES = ("segment", "from_step")
+_IS_OF: Mapping[str, Callable[[np.dtype], bool]] = {
+    "text": lambda dtype: dtype.kind == "U",
+    "whole numbers of 64 bits": lambda dtype: dtype == np.int64,
+    "numbers": lambda dtype: dtype.kind == "f",
+}
 #: No training has as many steps, no matrix as many rows.
 _LARGEST = 10**12
 #: Chance is drawn from factors of that many columns, at the cost of its square; no adapter comes near.
@@ -47,15 +52,13 @@ def _dataset_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> Ite
 def _layout_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> Iterator[str]:
     dims = _dimensions(known)
     for name, expected in dims.items():
-        if name not in dataset.variables or dataset[name].dims != expected:
+        if name not in dataset.variables or dataset.variables[name].dims != expected:
             yield f"lacks {name!r} with the dimensions {expected}"
             return
-    kinds = {name: "iu" if name in _COUNTS or name not in known else "fiu" for name in dims}
-    kinds |= dict.fromkeys(("kind", *_TEXTS), "U")
+    types = {name: "whole numbers of 64 bits" if name in _COUNTS or name not in known else "numbers" for name in dims}
+    types |= dict.fromkeys(("kind", *_TEXTS), "text")
     yield from (
-        f"holds no {'text' if kinds[name] == 'U' else 'numbers'} in {name!r}"
-        for name in dims
-        if dataset[name].dtype.kind not in kinds[name]
+        f"holds no {types[name]} in {name!r}" for name in dims if not _IS_OF[types[name]](dataset.variables[name].dtype)
     )
 
 
@@ -70,40 +73,41 @@ def _dimensions(known: Mapping[str, Variable]) -> dict[str, tuple[str, ...]]:
 
 
 def _coordinate_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> Iterator[str]:
-    if "kind" in dataset.dims and tuple(dataset["kind"].values.tolist()) != KINDS:
+    if "kind" in dataset.dims and tuple(dataset.variables["kind"].values.tolist()) != KINDS:
         yield f"is not of the kinds {KINDS}"
     if dataset.sizes["step"] != 1:
         yield "is not of one step"
     smallest = {"from_step": -1, "layer": -1, "out": 1, "in": 1}
     for name in _dimensions(known):
-        values = dataset[name].values
-        if values.dtype.kind in "iu" and values.size:
+        values = dataset.variables[name].values
+        if values.dtype == np.int64 and values.size:
             least = smallest.get(name, 0)
             if not (least <= int(values.min()) and int(values.max()) < _LARGEST):
                 yield f"has a number in {name!r} that is not from {least} to {_LARGEST - 1}"
-    if "from_step" in dataset.coords and int(dataset["from_step"].values[0]) >= int(dataset["step"].values[0]):
+    if "from_step" in dataset.coords and bool(dataset.variables["from_step"] >= dataset.variables["step"]):
         yield "is an increment since a later step"
     if not dataset.indexes["matrix"].is_unique:
         yield "has two matrices of one name"
-    names = dataset["matrix"].values.tolist()
+    names = dataset.variables["matrix"].values.tolist()
     if any(name.startswith(WRAPPERS) for name in names):
         yield "has a matrix whose name begins with a wrapper's prefix"
     if names != encodable(names):
         yield "has a matrix whose name is no text"
-    if not set(dataset["storage"].values.tolist()) <= set(_FORMATS):
+    if not set(dataset.variables["storage"].values.tolist()) <= set(_FORMATS):
         yield f"is stored in a format that is none of {', '.join(_FORMATS)}"
 
 
 def _spectrum_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> Iterator[str]:
-    values, count, rank = (dataset[name].values for name in ("singular_value", *_COUNTS))
-    shortest = np.minimum(dataset["out"].values, dataset["in"].values)
-    factored = dataset["adapter_rank"].values > 0
-    if (count > np.minimum(shortest, values.shape[-1])).any() or (count > rank).any():
-        yield "counts more singular values than it can have"
-    # Without factors chance is a Gaussian matrix, of which every singular value is drawn.
-    if (rank[..., factored] > _LARGEST_RANK).any() or ((rank > 0) & (count != shortest))[..., ~factored].any():
-        yield "has a rank that its matrix cannot have"
-    if "from_step" in dataset.coords and dataset["from_step"].values[0] < 0 and count[:, 1].any():
+    values, count, rank = (dataset.variables[name].values for name in ("singular_value", *_COUNTS))
+    shortest = np.minimum(dataset.variables["out"].values, dataset.variables["in"].values)
+    factored = dataset.variables["adapter_rank"].values > 0
+    # A dense matrix has as many as it is wide, factors as many as they have columns.
+    possible = np.where(rank > 0, np.where(factored, np.minimum(rank, shortest), shortest), 0)
+    if (count != possible).any() or count.max(initial=0) > values.shape[-1]:
+        yield "does not count the singular values that its matrices have"
+    if (rank[..., factored] > _LARGEST_RANK).any():
+        yield f"has factors of more than {_LARGEST_RANK} columns"
+    if "from_step" in dataset.coords and dataset.variables["from_step"].values[0] < 0 and count[:, 1].any():
         yield "has an increment since nothing"
     inside = np.arange(values.shape[-1]) < count[..., None]
     if not np.isnan(values[~inside]).all():
@@ -112,7 +116,7 @@ def _spectrum_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> It
     if (missing.any(-1) & (missing.sum(-1) < count)).any():
         yield "lacks some of its singular values"
     for name in (each for each in known if each not in _COUNTS):
-        numbers = dataset[name].values
+        numbers = dataset.variables[name].values.astype(np.float64)
         least = -_LARGEST_NUMBER if name == "inner_product" else 0.0
         # A gradient that is not finite has a norm that says so.
         allowed = np.isnan(numbers) | (numbers >= least) & (numbers <= _LARGEST_NUMBER)

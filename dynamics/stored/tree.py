@@ -17,6 +17,7 @@ from dynamics.fisher.notes import notes as fisher_notes
 from dynamics.spectra import notes
 from dynamics.spectra.measured import measured
 from dynamics.spectra.null_models import SEED
+from dynamics.spectra.quantiles import known_quantiles
 from dynamics.store import encodable, encodable_dataset, provenance
 from dynamics.stored.captured import Captured
 from dynamics.stored.merging import merge, translated
@@ -133,8 +134,4 @@ def quantiles_of_gradients(gradient: xr.Dataset, null: xr.Dataset) -> xr.Dataset
 
 def _over_matrices(values: np.ndarray, quantiles: Sequence[float]) -> np.ndarray:
     """Quantiles of the finite numbers of each step, ``(step, quantile)``; NaN where there are none."""
-    found = np.full((len(values), len(quantiles)), np.nan)
-    for row, numbers in enumerate(values):
-        if (known := numbers[np.isfinite(numbers)]).size:
-            found[row] = np.quantile(known, quantiles)
-    return found
+    return known_quantiles(np.where(np.isfinite(values), values, np.nan), quantiles)

@@ -4,8 +4,10 @@
 
 N = 32 sequences of 64 tokens, a Llama of 6 layers, 512 wide, with LoRA of rank 16 on all linear layers, float32, all
 probes in one batch. Contestants in turns; each line is the ratio to the plain pass of the same round, median and range.
-Machines are noisy: read the ratios. Weight space stands beside its model, ½ + N/(4T) of a plain pass on top of it.
-Then the 16 largest eigenvalues of the Fisher: from K, and by ARPACK on curvlinops' empirical Fisher, if installed.
+Times are those of the processor, so that others on the machine disturb them less: with one thread, they are what a
+free machine would take. Weight space stands beside its model, ½ + N/(4T) of a plain pass on top of it. Then the 16
+largest eigenvalues of the Fisher: from K, and by Lanczos on the empirical Fishers of hessian-eigenthings and of
+curvlinops, if they are installed.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from probes.fisher import gradient_gram
 from probes.losses import token_losses
 
-SAMPLES, TOKENS, VOCABULARY = 32, 64, 1024
+SAMPLES, TOKENS, VOCABULARY, LEADING = 32, 64, 1024, 16
 
 
 def model() -> nn.Module:
@@ -58,10 +61,11 @@ def autogram(model: nn.Module) -> Callable[[nn.Module, dict[str, Tensor]], Tenso
     return lambda _, given: engine.compute_gramian(token_losses(model, given))
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of the processor, and what came of it."""
+    start = time.process_time()
+    result = function()
+    return time.process_time() - start, result
 
 
 def main() -> None:
@@ -92,7 +96,7 @@ def main() -> None:
     for number in range(options.rounds):
         order = list(contestants) if number % 2 == 0 else list(contestants)[::-1]
         for name in order:
-            times[name].append(seconds(contestants[name]))
+            times[name].append(timed(contestants[name])[0])
     base = times["plain forward-backward"]
     print(f"{options.threads} threads, torch {torch.__version__}\n")
     print("| | median | range | peak memory on top |\n|---|---|---|---|")
@@ -109,12 +113,38 @@ def main() -> None:
 
 def eigenvalues(net: nn.Module, given: dict[str, Tensor]) -> None:
     """Seconds for the 16 largest eigenvalues of the empirical Fisher of the factors."""
-    took = seconds(lambda: torch.linalg.eigvalsh(gradient_gram(net, given, space="factor").gram["global"]))
-    print(f"\n16 largest eigenvalues from K: {took:.2f} s, all of them and exact.")
-    if importlib.util.find_spec("curvlinops") is None:
-        print("curvlinops is not installed.")
-        return
-    from curvlinops import EFLinearOperator
+    took, exact = timed(lambda: torch.linalg.eigvalsh(gradient_gram(net, given, space="factor").gram["global"]))
+    exact = exact.flip(0)[:LEADING] / SAMPLES
+    print(f"\n{LEADING} largest eigenvalues from K: {took:.2f} s, exact.")
+    for name, contestant in {"hessian_eigenthings": by_eigenthings, "curvlinops": by_curvlinops}.items():
+        if importlib.util.find_spec(name) is None:
+            print(f"{name} is not installed.")
+            continue
+        theirs, (unit, found) = timed(lambda contestant=contestant: contestant(net, given))
+        apart = f", {float((found - exact).abs().max() / exact[0]):.0e} from ours" if unit == "sequence" else ""
+        print(f"By Lanczos on the empirical Fisher of {unit}s of {name}: {theirs:.1f} s, {theirs / took:.0f} ×{apart}.")
+
+
+def by_eigenthings(net: nn.Module, given: dict[str, Tensor]) -> tuple[str, Tensor]:
+    """By hessian-eigenthings, whose samples are ours: sequences."""
+    from hessian_eigenthings import EmpiricalFisherOperator, lanczos  # pyright: ignore[reportMissingImports]
+
+    def loss(inner: nn.Module, rows: Tensor) -> Tensor:
+        logits = inner(input_ids=rows[None]).logits[0, :-1]
+        return nn.functional.cross_entropy(logits, rows[1:], reduction="sum")
+
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    operator = EmpiricalFisherOperator(
+        net, [given["input_ids"]], loss, param_filter=lambda name, parameter: name in trained
+    )
+    with torch.no_grad():  # its products would keep their graphs from step to step
+        found = lanczos(operator, k=LEADING, tol=1e-6, seed=0)
+    return "sequence", found.eigenvalues.double().cpu().sort(descending=True).values
+
+
+def by_curvlinops(net: nn.Module, given: dict[str, Tensor]) -> tuple[str, Tensor]:
+    """By curvlinops, which takes each token for a sample: another Fisher, at the cost of one of ours."""
+    from curvlinops import EFLinearOperator  # pyright: ignore[reportMissingImports]
     from scipy.sparse.linalg import eigsh
 
     class Logits(nn.Module):
@@ -123,15 +153,16 @@ def eigenvalues(net: nn.Module, given: dict[str, Tensor]) -> None:
             self.inner = net
 
         def forward(self, rows: Tensor) -> Tensor:
-            return self.inner(input_ids=rows).logits[:, :-1]
+            return self.inner(input_ids=rows).logits[:, :-1].mT  # classes second, as its loss has them
 
-    parameters = {name: p for name, p in Logits().named_parameters() if p.requires_grad}
+    function = Logits()
+    parameters = [p for p in function.parameters() if p.requires_grad]
     data = [(given["input_ids"], given["labels"][:, 1:])]
-    operator = EFLinearOperator(
-        Logits(), nn.CrossEntropyLoss(reduction="sum"), parameters, data, check_deterministic=False
-    )
-    took = seconds(lambda: eigsh(operator.to_scipy(), k=16, tol=1e-6, return_eigenvectors=False))
-    print(f"by ARPACK on curvlinops' empirical Fisher (of tokens, its unit): {took:.2f} s.")
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    operator = EFLinearOperator(function, loss, parameters, data, check_deterministic=False)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the others have no forward derivative
+        found = eigsh(operator.to_scipy(), k=LEADING, tol=1e-6, return_eigenvectors=False)  # pyright: ignore[reportArgumentType]
+    return "token", torch.from_numpy(found).double()
 
 
 if __name__ == "__main__":

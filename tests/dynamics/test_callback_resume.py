@@ -66,8 +66,11 @@ def test_later_records_are_dropped_and_earlier_ones_stay_untouched(run):
 
 
 def test_a_resumption_is_noted(run):
+    before = read_capture(run / STORE).attributes
     train(run, resume=run / "checkpoint-4")
     attributes = read_capture(run / STORE).attributes
+    assert attributes["resumptions"][0]["created"] >= before["created"]
+    assert all(attributes[name] == before[name] for name in ("run_id", "created"))  # it is the same training
     assert [each["step"] for each in attributes["resumptions"]] == [4]
     assert attributes["findings"] == []
 
@@ -105,7 +108,8 @@ def test_resuming_where_nothing_was_recorded_says_what_is_not_known(run):
 def test_a_smaller_batch_size_begins_again_in_the_same_records(tmp_path):
     """``auto_find_batch_size`` starts anew within one training; the weights stay where they were."""
     callback = DynamicsCallback(tmp_path, every=1)
-    training = trainer(tmp_path, [callback], max_steps=3, save_strategy="no", auto_find_batch_size=True)
+    options = {"max_steps": 3, "save_strategy": "no", "auto_find_batch_size": True}
+    training = trainer(tmp_path, [callback], **options, per_device_train_batch_size=4)
     step_of_trainer, calls = training.training_step, []
 
     def training_step(*args, **kwargs):
@@ -121,8 +125,9 @@ def test_a_smaller_batch_size_begins_again_in_the_same_records(tmp_path):
     norm = update["frobenius_norm"]
     assert (norm.sel(kind="total", step=0) > 0).all()  # since the start, which was before the first attempt
     assert norm.sel(kind="increment", step=0).isnull().all()
+    another = trainer(tmp_path, [callback], **options, per_device_train_batch_size=1)
     with pytest.raises(CaptureExists, match="holds 4 captured steps"):
-        training.train()  # a second training of the same size
+        another.train()  # the one before had ended
 
 
 def test_a_resumed_dense_training_still_knows_its_start(tmp_path):

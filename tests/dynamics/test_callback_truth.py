@@ -147,9 +147,13 @@ def test_norms_equal_a_brute_force_twin(tmp_path, monkeypatch, accumulation, cli
         assert total["norm_after_clip"] == pytest.approx(clipping, rel=1e-3)
 
 
+@pytest.mark.parametrize("explicit", [True, False])
 @pytest.mark.parametrize("unscale", [True, False])
-def test_norms_under_a_loss_scaler_are_those_of_the_loss(tmp_path, unscale):
-    """A plain loop with a GradScaler: recorded norms are unscaled, whether the loop unscales before clipping or not."""
+def test_norms_under_a_loss_scaler_are_those_of_the_loss(tmp_path, unscale, explicit):
+    """A plain loop with a GradScaler: recorded norms are unscaled, whether the loop unscales before clipping or not.
+
+    Told explicitly, as the Trainer tells it, the recorder looks before ``scaler.step`` has unscaled anything.
+    """
     model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -162,6 +166,8 @@ def test_norms_under_a_loss_scaler_are_those_of_the_loss(tmp_path, unscale):
         if unscale:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        if explicit:
+            recorder.before_optimizer_step(optimizer)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -169,6 +175,8 @@ def test_norms_under_a_loss_scaler_are_those_of_the_loss(tmp_path, unscale):
     for name, norm in expected.items():
         assert float(gradient["norm_before_clip"].sel(matrix=name)) == pytest.approx(norm, rel=1e-6)
     after = gradient["norm_after_clip"].values
+    of_spectra = (gradient["singular_value"] ** 2).sum("index") ** 0.5
+    np.testing.assert_allclose(of_spectra.values, after, rtol=1e-6)
     if unscale:
         assert 0 < float((after**2).sum() ** 0.5) <= 0.5 + 1e-6
     else:
@@ -216,11 +224,29 @@ def test_the_step_is_the_one_after_the_update(tmp_path):
             seen.append((state.global_step, callback.recorder.steps[-1:]))
 
     callback = DynamicsCallback(tmp_path, at=[1, 3])
-    training = trainer(tmp_path, [callback, Watch()], max_steps=4, save_steps=2)
+    training = trainer(tmp_path, [callback, Watch()], max_steps=5, save_steps=2)
     training.train()
-    # 2 and 4 are saved: they are captured with their gradients, as the schedule's are.
-    assert seen == [(1, [1]), (2, [2]), (3, [3]), (4, [4])]
+    # 2, 4 and the last are saved: they are captured with their gradients, as the schedule's are.
+    assert seen == [(1, [1]), (2, [2]), (3, [3]), (4, [4]), (5, [5])]
     assert np.isfinite(dynamics.open_run(tmp_path)["gradient"]["norm_before_clip"].values).all()
+
+
+def test_a_checkpoint_that_could_not_be_foreseen_has_a_record_without_gradients(tmp_path):
+    callback = DynamicsCallback(tmp_path, at=[3])
+    options = {"save_strategy": "epoch", "gradient_accumulation_steps": 16, "max_steps": -1, "num_train_epochs": 4}
+    trainer(tmp_path, [callback], **options).train()
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 4, 6, 8)]
+    tree = dynamics.open_run(tmp_path)
+    assert tree["update"]["step"].values.tolist() == [2, 3, 4, 6, 8]
+    known = tree["gradient"]["norm_before_clip"].notnull().all("matrix")
+    assert known["step"].values[known.values].tolist() == [3]
+
+
+def test_the_trainers_warmup_is_allowed_for(tmp_path):
+    callback = DynamicsCallback(tmp_path, every=1)
+    training = trainer(tmp_path, [callback], learning_rate=0.0, warmup_steps=2, max_steps=4, save_strategy="no")
+    with pytest.warns(UserWarning, match="OD302 At step 4 .* after 2 steps of warm-up"):
+        training.train()
 
 
 def test_a_step_that_is_not_captured_runs_no_operation(tmp_path):

@@ -53,12 +53,12 @@ def batches() -> Tensor:
     return torch.randint(VOCABULARY, (STEPS, RANKS, 2, 6), generator=torch.Generator().manual_seed(1))
 
 
-def train(run: Path, model: nn.Module, rows: Tensor, **options: Any) -> int:
+def train(run: Path, model: nn.Module, rows: Tensor, first: int = 1, **options: Any) -> int:
     """Plain training; the number of records that this process wrote."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.5)
     with Recorder(run, model, preset="full", every=1, **options) as recorder:
-        for step, batch in enumerate(rows, start=1):
+        for step, batch in enumerate(rows, start=first):
             with recorder.step(step, optimizer):
                 model(input_ids=batch, labels=batch).loss.backward()
                 nn.utils.clip_grad_norm_(parameters, 0.1)
@@ -106,6 +106,13 @@ def with_fsdp(run: Path, build: Callable[[], nn.Module]) -> tuple[int, int]:
     live._BATCH_BYTES = {"cpu": 1}
     with Gathers() as gathers:
         return train(run, sharded(build()), batches()[:, dist.get_rank()]), gathers.peak
+
+
+def with_fsdp_resumed(run: Path) -> tuple[int, int]:
+    """Records that there were after all but the last step, and after a second recorder went on."""
+    trained, rows = sharded(model()), batches()[:, dist.get_rank()]
+    before = train(run, trained, rows[:-1])
+    return before, train(run, trained, rows[-1:], first=STEPS, resume_from=STEPS - 1)
 
 
 def with_trainer(run: Path, batch: int = 2) -> tuple[int, int, bool]:
@@ -164,7 +171,9 @@ def test_fsdp2_gathers_the_factors_of_one_batch_at_a_time(ranks, alone, tmp_path
     (written, peak), (none, others_peak) = ranks(with_fsdp, tmp_path, model)
     assert (written, none) == (STEPS, 0)
     assert_same(numbers(tmp_path), alone)
-    assert (peak, others_peak) == (2 * 3 * (16 + 24),) * 2  # values and gradients of the largest matrix
+    batch = 2 * 3 * (16 + 24)  # values and gradients of the largest matrix
+    assert batch <= peak < 2 * batch  # not just the same: gloo's thread lets go of a tensor a little later
+    assert batch <= others_peak < 2 * batch
     assert sum(p.numel() for p in model().parameters() if p.requires_grad) == 1488
 
 
@@ -174,8 +183,19 @@ def test_fsdp2_gathers_one_dense_weight_at_a_time(ranks, tmp_path):
     train(twin, dense(), batches().flatten(1, 2))
     assert (written, none) == (STEPS, 0)
     assert_same(numbers(run), numbers(twin))
-    assert (peak, others_peak) == (2 * VOCABULARY * 16,) * 2  # value and gradient of an embedding
+    batch = 2 * VOCABULARY * 16  # value and gradient of an embedding
+    assert batch <= peak < 2 * batch
+    assert batch <= others_peak < 2 * batch
     assert sum(p.numel() for p in dense().parameters()) > 5 * peak
+
+
+def test_fsdp2_goes_on_in_the_same_records(ranks, alone, tmp_path):
+    assert ranks(with_fsdp_resumed, tmp_path) == [(STEPS - 1, STEPS), (0, 0)]
+    found, expected = numbers(tmp_path), alone
+    for group in ("update", "gradient"):
+        values = [each[group]["singular_value"] for each in (found, expected)]
+        np.testing.assert_allclose(*values, rtol=1e-6, atol=1e-9)
+    assert found["update"]["from_step"].values.tolist() == list(range(STEPS))
 
 
 def test_what_the_first_rank_refuses_all_refuse(ranks, tmp_path):

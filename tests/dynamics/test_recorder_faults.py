@@ -68,6 +68,20 @@ def test_a_full_disk_is_one_warning_and_a_gap(model, tmp_path, full_disk):
     assert gap["evidence"]["steps"] == [2, 3]
 
 
+def test_gaps_after_the_step_that_is_resumed_from_are_forgotten(model, tmp_path, full_disk):
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with Recorder(tmp_path, model, every=1) as recorder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(recorder, model, steps=3)
+    capture = tmp_path / "dynamics" / "capture.zarr"
+    assert [gap["step"] for gap in read_capture(capture).attributes["gaps"]] == [2, 3]
+    model.load_state_dict(start)
+    with Recorder(tmp_path / "checkpoint", model, at=[]) as recorder:
+        train(recorder, model, steps=1)
+    Recorder(tmp_path, model, every=1, resume_from=1).close()
+    assert read_capture(capture).attributes["gaps"] == []
+
+
 def test_an_increment_after_a_gap_is_since_the_last_record(model, tmp_path, full_disk):
     weights = {0: model[0].weight.detach().clone()}
     with Recorder(tmp_path, model, every=1) as recorder, warnings.catch_warnings():
@@ -119,13 +133,24 @@ def test_hooks_are_gone_after_a_step_that_raised(model, tmp_path):
     assert dynamics.open_run(tmp_path)["update"]["step"].values.tolist() == [1, 2]
 
 
+def test_a_step_is_recorded_once(model, tmp_path):
+    """A loop that counts anew with each epoch has its first epoch recorded, and no record is written over."""
+    with Recorder(tmp_path, model, every=1, strict=True) as recorder:
+        train(recorder, model, steps=2)
+        train(recorder, model, steps=3)
+        assert not recorder.record(3)
+    assert dynamics.open_run(tmp_path)["update"]["from_step"].values.tolist() == [0, 1, 2]
+
+
 def test_a_closed_recorder_does_nothing(model, tmp_path):
     recorder = Recorder(tmp_path, model, every=1)
     train(recorder, model, steps=1)
     recorder.close()
-    train(recorder, model, steps=2)
-    recorder.close()
-    assert not recorder.record(7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(recorder, model, steps=2, first=2)
+        recorder.close()
+        assert not recorder.record(7)
     assert dynamics.open_run(tmp_path)["update"]["step"].values.tolist() == [1]
 
 
@@ -205,9 +230,10 @@ def test_a_recorder_that_cannot_close_in_order_gives_the_store_back(model, tmp_p
 def test_a_recorder_that_cannot_begin_says_so_and_gives_the_store_back(model, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(CaptureStore, "write_start", _full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="No space left") as kept:  # as a notebook keeps what was raised
             Recorder(tmp_path, model, every=1)
     Recorder(tmp_path, model, every=1).close()
+    assert kept.value.errno == errno.ENOSPC
 
 
 def _full(*_: object) -> None:

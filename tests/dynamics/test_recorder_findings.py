@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -76,7 +77,9 @@ def test_a_matrix_that_gets_no_gradient(tmp_path):
     model = TwoLayers(both=False)
     assert train(tmp_path, model, lambda: model(rows())) == ["OD301"]
     assert stored(tmp_path)["OD301"]["matrix"] == "second"
-    assert stored(tmp_path)["OD301"]["message"].startswith("This matrix had no gradient, or one of zero, at any of the 4")
+    assert stored(tmp_path)["OD301"]["message"].startswith(
+        "This matrix had no gradient, or one of zero, at any of the 4"
+    )
 
 
 def test_an_adapter_that_does_not_move(tmp_path):
@@ -115,7 +118,10 @@ def test_a_gradient_that_is_not_finite(tmp_path):
     tree = dynamics.open_run(tmp_path)
     norm = tree["gradient"]["norm_before_clip"].sel(matrix="first")
     assert np.isinf(norm).values.tolist() == [False, True, False]
-    # There was no step, so there is nothing that the optimizer took.
+    # Where there was no step, the next one begins at the same weights with another scale.
+    other = tree["gradient"]["norm_before_clip"].sel(matrix="second")
+    assert float(other.sel(step=2)) == pytest.approx(float(other.sel(step=3)), rel=1e-6)
+    # And there is nothing that the optimizer took.
     assert tree["gradient"]["norm_after_clip"].isnull().any("matrix").values.tolist() == [False, True, False]
     assert tree["update"]["is_zero"].sel(kind="increment").all("matrix").values.tolist() == [False, True, False]
 
@@ -143,6 +149,20 @@ def test_a_resumed_training_knows_what_was_seen_before(tmp_path):
     codes = train(tmp_path, model, lambda: model(rows()), steps=range(5, 7), resume_from=4)
     assert codes == ["OD301"]
     assert "at any of the 6 steps captured so far" in stored(tmp_path)["OD301"]["message"]
+
+
+def test_what_was_seen_after_the_step_that_is_resumed_from_is_forgotten(tmp_path):
+    run, model = tmp_path / "run", TwoLayers()
+
+    def diverge(step: int) -> None:
+        if step == 3:
+            model.first.weight.data.fill_(math.nan)
+
+    assert train(run, model, lambda: model(rows()), rate=1e-4, disturb=diverge, gradients=False) == ["OD201"]
+    again = TwoLayers()
+    train(tmp_path / "checkpoint", again, lambda: again(rows()), rate=1e-4, steps=range(1, 3))
+    assert train(run, again, lambda: again(rows()), rate=1e-4, steps=range(3, 5), resume_from=2) == []
+    assert stored(run) == {}
 
 
 def test_a_sign_that_goes_away_was_told_and_is_not_kept(tmp_path):

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -5,7 +6,7 @@ import matplotlib as mpl
 import pytest
 
 from dynamics import plot
-from dynamics.plot.figures import HEATMAPS, OVER_STEPS, figure_name
+from dynamics.plot.figures import HEATMAPS, OF_GRADIENTS, OVER_STEPS, figure_name, gradient_name
 from tests.trees import HOSTILE, example_runs, example_tree, matrix_names
 
 
@@ -13,6 +14,21 @@ def test_a_full_result_has_every_figure():
     drawn = plot.figures(example_tree())
     over_steps = [figure_name(variable, kind) for variable, kind in OVER_STEPS]
     assert list(drawn) == [*over_steps, "training_loss", *(f"heatmap_{name}" for name in HEATMAPS), "spectra"]
+
+
+def test_captured_gradients_have_figures_after_those_of_updates():
+    drawn = list(plot.figures(example_tree(gradients=[100, 200])))
+    own = [gradient_name(variable) for variable in OF_GRADIENTS]
+    assert own == ["gradient_norm", "gradient_effective_rank_energy", "gradient_dominant_ratio"]
+    place = drawn.index(own[0])
+    assert drawn[place : place + 3] == own
+    assert drawn[place - 1] == figure_name(*OVER_STEPS[-1])
+    assert len(drawn) == len(plot.figures(example_tree())) + 3
+
+
+def test_norms_alone_have_one_figure_of_gradients():
+    drawn = plot.figures(example_tree(gradients=[100], gradient_spectra=False))
+    assert [name for name in drawn if name.startswith("gradient")] == ["gradient_norm"]
 
 
 def test_one_checkpoint_has_no_figure_of_increments():
@@ -51,13 +67,15 @@ def test_several_runs_have_their_figures_apart():
         {"steps": 1, "matrices": 1},
         {"segment": [0, 1, 0, 1, 1, 1]},
         {"missing": matrix_names(3)},
+        {"steps": 1, "matrices": 1, "gradients": [100]},
+        {"gradients": [100, 300], "gradient_spectra": False},
         {"matrices": [HOSTILE, "_a.0.b", "x" * 200, "层.0"]},
     ],
 )
 def test_no_missing_number_reaches_a_path(awkward):
     for figure in plot.figures(example_tree(**awkward)).values():
         paths = [line for line in plot.to_svg(figure).splitlines() if " d=" in line or "transform=" in line]
-        assert not [line for line in paths if "nan" in line.lower() or "inf" in line.lower()]
+        assert not [line for line in paths if re.search(r"\b(nan|inf)\b", line.lower())]
 
 
 def test_the_users_settings_stay_as_they_are():

@@ -10,6 +10,7 @@ import pytest
 
 from dynamics.findings import Finding
 from dynamics.report.page import page
+from tests.fishers import MEANS, with_fisher
 from tests.trees import HOSTILE, example_runs, example_tree, matrix_names
 
 REPOSITORY = Path(__file__).parents[3]
@@ -66,6 +67,11 @@ def text():
 @pytest.fixture(scope="module")
 def parsed(text):
     return Page(text)
+
+
+@pytest.fixture(scope="module")
+def captured():
+    return page(example_tree(matrices=7, steps=3, gradients=[100, 200]))
 
 
 def test_needs_nothing_but_itself(text, parsed):
@@ -165,6 +171,89 @@ def test_says_where_it_comes_from(parsed):
         assert each in words
 
 
+def test_gradients_have_a_section_between_directions_and_places(captured):
+    words = Page(captured).words()
+    headings = ["How many directions did the updates use?", "What did the gradients ask for?", "Where and when?"]
+    places = [words.index(heading) for heading in headings]
+    assert places == sorted(places)
+    section = captured[captured.index(headings[1]) : captured.index(headings[2])]
+    assert section.count("<figure>") == 3
+    assert "s(∇<sub>B</sub>·A + B·∇<sub>A</sub>)" in section
+    assert "Here only norms were captured" not in section
+    assert "Captured at 3 steps during training, without checkpoints (steps 100 to 300)" in words
+    assert "The gradient of a matrix at step 200 has norm" in words
+
+
+def test_numbers_of_gradients_are_defined(captured, parsed):
+    defined = "gradient/norm_after_clip gradient norm after clipping the same as the optimizer takes it, after clipping"
+    assert f"{defined} loss/weight" in Page(captured).words()
+    assert "gradient/" not in parsed.words()
+
+
+def test_norms_alone_are_said_to_be_that():
+    text = page(example_tree(steps=2, matrices=2, gradients=[100, 200], gradient_spectra=False))
+    assert "Here only norms were captured; the preset “standard” captures spectra as well." in Page(text).words()
+    assert "gradient of a matrix at step 200" in Page(text).words()
+    assert "how many directions the gradients had" not in Page(text).words().lower()
+
+
+def test_a_run_without_gradients_has_no_section_of_them(parsed):
+    assert "gradient" not in parsed.words().lower()
+
+
+def test_increments_of_a_capture_are_since_captured_steps(captured, parsed):
+    assert "change since the previous captured step or checkpoint of the same training" in Page(captured).words()
+    assert "change since the previous checkpoint of the same training" in parsed.words()
+
+
+@pytest.fixture(scope="module")
+def probed():
+    return page(with_fisher(example_tree(matrices=7, steps=3, gradients=[100]), update="leading"))
+
+
+def test_informative_directions_have_a_section_between_gradients_and_places(probed):
+    words = Page(probed).words()
+    headings = ["What did the gradients ask for?", "Did updates follow informative directions?", "Where and when?"]
+    places = [words.index(heading) for heading in headings]
+    assert places == sorted(places)
+    section = probed[probed.index(headings[1]) : probed.index(headings[2])]
+    assert section.count("<figure>") == 10  # all but transfer, which needs factor space
+    assert "The empirical Fisher of 40 probe samples in 40 groups at step 300" in section
+    assert "So the update is concentrated along informative directions" in section
+
+
+def test_numbers_of_the_fisher_are_defined(probed, parsed):
+    words = Page(probed).words()
+    assert (
+        "fisher/spectral_entropy spectral entropy SE −Σ p ln p, p = λ/Σλ, plug-in: too small in expectation nat"
+        in words
+    )
+    assert "concentration/null_isotropic the same share of a random direction k/d" in words
+    assert "tr F<sub>s</sub>F<sub>t</sub>/√(tr F<sub>s</sub>² tr F<sub>t</sub>²)" in probed
+    for prefix in ("fisher/", "concentration/", "tasks/"):
+        assert prefix not in parsed.words()
+
+
+def test_a_run_without_a_fisher_has_no_section_of_it(parsed):
+    assert "informative directions" not in parsed.words()
+
+
+def test_an_update_that_proves_nothing_is_not_called_concentrated():
+    tree = with_fisher(example_tree(matrices=2, steps=1), steps=(100,), update="random")
+    text = page(tree, figures={})
+    section = text[text.index("Did updates follow") : text.index("Where and when?")]
+    assert "less of the update lies along informative directions" in section
+    assert "concentrated" not in section
+
+
+def test_names_of_tasks_are_escaped():
+    means = {HOSTILE: MEANS["chart"], "b": MEANS["document"]}
+    text = page(with_fisher(example_tree(matrices=2, steps=1), steps=(100,), means=means))
+    assert "<script>alert" not in text
+    assert text.count("<script") == 1
+    assert HOSTILE in Page(text).words()
+
+
 def test_text_of_files_is_escaped():
     findings = [Finding("OD115", HOSTILE, HOSTILE, file=HOSTILE, matrix=HOSTILE, evidence={HOSTILE: [HOSTILE]})]
     names = [HOSTILE, f"{HOSTILE}.0.q", f"{HOSTILE}.1.q"]
@@ -178,6 +267,7 @@ def test_text_of_files_is_escaped():
     ("awkward", "said"),
     [
         ({"steps": 1}, "No training here has two checkpoints, so there are no increments."),
+        ({"steps": 1, "gradients": [100]}, "No training here has two steps, so there are no increments."),
         ({"matrices": 1}, "1 weight matrix with LoRA updates"),
         ({"zero": matrix_names(14)}, "None: no update at step 600 is known to be other than zero."),
         ({"zero": matrix_names(14)}, "Not defined at step 600"),

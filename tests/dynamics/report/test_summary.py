@@ -10,6 +10,7 @@ from tests.trees import example_runs, example_tree, matrix_names
 KEYS = {
     "captured",
     "gradient",
+    "fisher",
     "toolkit_version", "run", "label", "created", "steps", "segments", "matrices", "last_step", "suggested_rank_energy",
     "totals", "over_matrices", "roles", "table", "findings",
 }  # fmt: skip
@@ -106,3 +107,35 @@ def test_several_runs_stand_side_by_side():
 
 def test_findings_of_one_run(tree):
     assert [finding["message"] for finding in all_findings(summarise(tree))] == ["It is zero."]
+
+
+def test_what_was_captured_and_the_last_gradient():
+    tree = example_tree(matrices=4, gradients=[100, 200])
+    tree.attrs["captured"] = json.dumps({"steps": [100, 200], "checkpoints": [200], "run_id": "x"})
+    summary = summarise(tree)
+    assert strict(summary)["captured"] == {"steps": 2, "checkpoints": 1}
+    last = tree["summary_gradient"].to_dataset().sel(step=200)
+    assert summary["gradient"] == {
+        "step": 200,
+        **{
+            name: {"median": float(last[f"{name}_quantile"].sel(quantile=0.5))}
+            for name in ("norm_before_clip", "norm_after_clip")
+        },
+        **{
+            name: {
+                "median": float(last[f"{name}_quantile"].sel(quantile=0.5)),
+                "null_mean": float(last[f"{name}_null"]),
+            }
+            for name in ("effective_rank_energy", "dominant_ratio")
+        },
+    }
+
+
+def test_nothing_captured_is_null(tree):
+    assert [summarise(tree)[name] for name in ("captured", "gradient", "fisher")] == [None] * 3
+
+
+def test_gradients_without_spectra_have_null_measures():
+    gradient = strict(summarise(example_tree(matrices=2, gradients=[100], gradient_spectra=False)))["gradient"]
+    assert gradient["norm_before_clip"]["median"] > 0
+    assert gradient["effective_rank_energy"] == {"median": None, "null_mean": None}

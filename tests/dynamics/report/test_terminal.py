@@ -65,3 +65,10 @@ def test_zero_updates_say_so():
 def test_several_runs_have_their_own_names():
     text = printed(example_runs(first=example_tree(steps=1), second=example_tree(steps=1)))
     assert text.index("first: 1 checkpoint") < text.index("second: 1 checkpoint") < text.index("OD100")
+
+
+def test_a_captured_training_says_what_its_gradients_were():
+    text = " ".join(printed(example_tree(matrices=4, gradients=[100, 200])).split())
+    assert "Captured at 6 steps during training, without checkpoints (steps 100 to 600)" in text
+    assert "The gradient of a matrix at step 200 has norm" in text
+    assert "The gradient" not in printed(example_tree(steps=1))

@@ -1,5 +1,9 @@
+import json
+
+import numpy as np
+
 from dynamics.report import summarise
-from dynamics.report.words import how_far, how_many_directions, what_was_analysed
+from dynamics.report.words import how_far, how_many_directions, how_steep, number, what_was_analysed
 from tests.trees import example_tree, matrix_names
 
 
@@ -34,3 +38,43 @@ def test_what_is_not_known_is_not_made_up():
     assert how_many_directions(zero) == ""
     unknown = {**zero, "totals": {"frobenius_norm_all": None}}
     assert how_far(unknown) == "The size of the whole update at step 600 is not known."
+
+
+def captured(captured_steps, checkpoints, **changes):
+    tree = example_tree(gradients=[100, 200], matrices=4, **changes)
+    tree.attrs["captured"] = json.dumps({"steps": captured_steps, "checkpoints": checkpoints})
+    return tree
+
+
+def test_captured_steps_and_checkpoints_are_said_apart():
+    said = what_was_analysed(summarise(captured([100, 200], [200])))
+    assert said.startswith("Captured at 2 steps during training, with 1 checkpoint beside them (steps 100 to 600); 4 ")
+    said = what_was_analysed(summarise(captured([100], [], steps=1)))
+    assert said.startswith("Captured at 1 step during training, without checkpoints (step 100); 4 weight matrices")
+
+
+def test_the_last_gradient_in_one_sentence():
+    tree = captured([100, 200], [])
+    last = tree["summary_gradient"].to_dataset().sel(step=200)
+    before, after, rank = (
+        number(float(last[f"{name}_quantile"].sel(quantile=0.5)))
+        for name in ("norm_before_clip", "norm_after_clip", "effective_rank_energy")
+    )
+    assert how_steep(summarise(tree)) == (
+        f"The gradient of a matrix at step 200 has norm {before} in the median ({after} after clipping), and an "
+        f"effective rank (energy) of {rank}; random factors have "
+        f"{number(float(last['effective_rank_energy_null']))}."
+    )
+
+
+def test_what_clipping_left_alone_is_not_said_twice():
+    tree = captured([100, 200], [], gradient_spectra=False)
+    tree["summary_gradient"]["norm_after_clip_quantile"] = tree["summary_gradient"]["norm_before_clip_quantile"]
+    assert how_steep(summarise(tree)).endswith(" in the median (clipping left it as it was).")
+
+
+def test_no_gradient_no_sentence():
+    assert how_steep(summarise(example_tree(steps=1))) == ""
+    tree = captured([100, 200], [])
+    tree["summary_gradient"]["norm_before_clip_quantile"][:] = np.nan
+    assert how_steep(summarise(tree)) == ""

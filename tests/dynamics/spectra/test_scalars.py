@@ -35,6 +35,13 @@ def test_norms_are_of_all_matrices_together_and_measures_medians():
     assert "gradient/effective_rank_energy" not in found
 
 
+def test_one_matrix_of_many_does_not_move_a_median():
+    places = {name: Place(6, 5, 2, "F32") for name in "abc"}
+    totals = {"a": [1.0, 1.0], "b": [1.0, 1.0], "c": [1.0, 0.0]}
+    update = raw.raw_update({1: (0, -1)}, places, {(1, name): spectra(values, None) for name, values in totals.items()})
+    assert scalars(update)["total/effective_rank_energy"] == pytest.approx(2.0)
+
+
 def test_what_is_not_known_is_left_out():
     update = raw.raw_update({1: (0, -1)}, PLACES, {(1, "a"): spectra([0.0, 0.0], None), (1, "b"): spectra([0.0], None)})
     assert scalars(update) == {"total/frobenius_norm": 0.0}

@@ -53,13 +53,31 @@ def test_a_matrix_without_gradient():
 
 
 def test_one_record_in_the_warmup_is_no_sign():
-    assert codes(seen((update(1), gradient(1, b=0.0)), warmup=3)) == []
+    early, later = (update(1), gradient(1, b=0.0)), (update(5), gradient(5, b=0.0))
+    assert codes(seen(early, warmup=3)) == []
+    assert codes(seen(later, warmup=3)) == [("OD301", "b")]
+    assert codes(seen(early, early, warmup=3)) == [("OD301", "b")]
 
 
 def test_an_adapter_that_has_not_moved_after_the_warmup():
     at = [(update(step, a=[0.0, 0.0]), gradient(step)) for step in (2, 4, 6)]
     assert codes(seen(*at[:2], warmup=3)) == []
     assert codes(seen(*at, warmup=3)) == [("OD302", "a")]
+
+
+def test_a_dense_weight_that_has_not_moved_is_no_adapter_that_has_not():
+    dense = update(4, a=[0.0, 0.0]).assign_coords(adapter_rank=("matrix", [0, 2]))
+    assert codes(seen((dense, gradient(4)))) == []
+
+
+@pytest.mark.parametrize("narrow", [{"factor_rank": 1}, {"out": 1}])
+def test_what_has_no_room_for_a_second_direction_has_not_collapsed(narrow):
+    records = [(update(step, a=[1.0, 0.0]), gradient(step)) for step in (2, 4)]
+    assert codes(seen(*records)) == [("OD303", "a")]
+    for dataset, _ in records:
+        for name, number in narrow.items():
+            dataset[name][:] = number
+    assert codes(seen(*records)) == []
 
 
 def test_an_update_that_collapsed_must_stay_so():
@@ -74,6 +92,8 @@ def test_a_gradient_that_is_not_finite_stays_on_record_with_its_step():
     signs = seen((update(1), gradient(1)), (update(2), gradient(2, a=math.inf)), (update(3), gradient(3)))
     (finding,) = signs.findings()
     assert (finding.code, finding.matrix, finding.step, finding.evidence["steps"]) == ("OD304", "a", 2, [2])
+    signs.see(update(4), gradient(4, a=math.inf))
+    assert signs.findings() == [finding]  # the first time is what is looked for
 
 
 def test_weights_that_are_not_finite():

@@ -207,9 +207,7 @@ def test_gaps_are_told_once(run):
     write_capture(run, attributes={"gaps": gaps})
     (finding,) = read(run).findings
     assert (finding.code, finding.evidence) == ("OD305", {"steps": [7, 9], "reasons": ["No space left"]})
-    assert finding.message == (
-        "Steps that were due could not be captured, or not whole: 7, 9 (No space left)."
-    )
+    assert finding.message == ("Steps that were due could not be captured, or not whole: 7, 9 (No space left).")
     told = Finding("OD305", "Told already.").to_dict()
     write_capture(run.parent / "other", attributes={"gaps": gaps, "findings": [told]})
     assert [finding.message for finding in read(run.parent / "other").findings] == ["Told already."]

@@ -17,9 +17,7 @@ TOTAL, INCREMENT = 0, 1
 
 def raw_steps(steps, seed=0, names=NAMES, *, from_start=False, segment=0, **shape):
     """A raw update of one training; the same step of the same seed has the same factors, whatever the others are."""
-    factors = {
-        step: {name: own[name] for name in names} for step, own in drifting(steps, seed, **shape).items() if own
-    }
+    factors = {step: {name: own[name] for name in names} for step, own in drifting(steps, seed, **shape).items() if own}
     joined = raw.concatenate([record["update"] for record in records(factors, from_start=from_start).values()])
     return joined.assign_coords(segment=joined["segment"] + segment)
 
@@ -209,6 +207,36 @@ def test_an_increment_of_a_record_whose_predecessor_only_a_checkpoint_has_stays(
     assert_same_at(merged, training, 15)
 
 
+# Rule 5: a start that is none.
+
+
+def unnumbered(step=10, segment=0):
+    """What was saved without its step."""
+    return raw_steps([step], segment=segment).assign_coords(step=[0])
+
+
+def test_a_checkpoint_of_step_0_that_has_moved_is_not_the_start_that_the_records_know():
+    merged, (finding,) = merge(unnumbered(), captured([5, 10]))
+    assert column(merged, "from_step") == {5: 0, 10: 5}
+    assert (finding.code, finding.step) == ("OD308", 0)
+    assert "may be what was saved at the end" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "training"),
+    [
+        (unnumbered(), raw_steps([5, 10])),
+        (several(unnumbered(), raw_steps([20], seed=7, segment=1)), captured([5, 10])),
+        (unnumbered().map(lambda values: 0 * values, keep_attrs=True), captured([5, 10])),
+    ],
+    ids=["the records do not know it", "another training's", "it has not moved"],
+)
+def test_any_other_checkpoint_of_step_0_stays(checkpoints, training):
+    merged, findings = merge(checkpoints, training)
+    assert findings == []
+    assert 0 in merged["step"].values
+
+
 # All of them.
 
 
@@ -220,7 +248,7 @@ def slow_merge(checkpoints, training):
         spectra = dataset["singular_value"].values[:, TOTAL]
         for row, step in enumerate(dataset["step"].values.tolist()):
             for place, name in enumerate(dataset["matrix"].values.tolist()):
-                if (values := [each for each in spectra[row, place].tolist() if each == each]):
+                if values := [each for each in spectra[row, place].tolist() if each == each]:
                     totals[step, name] = values
     return totals, {step: origin if origin <= 0 or origin in origins else -1 for step, origin in origins.items()}
 
@@ -246,6 +274,14 @@ def test_every_number_is_where_the_rules_put_it(saved, taken, on_disk, watched):
     assert column(merged, "from_step") == origins
     assert merged["step"].values.tolist() == sorted({*saved, *taken})
     assert set(merged["matrix"].values.tolist()) == {*on_disk, *watched}
+
+
+def test_a_capture_of_another_model_under_the_same_names_is_measured_all_the_same():
+    merged, findings = merge(raw_steps([10], out=12, rank=4), captured([10, 20], out=2, rank=8))
+    assert [finding.code for finding in findings] == ["OD308"]
+    assert np.isfinite(measured(merged)["update"]["stable_rank"].sel(kind="total")).all()
+    merged, _ = merge(raw_steps([10], out=2, rank=8), captured([20], out=12, rank=4))
+    assert np.isfinite(measured(merged)["update"]["stable_rank"].sel(kind="total")).all()
 
 
 def test_merging_changes_neither():

@@ -36,8 +36,9 @@ def as_type(dtype):
 
 
 FIRST = (0, 0, 0)
+_COUNTS_OTHERS = "does not count the singular values that its matrices have"
 CHANGES = {
-    "a count that is no whole number": ("count", as_type(float), "holds no numbers in 'count'"),
+    "a count that is no whole number": ("count", as_type(float), "holds no whole numbers of 64 bits in 'count'"),
     "a spectrum that is text": ("singular_value", as_type("U3"), "holds no numbers in 'singular_value'"),
     "a spectrum of booleans": ("singular_value", as_type(bool), "holds no numbers in 'singular_value'"),
     "a name that is a number": ("matrix", lambda values: np.arange(len(values)), "holds no text in 'matrix'"),
@@ -46,7 +47,7 @@ CHANGES = {
     "a step beyond integers": (
         "from_step",
         lambda values: np.array([2**64 - 1], dtype=np.uint64),
-        "has a number in 'from_step' that is not from -1 to 999999999999",
+        "holds no whole numbers of 64 bits in 'from_step'",
     ),
     "a later from_step": ("from_step", put(0, 10), "is an increment since a later step"),
     "an increment since nothing": ("from_step", put(0, -1), "has an increment since nothing"),
@@ -57,15 +58,19 @@ CHANGES = {
     "half a character": ("matrix", put(1, "a\ud800"), "has a matrix whose name is no text"),
     "an unknown format": ("storage", put(0, "I8"), "is stored in a format that is none of F64, F32, BF16, F16"),
     "a negative count": ("count", put(FIRST, -1), "has a number in 'count' that is not from 0 to 999999999999"),
-    "more than it can have": ("count", put(FIRST, 9), "counts more singular values than it can have"),
-    "more than its matrix has": ("out", put(0, 2), "counts more singular values than it can have"),
-    "more than its factors have": ("factor_rank", put(FIRST, 3), "counts more singular values than it can have"),
-    "a rank that fills the memory": ("factor_rank", put(FIRST, 10**9), "has a rank that its matrix cannot have"),
-    "a dense matrix of few values": ("adapter_rank", put(0, 0), "has a rank that its matrix cannot have"),
+    "more than it can have": ("count", put(FIRST, 9), _COUNTS_OTHERS),
+    "more than its matrix has": ("out", put(0, 2), _COUNTS_OTHERS),
+    "more than its factors have": ("factor_rank", put(FIRST, 3), _COUNTS_OTHERS),
+    "fewer than its factors have": ("factor_rank", put(FIRST, 10**9), _COUNTS_OTHERS),
+    "a dense matrix of few values": ("adapter_rank", put(0, 0), _COUNTS_OTHERS),
     "a number beyond the count": ("singular_value", put((*FIRST, 4), 0.0), "has more singular values than it counts"),
     "infinity beyond the count": ("singular_value", put((*FIRST, 4), np.inf), "has more singular values than it count"),
     "a gap in the spectrum": ("singular_value", put((*FIRST, 1), np.nan), "lacks some of its singular values"),
-    "an ascending spectrum": ("singular_value", put((*FIRST, 3), 1e9), "has singular values that are not in descending"),
+    "an ascending spectrum": (
+        "singular_value",
+        put((*FIRST, 3), 1e9),
+        "has singular values that are not in descending",
+    ),
     "a negative singular value": (
         "singular_value",
         put((*FIRST, 3), -1.0),
@@ -91,6 +96,16 @@ def test_what_a_recorder_writes_is_good(good):
 
 def test_a_record_without_gradients_is_good(good):
     assert list(record_problems({"update": good["update"]})) == []
+
+
+def test_a_matrix_smaller_than_its_rank_is_good():
+    assert list(record_problems({"update": records(drifting([5, 10], out=2))[10]["update"]})) == []
+
+
+def test_a_rank_that_would_fill_the_memory_is_refused():
+    update = records(drifting([5], out=2))[5]["update"]
+    (problem,) = record_problems({"update": changed(update, "factor_rank", put(FIRST, 10**9))})
+    assert problem == "'update' has factors of more than 4096 columns"
 
 
 def test_a_dense_matrix_is_good():
@@ -121,7 +136,7 @@ def test_the_first_problem_is_told(good, change):
     ("name", "how", "words"),
     [
         ("norm_before_clip", put((0, 0), -1.0), "has a number in 'norm_before_clip' that is not from 0 to 1e+100"),
-        ("count", put((0, 0), 9), "counts more singular values than it can have"),
+        ("count", put((0, 0), 9), _COUNTS_OTHERS),
         ("singular_value", put((0, 0, 0), -np.inf), "has a number in 'singular_value'"),
     ],
 )

@@ -1,0 +1,166 @@
+"""How each task stands to each other one, at one step."""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+import numpy as np
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from dynamics.plot.result import group, variable_of
+from dynamics.plot.selection import ALL, GLOBAL, chosen, label_of, name_of, of_block, write_title
+from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, canvas, figure_of, shorten, without_mathematics
+from dynamics.plot.svg import describe
+
+_PAIR = ("step", "block", "task", "task_")
+#: Below zero orange, above it purple: told apart with any kind of colour vision.
+_DIVERGING = "PuOr"
+_COSINES = ("cosine", "cosine_raw")
+_SHARES = ("overlap", "magnitude_similarity")
+#: With more tasks than this numbers no longer fit their cells.
+_MOST_WRITTEN = 9
+_MOST_NAMED = 40
+#: Brightness from which black letters are better to read than white ones.
+_BRIGHT = 0.45
+
+
+def task_matrix(
+    data: xr.DataTree | xr.Dataset,
+    *,
+    variable: str = "cosine",
+    block: str = GLOBAL,
+    step: int | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Task × task of one variable, with the 95 % interval in each cell where it is stored.
+
+    Bold where the interval of what has a sign does not hold 0. Hatched grey where there is no value; of a cosine that
+    means that the mean gradient of one of the two tasks is not resolved.
+
+    Args:
+        data: The result of one run, or its ``/tasks`` group.
+        variable: ``cosine``, ``overlap``, ``magnitude_similarity``, ``transfer`` or any other of two tasks.
+        block: A matrix, or ``"global"``.
+        step: By default the last one that has a value.
+        ax: Draw here, in the style of these axes; a new figure by default.
+
+    Raises:
+        ValueError: If the variable is not in the result or not one of two tasks, or there is no such block or step.
+
+    Example: ``plot.task_matrix(dynamics.open_run("runs/imax"), variable="overlap")``
+    """
+    tasks = group(data, "tasks")
+    if variable_of(tasks, variable).dims != _PAIR:
+        raise ValueError(f"Expected a variable of two tasks, got {variable!r} with {tasks[variable].dims}.")
+    only = tasks.sel(task=tasks["task"] != ALL, task_=tasks["task_"] != ALL)
+    here = chosen(only, variable, step=step, block=block)
+    names = [str(name) for name in here["task"].values]
+    values = here[variable].values.astype(np.float64)
+    words = f"{name_of(here[variable])}, step {int(here['step']):,}"
+    side = min(0.88 * len(names), 7.0)
+    with canvas(ax, width=max(side + 2.6, 4.6), height=max(side + 1.2, 2.6)) as axes:
+        low, high, colours = _range(variable, values)
+        image = axes.imshow(
+            np.ma.masked_invalid(values),
+            vmin=low,
+            vmax=high,
+            interpolation="none",
+            cmap=mpl.colormaps[colours].with_extremes(bad=MISSING_COLOUR),
+        )
+        _hatch(axes, values)
+        if len(names) <= _MOST_WRITTEN:
+            _write(axes, here, variable, (values - low) / (high - low), colours)
+        _name(axes, names, directed=variable == "transfer")
+        axes.grid(False)
+        write_title(axes, words, block)
+        bar = figure_of(axes).colorbar(image, ax=axes, fraction=0.046, pad=0.03)
+        bar.set_label(label_of(here[variable]))
+    figure = figure_of(axes)
+    if ax is None:
+        describe(figure, words + of_block(block), _words(names, values))
+    return figure
+
+
+def _range(variable: str, values: np.ndarray) -> tuple[float, float, str]:
+    """Lowest and highest value of the colours, and their map: the same for every run where there is a natural one."""
+    if variable in _COSINES:
+        return -1.0, 1.0, _DIVERGING
+    if variable in _SHARES:
+        return 0.0, 1.0, COLOUR_MAP
+    reach = float(np.abs(values[np.isfinite(values)]).max(initial=0.0)) or 1.0
+    return -reach, reach, _DIVERGING
+
+
+def _hatch(axes: Axes, values: np.ndarray) -> None:
+    """Cells without a value differ from every colour also in print."""
+    for row, column in np.argwhere(~np.isfinite(values)):
+        axes.add_patch(
+            Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="////", edgecolor="#aaaaaa", linewidth=0)
+        )
+
+
+def _write(axes: Axes, here: xr.Dataset, variable: str, shade: np.ndarray, colours: str) -> None:
+    """Value and interval into each cell, dark on light colours and light on dark ones."""
+    values, signed = here[variable].values.astype(np.float64), colours == _DIVERGING
+    low, high = (
+        here[f"{variable}_{end}"].values if f"{variable}_{end}" in here else np.full(values.shape, np.nan)
+        for end in ("low", "high")
+    )
+    missing = "not\nresolved" if variable == "cosine" else "no\nvalue"
+    for row, column in np.ndindex(*values.shape):
+        value, bottom, top = (float(array[row, column]) for array in (values, low, high))
+        if not np.isfinite(value):
+            axes.text(column, row, missing, ha="center", va="center", fontsize=7, color="#555555")
+            continue
+        interval = (
+            f"\n{_short(bottom)} to {_short(top)}" if row != column and np.isfinite(bottom) and np.isfinite(top) else ""
+        )
+        axes.text(
+            column,
+            row,
+            f"{_short(value)}{interval}",
+            ha="center",
+            va="center",
+            fontsize=7,
+            fontweight="bold" if interval and signed and (bottom > 0 or top < 0) else "normal",
+            color=_ink(float(shade[row, column]), colours),
+        )
+
+
+def _short(value: float) -> str:
+    """Two digits, which is what a cell has room for.
+
+    >>> _short(-0.123), _short(437.2)
+    ('−0.12', '437')
+    """
+    return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2g}").replace("-", "−")
+
+
+def _ink(shade: float, colours: str) -> str:
+    red, green, blue, _ = mpl.colormaps[colours](float(np.clip(shade, 0, 1)))
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > _BRIGHT else "white"
+
+
+def _name(axes: Axes, names: list[str], *, directed: bool) -> None:
+    keep = max(1, -(-len(names) // _MOST_NAMED))
+    places = np.arange(0, len(names), keep)
+    labels = [shorten(names[place], 24) for place in places]
+    axes.set_yticks(places, labels)
+    axes.set_xticks(places, labels, rotation=40, ha="right", rotation_mode="anchor")
+    axes.tick_params(length=0)
+    if directed:
+        axes.set_ylabel("a gradient step on this task …")
+        axes.set_xlabel("… lowers the loss of this one")
+    without_mathematics([*axes.get_xticklabels(), *axes.get_yticklabels()])
+
+
+def _words(names: list[str], values: np.ndarray) -> str:
+    pairs = [
+        f"{names[row]} and {names[column]} {_short(value) if np.isfinite(value) else 'without a value'}"
+        for (row, column), value in np.ndenumerate(values)
+        if row < column
+    ]
+    listed = "; ".join(pairs[:12]) + (f"; and {len(pairs) - 12} more" if len(pairs) > 12 else "")
+    return f"Matrix of {len(names)} tasks: {listed or 'a single one'}."

@@ -1,0 +1,151 @@
+"""What a result says of the Fisher at its last step, as plain JSON: the key ``fisher`` of a summary."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from dynamics.plot.fisher_figures import GROUPS
+from dynamics.plot.selection import ALL, GLOBAL, last_step_with
+
+_ENDS = {"value": "", "low": "_low", "high": "_high"}
+
+
+def fisher_summary(tree: xr.DataTree) -> dict[str, Any] | None:
+    """Spectrum, concentration and tasks of all trainable parameters together, at the last step that has them.
+
+    Args:
+        tree: A result of one run.
+
+    Returns:
+        ``None`` without a Fisher, else, with missing numbers as ``None``:
+
+        - ``step``, ``evaluated_at_step``, ``space``, ``fisher``, ``samples``, ``groups``;
+        - ``spectral_entropy``, ``dominant_ratio`` (both plug-in) and ``participation_ratio`` with ``value``, ``low``,
+          ``high``; ``by_task`` with samples, groups and the participation ratio of each task;
+        - ``concentration``: ``None`` if no update is known, else at its own ``step``: ``by_k``, and in ``at_k`` the row
+          of the largest k that has a gain, which no result chose; ``steps`` and ``blocks``: how many of those with a
+          gain at that k are concentrated;
+        - ``pairs`` of tasks with their cosine and ``state``: ``"share"`` or ``"conflict"`` where its 95 % interval
+          lies above or below 0, ``"undecided"`` where it holds 0, ``"unresolved"`` where there is none; ``mixture``:
+          the parts of SE.
+    """
+    if not set(GROUPS) <= set(tree.children):
+        return None
+    fisher, shares, tasks = (tree[name].to_dataset() for name in GROUPS)
+    if GLOBAL not in fisher["block"].values:
+        return None
+    measured = fisher.drop_vars(["gram", "update_product"], errors="ignore").sel(block=GLOBAL).load()
+    last = measured.sel(step=last_step_with(measured["trace"]))
+    of_all = last.sel(task=ALL)
+    between = tasks.sel(block=GLOBAL).load()
+    return {
+        "step": int(last["step"]),
+        "evaluated_at_step": _whole(last["evaluated_at_step"]),
+        "space": str(fisher.attrs.get("space", "")),
+        "fisher": str(fisher.attrs.get("fisher", "")),
+        "samples": _whole(of_all["samples"]),
+        "groups": _whole(of_all["groups"]),
+        "spectral_entropy": _interval(of_all, "spectral_entropy"),
+        "dominant_ratio": _interval(of_all, "dominant_ratio"),
+        "participation_ratio": _interval(of_all, "participation_ratio"),
+        "by_task": {str(task): _of_task(last.sel(task=task)) for task in last["task"].values if task != ALL},
+        "concentration": _concentration(shares.load()),
+        **_between_tasks(between.sel(step=int(last["step"]))),
+    }
+
+
+def _number(value: Any) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _whole(value: Any) -> int | None:
+    number = _number(value)
+    return None if number is None else int(number)
+
+
+def _interval(here: xr.Dataset, name: str, suffix: str = "") -> dict[str, float | None]:
+    return {word: _number(here[f"{name}{end}{suffix}"]) for word, end in _ENDS.items()}
+
+
+def _of_task(here: xr.Dataset) -> dict[str, Any]:
+    counts = {name: _whole(here[name]) for name in ("samples", "groups")}
+    return {**counts, "participation_ratio": _interval(here, "participation_ratio")}
+
+
+def _concentration(shares: xr.Dataset) -> dict[str, Any] | None:
+    of_all = shares.sel(block=GLOBAL)
+    here = of_all.sel(step=last_step_with(of_all["captured"]))
+    if not np.isfinite(here["captured"].values).any():
+        return None
+    rows = [_of_k(here.sel(k=k)) for k in here["k"].values]
+    known = [row for row in rows if row["gain"]["value"] is not None]
+    known = known or [row for row in rows if row["captured"] is not None]
+    k = known[-1]["k"]
+    return {
+        "step": int(here["step"]),
+        "evaluated_at_step": _whole(here["evaluated_at_step"]),
+        "null_batch": _whole(here["null_batch"]),
+        "share_outside_space": _number(here["share_outside_space"]),
+        "rayleigh_ratio": _interval(here, "rayleigh_ratio"),
+        "at_k": known[-1],
+        "by_k": rows,
+        "steps": _count(of_all.sel(k=k)),
+        "blocks": _count(shares.sel(step=int(here["step"]), k=k).drop_sel(block=GLOBAL)),
+    }
+
+
+def _of_k(here: xr.Dataset) -> dict[str, Any]:
+    return {
+        "k": int(here["k"]),
+        "captured": _number(here["captured"]),
+        "captured_split": _number(here["captured_split"]),
+        "null_isotropic": _interval(here, "null_isotropic"),
+        "null_gradient": _interval(here, "null_gradient"),
+        "gain": _interval(here, "gain"),
+        "gain_centred": _interval(here, "gain", "_centred"),
+        "concentrated": float(here["concentrated"]) == 1,
+    }
+
+
+def _count(here: xr.Dataset) -> dict[str, int]:
+    """How many are concentrated, of those that could be. A flag that is missing is no flag."""
+    possible = np.isfinite(here["gain_low"].values) & np.isfinite(here["gain_low_centred"].values)
+    return {"concentrated": int((here["concentrated"].values.astype(float) == 1).sum()), "of": int(possible.sum())}
+
+
+def _between_tasks(here: xr.Dataset) -> dict[str, Any]:
+    names = [str(name) for name in here["task"].values if name != ALL]
+    if len(names) < 2:
+        return {"pairs": [], "mixture": None}
+    mixture = {
+        word: _number(here[name])
+        for word, name in {
+            "spectral_entropy": "spectral_entropy_mixture",
+            "within_tasks": "spectral_entropy_within",
+            "divergence": "divergence",
+            "largest_divergence": "divergence_largest",
+            "null_low": "divergence_null_low",
+            "null_high": "divergence_null_high",
+            "p_value": "divergence_p_value",
+        }.items()
+    }
+    pairs = [_pair(here.sel(task=first, task_=second)) for first, second in combinations(names, 2)]
+    return {"pairs": pairs, "mixture": mixture}
+
+
+def _pair(here: xr.Dataset) -> dict[str, Any]:
+    cosine = _interval(here, "cosine")
+    low, high = cosine["low"], cosine["high"]
+    if cosine["value"] is None or low is None or high is None:
+        state = "unresolved"
+    elif low > 0:
+        state = "share"
+    else:
+        state = "conflict" if high < 0 else "undecided"
+    return {"tasks": [str(here["task"].item()), str(here["task_"].item())], "state": state, "cosine": cosine}

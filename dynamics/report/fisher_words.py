@@ -1,0 +1,178 @@
+"""What the Fisher says of a run, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dynamics.report.words import counted, number, percent
+
+#: More of the blocks than this must be concentrated before it is said of any: 2.5 % would be by chance.
+_CHANCE = 0.05
+#: Pairs of tasks named in a sentence; all are in the summary.
+_NAMED = 5
+_KINDS = {"empirical": "empirical Fisher", "sampled": "Fisher with sampled labels"}
+
+
+def informative_directions(summary: Mapping[str, Any]) -> list[str]:
+    """Whether updates followed informative directions: the Fisher, the update in it, the tasks; a paragraph each.
+
+    "Concentrated" is said only where the result's own flag says so: the gain over gradients of the same batch lies
+    above 1 with its interval, centred too.
+
+    Args:
+        summary: Of one run, see ``summarise``.
+
+    Returns:
+        Nothing where no Fisher was measured.
+    """
+    fisher = summary["fisher"]
+    if fisher is None:
+        return []
+    paragraphs = [_spectrum(fisher), *_update(fisher["concentration"]), _tasks(fisher)]
+    return [paragraph for paragraph in paragraphs if paragraph]
+
+
+def _spectrum(fisher: Mapping[str, Any]) -> str:
+    what = _KINDS.get(fisher["fisher"], f"{fisher['fisher']} Fisher".strip())
+    samples, groups = fisher["samples"], fisher["groups"]
+    measured = (
+        f"The {what} of {counted(samples or 0, 'probe sample')} in {counted(groups or 0, 'group')} at step "
+        f"{fisher['step']:,}, in {fisher['space']} space ({_timing(fisher)})"
+    )
+    entropy, ratio, participation = (
+        fisher[name] for name in ("spectral_entropy", "dominant_ratio", "participation_ratio")
+    )
+    if entropy["value"] is None:
+        return f"{measured}, has no spectrum: see the findings."
+    interval = _interval(entropy)
+    parts = [
+        f"a spectral entropy SE of {number(entropy['value'])} nat ({interval + '; ' if interval else ''}plug-in, too "
+        "small in expectation)"
+    ]
+    if ratio["low"] is not None:
+        parts.append(f"a dominant ratio ρ between {number(ratio['low'])} and {number(ratio['high'])} (95 % interval)")
+    elif ratio["value"] is not None:
+        parts.append(f"a dominant ratio ρ of {number(ratio['value'])} (plug-in, too large in expectation)")
+    if participation["value"] is not None:
+        parts.append(f"a participation ratio of {_with_interval(participation)}")
+    return f"{measured}, has {_listed(parts)}."
+
+
+def _timing(fisher: Mapping[str, Any]) -> str:
+    at = fisher["evaluated_at_step"]
+    if at is None or at == fisher["step"]:
+        return "gradients at the weights of that step"
+    return f"gradients at the weights of step {at:,}, before the update"
+
+
+def _update(found: Mapping[str, Any] | None) -> list[str]:
+    if found is None:
+        return ["No update beside these gradients is known, so nothing is said of its directions."]
+    row = found["at_k"]
+    directions = counted(row["k"], "leading direction")
+    isotropic = row["null_isotropic"]
+    sentences = [
+        f"Of the squared norm of the update to step {found['step']:,} in that space, {percent(row['captured'])} lies "
+        f"in the {directions} of the Fisher; of a random direction's it would be {_percents(isotropic)}."
+    ]
+    if found["rayleigh_ratio"]["value"] is not None:
+        sentences.append(f"Its Rayleigh ratio is {_with_interval(found['rayleigh_ratio'])}; a random direction has 1.")
+    if found["share_outside_space"]:
+        sentences.append(f"The space does not hold {percent(found['share_outside_space'])} of the update.")
+    if row["gain"]["value"] is None:
+        sentences.append("There is no gradient null (see the findings), and any gradient exceeds a random direction.")
+        return [" ".join(sentences)]
+    batch = counted(found["null_batch"], "sample")
+    compared = (
+        f"With directions from half of the groups the update has {percent(row['captured_split'])} of its squared norm "
+        f"in them, a fresh gradient of {batch} {_percents(row['null_gradient'])}: a gain of "
+        f"{_with_interval(row['gain'])}, centred {_with_interval(row['gain_centred'])}."
+    )
+    return [" ".join(sentences), f"{compared} {_verdict(found)}"]
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    row, steps, blocks = found["at_k"], found["steps"], found["blocks"]
+    if row["concentrated"]:
+        sentence = "So the update is concentrated along informative directions, more than a gradient of its batch"
+        if steps["of"] > 1:
+            sentence += f", as at {steps['concentrated']:,} of {steps['of']:,} steps"
+        sentence += "."
+    elif row["gain"]["high"] is not None and row["gain"]["high"] < 1:
+        sentence = "So less of the update lies along informative directions than of a gradient of its batch."
+    else:
+        sentence = (
+            "That the update goes further along informative directions than a gradient of its batch is not shown."
+        )
+    if blocks["of"] and blocks["concentrated"] / blocks["of"] > _CHANCE:
+        sentence += (
+            f" Block by block, {blocks['concentrated']:,} of {blocks['of']:,} updates are concentrated; up to 2.5 % "
+            "would be by chance."
+        )
+    return sentence
+
+
+def _tasks(fisher: Mapping[str, Any]) -> str:
+    sentences = [
+        f"{words}: {_named(pairs)}."
+        for state, words in (
+            ("share", "Tasks whose mean gradients agree"),
+            ("conflict", "Tasks in conflict"),
+            ("undecided", "Undecided, since the cosine's interval holds 0"),
+            ("unresolved", "Not resolved, since a mean gradient cannot be told from 0"),
+        )
+        if (pairs := [pair for pair in fisher["pairs"] if pair["state"] == state])
+    ]
+    if sentences and (mixture := _mixture(fisher["mixture"])):
+        sentences.append(mixture)
+    return " ".join(sentences)
+
+
+def _named(pairs: Sequence[Mapping[str, Any]]) -> str:
+    said = []
+    for pair in pairs[:_NAMED]:
+        first, second = pair["tasks"]
+        cosine = (
+            "" if pair["cosine"]["value"] is None else f" (cosine {_with_interval(pair['cosine'], brackets=False)})"
+        )
+        said.append(f"{first} and {second}{cosine}")
+    rest = [f"{len(pairs) - _NAMED:,} more pairs"] if len(pairs) > _NAMED else []
+    return "; ".join([*said, *rest])
+
+
+def _mixture(mixture: Mapping[str, float | None]) -> str:
+    if mixture["divergence"] is None or mixture["within_tasks"] is None:
+        return ""
+    band = ""
+    if mixture["null_low"] is not None:
+        band = f"; exchanged labels give {number(mixture['null_low'])} to {number(mixture['null_high'])}"
+        band += f", p = {number(mixture['p_value'], 2)}"
+    return (
+        f"Of SE, {number(mixture['within_tasks'])} nat are within tasks and χ = {number(mixture['divergence'])} nat "
+        f"between them (0: all tasks have the same Fisher, {number(mixture['largest_divergence'])}: they share no "
+        f"direction{band})."
+    )
+
+
+def _interval(found: Mapping[str, float | None]) -> str:
+    if found["low"] is None or found["high"] is None:
+        return ""
+    return f"95 % interval {number(found['low'])} to {number(found['high'])}"
+
+
+def _with_interval(found: Mapping[str, float | None], *, brackets: bool = True) -> str:
+    value, interval = number(found["value"]), _interval(found)
+    if not interval:
+        return value
+    return f"{value} ({interval})" if brackets else f"{value}, {interval}"
+
+
+def _percents(found: Mapping[str, float | None]) -> str:
+    if found["low"] is None or found["high"] is None:
+        return percent(found["value"])
+    return f"{percent(found['value'])} (95 %: {percent(found['low'])} to {percent(found['high'])})"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

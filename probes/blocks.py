@@ -1,0 +1,153 @@
+"""The blocks of a model's Fisher: each watched matrix, and each other trainable parameter, with what it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from probes.sample_gradients import SampleGradient
+from probes.spaces import TangentSpace, tangent_space
+from probes.undisturbed import bare
+from probes.unwrapping import base_model, class_names, plain_path, unique_names
+from probes.watched import Dense, Product, Watched, find, is_sharded
+
+
+@dataclass
+class Block:
+    """What one block takes of each batch, until K is formed.
+
+    Args:
+        name: Of the block.
+        products: Adapters of a low-rank matrix; empty otherwise.
+        parameters: Trainable parameters, each with the view of its gradient that is the block's.
+        dimension: d.
+        tangent: The space, of a low-rank matrix in tangent space.
+        layer: The layer that a low-rank matrix adapts, in weight space.
+        parts: By batch and parameter (or one for all), gradients.
+    """
+
+    name: str
+    products: tuple[Product, ...] = ()
+    parameters: tuple[tuple[nn.Parameter, Callable[[Tensor], Tensor] | None], ...] = ()
+    dimension: int = 0
+    tangent: TangentSpace | None = None
+    layer: nn.Module | None = None
+    parts: list[list[SampleGradient]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The chosen blocks.
+
+    Args:
+        chosen: In the model's order, matrices first.
+        uncovered: Names of trainable parameters that belong to none.
+        covered_share: Share of the trainable numbers that belong to one.
+    """
+
+    chosen: tuple[Block, ...]
+    uncovered: tuple[str, ...]
+    covered_share: float
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name: in the base model without its wrappers, beside it (soft prompts) as they are.
+
+    >>> list(trained_parameters(nn.Linear(2, 2)))
+    ['weight', 'bias']
+    """
+    base, whole = base_model(model), bare(model)
+    inside = {path: parameter for path, parameter in base.named_parameters() if parameter.requires_grad}
+    known = {id(parameter) for parameter in inside.values()}
+    beside = {path: p for path, p in whole.named_parameters() if p.requires_grad and id(p) not in known}
+    names = {path: plain_path(base, path) for path in inside}
+    unique = unique_names(names, names)
+    return {unique[path]: parameter for path, parameter in inside.items()} | beside
+
+
+def find_blocks(model: nn.Module, space: str, names: Sequence[str] | None = None) -> Blocks:
+    """The blocks of a model in a space.
+
+    Args:
+        model: With trainable parameters.
+        space: ``"tangent"``, ``"factor"`` or ``"weight"``.
+        names: Of the blocks to choose; by default all.
+
+    Raises:
+        ValueError: If nothing is trainable, parameters are sharded, a name is no block's, or a matrix has no gradient
+            in weight space.
+
+    >>> [block.name for block in find_blocks(nn.Sequential(nn.Linear(2, 2)), "tangent").chosen]
+    ['0', '0.bias']
+    """
+    trained = trained_parameters(model)
+    if not trained:
+        raise ValueError("Expected a model with trainable parameters, got one in which none requires a gradient.")
+    if any(is_sharded(parameter) for parameter in trained.values()):
+        raise ValueError(
+            "Expected parameters that are whole on each rank, got FSDP 2's shards. Gather the model first."
+        )
+    watched = find(model).watched
+    taken = {id(parameter) for each in watched for parameter in each.parameters}
+    matrices = [each for each in watched if not each.part_of and each.parameters]
+    others = {name: parameter for name, parameter in trained.items() if id(parameter) not in taken}
+    if names is not None:
+        if not names:
+            raise ValueError("Expected names of blocks, got none. Leave blocks out to measure all.")
+        known = {*(each.name for each in matrices), *others}
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"Expected names of blocks, such as {sorted(known)[:3]}, got {unknown[:3]}.")
+        matrices = [each for each in matrices if each.name in set(names)]
+        others = {name: parameter for name, parameter in others.items() if name in set(names)}
+    adapted = _adapted_layers(base_model(model)) if space == "weight" else {}
+    blocks = [_block(each, space, adapted) for each in matrices]
+    blocks += [Block(name, parameters=((p, None),), dimension=p.numel()) for name, p in others.items()]
+    covered = {id(parameter) for block in blocks for parameter, _ in block.parameters}
+    uncovered = tuple(name for name, parameter in trained.items() if id(parameter) not in covered)
+    total = sum(parameter.numel() for parameter in trained.values())
+    share = sum(parameter.numel() for parameter in trained.values() if id(parameter) in covered) / total
+    return Blocks(tuple(blocks), uncovered, share)
+
+
+def _block(watched: Watched, space: str, adapted: Mapping[int, nn.Module]) -> Block:
+    if isinstance(watched.terms, Dense):
+        parameter, view = watched.terms.parameter, watched.terms.view
+        matrix = view(parameter.detach())
+        return Block(watched.name, parameters=((parameter, view),), dimension=matrix.numel())
+    products = watched.terms
+    parameters = tuple({id(p): (p, None) for each in products for p in each.parameters if p.requires_grad}.values())
+    if space == "tangent":
+        tangent = tangent_space(products)
+        return Block(watched.name, products, parameters, tangent.dimension, tangent)
+    if space == "factor":
+        views = tuple(
+            (p, view)
+            for each in products
+            for p, view in ((each.left, each.left_view), (each.right, each.right_view), (each.diagonal, None))
+            if p is not None and p.requires_grad
+        )
+        size = sum((view(p.detach()) if view else p).numel() for p, view in views)
+        return Block(watched.name, products, views, size)
+    layer = None if "[" in watched.name else adapted.get(id(products[0].left))
+    if layer is None:
+        raise ValueError(
+            f"Expected matrices of layers in weight space, got {watched.name!r}, whose gradient no layer's inputs "
+            "and outputs say. Choose space='tangent', or other blocks."
+        )
+    out, in_ = products[0].matrix(lambda p: p.detach()).shape
+    return Block(watched.name, products, parameters, out * in_, layer=layer)
+
+
+def _adapted_layers(base: nn.Module) -> dict[int, nn.Module]:
+    """Parameter of an adapter (by identity) → the one layer that it adapts; none if there are several.
+
+    Nor if a variant of LoRA does more in between than multiply, such as aLoRA, which leaves tokens out.
+    """
+    layers: dict[int, list[nn.Module]] = {}
+    for module in base.modules():
+        if "BaseTunerLayer" in class_names(module):
+            for parameter in module.parameters():
+                layers.setdefault(id(parameter), []).append(module)
+    return {key: each[0] for key, each in layers.items() if len(each) == 1 and not getattr(each[0], "lora_variant", {})}

@@ -1,0 +1,41 @@
+"""Gradients whose population Fisher is known, many independent data sets at once: ``[data set, sample, direction]``."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def power_law(directions: int, exponent: float = 1.0) -> np.ndarray:
+    return 1 / np.arange(1, directions + 1) ** exponent
+
+
+def gradients(
+    generator: np.random.Generator,
+    sets: int,
+    samples: int,
+    spectrum: np.ndarray,
+    mean: np.ndarray | float = 0.0,
+    per_group: int = 1,
+    correlation: float = 0.0,
+) -> np.ndarray:
+    """Normal gradients of covariance diag(spectrum); samples of a group are correlated."""
+    own = generator.standard_normal((sets, samples, len(spectrum)))
+    common = np.repeat(generator.standard_normal((sets, samples // per_group, len(spectrum))), per_group, axis=1)
+    return mean + np.sqrt(spectrum) * (np.sqrt(correlation) * common + np.sqrt(1 - correlation) * own)
+
+
+def grams(gradients: np.ndarray) -> np.ndarray:
+    return gradients @ gradients.swapaxes(-1, -2)
+
+
+def planted(eigenvalues: np.ndarray, samples: int, directions: int, seed: int = 0) -> np.ndarray:
+    """One data set whose own Fisher GᵀG/N has exactly these eigenvalues."""
+    generator = np.random.default_rng(seed)
+    left = np.linalg.qr(generator.standard_normal((samples, len(eigenvalues))))[0]
+    right = np.linalg.qr(generator.standard_normal((directions, len(eigenvalues))))[0]
+    return left * np.sqrt(samples * eigenvalues) @ right.T
+
+
+def within_three_errors(draws: np.ndarray, truth: float) -> bool:
+    """Whether the mean of independent draws is within three of its standard errors of the truth."""
+    return bool(abs(draws.mean() - truth) < 3 * draws.std(ddof=1) / len(draws) ** 0.5)

@@ -1,0 +1,113 @@
+"""Each block is a data set of its own: probe samples, and the mean gradient of a fresh batch as the update."""
+
+import numpy as np
+import pytest
+
+from dynamics.fisher.captured import captured
+from dynamics.fisher.eigenvalues import fisher_eigenvectors
+from dynamics.fisher.gradient_null import matched_gain
+from dynamics.fisher.splits import half_splits
+from tests.dynamics.fisher.simulated import gradients, grams, power_law
+
+SETS, SAMPLES, SPECTRUM, K = 150, 64, power_law(300), (1, 4, 16)
+
+
+def probes_and_batch(batch_size, size_of_mean, per_group=1, correlation=0.0, seed=0):
+    """Probe gradients, and a fresh batch's mean gradient; ‖μ‖² is ``size_of_mean`` times tr Σ."""
+    rng = np.random.default_rng(seed)
+    mean = rng.standard_normal((SETS, 1, 300)) * np.sqrt(SPECTRUM)
+    mean *= np.sqrt(size_of_mean * SPECTRUM.sum() / (mean**2).sum(-1, keepdims=True))
+    rows = gradients(rng, SETS, SAMPLES, SPECTRUM, mean, per_group, correlation)
+    batch = mean[:, 0] + rng.standard_normal((SETS, 300)) * np.sqrt(SPECTRUM / batch_size)
+    return rows, batch
+
+
+def gain(rows, update, batch_size, per_group=1, **more):
+    product = np.einsum("bnd,bd->bn", rows, update)
+    group = np.arange(SAMPLES) // per_group
+    return matched_gain(grams(rows), product, np.linalg.norm(update, axis=1), group, batch_size, K, **more)
+
+
+@pytest.mark.parametrize("centre", [False, True])
+@pytest.mark.parametrize(
+    ("batch_size", "size_of_mean", "per_group", "correlation"),
+    [(1, 0.01, 1, 0.0), (8, 0.01, 1, 0.0), (64, 0.1, 1, 0.0), (512, 0.02, 1, 0.0), (32, 0.1, 4, 0.6)],
+)
+def test_a_fresh_gradient_is_not_more_concentrated_than_its_null(
+    batch_size, size_of_mean, per_group, correlation, centre
+):
+    rows, batch = probes_and_batch(batch_size, size_of_mean, per_group, correlation)
+    found = gain(rows, batch, batch_size, per_group, centre=centre)
+    covered, above = ((found.low <= 1) & (found.high >= 1)).mean(0), (found.low > 1).mean(0)
+    assert (covered >= 0.90).all(), covered
+    assert (above <= 0.06).all(), above
+
+
+def test_an_isotropic_null_would_call_every_gradient_concentrated():
+    rows, batch = probes_and_batch(32, 0.1)
+    found = gain(rows, batch, 32)
+    assert (found.captured[:, 0] > 5 / 300).mean() > 0.95
+    assert (found.low[:, 0] > 1).mean() < 0.06
+
+
+def test_share_of_a_gradient_rises_with_its_batch():
+    """What makes the match necessary: the mean lies along leading directions, the noise less."""
+    mean = np.zeros((SETS, 1, 300))
+    mean[:, :, 0] = 2.0
+    rows = gradients(np.random.default_rng(1), SETS, SAMPLES, SPECTRUM, mean)
+    shares = [gain(rows, mean[:, 0], m).null[:, 0].mean() for m in (1, 8, 64, 512)]
+    assert shares == sorted(shares)
+    assert shares[-1] - shares[0] > 0.3
+
+
+@pytest.mark.parametrize("centre", [False, True])
+def test_a_planted_update_is_found(centre):
+    rows, batch = probes_and_batch(32, 0.01)
+    planted = np.tile((np.arange(300) < 2).astype(float), (SETS, 1))
+    found = gain(rows, planted, 32, centre=centre)
+    assert (found.low[:, 1:] > 1).mean() > 0.95
+    assert (gain(rows, batch, 32, centre=centre).low[:, 1:] > 1).mean() < 0.06
+
+
+def test_direction_and_size_of_the_update_do_not_matter():
+    rows, batch = probes_and_batch(8, 0.1)
+    one, other = gain(rows, batch, 8), gain(rows, -1e-4 * batch, 8)
+    np.testing.assert_allclose(one.gain, other.gain, rtol=1e-10)
+
+
+def test_share_is_that_of_explicit_directions():
+    """The update's share by hand, on the directions of each half."""
+    rows, batch = probes_and_batch(8, 0.1)
+    slow = []
+    for first, _ in half_splits(np.arange(SAMPLES), 2, 3):
+        directions = np.linalg.svd(rows[0, first] - rows[0, first].mean(0), full_matrices=False)[2][:4]
+        slow.append(((directions @ batch[0]) ** 2).sum() / (batch[0] ** 2).sum())
+    found = gain(rows[:1].repeat(1, 0), batch[:1], 8, splits=2, seed=3, centre=True)
+    assert found.captured[0, 1] == pytest.approx(np.mean(slow), rel=1e-10)
+
+
+def test_no_null_without_batch_size_or_groups():
+    rows, batch = probes_and_batch(8, 0.1)
+    assert np.isnan(gain(rows, batch, 0).gain).all()
+    product = np.einsum("bnd,bd->bn", rows, batch)
+    few = matched_gain(grams(rows), product, np.ones(SETS), np.arange(SAMPLES) % 3, 8, K)
+    assert np.isnan(few.low).all()
+
+
+def test_zero_gradients_and_more_directions_than_a_half_has_are_missing():
+    gram = np.stack([np.zeros((8, 8)), np.eye(8) + 1])
+    found = matched_gain(gram, np.ones((2, 8)), np.full(2, 9.0), np.arange(8), 4, (1, 8))
+    assert np.isnan(found.gain[0]).all()
+    assert np.isfinite(found.gain[1, 0])
+    assert np.isnan(found.gain[1, 1])
+
+
+def test_leakage_would_pass_for_concentration():
+    """An update made of the probe samples themselves is found in their directions: they must be held out."""
+    rows, _ = probes_and_batch(64, 0.0001)
+    values, vectors = fisher_eigenvectors(grams(rows))
+    own = rows.mean(1)
+    leaked = captured(values, vectors, np.einsum("bnd,bd->bn", rows, own), np.linalg.norm(own, axis=1), [16])
+    fresh = probes_and_batch(64, 0.0001, seed=1)[1]
+    honest = captured(values, vectors, np.einsum("bnd,bd->bn", rows, fresh), np.linalg.norm(fresh, axis=1), [16])
+    assert leaked.mean() > honest.mean() + 0.1
