@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -40,6 +40,19 @@ def analyze(
             show_default=False,
         ),
     ],
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="The model's weights before training: full fine-tuning is compared with them."
+        ),
+    ] = None,
+    probe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Measures the Fisher at each checkpoint: the function takes its folder, gives model and tasks.",
+        ),
+    ] = None,
     matrices: Annotated[
         str | None, typer.Option(metavar="REGEX", help="Watch only matrices whose name it finds.")
     ] = None,
@@ -63,16 +76,15 @@ def analyze(
 
     Exit status: 0 analysed; 1 something was refused or not finite (named, the rest is saved); 2 nothing analysed.
     """
-    sys.exit(_analyze(runs, matrices, out, device, as_json, report, progress, quiet))
+    asked = {"matrices": matrices, "device": device, "report": report, "base": base and str(base), "probe": probe}
+    sys.exit(_analyze(runs, asked, out, as_json, progress, quiet))
 
 
 def _analyze(
     runs: Sequence[str],
-    matrices: str | None,
+    asked: Mapping[str, Any],
     out: Path | None,
-    device: str,
     as_json: bool,
-    with_report: bool,
     progress: bool | None,
     quiet: bool,
 ) -> int:
@@ -86,7 +98,7 @@ def _analyze(
             named, labels = _named_runs(runs)
             target: Any = next(iter(named.values())) if len(named) == 1 else named
             folder = output_folder([Path(run) for run in named.values()], out)
-            options = Options(matrices, device, with_report)
+            options = Options(**asked)
             with _progress_bar(shown=_wanted(progress, quiet)) as advance:
                 tree = analyze_run(target, out=folder, options=options, labels=labels, progress=advance)
         except NotARun as error:
@@ -98,7 +110,7 @@ def _analyze(
         except (OSError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
             _complain(str(error) or type(error).__name__)
             return NOTHING_ANALYSED
-        return _tell(tree, folder, as_json, with_report, quiet)
+        return _tell(tree, folder, as_json, options.report, quiet)
     except KeyboardInterrupt as interrupt:
         # Not by _complain, which imports: ^C may have come in the middle of that.
         typer.echo(

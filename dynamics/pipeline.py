@@ -46,11 +46,15 @@ class Options:
         matrices: Regular expression; only matrices whose name it finds are watched. ``None`` for all.
         device: ``"auto"``, ``"cpu"`` or ``"cuda[:i]"``: where the QR decompositions run.
         report: Whether figures and ``report.html`` are made.
+        base: Folder of the model's weights before training.
+        probe: ``module:function``; called with a checkpoint's folder, it returns the model there and its tasks.
     """
 
     matrices: str | None = None
     device: str = "auto"
     report: bool = True
+    base: str | None = None
+    probe: str | None = None
 
 
 DEFAULTS = Options()

@@ -135,7 +135,7 @@ def test_analysis_imports_neither_transformers_nor_peft(run):
     script = f"""
         import sys
         from dynamics.analyze import _analyze
-        _analyze([{str(run)!r}], None, None, "cpu", False, False, None, True)
+        _analyze([{str(run)!r}], {{"report": False}}, None, False, None, True)
         print({{"transformers", "peft"}} & set(sys.modules))
     """
     assert python(script).stdout.splitlines()[-1] == "set()"
