@@ -42,9 +42,7 @@ def analyze(
     ],
     base: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="The model's weights before training: full fine-tuning is compared with them."
-        ),
+        typer.Option(metavar="DIR", help="The model before training, which dense weights are compared with."),
     ] = None,
     probe: Annotated[
         str | None,
