@@ -118,6 +118,34 @@ FISHER_RECORD: Mapping[str, Variable] = {
     "loss": Variable(("step", "sample"), "nat", "loss of each probe sample"),
 }
 SAMPLE_LABELS = ("sample_task", "sample_group", "sample_id")
+#: The block of all trainable parameters together, and the task that stands for all samples.
+GLOBAL, ALL = "global", "all"
+_BOUNDS = ("", "_low", "_high")
+_PER_TASK, _PER_K, _PER_PAIR = ("step", "block", "task"), ("step", "block", "k"), ("step", "block", "task", "task_")
+#: Dimensions of the main variables of each group that follows from the Fisher's record.
+FISHER_GROUPS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "fisher": {
+        **{name: FISHER_RECORD[name].dims for name in ("gram", "update_product", "update_norm_squared", "dimension")},
+        "eigenvalue": (*_PER_TASK, "index"),
+        **{
+            f"{name}{bound}": _PER_TASK
+            for name in ("spectral_entropy", "dominant_ratio", "participation_ratio", "ln_participation_ratio")
+            for bound in _BOUNDS
+        },
+    },
+    "concentration": {
+        **{f"{name}{bound}": _PER_K for name in ("null_isotropic", "null_gradient", "gain") for bound in _BOUNDS},
+        **dict.fromkeys(("captured", "captured_split", "concentrated"), _PER_K),
+        **{f"rayleigh_ratio{bound}": ("step", "block") for bound in _BOUNDS},
+        "share_outside_space": ("step", "block"),
+    },
+    "tasks": {
+        **{f"{name}{bound}": _PER_PAIR for name in ("cosine", "overlap", "transfer") for bound in _BOUNDS},
+        "magnitude_similarity": _PER_PAIR,
+        "conflict_rate": ("step", "block"),
+        "noise_scale": _PER_TASK,
+    },
+}
 
 ROOT_ATTRIBUTES = (
     "toolkit_version",
@@ -203,10 +231,38 @@ def _problems(tree: xr.DataTree) -> Iterator[str]:
         yield from _variable_problems("/gradient", tree["gradient"].to_dataset(), GRADIENT, complete=True)
     if "score" in tree.children:
         yield from _variable_problems("/score", tree["score"].to_dataset(), SCORE, complete=True)
+    for name, dims in FISHER_GROUPS.items():
+        if name in tree.children:
+            yield from _dimension_problems(f"/{name}", tree[name].to_dataset(), dims)
     if "null" in tree.children:
         names = [f"{measure}{bound}" for measure in MEASURES for bound in ("", "_low", "_high")]
         known = {name: Variable(_PER_MATRIX, "", "") for name in names}
         yield from _variable_problems("/null", tree["null"].to_dataset(), known, complete=False)
+
+
+def _dimension_problems(group: str, dataset: xr.Dataset, known: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    yield from (f"{group} lacks {name!r}" for name in known if name not in dataset)
+    yield from (
+        f"{group}/{name} has dimensions {dataset[name].dims}, expected {dims}"
+        for name, dims in known.items()
+        if name in dataset and dataset[name].dims != dims
+    )
+    if "evaluated_at_step" not in dataset.coords:
+        yield f"{group} lacks the coordinate 'evaluated_at_step'"
+    if "task" in dataset.dims and ALL not in dataset["task"].values:
+        yield f"{group} lacks the task {ALL!r}"
+
+
+def last_step_with(array: xr.DataArray) -> int:
+    """The last step with a number; the last one at all if there is none.
+
+    >>> last_step_with(xr.DataArray([1.0, np.nan], {"step": [5, 10]}, "step"))
+    5
+    """
+    others = [dim for dim in array.dims if dim != "step"]
+    known = array.notnull().any(others).values
+    steps = array["step"].values
+    return int(steps[known][-1] if known.any() else steps[-1])
 
 
 def _is_json(text: object) -> bool:

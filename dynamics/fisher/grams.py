@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-#: Name of the block of a Gram matrix that came without one: all trainable parameters together.
-GLOBAL = "global"
-#: Name of the task that stands for all samples.
-ALL = "all"
+from dynamics.schema import ALL, GLOBAL
+
 #: K and Kᵀ may differ by this share of the largest entry: sums in float32 do.
 _ASYMMETRY = 1e-4
 

@@ -12,9 +12,10 @@ import xarray as xr
 from dynamics.fisher import entropy, sharing
 from dynamics.fisher import tasks as between
 from dynamics.fisher.eigenvalues import fisher_eigenvalues
-from dynamics.fisher.grams import GLOBAL, blocks_of, codes_of, members_of, own
+from dynamics.fisher.grams import blocks_of, codes_of, members_of, own
 from dynamics.fisher.pairs import Estimate, Labels
 from dynamics.fisher.variables import TASKS, labelled
+from dynamics.schema import GLOBAL
 
 
 def task_structure(

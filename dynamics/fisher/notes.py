@@ -9,7 +9,7 @@ import xarray as xr
 
 from dynamics.findings import Finding
 from dynamics.fisher.gradient_null import LEAST_GROUPS
-from dynamics.fisher.grams import ALL
+from dynamics.schema import ALL
 
 #: Below this many groups an interval is wide, and its Student's t leans on normality.
 FEW_GROUPS = 8

@@ -10,7 +10,7 @@ import xarray as xr
 from dynamics.fisher.captured import captured
 from dynamics.fisher.eigenvalues import fisher_eigenvectors
 from dynamics.fisher.entropy import spectral_entropy
-from dynamics.fisher.grams import GLOBAL
+from dynamics.schema import GLOBAL
 
 #: Leading directions whose share of the update is logged.
 LEADING = 16

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from dynamics.plot.gains import draw_gains
 from dynamics.plot.quartiles import legend_below
 from dynamics.plot.result import group
-from dynamics.plot.selection import GLOBAL, chosen, of_block, write_title
+from dynamics.plot.selection import chosen, of_block, write_title
 from dynamics.plot.style import (
     COLOURS,
     NULL_COLOUR,
@@ -22,6 +22,7 @@ from dynamics.plot.style import (
     say_nothing_to_draw,
 )
 from dynamics.plot.svg import describe
+from dynamics.schema import GLOBAL
 
 _UPDATE, _GRADIENT = COLOURS[0], COLOURS[5]
 _LEADING = "k leading directions of the Fisher"

@@ -12,15 +12,14 @@ from dynamics.plot.fisher_trajectory import fisher_trajectory
 from dynamics.plot.gain_trajectory import gain_trajectory
 from dynamics.plot.rarefaction import rarefaction
 from dynamics.plot.result import group
-from dynamics.plot.selection import ALL, GLOBAL, tasks_of
+from dynamics.plot.selection import tasks_of
 from dynamics.plot.task_matrix import task_matrix
+from dynamics.schema import ALL, FISHER_GROUPS, GLOBAL
 
 #: What is drawn over the steps; tasks only where their numbers of samples do not matter.
 OVER_STEPS = ("ln_participation_ratio", "spectral_entropy", "dominant_ratio")
 #: Matrices of tasks.
 BETWEEN_TASKS = ("cosine", "overlap", "transfer")
-#: The groups of the result that hold the Fisher; they come together.
-GROUPS = ("fisher", "concentration", "tasks")
 
 
 def fisher_figures(tree: xr.DataTree) -> dict[str, Figure]:
@@ -29,9 +28,9 @@ def fisher_figures(tree: xr.DataTree) -> dict[str, Figure]:
     Args:
         tree: A result of one run.
     """
-    if not set(GROUPS) <= set(tree.children):
+    if not set(FISHER_GROUPS) <= set(tree.children):
         return {}
-    fisher, shares, tasks = (group(tree, name) for name in GROUPS)
+    fisher, shares, tasks = (group(tree, name) for name in FISHER_GROUPS)
     if GLOBAL not in fisher["block"].values:
         return {}
     drawn: dict[str, Figure] = {}

@@ -11,9 +11,10 @@ from matplotlib.ticker import MaxNLocator
 from dynamics.plot.intervals import draw_interval
 from dynamics.plot.quartiles import legend_below
 from dynamics.plot.result import group
-from dynamics.plot.selection import ALL, GLOBAL, chosen, label_of, of_block, write_title
+from dynamics.plot.selection import chosen, label_of, of_block, write_title
 from dynamics.plot.style import canvas, figure_of, logarithmic, say_nothing_to_draw, shorten
 from dynamics.plot.svg import describe
+from dynamics.schema import ALL, GLOBAL
 
 
 def fisher_spectrum(

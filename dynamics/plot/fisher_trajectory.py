@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from dynamics.plot.intervals import draw_interval
 from dynamics.plot.quartiles import first_and_last, legend_below
 from dynamics.plot.result import group, variable_of
-from dynamics.plot.selection import ALL, GLOBAL, chosen, label_of, name_of, of_block, write_title
+from dynamics.plot.selection import chosen, label_of, name_of, of_block, write_title
 from dynamics.plot.style import canvas, figure_of, say_nothing_to_draw, shorten, step_axis, without_mathematics
 from dynamics.plot.svg import describe
+from dynamics.schema import ALL, GLOBAL
 
 _INTERVAL = "95 % interval"
 #: The interval of ρ is not one around its plug-in value, which lies near the upper end.

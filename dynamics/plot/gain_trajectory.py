@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from dynamics.plot.gains import draw_gains
 from dynamics.plot.quartiles import first_and_last, legend_below
 from dynamics.plot.result import group, variable_of
-from dynamics.plot.selection import GLOBAL, chosen, of_block, write_title
+from dynamics.plot.selection import chosen, of_block, write_title
 from dynamics.plot.style import canvas, figure_of, say_nothing_to_draw, step_axis
 from dynamics.plot.svg import describe
+from dynamics.schema import GLOBAL
 
 
 def gain_trajectory(

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from dynamics.plot.fisher_trajectory import words_of_task
 from dynamics.plot.quartiles import legend_below
 from dynamics.plot.result import group, variable_of
-from dynamics.plot.selection import ALL, GLOBAL, chosen, label_of, name_of, of_block, tasks_of, write_title
+from dynamics.plot.selection import chosen, label_of, name_of, of_block, tasks_of, write_title
 from dynamics.plot.style import (
     COLOURS,
     MARKERS,
@@ -21,6 +21,7 @@ from dynamics.plot.style import (
     without_mathematics,
 )
 from dynamics.plot.svg import describe
+from dynamics.schema import ALL, GLOBAL
 
 _MEASURES = ("spectral_entropy", "dominant_ratio", "participation_ratio")
 _CURVE = "rarefied_{}"

@@ -9,23 +9,7 @@ from matplotlib.axes import Axes
 
 from dynamics.plot.result import variable_of
 from dynamics.plot.style import shorten, without_mathematics
-
-#: The block of all trainable parameters together, and the task that stands for all samples, as `dynamics.fisher` names
-#: them; its import would take a second.
-GLOBAL, ALL = "global", "all"
-
-
-def last_step_with(array: xr.DataArray) -> int:
-    """The last step with a number; the last one at all if there is none.
-
-    >>> import numpy as np
-    >>> last_step_with(xr.DataArray([1.0, np.nan], {"step": [5, 10]}, "step"))
-    5
-    """
-    others = [dim for dim in array.dims if dim != "step"]
-    known = array.notnull().any(others).values
-    steps = array["step"].values
-    return int(steps[known][-1] if known.any() else steps[-1])
+from dynamics.schema import ALL, GLOBAL, last_step_with
 
 
 def chosen(dataset: xr.Dataset, variable: str, *, step: int | None = None, **names: str | int) -> xr.Dataset:

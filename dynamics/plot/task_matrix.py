@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from dynamics.plot.result import group, variable_of
-from dynamics.plot.selection import ALL, GLOBAL, chosen, label_of, name_of, of_block, write_title
+from dynamics.plot.selection import chosen, label_of, name_of, of_block, write_title
 from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, canvas, figure_of, shorten, without_mathematics
 from dynamics.plot.svg import describe
+from dynamics.schema import ALL, GLOBAL
 
 _PAIR = ("step", "block", "task", "task_")
 #: Below zero orange, above it purple: told apart with any kind of colour vision.

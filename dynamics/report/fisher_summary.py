@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from dynamics.plot.fisher_figures import GROUPS
-from dynamics.plot.selection import ALL, GLOBAL, last_step_with
+from dynamics.schema import ALL, FISHER_GROUPS, GLOBAL, last_step_with
 
 _ENDS = {"value": "", "low": "_low", "high": "_high"}
 
@@ -34,9 +33,9 @@ def fisher_summary(tree: xr.DataTree) -> dict[str, Any] | None:
           lies above or below 0, ``"undecided"`` where it holds 0, ``"unresolved"`` where there is none; ``mixture``:
           the parts of SE.
     """
-    if not set(GROUPS) <= set(tree.children):
+    if not set(FISHER_GROUPS) <= set(tree.children):
         return None
-    fisher, shares, tasks = (tree[name].to_dataset() for name in GROUPS)
+    fisher, shares, tasks = (tree[name].to_dataset() for name in FISHER_GROUPS)
     if GLOBAL not in fisher["block"].values:
         return None
     measured = fisher.drop_vars(["gram", "update_product"], errors="ignore").sel(block=GLOBAL).load()

@@ -164,7 +164,7 @@ def _of_gradients(tree: xr.DataTree) -> dict[str, str]:
 
 def _of_the_fisher(tree: xr.DataTree) -> dict[str, str]:
     """Definitions for the figures of the Fisher."""
-    if not set(fisher_figures.GROUPS) <= set(tree.children):
+    if not set(schema.FISHER_GROUPS) <= set(tree.children):
         return {}
     fisher, tasks = tree["fisher"].to_dataset(), tree["tasks"].to_dataset()
     return {

@@ -14,7 +14,6 @@ from dynamics.schema import Variable
 from dynamics.store import encodable
 
 GROUPS: Mapping[str, Mapping[str, Variable]] = {"fisher": schema.FISHER_RECORD, "score": schema.SCORE}
-_GLOBAL = "global"
 _SPACES = ("tangent", "factor", "weight")
 #: Beyond, sums of squares are no numbers any more.
 _LARGEST_NUMBER = 1e100
@@ -93,7 +92,7 @@ def joined_fisher(parts: Sequence[xr.Dataset], keep: re.Pattern[str]) -> tuple[x
         )
     whole = xr.concat(same, "step", data_vars="all", coords="minimal", compat="override", join="outer")
     blocks = whole["block"].values.tolist()
-    whole = whole.isel(block=[name == _GLOBAL or keep.search(name) is not None for name in blocks])
+    whole = whole.isel(block=[name == schema.GLOBAL or keep.search(name) is not None for name in blocks])
     return whole.assign_attrs(parts[-1].attrs), found
 
 

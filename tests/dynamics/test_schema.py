@@ -7,6 +7,8 @@ import xarray as xr
 
 from dynamics import pipeline, schema
 from dynamics.checkpoints import open_trajectory
+from dynamics.fisher.variables import CONCENTRATION, FISHER, TASKS
+from tests.fishers import with_fisher
 from tests.runs import write_run
 
 
@@ -133,3 +135,40 @@ def test_attributes_are_strict_json(tree):
 )
 def test_layer_role_and_stack(name, expected):
     assert schema.layer_and_role(name) == expected
+
+
+@pytest.fixture(scope="module")
+def with_the_fisher(tmp_path_factory):
+    return with_fisher(pipeline.measure(open_trajectory(write_run(tmp_path_factory.mktemp("fisher") / "run"))))
+
+
+def test_the_fishers_groups_keep_the_schema(with_the_fisher):
+    schema.check(with_the_fisher)
+
+
+def test_the_fishers_tables_agree():
+    """What the schema asks for has a definition, and the same dimensions after the step."""
+    described = {"fisher": FISHER, "concentration": CONCENTRATION, "tasks": TASKS}
+    for group, dims in schema.FISHER_GROUPS.items():
+        for name in dims.keys() & described[group].keys():
+            assert dims[name] == ("step", *described[group][name].variable.dims), name
+        recorded = {*schema.FISHER_RECORD, "share_outside_space"}
+        assert dims.keys() - recorded <= described[group].keys()
+
+
+@pytest.mark.parametrize("group", schema.FISHER_GROUPS)
+def test_a_fisher_group_that_lacks_something(with_the_fisher, group):
+    tree = with_the_fisher.copy()
+    name = next(iter(schema.FISHER_GROUPS[group]))
+    tree[group] = xr.DataTree(tree[group].to_dataset().drop_vars([name, "evaluated_at_step"]))
+    with pytest.raises(ValueError, match=re.escape(f"/{group} lacks '{name}'")) as refused:
+        schema.check(tree)
+    assert f"/{group} lacks the coordinate 'evaluated_at_step'" in str(refused.value)
+
+
+def test_a_fisher_without_all_and_transposed(with_the_fisher):
+    tree = with_the_fisher.copy()
+    tree["tasks"] = xr.DataTree(tree["tasks"].to_dataset().drop_sel(task="all").transpose("block", "step", ...))
+    with pytest.raises(ValueError, match=re.escape("/tasks lacks the task 'all'")) as refused:
+        schema.check(tree)
+    assert "/tasks/noise_scale has dimensions ('block', 'step', 'task')" in str(refused.value)

@@ -6,7 +6,8 @@ import xarray as xr
 
 from dynamics.fisher import grams
 from dynamics.plot import selection
-from dynamics.plot.selection import chosen, label_of, last_step_with, name_of, tasks_of
+from dynamics.plot.selection import chosen, label_of, name_of, tasks_of
+from dynamics.schema import last_step_with
 
 
 @pytest.fixture
