@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dynamics import plot
     from dynamics.callback import DynamicsCallback
     from dynamics.checkpoints import open_trajectory
+    from dynamics.fisher import concentration, fisher_measures, task_structure
     from dynamics.pipeline import analyze_run
     from dynamics.recorder import Recorder
     from dynamics.spectra.measures import (
@@ -38,6 +39,9 @@ _HOME = {
     "participation_ratio": "dynamics.spectra.measures",
     "spectral_entropy": "dynamics.spectra.measures",
     "dominant_ratio": "dynamics.spectra.measures",
+    "fisher_measures": "dynamics.fisher",
+    "concentration": "dynamics.fisher",
+    "task_structure": "dynamics.fisher",
 }
 
 __all__ = [
@@ -45,8 +49,10 @@ __all__ = [
     "Recorder",
     "__version__",
     "analyze_run",
+    "concentration",
     "dominant_ratio",
     "effective_rank",
+    "fisher_measures",
     "open_run",
     "open_trajectory",
     "participation_ratio",
@@ -54,6 +60,7 @@ __all__ = [
     "singular_values",
     "spectral_entropy",
     "stable_rank",
+    "task_structure",
 ]
 
 

@@ -72,6 +72,7 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD408": ("note", "probe samples that come in groups"),
     "OD409": ("note", "tasks of unequal numbers of samples"),
     "OD410": ("warning", "an update product that does not belong to its update"),
+    "OD411": ("error", "a checkpoint that could not be probed"),
     # 5xx: scores and statistics
     "OD501": ("warning", "scores of a run that is not there"),
     "OD502": ("warning", "scores without a matching step"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
@@ -13,6 +14,7 @@ import xarray as xr
 import yaml
 
 from dynamics import schema
+from dynamics.checkpoint_probe import Loader, load_function, probe_checkpoints
 from dynamics.checkpoints import NotARun, Trajectory
 from dynamics.checkpoints.logs import log_groups
 from dynamics.findings import Finding
@@ -31,6 +33,7 @@ from dynamics.store import (
     writing,
 )
 from dynamics.stored.captured import Captured
+from dynamics.stored.probed import joined_fisher, joined_scores
 from dynamics.stored.sources import Source, open_source, results_folder
 from dynamics.stored.tree import Parts, as_json, result_tree
 
@@ -66,6 +69,7 @@ def analyze_run(
     out: str | PathLike[str] | None = None,
     options: Options = DEFAULTS,
     labels: Mapping[str, str] | None = None,
+    probe: Loader | None = None,
     progress: Progress = lambda run, done, total: None,
 ) -> xr.DataTree:
     """Analyses a run, or several, and writes the result atomically.
@@ -75,6 +79,7 @@ def analyze_run(
         out: Output folder; by default ``RUN/dynamics``, for several runs ``./dynamics``.
         options: See :class:`Options`.
         labels: Name → group of runs it belongs to, kept as the attribute ``label``; for one run its only entry counts.
+        probe: The function that ``options.probe`` would name, itself; see :data:`dynamics.checkpoint_probe.Loader`.
         progress: See ``Progress``.
 
     Returns:
@@ -88,6 +93,10 @@ def analyze_run(
     runs = {name: Path(folder) for name, folder in run.items()} if isinstance(run, Mapping) else {"": Path(run)}
     folder = output_folder(list(runs.values()), out)
     options = replace(options, device=resolve_device(options.device))
+    if probe is not None:
+        name = getattr(probe, "__qualname__", type(probe).__name__)
+        options = replace(options, probe=f"{getattr(probe, '__module__', '')}:{name}")
+    load = probe if probe is not None or options.probe is None else load_function(options.probe)
     configuration = _configuration(runs, folder, options)
     if isinstance(run, Mapping):
         _refuse_names(runs)
@@ -97,7 +106,7 @@ def analyze_run(
         with writing(folder):
             write_text(stage / "run.yaml", yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True))
         trees = {
-            name: _labelled(_measure(source, options, configuration, progress), name, labels)
+            name: _labelled(_measure(source, options, configuration, progress, load), name, labels)
             for name, source in sources.items()
         }
         tree = _joined(trees, refused, configuration) if isinstance(run, Mapping) else next(iter(trees.values()))
@@ -113,6 +122,8 @@ def measure(
     configuration: Mapping[str, object] | None = None,
     progress: Progress = lambda run, done, total: None,
     captured: Captured | None = None,
+    probe: Loader | None = None,
+    matrices: str | None = None,
 ) -> xr.DataTree:
     """The result of one trajectory, merged with what its training captured; not written anywhere."""
     total = sum(len(checkpoint.shapes) for checkpoint in trajectory.checkpoints)
@@ -126,8 +137,27 @@ def measure(
     checkpoints, found = raw_spectra(trajectory, device=device, progress=advance) if total else (None, [])
     inputs = [{**file, "step": checkpoint.step} for checkpoint in trajectory.checkpoints for file in checkpoint.inputs]
     findings = [*trajectory.findings, *found]
-    parts = Parts(trajectory.name, checkpoints, captured, log_groups(trajectory), findings, inputs)
+    probed, news = _probed(trajectory, probe, matrices, progress)
+    parts = Parts(trajectory.name, checkpoints, captured, log_groups(trajectory), [*findings, *news], inputs, **probed)
     return result_tree(parts, configuration or {})
+
+
+def _probed(
+    trajectory: Trajectory, probe: Loader | None, matrices: str | None, progress: Progress
+) -> tuple[dict[str, xr.Dataset | None], list[Finding]]:
+    """``fisher`` and ``score`` of the checkpoints, joined over steps."""
+    if probe is None:
+        return {}, []
+    if not trajectory.checkpoints:
+        return {}, [Finding("OD411", "There are no checkpoints to probe.", "Keep checkpoints, or probe in training.")]
+    found = probe_checkpoints(
+        trajectory.checkpoints,
+        probe,
+        None if matrices is None else lambda name: re.search(matrices, name) is not None,
+        lambda done, total: progress(f"{trajectory.name}: Fisher", done, total),
+    )
+    fisher, news = joined_fisher(found.fisher, re.compile(""))
+    return {"fisher": fisher, "score": joined_scores(found.score)}, [*found.findings, *news]
 
 
 def output_folder(runs: Sequence[Path], out: str | PathLike[str] | None = None) -> Path:
@@ -204,8 +234,10 @@ def _open_all(runs: Mapping[str, Path], options: Options) -> tuple[dict[str, Sou
     return sources, refused
 
 
-def _measure(source: Source, options: Options, configuration: Mapping[str, object], progress: Progress) -> xr.DataTree:
-    return measure(source.trajectory, options.device, configuration, progress, source.captured)
+def _measure(
+    source: Source, options: Options, configuration: Mapping[str, object], progress: Progress, probe: Loader | None
+) -> xr.DataTree:
+    return measure(source.trajectory, options.device, configuration, progress, source.captured, probe, options.matrices)
 
 
 def _labelled(tree: xr.DataTree, name: str, labels: Mapping[str, str] | None) -> xr.DataTree:

@@ -7,6 +7,7 @@ are set for the moment, and multiplied with the increment that the optimizer the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -70,19 +71,28 @@ class FisherProbe:
             name: p.detach().to("cpu" if id(p) in host else p.device, copy=True) for name, p in self._trained.items()
         }
 
-    def record(self, step: int, evaluated_at: int, increments: Mapping[str, Matrix]) -> xr.Dataset:
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Lets the next increment begin at these weights, by the names of :func:`probes.blocks.trained_parameters`."""
+        for name, value in self._before.items():
+            value.copy_(weights[name])
+
+    def at_start(self) -> AbstractContextManager[None]:
+        """The weights where the increment began, in the model, for the moment."""
+        return swapped(list(self._trained.values()), list(self._before.values()))
+
+    def record(self, step: int, evaluated_at: int, increments: Mapping[str, Matrix] | None) -> xr.Dataset:
         """K and b of the increment that ends at this step, at the weights where it began.
 
         Args:
             step: The captured step.
             evaluated_at: The captured step before.
-            increments: Watched matrix to its change between the two.
+            increments: Watched matrix to its change between the two; ``None`` for K alone.
 
         Returns:
             As :func:`fisher_record`; a sample whose loss or gradient is not finite has NaN.
         """
-        changes = {**self._changes(), **increments} if self._blocks is None else dict(increments)
-        with torch.enable_grad(), swapped(list(self._trained.values()), list(self._before.values())):
+        changes = None if increments is None else self._wanted({**self._changes(), **increments})
+        with torch.enable_grad(), self.at_start():
             gram = gradient_gram(
                 self._model,
                 self._batches,
@@ -105,6 +115,10 @@ class FisherProbe:
         """The weights as they are now become those where the next increment begins."""
         for name, parameter in self._trained.items():
             self._before[name].copy_(parameter.detach())
+
+    def _wanted(self, changes: Mapping[str, Matrix]) -> dict[str, Matrix]:
+        blocks = self._blocks
+        return {name: change for name, change in changes.items() if blocks is None or name in blocks}
 
     def _changes(self) -> dict[str, Tensor]:
         """Of trainable parameters of which no watched matrix is made: biases, norms, the factors of LoHa."""

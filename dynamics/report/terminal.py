@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from dynamics.report.fisher_words import informative_directions
 from dynamics.report.grouped import FindingGroup, grouped, place
 from dynamics.report.words import how_far, how_many_directions, how_steep, number, what_was_analysed
 
@@ -39,7 +40,17 @@ def _one_run(name: str, summary: Mapping[str, Any]) -> list[RenderableType]:
     head = Text.assemble((name, "bold"), ": ", what_was_analysed(summary))
     answers = " ".join(sentence for sentence in (how_far(summary), how_many_directions(summary)) if sentence)
     steepness = [Text(sentence)] if (sentence := how_steep(summary)) else []
-    return [head, Text(answers), *steepness, Text(), _table(summary), Text(), *_findings(summary["findings"])]
+    of_the_fisher = [part for words in informative_directions(summary) for part in (Text(), Text(words))]
+    return [
+        head,
+        Text(answers),
+        *steepness,
+        *of_the_fisher,
+        Text(),
+        _table(summary),
+        Text(),
+        *_findings(summary["findings"]),
+    ]
 
 
 def _table(summary: Mapping[str, Any]) -> Table:

@@ -13,6 +13,7 @@ from dynamics.findings import Finding
 from dynamics.store import read_capture
 from dynamics.stored.captured import captured, find_captured, finding_of, is_current
 from dynamics.stored.merging import raw_of
+from dynamics.stored.probed import raw_fisher
 from dynamics.stored.sources import without_checkpoints
 from dynamics.stored.tree import Parts, as_json, result_tree
 
@@ -63,6 +64,7 @@ def with_capture(stored: xr.DataTree, store: Path) -> xr.DataTree:
         logs={name: stored[name].to_dataset() for name in ("training", "score") if name in stored.children},
         findings=[finding for finding in _findings(attributes[before]) if finding.code not in _FROM_NUMBERS],
         inputs=[each for each in json.loads(attributes["inputs"]) if "captured_steps" not in each],
+        fisher=raw_fisher(stored),
     )
     tree = result_tree(parts, configuration)
     tree.attrs |= {name: attributes[name] for name in ("label",) if name in attributes}

@@ -14,6 +14,7 @@ from dynamics.schema import Variable
 from dynamics.store import encodable
 
 GROUPS: Mapping[str, Mapping[str, Variable]] = {"fisher": schema.FISHER_RECORD, "score": schema.SCORE}
+_COORDINATES = ("step", "block", "evaluated_at_step", *schema.SAMPLE_LABELS)
 _SPACES = ("tangent", "factor", "weight")
 #: Beyond, sums of squares are no numbers any more.
 _LARGEST_NUMBER = 1e100
@@ -81,24 +82,56 @@ def joined_fisher(parts: Sequence[xr.Dataset], keep: re.Pattern[str]) -> tuple[x
     found = []
     if len(same) < len(parts):
         steps = [int(part["step"].values[0]) for part in parts if not _is_alike(part, parts[-1])]
-        found.append(
-            Finding(
-                "OD312",
-                f"{len(steps)} captured steps probed other samples, or another space, than the last one; their Fisher "
-                "is left out.",
-                "Probe the same samples throughout a training.",
-                evidence={"steps": steps},
-            )
-        )
+        found.append(_other_samples(f"{len(steps)} steps", "the last one", steps))
     whole = xr.concat(same, "step", data_vars="all", coords="minimal", compat="override", join="outer")
     blocks = whole["block"].values.tolist()
     whole = whole.isel(block=[name == schema.GLOBAL or keep.search(name) is not None for name in blocks])
     return whole.assign_attrs(parts[-1].attrs), found
 
 
+def with_probed(captured: xr.Dataset | None, probed: xr.Dataset | None) -> tuple[xr.Dataset | None, list[Finding]]:
+    """K and b of the training's own records and of its probed checkpoints; where both have a step, that of the records.
+
+    Probed checkpoints are left out, with a finding, if they were probed in another way than the records.
+    """
+    if captured is None or probed is None:
+        return (probed if captured is None else captured), []
+    if not _is_alike(captured, probed):
+        steps = probed["step"].values.tolist()
+        return captured, [_other_samples(f"{len(steps)} probed checkpoints", "the records of the training", steps)]
+    new = probed.sel(step=~probed["step"].isin(captured["step"].values))
+    if not new.sizes["step"]:
+        return captured, []
+    whole = xr.concat([captured, new], "step", data_vars="all", coords="minimal", compat="override", join="outer")
+    # The order of blocks stays that of the records, which the union of names does not keep.
+    names = dict.fromkeys([*captured["block"].values.tolist(), *probed["block"].values.tolist()])
+    return whole.sel(block=list(names)).sortby("step").assign_attrs(captured.attrs), []
+
+
+def raw_fisher(tree: xr.DataTree) -> xr.Dataset | None:
+    """What a stored result keeps of its probed checkpoints: as :data:`dynamics.schema.FISHER_RECORD` has it."""
+    if "probed" in tree.children:
+        return tree["probed"].to_dataset().load()
+    if "captured" in tree.attrs or "fisher" not in tree.children:
+        return None
+    fisher, shares = tree["fisher"].to_dataset(), tree["concentration"].to_dataset()
+    own = [name for name in schema.FISHER_RECORD if name in fisher]
+    found = fisher[own].assign(share_outside_space=shares["share_outside_space"])
+    return found.drop_vars([name for name in found.coords if name not in _COORDINATES]).load()
+
+
 def joined_scores(parts: Sequence[xr.Dataset]) -> xr.Dataset | None:
     """Scores of all steps."""
     return xr.concat(parts, "step", data_vars="all", join="outer") if parts else None
+
+
+def _other_samples(what: str, reference: str, steps: Sequence[int]) -> Finding:
+    return Finding(
+        "OD312",
+        f"{what} probed other samples, or another space, than {reference}; their Fisher is left out.",
+        "Probe the same samples throughout a training.",
+        evidence={"steps": list(steps)},
+    )
 
 
 def _is_alike(one: xr.Dataset, other: xr.Dataset) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from dynamics.spectra.quantiles import known_quantiles
 from dynamics.store import encodable, encodable_dataset, provenance
 from dynamics.stored.captured import Captured
 from dynamics.stored.merging import merge, translated
+from dynamics.stored.probed import with_probed
 
 #: Of a gradient, over the steps: its size, and the measures.
 _OF_GRADIENTS = ("norm_before_clip", "norm_after_clip", "frobenius_norm", *schema.MEASURES)
@@ -38,6 +40,8 @@ class Parts:
         logs: ``training`` and ``score``.
         findings: What was found about the checkpoints; those of the records are their own.
         inputs: Fingerprints of the weight files.
+        fisher: K and b of probed checkpoints, ``None`` if none was probed.
+        score: Their scores, ``None`` if there are none.
     """
 
     run: str
@@ -46,13 +50,15 @@ class Parts:
     logs: Mapping[str, xr.Dataset] = field(default_factory=dict)
     findings: Sequence[Finding] = ()
     inputs: Sequence[Mapping[str, Any]] = ()
+    fisher: xr.Dataset | None = None
+    score: xr.Dataset | None = None
 
 
 def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
     """The result of one run.
 
-    Where records and checkpoints were merged, ``/checkpoints`` keeps what the checkpoints alone say, so that both can
-    be merged again when the training has gone on.
+    Where records and checkpoints were merged, ``/checkpoints`` and ``/probed`` keep what the checkpoints alone say, so
+    that both can be merged again when the training has gone on.
 
     Raises:
         ValueError: If there are neither checkpoints nor captured steps.
@@ -71,13 +77,17 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
             groups["checkpoints"] = checkpoints
     found += notes.notes(groups["update"])
     groups |= parts.logs
-    fisher = captured.fisher if captured is not None else None
+    fisher, news = with_probed(None if captured is None else captured.fisher, parts.fisher)
+    found += news
+    if captured is not None and parts.fisher is not None:
+        groups["probed"] = parts.fisher
     if fisher is not None:
         probed = measured_fisher(fisher)
         groups |= probed
         found += fisher_notes(probed)
-    if captured is not None and captured.score is not None:
-        groups["score"] = _scores(captured.score, parts.logs.get("score"))
+    scores = [each for each in (captured and captured.score, parts.score, parts.logs.get("score")) if each is not None]
+    if scores:
+        groups["score"] = reduce(_scores, scores)
     tree = xr.DataTree.from_dict({f"/{name}": encodable_dataset(group) for name, group in groups.items()})
     inputs, own = list(parts.inputs), _own_findings(parts)
     if captured is not None:
@@ -92,9 +102,9 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
     return tree
 
 
-def _scores(captured: xr.Dataset, logged: xr.Dataset | None) -> xr.Dataset:
-    """Scores of both; where both have one, that of the training's own records."""
-    return captured if logged is None else captured.combine_first(logged).assign_attrs(logged.attrs)
+def _scores(first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
+    """Scores of both; where both have one, that of the first."""
+    return first.combine_first(second).assign_attrs(second.attrs)
 
 
 def as_json(findings: Sequence[Finding]) -> str:

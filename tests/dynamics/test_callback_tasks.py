@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from peft import LoHaConfig, get_peft_model
 from transformers import TrainerCallback
 
 import dynamics
@@ -16,7 +17,7 @@ from dynamics import DynamicsCallback, Recorder, schema
 from dynamics.store import read_capture
 from probes import Task, gradient_gram, probe_batches, probe_loss
 from probes.watched import find
-from tests.trainings import VOCABULARY, Tokens, lora_llama, losses, random_states, trainer
+from tests.trainings import VOCABULARY, Tokens, llama, lora_llama, losses, random_states, trainer
 
 
 def task(name: str, seed: int, samples: int = 12, **options) -> Task:
@@ -219,3 +220,16 @@ def test_a_damaged_fisher_costs_the_fisher_of_its_step(run, tmp_path, damage):
     told = [each for each in json.loads(tree.attrs["findings"]) if each["code"] == "OD309"]
     assert len(told) == 1
     assert told[0]["file"].endswith("step-000000000003")
+
+
+def test_what_is_in_no_watched_matrix_counts_too(tmp_path):
+    """LoHa's factors are no product of two: each is a block of its own, and moves with the update."""
+    torch.manual_seed(0)
+    model = get_peft_model(llama(), LoHaConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    weights = Weights(model)
+    callback = DynamicsCallback(tmp_path, [task("a", 11)], at=[2, 4])
+    trainer(tmp_path, [callback, weights], model, max_steps=4, save_strategy="no").train()
+    fisher = dynamics.open_run(tmp_path)["fisher"].to_dataset().sel(step=4)
+    moved = sum((weights.kept[4][name] - weights.kept[2][name]).double().square().sum() for name in weights.kept[4])
+    assert any("hada_w1_a" in block for block in fisher["block"].values)
+    assert fisher["update_norm_squared"].sel(block="global").item() == pytest.approx(float(moved), rel=1e-5)

@@ -6,6 +6,7 @@ from rich.console import Console
 from dynamics.findings import Finding
 from dynamics.report import summarise, terminal_summary
 from dynamics.report.terminal import ROWS
+from tests.fishers import with_fisher
 from tests.trees import example_runs, example_tree, matrix_names
 
 
@@ -20,6 +21,12 @@ def test_says_what_was_analysed_and_what_came_out():
     assert "imax: 6 checkpoints (steps 100 to 600); 14 weight matrices with LoRA updates of rank 8." in text
     assert "At step 600 the update has Frobenius norm" in text
     assert "a random LoRA of the same shape has" in text
+
+
+def test_says_what_the_fisher_told():
+    text = " ".join(printed(with_fisher(example_tree(run="imax"))).split())
+    assert "The empirical Fisher of 40 probe samples in 40 groups at step 300, in tangent space" in text
+    assert "Tasks in conflict:" in text
 
 
 @pytest.mark.parametrize("matrices", [1, 12, 13, 224])
