@@ -11,6 +11,8 @@ from dynamics.report.words import counted, number, percent
 _CHANCE = 0.05
 #: Pairs of tasks named in a sentence; all are in the summary.
 _NAMED = 5
+#: A share that percents with one decimal show.
+_SHOWN = 5e-4
 _KINDS = {"empirical": "empirical Fisher", "sampled": "Fisher with sampled labels"}
 
 
@@ -78,7 +80,7 @@ def _update(found: Mapping[str, Any] | None) -> list[str]:
     ]
     if found["rayleigh_ratio"]["value"] is not None:
         sentences.append(f"Its Rayleigh ratio is {_with_interval(found['rayleigh_ratio'])}; a random direction has 1.")
-    if found["share_outside_space"]:
+    if (found["share_outside_space"] or 0.0) >= _SHOWN:
         sentences.append(f"The space does not hold {percent(found['share_outside_space'])} of the update.")
     if row["gain"]["value"] is None:
         sentences.append("There is no gradient null (see the findings), and any gradient exceeds a random direction.")
