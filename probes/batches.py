@@ -37,6 +37,29 @@ class ProbeBatch(dict[str, Any]):
         return ProbeBatch(moved, self.samples, self.loss)
 
 
+def on_device(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device.
+
+    Raises:
+        ValueError: If it is no dict.
+    """
+    if isinstance(batch, ProbeBatch):
+        return batch.to(device)
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"Expected a batch to be a dict as the model takes it, got {type(batch).__name__}.")
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def is_text(batch: Mapping[str, Any], samples: int) -> bool:
+    """Whether all that the model is given is one row of tokens, or one number, a sample.
+
+    >>> is_text({"input_ids": torch.ones(2, 3)}, 2), is_text({"pixel_values": torch.ones(2, 3, 4, 4)}, 2)
+    (True, False)
+    """
+    given = [value for value in batch.values() if isinstance(value, Tensor)]
+    return all(value.ndim in (1, 2) and value.shape[0] == samples for value in given)
+
+
 def one_each(values: Any, samples: int | None, what: str) -> Shaped[Tensor, " sample"]:
     """The values, if they are one number a sample.
 

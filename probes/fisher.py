@@ -20,17 +20,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from probes.batches import ProbeBatch, one_each
+from probes.batches import ProbeBatch, is_text, on_device, one_each
 from probes.blocks import Block, Blocks, find_blocks, trained_parameters
 from probes.gram import GLOBAL, Gram
 from probes.label_sampling import with_sampled_labels
 from probes.low_rank import LowRankMatrix
 from probes.per_sample import Chain, Recording, owners, recording, sample_gradients
+from probes.projection import projected
 from probes.sample_gradients import (
     Materialised,
     Outer,
     SampleGradient,
     Scatter,
+    added,
     at_least_single,
     compact,
     gram,
@@ -57,6 +59,7 @@ def gradient_gram(
     blocks: Sequence[str] | None = None,
     update: Mapping[str, Matrix] | None = None,
     seed: int = 0,
+    projection: int = 0,
     skip_broken: bool = False,
 ) -> Gram:
     r"""Inner products of per-sample gradients of the trainable parameters, and with an update.
@@ -78,7 +81,9 @@ def gradient_gram(
         blocks: Names of blocks; by default all.
         update: Matrix (or other trainable parameter) → its change; of factors, in factor space, parameter → its
             change. What is not named has not changed.
-        seed: Of the sampled labels.
+        seed: Of the sampled labels and of the projection.
+        projection: k, numbers that each sample's gradient of a block is randomly projected to, so that only N·k are
+            held; K is then an estimate (:mod:`probes.projection`), b is exact. 0 for none.
         skip_broken: Whether samples whose loss or gradient is not finite are left out and listed, instead of an error.
 
     Raises:
@@ -95,16 +100,17 @@ def gradient_gram(
         raise ValueError(f"Expected space to be one of {', '.join(SPACES)}, got {space!r}.")
     if fisher not in FISHERS:
         raise ValueError(f"Expected fisher to be one of {', '.join(FISHERS)}, got {fisher!r}.")
+    if projection < 0:
+        raise ValueError(f"Expected a projection to at least 1 number, or 0 for none, got {projection}.")
     found = find_blocks(model, space, blocks)
-    measure = _Measurement(model, found, loss, space, fisher, torch.Generator().manual_seed(seed))
-    measure.require_known(update)
+    measure = _Measurement(model, found, loss, space, fisher, seed, projection, update)
     batches: Iterable[Any] = [batch] if isinstance(batch, Mapping) else batch
     with undisturbed(model) as quiet, torch.enable_grad():
         for each in batches:
             measure.add(quiet, each)
     if not measure.losses:
         raise ValueError("Expected at least one batch of probe samples, got none.")
-    return measure.result(update, skip_broken)
+    return measure.result(skip_broken)
 
 
 class _Measurement:
@@ -117,10 +123,12 @@ class _Measurement:
         loss: Loss | None,
         space: str,
         fisher: str,
-        generator: torch.Generator,
+        seed: int,
+        projection: int,
+        update: Mapping[str, Matrix] | None,
     ) -> None:
         self._found, self._blocks, self._loss, self._space, self._fisher = blocks, blocks.chosen, loss, space, fisher
-        self._generator = generator
+        self._generator, self._seed, self._projection = torch.Generator().manual_seed(seed), seed, projection
         self._parameters = list({id(p): p for block in self._blocks for p, _ in block.parameters}.values())
         self._own = owners(bare(model), [*self._parameters, *(p for b in self._blocks for p in _factors(b))])
         self._chains = {block.name: chain for block in self._blocks if (chain := self._chain(block)) is not None}
@@ -128,9 +136,12 @@ class _Measurement:
         self._modules = list(dict.fromkeys([*modules, *(m for chain in self._chains.values() for m in chain)]))
         self._names = {id(parameter): name for name, parameter in trained_parameters(model).items()}
         self._slow: dict[int, str] = {}
+        self._update = update
+        self._products: dict[str, list[tuple[Tensor, float, float]]] = {}
         self.losses: list[Tensor] = []
+        self._require_known(update)
 
-    def require_known(self, update: Mapping[str, Matrix] | None) -> None:
+    def _require_known(self, update: Mapping[str, Matrix] | None) -> None:
         """Refuses changes that would be left out without a word."""
         known: set[str] = set()
         for block in self._blocks:
@@ -145,7 +156,7 @@ class _Measurement:
 
     def add(self, model: nn.Module, batch: Any) -> None:
         """Takes in one batch."""
-        batch = _on(batch, next(iter(self._parameters)).device)
+        batch = on_device(batch, next(iter(self._parameters)).device)
         loss = self._loss or probe_loss_of(batch)
         if self._fisher == "sampled":
             batch = with_sampled_labels(model, batch, self._generator)
@@ -154,7 +165,7 @@ class _Measurement:
         if not losses.requires_grad:
             raise ValueError("Expected losses with a graph, got some that do not depend on any trainable parameter.")
         self.losses.append(losses.detach().to(device="cpu", dtype=torch.float64))
-        self._take(losses, recorded, trusted=_is_text(batch, len(losses)))
+        self._take(losses, recorded, trusted=is_text(batch, len(losses)))
 
     def _take(self, losses: Tensor, recorded: Recording, *, trusted: bool) -> None:
         gradients, slow, matrices = sample_gradients(
@@ -173,7 +184,21 @@ class _Measurement:
                 part = [_as_matrix(block, whole, len(losses))]
             else:
                 part = [_viewed(gradients[id(p)], view, p) for p, view in block.parameters]
-            block.parts.append([compact(each) for each in part])
+            block.parts.append(self._projected(block, part) if self._projection else [compact(each) for each in part])
+
+    def _projected(self, block: Block, part: Sequence[SampleGradient]) -> list[SampleGradient]:
+        """The block's gradients as k numbers a sample, its products with the update taken before."""
+        if self._update is not None:
+            found = self._product(block, part, self._update, part[0].samples)
+            self._products.setdefault(block.name, []).append(found)
+        place = next(place for place, each in enumerate(self._blocks) if each is block)
+        like = self._parameters[0].detach()
+        numbers = [
+            projected(each, self._projection, self._seed + 1_000_003 * place + number, like)
+            for number, each in enumerate(part)
+        ]
+        values = torch.stack(numbers).sum(0)
+        return [SampleGradient(tuple(values.shape[1:]), len(values), [Materialised(values)])]
 
     def _chain(self, block: Block) -> Chain | None:
         """Modules whose inputs and output gradients say ∇W: the adapted layer, or one adapter's A and B (s ∇W)."""
@@ -187,9 +212,18 @@ class _Measurement:
         (first, _), (last, _) = owned[0][0], owned[1][0]
         return (first, last) if first is not last else None
 
-    def result(self, update: Mapping[str, Matrix] | None, skip_broken: bool) -> Gram:
+    def _product_of(self, block: Block, columns: Sequence[SampleGradient], samples: int) -> tuple[Tensor, float, float]:
+        """b, ‖δ‖² inside the space and in all, over all batches."""
+        assert self._update is not None
+        if not self._projection:
+            return self._product(block, columns, self._update, samples)
+        parts = self._products[block.name]
+        return torch.cat([product for product, _, _ in parts]), *parts[0][1:]
+
+    def result(self, skip_broken: bool) -> Gram:
         """K and b of all batches."""
-        losses = torch.cat(self.losses)
+        update, losses = self._update, torch.cat(self.losses)
+        together: list[SampleGradient] = []
         grams: dict[str, Tensor] = {}
         products: dict[str, Tensor] = {}
         inside: dict[str, float] = {}
@@ -198,10 +232,14 @@ class _Measurement:
             columns = [stacked(part) for part in zip(*block.parts, strict=True)]
             block.parts.clear()
             grams[block.name] = sum((gram(each) for each in columns), torch.zeros(len(losses), len(losses)).double())
+            together += columns if self._projection else ()
             if update is not None:
-                found = self._product(block, columns, update, len(losses))
+                found = self._product_of(block, columns, len(losses))
                 products[block.name], inside[block.name], whole[block.name] = found
-        grams[GLOBAL] = sum(grams.values(), torch.zeros(len(losses), len(losses)).double())
+        # Projected gradients of all blocks are added, not their K: so the whole is one projection to k numbers too.
+        grams[GLOBAL] = (
+            gram(added(together)) if together else sum(grams.values(), torch.zeros(len(losses), len(losses)).double())
+        )
         if update is not None:
             products[GLOBAL] = sum(products.values(), torch.zeros(len(losses)).double())
             inside[GLOBAL], whole[GLOBAL] = sum(inside.values()), sum(whole.values())
@@ -223,6 +261,7 @@ class _Measurement:
             fisher=self._fisher,
             one_by_one=tuple(dict.fromkeys(self._slow.values())),
             left_out=left_out,
+            projection=self._projection,
         )
 
     def _product(
@@ -264,20 +303,6 @@ def probe_loss_of(batch: Any) -> Loss:
     from probes.losses import token_losses
 
     return token_losses
-
-
-def _on(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, ProbeBatch):
-        return batch.to(device)
-    if not isinstance(batch, Mapping):
-        raise ValueError(f"Expected a batch to be a dict as the model takes it, got {type(batch).__name__}.")
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def _is_text(batch: Mapping[str, Any], samples: int) -> bool:
-    """Whether all that the model is given is one row of tokens, or one number, a sample."""
-    given = [value for value in batch.values() if isinstance(value, Tensor)]
-    return all(value.ndim in (1, 2) and value.shape[0] == samples for value in given)
 
 
 def _part_of(change: Matrix | None, view: Callable[[Tensor], Tensor] | None) -> Matrix | None:

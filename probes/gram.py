@@ -29,6 +29,7 @@ class Gram:
         space: ``"tangent"``, ``"factor"`` or ``"weight"``.
         fisher: ``"empirical"`` or ``"sampled"``.
         one_by_one: Names of parameters whose gradients took a backward pass for each sample.
+        projection: k, if gradients were randomly projected to so many numbers: K is an estimate then. 0 if not.
         left_out: Numbers of samples that were left out, because their loss or gradient was not finite.
     """
 
@@ -44,3 +45,4 @@ class Gram:
     fisher: str
     one_by_one: tuple[str, ...] = ()
     left_out: tuple[int, ...] = field(default=())
+    projection: int = 0

@@ -120,6 +120,12 @@ def stacked(parts: Sequence[SampleGradient]) -> SampleGradient:
     return SampleGradient(parts[0].shape, samples, [Materialised(torch.cat([part.dense(like) for part in parts]))])
 
 
+def added(parts: Sequence[SampleGradient]) -> SampleGradient:
+    """Sums of gradients that are multiplied out, of one shape."""
+    values = torch.stack([_tensor(part.terms[0]) for part in parts]).sum(0)
+    return SampleGradient(parts[0].shape, parts[0].samples, [Materialised(values)])
+
+
 def compact(gradient: SampleGradient) -> SampleGradient:
     """The gradients multiplied out, if that takes less memory than the products they are made of."""
     if not gradient.terms or all(isinstance(term, Materialised) for term in gradient.terms):

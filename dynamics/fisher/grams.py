@@ -148,6 +148,19 @@ def members_of(tasks: Sequence[Any] | np.ndarray | None, samples: int) -> dict[s
     return everything | {name: labels == name for name in names}
 
 
+def require_exact(gram: Any) -> None:
+    """Refuses a K that is an estimate from projected gradients, where directions or squares are needed.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if getattr(gram, "projection", 0):
+        raise ValueError(
+            f"Expected K of whole gradients, got that of gradients projected to {gram.projection} numbers, which has "
+            "other directions. Measure fewer blocks or samples at a time with projection=0."
+        )
+
+
 def own(given: Any, gram: Any, name: str) -> Any:
     """What was given, else what the Gram itself says, else ``None``."""
     return getattr(gram, name, None) if given is None else given

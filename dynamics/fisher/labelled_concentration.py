@@ -11,7 +11,7 @@ import xarray as xr
 from dynamics.fisher.captured import captured, isotropic_null, rayleigh_ratio, relative_rayleigh_ratio
 from dynamics.fisher.eigenvalues import fisher_eigenvectors
 from dynamics.fisher.gradient_null import DRAWS, matched_gain
-from dynamics.fisher.grams import blocks_of, codes_of, numbers_of, own, vectors_of
+from dynamics.fisher.grams import blocks_of, codes_of, numbers_of, own, require_exact, vectors_of
 from dynamics.fisher.pairs import Labels
 from dynamics.fisher.splits import SPLITS
 from dynamics.fisher.variables import CONCENTRATION, labelled
@@ -60,6 +60,7 @@ def concentration(
     >>> found["captured"].values.tolist(), found["null_isotropic"].values.tolist()
     ([[1.0, 1.0]], [[0.1, 0.2]])
     """
+    require_exact(gram)
     names, stacked = blocks_of(gram)
     samples = stacked.shape[-1]
     if not len(k) or min(k) < 1:

@@ -30,7 +30,8 @@ def fisher_measures(
 
     Args:
         gram: K = GGᵀ, unnormalised: ``[sample, sample]``, a mapping of block to such, or what ``gradient_gram``
-            returns.
+            returns. Of gradients that were randomly projected, the participation ratio is corrected for that; other
+            measures are those of the projected gradients.
         tasks: Task of each sample; without it there is only ``"all"``.
         groups: What samples belong to (an image, a patient); without it each is taken to be independent.
         dimension: d, numbers that the gradient of a block has; by default the Gram's own, else larger than N.
@@ -51,7 +52,8 @@ def fisher_measures(
     samples = stacked.shape[-1]
     group, members = codes_of(groups, samples, "group"), members_of(tasks, samples)
     size = numbers_of(own(dimension, gram, "dimension"), names, "dimension")
-    return fisher_dataset(names, stacked, fisher_eigenvectors(stacked), group, members, size, seed)
+    projection = getattr(gram, "projection", 0)
+    return fisher_dataset(names, stacked, fisher_eigenvectors(stacked), group, members, size, seed, projection)
 
 
 def fisher_dataset(
@@ -62,6 +64,7 @@ def fisher_dataset(
     members: Mapping[str, np.ndarray],
     size: np.ndarray,
     seed: int,
+    projection: int = 0,
 ) -> xr.Dataset:
     """:func:`fisher_measures` of blocks already stacked, with the eigenvectors of all samples together."""
     samples = stacked.shape[-1]
@@ -72,7 +75,7 @@ def fisher_dataset(
     ]
     arrays = {name: np.stack([part[name] for part in each], axis=1) for name in each[0]}
     labels = Labels(group, np.stack(list(members.values()), axis=1))
-    ratio = log_participation_ratio(stacked, labels)
+    ratio = log_participation_ratio(stacked, labels, projection)
     for end, part in (("", ratio.estimate), ("_low", ratio.low), ("_high", ratio.high)):
         arrays |= {f"ln_participation_ratio{end}": part, f"participation_ratio{end}": np.exp(part)}
     arrays |= {"samples": labels.samples.astype(np.float64), "groups": labels.groups.astype(np.float64)}

@@ -12,7 +12,7 @@ import xarray as xr
 from dynamics.fisher import entropy, sharing
 from dynamics.fisher import tasks as between
 from dynamics.fisher.eigenvalues import fisher_eigenvalues
-from dynamics.fisher.grams import blocks_of, codes_of, members_of, own
+from dynamics.fisher.grams import blocks_of, codes_of, members_of, own, require_exact
 from dynamics.fisher.pairs import Estimate, Labels
 from dynamics.fisher.variables import TASKS, labelled
 from dynamics.schema import GLOBAL
@@ -49,6 +49,7 @@ def task_structure(
     >>> found["divergence"].item() == found["divergence_largest"].item()  # nothing is shared
     True
     """
+    require_exact(gram)
     names, stacked = blocks_of(gram)
     samples = stacked.shape[-1]
     group, members = codes_of(groups, samples, "group"), members_of(tasks, samples)
