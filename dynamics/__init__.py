@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dynamics.callback import DynamicsCallback
     from dynamics.checkpoints import open_trajectory
     from dynamics.fisher import concentration, fisher_measures, task_structure
-    from dynamics.pipeline import analyze_run
+    from dynamics.pipeline import Options, analyze_run
     from dynamics.recorder import Recorder
     from dynamics.spectra.measures import (
         dominant_ratio,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "DynamicsCallback": "dynamics.callback",
+    "Options": "dynamics.pipeline",
     "Recorder": "dynamics.recorder",
     "analyze_run": "dynamics.pipeline",
     "open_run": "dynamics.stored",
@@ -46,6 +47,7 @@ _HOME = {
 
 __all__ = [
     "DynamicsCallback",
+    "Options",
     "Recorder",
     "__version__",
     "analyze_run",

@@ -519,6 +519,7 @@ def test_interrupted_while_computing(run):
     script = f"""
         import os, signal, sys
         from dynamics import pipeline
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
         pipeline.measure = lambda *_: os.kill(os.getpid(), signal.SIGINT)
         sys.argv = ["analyze", {str(run)!r}]
         from dynamics.analyze import app

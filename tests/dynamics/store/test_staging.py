@@ -199,6 +199,7 @@ def test_a_signal_during_the_replacement_waits_for_its_end(old, number):
     script = f"""
         import os, pathlib, signal
         from dynamics.store import staged, staging
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
         replace, out = os.replace, pathlib.Path({str(old)!r})
         def replace_and_signal(source, target):
             os.kill(os.getpid(), {int(number)})
