@@ -136,6 +136,8 @@ def measure(
 
     checkpoints, found = raw_spectra(trajectory, device=device, progress=advance) if total else (None, [])
     inputs = [{**file, "step": checkpoint.step} for checkpoint in trajectory.checkpoints for file in checkpoint.inputs]
+    if trajectory.base is not None:
+        inputs += [{**file, "step": trajectory.base.step, "role": "base"} for file in trajectory.base.inputs]
     findings = [*trajectory.findings, *found]
     probed, news = _probed(trajectory, probe, matrices, progress)
     parts = Parts(trajectory.name, checkpoints, captured, log_groups(trajectory), [*findings, *news], inputs, **probed)
@@ -222,7 +224,7 @@ def _open_all(runs: Mapping[str, Path], options: Options) -> tuple[dict[str, Sou
     refused: list[Finding] = []
     for name, folder in runs.items():
         try:
-            sources[name] = open_source(folder, options.matrices)
+            sources[name] = open_source(folder, options.matrices, options.base)
         except NotARun as error:
             if len(runs) == 1:
                 raise

@@ -12,6 +12,8 @@ import xarray as xr
 
 KINDS = ("total", "increment")
 QUANTILES = (0.25, 0.5, 0.75)
+#: How singular values were found, by number: not at all, from triangular factors, the Gram of the shorter side, an SVD.
+DECOMPOSITIONS = ("none", "qr_core", "gram", "svd", "failed")
 
 _PER_MATRIX = ("step", "kind", "matrix")
 
@@ -59,6 +61,7 @@ UPDATE: Mapping[str, Variable] = {
     "singular_value": Variable((*_PER_MATRIX, "index"), "weight", "singular value"),
     "count": Variable(_PER_MATRIX, "1", "number of singular values"),
     "factor_rank": Variable(_PER_MATRIX, "1", "number of columns of the factors"),
+    "decomposition": Variable(_PER_MATRIX, "1", "how the singular values were found"),
     "frobenius_norm": Variable(_PER_MATRIX, "weight", "Frobenius norm of the update"),
     "spectral_norm": Variable(_PER_MATRIX, "weight", "largest singular value"),
     "nuclear_norm": Variable(_PER_MATRIX, "weight", "sum of singular values"),
@@ -66,6 +69,12 @@ UPDATE: Mapping[str, Variable] = {
     "is_zero": Variable(_PER_MATRIX, "1", "the update is exactly zero"),
     "quantisation_limited": Variable(_PER_MATRIX, "1", "rounding of the storage format spoils the spectrum"),
     "quantisation_noise_share": Variable(_PER_MATRIX, "1", "predicted share of rounding noise in the energy"),
+    "rounding_edge": Variable(_PER_MATRIX, "weight", "largest singular value of rounding noise alone"),
+    "rank_above_rounding": Variable(_PER_MATRIX, "1", "singular values beyond the rounding noise's edge"),
+    "entropy_energy_above_rounding": Variable(_PER_MATRIX, "nat", "spectral entropy (energy) less the rounding floor"),
+    "effective_rank_energy_above_rounding": Variable(
+        _PER_MATRIX, "1", "effective rank (energy) less the rounding floor"
+    ),
     "path_length": Variable(("step", "matrix"), "weight", "sum of the increments' Frobenius norms"),
     "increment_cosine": Variable(("step", "matrix"), "1", "cosine with the previous increment"),
     "suggested_rank": Variable(("matrix",), "1", "rank that holds the stated share of energy of the newest total"),

@@ -129,6 +129,8 @@ def _segment_spectra(
             assert now is not None
             start = starts[checkpoint.step]
             beginning = None if start is None else stack.enter_context(start.open())
+            if before is None and start is not None and start.step < checkpoint.step:
+                before = beginning  # the first increment is what changed since the base
             window = _Window(now, before, earlier, beginning, solved, reduced)
             solved_now: dict[str, MatrixSpectra] = {}
             findings: list[Finding] = []
@@ -219,7 +221,8 @@ def _solve_dense(name: str, window: _Window, device: torch.device) -> _Outcome:
     assert now is not None
     is_update = window.now.shapes[name].holds == "update"
     start = torch.zeros_like(now) if is_update else _dense(name, window.start, window, device)
-    solved = pairs.solve_dense(now, _dense(name, window.before, window, device), start)
+    of_base = window.before is window.start and not is_update
+    solved = pairs.solve_dense(now, start if of_base else _dense(name, window.before, window, device), start)
     values = [each for each in (solved.spectra.total, solved.spectra.increment) if each is not None]
     bad = any(bool(each.isnan().any()) for each in values)
     return _Outcome(name, solved.spectra, None, *_failure(solved.is_finite, bad))

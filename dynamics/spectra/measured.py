@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics import schema
-from dynamics.spectra import labelled
+from dynamics.spectra import floor, labelled
 from dynamics.spectra.rounding import NOISE_LIMIT
 
 _OF_THE_GRADIENT = (
@@ -31,6 +31,8 @@ def measured(raw_update: xr.Dataset, raw_gradient: xr.Dataset | None = None) -> 
     """
     noise, inner_product = raw_update["noise_energy"].values, raw_update["inner_product"].values
     update = raw_update.drop_vars(["noise_energy", "inner_product"])
+    how = {"flag_values": list(range(len(schema.DECOMPOSITIONS))), "flag_meanings": " ".join(schema.DECOMPOSITIONS)}
+    update["decomposition"].attrs |= how
     norms = _norms(update["singular_value"].values)
     update = update.assign({name: labelled.variable(name, norm) for name, norm in norms.items()})
     update = update.assign(labelled.measures_of(update))
@@ -71,9 +73,16 @@ def _norms(values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _rounding(update: xr.Dataset, noise: np.ndarray) -> dict[str, xr.Variable]:
-    """Which updates are zero, and which are spoiled by the rounding of their storage."""
+    """Which updates are zero, which are spoiled by the rounding of their storage, and what is left without it."""
     norm = update["frobenius_norm"].values
     share = np.divide(np.sqrt(noise), norm, out=np.full_like(noise, np.nan), where=norm > 0) ** 2
+    dense = update["adapter_rank"].values == 0
+    above = floor.above_rounding(
+        update["singular_value"].values,
+        np.where(dense, noise, np.nan),
+        update["out"].values.astype(np.float64),
+        update["in"].values.astype(np.float64),
+    )
     return {
         "is_zero": labelled.variable("is_zero", norm == 0),
         "quantisation_noise_share": labelled.variable(
@@ -82,6 +91,7 @@ def _rounding(update: xr.Dataset, noise: np.ndarray) -> dict[str, xr.Variable]:
         "quantisation_limited": labelled.variable(
             "quantisation_limited", np.nan_to_num(share) > NOISE_LIMIT, f"quantisation_noise_share > {NOISE_LIMIT}"
         ),
+        **{name: labelled.variable(name, array, floor.DEFINITIONS[name]) for name, array in above.items()},
     }
 
 

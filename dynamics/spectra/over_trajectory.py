@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import xarray as xr
 
-from dynamics.checkpoints.trajectory import Trajectory
+from dynamics.checkpoints.trajectory import Checkpoint, Trajectory
 from dynamics.findings import Finding
 from dynamics.spectra import notes, raw
 from dynamics.spectra.engine import trajectory_spectra
@@ -47,9 +47,18 @@ def _steps(trajectory: Trajectory) -> dict[int, tuple[int, int]]:
     last: dict[int, int] = {}
     steps = {}
     for checkpoint in trajectory.checkpoints:
-        steps[checkpoint.step] = (checkpoint.segment, last.get(checkpoint.segment, -1))
+        unknown = 0 if _starts_at_base(trajectory, checkpoint) else -1
+        steps[checkpoint.step] = (checkpoint.segment, last.get(checkpoint.segment, unknown))
         last[checkpoint.segment] = checkpoint.step
     return steps
+
+
+def _starts_at_base(trajectory: Trajectory, checkpoint: Checkpoint) -> bool:
+    """Whether what dense weights were before training is known."""
+    base = trajectory.base
+    if base is None or checkpoint.step <= base.step:
+        return False
+    return any(shape.holds == "weight" and name in base.shapes for name, shape in checkpoint.shapes.items())
 
 
 def _places(trajectory: Trajectory) -> dict[str, Place]:

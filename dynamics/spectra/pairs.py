@@ -32,6 +32,7 @@ class MatrixSpectra:
         inner_product: ⟨this increment, the previous increment⟩, NaN if there are not two.
         ranks: Columns of the factors of the total and of the increment, which is a sum of two; of a dense matrix the
             smaller dimension.
+        found_by: How the values of both were found, one of ``schema.DECOMPOSITIONS`` each.
     """
 
     total: Float[Tensor, " k"]
@@ -40,6 +41,7 @@ class MatrixSpectra:
     increment_noise: float
     inner_product: float
     ranks: tuple[int, int]
+    found_by: tuple[str, str] = ("qr_core", "qr_core")
 
 
 #: (step, matrix) to spectra.
@@ -162,18 +164,20 @@ def solve_dense(
     """
     count = min(now.shape)
     noise = rounding.dense_noise_energy(now)
-    total, total_noise = torch.empty(0, dtype=torch.float64), math.nan
+    total, total_noise, how = torch.empty(0, dtype=torch.float64), math.nan, "none"
     if start is not None:
-        total, total_noise = dense_spectrum(_difference(now, start)).values, noise + rounding.dense_noise_energy(start)
+        found = dense_spectrum(_difference(now, start))
+        total, how, total_noise = found.values, found.method, noise + rounding.dense_noise_energy(start)
     if before is None:
-        increment, change_noise = None, 0.0
+        increment, change_noise, how_changed = None, 0.0, "none"
     elif before is start:  # what changed since the start is what changed at all
-        increment, change_noise = total.clone(), total_noise
+        increment, change_noise, how_changed = total.clone(), total_noise, how
     else:
-        increment = dense_spectrum(_difference(now, before)).values
+        found = dense_spectrum(_difference(now, before))
+        increment, how_changed = found.values, found.method
         change_noise = noise + rounding.dense_noise_energy(before)
     ranks = (0 if start is None else count, 0 if increment is None else count)
-    spectra = MatrixSpectra(total, increment, total_noise, change_noise, math.nan, ranks)
+    spectra = MatrixSpectra(total, increment, total_noise, change_noise, math.nan, ranks, (how, how_changed))
     return Solved(spectra, None, bool(now.isfinite().all()), noise)
 
 

@@ -21,7 +21,7 @@ from dynamics.spectra.pairs import Results
 
 #: Variables of a raw update.
 UPDATE: Mapping[str, Variable] = {
-    **{name: schema.UPDATE[name] for name in ("singular_value", "count", "factor_rank")},
+    **{name: schema.UPDATE[name] for name in ("singular_value", "count", "factor_rank", "decomposition")},
     "noise_energy": Variable(("step", "kind", "matrix"), "weight²", "predicted energy of the storage's rounding"),
     "inner_product": Variable(("step", "matrix"), "weight²", "inner product with the previous increment"),
 }
@@ -40,7 +40,7 @@ _MATRIX_WORDS = {
     "storage": "format in which the factors are stored",
 }
 #: Whole numbers; where there is nothing they are 0, all others NaN.
-_COUNTS = ("count", "factor_rank")
+_COUNTS = ("count", "factor_rank", "decomposition")
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ def raw_update(steps: Mapping[int, tuple[int, int]], places: Mapping[str, Place]
                 arrays["singular_value"][(*place, slice(len(values)))] = values
                 arrays["count"][place] = len(values)
                 arrays["factor_rank"][place] = spectra.ranks[kind]
+                arrays["decomposition"][place] = schema.DECOMPOSITIONS.index(spectra.found_by[kind])
                 arrays["noise_energy"][place] = _known(noise)
     return _dataset(UPDATE, arrays, steps, places)
 

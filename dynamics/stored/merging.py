@@ -30,7 +30,7 @@ from dynamics.spectra import raw
 #: Spectra of one update that differ by more than this share of its norm are not of one training.
 AGREEMENT = 1e-3
 _TOTAL, _INCREMENT = range(len(schema.KINDS))
-_PER_KIND = ("singular_value", "count", "factor_rank", "noise_energy")
+_PER_KIND = ("singular_value", "count", "factor_rank", "decomposition", "noise_energy")
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def raw_of(update: xr.Dataset) -> xr.Dataset:
         if origin in steps:
             inner[row] = cosine[row] * norm[row, _INCREMENT] * norm[steps.index(origin), _INCREMENT]
     arrays = {"noise_energy": update["quantisation_noise_share"].values * norm * norm, "inner_product": inner}
-    kept = update[["singular_value", "count", "factor_rank"]]
+    kept = update[["singular_value", "count", "factor_rank", "decomposition"]]
     return kept.assign(
         {name: (raw.UPDATE[name].dims, array, schema.attributes(raw.UPDATE[name])) for name, array in arrays.items()}
     )
@@ -209,7 +209,7 @@ def _without_dangling(update: xr.Dataset) -> xr.Dataset:
     for row, (step, origin) in enumerate(_origins(update).items()):
         if origin > 0 and not (origin < step and segment.get(origin) == segment[step]):
             origins[row] = -1
-            for name in ("count", "factor_rank"):
+            for name in ("count", "factor_rank", "decomposition"):
                 update[name].values[row, _INCREMENT] = 0
             for name in ("singular_value", "noise_energy"):
                 update[name].values[row, _INCREMENT] = np.nan

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import xarray as xr
 
-from dynamics.schema import KINDS, UPDATE_COORDINATES, WRAPPERS, Variable
+from dynamics.schema import DECOMPOSITIONS, KINDS, UPDATE_COORDINATES, WRAPPERS, Variable
 from dynamics.spectra import raw
 from dynamics.store import encodable
 
 _FORMATS = ("F64", "F32", "BF16", "F16")
 _TEXTS = ("matrix", "role", "stack", "storage")
-_COUNTS = ("count", "factor_rank")
+_COUNTS = ("count", "factor_rank", "decomposition")
 _STEP_COORDINATES = ("segment", "from_step")
 _IS_OF: Mapping[str, Callable[[np.dtype], bool]] = {
     "text": lambda dtype: dtype.kind == "U",
@@ -98,7 +98,7 @@ def _coordinate_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> 
 
 
 def _spectrum_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> Iterator[str]:
-    values, count, rank = (dataset.variables[name].values for name in ("singular_value", *_COUNTS))
+    values, count, rank = (dataset.variables[name].values for name in ("singular_value", "count", "factor_rank"))
     shortest = np.minimum(dataset.variables["out"].values, dataset.variables["in"].values)
     factored = dataset.variables["adapter_rank"].values > 0
     # A dense matrix has as many as it is wide, factors as many as they have columns.
@@ -109,6 +109,8 @@ def _spectrum_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> It
         yield f"has factors of more than {_LARGEST_RANK} columns"
     if "from_step" in dataset.coords and dataset.variables["from_step"].values[0] < 0 and count[:, 1].any():
         yield "has an increment since nothing"
+    if "decomposition" in known and (dataset.variables["decomposition"].values >= len(DECOMPOSITIONS)).any():
+        yield "has singular values that were found in an unknown way"
     inside = np.arange(values.shape[-1]) < count[..., None]
     if not np.isnan(values[~inside]).all():
         yield "has more singular values than it counts"

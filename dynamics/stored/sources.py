@@ -32,12 +32,13 @@ class Source:
     captured: Captured | None = None
 
 
-def open_source(run: Path, matrices: str | None = None) -> Source:
+def open_source(run: Path, matrices: str | None = None, base: str | None = None) -> Source:
     """Opens what there is of a run; reads records, but no weights.
 
     Args:
         run: A run folder, one checkpoint, or a capture store.
         matrices: Regular expression; only matrices whose name it finds are watched.
+        base: Folder of the weights before training.
 
     Raises:
         NotARun: If there are neither checkpoints nor captured steps that can be analysed.
@@ -50,7 +51,7 @@ def open_source(run: Path, matrices: str | None = None) -> Source:
             raise NotARun(_nothing_captured(captured, matrices), captured.findings)
         return Source(without_checkpoints(run), captured)
     try:
-        trajectory = open_trajectory(run, matrices)
+        trajectory = open_trajectory(run, matrices, base)
     except NotARun as error:
         if not usable:
             beside = "" if captured is None else f" {_nothing_captured(captured, matrices)}"
