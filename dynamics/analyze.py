@@ -44,6 +44,9 @@ def analyze(
         Path | None,
         typer.Option(metavar="DIR", help="The model before training, which dense weights are compared with."),
     ] = None,
+    intruders: Annotated[
+        bool, typer.Option("--intruders", help="Compare directions with the base's too: seconds a matrix.")
+    ] = False,
     probe: Annotated[
         str | None,
         typer.Option(
@@ -74,7 +77,8 @@ def analyze(
 
     Exit status: 0 analysed; 1 something was refused or not finite (named, the rest is saved); 2 nothing analysed.
     """
-    asked = {"matrices": matrices, "device": device, "report": report, "base": base and str(base), "probe": probe}
+    asked = {"matrices": matrices, "device": device, "report": report, "base": base and str(base)}
+    asked |= {"intruders": intruders, "probe": probe}
     sys.exit(_analyze(runs, asked, out, as_json, progress, quiet))
 
 

@@ -19,8 +19,10 @@ from dynamics.checkpoints import NotARun, Trajectory
 from dynamics.checkpoints.logs import log_groups
 from dynamics.findings import Finding
 from dynamics.report import summarise
+from dynamics.spectra.beside_base import beside_base
 from dynamics.spectra.null_models import SEED
 from dynamics.spectra.over_trajectory import raw_spectra
+from dynamics.spectra.path_over_trajectory import path_of
 from dynamics.spectra.rank_suggestion import rank_pattern
 from dynamics.store import (
     FOLDER,
@@ -50,6 +52,7 @@ class Options:
         device: ``"auto"``, ``"cpu"`` or ``"cuda[:i]"``: where the QR decompositions run.
         report: Whether figures and ``report.html`` are made.
         base: Folder of the model's weights before training.
+        intruders: Whether directions of the newest update are compared with the base's, which takes seconds a matrix.
         probe: ``module:function``; called with a checkpoint's folder, it returns the model there and its tasks.
     """
 
@@ -57,6 +60,7 @@ class Options:
     device: str = "auto"
     report: bool = True
     base: str | None = None
+    intruders: bool = False
     probe: str | None = None
 
 
@@ -123,7 +127,7 @@ def measure(
     progress: Progress = lambda run, done, total: None,
     captured: Captured | None = None,
     probe: Loader | None = None,
-    matrices: str | None = None,
+    options: Options = DEFAULTS,
 ) -> xr.DataTree:
     """The result of one trajectory, merged with what its training captured; not written anywhere."""
     total = sum(len(checkpoint.shapes) for checkpoint in trajectory.checkpoints)
@@ -139,9 +143,31 @@ def measure(
     if trajectory.base is not None:
         inputs += [{**file, "step": trajectory.base.step, "role": "base"} for file in trajectory.base.inputs]
     findings = [*trajectory.findings, *found]
-    probed, news = _probed(trajectory, probe, matrices, progress)
-    parts = Parts(trajectory.name, checkpoints, captured, log_groups(trajectory), [*findings, *news], inputs, **probed)
+    probed, news = _probed(trajectory, probe, options.matrices, progress)
+    beside = log_groups(trajectory) | _of_checkpoints(trajectory, checkpoints, options, progress)
+    parts = Parts(trajectory.name, checkpoints, captured, beside, [*findings, *news], inputs, **probed)
     return result_tree(parts, configuration or {})
+
+
+def _of_checkpoints(
+    trajectory: Trajectory, update: xr.Dataset | None, options: Options, progress: Progress
+) -> dict[str, xr.Dataset]:
+    """``path`` and ``base``, where there is something to tell."""
+    if update is None:
+        return {}
+    done = 0
+
+    def advance(matrices: int) -> None:
+        nonlocal done
+        done += matrices
+        progress(f"{trajectory.name}: base", done, update.sizes["matrix"])
+
+    shown = advance if options.intruders else lambda matrices: None
+    found = {
+        "path": path_of(trajectory),
+        "base": beside_base(trajectory, update, directions=options.intruders, progress=shown),
+    }
+    return {name: dataset for name, dataset in found.items() if dataset is not None}
 
 
 def _probed(
@@ -239,7 +265,7 @@ def _open_all(runs: Mapping[str, Path], options: Options) -> tuple[dict[str, Sou
 def _measure(
     source: Source, options: Options, configuration: Mapping[str, object], progress: Progress, probe: Loader | None
 ) -> xr.DataTree:
-    return measure(source.trajectory, options.device, configuration, progress, source.captured, probe, options.matrices)
+    return measure(source.trajectory, options.device, configuration, progress, source.captured, probe, options)
 
 
 def _labelled(tree: xr.DataTree, name: str, labels: Mapping[str, str] | None) -> xr.DataTree:

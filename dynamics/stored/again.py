@@ -17,6 +17,8 @@ from dynamics.stored.probed import raw_fisher
 from dynamics.stored.sources import without_checkpoints
 from dynamics.stored.tree import Parts, as_json, result_tree
 
+#: Groups that the records do not change.
+_KEPT = ("training", "score", "path", "base")
 #: Findings that follow from the numbers of ``/update``: they are found anew.
 _FROM_NUMBERS = ("OD202", "OD203", "OD204", "OD205", "OD206")
 
@@ -61,7 +63,7 @@ def with_capture(stored: xr.DataTree, store: Path) -> xr.DataTree:
         run=str(attributes["run"]),
         checkpoints=_checkpoints(stored),
         captured=records,
-        logs={name: stored[name].to_dataset() for name in ("training", "score") if name in stored.children},
+        logs={name: stored[name].to_dataset() for name in _KEPT if name in stored.children},
         findings=[finding for finding in _findings(attributes[before]) if finding.code not in _FROM_NUMBERS],
         inputs=[each for each in json.loads(attributes["inputs"]) if "captured_steps" not in each],
         fisher=raw_fisher(stored),

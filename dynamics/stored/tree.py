@@ -37,7 +37,7 @@ class Parts:
         run: The run's name.
         checkpoints: Raw update of the checkpoints, ``None`` if there are none.
         captured: The records of the training, ``None`` if there are none.
-        logs: ``training`` and ``score``.
+        logs: Groups that are in the result as they are: ``training``, ``score``, ``path``, ``base``.
         findings: What was found about the checkpoints; those of the records are their own.
         inputs: Fingerprints of the weight files.
         fisher: K and b of probed checkpoints, ``None`` if none was probed.
@@ -77,6 +77,8 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
             groups["checkpoints"] = checkpoints
     found += notes.notes(groups["update"])
     groups |= parts.logs
+    if captured is not None and "base" in groups:
+        groups["base"] = _live(groups["base"], captured.live_names)
     fisher, news = with_probed(None if captured is None else captured.fisher, parts.fisher)
     found += news
     if captured is not None and parts.fisher is not None:
@@ -100,6 +102,12 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
         tree.attrs["captured"] = json.dumps(encodable({**captured.stamp, "checkpoints": steps}))
         tree.attrs["checkpoint_findings"] = as_json(parts.findings)
     return tree
+
+
+def _live(group: xr.Dataset, live_names: Mapping[str, str]) -> xr.Dataset:
+    """Under the names of the live model."""
+    names = group["matrix"].values.tolist()
+    return group.assign_coords(matrix=("matrix", [live_names.get(name, name) for name in names], group["matrix"].attrs))
 
 
 def _scores(first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
