@@ -126,6 +126,16 @@ FISHER_RECORD: Mapping[str, Variable] = {
     "dimension": Variable(("step", "block"), "1", "dimension of the space"),
     "loss": Variable(("step", "sample"), "nat", "loss of each probe sample"),
 }
+#: Dimensions of the main variables of what is told of a training's path, and of updates beside the base's weights.
+OF_CHECKPOINTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "path": {
+        "gram": ("step", "step_"),
+        **dict.fromkeys(("distance", "length", "straightness"), ("step",)),
+        "component_share": ("training", "component"),
+        "participation_ratio": ("training",),
+    },
+    "base": {"relative_size": ("step", "matrix"), "base_norm": ("matrix",)},
+}
 SAMPLE_LABELS = ("sample_task", "sample_group", "sample_id")
 #: The block of all trainable parameters together, and the task that stands for all samples.
 GLOBAL, ALL = "global", "all"
@@ -242,6 +252,11 @@ def _problems(tree: xr.DataTree) -> Iterator[str]:
         yield from _variable_problems("/score", tree["score"].to_dataset(), SCORE, complete=True)
     for name, dims in FISHER_GROUPS.items():
         if name in tree.children:
+            dataset = tree[name].to_dataset()
+            yield from _dimension_problems(f"/{name}", dataset, dims)
+            yield from _fisher_problems(f"/{name}", dataset)
+    for name, dims in OF_CHECKPOINTS.items():
+        if name in tree.children:
             yield from _dimension_problems(f"/{name}", tree[name].to_dataset(), dims)
     if "null" in tree.children:
         names = [f"{measure}{bound}" for measure in MEASURES for bound in ("", "_low", "_high")]
@@ -256,6 +271,9 @@ def _dimension_problems(group: str, dataset: xr.Dataset, known: Mapping[str, tup
         for name, dims in known.items()
         if name in dataset and dataset[name].dims != dims
     )
+
+
+def _fisher_problems(group: str, dataset: xr.Dataset) -> Iterator[str]:
     if "evaluated_at_step" not in dataset.coords:
         yield f"{group} lacks the coordinate 'evaluated_at_step'"
     if "task" in dataset.dims and ALL not in dataset["task"].values:

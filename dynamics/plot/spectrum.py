@@ -24,7 +24,7 @@ from dynamics.plot.style import (
 )
 from dynamics.plot.svg import describe
 
-_NULL = "random LoRA of this size and shape, 5–95 %"
+_NULL = "chance, this size and shape, 5–95 %"
 _LEGEND_LIMIT = 12
 
 

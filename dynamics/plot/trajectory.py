@@ -72,7 +72,7 @@ def _segments(data: xr.DataTree | xr.Dataset, summary: xr.Dataset) -> np.ndarray
 def _draw_null(axes: Axes, summary: xr.Dataset, variable: str, kind: str) -> None:
     if f"{variable}_null_low" in summary:
         low, high = (summary[f"{variable}_null_{bound}"].sel(kind=kind).values for bound in ("low", "high"))
-        draw_band(axes, summary["step"].values, low, high, "random LoRA of the same shape, 5–95 %")
+        draw_band(axes, summary["step"].values, low, high, "chance, the same shape, 5–95 %")
 
 
 def _words(quantiles: xr.DataArray) -> str:

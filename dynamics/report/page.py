@@ -124,7 +124,7 @@ def _run(name: str, tree: xr.DataTree, figures: Mapping[str, str], number: int) 
         "name": name or summary["run"],
         "summary": summary,
         "informative_directions": informative_directions(summary),
-        "answers": [words.how_far(summary), words.how_many_directions(summary), words.how_steep(summary)],
+        "answers": words.answers(summary),
         "analysed": words.what_was_analysed(summary),
         "findings": grouped(summary["findings"]),
         "severities": severities(summary["findings"]),

@@ -28,6 +28,14 @@ _PER_MATRIX = (
     "null_percentile",
 )
 _OF_GRADIENTS = ("norm_before_clip", "norm_after_clip", "effective_rank_energy", "dominant_ratio")
+_BESIDE_BASE = (
+    "relative_size",
+    "overlap_left",
+    "overlap_left_null",
+    "energy_left",
+    "intruder_energy",
+    "intruder_energy_null",
+)
 _FLAGS = ("is_zero", "quantisation_limited")
 
 
@@ -45,6 +53,8 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         - ``captured``: ``None``, or how many ``steps`` were captured during training and how many ``checkpoints`` read;
         - ``gradient``: ``None``, or medians over matrices at the last ``step`` at which gradients were captured;
         - ``fisher``: ``None``, or informative directions, the update in them, and tasks, see ``fisher_summary``;
+        - ``path``: ``None``, or the shape of the newest training's path through its checkpoints;
+        - ``base``: ``None``, or medians over matrices of updates beside the weights they changed;
         - ``totals`` of the direct sum of all updates; ``over_matrices``: quartiles, and the medians of the null;
         - ``roles``, most energy first; ``table``, a row for each matrix, largest update first;
         - ``suggested_rank_energy``, the share of energy that the suggested ranks hold; ``findings``.
@@ -71,6 +81,8 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         "captured": _captured(tree),
         "gradient": _gradient(tree),
         "fisher": fisher_summary(tree),
+        "path": _path(tree),
+        "base": _base(tree),
         "suggested_rank_energy": float(update["suggested_rank"].attrs["energy"]),
         "totals": {name: _number(last[name]) for name in _TOTALS},
         "over_matrices": _over_matrices(tree["summary"].to_dataset().load()),
@@ -129,6 +141,34 @@ def _gradient(tree: xr.DataTree) -> dict[str, Any] | None:
             }
             for name in _OF_GRADIENTS
         },
+    }
+
+
+def _path(tree: xr.DataTree) -> dict[str, Any] | None:
+    if "path" not in tree.children:
+        return None
+    path = tree["path"].to_dataset().load()
+    last = path.isel(training=-1)
+    own = path.isel(step=path["segment"].values == int(last["training"]))
+    return {
+        "checkpoints": own.sizes["step"],
+        "straightness": _number(own["straightness"][-1]),
+        "participation_ratio": _number(last["participation_ratio"]),
+        "component_share": [_number(share) for share in last["component_share"].values[:2]],
+        "matrices": _whole(last["matrices"]),
+    }
+
+
+def _base(tree: xr.DataTree) -> dict[str, Any] | None:
+    if "base" not in tree.children:
+        return None
+    base = tree["base"].to_dataset().load()
+    last = base.isel(step=-1)
+    names = [name for name in _BESIDE_BASE if name in last]
+    return {
+        "step": int(last["step"]),
+        "k": int(base.attrs["k"]),
+        **{name: _number(last[name].median("matrix")) for name in names},
     }
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from dynamics.report.fisher_words import informative_directions
 from dynamics.report.grouped import FindingGroup, grouped, place
-from dynamics.report.words import how_far, how_many_directions, how_steep, number, what_was_analysed
+from dynamics.report.words import answers, number, what_was_analysed
 
 #: Rows of the table: what fits a screen together with the findings.
 ROWS = 12
@@ -38,13 +38,11 @@ def terminal_summary(summary: Mapping[str, Any]) -> RenderableType:
 
 def _one_run(name: str, summary: Mapping[str, Any]) -> list[RenderableType]:
     head = Text.assemble((name, "bold"), ": ", what_was_analysed(summary))
-    answers = " ".join(sentence for sentence in (how_far(summary), how_many_directions(summary)) if sentence)
-    steepness = [Text(sentence)] if (sentence := how_steep(summary)) else []
+    said = [Text(sentence) for sentence in answers(summary)]
     of_the_fisher = [part for words in informative_directions(summary) for part in (Text(), Text(words))]
     return [
         head,
-        Text(answers),
-        *steepness,
+        *said,
         *of_the_fisher,
         Text(),
         _table(summary),

@@ -68,6 +68,12 @@ def what_was_analysed(summary: Mapping[str, Any]) -> str:
     return f"{what} ({span}){apart}; {matrices}{kind}."
 
 
+def answers(summary: Mapping[str, Any]) -> list[str]:
+    """What there is to say of a run's updates and gradients, a sentence or two each."""
+    sentences = (how_far, beside_the_base, how_many_directions, how_straight, how_steep)
+    return [said for sentence in sentences if (said := sentence(summary))]
+
+
 def how_far(summary: Mapping[str, Any]) -> str:
     """One sentence: the size of the whole update at the last step."""
     norm = summary["totals"]["frobenius_norm_all"]
@@ -83,11 +89,47 @@ def how_many_directions(summary: Mapping[str, Any]) -> str:
     rank = summary["over_matrices"]["effective_rank_energy"]
     if rank["median"] is None:
         return ""
+    adapted = any(row["adapter_rank"] for row in summary["table"])
+    who = f"a random {'LoRA' if adapted else 'matrix'} of the same shape has"
     if summary["matrices"] == 1:
-        return f"The effective rank (energy) of its update is {number(rank['median'])}{_chance(rank)}."
+        return f"The effective rank (energy) of its update is {number(rank['median'])}{_chance(rank, who)}."
     quartiles = f"quartiles {number(rank['lower_quartile'])} to {number(rank['upper_quartile'])}"
     middle = f"{number(rank['median'])} in the median ({quartiles})"
-    return f"The effective rank (energy) of a matrix's update is {middle}{_chance(rank)}."
+    return f"The effective rank (energy) of a matrix's update is {middle}{_chance(rank, who)}."
+
+
+def how_straight(summary: Mapping[str, Any]) -> str:
+    """One sentence: in how few directions the whole training moved; ``""`` where fewer than three checkpoints tell.
+
+    Args:
+        summary: Of one run, see ``summarise``.
+    """
+    path = summary["path"]
+    if path is None or path["checkpoints"] < 3 or path["participation_ratio"] is None:
+        return ""
+    first = path["component_share"][0]
+    straight = "" if path["straightness"] is None else f", and a straightness of {number(path['straightness'])}"
+    return (
+        f"The path through {counted(path['checkpoints'], 'checkpoint')}, all matrices as one, has "
+        f"{percent(first)} of its squared distances in one direction (participation ratio "
+        f"{number(path['participation_ratio'])}){straight} (1: a straight line)."
+    )
+
+
+def beside_the_base(summary: Mapping[str, Any]) -> str:
+    """One or two sentences: updates beside the weights they changed; ``""`` without a base."""
+    base = summary["base"]
+    if base is None or base["relative_size"] is None:
+        return ""
+    found = f"It is {percent(base['relative_size'])} of the norm of the weights before training, in the median matrix."
+    if base.get("overlap_left") is None:
+        return found
+    return (
+        f"{found} Its {base['k']} leading directions overlap with those of the base by {number(base['overlap_left'])} "
+        f"(chance {number(base['overlap_left_null'])}), and intruder dimensions hold "
+        f"{percent(base['intruder_energy'])} of the energy in the leading directions "
+        f"(chance {percent(base['intruder_energy_null'])})."
+    )
 
 
 def how_steep(summary: Mapping[str, Any]) -> str:
@@ -108,5 +150,5 @@ def how_steep(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _chance(rank: Mapping[str, float | None], who: str = "a random LoRA of the same shape has") -> str:
+def _chance(rank: Mapping[str, float | None], who: str) -> str:
     return "" if rank["null_mean"] is None else f"; {who} {number(rank['null_mean'])}"

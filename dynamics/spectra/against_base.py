@@ -33,12 +33,12 @@ class Decomposition:
     Args:
         left: ``(out, k)``, orthonormal columns, k = min(out, in).
         values: ``(k,)``, descending.
-        right: ``(in, k)``.
+        right: ``(in, j)``, the j ≤ k leading ones.
     """
 
     left: Float[Tensor, "out k"]
     values: Float[Tensor, " k"]
-    right: Float[Tensor, "in k"]
+    right: Float[Tensor, "in j"]
 
 
 @dataclass(frozen=True)

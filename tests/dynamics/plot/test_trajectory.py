@@ -68,7 +68,7 @@ def test_one_step_shows_its_quartiles_and_its_null():
     stored = tree["summary"]["effective_rank_energy_quantile"].sel(kind="total").values[0]
     assert quartiles.get_paths()[0].vertices[:, 1].tolist() == [stored[0], stored[2]]
     assert figure.axes[0].get_xticks().tolist() == [100]
-    assert labels(figure)[-1] == "random LoRA of the same shape, 5–95 %"
+    assert labels(figure)[-1] == "chance, the same shape, 5–95 %"
 
 
 def test_without_a_value_it_says_so():

@@ -10,7 +10,7 @@ from tests.trees import example_runs, example_tree, matrix_names
 KEYS = {
     "captured",
     "gradient",
-    "fisher",
+    "fisher", "path", "base",
     "toolkit_version", "run", "label", "created", "steps", "segments", "matrices", "last_step", "suggested_rank_energy",
     "totals", "over_matrices", "roles", "table", "findings",
 }  # fmt: skip
