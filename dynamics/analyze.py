@@ -47,6 +47,9 @@ def analyze(
     intruders: Annotated[
         bool, typer.Option("--intruders", help="Compare directions with the base's too: seconds a matrix.")
     ] = False,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Measure the last checkpoint's weights themselves too.")
+    ] = False,
     probe: Annotated[
         str | None,
         typer.Option(
@@ -78,7 +81,7 @@ def analyze(
     Exit status: 0 analysed; 1 something was refused or not finite (named, the rest is saved); 2 nothing analysed.
     """
     asked = {"matrices": matrices, "device": device, "report": report, "base": base and str(base)}
-    asked |= {"intruders": intruders, "probe": probe}
+    asked |= {"intruders": intruders, "weights": weights, "probe": probe}
     sys.exit(_analyze(runs, asked, out, as_json, progress, quiet))
 
 

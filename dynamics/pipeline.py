@@ -21,6 +21,7 @@ from dynamics.findings import Finding
 from dynamics.report import summarise
 from dynamics.spectra.beside_base import beside_base
 from dynamics.spectra.null_models import SEED
+from dynamics.spectra.of_weights import weights_of
 from dynamics.spectra.over_trajectory import raw_spectra
 from dynamics.spectra.path_over_trajectory import path_of
 from dynamics.spectra.rank_suggestion import rank_pattern
@@ -53,6 +54,7 @@ class Options:
         report: Whether figures and ``report.html`` are made.
         base: Folder of the model's weights before training.
         intruders: Whether directions of the newest update are compared with the base's, which takes seconds a matrix.
+        weights: Whether spectra of the last checkpoint's weights themselves are wanted too.
         probe: ``module:function``; called with a checkpoint's folder, it returns the model there and its tasks.
     """
 
@@ -61,6 +63,7 @@ class Options:
     report: bool = True
     base: str | None = None
     intruders: bool = False
+    weights: bool = False
     probe: str | None = None
 
 
@@ -167,6 +170,8 @@ def _of_checkpoints(
         "path": path_of(trajectory),
         "base": beside_base(trajectory, update, directions=options.intruders, progress=shown),
     }
+    if options.weights:
+        found["weights"] = weights_of(trajectory)
     return {name: dataset for name, dataset in found.items() if dataset is not None}
 
 

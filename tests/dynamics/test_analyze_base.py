@@ -54,6 +54,13 @@ def test_totals_are_since_the_base(tmp_path):
     assert "of the norm of the weights before training" in " ".join(result.stdout.split())
     assert "The path through 3 checkpoints, all matrices as one" in " ".join(result.stdout.split())
     assert np.isfinite(tree["base"]["intruder_energy"]).all()
+    assert "weights" not in tree.children
+
+
+def test_the_weights_themselves(tmp_path):
+    run = write_dense_run(tmp_path / "run")
+    assert analyze(run, "--weights").exit_code == 0
+    assert np.isfinite(open_run(run)["weights"]["stable_rank"]).all()
 
 
 def test_without_a_base_the_first_checkpoint_is_the_start(tmp_path):
