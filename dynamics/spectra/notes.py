@@ -107,7 +107,7 @@ def _against_null(update: xr.Dataset) -> Iterator[Finding]:
         yield Finding(
             "OD205",
             f"At step {int(last['step'])} the update of {_count(below, int(known.sum()))} has less spectral entropy "
-            f"than {100 - PERCENTILE:.0f} % of random LoRA updates of its shape; median deficit {deficit:.2f} nat. "
+            f"than {100 - PERCENTILE:.0f} % of random updates of its shape; median deficit {deficit:.2f} nat. "
             "Any trained update is expected to; how much is what compares runs.",
             step=int(last["step"]),
             evidence={"threshold_percentile": PERCENTILE, "median_deficit_nat": deficit, **_named(below)},

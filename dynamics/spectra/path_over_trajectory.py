@@ -20,7 +20,7 @@ from dynamics.spectra.path import PathShape, path_gram, path_shape
 from probes.low_rank import LowRankMatrix
 
 #: Bytes of float64 rows of all checkpoints that are in memory at once.
-BUDGET = 2**28
+BUDGET = 2**26
 
 _WORDS = {
     "gram": ("weight²", "inner products of the updates", "⟨ΔW_t, ΔW_u⟩ summed over matrices; NaN between trainings"),

@@ -3,18 +3,17 @@
     python -m tests.benchmarks.dense [--rounds 3] [--threads 2] [--layers 22]
 
 1. The exact spectrum of a float32 matrix of 2048 × 5632 and of 4096 × 4096, by the Gram of the shorter side in float64,
-   beside `torch.linalg.svdvals` in float32: contestants in turns, ratio of each round, median and range, and by how much
-   effective ranks differ.
-2. A checkpoint of TinyLlama's shapes (random bfloat16 weights, `--layers` of its 22 layers, no embeddings) and its base, analysed
-   as a whole process: time, and peak memory beside its bound, the two largest tensors in float64 and 1 GiB. Then the
-   spectra of as many weights by weightwatcher's `analyze`, for stable rank, spectral norm and entropy.
+   beside `torch.linalg.svdvals` in float32: contestants in turns, ratio of each round, median and range, and by how
+   much effective ranks differ.
+2. A checkpoint of TinyLlama's shapes (random bfloat16 weights, `--layers` of its 22 layers, no embeddings) and its
+   base, analysed as a whole process: time, and peak memory beside its bound, the two largest tensors in float64 and 1 GiB.
+   Then the spectra of as many weights by weightwatcher's `analyze`, for stable rank, spectral norm and entropy.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import resource
 import statistics
 import subprocess
 import sys
@@ -89,6 +88,18 @@ def write_checkpoints(folder: Path, layers: int) -> None:
         save_file(moved, folder / name / "model.safetensors", metadata={"format": "pt"})
 
 
+def own_memory_of(process: subprocess.Popen[bytes]) -> float:
+    """Peak memory of a process in GiB, sampled until it ends; pages of the mapped weight files are not its own."""
+    peak = 0
+    while process.poll() is None:
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        peak = max([peak, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))])
+        time.sleep(0.02)
+    if process.returncode:
+        raise RuntimeError(f"The analysis ended with exit status {process.returncode}.")
+    return peak / 2**20
+
+
 def whole_checkpoint(layers: int) -> None:
     """The command as a process of its own, and weightwatcher on the same weights."""
     with tempfile.TemporaryDirectory() as place:
@@ -97,9 +108,8 @@ def whole_checkpoint(layers: int) -> None:
         size = sum(file.stat().st_size for file in (folder / "run").rglob("*.safetensors")) / 2**30
         command = [sys.executable, "-m", "dynamics.analyze", folder / "run", "--base", folder / "base", "--no-report"]
         start = time.perf_counter()
-        subprocess.run([*map(str, command), "--quiet"], check=True)
+        peak = own_memory_of(subprocess.Popen([*map(str, command), "--quiet"]))
         ours = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         bound = 2 * 8 * HIDDEN * INNER / 2**30 + 1
         print(f"\n{layers} layers of TinyLlama, {7 * layers} matrices, {size:.2f} GiB in bfloat16:")
         print(f"  dynamics.analyze --base: {ours:.0f} s, peak {peak:.2f} GiB (bound {bound:.2f} GiB)")

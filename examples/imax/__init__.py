@@ -1,0 +1,1 @@
+"""IMAX in miniature: image-centric against decentralised annotation, on synthetic chest radiographs."""
