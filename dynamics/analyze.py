@@ -18,6 +18,7 @@ from dynamics._version import __version__
 if TYPE_CHECKING:
     import xarray as xr
 
+_LEVELS = ("error", "warning", "note")
 ANALYSED, INPUT_REFUSED, NOTHING_ANALYSED, INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -63,12 +64,26 @@ def analyze(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where results go. [default: RUN/dynamics]", show_default=False)
     ] = None,
+    scores: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Scores: a CSV (run, step, task, score), or results of an evaluation."),
+    ] = None,
+    higher: Annotated[
+        list[str] | None, typer.Option(metavar="TASK", help="Of this task, a higher score is better.")
+    ] = None,
+    lower: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Of this task, a lower score is.")] = None,
+    headline: Annotated[
+        str | None, typer.Option(metavar="MEASURE", help="The one measure named before looking at scores.")
+    ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Make figures and report.html.")] = True,
     progress: Annotated[
         bool | None, typer.Option("--progress/--no-progress", help="Show progress on stderr. [default: if a terminal]")
     ] = None,
+    fail_on: Annotated[
+        str, typer.Option(metavar="note|warning|error", help="Exit status 1 for findings of this level or above.")
+    ] = "error",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
@@ -81,8 +96,11 @@ def analyze(
     Exit status: 0 analysed; 1 something was refused or not finite (named, the rest is saved); 2 nothing analysed.
     """
     asked = {"matrices": matrices, "device": device, "report": report, "base": base and str(base)}
-    asked |= {"intruders": intruders, "weights": weights, "probe": probe}
-    sys.exit(_analyze(runs, asked, out, as_json, progress, quiet))
+    asked |= {"intruders": intruders, "weights": weights, "probe": probe, "headline": headline}
+    asked |= {"scores": tuple(map(str, scores or ())), "higher": tuple(higher or ()), "lower": tuple(lower or ())}
+    if fail_on not in _LEVELS:
+        raise typer.BadParameter(f"expected note, warning or error, got {fail_on!r}", param_hint="--fail-on")
+    sys.exit(_analyze(runs, asked, out, as_json, progress, quiet, fail_on))
 
 
 def _analyze(
@@ -92,6 +110,7 @@ def _analyze(
     as_json: bool,
     progress: bool | None,
     quiet: bool,
+    fail_on: str = "error",
 ) -> int:
     try:
         # Here, not above: --help must not wait for torch.
@@ -115,7 +134,7 @@ def _analyze(
         except (OSError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
             _complain(str(error) or type(error).__name__)
             return NOTHING_ANALYSED
-        return _tell(tree, folder, as_json, options.report, quiet)
+        return _tell(tree, folder, as_json, options.report, quiet, fail_on)
     except KeyboardInterrupt as interrupt:
         # Not by _complain, which imports: ^C may have come in the middle of that.
         typer.echo(
@@ -124,7 +143,7 @@ def _analyze(
         return INTERRUPTED
 
 
-def _tell(tree: xr.DataTree, folder: Path, as_json: bool, with_report: bool, quiet: bool) -> int:
+def _tell(tree: xr.DataTree, folder: Path, as_json: bool, with_report: bool, quiet: bool, fail_on: str) -> int:
     from rich.console import Console
 
     from dynamics.report import all_findings, finding_lines, summarise, terminal_summary
@@ -138,7 +157,8 @@ def _tell(tree: xr.DataTree, folder: Path, as_json: bool, with_report: bool, qui
         typer.echo(folder / ("report.html" if with_report else "summary.json"))
     for line in finding_lines(summary, _told(quiet)):
         _complain(line)
-    failed = any(finding["severity"] == "error" for finding in all_findings(summary))
+    counted = _LEVELS[: _LEVELS.index(fail_on) + 1]
+    failed = any(finding["severity"] in counted for finding in all_findings(summary))
     return INPUT_REFUSED if failed else ANALYSED
 
 

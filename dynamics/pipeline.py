@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,9 @@ from dynamics import schema
 from dynamics.checkpoint_probe import Loader, load_function, probe_checkpoints
 from dynamics.checkpoints import NotARun, Trajectory
 from dynamics.checkpoints.logs import log_groups
+from dynamics.checkpoints.score_files import read_scores, score_files
 from dynamics.findings import Finding
+from dynamics.relate.of_runs import relate
 from dynamics.report import summarise
 from dynamics.spectra.beside_base import beside_base
 from dynamics.spectra.null_models import SEED
@@ -29,6 +32,7 @@ from dynamics.store import (
     FOLDER,
     RESULT,
     encodable,
+    encodable_dataset,
     provenance,
     staged,
     write_text,
@@ -56,6 +60,9 @@ class Options:
         intruders: Whether directions of the newest update are compared with the base's, which takes seconds a matrix.
         weights: Whether spectra of the last checkpoint's weights themselves are wanted too.
         probe: ``module:function``; called with a checkpoint's folder, it returns the model there and its tasks.
+        scores: Score files, beside those that lie in the runs.
+        higher, lower: Tasks of which a higher, or a lower, score is better, where names do not tell.
+        headline: The measure named before looking at associations and comparisons; see :mod:`dynamics.relate.of_runs`.
     """
 
     matrices: str | None = None
@@ -65,6 +72,10 @@ class Options:
     intruders: bool = False
     weights: bool = False
     probe: str | None = None
+    scores: tuple[str, ...] = ()
+    higher: tuple[str, ...] = ()
+    lower: tuple[str, ...] = ()
+    headline: str | None = None
 
 
 DEFAULTS = Options()
@@ -117,6 +128,7 @@ def analyze_run(
             for name, source in sources.items()
         }
         tree = _joined(trees, refused, configuration) if isinstance(run, Mapping) else next(iter(trees.values()))
+        _relate(tree, trees, {name: runs[name] for name in sources}, options, labels or {})
         schema.check(tree)
         with writing(folder):
             _write(tree, stage, options)
@@ -288,6 +300,30 @@ def _joined(
     tree.attrs = provenance("", configuration, inputs, SEED)
     tree.attrs["findings"] = as_json(refused)
     return tree
+
+
+def _relate(
+    tree: xr.DataTree,
+    trees: Mapping[str, xr.DataTree],
+    folders: Mapping[str, Path],
+    options: Options,
+    labels: Mapping[str, str],
+) -> None:
+    """Adds ``/association`` and ``/comparison`` to the root, where there are scores or groups."""
+    named = trees if "runs" in tree.children else {Path(os.path.abspath(folders[""])).name: tree}
+    places = dict(zip(named, folders.values(), strict=True))
+    files = [read_scores(path, run=name) for name, folder in places.items() for path in score_files(folder)]
+    files += [read_scores(path) for path in options.scores]
+    rows = [row for file in files for row in file.rows]
+    directions = dict.fromkeys(options.higher, "higher") | dict.fromkeys(options.lower, "lower")
+    related = relate(named, rows, headline=options.headline, directions=directions, labels=labels)
+    for name, group in related.groups.items():
+        tree[name] = xr.DataTree(encodable_dataset(group.assign_attrs(encodable(group.attrs))))
+    found = [finding for file in files for finding in file.findings]
+    if related.groups or rows or options.scores:
+        found += related.findings
+    if found:
+        tree.attrs["findings"] = json.dumps([*json.loads(tree.attrs["findings"]), *json.loads(as_json(found))])
 
 
 def _write(tree: xr.DataTree, stage: Path, options: Options) -> None:

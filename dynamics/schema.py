@@ -136,6 +136,17 @@ OF_CHECKPOINTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "base": {"relative_size": ("step", "matrix"), "base_norm": ("matrix",)},
 }
+#: Dimensions of the main variables of what relates runs to scores and to each other; at the root.
+RELATED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "association": dict.fromkeys(
+        ("coefficient", "low", "high", "p_value", "q_value", "n_runs", "method"), ("measure", "task")
+    ),
+    "comparison": {
+        **dict.fromkeys(("difference", "low", "high", "p_value"), ("comparison", "measure", "step")),
+        "mean_difference": ("comparison", "measure"),
+        "value": ("run", "step", "measure"),
+    },
+}
 SAMPLE_LABELS = ("sample_task", "sample_group", "sample_id")
 #: The block of all trainable parameters together, and the task that stands for all samples.
 GLOBAL, ALL = "global", "all"
@@ -225,6 +236,9 @@ def check(tree: xr.DataTree) -> None:
     runs = tree.children.get("runs")
     trees = {"": tree} if runs is None else {f"/runs/{name}": child for name, child in runs.children.items()}
     broken = [f"{path}{problem}" for path, run in trees.items() for problem in _problems(run)]
+    for name, dims in RELATED.items():
+        if name in tree.children:
+            broken += _dimension_problems(f"/{name}", tree[name].to_dataset(), dims)
     if runs is not None and not trees:
         broken.append("/runs is empty")
     if broken:

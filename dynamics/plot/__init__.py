@@ -1,5 +1,7 @@
 """Finished numbers, drawn. Each function takes a result and returns a matplotlib ``Figure``; nothing is computed."""
 
+from dynamics.plot.association import association
+from dynamics.plot.comparison import comparison
 from dynamics.plot.concentration import concentration
 from dynamics.plot.figures import figures
 from dynamics.plot.fisher_spectrum import fisher_spectrum
@@ -16,6 +18,8 @@ from dynamics.plot.training_log import training_log
 from dynamics.plot.trajectory import trajectory
 
 __all__ = [
+    "association",
+    "comparison",
     "concentration",
     "figures",
     "fisher_spectrum",

@@ -6,6 +6,8 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
+from dynamics.plot.association import association
+from dynamics.plot.comparison import comparison
 from dynamics.plot.fisher_figures import fisher_figures
 from dynamics.plot.gradient import NORM, gradient
 from dynamics.plot.heatmap import heatmap
@@ -39,7 +41,7 @@ def figures(tree: xr.DataTree) -> dict[str, Figure]:
         tree: A result; of several runs the names are ``<run>/<figure>``.
     """
     if "runs" in tree.children:
-        return {
+        return _related(tree) | {
             f"{run}/{name}": figure
             for run, each in tree["runs"].children.items()
             for name, figure in figures(each).items()
@@ -54,7 +56,7 @@ def figures(tree: xr.DataTree) -> dict[str, Figure]:
     }
     if has_group(tree, "summary_gradient"):
         drawn |= _gradients(tree)
-    drawn |= fisher_figures(tree)
+    drawn |= fisher_figures(tree) | _related(tree)
     if "training" in tree.children and has_values(logged_number(group(tree, "training"), "loss")):
         drawn["training_loss"] = training_log(tree, variable="loss")
     for variable in HEATMAPS:
@@ -63,6 +65,12 @@ def figures(tree: xr.DataTree) -> dict[str, Figure]:
     if standouts(update):
         drawn["spectra"] = spectra_of_standouts(tree)
     return drawn
+
+
+def _related(tree: xr.DataTree) -> dict[str, Figure]:
+    """What relates runs to scores and to each other."""
+    drawn = {"association": association(tree)} if has_group(tree, "association") else {}
+    return drawn | ({"comparison": comparison(tree)} if has_group(tree, "comparison") else {})
 
 
 def _gradients(tree: xr.DataTree) -> dict[str, Figure]:

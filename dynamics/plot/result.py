@@ -29,6 +29,20 @@ def group(data: xr.DataTree | xr.Dataset, name: str) -> xr.Dataset:
     return data[name].to_dataset()
 
 
+def related(data: xr.DataTree | xr.Dataset, name: str) -> xr.Dataset:
+    """``/association`` or ``/comparison``, which stand at the root also of several runs.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if isinstance(data, xr.Dataset):
+        return data
+    if name not in data.children:
+        needs = "scores of its runs (--scores FILE)" if name == "association" else "groups of runs (LABEL=RUN)"
+        raise ValueError(f"Expected a result with the group /{name}, which needs {needs}; got {list(data.children)}.")
+    return data[name].to_dataset().load()
+
+
 def has_group(data: xr.DataTree | xr.Dataset, name: str) -> bool:
     """Whether the data is a tree with that group."""
     return isinstance(data, xr.DataTree) and name in data.children

@@ -22,6 +22,7 @@ from dynamics.report import words
 from dynamics.report.fisher_words import informative_directions
 from dynamics.report.grouped import evidence_words, grouped, place, severities
 from dynamics.report.markup import breakable, formula
+from dynamics.report.related import related_sections
 from dynamics.report.summary import summarise
 
 #: A longer table makes a page that is slow to open; the whole one is in summary.json.
@@ -105,6 +106,7 @@ def page(tree: xr.DataTree, *, figures: Mapping[str, str] | None = None) -> str:
     return _TEMPLATES.get_template("page.html.j2").render(
         runs=runs,
         several=several,
+        related=related_sections(tree, figures),
         refused=grouped(json.loads(tree.attrs.get("findings", "[]"))) if several else [],
         script=Markup(script),
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),

@@ -55,18 +55,21 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         - ``fisher``: ``None``, or informative directions, the update in them, and tasks, see ``fisher_summary``;
         - ``path``: ``None``, or the shape of the newest training's path through its checkpoints;
         - ``base``: ``None``, or medians over matrices of updates beside the weights they changed;
+        - ``association`` with scores and ``comparison`` of groups: ``None``, or the ``headline`` measure named before
+          looking and ``statements``, those of the headline first;
         - ``totals`` of the direct sum of all updates; ``over_matrices``: quartiles, and the medians of the null;
         - ``roles``, most energy first; ``table``, a row for each matrix, largest update first;
         - ``suggested_rank_energy``, the share of energy that the suggested ranks hold; ``findings``.
 
         All numbers are of the total update, i.e. since the start of training, at the last step. For several runs
-        ``{"runs": {name: …}, "findings": […]}``, these findings being about runs that could not be opened.
+        ``{"runs": {name: …}, "association": …, "comparison": …, "findings": […]}``, these findings being about all
+        runs, and about runs that could not be opened.
 
     Example: ``summarise(dynamics.open_run("runs/imax"))["totals"]["frobenius_norm_all"]``
     """
     if "runs" in tree.children:
         runs = {str(name): summarise(run) for name, run in tree["runs"].children.items()}
-        return {"runs": runs, "findings": _findings(tree)}
+        return {"runs": runs, **_related(tree), "findings": _findings(tree)}
     update = tree["update"].to_dataset().load()
     last = update.isel(step=-1).sel(kind="total")
     return {
@@ -83,6 +86,7 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         "fisher": fisher_summary(tree),
         "path": _path(tree),
         "base": _base(tree),
+        **_related(tree),
         "suggested_rank_energy": float(update["suggested_rank"].attrs["energy"]),
         "totals": {name: _number(last[name]) for name in _TOTALS},
         "over_matrices": _over_matrices(tree["summary"].to_dataset().load()),
@@ -142,6 +146,18 @@ def _gradient(tree: xr.DataTree) -> dict[str, Any] | None:
             for name in _OF_GRADIENTS
         },
     }
+
+
+def _related(tree: xr.DataTree) -> dict[str, Any]:
+    """What relates runs to scores and to each other, in sentences."""
+    found: dict[str, Any] = {}
+    for name in ("association", "comparison"):
+        if name not in tree.children:
+            found[name] = None
+            continue
+        attributes = tree[name].attrs
+        found[name] = {"headline": str(attributes["headline"]), "statements": [*map(str, attributes["statements"])]}
+    return found
 
 
 def _path(tree: xr.DataTree) -> dict[str, Any] | None:

@@ -17,6 +17,8 @@ from dynamics.report.words import answers, number, what_was_analysed
 
 #: Rows of the table: what fits a screen together with the findings.
 ROWS = 12
+#: Sentences of each kind; all are in the result.
+STATEMENTS = 5
 _NAME_WIDTH = 34
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
@@ -32,7 +34,7 @@ def terminal_summary(summary: Mapping[str, Any]) -> RenderableType:
     """
     if "runs" in summary:
         runs = [part for name, run in summary["runs"].items() for part in (*_one_run(name, run), Text())]
-        return Group(*runs, *_findings(summary["findings"]))
+        return Group(*_statements(summary), *runs, *_findings(summary["findings"]))
     return Group(*_one_run(summary["run"], summary))
 
 
@@ -44,11 +46,19 @@ def _one_run(name: str, summary: Mapping[str, Any]) -> list[RenderableType]:
         head,
         *said,
         *of_the_fisher,
+        *_statements(summary),
         Text(),
         _table(summary),
         Text(),
         *_findings(summary["findings"]),
     ]
+
+
+def _statements(summary: Mapping[str, Any]) -> list[RenderableType]:
+    """How groups differ, and what goes with scores; those of the measure named before looking, and what holds."""
+    found = [summary[name] for name in ("comparison", "association") if summary[name] is not None]
+    said = [sentence for each in found for sentence in each["statements"][:STATEMENTS]]
+    return [*(part for sentence in said for part in (Text(), Text(sentence))), *([Text()] if said else [])]
 
 
 def _table(summary: Mapping[str, Any]) -> Table:

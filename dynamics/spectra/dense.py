@@ -25,6 +25,8 @@ AMPLITUDE_ERROR = 1e-6
 _ROUNDING = 4.0
 #: The smallest σ/σ₁ that ``numerical_rank`` asks about must lie this far above what the Gram resolves.
 _MARGIN = 10.0
+#: Entries between these square and add up without overflow, and without loss below the smallest number.
+_SQUARES_SAFELY = (1e-100, 1e100)
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,14 @@ def dense_spectrum(
     if not bool(dense.isfinite().all()):
         return DenseSpectrum(torch.full((count,), torch.nan, dtype=torch.float64), "failed")
     if method != "svd":
-        # To the order of one: squares of small updates would be lost below 1e-154.
-        size = float(dense.abs().max()) if dense.numel() else 0.0
+        size = max(float(dense.max()), -float(dense.min())) if dense.numel() else 0.0
         if size == 0.0:
             return DenseSpectrum(torch.zeros(count, dtype=torch.float64), "gram")
-        values = _from_gram(gram(dense / size))
+        # To the order of one, where squares would be lost below 1e-154; else without another copy of the matrix.
+        scale = 1.0 if _SQUARES_SAFELY[0] < size < _SQUARES_SAFELY[1] else size
+        values = _from_gram(gram(dense if scale == 1.0 else dense / scale))
         if values is not None and (method == "gram" or gram_suffices(values, resolution)):
-            return DenseSpectrum(values * size, "gram")
+            return DenseSpectrum(values * scale, "gram")
     try:
         return DenseSpectrum(torch.linalg.svdvals(dense).cpu(), "svd")
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]

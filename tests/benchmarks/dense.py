@@ -6,7 +6,8 @@
    beside `torch.linalg.svdvals` in float32: contestants in turns, ratio of each round, median and range, and by how
    much effective ranks differ.
 2. A checkpoint of TinyLlama's shapes (random bfloat16 weights, `--layers` of its 22 layers, no embeddings) and its
-   base, analysed as a whole process: time, and peak memory beside its bound, the two largest tensors in float64 and 1 GiB.
+   base, analysed as a whole process: time, and peak memory beside its bound, the two largest tensors in float64 and
+   1 GiB.
    Then the spectra of as many weights by weightwatcher's `analyze`, for stable rank, spectral norm and entropy.
 """
 

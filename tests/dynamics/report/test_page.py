@@ -306,7 +306,7 @@ def test_several_runs_have_a_section_each_and_contents():
     targets = [link["href"].removeprefix("#") for link in parsed.all("a")]
     assert targets == [article["id"] for article in parsed.all("article")]
     assert len(targets) == 2
-    assert "Runs that could not be analysed" in parsed.words()
+    assert "Findings about all runs" in parsed.words()
     assert len(parsed.all("h1")) == 1
 
 

@@ -1,0 +1,166 @@
+"""From results of runs and rows of scores to ``/association`` and ``/comparison``, with what a reader must know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from dynamics.checkpoints.score_files import ScoreRow
+from dynamics.findings import Finding
+from dynamics.relate.association import associate
+from dynamics.relate.comparison import compare
+from dynamics.relate.inputs import HEADLINE
+from dynamics.relate.notes import association_notes, comparison_notes
+from dynamics.relate.score_table import score_table
+from dynamics.schema import ALL, GLOBAL
+
+#: Leading directions at which the gain stands for concentration.
+GAIN_AT = 8
+#: Of the Fisher of all trainable parameters, all samples together: the primary measure, and the two of the literature.
+_OF_FISHER = (HEADLINE, "spectral_entropy", "dominant_ratio")
+#: Of updates, medians over matrices: how many directions, how dominated, how far below chance, how far moved.
+_OF_UPDATES = ("effective_rank_energy", "stable_rank", "entropy_deficit", "frobenius_norm")
+#: Stands for the headline where no run has a Fisher.
+UPDATE_HEADLINE = f"increment/{HEADLINE}"
+
+
+@dataclass(frozen=True)
+class Related:
+    """What was related.
+
+    Args:
+        groups: ``association`` and ``comparison``, those that there are.
+        findings: Why one is missing, and what must be known of the others.
+    """
+
+    groups: Mapping[str, xr.Dataset]
+    findings: Sequence[Finding]
+
+
+def measures_of(tree: xr.DataTree) -> xr.Dataset:
+    """What is related of one run, ``(step)`` each: of the Fisher, of concentration, and of updates.
+
+    ``ln_participation_ratio``, ``spectral_entropy``, ``dominant_ratio`` of the Fisher; ``gain_8``; and medians over
+    matrices of increments and totals (``increment/effective_rank_energy``, …).
+    """
+    found: dict[str, xr.DataArray] = {}
+    if "fisher" in tree.children and GLOBAL in tree["fisher"].to_dataset()["block"].values:
+        fisher = tree["fisher"].to_dataset().sel(block=GLOBAL, task=ALL)
+        found |= {name: fisher[name] for name in _OF_FISHER}
+    if "concentration" in tree.children and GLOBAL in tree["concentration"].to_dataset()["block"].values:
+        shares = tree["concentration"].to_dataset().sel(block=GLOBAL)
+        if GAIN_AT in shares["k"].values:
+            found[f"gain_{GAIN_AT}"] = shares["gain"].sel(k=GAIN_AT)
+    summary = tree["summary"].to_dataset().sel(quantile=0.5)
+    for kind in ("increment", "total"):
+        here = summary.sel(kind=kind)
+        found |= {f"{kind}/{name}": here[f"{name}_quantile"] for name in _OF_UPDATES}
+        found[f"{kind}/{HEADLINE}"] = _logarithm(here["participation_ratio_quantile"])
+    plain = {name: array.reset_coords(drop=True).astype(np.float64) for name, array in found.items()}
+    return xr.merge([array.rename(name) for name, array in plain.items()], join="outer").load()
+
+
+def relate(
+    runs: Mapping[str, xr.DataTree],
+    rows: Iterable[ScoreRow] = (),
+    *,
+    headline: str | None = None,
+    directions: Mapping[str, str] | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> Related:
+    """Relates measures of runs to their scores, and compares groups of runs.
+
+    Args:
+        runs: Run → its result.
+        rows: Scores from files, beside those in the results.
+        headline: The measure named before looking; by default ``ln_participation_ratio`` of the Fisher, of increments
+            where no run has a Fisher.
+        directions: Task → ``"higher"`` or ``"lower"``.
+        labels: Run → group; two groups or more are compared.
+
+    Raises:
+        ValueError: If the headline is no measure of any run, or a direction is none.
+    """
+    measures = _aligned({name: measures_of(tree) for name, tree in runs.items()})
+    chosen, findings = _headline(measures, headline)
+    steps = {name: measures["step"].values[_known(measures, name)].tolist() for name in runs}
+    scores = [*_rows_of(runs), *rows]
+    groups: dict[str, xr.Dataset] = {}
+    if scores:
+        table = score_table(scores, runs=steps, directions=directions)
+        findings += table.findings
+        if table.scores.sizes["task"] and table.scores.sizes["run"]:
+            association = associate(measures, table.scores, headline=chosen, directions=None)
+            groups["association"] = association
+            findings += association_notes(association)
+    elif directions:
+        findings.append(
+            Finding(
+                "OD512", f"A direction is given for {', '.join(directions)}, and there are no scores.", "Give them."
+            )
+        )
+    by_label = _by_label(runs, labels or {})
+    if len(by_label) > 1:
+        comparison = compare(measures, by_label, headline=chosen)
+        groups["comparison"] = comparison
+        findings += comparison_notes(comparison)
+    return Related(groups, findings)
+
+
+def _logarithm(ratio: xr.DataArray) -> xr.DataArray:
+    return np.log(ratio.where(ratio > 0))  # type: ignore[return-value]
+
+
+def _aligned(measures: Mapping[str, xr.Dataset]) -> xr.Dataset:
+    """Over the union of steps, NaN where a run has nothing."""
+    runs = xr.DataArray(list(measures), dims="run", name="run")
+    return xr.concat(list(measures.values()), dim=runs, join="outer", data_vars="all").sortby("step")
+
+
+def _headline(measures: xr.Dataset, asked: str | None) -> tuple[str, list[Finding]]:
+    names = [str(name) for name, array in measures.data_vars.items() if array.notnull().any()]
+    if asked is not None:
+        if asked not in names:
+            raise ValueError(f"headline: expected one of the measures {', '.join(names)}, got {asked!r}.")
+        return asked, []
+    if HEADLINE in names:
+        return HEADLINE, []
+    return UPDATE_HEADLINE, [
+        Finding(
+            "OD513",
+            f"No run has a Fisher, so the headline measure is {UPDATE_HEADLINE}: the median over matrices of the log "
+            "participation ratio of increments.",
+            "Probe samples in training (DynamicsCallback(out, tasks)) or afterwards (--probe), or name another measure "
+            "before looking (--headline).",
+        )
+    ]
+
+
+def _known(measures: xr.Dataset, run: str) -> np.ndarray:
+    """Steps at which the run has any measure."""
+    return measures.sel(run=run).to_dataarray("measure").notnull().any("measure").values
+
+
+def _rows_of(runs: Mapping[str, xr.DataTree]) -> Iterator[ScoreRow]:
+    """Scores that stand in the results: the Trainer's log, and tasks that were scored."""
+    for run, tree in runs.items():
+        if "score" not in tree.children:
+            continue
+        group = tree["score"].to_dataset().load()
+        for step in group["step"].values.tolist():
+            for task in group["task"].values.tolist():
+                here = {name: float(group[name].sel(step=step, task=task)) for name in group.data_vars}
+                if np.isfinite(here["score"]):
+                    items, error = here.get("items", np.nan), here.get("standard_error", np.nan)
+                    yield ScoreRow(run, step, task, here["score"], items, error)
+
+
+def _by_label(runs: Mapping[str, xr.DataTree], labels: Mapping[str, str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for run in runs:
+        if run in labels:
+            groups.setdefault(labels[run], []).append(run)
+    return groups

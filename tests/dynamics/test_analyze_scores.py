@@ -1,0 +1,147 @@
+"""Several runs with scores and groups: what goes with scores, how groups differ, by the command line."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from dynamics import analyze_run, open_run, schema
+from dynamics.analyze import app
+from dynamics.pipeline import Options
+from dynamics.relate.of_runs import UPDATE_HEADLINE
+from tests.runs import write_run, write_state
+
+STEPS = (10, 20, 30, 40)
+RUNS = ("imax_s1", "imax_s2", "imax_s3", "dmax_s1", "dmax_s2", "dmax_s3")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for number, name in enumerate(RUNS):
+        write_run(folder / name, steps=STEPS, seed=number)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scores(runs):
+    rng = np.random.default_rng(0)
+    lines = ["run,step,task,score"]
+    lines += [f"{run},{step},vqa/accuracy,{rng.uniform():.3f}" for run in RUNS for step in STEPS]
+    lines += [f"{run},{step},report/loss,{rng.uniform():.3f}" for run in RUNS for step in STEPS]
+    path = runs / "scores.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def analyze(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def labelled(runs):
+    return [f"{run[:4]}={runs / run}" for run in RUNS]
+
+
+def codes(tree):
+    return {finding["code"] for finding in json.loads(tree.attrs["findings"])}
+
+
+@pytest.fixture(scope="module")
+def result(runs, scores, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "dynamics"
+    found = analyze(*labelled(runs), "--scores", scores, "--out", out)
+    assert found.exit_code == 0, found.stderr
+    return found, out
+
+
+def test_groups_are_compared_and_related(result):
+    found, out = result
+    tree = open_run(out.parent)
+    schema.check(tree)
+    association, comparison = (tree[name].to_dataset() for name in ("association", "comparison"))
+    assert association.attrs["headline"] == comparison.attrs["headline"] == UPDATE_HEADLINE
+    assert association["task"].values.tolist() == ["all", "vqa/accuracy", "report/loss"]
+    assert association["direction"].values.tolist() == [1, 1, -1]
+    assert (association["n_runs"].sel(measure=UPDATE_HEADLINE) == 6).all()
+    assert comparison["comparison"].values.tolist() == ["imax − dmax"]
+    assert comparison["n_pairs"].values.tolist() == [3]
+    text = " ".join(found.stdout.split())
+    assert "cannot be decided with n = 3; the smallest possible p is 0.25" in text
+    assert text.index("cannot be decided") < text.index("imax_s1: 4 checkpoints")
+    assert {"OD507", "OD513"} <= codes(tree)
+
+
+def test_the_page_answers_first_and_links_to_its_tables(result):
+    page = (result[1] / "report.html").read_text()
+    first = page.index("How do the groups differ, and what goes with scores?")
+    assert first < page.index('id="run0"')
+    assert page.count('href="#comparison"') >= 1
+    assert 'id="association"' in page
+    assert "<figcaption>Every run, and the median of each group.</figcaption>" in page
+    summary = json.loads((result[1] / "summary.json").read_text())
+    assert summary["comparison"]["statements"][0] in page.replace("&#39;", "'")
+
+
+def test_a_single_run_is_described(runs, scores, tmp_path):
+    out = tmp_path / "dynamics"
+    found = analyze(runs / "imax_s1", "--scores", scores, "--out", out, "--no-report")
+    assert found.exit_code == 0
+    tree = open_run(tmp_path)
+    assert tree["association"].attrs["question"] == "one_run"
+    assert "OD501" in codes(tree)  # the file has scores of other runs
+    assert "Nothing can be said of increment/ln_participation_ratio" in " ".join(found.stdout.split())
+
+
+def test_scores_of_the_trainers_log_are_found(tmp_path):
+    for number in range(3):
+        run = write_run(tmp_path / f"run_{number}", steps=STEPS, seed=number)
+        log = [{"step": step, "eval_vqa_accuracy": step / 100 + number} for step in STEPS]
+        write_state(run / f"checkpoint-{STEPS[-1]}", STEPS[-1], log)
+    tree = analyze_run({f"run_{n}": tmp_path / f"run_{n}" for n in range(3)}, out=tmp_path / "out")
+    assert tree["association"]["task"].values.tolist() == ["eval_vqa_accuracy"]
+
+
+def test_without_scores_or_groups_nothing_is_added(runs, tmp_path):
+    tree = analyze_run({"a": runs / "imax_s1", "b": runs / "imax_s2"}, out=tmp_path, options=Options(report=False))
+    assert set(tree.children) == {"runs"}
+    assert codes(tree) == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--headline", "nothing"], "headline: expected one of the measures"),
+        (["--fail-on", "never"], "expected note, warning or error, got 'never'"),
+    ],
+)
+def test_what_is_no_argument_ends_with_two(runs, tmp_path, arguments, words):
+    found = analyze(runs / "imax_s1", runs / "imax_s2", "--out", tmp_path / "o", "--no-report", *arguments)
+    assert found.exit_code == 2
+    assert words in " ".join(found.stderr.replace("│", " ").split())
+
+
+def test_a_score_file_that_is_none_is_named_and_the_rest_is_saved(runs, tmp_path):
+    (tmp_path / "bad.json").write_text("[1, 2]")
+    found = analyze(runs / "imax_s1", "--scores", tmp_path / "bad.json", "--out", tmp_path / "o", "--no-report")
+    assert found.exit_code == 1
+    assert "OD506" in found.stderr
+    assert (tmp_path / "o" / "analysis.zarr").exists()
+
+
+def test_directions_can_be_said(runs, tmp_path):
+    path = tmp_path / "scores.csv"
+    path.write_text("\n".join(["run,step,task,score", *(f"imax_s1,{step},oddity,{step}" for step in STEPS)]))
+    options = Options(report=False, scores=(str(path),), lower=("oddity",))
+    tree = analyze_run(runs / "imax_s1", out=tmp_path / "o", options=options)
+    assert tree["association"]["direction"].values.tolist() == [-1]
+    undirected = analyze_run(runs / "imax_s1", out=tmp_path / "p", options=Options(report=False, scores=(str(path),)))
+    assert "OD505" in codes(undirected)
+
+
+@pytest.mark.parametrize(("level", "status"), [("error", 0), ("note", 1)])
+def test_findings_can_fail_a_build(runs, tmp_path, level, status):
+    found = analyze(runs / "imax_s1", "--out", tmp_path / "o", "--no-report", "--fail-on", level)
+    assert found.exit_code == status
