@@ -1,0 +1,117 @@
+"""Differences between groups beside scipy's intervals and relabellings written out."""
+
+import re
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+import xarray as xr
+from scipy import stats
+
+from dynamics.relate import compare, comparison_notes
+
+STEPS = [10, 20]
+
+
+def grouped(first, second, pairs=True):
+    """Two groups of runs, named in pairs or not."""
+    a = [f"imax_s{n}" if pairs else f"i{n}x" for n in range(len(first))]
+    b = [f"dmax_s{n}" if pairs else f"d{n}y" for n in range(len(second))]
+    values = np.concatenate([first, second])[..., None]
+    array = xr.DataArray(values, {"run": a + b, "step": STEPS, "measure": ["m"]}, ("run", "step", "measure"))
+    return array, {"imax": a, "dmax": b}
+
+
+def draws(seed, units):
+    return np.random.default_rng(seed).standard_normal((units, 2))
+
+
+def test_pairs_flip_signs():
+    first, second = draws(0, 7) + 0.5, draws(1, 7)
+    values, groups = grouped(first, second)
+    found = compare(values, groups, headline="m").isel(comparison=0, measure=0)
+    difference = (first - second).mean(1)
+    test = stats.ttest_1samp(difference, 0)
+    interval = test.confidence_interval()
+    assert found["mean_difference"].item() == pytest.approx(difference.mean())
+    assert (found["mean_low"].item(), found["mean_high"].item()) == pytest.approx((interval.low, interval.high))
+    t = [abs(stats.ttest_1samp(difference * signs, 0).statistic) for signs in product([1, -1], repeat=7)]
+    assert found["mean_p_value"].item() == pytest.approx(np.mean(np.array(t) >= t[0] - 1e-9))
+    assert found["n_pairs"] == 7
+    at_step = stats.ttest_1samp(first[:, 0] - second[:, 0], 0).confidence_interval()
+    assert found["low"].sel(step=10).item() == pytest.approx(at_step.low)
+
+
+def test_groups_without_pairs_are_relabelled():
+    first, second = draws(2, 4) + 1, draws(3, 5)
+    values, groups = grouped(first, second, pairs=False)
+    found = compare(values, groups, headline="m").isel(comparison=0, measure=0)
+    a, b = first.mean(1), second.mean(1)
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    assert (found["mean_low"].item(), found["mean_high"].item()) == pytest.approx((interval.low, interval.high))
+    together = np.concatenate([a, b])
+    t = []
+    for chosen in combinations(range(9), 4):
+        rest = [place for place in range(9) if place not in chosen]
+        t.append(abs(stats.ttest_ind(together[list(chosen)], together[rest], equal_var=False).statistic))
+    assert found["mean_p_value"].item() == pytest.approx(np.mean(np.array(t) >= t[0] - 1e-9))
+    assert found["n_pairs"] == 0
+
+
+def test_three_pairs_cannot_be_decided():
+    values, groups = grouped(draws(4, 3) + 9, draws(5, 3))
+    found = compare(values, groups, headline="m")
+    statement = found["statement"].values[0, 0]
+    assert "cannot be decided with n = 3; the smallest possible p is 0.25" in statement
+    assert not found["holds"].any()
+    assert "OD507" in {finding.code for finding in comparison_notes(found)}
+
+
+def test_a_planted_difference_of_eight_pairs_is_shown():
+    values, groups = grouped(draws(6, 8) + 3, draws(7, 8))
+    found = compare(values, groups, headline="m").isel(comparison=0, measure=0)
+    assert found["holds"]
+    assert found["mean_p_value"].item() == pytest.approx(2 / 2**8)
+    assert found["statement"].item().startswith("m is higher in imax than in dmax")
+
+
+def test_every_run_stands_beside_the_medians():
+    first, second = draws(8, 3), draws(9, 3)
+    values, groups = grouped(first, second)
+    found = compare(values, groups, headline="m")
+    np.testing.assert_allclose(found["group_median"].sel(group="imax").values[:, 0], np.median(first, axis=0))
+    np.testing.assert_allclose(found["value"].sel(run="dmax_s1").values[:, 0], second[1])
+    assert found["run_pair"].values.tolist() == ["s0", "s1", "s2"] * 2
+
+
+def test_runs_without_partners_are_named():
+    values, groups = grouped(draws(10, 4), draws(11, 3))
+    found = compare(values, groups, headline="m")
+    assert found.attrs["unpaired"] == ["imax_s3"]
+    assert "OD511" in {finding.code for finding in comparison_notes(found)}
+
+
+def test_at_equal_loss():
+    first, second = draws(12, 4), draws(13, 4)
+    values, groups = grouped(first, second)
+    loss = xr.DataArray(np.tile([2.0, 1.0], (8, 1)), {"run": values["run"].values, "step": STEPS}, ("run", "step"))
+    found = compare(values, groups, headline="m", loss=loss).isel(comparison=0, measure=0)
+    at_high, at_low = (first - second).mean(0)
+    levels = found["loss_level"].values
+    assert ((levels >= 1) & (levels <= 2)).all()
+    np.testing.assert_allclose(found["at_loss_difference"], at_low + (levels - 1) * (at_high - at_low), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"imax": ["imax_s0"]}, "groups: expected at least two groups, got ['imax']."),
+        ({"imax": ["imax_s0"], "dmax": []}, "groups: expected runs in every group, got none in 'dmax'."),
+        ({"imax": ["imax_s0"], "dmax": ["x"]}, "groups: 'x' is not among the runs"),
+        ({"imax": ["imax_s0"], "dmax": ["imax_s0"]}, "groups: expected each run once, got 'imax_s0' in two places."),
+    ],
+)
+def test_what_are_no_groups_is_refused(groups, message):
+    values, _ = grouped(draws(0, 2), draws(1, 2))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compare(values, groups, headline="m")
