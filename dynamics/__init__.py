@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dynamics.fisher import concentration, fisher_measures, task_structure
     from dynamics.pipeline import Options, analyze_run
     from dynamics.recorder import Recorder
+    from dynamics.relate import associate, compare
     from dynamics.spectra.measures import (
         dominant_ratio,
         effective_rank,
@@ -41,6 +42,8 @@ _HOME = {
     "spectral_entropy": "dynamics.spectra.measures",
     "dominant_ratio": "dynamics.spectra.measures",
     "fisher_measures": "dynamics.fisher",
+    "associate": "dynamics.relate",
+    "compare": "dynamics.relate",
     "concentration": "dynamics.fisher",
     "task_structure": "dynamics.fisher",
 }
@@ -51,6 +54,8 @@ __all__ = [
     "Recorder",
     "__version__",
     "analyze_run",
+    "associate",
+    "compare",
     "concentration",
     "dominant_ratio",
     "effective_rank",

@@ -1,6 +1,7 @@
 """Finished numbers, drawn. Each function takes a result and returns a matplotlib ``Figure``; nothing is computed."""
 
 from dynamics.plot.association import association
+from dynamics.plot.association_grid import association_grid
 from dynamics.plot.comparison import comparison
 from dynamics.plot.concentration import concentration
 from dynamics.plot.figures import figures
@@ -11,6 +12,7 @@ from dynamics.plot.gradient import gradient
 from dynamics.plot.heatmap import heatmap
 from dynamics.plot.hover_heatmap import hover_heatmap
 from dynamics.plot.rarefaction import rarefaction
+from dynamics.plot.score_scatter import score_scatter
 from dynamics.plot.spectrum import spectrum
 from dynamics.plot.svg import to_svg
 from dynamics.plot.task_matrix import task_matrix
@@ -19,6 +21,7 @@ from dynamics.plot.trajectory import trajectory
 
 __all__ = [
     "association",
+    "association_grid",
     "comparison",
     "concentration",
     "figures",
@@ -29,6 +32,7 @@ __all__ = [
     "heatmap",
     "hover_heatmap",
     "rarefaction",
+    "score_scatter",
     "spectrum",
     "task_matrix",
     "to_svg",

@@ -7,11 +7,13 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from dynamics.plot.association import association
+from dynamics.plot.association_grid import association_grid
 from dynamics.plot.comparison import comparison
 from dynamics.plot.fisher_figures import fisher_figures
 from dynamics.plot.gradient import NORM, gradient
 from dynamics.plot.heatmap import heatmap
 from dynamics.plot.result import group, has_group
+from dynamics.plot.score_scatter import score_scatter
 from dynamics.plot.spectrum import spectra_of_standouts
 from dynamics.plot.standouts import standouts
 from dynamics.plot.training_log import logged_number, training_log
@@ -69,7 +71,11 @@ def figures(tree: xr.DataTree) -> dict[str, Figure]:
 
 def _related(tree: xr.DataTree) -> dict[str, Figure]:
     """What relates runs to scores and to each other."""
-    drawn = {"association": association(tree)} if has_group(tree, "association") else {}
+    drawn: dict[str, Figure] = {}
+    if has_group(tree, "association"):
+        drawn = {"association": association(tree), "association_scatter": score_scatter(tree)}
+        if tree["association"].sizes["task"] > 1:
+            drawn["association_grid"] = association_grid(tree)
     return drawn | ({"comparison": comparison(tree)} if has_group(tree, "comparison") else {})
 
 

@@ -94,7 +94,7 @@ def relate(
         findings += table.findings
         if table.scores.sizes["task"] and table.scores.sizes["run"]:
             association = associate(measures, table.scores, headline=chosen, directions=None)
-            groups["association"] = association
+            groups["association"] = _with_values(association, measures, table.scores)
             findings += association_notes(association)
     elif directions:
         findings.append(
@@ -108,6 +108,17 @@ def relate(
         groups["comparison"] = comparison
         findings += comparison_notes(comparison)
     return Related(groups, findings)
+
+
+def _with_values(association: xr.Dataset, measures: xr.Dataset, scores: xr.Dataset) -> xr.Dataset:
+    """What was related beside the associations, so that it can be drawn."""
+    values = measures.to_dataarray("measure").sel(measure=association["measure"].values)
+    values = values.transpose("run", "step", "measure").rename("measure_value")
+    values.attrs = {"units": "of the measure", "long_name": "measure of each run", "definition": "as it was related"}
+    given = scores["score"].rename(task="scored_task").reset_coords(drop=True)
+    runs = [run for run in values["run"].values if run in given["run"].values]
+    parts = xr.merge([values.sel(run=runs), given.sel(run=runs)], join="outer")
+    return association.merge(parts, combine_attrs="override")
 
 
 def _logarithm(ratio: xr.DataArray) -> xr.DataArray:

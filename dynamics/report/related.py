@@ -10,6 +10,12 @@ import xarray as xr
 from markupsafe import Markup
 
 _ASSOCIATION = ("measure", "task", "r", "95 % interval", "p", "p, adjusted", "runs", "steps", "shown")
+_OF_ASSOCIATIONS = {
+    "association": "Correlation with each task's score, turned so that higher is better. Filled: shown.",
+    "association_scatter": "The headline measure against the first task's score, as given. Lines that run alike are "
+    "time, not association.",
+    "association_grid": "All measures and tasks; in brackets what is not shown.",
+}
 _COMPARISON = ("measure", "groups", "difference", "95 % interval", "effect size", "p", "p, adjusted", "units", "shown")
 
 
@@ -51,8 +57,7 @@ def _association(tree: xr.DataTree, figures: Mapping[str, str]) -> dict[str, Any
     return {
         "id": "association",
         "statements": [str(text) for text in group.attrs["statements"]],
-        "figure": Markup(figures["association"]) if "association" in figures else "",
-        "caption": "Correlation with each task's score, turned so that higher is better. Filled: shown.",
+        "figures": _drawn(figures, _OF_ASSOCIATIONS),
         "words": f"Associations of measures with scores: {group.attrs['method']}.",
         "headings": _ASSOCIATION,
         "rows": rows,
@@ -84,12 +89,15 @@ def _comparison(tree: xr.DataTree, figures: Mapping[str, str]) -> dict[str, Any]
     return {
         "id": "comparison",
         "statements": [str(text) for text in group.attrs["statements"]],
-        "figure": Markup(figures["comparison"]) if "comparison" in figures else "",
-        "caption": "Every run, and the median of each group.",
+        "figures": _drawn(figures, {"comparison": "Every run, and the median of each group."}),
         "words": f"Differences of means over steps: {'; '.join(methods)}.",
         "headings": _COMPARISON,
         "rows": rows,
     }
+
+
+def _drawn(figures: Mapping[str, str], captions: Mapping[str, str]) -> list[tuple[Markup, str]]:
+    return [(Markup(figures[name]), caption) for name, caption in captions.items() if name in figures]
 
 
 def _number(value: xr.DataArray) -> float | None:
