@@ -20,8 +20,8 @@ _ROOMS = {
 _HEAD = """# Findings
 
 A finding is one thing that a reader of a result must know. Each has a stable id, a severity, a message with its
-evidence and, where something can be done, a remedy. They stand in the terminal, in `report.html`, in `summary.json` and in the
-result's attribute `findings`.
+evidence and, where something can be done, a remedy. They stand in the terminal, in `report.html`, in `summary.json` and
+in the result's attribute `findings`.
 
 * **error**: an input was not analysed, or a number is not finite. Exit status 1.
 * **warning**: a number may mislead, or something is missing that could be there.

@@ -13,8 +13,8 @@ calibration_error hamming_loss fid kid edit_distance fpr false_positive_rate for
 _BETTER_HIGHER = """
 accuracy accuracies acc f1 f1_score precision recall sensitivity specificity auc auroc auprc roc_auc average_precision
 map ap bleu sacrebleu rouge rouge1 rouge2 rougel rouge_l rougelsum rouge_lsum meteor chrf cider spice bertscore
-exact_match em mcc matthews_correlation pearson pearsonr spearman spearmanr kappa r2 iou miou dice giou ciou similarity likelihood
-log_likelihood pass_rate win_rate reward ndcg mrr bleurt comet
+exact_match em mcc matthews_correlation pearson pearsonr spearman spearmanr kappa r2 iou miou dice giou ciou
+similarity likelihood log_likelihood pass_rate win_rate reward ndcg mrr bleurt comet
 """
 #: Metrics that are better when lower, and when higher: in lower case, parts joined by "_".
 LOWER, HIGHER = frozenset(_BETTER_LOWER.split()), frozenset(_BETTER_HIGHER.split())
