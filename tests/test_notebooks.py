@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 #: What makes them small: text of their cells, and what stands there for a test.
-SMALLER = {'"--steps", "60", "--base-steps", "200"': '"--steps", "6", "--base-steps", "3"', "steps=60": "steps=20"}
+SMALLER = {'"--steps", "60", "--base-steps", "200"': '"--steps", "2", "--base-steps", "3"', "steps=60": "steps=20"}
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 
-from dynamics.plot.style import COLOURS, MARKERS, NULL_COLOUR
+from dynamics.plot.style import COLOURS, MARKERS, NULL_COLOUR, figure_of
 
 #: Markers of more steps than this would be a thick line.
 _MOST_MARKERS = 40
@@ -48,6 +48,10 @@ def draw_band(axes: Axes, steps: np.ndarray, low: np.ndarray, high: np.ndarray, 
         axes.fill_between(steps, low, high, facecolor=NULL_COLOUR, edgecolor=NULL_COLOUR, alpha=0.45, label=label)
 
 
+#: Entries of a legend that fit in one row.
+_ONE_ROW = 3
+
+
 def legend_below(axes: Axes) -> None:
     """A legend that hides no point; what several lines share is said once, after what is each one's own."""
     handles, labels = axes.get_legend_handles_labels()
@@ -62,6 +66,9 @@ def legend_below(axes: Axes) -> None:
         columnspacing=1.0,
         handlelength=1.4,
     )
+    if len(shown) > _ONE_ROW:
+        # A second row changes which ticks there are, and with them the room that their labels need: lay out once more.
+        figure_of(axes).draw_without_rendering()
 
 
 def first_and_last(middle: xr.DataArray) -> str:

@@ -44,8 +44,6 @@ def to_svg(figure: Figure) -> str:
     with mpl.rc_context(_OUTPUT), warnings.catch_warnings():
         # The letters are drawn by the reader's fonts, not by the one matplotlib measures with.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        # Twice: a layout may change which ticks there are, and with them the room that their labels need.
-        figure.draw_without_rendering()
         figure.savefig(drawn, format="svg", metadata=_NO_METADATA)
     text = _EMPTY_METADATA.sub("", _PROLOGUE.sub("", drawn.getvalue()))
     # A style for * would reach the whole page; on the root it reaches what is inside.
