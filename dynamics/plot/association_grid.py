@@ -24,34 +24,50 @@ def association_grid(data: xr.DataTree | xr.Dataset, *, ax: Axes | None = None) 
 
     Example: ``plot.association_grid(dynamics.open_run("comparison"))``
     """
+    # Here, not above: it takes a second, and most results have no associations.
+    from seaborn import heatmap
+
     found = related(data, "association")
     values, holds = found["coefficient"].values, found["holds"].values.astype(bool)
     rows, columns = [[str(name) for name in found[dim].values] for dim in ("measure", "task")]
+    labels = [
+        [_label(float(value), shown=bool(shown)) for value, shown in zip(*row, strict=True)]
+        for row in zip(values, holds, strict=True)
+    ]
     with canvas(ax, width=2.6 + 0.85 * len(columns), height=1.3 + 0.3 * len(rows)) as axes:
         axes.set_facecolor(MISSING_COLOUR)
-        image = axes.imshow(np.ma.masked_invalid(values), cmap="PuOr", vmin=-1, vmax=1, aspect="auto")
-        for (row, column), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                number = f"{value:.2f}".replace("-", "−")
-                shown = bool(holds[row, column])
-                axes.text(
-                    column,
-                    row,
-                    number if shown else f"({number})",
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    fontweight="bold" if shown else "normal",
-                    color="white" if abs(value) > 0.7 else "#222222",
-                )
-        axes.set_xticks(range(len(columns)), [shorten(name, 22) for name in columns], rotation=35, ha="right")
-        axes.set_yticks(range(len(rows)), [shorten(name, 34) for name in rows])
+        heatmap(
+            values,
+            ax=axes,
+            mask=~np.isfinite(values),
+            annot=np.array(labels, dtype=object).reshape(values.shape),
+            fmt="",
+            annot_kws={"fontsize": 7},
+            cmap="PuOr",
+            vmin=-1,
+            vmax=1,
+            linewidths=0.5,
+            cbar_kws={"label": "correlation"},
+        )
+        axes.set_xticks(np.arange(len(columns)) + 0.5, [shorten(name, 22) for name in columns], rotation=35, ha="right")
+        axes.set_yticks(np.arange(len(rows)) + 0.5, [shorten(name, 34) for name in rows], rotation=0)
         without_mathematics([*axes.get_xticklabels(), *axes.get_yticklabels()])
         axes.grid(False)
         axes.set_title("correlation with scores")
-        figure = figure_of(axes)
-        figure.colorbar(image, ax=axes, label="correlation")
+    figure = figure_of(axes)
     if ax is None:
         shown = f"{int(holds.sum())} of {holds.size} are shown."
         describe(figure, "correlation of each measure with each score", f"A grid of numbers; {shown}")
     return figure
+
+
+def _label(value: float, *, shown: bool) -> str:
+    """A number with a minus sign as such, in brackets where the association is not shown.
+
+    >>> _label(-0.314, shown=False)
+    '(−0.31)'
+    """
+    if not np.isfinite(value):
+        return ""
+    number = f"{value:.2f}".replace("-", "−")
+    return number if shown else f"({number})"
