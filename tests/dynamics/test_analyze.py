@@ -103,7 +103,7 @@ def test_quiet_and_no_report(run, tmp_path):
 def test_several_runs(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "other" / "run", seed=5)
-    result = analyze(f"imax={run}", f"dmax={tmp_path / 'other' / 'run'}")
+    result = analyze(f"imax={run}", f"dmax={tmp_path / 'other' / 'run'}", "--no-report")
     assert result.returncode == 0, result.stderr
     tree = open_run(tmp_path)
     schema.check(tree)
@@ -297,7 +297,7 @@ def test_an_output_folder_that_cannot_be_written(run, tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux' /dev/full")
 def test_a_full_disk_leaves_the_old_result(run, tmp_path):
-    assert analyze(run, "--quiet").returncode == 0
+    assert analyze(run, "--quiet", "--no-report").returncode == 0
     old = (run / "dynamics" / "summary.json").read_bytes()
     # A file size limit fails writes as a full disk does: with an OSError from the system.
     script = (
