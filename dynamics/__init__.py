@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from dynamics.callback import DynamicsCallback
     from dynamics.checkpoints import open_trajectory
     from dynamics.fisher import concentration, fisher_measures, task_structure
-    from dynamics.pipeline import Options, analyze_run
+    from dynamics.options import Options
+    from dynamics.pipeline import analyze_run
     from dynamics.recorder import Recorder
     from dynamics.relate import associate, compare
     from dynamics.spectra.measures import (
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "DynamicsCallback": "dynamics.callback",
-    "Options": "dynamics.pipeline",
+    "Options": "dynamics.options",
     "Recorder": "dynamics.recorder",
     "analyze_run": "dynamics.pipeline",
     "open_run": "dynamics.stored",

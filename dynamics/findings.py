@@ -86,7 +86,7 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD510": ("warning", "a mixed model that did not converge"),
     "OD511": ("warning", "runs that could not be paired"),
     "OD512": ("warning", "a task that is not there"),
-    "OD513": ("note", "a headline measure of updates"),
+    "OD513": ("note", "another headline measure than the one that was to be"),
 }
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
 
@@ -15,70 +13,27 @@ import xarray as xr
 import yaml
 
 from dynamics import schema
-from dynamics.checkpoint_probe import Loader, load_function, probe_checkpoints
-from dynamics.checkpoints import NotARun, Trajectory
-from dynamics.checkpoints.logs import log_groups
-from dynamics.checkpoints.score_files import read_scores, score_files
+from dynamics.checkpoint_probe import Loader, load_function
+from dynamics.checkpoints import NotARun
 from dynamics.findings import Finding
-from dynamics.relate.of_runs import relate
+from dynamics.measuring import measure
+from dynamics.options import DEFAULTS, Options, Progress
+from dynamics.relating import add_relations
 from dynamics.report import summarise
-from dynamics.spectra.beside_base import beside_base
 from dynamics.spectra.null_models import SEED
-from dynamics.spectra.of_weights import weights_of
-from dynamics.spectra.over_trajectory import raw_spectra
-from dynamics.spectra.path_over_trajectory import path_of
 from dynamics.spectra.rank_suggestion import rank_pattern
 from dynamics.store import (
     FOLDER,
     RESULT,
     encodable,
-    encodable_dataset,
     provenance,
     staged,
     write_text,
     write_tree,
     writing,
 )
-from dynamics.stored.captured import Captured
-from dynamics.stored.probed import joined_fisher, joined_scores
 from dynamics.stored.sources import Source, open_source, results_folder
-from dynamics.stored.tree import Parts, as_json, result_tree
-
-#: Called with a run's name, the matrices done (all steps counted) and the matrices in all.
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to analyse, as it is written into ``run.yaml`` and into the result.
-
-    Args:
-        matrices: Regular expression; only matrices whose name it finds are watched. ``None`` for all.
-        device: ``"auto"``, ``"cpu"`` or ``"cuda[:i]"``: where the QR decompositions run.
-        report: Whether figures and ``report.html`` are made.
-        base: Folder of the model's weights before training.
-        intruders: Whether directions of the newest update are compared with the base's, which takes seconds a matrix.
-        weights: Whether spectra of the last checkpoint's weights themselves are wanted too.
-        probe: ``module:function``; called with a checkpoint's folder, it returns the model there and its tasks.
-        scores: Score files, beside those that lie in the runs.
-        higher, lower: Tasks of which a higher, or a lower, score is better, where names do not tell.
-        headline: The measure named before looking at associations and comparisons; see :mod:`dynamics.relate.of_runs`.
-    """
-
-    matrices: str | None = None
-    device: str = "auto"
-    report: bool = True
-    base: str | None = None
-    intruders: bool = False
-    weights: bool = False
-    probe: str | None = None
-    scores: tuple[str, ...] = ()
-    higher: tuple[str, ...] = ()
-    lower: tuple[str, ...] = ()
-    headline: str | None = None
-
-
-DEFAULTS = Options()
+from dynamics.stored.tree import as_json
 
 
 def analyze_run(
@@ -128,81 +83,11 @@ def analyze_run(
             for name, source in sources.items()
         }
         tree = _joined(trees, refused, configuration) if isinstance(run, Mapping) else next(iter(trees.values()))
-        _relate(tree, trees, {name: runs[name] for name in sources}, options, labels or {})
+        add_relations(tree, trees, {name: runs[name] for name in sources}, options, labels or {})
         schema.check(tree)
         with writing(folder):
             _write(tree, stage, options)
     return tree
-
-
-def measure(
-    trajectory: Trajectory,
-    device: str = "cpu",
-    configuration: Mapping[str, object] | None = None,
-    progress: Progress = lambda run, done, total: None,
-    captured: Captured | None = None,
-    probe: Loader | None = None,
-    options: Options = DEFAULTS,
-) -> xr.DataTree:
-    """The result of one trajectory, merged with what its training captured; not written anywhere."""
-    total = sum(len(checkpoint.shapes) for checkpoint in trajectory.checkpoints)
-    done = 0
-
-    def advance(matrices: int) -> None:
-        nonlocal done
-        done += matrices
-        progress(trajectory.name, done, total)
-
-    checkpoints, found = raw_spectra(trajectory, device=device, progress=advance) if total else (None, [])
-    inputs = [{**file, "step": checkpoint.step} for checkpoint in trajectory.checkpoints for file in checkpoint.inputs]
-    if trajectory.base is not None:
-        inputs += [{**file, "step": trajectory.base.step, "role": "base"} for file in trajectory.base.inputs]
-    findings = [*trajectory.findings, *found]
-    probed, news = _probed(trajectory, probe, options.matrices, progress)
-    beside = log_groups(trajectory) | _of_checkpoints(trajectory, checkpoints, options, progress)
-    parts = Parts(trajectory.name, checkpoints, captured, beside, [*findings, *news], inputs, **probed)
-    return result_tree(parts, configuration or {})
-
-
-def _of_checkpoints(
-    trajectory: Trajectory, update: xr.Dataset | None, options: Options, progress: Progress
-) -> dict[str, xr.Dataset]:
-    """``path`` and ``base``, where there is something to tell."""
-    if update is None:
-        return {}
-    done = 0
-
-    def advance(matrices: int) -> None:
-        nonlocal done
-        done += matrices
-        progress(f"{trajectory.name}: base", done, update.sizes["matrix"])
-
-    shown = advance if options.intruders else lambda matrices: None
-    found = {
-        "path": path_of(trajectory),
-        "base": beside_base(trajectory, update, directions=options.intruders, progress=shown),
-    }
-    if options.weights:
-        found["weights"] = weights_of(trajectory)
-    return {name: dataset for name, dataset in found.items() if dataset is not None}
-
-
-def _probed(
-    trajectory: Trajectory, probe: Loader | None, matrices: str | None, progress: Progress
-) -> tuple[dict[str, xr.Dataset | None], list[Finding]]:
-    """``fisher`` and ``score`` of the checkpoints, joined over steps."""
-    if probe is None:
-        return {}, []
-    if not trajectory.checkpoints:
-        return {}, [Finding("OD411", "There are no checkpoints to probe.", "Keep checkpoints, or probe in training.")]
-    found = probe_checkpoints(
-        trajectory.checkpoints,
-        probe,
-        None if matrices is None else lambda name: re.search(matrices, name) is not None,
-        lambda done, total: progress(f"{trajectory.name}: Fisher", done, total),
-    )
-    fisher, news = joined_fisher(found.fisher, re.compile(""))
-    return {"fisher": fisher, "score": joined_scores(found.score)}, [*found.findings, *news]
 
 
 def output_folder(runs: Sequence[Path], out: str | PathLike[str] | None = None) -> Path:
@@ -300,30 +185,6 @@ def _joined(
     tree.attrs = provenance("", configuration, inputs, SEED)
     tree.attrs["findings"] = as_json(refused)
     return tree
-
-
-def _relate(
-    tree: xr.DataTree,
-    trees: Mapping[str, xr.DataTree],
-    folders: Mapping[str, Path],
-    options: Options,
-    labels: Mapping[str, str],
-) -> None:
-    """Adds ``/association`` and ``/comparison`` to the root, where there are scores or groups."""
-    named = trees if "runs" in tree.children else {Path(os.path.abspath(folders[""])).name: tree}
-    places = dict(zip(named, folders.values(), strict=True))
-    files = [read_scores(path, run=name) for name, folder in places.items() for path in score_files(folder)]
-    files += [read_scores(path) for path in options.scores]
-    rows = [row for file in files for row in file.rows]
-    directions = dict.fromkeys(options.higher, "higher") | dict.fromkeys(options.lower, "lower")
-    related = relate(named, rows, headline=options.headline, directions=directions, labels=labels)
-    for name, group in related.groups.items():
-        tree[name] = xr.DataTree(encodable_dataset(group.assign_attrs(encodable(group.attrs))))
-    found = [finding for file in files for finding in file.findings]
-    if related.groups or rows or options.scores:
-        found += related.findings
-    if found:
-        tree.attrs["findings"] = json.dumps([*json.loads(tree.attrs["findings"]), *json.loads(as_json(found))])
 
 
 def _write(tree: xr.DataTree, stage: Path, options: Options) -> None:

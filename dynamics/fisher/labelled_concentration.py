@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from dynamics.described import labelled
 from dynamics.fisher.captured import captured, isotropic_null, rayleigh_ratio, relative_rayleigh_ratio
 from dynamics.fisher.eigenvalues import fisher_eigenvectors
 from dynamics.fisher.gradient_null import DRAWS, matched_gain
 from dynamics.fisher.grams import blocks_of, codes_of, numbers_of, own, require_exact, vectors_of
 from dynamics.fisher.pairs import Labels
 from dynamics.fisher.splits import SPLITS
-from dynamics.fisher.variables import CONCENTRATION, labelled
+from dynamics.fisher.variables import CONCENTRATION
 
 #: Numbers of leading directions in which the share of an update is measured.
 LEADING = (1, 2, 4, 8, 16)

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from dynamics.described import labelled
 from dynamics.fisher import dominance, entropy
 from dynamics.fisher.eigenvalues import centred, eigenvalue_errors, fisher_eigenvalues, fisher_eigenvectors
 from dynamics.fisher.grams import blocks_of, codes_of, members_of, numbers_of, own
 from dynamics.fisher.pairs import Labels, interval
 from dynamics.fisher.participation import log_participation_ratio, participation_ratio_plug_in
 from dynamics.fisher.rarefaction import rarefied, sizes_up_to
-from dynamics.fisher.variables import FISHER, labelled
+from dynamics.fisher.variables import FISHER
 from dynamics.schema import GLOBAL
 
 

@@ -6,27 +6,15 @@ Over steps every variable has the dimension ``step`` in front.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-import numpy as np
-import xarray as xr
-
-from dynamics.schema import Variable, attributes
+from dynamics.described import Described
+from dynamics.schema import Variable
 
 _SQUARED = "(loss/weight)²"
 _TASK = ("block", "task")
 _PAIR = ("block", "task", "task_")
 _CURVE = ("block", "task", "n")
 _K = ("block", "k")
-
-
-@dataclass(frozen=True)
-class Described:
-    """A variable of the schema with its formula and source."""
-
-    variable: Variable
-    definition: str
-    reference: str = ""
 
 
 def _describe(dims: tuple[str, ...], units: str, long_name: str, definition: str, reference: str = "") -> Described:
@@ -304,15 +292,3 @@ TASKS: Mapping[str, Described] = {
         ("block",), "1", "sharing of directions", "1 − purity_gap/Σ w(1 − w) tr f_s²: 1 the same Fisher, 0 disjoint"
     ),
 }
-
-
-def labelled(known: Mapping[str, Described], arrays: Mapping[str, np.ndarray]) -> dict[str, xr.Variable]:
-    """Arrays with dimensions and attributes by their name."""
-    return {
-        name: xr.Variable(
-            known[name].variable.dims,
-            array,
-            attributes(known[name].variable, known[name].definition, known[name].reference),
-        )
-        for name, array in arrays.items()
-    }

@@ -3,7 +3,7 @@
 from dynamics.relate.association import associate
 from dynamics.relate.comparison import compare
 from dynamics.relate.notes import association_notes, comparison_notes
-from dynamics.relate.score_table import ScoreTable, score_table, scores_of
+from dynamics.relate.score_table import ScoreTable, rows_of, score_table
 
 __all__ = [
     "ScoreTable",
@@ -11,6 +11,6 @@ __all__ = [
     "association_notes",
     "compare",
     "comparison_notes",
+    "rows_of",
     "score_table",
-    "scores_of",
 ]

@@ -9,6 +9,7 @@ from itertools import product
 import numpy as np
 import xarray as xr
 
+from dynamics.described import labelled
 from dynamics.relate import statements
 from dynamics.relate.families import false_discovery_rates, permutation_tests
 from dynamics.relate.grids import common_grid
@@ -19,7 +20,7 @@ from dynamics.relate.permutations import DRAWS, EXACT_UNITS
 from dynamics.relate.power import LEVEL, units_needed
 from dynamics.relate.run_names import look_like_repeats
 from dynamics.relate.score_table import ALL, better
-from dynamics.relate.variables import ASSOCIATION, labelled
+from dynamics.relate.variables import ASSOCIATION
 
 
 def associate(

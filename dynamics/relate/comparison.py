@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 import xarray as xr
 
+from dynamics.described import labelled
 from dynamics.relate import statements
 from dynamics.relate.differences import paired_difference, unpaired_difference
 from dynamics.relate.families import false_discovery_rates
@@ -17,7 +18,7 @@ from dynamics.relate.matched_loss import at_loss, common_levels
 from dynamics.relate.permutations import DRAWS, permutation_test
 from dynamics.relate.power import LEVEL, units_needed
 from dynamics.relate.run_names import pair_labels
-from dynamics.relate.variables import COMPARISON, labelled
+from dynamics.relate.variables import COMPARISON
 
 #: How differences are tested.
 _PAIRED = "mean of paired differences; exact sign flips of pairs, statistic t"

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
 
-from dynamics.checkpoints.score_files import ScoreRow
 from dynamics.findings import Finding
 from dynamics.relate.association import associate
 from dynamics.relate.comparison import compare
 from dynamics.relate.inputs import HEADLINE
 from dynamics.relate.notes import association_notes, comparison_notes
-from dynamics.relate.score_table import score_table
+from dynamics.relate.score_table import Row, rows_of, score_table
 from dynamics.schema import ALL, GLOBAL
 
 #: Leading directions at which the gain stands for concentration.
@@ -23,8 +22,16 @@ GAIN_AT = 8
 _OF_FISHER = (HEADLINE, "spectral_entropy", "dominant_ratio")
 #: Of updates, medians over matrices: how many directions, how dominated, how far below chance, how far moved.
 _OF_UPDATES = ("effective_rank_energy", "stable_rank", "entropy_deficit", "frobenius_norm")
+#: Kinds of update that have them.
+_KINDS = ("increment", "total")
 #: Stands for the headline where no run has a Fisher.
 UPDATE_HEADLINE = f"increment/{HEADLINE}"
+#: Every measure that can be related.
+MEASURES = (
+    *_OF_FISHER,
+    f"gain_{GAIN_AT}",
+    *(f"{kind}/{name}" for kind in _KINDS for name in (*_OF_UPDATES, HEADLINE)),
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ def measures_of(tree: xr.DataTree) -> xr.Dataset:
         if GAIN_AT in shares["k"].values:
             found[f"gain_{GAIN_AT}"] = shares["gain"].sel(k=GAIN_AT)
     summary = tree["summary"].to_dataset().sel(quantile=0.5)
-    for kind in ("increment", "total"):
+    for kind in _KINDS:
         here = summary.sel(kind=kind)
         found |= {f"{kind}/{name}": here[f"{name}_quantile"] for name in _OF_UPDATES}
         found[f"{kind}/{HEADLINE}"] = _logarithm(here["participation_ratio_quantile"])
@@ -65,7 +72,7 @@ def measures_of(tree: xr.DataTree) -> xr.Dataset:
 
 def relate(
     runs: Mapping[str, xr.DataTree],
-    rows: Iterable[ScoreRow] = (),
+    rows: Iterable[Row] = (),
     *,
     headline: str | None = None,
     directions: Mapping[str, str] | None = None,
@@ -76,18 +83,19 @@ def relate(
     Args:
         runs: Run → its result.
         rows: Scores from files, beside those in the results.
-        headline: The measure named before looking; by default ``ln_participation_ratio`` of the Fisher, of increments
-            where no run has a Fisher.
+        headline: The measure named before looking, one of ``MEASURES``; by default ``ln_participation_ratio`` of the
+            Fisher. Where no run has it, that of increments, with a finding.
         directions: Task → ``"higher"`` or ``"lower"``.
         labels: Run → group; two groups or more are compared.
 
     Raises:
-        ValueError: If the headline is no measure of any run, or a direction is none.
+        ValueError: If a direction is none.
     """
     measures = _aligned({name: measures_of(tree) for name, tree in runs.items()})
     chosen, findings = _headline(measures, headline)
     steps = {name: measures["step"].values[_known(measures, name)].tolist() for name in runs}
-    scores = [*_rows_of(runs), *rows]
+    own = {name: tree["score"].to_dataset().load() for name, tree in runs.items() if "score" in tree.children}
+    scores = [*rows_of(own), *rows]
     groups: dict[str, xr.Dataset] = {}
     if scores:
         table = score_table(scores, runs=steps, directions=directions)
@@ -133,17 +141,14 @@ def _aligned(measures: Mapping[str, xr.Dataset]) -> xr.Dataset:
 
 def _headline(measures: xr.Dataset, asked: str | None) -> tuple[str, list[Finding]]:
     names = [str(name) for name, array in measures.data_vars.items() if array.notnull().any()]
-    if asked is not None:
-        if asked not in names:
-            raise ValueError(f"headline: expected one of the measures {', '.join(names)}, got {asked!r}.")
-        return asked, []
-    if HEADLINE in names:
-        return HEADLINE, []
+    wanted = asked or HEADLINE
+    if wanted in names:
+        return wanted, []
     return UPDATE_HEADLINE, [
         Finding(
             "OD513",
-            f"No run has a Fisher, so the headline measure is {UPDATE_HEADLINE}: the median over matrices of the log "
-            "participation ratio of increments.",
+            f"No run has {wanted}, so the headline measure is {UPDATE_HEADLINE}: the log participation ratio of "
+            "increments, median over matrices.",
             "Probe samples in training (DynamicsCallback(out, tasks)) or afterwards (--probe), or name another measure "
             "before looking (--headline).",
         )
@@ -153,20 +158,6 @@ def _headline(measures: xr.Dataset, asked: str | None) -> tuple[str, list[Findin
 def _known(measures: xr.Dataset, run: str) -> np.ndarray:
     """Steps at which the run has any measure."""
     return measures.sel(run=run).to_dataarray("measure").notnull().any("measure").values
-
-
-def _rows_of(runs: Mapping[str, xr.DataTree]) -> Iterator[ScoreRow]:
-    """Scores that stand in the results: the Trainer's log, and tasks that were scored."""
-    for run, tree in runs.items():
-        if "score" not in tree.children:
-            continue
-        group = tree["score"].to_dataset().load()
-        for step in group["step"].values.tolist():
-            for task in group["task"].values.tolist():
-                here = {name: float(group[name].sel(step=step, task=task)) for name in group.data_vars}
-                if np.isfinite(here["score"]):
-                    items, error = here.get("items", np.nan), here.get("standard_error", np.nan)
-                    yield ScoreRow(run, step, task, here["score"], items, error)
 
 
 def _by_label(runs: Mapping[str, xr.DataTree], labels: Mapping[str, str]) -> dict[str, list[str]]:

@@ -238,24 +238,19 @@ def _dataset(rows: list[_Placed], tasks: list[str], direction: Mapping[str, int]
     )
 
 
-def scores_of(groups: Mapping[str, xr.Dataset], *, directions: Mapping[str, str] | None = None) -> ScoreTable:
-    """The table from each run's ``/score`` group, run → dataset.
+def rows_of(groups: Mapping[str, xr.Dataset]) -> Iterator[Row]:
+    """What stands in each run's ``/score`` group, run → dataset; missing scores are no rows.
 
-    >>> score = xr.Dataset({"score": (("step", "task"), [[0.5]])}, {"step": [5], "task": ["eval_loss"]})
-    >>> scores_of({"a": score}).scores["direction"].values.tolist()
-    [-1]
+    >>> score = xr.Dataset({"score": (("step", "task"), [[0.5, np.nan]])}, {"step": [5], "task": ["f1", "loss"]})
+    >>> [(row.run, row.step, row.task, row.score) for row in rows_of({"a": score})]
+    [('a', 5, 'f1', 0.5)]
     """
-    rows = []
     for run, group in groups.items():
         nothing = xr.full_like(group["score"], np.nan, dtype=np.float64)
-        items, error = (group.get(name, nothing).values for name in ("items", "standard_error"))
-        for (i, step), (j, task) in (
-            (a, b) for a in enumerate(group["step"].values) for b in enumerate(group["task"].values)
-        ):
-            value = float(group["score"].values[i, j])
-            if not math.isnan(value):
-                rows.append(_Placed(run, int(step), str(task), value, float(items[i, j]), float(error[i, j]), None))
-    return score_table(rows, directions=directions)
+        scores, items, errors = (group.get(name, nothing).values for name in ("score", "items", "standard_error"))
+        for i, j in np.argwhere(~np.isnan(scores)).tolist():
+            step, task = int(group["step"].values[i]), str(group["task"].values[j])
+            yield _Placed(run, step, task, float(scores[i, j]), float(items[i, j]), float(errors[i, j]), None)
 
 
 def better(scores: xr.DataArray) -> xr.DataArray:

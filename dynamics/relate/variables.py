@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-import numpy as np
-import xarray as xr
-
-from dynamics.schema import Variable, attributes
-
-
-@dataclass(frozen=True)
-class Described:
-    """A variable with its formula and source."""
-
-    variable: Variable
-    definition: str
-    reference: str = ""
+from dynamics.described import Described
+from dynamics.schema import Variable
 
 
 def _described(dims: tuple[str, ...], rows: Mapping[str, tuple[str, ...]]) -> dict[str, Described]:
@@ -140,15 +128,3 @@ COMPARISON: Mapping[str, Described] = {
         {"group_median": ("of the measure", "median over runs", "over runs that have it at this step")},
     ),
 }
-
-
-def labelled(known: Mapping[str, Described], arrays: Mapping[str, np.ndarray]) -> dict[str, xr.Variable]:
-    """Arrays with the dimensions and attributes of their names."""
-    return {
-        name: xr.Variable(
-            known[name].variable.dims,
-            array,
-            attributes(known[name].variable, known[name].definition, known[name].reference),
-        )
-        for name, array in arrays.items()
-    }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from dynamics.report.plain import number, whole
 from dynamics.schema import ALL, FISHER_GROUPS, GLOBAL, last_step_with
 
 _ENDS = {"value": "", "low": "_low", "high": "_high"}
@@ -44,11 +44,11 @@ def fisher_summary(tree: xr.DataTree) -> dict[str, Any] | None:
     between = tasks.sel(block=GLOBAL).load()
     return {
         "step": int(last["step"]),
-        "evaluated_at_step": _whole(last["evaluated_at_step"]),
+        "evaluated_at_step": whole(last["evaluated_at_step"]),
         "space": str(fisher.attrs.get("space", "")),
         "fisher": str(fisher.attrs.get("fisher", "")),
-        "samples": _whole(of_all["samples"]),
-        "groups": _whole(of_all["groups"]),
+        "samples": whole(of_all["samples"]),
+        "groups": whole(of_all["groups"]),
         "spectral_entropy": _interval(of_all, "spectral_entropy"),
         "dominant_ratio": _interval(of_all, "dominant_ratio"),
         "participation_ratio": _interval(of_all, "participation_ratio"),
@@ -58,22 +58,12 @@ def fisher_summary(tree: xr.DataTree) -> dict[str, Any] | None:
     }
 
 
-def _number(value: Any) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None
-
-
-def _whole(value: Any) -> int | None:
-    number = _number(value)
-    return None if number is None else int(number)
-
-
 def _interval(here: xr.Dataset, name: str, suffix: str = "") -> dict[str, float | None]:
-    return {word: _number(here[f"{name}{end}{suffix}"]) for word, end in _ENDS.items()}
+    return {word: number(here[f"{name}{end}{suffix}"]) for word, end in _ENDS.items()}
 
 
 def _of_task(here: xr.Dataset) -> dict[str, Any]:
-    counts = {name: _whole(here[name]) for name in ("samples", "groups")}
+    counts = {name: whole(here[name]) for name in ("samples", "groups")}
     return {**counts, "participation_ratio": _interval(here, "participation_ratio")}
 
 
@@ -88,9 +78,9 @@ def _concentration(shares: xr.Dataset) -> dict[str, Any] | None:
     k = known[-1]["k"]
     return {
         "step": int(here["step"]),
-        "evaluated_at_step": _whole(here["evaluated_at_step"]),
-        "null_batch": _whole(here["null_batch"]),
-        "share_outside_space": _number(here["share_outside_space"]),
+        "evaluated_at_step": whole(here["evaluated_at_step"]),
+        "null_batch": whole(here["null_batch"]),
+        "share_outside_space": number(here["share_outside_space"]),
         "rayleigh_ratio": _interval(here, "rayleigh_ratio"),
         "at_k": known[-1],
         "by_k": rows,
@@ -102,8 +92,8 @@ def _concentration(shares: xr.Dataset) -> dict[str, Any] | None:
 def _of_k(here: xr.Dataset) -> dict[str, Any]:
     return {
         "k": int(here["k"]),
-        "captured": _number(here["captured"]),
-        "captured_split": _number(here["captured_split"]),
+        "captured": number(here["captured"]),
+        "captured_split": number(here["captured_split"]),
         "null_isotropic": _interval(here, "null_isotropic"),
         "null_gradient": _interval(here, "null_gradient"),
         "gain": _interval(here, "gain"),
@@ -123,7 +113,7 @@ def _between_tasks(here: xr.Dataset) -> dict[str, Any]:
     if len(names) < 2:
         return {"pairs": [], "mixture": None}
     mixture = {
-        word: _number(here[name])
+        word: number(here[name])
         for word, name in {
             "spectral_entropy": "spectral_entropy_mixture",
             "within_tasks": "spectral_entropy_within",

@@ -9,6 +9,8 @@ from typing import Any
 import xarray as xr
 from markupsafe import Markup
 
+from dynamics.report.plain import number
+
 _ASSOCIATION = ("measure", "task", "r", "95 % interval", "p", "p, adjusted", "runs", "steps", "shown")
 _OF_ASSOCIATIONS = {
     "association": "Correlation with each task's score, turned so that higher is better. Filled: shown.",
@@ -45,10 +47,10 @@ def _association(tree: xr.DataTree, figures: Mapping[str, str]) -> dict[str, Any
                 [
                     str(measure),
                     str(task),
-                    _number(here["coefficient"]),
+                    number(here["coefficient"]),
                     _interval(here["low"], here["high"]),
-                    _number(here["p_value"]),
-                    _number(here["p_familywise"]),
+                    number(here["p_value"]),
+                    number(here["p_familywise"]),
                     int(here["n_runs"]),
                     int(here["n_steps"]),
                     "yes" if bool(here["holds"]) else "no",
@@ -76,11 +78,11 @@ def _comparison(tree: xr.DataTree, figures: Mapping[str, str]) -> dict[str, Any]
                 [
                     str(measure),
                     str(contrast),
-                    _number(here["mean_difference"]),
+                    number(here["mean_difference"]),
                     _interval(here["mean_low"], here["mean_high"]),
-                    _number(here["mean_effect_size"]),
-                    _number(here["mean_p_value"]),
-                    _number(here["mean_p_familywise"]),
+                    number(here["mean_effect_size"]),
+                    number(here["mean_p_value"]),
+                    number(here["mean_p_familywise"]),
                     int(here["n_units"]),
                     "yes" if bool(here["holds"]) else "no",
                 ]
@@ -98,11 +100,6 @@ def _comparison(tree: xr.DataTree, figures: Mapping[str, str]) -> dict[str, Any]
 
 def _drawn(figures: Mapping[str, str], captions: Mapping[str, str]) -> list[tuple[Markup, str]]:
     return [(Markup(figures[name]), caption) for name, caption in captions.items() if name in figures]
-
-
-def _number(value: xr.DataArray) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None
 
 
 def _interval(low: xr.DataArray, high: xr.DataArray) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import xarray as xr
 
 from dynamics.report.fisher_summary import fisher_summary
+from dynamics.report.plain import number, whole
 
 _TOTALS = (
     "frobenius_norm_all",
@@ -88,7 +88,7 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         "base": _base(tree),
         **_related(tree),
         "suggested_rank_energy": float(update["suggested_rank"].attrs["energy"]),
-        "totals": {name: _number(last[name]) for name in _TOTALS},
+        "totals": {name: number(last[name]) for name in _TOTALS},
         "over_matrices": _over_matrices(tree["summary"].to_dataset().load()),
         "roles": _roles(last),
         "table": _table(last),
@@ -100,17 +100,6 @@ def all_findings(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The findings of a summary, of several runs one after the other."""
     runs: Iterable[Mapping[str, Any]] = summary.get("runs", {}).values()
     return [*summary["findings"], *(finding for run in runs for finding in run["findings"])]
-
-
-def _number(value: Any) -> float | None:
-    """A finite number as it is, else ``None``: JSON has neither NaN nor infinity."""
-    number = float(value)
-    return number if math.isfinite(number) else None
-
-
-def _whole(value: Any) -> int | None:
-    number = _number(value)
-    return None if number is None else int(number)
 
 
 def _findings(tree: xr.DataTree) -> list[dict[str, Any]]:
@@ -140,8 +129,8 @@ def _gradient(tree: xr.DataTree) -> dict[str, Any] | None:
         "step": int(last["step"]),
         **{
             name: {
-                "median": _number(last[f"{name}_quantile"].sel(quantile=0.5)),
-                **({"null_mean": _number(last[f"{name}_null"])} if f"{name}_null" in last else {}),
+                "median": number(last[f"{name}_quantile"].sel(quantile=0.5)),
+                **({"null_mean": number(last[f"{name}_null"])} if f"{name}_null" in last else {}),
             }
             for name in _OF_GRADIENTS
         },
@@ -168,10 +157,10 @@ def _path(tree: xr.DataTree) -> dict[str, Any] | None:
     own = path.isel(step=path["segment"].values == int(last["training"]))
     return {
         "checkpoints": own.sizes["step"],
-        "straightness": _number(own["straightness"][-1]),
-        "participation_ratio": _number(last["participation_ratio"]),
-        "component_share": [_number(share) for share in last["component_share"].values[:2]],
-        "matrices": _whole(last["matrices"]),
+        "straightness": number(own["straightness"][-1]),
+        "participation_ratio": number(last["participation_ratio"]),
+        "component_share": [number(share) for share in last["component_share"].values[:2]],
+        "matrices": whole(last["matrices"]),
     }
 
 
@@ -184,7 +173,7 @@ def _base(tree: xr.DataTree) -> dict[str, Any] | None:
     return {
         "step": int(last["step"]),
         "k": int(base.attrs["k"]),
-        **{name: _number(last[name].median("matrix")) for name in names},
+        **{name: number(last[name].median("matrix")) for name in names},
     }
 
 
@@ -194,11 +183,11 @@ def _over_matrices(summary: xr.Dataset) -> dict[str, dict[str, float | None]]:
     return {
         name: {
             **{
-                word: _number(last[f"{name}_quantile"].sel(quantile=quantile))
+                word: number(last[f"{name}_quantile"].sel(quantile=quantile))
                 for word, quantile in (("lower_quartile", 0.25), ("median", 0.5), ("upper_quartile", 0.75))
             },
             **{
-                word: _number(last[f"{name}_null{bound}"])
+                word: number(last[f"{name}_null{bound}"])
                 for word, bound in (("null_mean", ""), ("null_5_percent", "_low"), ("null_95_percent", "_high"))
                 if f"{name}_null{bound}" in last
             },
@@ -213,8 +202,8 @@ def _roles(last: xr.Dataset) -> list[dict[str, Any]]:
         {
             "role": str(role),
             "matrices": members.count(role),
-            "frobenius_norm": _number(last["frobenius_norm_by_role"].sel(role_name=role)),
-            "energy_share": _number(last["energy_share_by_role"].sel(role_name=role)),
+            "frobenius_norm": number(last["frobenius_norm_by_role"].sel(role_name=role)),
+            "energy_share": number(last["energy_share_by_role"].sel(role_name=role)),
         }
         for role in last["role_name"].values
     ]
@@ -231,8 +220,8 @@ def _table(last: xr.Dataset) -> list[dict[str, Any]]:
             "name": coordinates["matrix"][row],
             "layer": coordinates["layer"][row] if coordinates["layer"][row] >= 0 else None,
             **{name: coordinates[name][row] for name in ("role", "out", "in", "adapter_rank")},
-            **{name: _number(columns[name][row]) for name in _PER_MATRIX},
-            "suggested_rank": _whole(columns["suggested_rank"][row]),
+            **{name: number(columns[name][row]) for name in _PER_MATRIX},
+            "suggested_rank": whole(columns["suggested_rank"][row]),
             "flags": [
                 *(flag for flag in _FLAGS if columns[flag][row]),
                 *(["not_in_last_checkpoint"] if columns["count"][row] == 0 else []),

@@ -85,12 +85,21 @@ def gram(dense: Float[Tensor, "out in"]) -> Float[Tensor, "m m"]:
     tensor([[35., 44.],
             [44., 56.]], dtype=torch.float64)
     """
-    wide = dense if dense.shape[0] <= dense.shape[1] else dense.mT
-    if wide.device.type != "cpu":
-        product = wide @ wide.mT
+    return inner_products(dense if dense.shape[0] <= dense.shape[1] else dense.mT)
+
+
+def inner_products(rows: Float[Tensor, "m n"]) -> Float[Tensor, "m m"]:
+    """XXᵀ, half of the work of a product: it is symmetric, to the last bit.
+
+    >>> inner_products(torch.tensor([[1.0], [2.0]], dtype=torch.float64))
+    tensor([[1., 2.],
+            [2., 4.]], dtype=torch.float64)
+    """
+    if rows.device.type != "cpu":
+        product = rows @ rows.mT
         return (product + product.mT) / 2
     # BLAS is column-major: the transpose of a row-major array is its own view, so nothing is copied.
-    array = wide.contiguous().numpy()
+    array = rows.contiguous().numpy()
     upper = dsyrk(1.0, array.T, trans=1)
     return torch.from_numpy(np.triu(upper) + np.triu(upper, 1).T)
 

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dynamics.spectra.dense import inner_products
 from probes.low_rank import LowRankMatrix
 
 
@@ -61,11 +62,17 @@ def path_gram(updates: Sequence[Tensor | LowRankMatrix]) -> Float[np.ndarray, "s
         raise ValueError(f"Expected updates of one matrix, all factored or all dense, got updates {kinds}.")
     if not factored:
         rows = torch.stack([each.detach().to(torch.float64).flatten() for each in updates if isinstance(each, Tensor)])
-        return (rows @ rows.mT).cpu().numpy()
-    left = torch.cat([each.left for each in factored], 1)
-    right = torch.cat([each.right for each in factored])
-    products = ((left.mT @ left) * (right @ right.mT)).cpu().numpy()
-    starts = np.cumsum([0, *(each.rank for each in factored[:-1])])
+        return inner_products(rows).cpu().numpy()
+    starts = np.cumsum([0, *(each.rank for each in factored)])
+    device, (out, in_) = factored[0].left_factor.device, factored[0].shape
+    left, right = (torch.empty(int(starts[-1]), n, dtype=torch.float64, device=device) for n in (out, in_))
+    for first, each in zip(starts.tolist(), factored, strict=False):
+        # Converted and laid out in one pass; the scales go to the small products.
+        left[first : first + each.rank] = each.left_factor.detach().mT
+        right[first : first + each.rank] = each.right_factor.detach()
+    scales = torch.cat([each.scales() for each in factored]).to(device)
+    products = (inner_products(left) * inner_products(right) * torch.outer(scales, scales)).cpu().numpy()
+    starts = starts[:-1]
     return np.add.reduceat(np.add.reduceat(products, starts, axis=0), starts, axis=1)
 
 

@@ -6,7 +6,7 @@ checkpoints at once, so that memory does not grow with their number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -16,10 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dynamics.checkpoints.trajectory import Checkpoint, OpenCheckpoint, Trajectory, UnreadableMatrix
+from dynamics.spectra.dense import inner_products
 from dynamics.spectra.path import PathShape, path_gram, path_shape
 from probes.low_rank import LowRankMatrix
 
-#: Bytes of float64 rows of all checkpoints that are in memory at once.
+#: Bytes of all checkpoints' matrices, or of their rows in float64, that are in memory at once.
 BUDGET = 2**26
 
 _WORDS = {
@@ -92,15 +93,33 @@ def _path(
     names = [name for name, shape in training[0].shapes.items() if _is_shared(name, training)]
     gram, count = np.zeros((len(training), len(training))), 0
     start = next((each for each in starts if each is not None), None)
-    with ExitStack() as stack:
-        opened = [stack.enter_context(checkpoint.open()) for checkpoint in training]
-        beginning = None if start is None else stack.enter_context(start.open())
-        for name in names:
-            own = _of_matrix(name, opened, beginning)
-            if own is not None and np.isfinite(own).all():
-                gram, count = gram + own, count + 1
-            progress(1)
+    for some in _batches(names, training):
+        # Closed after each batch: mapped files that were read count as memory until then.
+        with ExitStack() as stack:
+            opened = [stack.enter_context(checkpoint.open()) for checkpoint in training]
+            beginning = None if start is None else stack.enter_context(start.open())
+            for name in some:
+                own = _of_matrix(name, opened, beginning)
+                if own is not None and np.isfinite(own).all():
+                    gram, count = gram + own, count + 1
+                progress(1)
     return gram, count
+
+
+def _batches(names: Sequence[str], training: Sequence[Checkpoint]) -> Iterator[list[str]]:
+    """Matrices of which all checkpoints together hold about as much as may be in memory; each at least one."""
+    some: list[str] = []
+    held = 0
+    for name in names:
+        shapes = [checkpoint.shapes[name] for checkpoint in training]
+        numbers = sum(each.rank * (each.out + each.in_) if each.rank else each.out * each.in_ for each in shapes)
+        if some and held + 4 * numbers > BUDGET:
+            yield some
+            some, held = [], 0
+        some.append(name)
+        held += 4 * numbers
+    if some:
+        yield some
 
 
 def _is_shared(name: str, training: Sequence[Checkpoint]) -> bool:
@@ -139,7 +158,7 @@ def _of_dense(
         here = torch.stack([weight[first:last].to(torch.float64).flatten() for weight in weights])
         if start is not None:
             here -= start[first:last].to(torch.float64).flatten()
-        gram += (here @ here.mT).numpy()
+        gram += inner_products(here).numpy()
     return gram
 
 

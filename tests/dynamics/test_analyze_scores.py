@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from dynamics import analyze_run, open_run, schema
 from dynamics.analyze import app
-from dynamics.pipeline import Options
+from dynamics.options import Options
 from dynamics.relate.of_runs import UPDATE_HEADLINE
 from dynamics.report.page import page as page_of
 from tests.runs import write_run, write_state
@@ -120,6 +120,7 @@ def test_without_scores_or_groups_nothing_is_added(runs, tmp_path):
     ("arguments", "words"),
     [
         (["--headline", "nothing"], "headline: expected one of the measures"),
+        (["--higher", "vqa", "--lower", "vqa"], "Expected each task among higher or lower, got 'vqa' in both."),
         (["--fail-on", "never"], "expected note, warning or error, got 'never'"),
     ],
 )
@@ -151,3 +152,11 @@ def test_directions_can_be_said(runs, tmp_path):
 def test_findings_can_fail_a_build(runs, tmp_path, level, status):
     found = analyze(runs / "imax_s1", "--out", tmp_path / "o", "--no-report", "--fail-on", level)
     assert found.exit_code == status
+
+
+def test_a_headline_that_no_run_has_is_replaced_and_said(runs, scores, tmp_path):
+    options = Options(report=False, scores=(str(scores),), headline="gain_8")
+    tree = analyze_run(runs / "imax_s1", out=tmp_path / "o", options=options)
+    assert tree["association"].attrs["headline"] == UPDATE_HEADLINE
+    told = [finding for finding in json.loads(tree.attrs["findings"]) if finding["code"] == "OD513"]
+    assert told[0]["message"].startswith("No run has gain_8, so the headline measure is")

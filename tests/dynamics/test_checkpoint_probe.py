@@ -20,7 +20,7 @@ from dynamics import DynamicsCallback, Recorder, analyze_run, schema
 from dynamics.analyze import app
 from dynamics.checkpoint_probe import load_function, probe_checkpoints
 from dynamics.checkpoints import open_trajectory
-from dynamics.pipeline import Options
+from dynamics.options import Options
 from probes import Task
 from tests.trainings import VOCABULARY, llama, lora_llama, trainer
 

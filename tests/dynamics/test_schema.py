@@ -5,16 +5,17 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from dynamics import pipeline, schema
+from dynamics import schema
 from dynamics.checkpoints import open_trajectory
 from dynamics.fisher.variables import CONCENTRATION, FISHER, TASKS
+from dynamics.measuring import measure
 from tests.fishers import with_fisher
 from tests.runs import write_run
 
 
 @pytest.fixture
 def tree(tmp_path):
-    return pipeline.measure(open_trajectory(write_run(tmp_path / "run")))
+    return measure(open_trajectory(write_run(tmp_path / "run")))
 
 
 def changed(tree, **variables):
@@ -56,6 +57,13 @@ def test_attributes(tree):
     del values.attrs["definition"]
     with pytest.raises(ValueError, match=re.escape("/update/stable_rank lacks the attribute 'definition'")):
         schema.check(changed(tree, stable_rank=values))
+
+
+def test_groups_of_checkpoints(tree):
+    tree["base"] = xr.DataTree(xr.Dataset({"relative_size": (("matrix", "step"), np.ones((2, 3)))}))
+    with pytest.raises(ValueError, match=re.escape("/base lacks 'base_norm'")) as caught:
+        schema.check(tree)
+    assert "/base/relative_size has dimensions ('matrix', 'step'), expected ('step', 'matrix')" in str(caught.value)
 
 
 def test_spectra_are_descending_and_end_at_their_count(tree):
@@ -139,7 +147,7 @@ def test_layer_role_and_stack(name, expected):
 
 @pytest.fixture(scope="module")
 def with_the_fisher(tmp_path_factory):
-    return with_fisher(pipeline.measure(open_trajectory(write_run(tmp_path_factory.mktemp("fisher") / "run"))))
+    return with_fisher(measure(open_trajectory(write_run(tmp_path_factory.mktemp("fisher") / "run"))))
 
 
 def test_the_fishers_groups_keep_the_schema(with_the_fisher):

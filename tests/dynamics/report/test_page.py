@@ -318,7 +318,7 @@ def test_figures_that_are_drawn_already_are_used():
 @pytest.mark.parametrize("name", ["pydoc_lora"])
 def test_a_real_run(name):
     from dynamics.checkpoints import open_trajectory
-    from dynamics.pipeline import measure
+    from dynamics.measuring import measure
 
     run = REPOSITORY / "examples" / "runs" / name
     if not run.is_dir():

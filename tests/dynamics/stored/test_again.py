@@ -8,7 +8,9 @@ import pytest
 import xarray as xr
 
 from dynamics import open_run, schema
-from dynamics.pipeline import Options, analyze_run, measure
+from dynamics.measuring import measure
+from dynamics.options import Options
+from dynamics.pipeline import analyze_run
 from dynamics.stored.again import capture_alone, with_capture
 from dynamics.stored.sources import open_source
 from tests.captures import drifting, write_capture

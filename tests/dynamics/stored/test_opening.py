@@ -11,7 +11,7 @@ import pytest
 import xarray as xr
 
 from dynamics import open_run, schema
-from dynamics.pipeline import measure
+from dynamics.measuring import measure
 from dynamics.store import write_tree
 from dynamics.stored.sources import open_source
 from tests.captures import drifting, write_capture
