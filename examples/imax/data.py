@@ -21,6 +21,8 @@ from examples.imax.tasks import MOST, TASKS, questions
 ARMS = ("imax", "dmax-plain", "dmax-style")
 TASKS_AN_IMAGE, ENTRIES_AN_IMAGE = 4.1, 7.5
 HELD_OUT = 1_000_000  # first word of the seeds of images that no arm trains on
+#: Parts of what is held out, which share no image: for the Fisher, for the scores, for the pilot's scores.
+PROBED, SCORED, PILOTED = range(3)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def arm(name: str, images: int, seed: int) -> Annotated:
     return Annotated(name, pixels, truth, [entries[place] for place in random.permutation(len(entries))])
 
 
-def held_out(each: int, part: int = 0) -> Annotated:
+def held_out(each: int, part: int = PROBED) -> Annotated:
     """Entries that no arm trains on: ``each`` of every task, one an image, over all hospitals alike.
 
     Args:

@@ -18,7 +18,7 @@ from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDe
 
 from examples.imax.data import Annotated
 from examples.imax.phantom import SIZE, phantoms
-from examples.imax.tasks import GRID, METRICS, TASKS, caption, questions
+from examples.imax.tasks import GRID, METRICS, TASKS, questions, sentences
 from probes import Task
 from probes.collation import pad_and_stack
 
@@ -36,7 +36,7 @@ def words() -> tuple[str, ...]:
     (('<pad>', '<start>', '<answer>', '<end>', '.'), True)
     """
     _, truth = phantoms(256, seed=0)
-    texts = [caption(truth, image) for image in range(len(truth))]
+    texts = [text for image in range(len(truth)) for text in sentences(truth, image)]
     for image in range(len(truth)):
         texts += [text for task in TASKS for pair in questions(task, truth, image) for text in pair]
     closed = {*map(str, range(10)), *(f"<{line}>" for line in range(GRID + 1))}
@@ -134,28 +134,41 @@ def references(batch: dict[str, Tensor]) -> list[str]:
     return [decode([token for token in row if token != IGNORED]) for row in batch["labels"].tolist()]
 
 
-@torch.no_grad()
 def answers(model: nn.Module, batch: dict[str, Tensor]) -> list[str]:
-    """The likeliest words after each question, one after the other: greedy, and no longer than the longest truth.
+    """The likeliest words after each question, one after the other (greedy)."""
+    return [text for text, _ in confident_answers(model, batch)]
 
-    The image is read once. Sequences stand at the left; what is right of the last word does not reach it.
+
+@torch.no_grad()
+def confident_answers(model: nn.Module, batch: dict[str, Tensor]) -> list[tuple[str, float]]:
+    """Greedy answers, and of each its words' probability, the geometric mean (with that of the answer's end).
+
+    The image is read once. Sequences stand at the left; what is right of the last word does not reach it. Of the labels
+    only the place of the first is read, where the answer begins. An answer ends by itself, or where the model's reach
+    does.
     """
-    labels, tokens = batch["labels"], batch["decoder_input_ids"].clone()
+    labels, tokens = batch["labels"], batch["decoder_input_ids"]
     first = (labels != IGNORED).int().argmax(1)  # place at which the first word of the answer is said
-    longest = int((labels != IGNORED).sum(1).max())
-    tokens = torch.where(torch.arange(tokens.shape[1]) <= first[:, None], tokens, PAD)
-    tokens = nn.functional.pad(tokens, (0, int(first.max()) + longest + 1 - tokens.shape[1]))
+    tokens = nn.functional.pad(tokens, (0, LONGEST - tokens.shape[1]), value=PAD)
+    tokens = torch.where(torch.arange(LONGEST) <= first[:, None], tokens, PAD)
     rows = torch.arange(len(tokens))
     bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
     seen = bare.encoder(pixel_values=batch["pixel_values"])
-    said = []
-    for step in range(longest):
-        place = first + step
+    going = torch.ones(len(tokens), dtype=torch.bool)
+    likelihood, length, said = torch.zeros(len(tokens), dtype=torch.float64), torch.zeros(len(tokens)), []
+    for place in (first + step for step in range(LONGEST - int(first.max()))):
         logits = bare(encoder_outputs=seen, decoder_input_ids=tokens[:, : int(place.max()) + 1], use_cache=False).logits
-        word = logits[rows, place].argmax(1)
-        said.append(word)
-        tokens[rows, place + 1] = word
-    return [decode(row) for row in torch.stack(said, 1).tolist()]
+        best, word = logits[rows, place].double().log_softmax(-1).max(-1)
+        said.append(torch.where(going, word, PAD))
+        likelihood += best * going
+        length += going
+        going = going & (word != END)
+        if not going.any():
+            break
+        tokens[rows, (place + 1).clamp(max=LONGEST - 1)] = word
+    mean = (likelihood / length).exp().tolist()
+    written = [row[: int(words)] for row, words in zip(torch.stack(said, 1).tolist(), length, strict=True)]
+    return [(decode(row), value) for row, value in zip(written, mean, strict=True)]
 
 
 def new_model(seed: int = 0, width: int = WIDTH) -> VisionEncoderDecoderModel:

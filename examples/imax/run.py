@@ -4,8 +4,8 @@
     python -m examples.imax.run --out runs/imax --pilot                # the gate: can the seven tasks be told apart?
     python -m examples.imax.run --out runs/imax --seeds 8 --jobs 2     # the study, over several sittings if need be
 
-Every unit (one arm of one seed) is a process of its own with one thread. ``OUT/ARM-SEED/scores.json`` says that it is
-complete; a unit that was stopped begins anew.
+Every unit (one arm of one seed) is a process of its own with one thread; the base has two. ``OUT/ARM-SEED/scores.json``
+says that a unit is complete; one that was stopped begins anew.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from examples.imax.data import ARMS
 
 #: Of a unit that did not end well, so many last lines are told.
 LINES = 15
+BASE_THREADS = 2  # nothing else runs meanwhile
 
 
 def unit_command(what: str, seed: int, out: Path, *, smoke: bool) -> list[str]:
@@ -32,9 +33,9 @@ def unit_command(what: str, seed: int, out: Path, *, smoke: bool) -> list[str]:
     return [*command, "--smoke"] if smoke else command
 
 
-def pending(out: Path, arms: Sequence[str], seeds: int) -> list[tuple[str, int]]:
+def pending(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
     """Units that are not complete, seed by seed, so that arms stay paired wherever the study is stopped."""
-    wanted = [(name, seed) for seed in range(seeds) for name in arms]
+    wanted = [(name, seed) for seed in seeds for name in arms]
     return [(name, seed) for name, seed in wanted if not (out / f"{name}-{seed}" / "scores.json").exists()]
 
 
@@ -53,7 +54,7 @@ def run_process(command: Sequence[str], log: Path) -> None:
         raise RuntimeError(f"Expected {log.stem} to end well, got exit status {code}; start again to resume.\n{last}")
 
 
-def run_units(out: Path, arms: Sequence[str], seeds: int, jobs: int, *, smoke: bool) -> None:
+def run_units(out: Path, arms: Sequence[str], seeds: Sequence[int], jobs: int, *, smoke: bool) -> None:
     """Teach the base unless it is there, then run what is pending, ``jobs`` at a time.
 
     Raises:
@@ -80,7 +81,11 @@ def run_units(out: Path, arms: Sequence[str], seeds: int, jobs: int, *, smoke: b
 
 def run_unit(what: str, seed: int, out: Path, *, smoke: bool) -> None:
     """Teach the base, or train one arm of one seed, in this process."""
+    import torch
+
     from examples.imax.train import FULL, SMOKE, teach_base, unit
+
+    torch.set_num_threads(BASE_THREADS if what == "base" else 1)
 
     size = SMOKE if smoke else FULL
     folder = out / ("base" if what == "base" else f"{what}-{seed}")
@@ -92,13 +97,13 @@ def run_unit(what: str, seed: int, out: Path, *, smoke: bool) -> None:
         unit(what, seed, out / "base", folder, size)
 
 
-def analyse(out: Path, arms: Sequence[str], seeds: int) -> None:
+def analyse(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> None:
     """``python -m dynamics.analyze imax=… dmax-plain=… …`` over all complete units, into ``OUT/analysis``.
 
     Raises:
         RuntimeError: If nothing could be analysed.
     """
-    runs = [f"{name}={out / f'{name}-{seed}'}" for seed in range(seeds) for name in arms]
+    runs = [f"{name}={out / f'{name}-{seed}'}" for seed in seeds for name in arms]
     command = [sys.executable, "-m", "dynamics.analyze", *runs, "--out", str(out / "analysis"), "--no-progress"]
     run_process(command, out / "logs" / "analysis.log")
 
@@ -118,11 +123,13 @@ def main() -> None:
         run_unit(args.unit[0], int(args.unit[1]), args.out, smoke=args.smoke)
         return
     from examples.imax.summary import pilot, write_results
+    from examples.imax.train import PILOT_SEED
 
-    arms, seeds = (["imax"], 1) if args.pilot else (args.arms, 1 if args.smoke else args.seeds)
+    arms = ["imax"] if args.pilot else args.arms
+    seeds = [PILOT_SEED] if args.pilot else range(1 if args.smoke else args.seeds)
     run_units(args.out, arms, seeds, args.jobs, smoke=args.smoke)
     if args.pilot:
-        sys.exit(pilot(args.out, args.out / "imax-0"))
+        sys.exit(pilot(args.out, args.out / f"imax-{PILOT_SEED}"))
     analyse(args.out, arms, seeds)
     print(f"Results: {write_results(args.out, arms, seeds, args.out / 'results')}")
     print(f"Report: {args.out / 'analysis' / 'report.html'}")

@@ -21,7 +21,7 @@ import xarray as xr
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from examples.imax.data import arm, held_out
+from examples.imax.data import PILOTED, arm, held_out
 from examples.imax.question_only import gate, question_only
 from examples.imax.tasks import METRICS, TASKS
 
@@ -100,14 +100,14 @@ def differences(rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> list[dic
     return found
 
 
-def write_results(out: Path, arms: Sequence[str], seeds: int, folder: Path) -> Path:
+def write_results(out: Path, arms: Sequence[str], seeds: Sequence[int], folder: Path) -> Path:
     """Write ``units.csv``, ``differences.csv`` and ``cards.json`` of a complete study.
 
     Returns:
         The folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    units = [(name, seed) for seed in range(seeds) for name in arms]
+    units = [(name, seed) for seed in seeds for name in arms]
     rows = [row(out, name, seed) for name, seed in units]
     _write_table(folder / "units.csv", rows)
     if len(arms) > 1:
@@ -127,7 +127,7 @@ def pilot(out: Path, unit: Path) -> int:
     from examples.imax.train import scores
 
     told = json.loads((unit / "scores.json").read_text(encoding="utf-8"))
-    test = held_out(told["size"]["scored"], part=1)
+    test = held_out(told["size"]["scored"], PILOTED)
     train = arm(told["arm"], told["size"]["images"], told["seed"])
     table = gate(told["scores"], scores(question_only(train.entries, test.entries), test))
     for task, each in table.items():

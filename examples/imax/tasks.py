@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 
@@ -22,6 +22,7 @@ GRID = 16  # places on an image's side that a box's corner can have
 TASKS = ("calculation", "report", "grade", "findings", "comprehension", "generation", "vqa")
 #: At most so many different questions about one image.
 MOST = {"calculation": 2, "report": 1, "grade": 1, "findings": 1, "comprehension": 3, "generation": 3, "vqa": 4}
+SENTENCES = 4  # of a caption
 UNREADABLE = 1.0  # the absolute error of an answer that is no number
 
 Questions = list[tuple[str, str]]
@@ -51,15 +52,39 @@ def questions(task: str, truth: Truth, image: int) -> Questions:
     return _ASKED[task](truth, image)
 
 
-def caption(truth: Truth, image: int) -> str:
-    """What the base is taught to say of an image: where the heart and opacities are, then the report.
+def caption(truth: Truth, image: int, random: np.random.Generator) -> str:
+    """What the base is taught to say of an image: as often as not the report, or four of :func:`sentences`, shuffled.
 
     >>> from examples.imax.phantom import phantoms
-    >>> caption(phantoms(1, seed=0)[1], 0).split()[1:3]
-    ['heart', 'at']
+    >>> caption(phantoms(1, seed=0)[1], 0, np.random.default_rng(1)).count(".")
+    4
     """
-    boxes = [truth.heart_box[image], *truth.opacity_box[image][truth.opacity[image]]]
-    return f"{_heart(truth, image)} heart at {' and '.join(map(place, boxes))} . {report(truth, image)}"
+    if random.random() < 0.5:
+        return report(truth, image)
+    told = sentences(truth, image)
+    return " ".join(told[number] for number in random.permutation(len(told))[:SENTENCES])
+
+
+def sentences(truth: Truth, image: int) -> list[str]:
+    """Of each structure and finding one sentence: what it is, and where.
+
+    >>> from examples.imax.phantom import phantoms
+    >>> len(sentences(phantoms(1, seed=0)[1], 0))
+    8
+    """
+    told = [
+        f"{_heart(truth, image)} heart at {place(truth.heart_box[image])} .",
+        f"{GRADES[truth.oedema[image]]} oedema .",
+    ]
+    for side, name in enumerate(SIDES):
+        told.append(f"{name} lung at {place(truth.lung_box[image, side])} .")
+        zone, box = ZONES[truth.opacity_zone[image, side]], truth.opacity_box[image, side]
+        opaque, wet = truth.opacity[image, side], truth.effusion[image, side]
+        told.append(f"{name} opacity in the {zone} zone at {place(box)} ." if opaque else f"no {name} opacity .")
+        told.append(
+            f"{name} effusion at {place(truth.effusion_box[image, side])} ." if wet else f"no {name} effusion ."
+        )
+    return told
 
 
 def report(truth: Truth, image: int) -> str:
@@ -69,17 +94,44 @@ def report(truth: Truth, image: int) -> str:
     >>> report(phantoms(1, seed=0)[1], 0).startswith("the heart is")
     True
     """
-    sentences = ["the heart is enlarged ." if truth.cardiomegaly[image] else "the heart is normal in size ."]
+    told = ["the heart is enlarged ." if truth.cardiomegaly[image] else "the heart is normal in size ."]
     seen = [
         f"opacity in the {ZONES[truth.opacity_zone[image, side]]} zone of the {SIDES[side]} lung ."
         for side in range(2)
         if truth.opacity[image, side]
     ]
-    sentences += seen or ["the lungs are free of opacities ."]
+    told += seen or ["the lungs are free of opacities ."]
     wet = [SIDES[side] for side in range(2) if truth.effusion[image, side]]
-    sentences.append(f"pleural effusion on the {' and '.join(wet)} ." if wet else "no pleural effusion .")
-    sentences.append(f"{GRADES[truth.oedema[image]]} oedema ." if truth.oedema[image] else "no oedema .")
-    return " ".join(sentences)
+    told.append(f"pleural effusion on the {' and '.join(wet)} ." if wet else "no pleural effusion .")
+    told.append(f"{GRADES[truth.oedema[image]]} oedema ." if truth.oedema[image] else "no oedema .")
+    return " ".join(told)
+
+
+def described(truth: Truth, image: int, lungs: Float[np.ndarray, "2 4"], zones: Int[np.ndarray, " 2"]) -> Questions:
+    """A place, and what is there: which of two things cannot be told from the place alone.
+
+    Args:
+        truth: Of the images.
+        image: Which.
+        lungs: Boxes of both lungs, as fractions; the places asked are a third of each, and its lowest sixth.
+        zones: Of each lung, the third that is asked about.
+
+    >>> from examples.imax.phantom import phantoms
+    >>> boxes, zones = np.array([[0, 0, 0.5, 0.75], [0.5, 0, 1, 0.75]]), np.array([0, 2])
+    >>> described(phantoms(1, seed=0)[1], 0, boxes, zones)[0][0]
+    'what is at <0> <0> <8> <4>'
+    """
+    asked = []
+    for side, name in enumerate(SIDES):
+        left, top, right, bottom = lungs[side]
+        zone, third = int(zones[side]), (bottom - top) / 3
+        box = place(np.array([left, top + zone * third, right, top + (zone + 1) * third]))
+        what = "opacity in" if truth.opacity_zone[image, side] == zone else "clear"
+        asked.append((f"what is at {box}", f"{what} the {ZONES[zone]} zone of the {name} lung"))
+        angle = place(np.array([left, bottom - third / 2, right, bottom]))
+        what = "fluid in" if truth.effusion[image, side] else "clear"
+        asked.append((f"what is at {angle}", f"{what} the {name} costophrenic angle"))
+    return asked
 
 
 def place(box: Float[np.ndarray, " 4"]) -> str:
@@ -91,6 +143,18 @@ def place(box: Float[np.ndarray, " 4"]) -> str:
     return " ".join(f"<{round(float(side) * GRID)}>" for side in box)
 
 
+def box_of(text: str) -> list[int] | None:
+    """The four lines that a box in words names, or ``None`` if it is no box.
+
+    >>> box_of("<0> <0> <4> <8>"), box_of("<4> <0> <0> <8>")
+    ([0, 0, 4, 8], None)
+    """
+    words = text.split()
+    sides = [int(word[1:-1]) for word in words if re.fullmatch(r"<\d+>", word)]
+    ordered = len(sides) == len(words) == 4 and sides[0] <= sides[2] and sides[1] <= sides[3]
+    return sides if ordered else None
+
+
 def intersection_over_union(answer: str, reference: str) -> float:
     """Of two boxes in words; 0 if the answer is no box.
 
@@ -99,7 +163,7 @@ def intersection_over_union(answer: str, reference: str) -> float:
     >>> intersection_over_union("the heart", "<0> <0> <4> <8>")
     0.0
     """
-    ours, theirs = _box(answer), _box(reference)
+    ours, theirs = box_of(answer), box_of(reference)
     if ours is None or theirs is None:
         return 0.0
     width = min(ours[2], theirs[2]) - max(ours[0], theirs[0])
@@ -177,13 +241,6 @@ def _number(value: float) -> str:
     return " ".join(f"{value:.2f}")
 
 
-def _box(text: str) -> list[int] | None:
-    words = text.split()
-    sides = [int(word[1:-1]) for word in words if re.fullmatch(r"<\d+>", word)]
-    ordered = len(sides) == len(words) == 4 and sides[0] <= sides[2] and sides[1] <= sides[3]
-    return sides if ordered else None
-
-
 def _regions(truth: Truth, image: int) -> list[tuple[str, str]]:
     """Everything that can be pointed at: its name and its box."""
     found = [("the heart", place(truth.heart_box[image]))]
@@ -197,19 +254,8 @@ def _regions(truth: Truth, image: int) -> list[tuple[str, str]]:
 
 
 def _described(truth: Truth, image: int) -> Questions:
-    """A place, and what is there: which of two things cannot be told from the place alone."""
-    asked = []
-    for side, name in enumerate(SIDES):
-        left, top, right, bottom = truth.lung_box[image, side]
-        zone = int(truth.opacity_zone[image, side]) if truth.opacity[image, side] else image % 3
-        third = (bottom - top) / 3
-        box = place(np.array([left, top + zone * third, right, top + (zone + 1) * third]))
-        what = "opacity in" if truth.opacity[image, side] else "clear"
-        asked.append((f"what is at {box}", f"{what} the {ZONES[zone]} zone of the {name} lung"))
-        angle = place(np.array([left, bottom - third / 2, right, bottom]))
-        what = "fluid in" if truth.effusion[image, side] else "clear"
-        asked.append((f"what is at {angle}", f"{what} the {name} costophrenic angle"))
-    return asked
+    zones = np.where(truth.opacity[image], truth.opacity_zone[image], image % 3)
+    return described(truth, image, truth.lung_box[image], zones)
 
 
 def _calculation(truth: Truth, image: int) -> Questions:

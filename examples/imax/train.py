@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments, VisionEncoderDecoderModel, set_seed
 
-from dynamics import DynamicsCallback
-from examples.imax.data import Annotated, arm, card, held_out
-from examples.imax.model import answers, as_pixels, collate, new_model, probe_tasks, samples, sequence
+from dynamics import DynamicsCallback, fisher_measures
+from examples.imax.data import PILOTED, SCORED, Annotated, arm, card, held_out
+from examples.imax.model import as_pixels, collate, confident_answers, new_model, probe_tasks, samples, sequence
 from examples.imax.phantom import phantoms
 from examples.imax.tasks import METRICS, TASKS, caption, total
+from probes import gradient_gram
 
 CAPTIONS = 2_000_000  # first word of the seeds of images that only the base sees
+PILOT_SEED = 100
+BATCH = 32  # samples of which gradients are taken at once
+ENDS = ("", "_low", "_high")
 
 
 @dataclass(frozen=True)
@@ -32,29 +37,42 @@ class Size:
         batch: Entries in an optimizer step.
         base_steps: Optimizer steps that teach the base to describe images.
         base_batch: Images in each of them.
-        captures: How many times the Fisher is measured, evenly over the training.
+        captures: In so many equal parts of the training the Fisher is measured, and once more just before its end.
         probes: Held-out entries of each task for it, a multiple of 7.
         scored: Held-out entries of each task for the scores, a multiple of 7.
         learning_rate: Of LoRA.
+        own: Entries of an arm's own training data for the other Fisher, which shows what counting by entries does.
     """
 
     images: int = 1600
     batch: int = 32
-    base_steps: int = 2400
+    base_steps: int = 3000
     base_batch: int = 32
     captures: int = 3
     probes: int = 21
-    scored: int = 210
-    learning_rate: float = 2e-3
+    scored: int = 420
+    learning_rate: float = 5e-3
+    own: int = 210
 
     @property
     def steps(self) -> int:
         """Optimizer steps of each arm."""
         return round(7.5 * self.images) // self.batch
 
+    def captured(self, steps: int) -> list[int]:
+        """Steps at which a training of so many is captured: the last increment is 1/25 of it.
+
+        The Fisher of an increment is measured where it began, so that of the last one is of a model all but trained.
+
+        >>> Size().captured(375)
+        [125, 250, 360, 375]
+        """
+        parts = [round(steps * part / self.captures) for part in range(1, self.captures)]
+        return [step for step in [*parts, steps - steps // 25, steps] if step > 0]
+
 
 FULL = Size()
-SMOKE = Size(images=40, batch=20, base_steps=8, base_batch=16, captures=1, probes=7, scored=7)
+SMOKE = Size(images=40, batch=20, base_steps=8, base_batch=16, captures=1, probes=7, scored=7, own=140)
 
 
 def teach_base(folder: Path, size: Size) -> dict[str, Any]:
@@ -70,8 +88,9 @@ def teach_base(folder: Path, size: Size) -> dict[str, Any]:
     losses = []
     for step in range(size.base_steps):
         images, truth = phantoms(size.base_batch, [CAPTIONS, step])
+        random = np.random.default_rng([CAPTIONS, step])
         rows = [
-            {"pixel_values": pixels, **sequence("", caption(truth, image))}
+            {"pixel_values": pixels, **sequence("", caption(truth, image, random))}
             for image, pixels in enumerate(as_pixels(images))
         ]
         loss = model(**collate(rows)).loss
@@ -96,10 +115,13 @@ def adapted(base: Path, seed: int) -> nn.Module:
     return get_peft_model(VisionEncoderDecoderModel.from_pretrained(base), lora)  # pyright: ignore[reportArgumentType]
 
 
-def train(model: nn.Module, data: Annotated, out: Path, seed: int, size: Size, *, record: bool = True) -> None:
-    """Fine-tune on an arm's entries, each once, in an order that is the same for all arms of a seed."""
-    steps = size.steps
-    captured = [max(1, round(steps * part / size.captures)) for part in range(1, size.captures + 1)]
+def train(
+    model: nn.Module, rows: Sequence[Any], out: Path, seed: int, size: Size, steps: int, *, record: bool = True
+) -> None:
+    """Fine-tune with LoRA on samples, in an order that is the same for all arms of a seed; record it in ``out``.
+
+    Warm-up over 1/20 of the steps, then a cosine; after the last step a checkpoint.
+    """
     training = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
@@ -116,25 +138,27 @@ def train(model: nn.Module, data: Annotated, out: Path, seed: int, size: Size, *
         disable_tqdm=True,
         report_to="none",
     )
-    rows: Any = samples(data)
     callbacks = []
     if record:
-        callbacks = [DynamicsCallback(out, probe_tasks(held_out(size.probes)), preset="full", at=captured)]
-    trainer = Trainer(model, training, collate, rows, callbacks=callbacks)  # pyright: ignore[reportArgumentType]
+        probed = probe_tasks(held_out(size.probes))
+        callbacks = [DynamicsCallback(out, probed, preset="full", at=size.captured(steps))]
+    trained: Any = rows
+    trainer = Trainer(model, training, collate, trained, callbacks=callbacks)  # pyright: ignore[reportArgumentType]
     for callback in callbacks:
         callback.attach(trainer)
     trainer.train()
 
 
-def answered(model: nn.Module, data: Annotated, batch: int = 64) -> list[str]:
-    """The model's answer to each entry."""
+def answered(model: nn.Module, data: Annotated, batch: int = 64) -> list[tuple[str, float]]:
+    """The model's answer to each entry, and how sure it is: see :func:`examples.imax.model.confident_answers`."""
     model.eval()
     rows = samples(data)
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]["labels"]))
-    said = [""] * len(rows)
+    said = [("", 0.0)] * len(rows)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        for number, answer in zip(chosen, answers(model, collate([rows[each] for each in chosen])), strict=True):
+        found = confident_answers(model, collate([rows[each] for each in chosen]))
+        for number, answer in zip(chosen, found, strict=True):
             said[number] = answer
     return said
 
@@ -151,12 +175,39 @@ def scores(said: Sequence[str], data: Annotated) -> dict[str, dict[str, dict[str
     return found
 
 
+def own_fisher(model: nn.Module, data: Annotated, entries: int) -> dict[str, dict[str, float]]:
+    """The Fisher on an arm's own training data, entries counted as if independent, and counted by their images.
+
+    The entries are those of the first images, so that they lie in images as all of the arm's do. SE is compared at 16
+    entries: any 16, or 16 of different images (mean over random subsets).
+
+    Returns:
+        For ``"by_entries"`` and ``"by_images"``: SE, SE of 16, ln participation ratio with its 95 % interval, and the
+        number of what is counted as independent.
+    """
+    chosen = sorted(data.entries, key=lambda entry: entry.image)[:entries]
+    rows = samples(replace(data, entries=chosen))
+    batches = [collate(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
+    gram = gradient_gram(model, batches).gram["global"]
+    images = [entry.image for entry in chosen]
+    found = {}
+    for name, groups in (("by_entries", None), ("by_images", images)):
+        measured = fisher_measures(gram, groups=groups).sel(block="global", task="all")
+        found[name] = {
+            "independent": float(measured["groups"]),
+            "spectral_entropy": float(measured["spectral_entropy"]),
+            "spectral_entropy_of_16": float(measured["rarefied_spectral_entropy"].sel(n=16)),
+            **{f"ln_participation_ratio{end}": float(measured[f"ln_participation_ratio{end}"]) for end in ENDS},
+        }
+    return found
+
+
 def unit(name: str, seed: int, base: Path, out: Path, size: Size = FULL) -> dict[str, Any]:
     """Train and score one arm of one seed; ``out/scores.json`` is written last, and says that the unit is complete.
 
     Args:
         name: The arm.
-        seed: Of the data, the adapter and the order.
+        seed: Of the data, the adapter and the order. That of the pilot is scored on images of its own.
         base: Folder of the common base.
         out: Folder of the run.
         size: Of the study.
@@ -164,21 +215,29 @@ def unit(name: str, seed: int, base: Path, out: Path, size: Size = FULL) -> dict
     Returns:
         What is in ``scores.json``.
     """
-    torch.set_num_threads(1)
     began = time.perf_counter()
     data = arm(name, size.images, seed)
     model = adapted(base, seed)
-    train(model, data, out, seed, size)
+    train(model, samples(data), out, seed, size, size.steps)
+    return complete(name, seed, model, data, out, size, began)
+
+
+def complete(
+    name: str, seed: int, model: nn.Module, data: Annotated, out: Path, size: Size, began: float, **more: Any
+) -> dict[str, Any]:
+    """Score what was trained, and write ``out/scores.json``; ``more`` is written into it too."""
     trained = time.perf_counter() - began
-    test = held_out(size.scored, part=1)
+    test = held_out(size.scored, PILOTED if seed == PILOT_SEED else SCORED)
     found = {
         "arm": name,
         "seed": seed,
-        "scores": scores(answered(model, test), test),
+        "scores": scores([text for text, _ in answered(model, test)], test),
+        "own_fisher": own_fisher(model, data, size.own),
         "card": card(data),
         "size": asdict(size),
         "seconds_training": trained,
         "seconds": time.perf_counter() - began,
+        **more,
     }
     part = out / "scores.json.part"
     part.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,9 +15,11 @@ from examples.imax.model import (
     ANSWER,
     END,
     IGNORED,
+    LONGEST,
     START,
     answers,
     collate,
+    confident_answers,
     decode,
     encode,
     new_model,
@@ -45,14 +48,15 @@ def batch():
     return collate([rows[place] for place in (0, 8, 15, 22, 29, 36, 43)])
 
 
-def slow_answer(model, pixels, asked, length):
-    """One entry, no padding, the whole model run again for every word."""
-    read, said = asked, []
-    for _ in range(length):
+def slow_answer(model, pixels, asked, longest):
+    """One entry, no padding, the whole model run again for every word: its answer and the words' mean probability."""
+    read, said, probability = asked, [], []
+    while len(said) < longest and END not in said:
         logits = model(pixel_values=pixels[None], decoder_input_ids=torch.tensor([read]), use_cache=False).logits
         said.append(int(logits[0, -1].argmax()))
+        probability.append(float(logits[0, -1].double().softmax(-1).max()))
         read = [*read, said[-1]]
-    return decode(said)
+    return decode(said), float(np.exp(np.log(probability).mean()))
 
 
 def test_every_text_of_an_arm_is_in_the_vocabulary():
@@ -78,13 +82,15 @@ def test_references_are_the_answers_of_the_entries(batch):
 
 def test_answers_in_a_batch_are_those_of_entries_alone(model, batch):
     asked = [row[: row.index(ANSWER) + 1] for row in batch["decoder_input_ids"].tolist()]
-    length = int((batch["labels"] != IGNORED).sum(1).max())
+    longest = LONGEST - max(map(len, asked)) + 1
     with torch.no_grad():
         one_by_one = [
-            slow_answer(model, pixels, read, length) for pixels, read in zip(batch["pixel_values"], asked, strict=True)
+            slow_answer(model, pixels, read, longest) for pixels, read in zip(batch["pixel_values"], asked, strict=True)
         ]
-    assert answers(model, batch) == one_by_one
-    assert len(set(one_by_one)) > 1
+    found = confident_answers(model, batch)
+    assert [text for text, _ in found] == [text for text, _ in one_by_one] == answers(model, batch)
+    np.testing.assert_allclose([value for _, value in found], [value for _, value in one_by_one], rtol=1e-5)
+    assert len({text for text, _ in found}) > 1
 
 
 def test_answers_do_not_see_the_truth(model, batch):
