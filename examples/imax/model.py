@@ -96,10 +96,11 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return pad_and_stack([{key: value for key, value in row.items() if key != "image"} for row in rows])
 
 
-def probe_tasks(data: Annotated, batch_size: int = 32) -> list[Task]:
+def probe_tasks(data: Annotated, batch_size: int = 32, *, scored: bool = True) -> list[Task]:
     """Each task of the study as a :class:`probes.Task` whose score is the mean of its primary metric.
 
-    Of micro-F1, which is no mean over entries, the mean is taken of each entry's own F1.
+    Of micro-F1, which is no mean over entries, the mean is taken of each entry's own F1. Tasks that are not ``scored`` are
+    for the Fisher alone.
     """
     rows = samples(data)
     made = []
@@ -117,7 +118,7 @@ def probe_tasks(data: Annotated, batch_size: int = 32) -> list[Task]:
                 task,
                 mine,
                 group="image",
-                score=score,
+                score=score if scored else None,
                 batch_size=batch_size,
                 higher_is_better=metric.higher_is_better,
             )

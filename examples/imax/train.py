@@ -68,7 +68,7 @@ class Size:
         [125, 250, 360, 375]
         """
         parts = [round(steps * part / self.captures) for part in range(1, self.captures)]
-        return [step for step in [*parts, steps - steps // 25, steps] if step > 0]
+        return [step for step in [*parts, steps - max(1, steps // 25), steps] if step > 0]
 
 
 FULL = Size()
@@ -140,7 +140,7 @@ def train(
     )
     callbacks = []
     if record:
-        probed = probe_tasks(held_out(size.probes))
+        probed = probe_tasks(held_out(size.probes), scored=False)
         callbacks = [DynamicsCallback(out, probed, preset="full", at=size.captured(steps))]
     trained: Any = rows
     trainer = Trainer(model, training, collate, trained, callbacks=callbacks)  # pyright: ignore[reportArgumentType]
