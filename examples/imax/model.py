@@ -99,8 +99,8 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 def probe_tasks(data: Annotated, batch_size: int = 32, *, scored: bool = True) -> list[Task]:
     """Each task of the study as a :class:`probes.Task` whose score is the mean of its primary metric.
 
-    Of micro-F1, which is no mean over entries, the mean is taken of each entry's own F1. Tasks that are not ``scored`` are
-    for the Fisher alone.
+    Of micro-F1, which is no mean over entries, the mean is taken of each entry's own F1. Tasks that are not ``scored``
+    are for the Fisher alone.
     """
     rows = samples(data)
     made = []
@@ -120,7 +120,7 @@ def probe_tasks(data: Annotated, batch_size: int = 32, *, scored: bool = True) -
                 group="image",
                 score=score if scored else None,
                 batch_size=batch_size,
-                higher_is_better=metric.higher_is_better,
+                higher_is_better=metric.higher_is_better or not scored,
             )
         )
     return made

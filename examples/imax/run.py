@@ -83,6 +83,7 @@ def run_unit(what: str, seed: int, out: Path, *, smoke: bool) -> None:
     """Teach the base, or train one arm of one seed, in this process."""
     import torch
 
+    from examples.imax import stages
     from examples.imax.train import FULL, SMOKE, teach_base, unit
 
     torch.set_num_threads(BASE_THREADS if what == "base" else 1)
@@ -93,6 +94,8 @@ def run_unit(what: str, seed: int, out: Path, *, smoke: bool) -> None:
     folder.mkdir(parents=True)
     if what == "base":
         (folder / "taught.json").write_text(json.dumps(teach_base(folder, size)) + "\n", encoding="utf-8")
+    elif what in stages.STRATEGIES:
+        stages.unit(what, seed, out / "base", out / f"dmax-plain-{seed}", folder, size)
     else:
         unit(what, seed, out / "base", folder, size)
 
@@ -127,10 +130,13 @@ def main() -> None:
 
     arms = ["imax"] if args.pilot else args.arms
     seeds = [PILOT_SEED] if args.pilot else range(1 if args.smoke else args.seeds)
-    run_units(args.out, arms, seeds, args.jobs, smoke=args.smoke)
-    if args.pilot:
-        sys.exit(pilot(args.out, args.out / f"imax-{PILOT_SEED}"))
-    analyse(args.out, arms, seeds)
+    try:
+        run_units(args.out, arms, seeds, args.jobs, smoke=args.smoke)
+        if args.pilot:
+            sys.exit(pilot(args.out, args.out / f"imax-{PILOT_SEED}"))
+        analyse(args.out, arms, seeds)
+    except RuntimeError as error:
+        sys.exit(str(error))
     print(f"Results: {write_results(args.out, arms, seeds, args.out / 'results')}")
     print(f"Report: {args.out / 'analysis' / 'report.html'}")
 
