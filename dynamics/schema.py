@@ -116,6 +116,8 @@ SCORE: Mapping[str, Variable] = {
     "items": Variable(("step", "task"), "1", "number of items scored"),
     "standard_error": Variable(("step", "task"), "task units", "standard error of the score"),
 }
+#: Beside a score where its task says so.
+SCORE_DIRECTION = Variable(("step", "task"), "1", "+1: higher is better, -1: lower is better, 0: not known")
 
 #: What is kept of the Fisher at each step; everything else follows from it. K = GGᵀ is unnormalised.
 FISHER_RECORD: Mapping[str, Variable] = {

@@ -195,8 +195,9 @@ def score_record(step: int, scores: Sequence[Score]) -> xr.Dataset:
         "score": [each.score for each in scores],
         "items": [float(each.items) for each in scores],
         "standard_error": [each.standard_error for each in scores],
+        "direction": [{True: 1.0, False: -1.0, None: 0.0}[each.higher_is_better] for each in scores],
     }
-    known = schema.SCORE
+    known = {**schema.SCORE, "direction": schema.SCORE_DIRECTION}
     return xr.Dataset(
         {
             name: (known[name].dims, np.array([values], dtype=np.float64), schema.attributes(known[name]))

@@ -241,16 +241,18 @@ def _dataset(rows: list[_Placed], tasks: list[str], direction: Mapping[str, int]
 def rows_of(groups: Mapping[str, xr.Dataset]) -> Iterator[Row]:
     """What stands in each run's ``/score`` group, run → dataset; missing scores are no rows.
 
-    >>> score = xr.Dataset({"score": (("step", "task"), [[0.5, np.nan]])}, {"step": [5], "task": ["f1", "loss"]})
-    >>> [(row.run, row.step, row.task, row.score) for row in rows_of({"a": score})]
-    [('a', 5, 'f1', 0.5)]
+    >>> arrays = {name: (("step", "task"), [[value, np.nan]]) for name, value in (("score", 0.5), ("direction", -1))}
+    >>> score = xr.Dataset(arrays, {"step": [5], "task": ["ratio", "loss"]})
+    >>> [(row.run, row.step, row.task, row.score, row.higher_is_better) for row in rows_of({"a": score})]
+    [('a', 5, 'ratio', 0.5, False)]
     """
     for run, group in groups.items():
         nothing = xr.full_like(group["score"], np.nan, dtype=np.float64)
-        scores, items, errors = (group.get(name, nothing).values for name in ("score", "items", "standard_error"))
+        scores, items, errors, directions = (group.get(name, nothing).values for name in (*schema.SCORE, "direction"))
         for i, j in np.argwhere(~np.isnan(scores)).tolist():
             step, task = int(group["step"].values[i]), str(group["task"].values[j])
-            yield _Placed(run, step, task, float(scores[i, j]), float(items[i, j]), float(errors[i, j]), None)
+            higher = {1: True, -1: False}.get(directions[i, j])
+            yield _Placed(run, step, task, float(scores[i, j]), float(items[i, j]), float(errors[i, j]), higher)
 
 
 def better(scores: xr.DataArray) -> xr.DataArray:

@@ -32,7 +32,8 @@ def _problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> Iterator[st
     labels = dict.fromkeys(schema.SAMPLE_LABELS, ("sample",)) if fisher else {}
     texts = {"block": ("block",), **labels} if fisher else {"task": ("task",)}
     whole = {"step": ("step",), **({"evaluated_at_step": ("step",)} if fisher else {})}
-    numbers = {name: variable.dims for name, variable in known.items()}
+    stated = {"direction": schema.SCORE_DIRECTION} if not fisher and "direction" in dataset.variables else {}
+    numbers = {name: variable.dims for name, variable in {**known, **stated}.items()}
     for expected, kinds in ((texts, "U"), (whole, "iu"), (numbers, "fiu")):
         for name, dims in expected.items():
             if name not in dataset.variables or dataset[name].dims != dims or dataset[name].dtype.kind not in kinds:

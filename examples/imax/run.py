@@ -25,6 +25,8 @@ from examples.imax.data import ARMS
 #: Of a unit that did not end well, so many last lines are told.
 LINES = 15
 BASE_THREADS = 2  # nothing else runs meanwhile
+#: The report is made of what is kept, and findings are for its reader: errors alone end the study.
+QUIETLY = ("--no-report", "--no-progress")
 
 
 def unit_command(what: str, seed: int, out: Path, *, smoke: bool) -> list[str]:
@@ -101,14 +103,18 @@ def run_unit(what: str, seed: int, out: Path, *, smoke: bool) -> None:
 
 
 def analyse(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> None:
-    """``python -m dynamics.analyze imax=… dmax-plain=… …`` over all complete units, into ``OUT/analysis``.
+    """``python -m dynamics.analyze imax=… dmax-plain=… … --scores …`` over all units, into ``OUT/analysis``.
 
     Raises:
         RuntimeError: If nothing could be analysed.
     """
-    runs = [f"{name}={out / f'{name}-{seed}'}" for seed in seeds for name in arms]
-    command = [sys.executable, "-m", "dynamics.analyze", *runs, "--out", str(out / "analysis"), "--no-progress"]
-    run_process(command, out / "logs" / "analysis.log")
+    from examples.imax.summary import score_rows, write_table
+
+    units = [(name, seed) for seed in seeds for name in arms]
+    write_table(out / "scores.csv", score_rows(out, units))
+    runs = [f"{name}={out / f'{name}-{seed}'}" for name, seed in units]
+    command = [sys.executable, "-m", "dynamics.analyze", *runs, "--out", str(out / "analysis")]
+    run_process([*command, "--scores", str(out / "scores.csv"), *QUIETLY], out / "logs" / "analysis.log")
 
 
 def main() -> None:
@@ -117,7 +123,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the study")
     parser.add_argument("--seeds", type=int, default=8, help="paired seeds")
     parser.add_argument("--jobs", type=int, default=2, help="units at a time, one thread each")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="which arms")
+    parser.add_argument("--stages", type=int, default=4, help="seeds of the three-stage strategy and of dmax-long")
     parser.add_argument("--smoke", action="store_true", help="a tiny study, to see that everything runs: one seed")
     parser.add_argument("--pilot", action="store_true", help="one unit, and whether every task passes the gate")
     parser.add_argument("--unit", nargs=2, metavar=("WHAT", "SEED"), help=argparse.SUPPRESS)
@@ -125,20 +131,34 @@ def main() -> None:
     if args.unit:
         run_unit(args.unit[0], int(args.unit[1]), args.out, smoke=args.smoke)
         return
-    from examples.imax.summary import pilot, write_results
-    from examples.imax.train import PILOT_SEED
-
-    arms = ["imax"] if args.pilot else args.arms
-    seeds = [PILOT_SEED] if args.pilot else range(1 if args.smoke else args.seeds)
     try:
-        run_units(args.out, arms, seeds, args.jobs, smoke=args.smoke)
         if args.pilot:
-            sys.exit(pilot(args.out, args.out / f"imax-{PILOT_SEED}"))
-        analyse(args.out, arms, seeds)
+            sys.exit(_pilot(args.out, args.smoke))
+        results = _study(args.out, *((1, 1) if args.smoke else (args.seeds, args.stages)), args.jobs, args.smoke)
     except RuntimeError as error:
         sys.exit(str(error))
-    print(f"Results: {write_results(args.out, arms, seeds, args.out / 'results')}")
-    print(f"Report: {args.out / 'analysis' / 'report.html'}")
+    print(f"Results: {results}, with report.html")
+
+
+def _pilot(out: Path, smoke: bool) -> int:
+    from examples.imax.summary import pilot
+    from examples.imax.train import PILOT_SEED
+
+    run_units(out, ["imax"], [PILOT_SEED], 1, smoke=smoke)
+    return pilot(out, out / f"imax-{PILOT_SEED}")
+
+
+def _study(out: Path, seeds: int, stages: int, jobs: int, smoke: bool) -> Path:
+    from examples.imax.keep import keep
+    from examples.imax.stages import STRATEGIES
+    from examples.imax.summary import write_results
+
+    run_units(out, ARMS, range(seeds), jobs, smoke=smoke)
+    run_units(out, STRATEGIES, range(min(stages, seeds)), jobs, smoke=smoke)
+    analyse(out, ARMS, range(seeds))
+    results = write_results(out, ARMS, range(seeds), STRATEGIES, range(min(stages, seeds)), out / "results")
+    keep(out / "analysis", results, [f"{ARMS[0]}-0", f"{ARMS[1]}-0"])
+    return results
 
 
 if __name__ == "__main__":

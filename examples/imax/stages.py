@@ -1,4 +1,4 @@
-"""Three stages on decentralised data: true annotations, pseudo-IMAX, true annotations; beside the same updates without it.
+"""Three stages on decentralised data (true, pseudo-IMAX, true annotations), beside as many updates on true ones alone.
 
 1. Train on DMAX-plain: that is the study's own unit of that arm and seed.
 2. Let this model annotate DMAX images for the tasks that they lack, and keep of each task the half of its answers of
@@ -131,7 +131,15 @@ def open_questions(
 
 def _asked_of_an_image() -> float:
     """How many open questions of the tasks that it lacks an image is asked, about."""
-    everything = {"calculation": 2, "report": 1, "grade": 1, "findings": 1, "comprehension": 3, "generation": 4, "vqa": 6}
+    everything = {
+        "calculation": 2,
+        "report": 1,
+        "grade": 1,
+        "findings": 1,
+        "comprehension": 3,
+        "generation": 4,
+        "vqa": 6,
+    }
     return sum(everything.values()) * (1 - 1 / len(TASKS))
 
 

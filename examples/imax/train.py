@@ -72,7 +72,7 @@ class Size:
 
 
 FULL = Size()
-SMOKE = Size(images=40, batch=20, base_steps=8, base_batch=16, captures=1, probes=7, scored=7, own=140)
+SMOKE = Size(images=20, batch=15, base_steps=4, base_batch=16, captures=1, probes=7, scored=7, own=30)
 
 
 def teach_base(folder: Path, size: Size) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def own_fisher(model: nn.Module, data: Annotated, entries: int) -> dict[str, dic
     """The Fisher on an arm's own training data, entries counted as if independent, and counted by their images.
 
     The entries are those of the first images, so that they lie in images as all of the arm's do. SE is compared at 16
-    entries: any 16, or 16 of different images (mean over random subsets).
+    entries: any 16, or 16 of different images (mean over random subsets; NaN where there are fewer).
 
     Returns:
         For ``"by_entries"`` and ``"by_images"``: SE, SE of 16, ln participation ratio with its 95 % interval, and the
@@ -196,7 +196,7 @@ def own_fisher(model: nn.Module, data: Annotated, entries: int) -> dict[str, dic
         found[name] = {
             "independent": float(measured["groups"]),
             "spectral_entropy": float(measured["spectral_entropy"]),
-            "spectral_entropy_of_16": float(measured["rarefied_spectral_entropy"].sel(n=16)),
+            "spectral_entropy_of_16": float(measured["rarefied_spectral_entropy"].reindex(n=[16]).item()),
             **{f"ln_participation_ratio{end}": float(measured[f"ln_participation_ratio{end}"]) for end in ENDS},
         }
     return found

@@ -27,8 +27,12 @@ def task(name: str, seed: int, samples: int = 12, **options) -> Task:
     return Task(name, data, group="image", **options)
 
 
+def largest_logit(model, batch) -> torch.Tensor:
+    return model(**batch).logits.flatten(1).amax(1)
+
+
 def tasks() -> list[Task]:
-    return [task("a", 11), task("b", 12, score=lambda model, batch: model(**batch).logits.flatten(1).amax(1))]
+    return [task("a", 11), task("b", 12, score=largest_logit, higher_is_better=False)]
 
 
 class Weights(TrainerCallback):
@@ -118,6 +122,7 @@ def test_the_result_has_its_groups_and_their_contract(tree):
     assert tree["concentration"]["captured"].dims == ("step", "block", "k")
     assert tree["score"]["task"].values.tolist() == ["b"]
     assert tree["score"]["items"].values.tolist() == [[12.0]] * 3
+    assert tree["score"]["direction"].values.tolist() == [[-1.0]] * 3
     assert np.isfinite(fisher["spectral_entropy"].sel(block="global")).all()
 
 

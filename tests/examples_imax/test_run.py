@@ -24,25 +24,25 @@ def worker(monkeypatch):
 
 
 def test_all_units_run_after_the_base(worker, tmp_path):
-    run.run_units(tmp_path, ["imax", "dmax-plain"], 2, 2, smoke=True)
-    assert run.pending(tmp_path, ["imax", "dmax-plain"], 2) == []
+    run.run_units(tmp_path, ["imax", "dmax-plain"], range(2), 2, smoke=True)
+    assert run.pending(tmp_path, ["imax", "dmax-plain"], range(2)) == []
     assert (tmp_path / "base" / "taught.json").exists()
 
 
 def test_what_is_done_is_not_done_again(worker, tmp_path):
-    run.run_units(tmp_path, ["imax"], 1, 1, smoke=True)
-    run.run_units(tmp_path, ["imax"], 2, 1, smoke=True)  # a folder that is there would be an error of the worker
-    assert run.pending(tmp_path, ["imax"], 2) == []
+    run.run_units(tmp_path, ["imax"], range(1), 1, smoke=True)
+    run.run_units(tmp_path, ["imax"], range(2), 1, smoke=True)  # a folder that is there would be an error of the worker
+    assert run.pending(tmp_path, ["imax"], range(2)) == []
 
 
 def test_a_unit_that_fails_is_told_and_is_still_pending(worker, tmp_path):
     with pytest.raises(RuntimeError, match=r"^Expected broken-1 to end well, got exit status 3; .*\ncannot$"):
-        run.run_units(tmp_path, ["broken"], 2, 1, smoke=True)
-    assert run.pending(tmp_path, ["broken"], 2) == [("broken", 1)]
+        run.run_units(tmp_path, ["broken"], range(2), 1, smoke=True)
+    assert run.pending(tmp_path, ["broken"], range(2)) == [("broken", 1)]
 
 
 def test_units_come_seed_by_seed(tmp_path):
-    assert run.pending(tmp_path, ["a", "b"], 2) == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert run.pending(tmp_path, ["a", "b"], range(2)) == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
 
 
 def test_a_unit_is_a_command_of_its_own(tmp_path):
