@@ -21,6 +21,8 @@ from dynamics.stored.tree import Parts, as_json, result_tree
 _KEPT = ("training", "score", "path", "base", "weights", "association")
 #: Findings that follow from the numbers of ``/update``: they are found anew.
 _FROM_NUMBERS = ("OD202", "OD203", "OD204", "OD205", "OD206")
+#: What findings about ``/association`` begin with: they stay with it.
+_OF_RELATIONS = "OD5"
 
 
 def capture_alone(run: Path, store: Path) -> xr.DataTree:
@@ -54,17 +56,22 @@ def with_capture(stored: xr.DataTree, store: Path) -> xr.DataTree:
     matrices = configuration.get("matrices")
     records, problems = find_captured(store, matrices if isinstance(matrices, str) else None)
     if records is None or records.update is None:
-        told = _findings(attributes["findings"])
+        earlier = _findings(attributes["findings"])
         news = [*problems, *(records.findings if records else ())]
-        attributes["findings"] = as_json([*told, *(finding for finding in news if finding not in told)])
+        attributes["findings"] = as_json([*earlier, *(finding for finding in news if finding not in earlier)])
         return stored
-    before = "checkpoint_findings" if "captured" in attributes else "findings"
+    told = _findings(attributes["checkpoint_findings" if "captured" in attributes else "findings"])
+    told += [
+        finding
+        for finding in _findings(attributes["findings"])
+        if finding.code.startswith(_OF_RELATIONS) and finding not in told
+    ]
     parts = Parts(
         run=str(attributes["run"]),
         checkpoints=_checkpoints(stored),
         captured=records,
         logs={name: stored[name].to_dataset() for name in _KEPT if name in stored.children},
-        findings=[finding for finding in _findings(attributes[before]) if finding.code not in _FROM_NUMBERS],
+        findings=[finding for finding in told if finding.code not in _FROM_NUMBERS],
         inputs=[each for each in json.loads(attributes["inputs"]) if "captured_steps" not in each],
         fisher=raw_fisher(stored),
     )

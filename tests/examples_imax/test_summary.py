@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from examples.imax.summary import differences, sign_flip
+from examples.imax.summary import MAIN, MEAN, add_mean_score, differences, sign_flip
 from examples.imax.tasks import METRICS, TASKS
 
 COLUMNS = [
@@ -21,11 +21,13 @@ ARMS = ("imax", "dmax-plain", "dmax-style")
 @pytest.fixture
 def rows():
     random = np.random.default_rng(0)
-    return [
+    made = [
         {"arm": arm, "seed": seed, **{column: random.normal() + 5 * (arm == "imax") for column in COLUMNS}}
         for seed in range(8)
         for arm in ARMS
     ]
+    add_mean_score(made)
+    return made
 
 
 def found(rows, measure, other="dmax-plain"):
@@ -80,3 +82,10 @@ def test_one_pair_has_a_difference_and_no_interval(rows):
     one = found(rows[:3], "dominant_ratio")
     assert math.isfinite(one["difference"])
     assert math.isnan(one["p"])
+
+
+def test_the_mean_score_is_of_standardised_metrics_that_point_up(rows):
+    signs = np.array([1 if higher else -1 for higher in MAIN.values()])
+    table = np.array([[each[column] for column in MAIN] for each in rows])
+    expected = (stats.zscore(table, axis=0, ddof=1) * signs).mean(1)
+    np.testing.assert_allclose([each[MEAN] for each in rows], expected)

@@ -14,7 +14,7 @@ import dynamics
 from examples.imax import stages
 from examples.imax.data import arm
 from examples.imax.model import new_model
-from examples.imax.summary import add_mean_score, cluster_rows, pseudo_rows, row, score_rows, stage_rows
+from examples.imax.summary import MEAN, add_mean_score, cluster_rows, pseudo_rows, row, score_rows, stage_rows
 from examples.imax.tasks import TASKS
 from examples.imax.train import Size, unit
 
@@ -23,7 +23,7 @@ TINY = Size(images=10, batch=15, captures=1, probes=7, scored=7, own=30)
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A base that was taught nothing, two arms of one seed from it, and a strategy that goes on from one."""
+    """A base that was taught nothing, a unit that goes on from it, and a strategy that goes on from that."""
     out = tmp_path_factory.mktemp("study")
     model = new_model()
     torch.manual_seed(0)
@@ -31,39 +31,40 @@ def study(tmp_path_factory):
         for parameter in model.parameters():  # a new model says one word for ever
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     model.save_pretrained(out / "base")
-    for name in ("imax", "dmax-plain"):
-        unit(name, 0, out / "base", out / f"{name}-0", TINY)
+    unit("dmax-plain", 0, out / "base", out / "dmax-plain-0", TINY)
     stages.unit("three-stage", 0, out / "base", out / "dmax-plain-0", out / "three-stage-0", TINY)
     return out
 
 
 def test_a_unit_reruns_to_the_same_numbers(study, tmp_path):
-    again = unit("imax", 0, study / "base", tmp_path / "again", TINY)
-    before = json.loads((study / "imax-0" / "scores.json").read_text())
+    again = unit("dmax-plain", 0, study / "base", tmp_path / "again", TINY)
+    before = json.loads((study / "dmax-plain-0" / "scores.json").read_text())
     for key in ("scores", "own_fisher", "card"):
         assert json.dumps(again[key]) == json.dumps(before[key])  # NaN is NaN
-    one, other = (dynamics.open_run(run)["fisher"].to_dataset() for run in (study / "imax-0", tmp_path / "again"))
+    one, other = (dynamics.open_run(run)["fisher"].to_dataset() for run in (study / "dmax-plain-0", tmp_path / "again"))
     np.testing.assert_array_equal(one["ln_participation_ratio"], other["ln_participation_ratio"])
 
 
-def test_arms_begin_alike_and_end_apart(study):
-    rows = [row(study, name, 0) for name in ("imax", "dmax-plain")]
-    add_mean_score(rows)
-    assert rows[0]["step"] == rows[1]["step"] == TINY.steps
-    assert rows[0]["ln_participation_ratio"] != rows[1]["ln_participation_ratio"]
-    first = [dynamics.open_run(study / f"{name}-0")["fisher"]["evaluated_at_step"].values[0] for name in ("imax",)]
-    assert first == [0]
+def test_a_row_holds_the_last_step_of_a_recorded_unit(study):
+    found = row(study, "dmax-plain", 0)
+    add_mean_score([found])
+    fisher = dynamics.open_run(study / "dmax-plain-0")["fisher"]
+    assert fisher["evaluated_at_step"].values.tolist() == [0, TINY.steps - 1]
+    assert found["step"] == TINY.steps
+    last = fisher["spectral_entropy"].isel(step=-1).sel(block="global", task="all").item()
+    assert found["spectral_entropy"] == pytest.approx(last)
+    assert found[MEAN] == 0  # of one unit
 
 
 def test_scores_are_as_the_analysis_reads_them(study):
-    rows = score_rows(study, [("imax", 0)])
+    rows = score_rows(study, [("dmax-plain", 0)])
     assert [each["task"] for each in rows] == list(TASKS)
     assert {each["step"] for each in rows} == {TINY.steps}
 
 
 def test_the_own_fisher_counts_images(study):
-    counted = {each["counted"]: each for each in cluster_rows(study, [("imax", 0)])}
-    entries = sorted(arm("imax", TINY.images, 0).entries, key=lambda entry: entry.image)[: TINY.own]
+    counted = {each["counted"]: each for each in cluster_rows(study, [("dmax-plain", 0)])}
+    entries = sorted(arm("dmax-plain", TINY.images, 0).entries, key=lambda entry: entry.image)[: TINY.own]
     assert counted["by_entries"]["independent"] == TINY.own
     assert counted["by_images"]["independent"] == len({entry.image for entry in entries})
     assert counted["by_entries"]["spectral_entropy"] == counted["by_images"]["spectral_entropy"]
@@ -94,4 +95,4 @@ def test_an_unknown_strategy_is_refused(tmp_path):
 
 
 def test_the_own_fishers_entropy_of_16_is_missing_where_there_are_fewer_images(study):
-    assert np.isnan(cluster_rows(study, [("imax", 0)])[1]["spectral_entropy_of_16"])
+    assert np.isnan(cluster_rows(study, [("dmax-plain", 0)])[1]["spectral_entropy_of_16"])

@@ -70,6 +70,16 @@ def test_a_capture_that_has_gone_on_is_merged_as_a_fresh_analysis_would(run, ana
     assert_same_result(opened, fresh(run))
 
 
+def test_what_was_found_of_scores_stays_with_the_association(run, tmp_path):
+    rows = "".join(f"run,{step},vqa,{0.1 * place}\n" for place, step in enumerate((10, 20, 30), 1))
+    (tmp_path / "scores.csv").write_text(f"run,step,task,score\n{rows}")
+    analyze_run(run, options=Options(report=False, scores=(str(tmp_path / "scores.csv"),)))
+    write_capture(run, [5, 10, 15, 20, 25])
+    opened = open_run(run)
+    assert "association" in opened.children
+    assert "OD505" in {finding["code"] for finding in json.loads(opened.attrs["findings"])}
+
+
 def test_a_capture_that_went_on_without_checkpoints(tmp_path):
     write_capture(tmp_path / "run", [5, 10])
     analyze_run(tmp_path / "run", options=NO_REPORT)
