@@ -154,7 +154,7 @@ def difference_statement(
         return f"Nothing can be said of {measure}: there is no step at which every run has it."
     size = "" if math.isnan(effect_size) else f", effect size {number(effect_size)}"
     numbers = f"{significant(difference)} ({interval_text(low, high, significant)}){size}"
-    where = f"{units} {unit}, mean over {steps} steps"
+    where = f"{units} {unit}, at the one step" if steps == 1 else f"{units} {unit}, mean over {steps} steps"
     if not smallest_p <= LEVEL:
         asked = undecidable(f"Whether {measure} differs between {first} and {second}", units, smallest_p, least, unit)
         return f"{asked} Observed difference: {numbers}, {where}."
