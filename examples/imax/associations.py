@@ -95,7 +95,7 @@ def associations(
 def add_holm(found: Sequence[dict[str, Any]]) -> None:
     """Adds ``p_holm`` over all that is not ``primary`` and has a p; NaN elsewhere."""
     rest = [each for each in found if not each["primary"] and math.isfinite(each["p"])]
-    corrected = multipletests([each["p"] for each in rest], method="holm")[1].tolist() if rest else []
+    corrected = np.asarray(multipletests([each["p"] for each in rest], method="holm")[1]).tolist() if rest else []
     for each in found:
         each["p_holm"] = math.nan
     for each, p in zip(rest, corrected, strict=True):

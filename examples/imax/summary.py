@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from scipy import stats
 
 from examples.imax.associations import add_holm, associations
@@ -35,16 +36,18 @@ MAIN = {f"{task}: {METRICS[task][0].name}": METRICS[task][0].higher_is_better fo
 MEAN = "mean of the seven, standardised"
 
 
-def row(out: Path, name: str, seed: int) -> dict[str, Any]:
+def row(out: Path, name: str, seed: int, tree: xr.DataTree) -> dict[str, Any]:
     """One unit: its scores, the Fisher's measures of the last step, and the gains over both nulls (k of 16).
 
     The gains are those of the last long increment: the last of all is 1/25 of the training, and serves the Fisher.
-    """
-    import dynamics
 
-    folder = out / f"{name}-{seed}"
+    Args:
+        out: Folder of the study.
+        name: Of the arm.
+        seed: Of the unit.
+        tree: The unit's result, as ``dynamics.open_run`` gives it.
+    """
     told = _told(out, name, seed)
-    tree = dynamics.open_run(folder)
     fisher = tree["fisher"].to_dataset().isel(step=-1).sel(block="global", task="all")
     concentration = tree["concentration"].to_dataset().isel(step=-2).sel(block="global", k=16)
     found: dict[str, Any] = {"arm": name, "seed": seed, "step": int(fisher["step"])}
@@ -184,14 +187,15 @@ def score_rows(out: Path, units: Sequence[tuple[str, int]]) -> list[dict[str, An
 def write_results(
     out: Path, arms: Sequence[str], seeds: Sequence[int], strategies: Sequence[str], stages: Sequence[int], folder: Path
 ) -> Path:
-    """Write the tables of a complete study, and its data cards.
+    """Write the tables of a complete and analysed study, and its data cards.
 
     Returns:
         The folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     units = [(name, seed) for seed in seeds for name in arms]
-    rows = [row(out, name, seed) for name, seed in units]
+    with xr.open_datatree(out / "analysis" / "analysis.zarr", engine="zarr") as analysis:
+        rows = [row(out, name, seed, analysis["runs"][f"{name}-{seed}"]) for name, seed in units]  # pyright: ignore[reportArgumentType]
     add_mean_score(rows)
     write_table(folder / "units.csv", rows)
     write_table(folder / "clusters.csv", cluster_rows(out, units))

@@ -46,9 +46,9 @@ def test_a_unit_reruns_to_the_same_numbers(study, tmp_path):
 
 
 def test_a_row_holds_the_last_step_of_a_recorded_unit(study):
-    found = row(study, "dmax-plain", 0)
+    tree = dynamics.open_run(study / "dmax-plain-0")
+    found, fisher = row(study, "dmax-plain", 0, tree), tree["fisher"]
     add_mean_score([found])
-    fisher = dynamics.open_run(study / "dmax-plain-0")["fisher"]
     assert fisher["evaluated_at_step"].values.tolist() == [0, TINY.steps - 1]
     assert found["step"] == TINY.steps
     last = fisher["spectral_entropy"].isel(step=-1).sel(block="global", task="all").item()
