@@ -12,12 +12,13 @@ from zarr.storage import ZipStore
 
 #: Groups of which only the block of all parameters is kept, and groups that are kept whole.
 OF_BLOCKS, WHOLE = ("fisher", "concentration", "tasks"), ("summary", "score", "training")
+SAMPLES = ("sample", "sample_")
 
 
 def small(tree: xr.DataTree) -> xr.DataTree:
     """All that relates runs; and the groups of runs that have the same steps, with the dimension ``run`` in front.
 
-    What is of single matrices or blocks is left out.
+    What is of single matrices, blocks or samples is left out.
     """
     kept = {f"/{name}": node.to_dataset() for name, node in tree.children.items() if name != "runs"}
     runs = dict(tree["runs"].children)
@@ -25,6 +26,7 @@ def small(tree: xr.DataTree) -> xr.DataTree:
         groups = [one[name].to_dataset() for one in runs.values() if name in one.children]
         if len(groups) == len(runs):
             groups = [group.sel(block=["global"]) if name in OF_BLOCKS else group for group in groups]
+            groups = [group.drop_dims([dim for dim in SAMPLES if dim in group.dims]) for group in groups]
             whole = xr.concat(groups, xr.Variable("run", list(runs)), data_vars="all", combine_attrs="drop_conflicts")
             kept[f"/{name}"] = whole.drop_encoding()
     found = xr.DataTree.from_dict(kept)
