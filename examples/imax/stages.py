@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from peft import PeftModel
 from torch import nn
 from transformers import VisionEncoderDecoderModel
@@ -121,11 +121,11 @@ def pseudo_annotated(
 
 
 def open_questions(
-    task: str, data: Annotated, image: int, lungs: Float[np.ndarray, "2 4"], zones: Sequence[int]
+    task: str, data: Annotated, image: int, lungs: Float[np.ndarray, "2 4"], zones: Int[np.ndarray, " 2"]
 ) -> Questions:
     """Questions of a task that can be asked of any image, whatever is in it, with the true answers."""
     if task == "generation":
-        return described(data.truth, image, lungs, np.asarray(zones))
+        return described(data.truth, image, lungs, zones)
     return [pair for pair in questions(task, data.truth, image) if not pair[0].startswith(_PRESUMING)]
 
 

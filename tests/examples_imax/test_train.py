@@ -18,7 +18,7 @@ from examples.imax.summary import MEAN, add_mean_score, cluster_rows, pseudo_row
 from examples.imax.tasks import TASKS
 from examples.imax.train import Size, unit
 
-TINY = Size(images=10, batch=15, captures=1, probes=7, scored=7, own=30)
+TINY = Size(images=10, batch=15, captures=1, probes=7, scored=7, own=20)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_a_unit_reruns_to_the_same_numbers(study, tmp_path):
 
 def test_a_row_holds_the_last_step_of_a_recorded_unit(study):
     tree = dynamics.open_run(study / "dmax-plain-0")
-    found, fisher = row(study, "dmax-plain", 0, tree), tree["fisher"]
+    found, fisher = row(study, "dmax-plain", 0, tree), tree["fisher"].to_dataset()
     add_mean_score([found])
     assert fisher["evaluated_at_step"].values.tolist() == [0, TINY.steps - 1]
     assert found["step"] == TINY.steps
