@@ -19,7 +19,8 @@ def groups():
     trees = {run: example_tree(run=run, steps=4, matrices=3) for run in RUNS}
     rng = np.random.default_rng(0)
     for tree in trees.values():
-        tree["summary"]["participation_ratio_quantile"] *= rng.uniform(0.8, 1.2, (4, 2, 3))
+        for measure in ("participation_ratio", "stable_rank"):
+            tree["summary"][f"{measure}_quantile"] *= rng.uniform(0.8, 1.2, (4, 2, 3))
     rows = [
         ScoreRow(run, step, task, float(rng.uniform()))
         for run in RUNS
@@ -48,6 +49,7 @@ def test_forest(groups):
 def test_grid(groups):
     shown = texts(plot.association_grid(groups["association"]))
     value = groups["association"]["coefficient"].sel(task="vqa/accuracy", measure="total/stable_rank").item()
+    assert np.isfinite(value)
     assert any(f"{value:.2f}".replace("-", "−") in text for text in shown)
     assert "$x$/f1" in shown
 
