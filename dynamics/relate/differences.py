@@ -88,11 +88,12 @@ def unpaired_difference(
     count, other = len(first), len(second)
     together = np.concatenate([first, second])
     chosen = splits(count, other, draws=draws, seed=seed).astype(np.float64)
-    sums, squares = (np.tensordot(chosen, values, axes=1) for values in (together, together**2))
-    means = sums / count, (together.sum(0) - sums) / other
+    centred = together - together.mean(0)  # sums of squares lose the spread of numbers far from zero
+    sums, squares = (np.tensordot(chosen, values, axes=1) for values in (centred, centred**2))
+    means = sums / count, (centred.sum(0) - sums) / other
     variances = (
         _variance(squares, means[0], count),
-        _variance((together**2).sum(0) - squares, means[1], other),
+        _variance((centred**2).sum(0) - squares, means[1], other),
     )
     gap = means[0] - means[1]
     error = np.sqrt(variances[0] / count + variances[1] / other)

@@ -58,6 +58,15 @@ def test_groups_without_pairs_are_relabelled():
     assert found["n_pairs"] == 0
 
 
+def test_numbers_far_from_zero_keep_their_digits():
+    first, second = draws(5, 5) / 24, draws(6, 5) / 24
+    near, far = (
+        compare(*grouped(first + origin, second + origin, pairs=False), headline="m")["mean_p_value"].item()
+        for origin in (0.0, 2.0**20)
+    )
+    assert near == far
+
+
 def test_three_pairs_cannot_be_decided():
     values, groups = grouped(draws(4, 3) + 9, draws(5, 3))
     found = compare(values, groups, headline="m")
