@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import special
 
 from dynamics.fisher.eigenvalues import inverse_roots
 from dynamics.fisher.pairs import Estimate, Labels, diagonal_means, jackknifed
@@ -103,5 +103,5 @@ def isotropic_null(
     inside = size > count
     whole = np.where(np.isnan(size), np.nan, 1.0)
     first, second = count / 2, np.where(inside, size - count, 1.0) / 2
-    bounds = [np.where(inside, stats.beta.ppf(q, first, second), whole) for q in ((1 - level) / 2, (1 + level) / 2)]
+    bounds = [np.where(inside, special.betaincinv(first, second, q), whole) for q in ((1 - level) / 2, (1 + level) / 2)]
     return np.where(inside, ratio(count, size), whole), bounds[0], bounds[1]

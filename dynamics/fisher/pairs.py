@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import stats
+from scipy import special
 
 from dynamics.fisher.ratios import ratio
 
@@ -153,5 +153,5 @@ def interval(
     array([4.303])
     """
     degrees = np.where(np.asarray(groups) > 1, np.asarray(groups) - 1.0, np.nan)
-    reach = stats.t.ppf((1 + level) / 2, degrees) * error
+    reach = special.stdtrit(degrees, (1 + level) / 2) * error
     return estimate - reach, estimate + reach

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import stats
 
 from dynamics.relate.demeaning import two_way_demean
 
@@ -38,7 +37,9 @@ def products_of_ranks(
     >>> round(float(np.trace(products_of_ranks(np.array([1.0, 2.0, 9.0]), np.array([1.0, 0.5, 0.0])))), 12)
     -1.0
     """
-    return products_of_values(stats.rankdata(x, axis=-1), stats.rankdata(y, axis=-1))
+    from scipy.stats import rankdata  # here: a second, which most analyses need not wait for
+
+    return products_of_values(rankdata(x, axis=-1), rankdata(y, axis=-1))
 
 
 def products_of_values(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from scipy import special, stats
+from scipy import special
 
 from dynamics.relate.intervals import CONFIDENCE
 from dynamics.relate.permutations import DRAWS, sign_flips, splits
@@ -133,7 +133,7 @@ def _solid(deviation: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _ends(mean: np.ndarray, error: np.ndarray, freedom: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    reach = stats.t.ppf(0.5 + CONFIDENCE / 2, np.where(freedom > 0, freedom, np.nan)) * error
+    reach = special.stdtrit(np.where(freedom > 0, freedom, np.nan), 0.5 + CONFIDENCE / 2) * error
     return np.asarray(mean - reach), np.asarray(mean + reach)
 
 

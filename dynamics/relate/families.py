@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 from dynamics.relate.correlation import paired
 from dynamics.relate.pairs import Pair
@@ -45,8 +44,10 @@ def false_discovery_rates(p_values: Float[np.ndarray, " pair"]) -> Float[np.ndar
     >>> false_discovery_rates(np.array([0.01, np.nan, 0.04]))
     array([0.02,  nan, 0.04])
     """
+    from scipy.stats import false_discovery_control  # here: a second, which most analyses need not wait for
+
     known = np.isfinite(p_values)
     found = np.full(p_values.shape, np.nan)
     if known.any():
-        found[known] = stats.false_discovery_control(p_values[known])
+        found[known] = false_discovery_control(p_values[known])
     return found

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import special
 
 #: Confidence of every interval of this room.
 CONFIDENCE = 0.95
-_NORMAL = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
+_NORMAL = float(special.ndtri(0.5 + CONFIDENCE / 2))
 #: Correlations are kept this far from ±1 before Fisher's z.
 _EDGE = 1e-12
 
@@ -37,7 +37,7 @@ def jackknife_interval(
     if units < 3:
         return _missing(z)
     error = np.asarray(np.sqrt((units - 1) / units * np.square(without - without.mean(0)).sum(0)))
-    reach = stats.t.ppf(0.5 + CONFIDENCE / 2, units - 1) * error
+    reach = special.stdtrit(units - 1, 0.5 + CONFIDENCE / 2) * error
     return np.asarray(np.tanh(z - reach)), np.asarray(np.tanh(z + reach)), error
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import special
 
 from dynamics.relate.intervals import CONFIDENCE
 
@@ -93,7 +93,7 @@ def describe_run(x: Float[np.ndarray, "*sets step"], y: Float[np.ndarray, "*sets
     coefficient = (left[0] * left[1]).sum(-1) / np.where(solid[0] & solid[1], norms[0] * norms[1], np.nan)
     steps = effective_steps(*left)
     freedom = steps - 3 - DEGREE
-    reach = stats.norm.ppf(0.5 + CONFIDENCE / 2) / np.sqrt(np.where(freedom >= 1, freedom, np.nan))
+    reach = special.ndtri(0.5 + CONFIDENCE / 2) / np.sqrt(np.where(freedom >= 1, freedom, np.nan))
     z = np.arctanh(np.clip(coefficient, -1 + 1e-12, 1 - 1e-12))
     return Described(
         np.asarray(coefficient), np.asarray(np.tanh(z - reach)), np.asarray(np.tanh(z + reach)), np.asarray(steps)

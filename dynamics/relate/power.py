@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy import stats
+from scipy import special
 
 #: Level of every test of this room, and the power that ``units_needed`` aims at.
 LEVEL, POWER = 0.05, 0.8
-_REACH = float(stats.norm.ppf(1 - LEVEL / 2) + stats.norm.ppf(POWER))
+_REACH = float(special.ndtri(1 - LEVEL / 2) + special.ndtri(POWER))
 
 
 def units_needed(
