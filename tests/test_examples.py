@@ -16,8 +16,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.xdist_group("examples")  # one worker trains for all of them
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPT = EXAMPLES / "train_lora.py"
 SAMPLE = EXAMPLES / "runs" / "pydoc_lora"

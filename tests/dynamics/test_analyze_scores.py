@@ -13,8 +13,6 @@ from dynamics.relate.of_runs import UPDATE_HEADLINE
 from dynamics.report.page import page as page_of
 from tests.runs import write_run, write_state
 
-pytestmark = pytest.mark.xdist_group("scores")  # one worker makes the runs
-
 STEPS = (10, 20, 30, 40)
 RUNS = ("imax_s1", "imax_s2", "imax_s3", "dmax_s1", "dmax_s2", "dmax_s3")
 

@@ -28,7 +28,6 @@ from dynamics.store.capture_reading import KIND
 from tests.distributed import RANKS, Ranks
 from tests.trainings import VOCABULARY, arguments, llama, lora_llama, trainer
 
-pytestmark = pytest.mark.xdist_group("distributed")
 STEPS = 3
 
 

@@ -20,7 +20,6 @@ from probes.gradients import GradientNorms, norms_of
 from probes.watched import whole
 from tests.distributed import RANKS, Ranks
 
-pytestmark = pytest.mark.xdist_group("distributed")
 SMALLEST_BUCKET = 1e-5  # MB: nearly one a parameter
 
 

@@ -53,9 +53,6 @@ class Page(HTMLParser):
         return " ".join("".join(self.text).split())
 
 
-pytestmark = pytest.mark.xdist_group("page")  # pages are made once
-
-
 @pytest.fixture(scope="module")
 def text():
     findings = [
