@@ -1,8 +1,9 @@
 """From stored results of many runs to one report: relating, comparing, drawing, writing.
 
-    python -m tests.benchmarks.comparison [--runs 20] [--checkpoints 20] [--matrices 200]
+    python -m tests.benchmarks.comparison [--runs 20] [--checkpoints 20] [--matrices 200] [--xarray]
 
-Results are synthetic, of two groups, with scores; the aim for 20 × 20 × 200 is 60 s on two cores.
+Results are synthetic, of two groups, with scores; the aim for 20 × 20 × 200 is 60 s on two cores. With ``--xarray`` the
+same result is also written by ``DataTree.to_zarr`` straight to the folder, whose time grows with the square of runs.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--checkpoints", type=int, default=20)
     parser.add_argument("--matrices", type=int, default=200)
+    parser.add_argument("--xarray", action="store_true", help="write the result with xarray as well")
     args = parser.parse_args()
     names = [f"{group}_s{seed}" for seed in range(args.runs // 2) for group in ("imax", "dmax")]
     rng = np.random.default_rng(0)
@@ -55,6 +57,11 @@ def main() -> None:
         times[f"{len(drawings)} figures"] = time.perf_counter()
         size = len(page(tree, figures=drawings)) / 2**20
         times[f"page of {size:.0f} MiB"] = time.perf_counter()
+        write_tree(tree, Path(place) / "result")
+        times["writing"] = time.perf_counter()
+        if args.xarray:
+            tree.to_zarr(Path(place) / "by_xarray", zarr_format=2, consolidated=True)
+            times["writing by xarray alone"] = time.perf_counter()
     before = start
     for what, now in times.items():
         print(f"{what:28} {now - before:6.1f} s")
