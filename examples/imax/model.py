@@ -73,6 +73,11 @@ def sequence(question: str, answer: str) -> dict[str, Int[Tensor, " token"]]:
     return {"decoder_input_ids": torch.tensor(asked + said[:-1]), "labels": torch.tensor(labels)}
 
 
+def fits(question: str, answer: str) -> bool:
+    """Whether the decoder reaches to the answer's end; an answer that it broke off itself may be a word too long."""
+    return len(sequence(question, answer)["labels"]) <= LONGEST
+
+
 def as_pixels(images: Float[np.ndarray, "image 64 64"]) -> Float[Tensor, "image 1 64 64"]:
     """Images as the vision transformer takes them: about mean 0 and variance 1."""
     return torch.from_numpy((images - 0.45) / 0.25)[:, None]

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import VisionEncoderDecoderModel
 
 from examples.imax.data import Annotated, Entry, arm, card
-from examples.imax.model import samples
+from examples.imax.model import fits, samples
 from examples.imax.tasks import GRID, METRICS, SIDES, TASKS, Questions, box_of, described, questions, total
 from examples.imax.train import FULL, Size, answered, complete, train
 
@@ -109,7 +109,7 @@ def pseudo_annotated(
     for task in TASKS:
         mine = [(entry, *answer) for entry, answer in zip(asked, said, strict=True) if entry.task == task]
         surest = sorted(mine, key=lambda each: -each[2])[: round(KEPT * len(mine))]
-        written = [each for each in surest if each[1]]
+        written = [each for each in surest if each[1] and fits(each[0].question, each[1])]
         kept += [replace(entry, answer=text) for entry, text, _ in written]
         told[task] = {"asked": len(mine), "kept": len(written)}
         for which, part in (("asked", mine), ("kept", written)):

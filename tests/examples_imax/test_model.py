@@ -22,6 +22,7 @@ from examples.imax.model import (
     confident_answers,
     decode,
     encode,
+    fits,
     new_model,
     probe_tasks,
     references,
@@ -73,6 +74,16 @@ def test_labels_are_the_answer_and_its_end_one_place_early():
     row = sequence("grade the oedema", "mild")
     assert row["decoder_input_ids"].tolist() == [START, *encode("grade the oedema"), ANSWER, *encode("mild")]
     assert row["labels"].tolist() == [*[IGNORED] * 4, *encode("mild"), END]
+
+
+def test_an_answer_that_never_ends_may_not_fit():
+    row = samples(arm("dmax-plain", 10, 0))[0]
+    asked = int((row["labels"] != IGNORED).int().argmax())
+    question = decode(row["decoder_input_ids"][1:asked].tolist())
+    (answer,) = answers(new_model(), collate([row]))  # a new model says one word for ever
+    assert len(sequence(question, answer)["decoder_input_ids"]) == LONGEST + 1
+    assert not fits(question, answer)
+    assert fits(question, answer.rsplit(" ", 1)[0])
 
 
 def test_references_are_the_answers_of_the_entries(batch):
