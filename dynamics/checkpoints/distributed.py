@@ -89,6 +89,7 @@ class _Inert(pickle.Unpickler):
         "pathlib": dict.fromkeys(("PosixPath", "WindowsPath", "PurePosixPath", "Path"), _Record),
         "pathlib._local": dict.fromkeys(("PosixPath", "WindowsPath", "PurePosixPath", "Path"), _Record),
         "collections": {"OrderedDict": dict},
+        "builtins": {"getattr": _Record},  # how enums are pickled by some Pythons (3.11.2); nothing is looked up
     }
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:

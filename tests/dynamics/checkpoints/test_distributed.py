@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, ChunkStorageMetadata, MetadataIndex
 
 from dynamics.checkpoints import UnreadableMatrix, open_trajectory
 from dynamics.checkpoints.distributed import read_distributed
@@ -83,6 +83,16 @@ def test_chunks_are_put_together(tmp_path: Path) -> None:
 class Bomb:
     def __reduce__(self) -> Any:
         return (exec, ("raise SystemExit('executed')",))
+
+
+def test_enums_as_some_pythons_pickle_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3.11.2, for one, writes ``getattr(class, name)``; the reader looks nothing up."""
+    write_distributed(tmp_path, model_tensors())
+    expected = read_distributed(tmp_path).tensors
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
+    edit(tmp_path, lambda metadata: None)
+    assert b"getattr" in (tmp_path / ".metadata").read_bytes()
+    assert read_distributed(tmp_path).tensors == expected
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
