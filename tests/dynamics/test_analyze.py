@@ -315,8 +315,8 @@ def test_killed_at_any_moment_the_old_result_or_the_new_stands(run):
     assert analyze(run, "--quiet", "--no-report").returncode == 0
     # Children of one process, which has imported everything: each is killed at a later call that moves a file.
     script = f"""
-        import os, signal, sys
-        from dynamics import pipeline
+        import json, os, signal, sys
+        from dynamics import open_run, pipeline
         from dynamics.analyze import app
 
         def analysed(last):
@@ -340,13 +340,14 @@ def test_killed_at_any_moment_the_old_result_or_the_new_stands(run):
                 analysed(last)
             killed = os.waitpid(child, 0)[1] == signal.SIGKILL
             with open({str(run / "dynamics" / "summary.json")!r}) as summary:
-                print(summary.read().replace("\\n", ""), flush=True)
+                found = json.load(summary)["matrices"], open_run({str(run)!r})["update"].sizes["matrix"]
+            print(json.dumps(found), flush=True)
     """
     result = python(script)
-    summaries = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(summaries) > 2, result.stderr
-    assert {summary["matrices"] for summary in summaries} == {2, 4}
-    assert len(open_run(run)["update"]["matrix"]) == 2
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(found) > 2, result.stderr
+    assert {count for both in found for count in both} == {2, 4}
+    assert found[-1] == [2, 2]
 
 
 def test_states_alone_are_not_a_run(tmp_path):
@@ -371,9 +372,12 @@ def test_what_somebody_else_put_there_is_refused_before_computing(run, tmp_path,
 @pytest.fixture
 def one_figure(monkeypatch):
     """Of the figures only one is written, where what matters is the place of the files."""
-    drawn = plot.figures
-    one = "spectra"
-    monkeypatch.setattr(plot, "figures", lambda tree: {k: v for k, v in drawn(tree).items() if k.endswith(one)})
+    all_of = plot.figures
+
+    def spectra(tree):
+        return {name: figure for name, figure in all_of(tree).items() if name.endswith("spectra")}
+
+    monkeypatch.setattr(plot, "figures", spectra)
 
 
 @pytest.mark.usefixtures("one_figure")

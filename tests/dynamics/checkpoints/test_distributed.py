@@ -80,11 +80,6 @@ def test_chunks_are_put_together(tmp_path: Path) -> None:
         assert torch.equal(load("q.weight"), tensor)
 
 
-class Bomb:
-    def __reduce__(self) -> Any:
-        return (exec, ("raise SystemExit('executed')",))
-
-
 def test_enums_as_some_pythons_pickle_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """3.11.2, for one, writes ``getattr(class, name)``; the reader looks nothing up."""
     write_distributed(tmp_path, model_tensors())
@@ -93,6 +88,11 @@ def test_enums_as_some_pythons_pickle_them(tmp_path: Path, monkeypatch: pytest.M
     edit(tmp_path, lambda metadata: None)
     assert b"getattr" in (tmp_path / ".metadata").read_bytes()
     assert read_distributed(tmp_path).tensors == expected
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return (exec, ("raise SystemExit('executed')",))
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
