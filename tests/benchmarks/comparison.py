@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.comparison [--runs 20] [--checkpoints 20] [--matrices 200] [--xarray]
 
-Results are synthetic, of two groups, with scores; the aim for 20 × 20 × 200 is 60 s on two cores. With ``--xarray`` the
-same result is also written by ``DataTree.to_zarr`` straight to the folder, whose time grows with the square of runs.
+Results are synthetic, of two groups, with scores; the aim for 20 × 20 × 200 is 60 s to the page on two cores. With
+``--xarray`` the same result is also written by ``DataTree.to_zarr`` straight to the folder, which reads all metadata
+again at each group.
 """
 
 from __future__ import annotations
