@@ -62,7 +62,9 @@ def loss_and_gradient(task: Task, half: list[int], w: Tensor) -> tuple[float, Te
 def sentences() -> tuple[nn.Module, list[Task]]:
     """A GPT-2 with LoRA, in double precision throughout (Llama's norms are not), and two tasks."""
     family = FAMILIES["gpt2"]
-    model = get_peft_model(family.model(), family.lora(lora_dropout=0.5)).double().train()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(family.model(), family.lora(lora_dropout=0.5)).double().train()
     draw = torch.Generator().manual_seed(0)
     words = torch.randint(3, 60, (8, 6), generator=draw).tolist()
     samples = [{"input_ids": word[: 4 + n % 3], "labels": word[: 4 + n % 3]} for n, word in enumerate(words)]
@@ -94,14 +96,12 @@ def test_quadratic_losses(batch_size: int) -> None:
 
 def test_first_order_is_off_by_the_square_of_the_step() -> None:
     model, tasks = sentences()
-    differences = []
-    for lr in (1e-4, 1e-5):
-        result = transfer(model, tasks, lr=lr)
-        differences.append((result.first_order - result.look_ahead).abs())
-    ratio = differences[0] / differences[1]
-    torch.testing.assert_close(ratio, torch.full((2, 2), 100.0, dtype=torch.float64), rtol=0.02, atol=0)
-    result = transfer(model, tasks, lr=1e-5)
-    torch.testing.assert_close(result.first_order, result.look_ahead, rtol=1e-3, atol=1e-9)
+    large, small = (transfer(model, tasks, lr=lr) for lr in (1e-5, 1e-6))
+    error = large.first_order - large.look_ahead
+    # Against the largest of the four: a pair of tasks may happen to have next to none.
+    grown = 100 * (small.first_order - small.look_ahead)
+    torch.testing.assert_close(error, grown, rtol=0, atol=0.02 * error.abs().max().item())
+    assert 0 < error.abs().max() < 0.05 * large.look_ahead.abs().max()
 
 
 def test_no_trace() -> None:
