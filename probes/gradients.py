@@ -6,6 +6,9 @@ engine, which DDP and FSDP use for the same purpose. Where one backward pass run
 checkpointing), it is the end of the outermost that counts. What is measured at the end of each backward pass replaces
 what was measured before, so that under gradient accumulation the last one remains: the sum that the optimizer sees.
 
+An optimizer that steps within the backward pass (LOMO, layer-wise GaLore) leaves no gradient at its end: that is not a
+gradient of zero, and is told apart from a parameter that was never reached.
+
 Under AMP with loss scaling the gradients before clipping are still scaled: divide their norms by the scaler's
 ``get_scale()``, and those after clipping, which unscales first, by :func:`loss_scale`.
 """
@@ -26,6 +29,9 @@ from torch.utils.hooks import RemovableHandle
 #: Callbacks that the engine is asked for, one from within the other: DDP asks for its own during the backward
 #: pass, and what is asked for later runs later.
 _ROUNDS = 3
+
+#: Stand for a squared norm: the parameter has no gradient; it had one, which was taken within the backward pass.
+NONE, TAKEN = -1.0, -2.0
 
 
 class GradientNorms:
@@ -50,12 +56,16 @@ class GradientNorms:
         self._handles: list[RemovableHandle] = []
         self._backwards: set[int] = set()  # those at whose end we are called
         self._latest: Tensor | None = None
+        self._reached: set[int] = set()  # parameters, by id, that have had a gradient since we are armed
+        self._taken: list[int] = []  # indices of those that had one and had lost it when the backward pass ended
         self._failure: Exception | None = None
 
     def arm(self) -> None:
         """Measures from now on; what was measured before is forgotten."""
         self.disarm()
         self._latest = self._failure = None
+        self._reached.clear()
+        self._taken = []
         for parameter in self._parameters:
             if parameter.requires_grad:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(self._ask))
@@ -75,14 +85,24 @@ class GradientNorms:
         """
         if self._failure is not None:
             raise self._failure
-        return None if self._latest is None else reduced(self._latest, self._parameters)
+        return None if self._latest is None else self._reduced(self._latest)
 
     def after_clipping(self) -> Float[Tensor, " parameter"]:
-        """Squared norms of the gradients as they are now."""
-        return reduced(squared_norms(self._parameters), self._parameters)
+        """Squared norms of the gradients as they are now; see :func:`squared_norms`."""
+        return self._reduced(squared_norms(self._parameters))
 
-    def _ask(self, *_: Any) -> None:
-        """Asks, once a backward pass, to be called at its end."""
+    def _reduced(self, local: Float[Tensor, " parameter"]) -> Float[Tensor, " parameter"]:
+        """Over all ranks; what was taken is marked so."""
+        result = reduced(local, self._parameters)
+        if not self._taken:
+            return result
+        taken = torch.zeros_like(result, dtype=torch.bool)
+        taken[self._taken] = True
+        return result.masked_fill(taken & (result == NONE), TAKEN)
+
+    def _ask(self, *reached: Any) -> None:
+        """Asks, once a backward pass, to be called at its end; called by each parameter that gets a gradient."""
+        self._reached.update(id(each) for each in reached if isinstance(each, nn.Parameter))
         backward = torch._C._current_graph_task_id()
         if self._handles and backward not in self._backwards:
             # By its number: a pass that raises never ends, and must not keep the next one from asking.
@@ -105,6 +125,11 @@ class GradientNorms:
         if self._handles:
             try:
                 self._latest = squared_norms(self._parameters)
+                self._taken = [
+                    index
+                    for index, parameter in enumerate(self._parameters)
+                    if parameter.grad is None and id(parameter) in self._reached
+                ]
             except Exception as error:
                 self._failure = error
 
@@ -120,14 +145,15 @@ def _at_end_of_backward(function: Callable[[], None], rounds: int = 1) -> None:
 def squared_norms(parameters: Sequence[nn.Parameter]) -> Float[Tensor, " parameter"]:
     """‖∂L/∂p‖² of each parameter in float64, on the device, without waiting for it; −1 where there is no gradient.
 
-    Of a DTensor, the norm of what this rank holds: see :func:`reduced`.
+    :class:`GradientNorms` puts −2 where there was one that was taken within the backward pass. Of a DTensor, the norm
+    of what this rank holds: see :func:`reduced`.
 
     >>> squared_norms([nn.Parameter(torch.ones(1))])
     tensor([-1.], dtype=torch.float64)
     """
     devices = {parameter.device for parameter in parameters}
     home = next(iter(devices)) if len(devices) == 1 else torch.device("cpu")
-    missing = torch.full((), -1.0, dtype=torch.float64, device=home)
+    missing = torch.full((), NONE, dtype=torch.float64, device=home)
     return torch.stack(
         [
             missing
@@ -161,7 +187,7 @@ def reduced(local: Float[Tensor, " parameter"], parameters: Sequence[nn.Paramete
         # The second row counts ranks with a gradient, so that −1 stays −1 and is not summed.
         sums = torch.stack([part.masked_fill(missing, 0.0), (~missing).double()])
         dist.all_reduce(sums, group=mesh.get_group(dimension))
-        result[members] = sums[0].masked_fill(sums[1] == 0, -1.0)
+        result[members] = sums[0].masked_fill(sums[1] == 0, NONE)
     return result
 
 
@@ -176,8 +202,10 @@ def norms_of(
 ) -> list[float]:
     """Norm over the parameters of each matrix: 0 where none has a gradient, infinite where one is not finite.
 
+    NaN where the gradient of one was taken within the backward pass: what it was is not known.
+
     Args:
-        squared: Of each parameter, negative where it has no gradient.
+        squared: Of each parameter, −1 where it has no gradient, −2 where that was taken.
         parameters: The parameters.
         matrices: Those of each matrix.
 
@@ -187,8 +215,14 @@ def norms_of(
     """
     place = {id(parameter): index for index, parameter in enumerate(parameters)}
     numbers = squared.tolist()  # the one moment at which the host waits for the device
-    sums = [sum(0.0 if (n := numbers[place[id(parameter)]]) < 0 else n for parameter in own) for own in matrices]
-    return [math.sqrt(total) if math.isfinite(total) else math.inf for total in sums]
+    return [_norm([numbers[place[id(parameter)]] for parameter in own]) for own in matrices]
+
+
+def _norm(squared: Sequence[float]) -> float:
+    if TAKEN in squared:
+        return math.nan
+    total = sum(number for number in squared if number != NONE)
+    return math.sqrt(total) if math.isfinite(total) else math.inf
 
 
 def loss_scale(scaler: Any, optimizer: Any) -> float:

@@ -29,6 +29,7 @@ class Signs:
         self._gradients_seen = 0
         self._with_gradient: set[str] = set()
         self._without_gradient: tuple[str, ...] = ()
+        self._unseen_gradient: dict[str, int] = {}
         self._unmoved: tuple[int, tuple[str, ...]] = (0, ())
         self._collapsed_before: frozenset[str] = frozenset()
         self._collapsed: tuple[int, tuple[str, ...]] = (0, ())
@@ -59,11 +60,14 @@ class Signs:
     def _see_gradient(self, step: int, gradient: xr.Dataset) -> None:
         names = gradient["matrix"].values.tolist()
         norm = np.stack([gradient[name].values[0] for name in ("norm_before_clip", "norm_after_clip")])
-        known = ~np.isnan(norm).all(0)
+        known = np.asarray(~np.isnan(norm).all(0))
+        for name in _chosen(names, np.asarray(~known)):
+            self._unseen_gradient.setdefault(name, step)
         if not known.any():
             return
         self._gradients_seen += 1
-        self._with_gradient |= set(_chosen(names, known & (np.nan_to_num(norm) != 0).any(0)))
+        # What is not known is not zero either.
+        self._with_gradient |= set(_chosen(names, ~known | (np.nan_to_num(norm) != 0).any(0)))
         self._without_gradient = tuple(name for name in names if name not in self._with_gradient)
         if step <= self._warmup + 1 and self._gradients_seen < 2:
             self._without_gradient = ()
@@ -84,6 +88,18 @@ class Signs:
                 "require gradients under gradient checkpointing, or an expert that is never chosen.",
                 matrix=_single(self._without_gradient),
                 evidence=_evidence(self._without_gradient),
+            )
+        if self._unseen_gradient:
+            names, first = tuple(self._unseen_gradient), min(self._unseen_gradient.values())
+            yield Finding(
+                "OD311",
+                f"{_words(names)} had no gradient left to be measured, first at step {first}: norms are NaN there. "
+                "Updates are recorded as ever.",
+                remedy="An optimizer that steps within the backward pass (LOMO, layer-wise GaLore) frees each gradient "
+                "at once; the same optimizer without that leaves them to be measured.",
+                matrix=_single(names),
+                step=first,
+                evidence=_evidence(names),
             )
         if self._not_finite:
             names, first = tuple(self._not_finite), min(self._not_finite.values())

@@ -17,7 +17,7 @@ from dynamics import Recorder
 from dynamics.store import read_capture
 from tests.trainings import Tokens, lora_llama
 
-SIGNS = ("OD301", "OD302", "OD303", "OD304", "OD201")
+SIGNS = ("OD301", "OD302", "OD303", "OD304", "OD311", "OD201")
 
 
 class TwoLayers(nn.Module):
@@ -80,6 +80,26 @@ def test_a_matrix_that_gets_no_gradient(tmp_path):
     assert stored(tmp_path)["OD301"]["message"].startswith(
         "This matrix had no gradient, or one of zero, at any of the 4"
     )
+
+
+@pytest.mark.parametrize("preset", ["economy", "full"])
+def test_an_optimizer_that_steps_within_the_backward_pass(tmp_path, preset):
+    """Its gradients are not zero, but gone; updates are all there."""
+    model = TwoLayers()
+
+    @torch.no_grad()
+    def step(parameter: Tensor) -> None:
+        parameter -= 1e-3 * parameter.grad
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    assert train(tmp_path, model, lambda: model(rows()), preset=preset) == ["OD311"]
+    assert stored(tmp_path)["OD311"]["message"].startswith("2 matrices had no gradient left to be measured, first at")
+    tree = dynamics.open_run(tmp_path)
+    for name in ("norm_before_clip", "norm_after_clip", *(["singular_value"] if preset == "full" else [])):
+        assert tree["gradient"][name].isnull().all(), name
+    assert (tree["update"]["frobenius_norm"].sel(kind="increment") > 0).all()
 
 
 def test_an_adapter_that_does_not_move(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 
@@ -154,6 +155,36 @@ def test_gradients_are_bitwise_those_without_us(watched: bool) -> None:
     recorded.after_clipping()
     assert all(torch.equal(weight.grad, same.grad) for weight, same in zip(weights, plain, strict=True))  # pyright: ignore
     assert (recorded.before_clipping() is not None) == watched
+
+
+@pytest.mark.parametrize("register", ["register_post_accumulate_grad_hook", "register_hook"])
+def test_gradients_that_an_optimizer_takes_within_the_backward_pass(register: str) -> None:
+    """Layer-wise optimizers step as soon as a parameter has its gradient; LOMO with the next one's."""
+    first, second, never = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    recorded = GradientNorms([first, second, never])
+
+    def step(reached: Tensor) -> None:
+        for parameter in (first, second):
+            parameter.grad = None
+
+    handles = [getattr(parameter, register)(step) for parameter in (first, second)]
+    recorded.arm()
+    (first * 2 + second * 3).sum().backward()
+    for handle in handles:
+        handle.remove()
+    left = [parameter.grad is not None for parameter in (first, second)]
+    assert sum(left) == (register == "register_hook")  # LOMO takes the last one after the pass
+    before, after = recorded.before_clipping(), recorded.after_clipping()
+    assert before is not None
+    parameters = [first, second, never]
+    for squared in (before, after):
+        measured = gradients.norms_of(squared, parameters, [[each] for each in parameters])
+        assert [math.isnan(norm) for norm in measured] == [not left[0], not left[1], False]
+        assert math.isnan(gradients.norms_of(squared, parameters, [parameters])[0])
+        assert measured[2] == 0.0
+    recorded.arm()
+    (first * 2 + second * 3).sum().backward()
+    assert norms(recorded.before_clipping())[:2] == [2.0 + 2.0 * left[0], 3.0 + 3.0 * left[1]]
 
 
 def test_arming_forgets() -> None:

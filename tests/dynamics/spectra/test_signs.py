@@ -52,6 +52,13 @@ def test_a_matrix_without_gradient():
     assert codes(signs) == []
 
 
+def test_a_gradient_that_is_not_known_is_not_zero():
+    signs = seen(*((update(step), gradient(step, b=math.nan)) for step in (1, 2)))
+    assert codes(signs) == [("OD311", "b")]
+    assert signs.findings()[0].step == 1
+    assert codes(seen(*((update(step), gradient(step, a=math.nan, b=math.nan)) for step in (1, 2)))) == [("OD311", "")]
+
+
 def test_one_record_in_the_warmup_is_no_sign():
     early, later = (update(1), gradient(1, b=0.0)), (update(5), gradient(5, b=0.0))
     assert codes(seen(early, warmup=3)) == []
@@ -100,11 +107,6 @@ def test_weights_that_are_not_finite():
     signs = seen((update(1), gradient(1)), (update(2, b=[math.nan, math.nan]), gradient(2)))
     (finding,) = signs.findings()
     assert (finding.code, finding.matrix, finding.step) == ("OD201", "b", 2)
-
-
-def test_gradients_that_were_not_measured_are_no_sign():
-    unknown = gradient(1, a=math.nan, b=math.nan)
-    assert codes(seen((update(1), unknown), (update(2), unknown))) == []
 
 
 def test_several_matrices_are_one_finding():
