@@ -358,13 +358,11 @@ class Recorder:
     def _gradient_record(
         self, step: int, before: Sequence[float], after: Sequence[float], spectra: Mapping[str, tuple[Tensor, int]]
     ) -> xr.Dataset:
-        # Where nothing is known of the norm, what stands in for the gradient is no gradient of zero.
-        gradients = {
-            name: GradientSpectrum(
-                norm_before, norm_after, *(None, 0) if math.isnan(norm_after) else spectra.get(name, (None, 0))
-            )
-            for name, norm_before, norm_after in zip(self._of_matrices, before, after, strict=True)
-        }
+        gradients = {}
+        for name, norm_before, norm_after in zip(self._of_matrices, before, after, strict=True):
+            # Where the norm is not known, what stands in for the gradient is no gradient of zero.
+            spectrum = (None, 0) if math.isnan(norm_after) else spectra.get(name, (None, 0))
+            gradients[name] = GradientSpectrum(norm_before, norm_after, *spectrum)
         return raw.raw_gradient(step, self._live.places, gradients)
 
     @contextmanager

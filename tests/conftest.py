@@ -18,7 +18,7 @@ settings.load_profile("quick")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--seed``: what every test's random numbers start from. The tests hold at any; CI takes the default."""
+    """``--seed``: what every test's random numbers start from. Tests should hold at any; CI takes the default."""
     parser.addoption("--seed", type=int, default=0, help="what each test's random numbers start from")
 
 
