@@ -145,8 +145,7 @@ def _run(name: str, tree: xr.DataTree, figures: Mapping[str, str], number: int) 
         "rule": RULE,
         "standouts": standouts(update),
         "rows": [{**row, "position": position[row["name"]]} for row in summary["table"][:MOST_ROWS]],
-        "only_norms": "gradient" in tree.children
-        and not has_values(tree["gradient"].to_dataset()["effective_rank_energy"]),
+        "gradients": _what_of_gradients(tree),
         "definitions": _definitions(tree),
         "provenance": _provenance(tree),
     }
@@ -154,6 +153,16 @@ def _run(name: str, tree: xr.DataTree, figures: Mapping[str, str], number: int) 
 
 def _definition(update: xr.Dataset, variable: str) -> str:
     return str(update[variable].attrs.get("definition", ""))
+
+
+def _what_of_gradients(tree: xr.DataTree) -> str:
+    """``"spectra"``, ``"norms"`` or ``"nothing"``: the most that was measured of them."""
+    if "gradient" not in tree.children:
+        return "nothing"
+    gradient = tree["gradient"].to_dataset()
+    if has_values(gradient["effective_rank_energy"]):
+        return "spectra"
+    return "norms" if has_values(gradient["norm_before_clip"]) else "nothing"
 
 
 def _of_gradients(tree: xr.DataTree) -> dict[str, str]:

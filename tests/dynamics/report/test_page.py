@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dynamics.findings import Finding
@@ -192,6 +193,15 @@ def test_norms_alone_are_said_to_be_that():
     assert "Here only norms were captured; the preset “standard” captures spectra as well." in Page(text).words()
     assert "gradient of a matrix at step 200" in Page(text).words()
     assert "how many directions the gradients had" not in Page(text).words().lower()
+
+
+def test_gradients_that_were_gone_are_said_to_be_that():
+    tree = example_tree(steps=2, matrices=2, gradients=[100, 200], gradient_spectra=False)
+    for name in ("norm_before_clip", "norm_after_clip"):
+        tree["gradient"][name][:] = np.nan
+    words = Page(page(tree)).words()
+    assert "Here none could be measured: see the findings." in words
+    assert "Here only norms were captured" not in words
 
 
 def test_a_run_without_gradients_has_no_section_of_them(parsed):
