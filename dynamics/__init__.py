@@ -13,7 +13,7 @@ from dynamics._version import __version__
 if TYPE_CHECKING:
     from dynamics import plot
     from dynamics.callback import DynamicsCallback
-    from dynamics.checkpoints import open_trajectory
+    from dynamics.checkpoints import NotARun, open_trajectory
     from dynamics.fisher import concentration, fisher_measures, task_structure
     from dynamics.options import Options
     from dynamics.pipeline import analyze_run
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "DynamicsCallback": "dynamics.callback",
+    "NotARun": "dynamics.checkpoints",
     "Options": "dynamics.options",
     "Recorder": "dynamics.recorder",
     "analyze_run": "dynamics.pipeline",
@@ -51,6 +52,7 @@ _HOME = {
 
 __all__ = [
     "DynamicsCallback",
+    "NotARun",
     "Options",
     "Recorder",
     "__version__",

@@ -87,6 +87,8 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD511": ("warning", "runs that could not be paired"),
     "OD512": ("warning", "a task that is not there"),
     "OD513": ("note", "another headline measure than the one that was to be"),
+    # 6xx: results on disk
+    "OD601": ("error", "a result that another machine did not finish replacing"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from os import PathLike
@@ -32,6 +33,7 @@ from dynamics.store import (
     write_tree,
     writing,
 )
+from dynamics.stored.opening import add_findings, incomplete
 from dynamics.stored.sources import Source, open_source, results_folder
 from dynamics.stored.tree import as_json
 
@@ -84,6 +86,7 @@ def analyze_run(
         }
         tree = _joined(trees, refused, configuration) if isinstance(run, Mapping) else next(iter(trees.values()))
         add_relations(tree, trees, {name: runs[name] for name in sources}, options, labels or {})
+        add_findings(tree, incomplete(folder))
         schema.check(tree)
         with writing(folder):
             _write(tree, stage, options)
@@ -91,12 +94,18 @@ def analyze_run(
 
 
 def output_folder(runs: Sequence[Path], out: str | PathLike[str] | None = None) -> Path:
-    """Where results go: ``out``, else ``RUN/dynamics`` (of a capture store beside it), for several runs ``./dynamics``.
+    """Return where results go: ``out``, else ``RUN/dynamics`` (of a capture beside it), for several ``./dynamics``.
 
     Raises:
-        ValueError: If the folder is a Python package, as ``./dynamics`` is in a clone of this project.
+        ValueError: If the folder is a Python package, as ``./dynamics`` is in a clone of this project, or a link that
+            nobody named: a run may come from somebody else.
     """
     folder = Path(out) if out is not None else results_folder(runs[0]) if len(runs) == 1 else Path(FOLDER)
+    if out is None and folder.is_symlink() and folder not in runs:
+        raise ValueError(
+            f"The output folder '{folder}' is a link to '{os.readlink(folder)}', which is not followed. "
+            "If results belong there, name that folder with --out."
+        )
     if (folder / "__init__.py").exists():
         raise ValueError(f"The output folder '{folder}' is a Python package. Choose another with --out.")
     return folder

@@ -16,6 +16,7 @@ _ROOMS = {
     "3": "Recording a training",
     "4": "The Fisher",
     "5": "Scores and statistics",
+    "6": "Results on disk",
 }
 _HEAD = """# Findings
 

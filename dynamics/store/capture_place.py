@@ -92,11 +92,13 @@ class Lock:
 
 
 def refuse_foreign(path: Path) -> None:
-    """Refuses what is neither a capture store nor the beginning of one.
+    """Refuse what is neither a capture store nor the beginning of one, and a folder for it that is a link.
 
     Raises:
         CaptureExists: Names it.
     """
+    if path.parent.is_symlink():
+        raise CaptureExists(f"'{path.parent}' is a link, and no capture is written through one. {_OTHER_FOLDER}")
     if not os.path.lexists(path):
         return
     if path.is_symlink() or not path.is_dir():

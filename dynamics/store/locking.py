@@ -18,8 +18,12 @@ except ImportError:  # Windows; there, two writers at once are told apart by the
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the lock file at ``path``, waiting for it; no lock where the file system has none."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    """Hold the lock file at ``path``, waiting for it; no lock where the file system has none.
+
+    Raises:
+        OSError: If it cannot be made, or is a link.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
         if fcntl is not None:
             with suppress(OSError):  # some network file systems know no locks; a result without one is better than none

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dynamics.store.ownership import is_folder
 from dynamics.store.staging import complete
 
 RESULT = "analysis.zarr"
@@ -11,12 +12,12 @@ FOLDER = "dynamics"
 
 
 def result_path(run: Path) -> Path | None:
-    """Where an analysis is stored; None without one.
+    """Return where an analysis is stored; ``None`` without one. A link in the place of the store is not followed.
 
     Args:
         run: A run folder with ``dynamics/analysis.zarr``, a folder with ``analysis.zarr``, or the store.
     """
-    for place in (run / FOLDER / RESULT, run / RESULT, *([run] if run.suffix == ".zarr" else [])):
-        if complete(place).exists():
-            return complete(place)
-    return None
+    for store in (run / FOLDER / RESULT, run / RESULT):
+        if is_folder(complete(store)):
+            return complete(store)
+    return complete(run) if run.suffix == ".zarr" and complete(run).exists() else None

@@ -14,15 +14,24 @@ from dynamics.store.locking import locked, uninterrupted
 from dynamics.store.ownership import STAGING, OutputError, refuse_foreign
 
 _LOCK = "lock"
+_NO_ROOM = "Make room, or choose another folder with --out."
+_FORBIDDEN = "Make it writable, or choose another folder with --out."
+_GONE = "Its file system went away: run again when it is back, or choose another folder with --out."
+#: Number of a system's error -> what to do about it.
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _NO_ROOM),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
+    **dict.fromkeys((errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.ETIMEDOUT), _GONE),
+}
 
 
 @contextmanager
 def staged(out: Path, names: Iterable[str] = (), folders: Iterable[str] = ()) -> Iterator[Path]:
-    """A folder whose content becomes the result in ``out`` if the block completes.
+    """Make a folder whose content becomes the result in ``out`` if the block completes.
 
     Files are replaced one by one, a ``*.zarr`` as one. What an earlier result has beyond the new one is removed; what
-    no analysis wrote is never touched. On an exception, ^C included, ``out`` keeps what it had. A process that is
-    killed leaves its stage behind, which the next call removes.
+    no analysis wrote is never touched, and no link below ``out`` is followed. On an exception, ^C included, ``out``
+    keeps what it had. A process that is killed leaves its stage behind, which the next call on this machine removes.
 
     Args:
         out: The output folder; made if it is not there, removed again if nothing came of it.
@@ -37,8 +46,9 @@ def staged(out: Path, names: Iterable[str] = (), folders: Iterable[str] = ()) ->
     owner = commit.new_owner()
     partial = out / STAGING / f"{commit.PARTIAL}{owner}"
     try:
-        with _output_errors(f"The output folder '{out}' cannot be written (", "). Choose another with --out."):
+        with _output_errors(f"The output folder '{out}' cannot be written (", ").", "Choose another with --out."):
             (out / STAGING).mkdir(parents=True, exist_ok=True)
+            refuse_foreign(out, ())
             if any((out / STAGING).glob("*-*")):
                 with locked(out / STAGING / _LOCK), uninterrupted():
                     commit.recover(out)
@@ -60,13 +70,12 @@ def staged(out: Path, names: Iterable[str] = (), folders: Iterable[str] = ()) ->
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Errors of the system become one line that says which output, and what to do.
+    """Turn errors of the system into one line that says which output, and what to do.
 
     Raises:
         OutputError: In place of any other ``OSError``.
     """
-    what = f" while writing '{out}'; an earlier result is as it was."
-    with _output_errors("", f"{what} Make room, or choose another folder with --out."):
+    with _output_errors("", f" while writing '{out}'; an earlier result is as it was."):
         yield
 
 
@@ -77,12 +86,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def complete(path: Path) -> Path:
-    """Where the last complete version of an output is: ``path``, unless a process was killed while replacing it."""
-    return path if path.exists() else commit.set_aside_by_others(path) or path
+    """Return where the last complete store is: ``path``, unless a process was killed while replacing it."""
+    return path if os.path.lexists(path) else commit.set_aside(path.parent, path.name) or path
 
 
 @contextmanager
-def _output_errors(before: str, after: str) -> Iterator[None]:
+def _output_errors(before: str, after: str, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except OutputError:
@@ -90,7 +99,8 @@ def _output_errors(before: str, after: str) -> Iterator[None]:
     except OSError as error:
         number = error.errno or 0  # an error that Python raised itself has none
         reason = os.strerror(number) if number in errno.errorcode else str(error)
-        raise OutputError(f"{before}{reason}{after}") from error
+        remedy = remedy or _REMEDIES.get(number, "Check the folder, or choose another with --out.")
+        raise OutputError(f"{before}{reason}{after} {remedy}") from error
 
 
 def _remove_if_empty(folders: Iterable[Path]) -> None:

@@ -514,6 +514,47 @@ def test_the_label_of_a_single_run(run):
     assert open_run(run).attrs["label"] == "lab"
 
 
+def test_a_run_from_somebody_else_touches_nothing_outside(run, tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    for name in ("secret.txt", "summary.json", "report.html"):
+        (victim / name).write_text("precious")
+    staging = run / "dynamics" / ".staging"
+    for stage in (f"old-{os.uname().nodename}-4194303-deadbeef", "old-localhost-4194303-deadbeef"):
+        (staging / stage).mkdir(parents=True)
+        (staging / stage / "plan.json").write_text(json.dumps(["../../victim", str(victim), 1, None]))
+        (staging / stage / "was").symlink_to(victim)
+    (run / "dynamics" / "x").symlink_to("../../victim")
+    (staging / "written.json").write_text(json.dumps({"names": ["x/secret.txt", "x/summary.json"], "commit": "c"}))
+    result = analyze(run, "--quiet", "--no-report")
+    assert_refused(result, 1, "OD601", "and 1 more", "remove .staging, and analyse the run again.")
+    assert {path.name: path.read_text() for path in victim.iterdir()} == dict.fromkeys(
+        ("secret.txt", "summary.json", "report.html"), "precious"
+    )
+    assert [finding["code"] for finding in json.loads(open_run(run).attrs["findings"])][-1] == "OD601"
+    for stage in staging.glob("old-*"):
+        (stage / "was").unlink()
+        (stage / "plan.json").unlink()
+        stage.rmdir()
+    assert analyze(run, "--quiet", "--no-report").returncode == 0
+
+
+def test_an_output_folder_that_is_a_link_nobody_named_is_refused(run, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (run / "dynamics").symlink_to("../elsewhere")
+    message = f"The output folder '{run / 'dynamics'}' is a link to '../elsewhere', which is not followed. "
+    assert_refused(analyze(run), 2, message, "If results belong there, name that folder with --out.")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert analyze(run, "--quiet", "--no-report", "--out", run / "dynamics").returncode == 0
+    assert (tmp_path / "elsewhere" / "summary.json").exists()
+
+
+def test_a_run_that_is_a_link_is_analysed(run, tmp_path):
+    (tmp_path / "latest").symlink_to(run)
+    assert analyze(tmp_path / "latest", "--quiet", "--no-report").returncode == 0
+    assert (run / "dynamics" / "summary.json").exists()
+
+
 @pytest.mark.parametrize("given", ["", "x="])
 def test_no_folder_is_not_this_folder(run, monkeypatch, given):
     monkeypatch.chdir(run)

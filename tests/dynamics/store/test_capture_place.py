@@ -99,6 +99,16 @@ def test_what_is_foreign_is_refused_and_left_alone(folder, make, begin):
     assert (sorted(folder.rglob("*")), files(folder)) == before
 
 
+@pytest.mark.parametrize("begin", [lambda f: CaptureStore.create(f, {}), lambda f: CaptureStore.resume(f, 0, {})])
+def test_a_folder_that_is_a_link_is_not_written_through(folder, tmp_path, begin):
+    (tmp_path / "elsewhere").mkdir()
+    folder.parent.mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CaptureExists, match=r"dynamics' is a link, and no capture is written through one\. Choose"):
+        begin(folder)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_a_forked_process_neither_writes_nor_keeps_the_lock(folder):
     script = """
         import os, sys, time

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -12,23 +13,23 @@ from pathlib import Path
 import pytest
 
 from dynamics.store import OutputError, staged, write_text, writing
-from dynamics.store.commit import replace_result
+from dynamics.store.commit import _machine, replace_result
 from dynamics.store.ownership import read_written
 from dynamics.store.staging import complete
 
-GONE = f"{socket.gethostname()}-{2**22 + 1}-00000000"  # above Linux's largest process id
-ELSEWHERE = "another-host-1-00000000"
+GONE = f"{socket.gethostname()}-{_machine()}-{2**22 + 1}-00000000"  # above Linux's largest process id
+ELSEWHERE = f"{socket.gethostname()}-000000000000-1-00000000"  # of the same name
 
 
 def fill(folder, text):
-    (folder / "table.json").write_text(text)
-    (folder / "store.zarr").mkdir()
-    (folder / "store.zarr" / "chunk").write_text(text)
+    (folder / "summary.json").write_text(text)
+    (folder / "analysis.zarr").mkdir()
+    (folder / "analysis.zarr" / "chunk").write_text(text)
     write_text(folder / "figures" / "a.svg", text)
 
 
 def contents(out):
-    return [(out / name).read_text() for name in ("table.json", "store.zarr/chunk", "figures/a.svg")]
+    return [(out / name).read_text() for name in ("summary.json", "analysis.zarr/chunk", "figures/a.svg")]
 
 
 def visible(out):
@@ -58,7 +59,7 @@ def test_entries_appear_together_and_nothing_else(tmp_path):
         fill(partial, "new")
         assert visible(out) == []
     assert contents(out) == ["new"] * 3
-    assert visible(out) == ["figures", "store.zarr", "table.json"]
+    assert visible(out) == ["analysis.zarr", "figures", "summary.json"]
     assert hidden(out) == ["lock", "written.json"]
 
 
@@ -68,15 +69,15 @@ def test_a_second_result_replaces_the_first_and_spares_what_is_not_its_own(old):
     (old / "figures" / "mine.svg").write_text("mine")
     replace(old)
     assert contents(old) == ["new"] * 3
-    assert visible(old) == ["capture.zarr", "figures", "notes.txt", "store.zarr", "table.json"]
+    assert visible(old) == ["analysis.zarr", "capture.zarr", "figures", "notes.txt", "summary.json"]
     assert (old / "figures" / "mine.svg").read_text() == "mine"
 
 
 def test_what_an_earlier_result_has_beyond_the_new_one_is_removed(old):
     (old / "kept.json").write_text("mine")
     with staged(old) as partial:
-        (partial / "other.json").write_text("new")
-    assert visible(old) == ["kept.json", "other.json"]
+        (partial / "run.yaml").write_text("new")
+    assert visible(old) == ["kept.json", "run.yaml"]
 
 
 def stand(path, kind):
@@ -87,10 +88,10 @@ def stand(path, kind):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("table.json", "file"),
-        ("table.json", "folder"),
-        ("store.zarr", "folder"),
-        ("store.zarr", "file"),
+        ("summary.json", "file"),
+        ("summary.json", "folder"),
+        ("analysis.zarr", "folder"),
+        ("analysis.zarr", "file"),
         ("figures", "file"),
         ("figures/a.svg", "folder"),
         ("figures/a.svg", "file"),
@@ -111,10 +112,10 @@ def test_what_no_analysis_wrote_is_refused_and_stays(tmp_path, name, kind):
     ]
 
 
-@pytest.mark.parametrize(("name", "folders"), [("table.json", ()), ("figures", ("figures",))])
+@pytest.mark.parametrize(("name", "folders"), [("summary.json", ()), ("figures", ("figures",))])
 def test_it_is_refused_before_anything_is_computed(tmp_path, name, folders):
     (tmp_path / name).write_text("mine")
-    with pytest.raises(OutputError, match=name), staged(tmp_path, ["table.json"], folders):
+    with pytest.raises(OutputError, match=name), staged(tmp_path, ["summary.json"], folders):
         pytest.fail("the block was entered")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [name]
 
@@ -129,21 +130,20 @@ def test_a_link_is_not_written_through(tmp_path):
 
 
 def test_a_copied_result_whose_list_was_lost_is_still_known(old):
-    (old / "store.zarr").rename(old / "analysis.zarr")
     (old / "analysis.zarr" / ".zattrs").write_text('{"findings": "[]"}')
     (old / ".staging" / "written.json").unlink()
     replace(old)
-    assert (old / "table.json").read_text() == "new"
+    assert (old / "summary.json").read_text() == "new"
 
 
 def test_a_list_that_points_outside_removes_nothing_there(old):
     (old.parent / "mine.txt").write_text("mine")
-    names = ["../mine.txt", str(old.parent / "mine.txt"), "table.json", 3]
+    names = ["../mine.txt", str(old.parent / "mine.txt"), "summary.json", 3]
     (old / ".staging" / "written.json").write_text(json.dumps({"commit": "x", "names": names}))
     with staged(old):
         pass
     assert (old.parent / "mine.txt").exists()
-    assert not (old / "table.json").exists()
+    assert not (old / "summary.json").exists()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -185,13 +185,13 @@ def test_a_replacement_that_fails_midway_is_undone(old, monkeypatch, failing):
     def replace_and_add():
         with staged(old) as partial:
             fill(partial, "new")
-            (partial / "table.json").rename(partial / "fresh.json")
+            (partial / "summary.json").rename(partial / "run.yaml")
 
     with pytest.raises(OutputError) as error:
         replace_and_add()
     assert str(error.value) == message
     assert contents(old) == ["old"] * 3
-    assert visible(old) == ["figures", "store.zarr", "table.json"]
+    assert visible(old) == ["analysis.zarr", "figures", "summary.json"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -207,8 +207,8 @@ def test_a_signal_during_the_replacement_waits_for_its_end(old, number):
         os.replace = replace_and_signal
         try:
             with staged(out) as partial:
-                (partial / "table.json").write_text("new")
-                (partial / "other.json").write_text("new")
+                (partial / "summary.json").write_text("new")
+                (partial / "run.yaml").write_text("new")
         except KeyboardInterrupt as error:
             print(error)
     """
@@ -217,8 +217,8 @@ def test_a_signal_during_the_replacement_waits_for_its_end(old, number):
     )
     expected = (0, "the new result is complete and in its place\n") if number == signal.SIGINT else (-number, "")
     assert (result.returncode, result.stdout) == expected
-    assert visible(old) == ["other.json", "table.json"]
-    assert (old / "table.json").read_text() == "new"
+    assert visible(old) == ["run.yaml", "summary.json"]
+    assert (old / "summary.json").read_text() == "new"
 
 
 def killed(old, when):
@@ -235,10 +235,10 @@ def killed(old, when):
             replace(source, target)
         os.replace = replace_or_die
         with staged(pathlib.Path({str(old)!r})) as partial:
-            (partial / "fresh.json").write_text("new")
-            (partial / "store.zarr").mkdir()
-            (partial / "store.zarr" / "chunk").write_text("new")
-            (partial / "table.json").write_text("new")
+            (partial / "run.yaml").write_text("new")
+            (partial / "analysis.zarr").mkdir()
+            (partial / "analysis.zarr" / "chunk").write_text("new")
+            (partial / "summary.json").write_text("new")
     """
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False).returncode == -signal.SIGKILL
 
@@ -246,18 +246,18 @@ def killed(old, when):
 @pytest.mark.parametrize("when", range(4))
 def test_a_killed_process_is_undone_by_the_next(old, when):
     killed(old, when)
-    assert (complete(old / "store.zarr") / "chunk").read_text() in ("old", "new")
-    assert (old / "table.json").read_text() in ("old", "new")
+    assert (complete(old / "analysis.zarr") / "chunk").read_text() in ("old", "new")
+    assert (old / "summary.json").read_text() in ("old", "new")
     with pytest.raises(KeyboardInterrupt), staged(old):
         raise KeyboardInterrupt
     assert contents(old) == ["old"] * 3
-    assert visible(old) == ["figures", "store.zarr", "table.json"]
+    assert visible(old) == ["analysis.zarr", "figures", "summary.json"]
     assert hidden(old) == ["lock", "written.json"]
 
 
 def test_a_process_killed_when_its_result_counts_is_not_undone(old):
     leftover = old / ".staging" / f"old-{GONE}"
-    write_text(leftover / "was" / "table.json", "older")
+    write_text(leftover / "was" / "summary.json", "older")
     content = json.loads((old / ".staging" / "written.json").read_text())
     (old / ".staging" / "written.json").write_text(json.dumps({**content, "commit": GONE}))
     replace(old)
@@ -267,13 +267,13 @@ def test_a_process_killed_when_its_result_counts_is_not_undone(old):
 
 def test_remains_of_this_process_number_are_swept_too(old):
     """In containers each process has the number 1."""
-    remains = old / ".staging" / f"partial-{socket.gethostname()}-{os.getpid()}-00000000"
+    remains = old / ".staging" / f"partial-{socket.gethostname()}-{_machine()}-{os.getpid()}-00000000"
     remains.mkdir()
     replace(old)
     assert not remains.exists()
 
 
-@pytest.mark.parametrize("owner", [ELSEWHERE, f"{socket.gethostname()}-{os.getppid()}-00000000"])
+@pytest.mark.parametrize("owner", [ELSEWHERE, f"{socket.gethostname()}-{_machine()}-{os.getppid()}-00000000"])
 def test_what_may_be_at_work_is_left_alone(old, owner):
     other = old / ".staging" / f"partial-{owner}"
     other.mkdir()
@@ -305,7 +305,7 @@ def test_two_at_once_do_not_disturb_each_other(tmp_path):
 
 
 def test_the_list_says_what_was_written(old):
-    assert read_written(old).names == {"figures/a.svg", "store.zarr", "table.json"}
+    assert read_written(old).names == {"figures/a.svg", "analysis.zarr", "summary.json"}
 
 
 def test_an_output_folder_that_cannot_be_made(tmp_path):
@@ -322,6 +322,21 @@ def test_errors_of_the_system_say_where_and_what_to_do():
         raise OSError(28, "No space left on device", "chunk")
 
 
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "Make room, or choose another folder with --out."),
+        (errno.EROFS, "Make it writable, or choose another folder with --out."),
+        (errno.ESTALE, "Its file system went away: run again when it is back, or choose another folder with --out."),
+        (errno.ENOTDIR, "Check the folder, or choose another with --out."),
+    ],
+)
+def test_the_remedy_is_that_of_the_error(number, remedy):
+    with pytest.raises(OutputError) as error, writing(Path("o")):
+        raise OSError(number, "")
+    assert str(error.value) == f"{os.strerror(number)} while writing 'o'; an earlier result is as it was. {remedy}"
+
+
 def test_half_a_surrogate_pair_does_not_lose_a_file(tmp_path):
     write_text(tmp_path / "x.txt", "caf\udce9")
     assert (tmp_path / "x.txt").read_text() == "caf\\udce9"
@@ -329,7 +344,7 @@ def test_half_a_surrogate_pair_does_not_lose_a_file(tmp_path):
 
 def test_nothing_is_moved_if_the_plan_cannot_be_written(old, monkeypatch):
     (old.parent / "partial").mkdir()
-    (old.parent / "partial" / "table.json").write_text("new")
+    (old.parent / "partial" / "summary.json").write_text("new")
     monkeypatch.setattr(json, "dumps", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         replace_result(old, old.parent / "partial", GONE)

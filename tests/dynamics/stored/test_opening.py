@@ -57,6 +57,42 @@ def test_a_store_that_does_not_open(tmp_path):
         open_run(tmp_path)
 
 
+def test_a_store_that_is_a_link_is_not_followed(tree, tmp_path):
+    write_tree(tree, tmp_path / "x.zarr")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "analysis.zarr").symlink_to(tmp_path / "x.zarr")
+    message = (
+        f"'{tmp_path / 'run' / 'analysis.zarr'}' is a link, which is not followed. Open what it points to instead."
+    )
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
+        open_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("place", ["analysis.zarr", ".staging/old-elsewhere-1-ab/was/analysis.zarr"])
+def test_a_result_that_another_machine_did_not_finish_says_so(tree, tmp_path, place):
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / ".staging" / "old-elsewhere-1-ab").mkdir(parents=True, exist_ok=True)
+    write_tree(tree, tmp_path / place)
+    (finding,) = json.loads(open_run(tmp_path).attrs["findings"])
+    assert (finding["code"], finding["severity"]) == ("OD601", "error")
+    assert finding["remedy"] == (
+        "Make sure that nothing is analysing this run there, remove .staging, and analyse the run again."
+    )
+
+
+@pytest.mark.parametrize(
+    "codecs", [{"compressor": {"id": "pickle"}}, {"filters": [{"id": "pickle"}]}, {"filters": [3]}]
+)
+def test_a_store_with_a_codec_of_somebody_else_is_not_decoded(tree, tmp_path, codecs):
+    write_tree(tree, tmp_path / "analysis.zarr")
+    path = tmp_path / "analysis.zarr" / ".zmetadata"
+    metadata = json.loads(path.read_text())
+    metadata["metadata"]["update/value/.zarray"] |= codecs
+    path.write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match=r"Expected a result store at .*, but it does not open \("):
+        open_run(tmp_path)
+
+
 def test_an_existing_store_is_not_overwritten(tree, tmp_path):
     write_tree(tree, tmp_path / "x.zarr")
     with pytest.raises(Exception, match=r"exist|contains"):
