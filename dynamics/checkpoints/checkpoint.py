@@ -26,7 +26,7 @@ from dynamics.checkpoints.products import Product, total, under
 from dynamics.checkpoints.saved_modules import SAVED, SavedModules, beside_kind, of_trained, saved_modules
 from dynamics.checkpoints.trainer_scales import trainer_scale
 from dynamics.checkpoints.trajectory import OpenCheckpoint
-from dynamics.checkpoints.unread import MEGATRON, NESTED
+from dynamics.checkpoints.unread import MEGATRON, NESTED, remedy_for
 from dynamics.checkpoints.variants import Refusal, Remark
 from dynamics.checkpoints.weight_files import TensorInfo, Weights
 from dynamics.checkpoints.whole_models import has_stacked_layers, read_whole_model, ties_embeddings
@@ -34,6 +34,7 @@ from dynamics.findings import Finding
 
 #: Suffixes of files of torch.save, which may hold weights inside something else.
 _TORCH = (".bin", ".pt", ".pth")
+_GIVE_BASE = "Give the base (--base) to analyse those of them that are weight matrices."
 _RANDOM_START = "MLX-VLM may start B at ones: totals include that start, where it did."
 
 Watch = Callable[[str], bool]
@@ -107,9 +108,10 @@ class Reader:
                 content = self._instead(content, weights, candidate)
             else:
                 beside.insert(0, candidate.whole)
+        if not content.products:
+            return content
         content = self._read_beside(candidate, content, beside)
-        others = list(self._others(candidate)) if content.products else []
-        return replace(content, findings=(*content.findings, *others))
+        return replace(content, findings=(*content.findings, *self._others(candidate)))
 
     def _read_adapters(self, candidate: Candidate, latest: bool) -> Content:
         """Reads the adapters that PEFT's names say to be such."""
@@ -170,7 +172,7 @@ class Reader:
         except UnreadableFile as error:
             finding = error.to_finding(self._name(path), candidate.step)
             if path.suffix in _TORCH and error.code == "OD101":
-                finding = replace(finding, remedy=NESTED.replace("FILE", finding.file))
+                finding = replace(finding, remedy=remedy_for(NESTED, path, self.run, candidate.step))
             return Content(findings=(finding, *other_weights(candidate.folder, self.run, candidate.step)))
         if not is_adapter(weights.tensors):
             return self._read_dense(candidate, weights)
@@ -198,6 +200,9 @@ class Reader:
         findings += self._refusals(held.refused, name, step)
         if held.beside:
             findings.append(_beside(held.beside, name, step))
+        if candidate.config is not None:
+            message = f"{CONFIG} belongs to no weights here: the file holds a model, no adapter. It was not used."
+            findings.append(Finding("OD125", message, file=self._name(candidate.config), step=step))
         products = {matrix: under(DEFAULT, product) for matrix, product in held.products.items() if self.watch(matrix)}
         ranks = dict.fromkeys((*held.products, *held.refused), 0)
         return Content(products, {DEFAULT: weights} if products else {}, tuple(findings), ranks)
@@ -268,6 +273,9 @@ class Reader:
         where, step = self._name(candidate.folder) if candidate.folder != self.run else "", candidate.step
         for place in candidate.adapters:
             if place.weights is None:
+                if unread := other_weights(place.folder, self.run, step):
+                    yield from unread
+                    continue
                 message = f"It has {CONFIG} but no weights (adapter_model.safetensors or .bin)."
                 remedy = "Restore the weights, or remove the folder."
                 name = self._name(place.folder) if place.folder != self.run else CONFIG
@@ -337,7 +345,8 @@ class Reader:
             yield Finding(remark.code, remark.message, file=configuration, step=step)
         yield from self._refusals(adapter.refused, weights, step, place.name)
         if adapter.beside:
-            yield _beside(adapter.beside, weights, step)
+            needs_base = self.base is None and any(adapter.beside.get(kind) for kind in SAVED)
+            yield _beside(adapter.beside, weights, step, _GIVE_BASE if needs_base else "")
 
     def _refusals(
         self, refused: Mapping[str, Refusal], file: str, step: int, adapter: str = DEFAULT
@@ -428,10 +437,10 @@ def _at(name: str, adapter: str) -> str:
     return f"{name}@{shown(adapter)}"
 
 
-def _beside(beside: Mapping[str, Sequence[str]], file: str, step: int) -> Finding:
+def _beside(beside: Mapping[str, Sequence[str]], file: str, step: int, remedy: str = "") -> Finding:
     counts = {kind: len(keys) for kind, keys in sorted(beside.items())}
     listing = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     keys = [shown(key) for keys in beside.values() for key in keys]
     message = f"{sum(counts.values())} stored tensors are not low-rank updates and are not analysed: {listing}."
     evidence = {"counts": counts, "examples": keys[:6]}
-    return Finding("OD109", f"{message} E.g. {some(keys)}.", file=file, step=step, evidence=evidence)
+    return Finding("OD109", f"{message} E.g. {some(keys)}.", remedy, file=file, step=step, evidence=evidence)

@@ -30,7 +30,7 @@ from dynamics.checkpoints.names import natural_order, shown, shown_path, some
 from dynamics.checkpoints.series import Series, find_series
 from dynamics.checkpoints.steps import NamedStep, is_plain_step, named_step
 from dynamics.checkpoints.training_state import read_training_state
-from dynamics.checkpoints.unread import is_state_folder, unread_format
+from dynamics.checkpoints.unread import is_state_folder, remedy_for, unread_format
 from dynamics.checkpoints.whole_models import lone_shards, whole_model
 from dynamics.findings import Finding
 
@@ -201,7 +201,7 @@ def _numbered(run: Path, top: Path, names: Sequence[str]) -> tuple[list[Candidat
         findings.append(Finding("OD121", text))
     left = [name for other in filled if other != template for _, name in trainings[other]]
     if left:
-        message = f"{some(left)}: left out, since the checkpoints of this run are called {shown(template)}."
+        message = f"The checkpoints of this run are called {shown(template)}; {some(map(shown, left))} are left out."
         remedy = "To analyse them, put them into a folder of their own."
         findings.append(Finding("OD126", message, remedy, file=shown(left[0]), evidence={"folders": left}))
     return held, findings
@@ -252,7 +252,7 @@ def _at_the_end(run: Path, top: Path, names: Sequence[str]) -> Iterator[Finding]
     """Folders beside the checkpoints, such as ``final/``, that hold weights too."""
     folders = [name for name in names if not named_step(name, top.name) and _weights_below(top / name)]
     if folders:
-        message = f"{some([shown(name) for name in folders])}: further weights beside the checkpoints, left out."
+        message = f"Further weights beside the checkpoints are left out: {some([shown(name) for name in folders])}."
         remedy = "Pass the folder to analyse them, or put them into a folder checkpoint-N."
         file = shown_path(top / folders[0], run)
         yield Finding("OD126", message, remedy, file=file, evidence={"folders": folders})
@@ -326,7 +326,7 @@ def other_weights(folder: Path, run: Path, step: int | None = None) -> list[Find
         findings.append(Finding("OD106", message, remedy, file=shown_path(folder / shards[0], run), step=step))
     if (unread := unread_format(folder)) is not None:
         path, form = unread
-        remedy = form.remedy_for(shown_path(path, run), shown_path(path.parent, run))
+        remedy = remedy_for(form.remedy, path, run, step)
         message = f"It is {form.title}; this format is not read."
         findings.append(Finding("OD127", message, remedy, file=shown_path(path, run), step=step))
     return findings

@@ -42,8 +42,9 @@ def saved_modules(
 ) -> SavedModules:
     """Of the tensors beside an adapter's factors, those that are trained weights of two or more dimensions.
 
-    PEFT writes ``classifier.weight`` or ``classifier.modules_to_save.weight``; what it calls ``original_module`` is the
-    frozen original. A name that two tensors would get is left to neither.
+    PEFT writes ``classifier.weight`` or ``classifier.modules_to_save.weight``, in whole states
+    ``classifier.modules_to_save.default.weight``; what it calls ``original_module`` is the frozen original. A name that
+    two tensors would get is left to neither.
 
     Args:
         beside: Kind of tensor to keys, as in ``Adapter.beside``.
@@ -56,11 +57,16 @@ def saved_modules(
     stems = {key: _without(key.removesuffix(".weight"), wrappers) for key in keys}
     named = matrix_names(stems.values())
     names = {key: named[stem] for key, stem in stems.items()}
+    # With save_embedding_layers PEFT writes a saved module a second time, under the module's plain name.
+    saved = {names[key] for key, stem in stems.items() if stem != key.removesuffix(".weight")}
+    twice = {key: name for key, name in names.items() if name in saved and stems[key] == key.removesuffix(".weight")}
+    names = {key: name for key, name in names.items() if key not in twice}
     counted = Counter(names.values())
     free = {key: name for key, name in names.items() if counted[name] == 1 and name not in taken}
     sorted_ = {key: sort_tensors({name: (key, tensors[key])}).products for key, name in free.items()}
     products = {name: product for own in sorted_.values() for name, product in own.items()}
-    return SavedModules(products, frozenset(key for key, own in sorted_.items() if own))
+    read = {*(key for key, own in sorted_.items() if own), *(key for key, name in twice.items() if name in products)}
+    return SavedModules(products, frozenset(read))
 
 
 def _without(stem: str, wrappers: Sequence[str]) -> str:

@@ -81,7 +81,7 @@ def find_series(folder: Path, names: Sequence[str]) -> Series:
     series = _series(folder, groups[stem], read)
     left = [shown(name) for name in weight_names(names) if name not in groups[stem]]
     if left:
-        message = f"{some(left)}: further weights in the same folder, left out."
+        message = f"Further weights in the same folder are left out: {some(left)}."
         remedy = "To analyse them, put them into a folder of their own."
         series = replace(series, findings=(*series.findings, Finding("OD126", message, remedy, file=left[0])))
     return series

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynamics.checkpoints.names import natural_order
+from dynamics.checkpoints.names import natural_order, shown_path
+from dynamics.checkpoints.steps import named_step
 
 #: What trainers save beside the weights: optimizer, schedule, random numbers, place in the data, arguments.
 _STATE = re.compile(
@@ -35,21 +36,18 @@ class Format:
 
     Args:
         title: What it is, with its article.
-        remedy: What makes a checkpoint of it readable; ``FILE`` and ``FOLDER`` stand for where it is.
+        remedy: What makes a checkpoint of it readable; ``FILE`` and ``FOLDER`` stand for where it is, ``STEP`` for its
+            step.
     """
 
     title: str
     remedy: str
 
-    def remedy_for(self, file: str, folder: str) -> str:
-        """The remedy for a file, and the folder that it is in."""
-        return self.remedy.replace("FILE", file).replace("FOLDER", folder)
-
 
 _DEEPSPEED = "DeepSpeed's sharded state, from which the weights were not gathered"
 _SAVE_STATE = (
     "Save its weights alone, if you trust the file: torch.save(torch.load('FILE', map_location='cpu', "
-    "weights_only=False)['state_dict'], 'checkpoint-N/pytorch_model.bin'), where N is the step"
+    "weights_only=False)['state_dict'], 'checkpoint-STEP/pytorch_model.bin')"
 )
 MEGATRON = Format(
     "a checkpoint of Megatron or NeMo, whose layers lie in one tensor",
@@ -89,8 +87,8 @@ _FORMATS: tuple[tuple[str, Format], ...] = (
         r"(^|/)lit_model\.pth(\.lora)?$",
         Format(
             "a litgpt checkpoint, whose fused factors are no plain products",
-            "Merge and convert it: `litgpt merge_lora FOLDER`, then `litgpt convert_from_litgpt FOLDER OUT/step-N`, "
-            "with the number of the step for N, for each checkpoint; analyse OUT with the base (--base).",
+            "Merge and convert it: `litgpt merge_lora FOLDER`, then `litgpt convert_from_litgpt FOLDER OUT/step-STEP`, "
+            "for each checkpoint; analyse OUT with the base (--base).",
         ),
     ),
     (
@@ -110,7 +108,7 @@ _FORMATS: tuple[tuple[str, Format], ...] = (
     (
         r"\.gguf$",
         Format(
-            "a GGUF file of llama.cpp, which no trainer writes",
+            "a GGUF file of llama.cpp",
             "Pass the adapter or model that it was converted from (adapter_model.safetensors, model.safetensors).",
         ),
     ),
@@ -130,6 +128,17 @@ _FORMATS: tuple[tuple[str, Format], ...] = (
 )
 #: The remedy for a torch file whose weights lie inside something else.
 NESTED = f"{_SAVE_STATE}, and 'state_dict' the key under which the file keeps them ('model', 'module')."
+
+
+def remedy_for(remedy: str, path: Path, run: Path, step: int | None = None) -> str:
+    """Return a remedy with the file, its folder and its step filled in."""
+    if step is None:
+        named = named_step(path.stem) or named_step(path.parent.name)
+        step = None if named is None else named.number
+    filled = remedy.replace("FILE", shown_path(path, run)).replace("FOLDER", shown_path(path.parent, run))
+    return filled.replace("STEP", "N (N its step)" if step is None else str(step), 1).replace(
+        "STEP", "N" if step is None else str(step)
+    )
 
 
 def is_state_folder(name: str) -> bool:
