@@ -40,6 +40,10 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD122": ("note", "a weight file that is a link out of the run"),
     "OD123": ("note", "what updates of dense weights are counted from"),
     "OD124": ("warning", "a weight that the base does not have"),
+    "OD125": ("note", "checkpoints or a configuration found elsewhere than in their own folder"),
+    "OD126": ("note", "weights that are left out since others of the same run are analysed"),
+    "OD127": ("error", "a format that is not read"),
+    "OD128": ("warning", "trained weights beside those that are analysed"),
     # 2xx: spectra
     "OD201": ("error", "a non-finite factor"),
     "OD202": ("note", "an update that is exactly zero"),

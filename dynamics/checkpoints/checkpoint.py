@@ -10,23 +10,32 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.checkpoints.base import Base
+from dynamics.checkpoints.candidates import CONFIG, DEFAULT, WEIGHTS, AdapterFolder, Candidate
 from dynamics.checkpoints.dense import read_dense
 from dynamics.checkpoints.errors import UnreadableFile
-from dynamics.checkpoints.folders import CONFIG, DEFAULT, AdapterFolder, Candidate, other_weights
-from dynamics.checkpoints.foreign import describe, is_readable
+from dynamics.checkpoints.folders import other_weights
+from dynamics.checkpoints.foreign import describe, is_adapter, is_readable
 from dynamics.checkpoints.foreign_adapter import read_foreign
-from dynamics.checkpoints.mlx import is_mlx, mlx_scale
+from dynamics.checkpoints.mlx import is_mlx_vlm
 from dynamics.checkpoints.names import natural_order, parse_key, shown, shown_path, some
 from dynamics.checkpoints.opening import open_matrices
 from dynamics.checkpoints.peft_adapter import Adapter, read_adapter
 from dynamics.checkpoints.peft_config import AdapterConfig, read_adapter_config
 from dynamics.checkpoints.plain_files import read_json
 from dynamics.checkpoints.products import Product, total, under
+from dynamics.checkpoints.saved_modules import SAVED, SavedModules, beside_kind, of_trained, saved_modules
+from dynamics.checkpoints.trainer_scales import trainer_scale
 from dynamics.checkpoints.trajectory import OpenCheckpoint
-from dynamics.checkpoints.variants import Refusal
-from dynamics.checkpoints.weight_files import WeightFile, Weights, read_weight_file
-from dynamics.checkpoints.whole_models import read_whole_model, ties_embeddings
+from dynamics.checkpoints.unread import MEGATRON, NESTED, remedy_for
+from dynamics.checkpoints.variants import Refusal, Remark
+from dynamics.checkpoints.weight_files import TensorInfo, Weights
+from dynamics.checkpoints.whole_models import has_stacked_layers, read_whole_model, ties_embeddings
 from dynamics.findings import Finding
+
+#: Suffixes of files of torch.save, which may hold weights inside something else.
+_TORCH = (".bin", ".pt", ".pth")
+_GIVE_BASE = "Give the base (--base) to analyse those of them that are weight matrices."
+_RANDOM_START = "MLX-VLM may start B at ones: totals include that start, where it did."
 
 Watch = Callable[[str], bool]
 
@@ -42,6 +51,7 @@ class Content:
         ranks: Rank of each matrix with factors, refused ones included: evidence of which training it is.
         settings: Adapter name to what distinguishes its configuration.
         base: The base's weights, which some products are made with (DoRA).
+        is_empty: Whether a file's tensors have no elements: they were not gathered before saving.
     """
 
     products: Mapping[str, Product] = field(default_factory=dict)
@@ -50,6 +60,7 @@ class Content:
     ranks: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     base: Weights | None = None
+    is_empty: bool = False
 
     @contextmanager
     def open(self) -> Iterator[OpenCheckpoint]:
@@ -86,56 +97,101 @@ class Reader:
             candidate: The folder.
             latest: Whether it is the run's last checkpoint, which may still be being written.
         """
+        content = self._read_adapters(candidate, latest)
+        beside = list(candidate.beside)
+        if content.is_empty:
+            unread = other_weights(candidate.folder, self.run, candidate.step)
+            content = replace(content, findings=(*content.findings, *unread))
         if candidate.whole is not None:
-            return self._read_whole(candidate, candidate.whole)
-        findings = list(self._absences(candidate, latest))
+            weights = None if content.products else self._read_weights(candidate, candidate.whole, latest)
+            if weights is not None and _replaces(weights, content, candidate):
+                content = self._instead(content, weights, candidate)
+            else:
+                beside.insert(0, candidate.whole)
+        if not content.products:
+            return content
+        content = self._read_beside(candidate, content, beside)
+        return replace(content, findings=(*content.findings, *self._others(candidate)))
+
+    def _read_adapters(self, candidate: Candidate, latest: bool) -> Content:
+        """Reads the adapters that PEFT's names say to be such."""
+        findings = list(self._absences(candidate, latest)) if candidate.whole is None else []
         files: dict[str, Weights] = {}
         read: dict[str, Adapter] = {}
         settings: dict[str, Any] = {}
+        is_empty = False
         for place in candidate.adapters:
             if place.weights is None:
                 continue
             try:
-                file = read_weight_file(place.weights)
+                file = read_whole_model(place.weights)
             except UnreadableFile as error:
                 findings.append(error.to_finding(self._name(place.weights), candidate.step))
                 continue
-            findings += self._links(place.weights, candidate.step)
-            try:
-                adapter = self._foreign(place, file)
-            except UnreadableFile as error:
-                findings.append(error.to_finding(self._name(place.config or place.weights), candidate.step))
-                continue
+            if place.weights.name not in WEIGHTS and not is_adapter(file.tensors) and not describe(file.tensors):
+                return self._read_dense(candidate, file)  # a numbered file of a whole model
+            is_empty |= bool(file.tensors) and not any(info.count for info in file.tensors.values())
+            for part in file.parts:
+                findings += self._links(part.path, candidate.step)
+            adapter, problems, config = self._adapter(place, file, candidate, latest)
+            findings += problems
             if adapter is None:
-                config = self._config(place, file, candidate, latest)
-                if isinstance(config, Finding):
-                    findings.append(config)
-                    continue
-                adapter = read_adapter(file, config, self.base)
-                adapter = replace(adapter, remarks=(*config.remarks, *adapter.remarks))
+                continue
+            if config is not None:
                 settings[place.name] = config.settings
-            findings += self._remarks(adapter, place, candidate.step)
             read[place.name] = adapter
             if adapter.products:
                 files[place.name] = file
         products, notes = self._combined({name: read[name] for name in files}, candidate)
         ranks = {self._matrix(name, key): rank for key, one in read.items() for name, rank in one.ranks.items()}
         base = self.base.weights if self.base and any(product.uses_base for product in products.values()) else None
-        return Content(products, files, (*findings, *notes), ranks, settings, base)
+        return Content(products, files, (*findings, *notes), ranks, settings, base, is_empty)
 
-    def _read_whole(self, candidate: Candidate, path: Path) -> Content:
-        """Reads the headers of a whole model's weights."""
-        name, step = self._name(path), candidate.step
+    def _adapter(
+        self, place: AdapterFolder, file: Weights, candidate: Candidate, latest: bool
+    ) -> tuple[Adapter | None, list[Finding], AdapterConfig | None]:
+        """One adapter, what was found, and its configuration if it is PEFT's."""
+        try:
+            adapter = self._foreign(place, file)
+        except UnreadableFile as error:
+            return None, [error.to_finding(self._name(place.config or file.path), candidate.step)], None
+        config = None
+        if adapter is None:
+            answer = self._config(place, file, candidate, latest)
+            if isinstance(answer, Finding):
+                return None, [answer], None
+            config = answer
+            adapter = read_adapter(of_trained(file), config, self.base)
+            adapter = replace(adapter, remarks=(*config.remarks, *adapter.remarks))
+        return adapter, list(self._remarks(adapter, place, candidate.step)), config
+
+    def _read_weights(self, candidate: Candidate, path: Path, latest: bool) -> Content:
+        """Reads a file whose name says nothing of adapters: its tensors say what it is."""
         try:
             weights = read_whole_model(path)
         except UnreadableFile as error:
-            return Content(findings=(error.to_finding(name, step),))
+            finding = error.to_finding(self._name(path), candidate.step)
+            if path.suffix in _TORCH and error.code == "OD101":
+                finding = replace(finding, remedy=remedy_for(NESTED, path, self.run, candidate.step))
+            return Content(findings=(finding, *other_weights(candidate.folder, self.run, candidate.step)))
+        if not is_adapter(weights.tensors):
+            return self._read_dense(candidate, weights)
+        place = AdapterFolder(DEFAULT, path.parent, path, candidate.config)
+        return self._read_adapters(replace(candidate, adapters=(place,), whole=None), latest)
+
+    def _read_dense(self, candidate: Candidate, weights: Weights) -> Content:
+        """Sorts the tensors of a whole model, or of a part of one."""
+        path, step = weights.path, candidate.step
+        name = self._name(path)
         findings = [finding for part in weights.parts for finding in self._links(part.path, step)]
-        held = read_dense(weights, tied_embeddings=ties_embeddings(path.parent))
-        if any(parse_key(key) for key in weights.tensors):
-            message = "It holds LoRA factors among the weights of a whole model: what its matrices are is not known."
-            remedy = "Save the adapter alone (PEFT's save_pretrained), or merge it before saving."
+        if (what := describe(weights.tensors)) is not None:
+            remedy = "Pass a run of PEFT LoRA adapters, or of whole models."
+            message = f"It is {what}, which is not analysed."
             return Content(findings=(*findings, Finding("OD103", message, remedy, file=name, step=step)))
+        if has_stacked_layers(weights.tensors):
+            message = f"It is {MEGATRON.title}; this format is not read."
+            return Content(findings=(*findings, Finding("OD127", message, MEGATRON.remedy, file=name, step=step)))
+        held = read_dense(weights, tied_embeddings=ties_embeddings(path.parent))
         if not held.products and not held.refused:
             message = f"Expected weight matrices, got {len(weights.tensors)} other tensors."
             return Content(
@@ -144,9 +200,67 @@ class Reader:
         findings += self._refusals(held.refused, name, step)
         if held.beside:
             findings.append(_beside(held.beside, name, step))
+        if candidate.config is not None:
+            message = f"{CONFIG} belongs to no weights here: the file holds a model, no adapter. It was not used."
+            findings.append(Finding("OD125", message, file=self._name(candidate.config), step=step))
         products = {matrix: under(DEFAULT, product) for matrix, product in held.products.items() if self.watch(matrix)}
         ranks = dict.fromkeys((*held.products, *held.refused), 0)
         return Content(products, {DEFAULT: weights} if products else {}, tuple(findings), ranks)
+
+    def _instead(self, adapters: Content, weights: Content, candidate: Candidate) -> Content:
+        """What was read in place of an adapter of which nothing can be analysed."""
+        place = next((place for place in candidate.adapters if place.weights is not None), None)
+        assert candidate.whole is not None
+        if place is None or place.weights is None or not weights.products:
+            return replace(weights, findings=(*adapters.findings, *weights.findings))
+        message = (
+            f"Nothing of it can be analysed ({_reason(adapters.findings)}); {self._name(candidate.whole)} beside it "
+            "was read instead."
+        )
+        note = Finding("OD126", message, file=self._name(place.weights), step=candidate.step)
+        return replace(weights, findings=(note, *weights.findings))
+
+    def _read_beside(self, candidate: Candidate, content: Content, paths: Sequence[Path]) -> Content:
+        """Reads further weights in the same folder, against the base; without it names them."""
+        products, files, findings = dict(content.products), dict(content.files), list(content.findings)
+        for path in paths:
+            file, step = self._name(path), candidate.step
+            try:
+                weights = read_whole_model(path)
+            except UnreadableFile as error:
+                message = f"Further weights in this file may be trained; it is not read: {error.problem}"
+                findings.append(Finding("OD128", message, error.remedy, file=file, step=step))
+                continue
+            kind = beside_kind(path, weights.tensors, content.products)
+            if kind is not None:
+                message = f"It is {kind} beside what was analysed; it is left out."
+                remedy = f"To analyse it, put it into OTHER/checkpoint-{step}, for each step; pass OTHER."
+                findings.append(Finding("OD126", message, remedy, file=file, step=step))
+                continue
+            saved = saved_modules({SAVED[1]: tuple(weights.tensors)}, weights.tensors, taken=products)
+            if self.base is None and any(product.shape.holds == "update" for product in content.products.values()):
+                findings.append(_trained(weights.tensors, saved, file, step))
+                continue
+            findings += self._links(path, step)
+            further = {name: under(path.name, product) for name, product in saved.products.items() if self.watch(name)}
+            products |= further
+            if further:
+                files[path.name] = weights
+            rest = tuple(key for key in weights.tensors if key not in saved.keys)
+            if rest:
+                findings.append(_beside({SAVED[1]: rest}, file, step))
+        return replace(content, products=products, files=files, findings=tuple(findings))
+
+    def _others(self, candidate: Candidate) -> Iterator[Finding]:
+        """A note for folders below the checkpoint that hold further weights."""
+        if candidate.others:
+            names = [shown_path(path, candidate.folder) for path in candidate.others]
+            message = f"It holds further weights in {some(names)}, which are left out."
+            remedy = (
+                f"To analyse one of them, put it into OTHER/checkpoint-{candidate.step}, for each step; pass OTHER."
+            )
+            file = self._name(candidate.folder) if candidate.folder != self.run else ""
+            yield Finding("OD126", message, remedy, file=file, step=candidate.step, evidence={"folders": names})
 
     def _name(self, path: Path) -> str:
         return shown_path(path, self.run)
@@ -159,34 +273,42 @@ class Reader:
         where, step = self._name(candidate.folder) if candidate.folder != self.run else "", candidate.step
         for place in candidate.adapters:
             if place.weights is None:
+                if unread := other_weights(place.folder, self.run, step):
+                    yield from unread
+                    continue
                 message = f"It has {CONFIG} but no weights (adapter_model.safetensors or .bin)."
                 remedy = "Restore the weights, or remove the folder."
                 name = self._name(place.folder) if place.folder != self.run else CONFIG
                 yield Finding("OD106", message, remedy, file=name, step=step)
         if candidate.adapters:
             return
-        others = other_weights(candidate.folder, candidate.entries, self.run, step)
+        others = other_weights(candidate.folder, self.run, step)
         if others:
             yield from others
-        elif latest and candidate.state is None:
-            message = "It holds no adapter and no trainer_state.json: it may still be being written."
+        elif latest:
+            message = "It holds no weights and no trainer_state.json: it may still be being written."
             yield Finding("OD118", message, "Analyse the run again when it is saved.", file=where, step=step)
         else:
             message = "It holds no weights (adapter_model.safetensors or .bin)."
             yield Finding("OD106", message, "Restore the weights, or remove the folder.", file=where, step=step)
 
-    def _foreign(self, place: AdapterFolder, file: WeightFile) -> Adapter | None:
+    def _foreign(self, place: AdapterFolder, file: Weights) -> Adapter | None:
         """An adapter that PEFT did not write; ``None`` if it did, or if it is of a kind that is not read."""
-        if place.config is None:
-            return read_foreign(file) if is_readable(file.tensors) else None
-        content = read_json(place.config, "OD102")
-        if not is_mlx(content):
-            return None
-        scale = mlx_scale(content)
-        return Adapter(refusal=scale) if isinstance(scale, Refusal) else read_foreign(file, scale)
+        content = None if place.config is None else read_json(place.config, "OD102")
+        scale = trainer_scale(file.tensors, content, file.path.parent)
+        if isinstance(scale, Refusal):
+            return Adapter(refusal=scale)
+        if scale is not None:
+            adapter = read_foreign(file, scale, is_transposed=content is not None and is_mlx_vlm(content))
+            if content is not None and is_mlx_vlm(content):
+                adapter = replace(adapter, remarks=(*adapter.remarks, Remark("OD121", _RANDOM_START)))
+            return adapter
+        # A configuration beside PEFT's own names belongs to the file, beside a file of another name it may be stray.
+        is_peft = file.path.name in WEIGHTS or any(parse_key(key) for key in file.tensors)
+        return read_foreign(file) if is_readable(file.tensors) and not (is_peft and content is not None) else None
 
     def _config(
-        self, place: AdapterFolder, file: WeightFile, candidate: Candidate, latest: bool
+        self, place: AdapterFolder, file: Weights, candidate: Candidate, latest: bool
     ) -> AdapterConfig | Finding:
         if place.config is not None:
             try:
@@ -198,7 +320,7 @@ class Reader:
         if what is not None:
             message = f"It is {what}, which is not analysed, and there is no {CONFIG}."
             return Finding("OD103", message, "Pass a run of PEFT LoRA adapters.", file=name, step=candidate.step)
-        if latest and candidate.state is None and candidate.folder != self.run:
+        if latest:
             message = f"There is no {CONFIG} beside it yet: the checkpoint may still be being written."
             return Finding("OD118", message, "Analyse the run again when it is saved.", file=name, step=candidate.step)
         message = f"There is no {CONFIG} beside it: rank and scale are unknown."
@@ -223,7 +345,8 @@ class Reader:
             yield Finding(remark.code, remark.message, file=configuration, step=step)
         yield from self._refusals(adapter.refused, weights, step, place.name)
         if adapter.beside:
-            yield _beside(adapter.beside, weights, step)
+            needs_base = self.base is None and any(adapter.beside.get(kind) for kind in SAVED)
+            yield _beside(adapter.beside, weights, step, _GIVE_BASE if needs_base else "")
 
     def _refusals(
         self, refused: Mapping[str, Refusal], file: str, step: int, adapter: str = DEFAULT
@@ -284,15 +407,40 @@ class Reader:
         return {name: product for name, product in combined.items() if self.watch(name)}, [note]
 
 
+def _replaces(weights: Content, adapters: Content, candidate: Candidate) -> bool:
+    """Whether weights beside an adapter that cannot be analysed stand for it: adapters too, or whole since it is empty.
+
+    A merged model in place of one damaged adapter would be weights among updates.
+    """
+    if all(place.weights is None for place in candidate.adapters) or adapters.is_empty:
+        return True
+    return any(product.shape.holds == "update" for product in weights.products.values())
+
+
+def _reason(findings: Sequence[Finding]) -> str:
+    problem = next((finding for finding in findings if finding.severity != "note"), None)
+    return "nothing was found" if problem is None else problem.message.rstrip(".")
+
+
+def _trained(tensors: Mapping[str, TensorInfo], saved: SavedModules, file: str, step: int) -> Finding:
+    """A warning for weights outside the adapter."""
+    names = list(saved.products)
+    matrices = f" ({len(names)} weight matrices: {some([shown(name) for name in names])})" if names else ""
+    message = f"Weights beside the adapter are not analysed: {len(tensors)} tensors{matrices}."
+    remedy = "Give the base (--base): the matrices of this file are then analysed with its checkpoint."
+    evidence = {"matrices": names, "tensors": len(tensors)}
+    return Finding("OD128", message, remedy, file=file, step=step, evidence=evidence)
+
+
 def _at(name: str, adapter: str) -> str:
     """Name of a matrix of one adapter among several."""
     return f"{name}@{shown(adapter)}"
 
 
-def _beside(beside: Mapping[str, Sequence[str]], file: str, step: int) -> Finding:
+def _beside(beside: Mapping[str, Sequence[str]], file: str, step: int, remedy: str = "") -> Finding:
     counts = {kind: len(keys) for kind, keys in sorted(beside.items())}
     listing = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     keys = [shown(key) for keys in beside.values() for key in keys]
     message = f"{sum(counts.values())} stored tensors are not low-rank updates and are not analysed: {listing}."
     evidence = {"counts": counts, "examples": keys[:6]}
-    return Finding("OD109", f"{message} E.g. {some(keys)}.", file=file, step=step, evidence=evidence)
+    return Finding("OD109", f"{message} E.g. {some(keys)}.", remedy, file=file, step=step, evidence=evidence)

@@ -4,68 +4,51 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dynamics.checkpoints.candidates import (
+    CONFIG,
+    DEFAULT,
+    DIFFUSERS,
+    STATE,
+    WEIGHTS,
+    AdapterFolder,
+    Candidate,
+    candidate,
+    entries,
+    holds_adapter,
+    holds_weights,
+    of_file,
+)
 from dynamics.checkpoints.errors import NotARun, UnreadableFile, one_line
-from dynamics.checkpoints.foreign import describe
 from dynamics.checkpoints.mlx import ADAPTERS
 from dynamics.checkpoints.names import natural_order, shown, shown_path, some
 from dynamics.checkpoints.series import Series, find_series
+from dynamics.checkpoints.steps import NamedStep, is_plain_step, named_step
 from dynamics.checkpoints.training_state import read_training_state
-from dynamics.checkpoints.weight_files import read_weight_file
+from dynamics.checkpoints.unread import is_state_folder, remedy_for, unread_format
 from dynamics.checkpoints.whole_models import lone_shards, whole_model
 from dynamics.findings import Finding
 
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in PEFT's own order of preference
-#: Where diffusers' training scripts save an adapter.
-DIFFUSERS = "pytorch_lora_weights.safetensors"
-CONFIG = "adapter_config.json"
-STATE = "trainer_state.json"
-#: The name PEFT gives an adapter that was given none; it is saved in the folder itself.
-DEFAULT = "default"
+__all__ = ["CONFIG", "DEFAULT", "STATE", "AdapterFolder", "Candidate", "RunFolder", "find_checkpoints"]
+
 _LARGEST_STEP = 2**63 - 1
-_CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
-_UNFINISHED = re.compile(r"tmp-checkpoint-[0-9]+")
+#: The Trainer's own names; where a folder has others too, these count.
+_TRAINER = "checkpoint-N"
+_UNFINISHED = re.compile(r"tmp-checkpoint-[0-9]+|tmp\.checkpoint_[0-9]+")
 _LOOKED_FOR = f"checkpoint-*/ or {CONFIG} with {WEIGHTS[0]} or {WEIGHTS[1]}, or model.safetensors[.index.json]"
 _REMEDY = "Pass a Trainer output folder, or one checkpoint."
-
-
-@dataclass(frozen=True)
-class AdapterFolder:
-    """One adapter: its name, its folder, and its two files where they are there."""
-
-    name: str
-    folder: Path
-    weights: Path | None
-    config: Path | None
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A folder that may be a checkpoint.
-
-    Args:
-        step: Optimizer step.
-        folder: The folder.
-        adapters: The adapters in it.
-        state: Its ``trainer_state.json``, if there.
-        entries: Names of everything in it.
-        whole: The file that holds, or names, the weights of a whole model; ``None`` if there is none, or adapters are.
-    """
-
-    step: int
-    folder: Path
-    adapters: tuple[AdapterFolder, ...]
-    state: Path | None
-    entries: tuple[str, ...]
-    whole: Path | None = None
-
-    @property
-    def holds_weights(self) -> bool:
-        """Whether there is an adapter or a whole model in it."""
-        return bool(self.adapters) or self.whole is not None
+#: Seconds that writing a checkpoint can take.
+_LATELY = 3600
+#: How deep below the run the folders of its steps may lie: ``model/version/checkpoint-10``.
+_DEEPEST = 2
+#: Where trainers keep checkpoints beside what they saved last, and what they call that.
+_OF_CHECKPOINTS = re.compile(r"checkpoints?|ckpts?|saves?|steps?|epochs?|weights", re.IGNORECASE)
+_OF_THE_END = re.compile(r"(.*[-_])?(final|last|latest|best|merged|export(ed)?|hf)([-_].*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -84,41 +67,91 @@ class RunFolder:
 
 
 def find_checkpoints(run: Path) -> RunFolder:
-    """Looks for checkpoints in a run folder; reads nothing but names, the step of a lone adapter, and headers of files
+    """Look for checkpoints in a run folder; read nothing but names, the step of a lone adapter, and headers of files
     that are no PEFT adapter.
 
     Raises:
-        NotARun: If the folder is not there, is empty, or holds neither checkpoints nor an adapter.
+        NotARun: If the folder is not there, is empty, or holds neither checkpoints nor weights.
     """
-    names = _entries_of_run(run)
-    numbered, findings = _numbered(run, names)
+    top, names, findings = _folder_of_steps(run, _entries_of_run(run))
+    numbered, problems = _numbered(run, top, names)
+    findings += problems
     for name in names:
         if _UNFINISHED.fullmatch(name):
             message = "It is a checkpoint that is still being written, or was never finished; it is left out."
             findings.append(Finding("OD118", message, "Analyse the run again when it is saved.", file=name))
-    root = None
-    own = _own_step(run)
-    series = Series() if numbered else _files(run, names)
-    numbered += [_of_file(run, step, path, names) for step, path in series.numbered.items()]
+    step = _step_of_run(top)
+    if step is not None and holds_weights(top, names):
+        numbered = [one for one in numbered if one.holds_weights]  # DeepSpeed's checkpoint-10/global_step10
+    has_weights = any(one.holds_weights for one in numbered)
+    series = Series() if has_weights or is_plain_step(top.name) else _files(top, names)
+    numbered += [_of_series(top, number, path, names) for number, path in series.numbered.items()]
     findings += series.findings
+    root = None
+    final_step = _state_step(top) if step is None else step
     if series.final is not None:
-        root = _of_file(run, _state_step(run) if own is None else own, series.final, names)
+        root = _of_series(top, final_step, series.final, names)
     elif series.numbered:
         pass  # the folder's own configuration belongs to its files
-    elif _holds_adapter(names) or (whole_model(run, names) and not any(one.adapters for one in numbered)):
-        root = _candidate(run, _state_step(run) if own is None else own, names)
-    elif not numbered and own is not None:
-        lone = _candidate(run, own, names)  # one checkpoint, perhaps with named adapters or without weights
-        root = lone if lone.adapters or lone.state else None
+    elif holds_weights(top, names) or (CONFIG in names and not has_weights):
+        root = candidate(top, final_step, names, is_run=has_weights or step is None)
+    elif not numbered and step is not None:
+        lone = candidate(top, step, names)  # one checkpoint, perhaps with named adapters or without weights
+        root = lone if lone.holds_weights or lone.adapters or lone.state else None
     if not numbered and root is None:
         raise NotARun(*_nothing(run, names, findings))
-    return RunFolder(numbered, root, findings)
+    if has_weights:
+        findings += _at_the_end(run, top, names)
+    return RunFolder(_with_config(numbered, top, names), root, findings)
 
 
-def _own_step(run: Path) -> int | None:
-    """The step in the folder's name; of a link, its own name goes first."""
-    names = (Path(os.path.abspath(run)).name, run.resolve().name)
-    return next((int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name))), None)
+def _folder_of_steps(run: Path, names: list[str]) -> tuple[Path, list[str], list[Finding]]:
+    """The folder whose subfolders are the steps: the run, or the one folder below it that holds all of them."""
+    if any(_steps_in(run, names)):
+        return run, names, []
+    has_weights = holds_weights(run, names)
+    folders = [path for path in _below(run, _DEEPEST) if not has_weights or _OF_CHECKPOINTS.fullmatch(path.name)]
+    beside = [name for name in names if not _OF_THE_END.fullmatch(name) and _holds_below(run / name)]
+    if len(folders) != 1 or (not has_weights and beside):
+        return run, names, []
+    top = folders[0]
+    message = f"Its checkpoints lie in {shown_path(top, run)}/, which was read as the run's folder."
+    return top, entries(top), [Finding("OD125", message)]
+
+
+def _holds_below(folder: Path) -> bool:
+    return folder.is_dir() and holds_adapter(entries(folder))
+
+
+def _below(folder: Path, depth: int) -> Iterator[Path]:
+    """Folders below one, links aside, that hold folders of steps."""
+    for name in entries(folder):
+        inner = folder / name
+        if is_state_folder(name) or inner.is_symlink() or not inner.is_dir():
+            continue
+        names = entries(inner)
+        if any(_steps_in(inner, names)):
+            yield inner
+        elif depth > 1:
+            yield from _below(inner, depth - 1)
+
+
+def _steps_in(folder: Path, names: Sequence[str]) -> Iterator[tuple[NamedStep, str]]:
+    """Folders of steps, and what has the Trainer's name of one without being a folder."""
+    for name in names:
+        step = named_step(name, folder.name)
+        if step is None or _UNFINISHED.fullmatch(name) or is_state_folder(name):
+            continue
+        if (folder / name).is_dir() or (step.template == _TRAINER and "." not in name):
+            yield step, name
+
+
+def _step_of_run(run: Path) -> int | None:
+    """The step in the folder's name, or in that of a folder just above it; of a link, its own name goes first."""
+    absolute = Path(os.path.abspath(run))
+    paths = [absolute, run.resolve(), *absolute.parents[:_DEEPEST]]
+    steps = (named_step(path.name, path.parent.name) for path in paths)
+    return next((step.number for step in steps if step is not None and step.is_plain), None)
 
 
 def _entries_of_run(run: Path) -> list[str]:
@@ -136,32 +169,100 @@ def _entries_of_run(run: Path) -> list[str]:
     return names
 
 
-def _numbered(run: Path, names: Sequence[str]) -> tuple[list[Candidate], list[Finding]]:
+def _numbered(run: Path, top: Path, names: Sequence[str]) -> tuple[list[Candidate], list[Finding]]:
+    """The checkpoints of the one training whose steps lie in a folder."""
+    trainings: dict[str, list[tuple[NamedStep, str]]] = defaultdict(list)
+    for step, name in _steps_in(top, names):
+        trainings[step.template].append((step, name))
+    read = {template: _candidates(run, top, steps) for template, steps in trainings.items()}
+    filled = [template for template, (held, _) in read.items() if any(one.holds_weights for one in held)]
+    plain = [template for template in filled or read if trainings[template][0][0].is_plain]
+    if not plain and len(filled) > 1:
+        stems = some([shown(template) for template in sorted(filled, key=natural_order)])
+        raise NotARun(
+            f"{str(top)!r} holds checkpoints of {len(filled)} trainings, by their names: {stems}. "
+            "Put the folders of one training into a folder of its own."
+        )
+    choice = plain or filled
+    if not choice:
+        return [], []
+    template = min(
+        choice,
+        key=lambda template: (
+            template != _TRAINER,
+            trainings[template][0][0].is_epoch,
+            -len(trainings[template]),
+            template,
+        ),
+    )
+    held, findings = read[template]
+    if trainings[template][0][0].is_epoch:
+        text = f"Steps are the epochs in the names of the folders ({shown(template)}, N the epoch)."
+        findings.append(Finding("OD121", text))
+    left = [name for other in filled if other != template for _, name in trainings[other]]
+    if left:
+        message = f"The checkpoints of this run are called {shown(template)}; {some(map(shown, left))} are left out."
+        remedy = "To analyse them, put them into a folder of their own."
+        findings.append(Finding("OD126", message, remedy, file=shown(left[0]), evidence={"folders": left}))
+    return held, findings
+
+
+def _candidates(run: Path, top: Path, steps: Sequence[tuple[NamedStep, str]]) -> tuple[list[Candidate], list[Finding]]:
     findings: list[Finding] = []
     folders: dict[int, str] = {}
     # The canonical name comes first of those that give one step: it is the shortest.
-    for name in sorted((name for name in names if _CHECKPOINT.fullmatch(name)), key=len):
-        step = int(name.removeprefix("checkpoint-"))
+    for named, name in sorted(steps, key=lambda pair: len(pair[1])):
+        step, file = named.number, shown_path(top / name, run)
         if step > _LARGEST_STEP:
             message = "Its step number does not fit into 64 bits; it is left out."
-            findings.append(Finding("OD106", message, "Rename the folder.", file=name))
+            findings.append(Finding("OD106", message, "Rename the folder.", file=file))
         elif step in folders:
-            message = f"It is left out: {folders[step]} is the same step under its canonical name."
-            findings.append(Finding("OD111", message, "Remove one of the two.", file=name, step=step))
+            message = f"It is left out: {shown(folders[step])} is the same step under its canonical name."
+            findings.append(Finding("OD111", message, "Remove one of the two.", file=file, step=step))
         else:
             folders[step] = name
     candidates: list[Candidate] = []
     for step, name in sorted(folders.items()):
-        folder = run / name
+        folder = top / name
         problem = _not_a_folder(folder)
         if problem is None:
             try:
-                candidates.append(_candidate(folder, step, sorted(os.listdir(folder), key=natural_order)))
+                candidates.append(candidate(folder, step, sorted(os.listdir(folder), key=natural_order)))
                 continue
             except OSError as error:
                 problem = f"The folder cannot be read: {one_line(error)}."
-        findings.append(Finding("OD106", problem, "Restore the checkpoint, or remove it.", file=name, step=step))
+        file = shown_path(folder, run)
+        findings.append(Finding("OD106", problem, "Restore the checkpoint, or remove it.", file=file, step=step))
     return candidates, findings
+
+
+def _with_config(numbered: Sequence[Candidate], top: Path, names: Sequence[str]) -> list[Candidate]:
+    """Checkpoints of which none has a configuration, with the one beside them, where trainers save it once."""
+    configs = [path for one in numbered for path in (one.config, *(place.config for place in one.adapters))]
+    if CONFIG not in names or any(configs):
+        return list(numbered)
+    config = top / CONFIG
+    return [
+        replace(one, config=config, adapters=tuple(replace(place, config=config) for place in one.adapters))
+        for one in numbered
+    ]
+
+
+def _at_the_end(run: Path, top: Path, names: Sequence[str]) -> Iterator[Finding]:
+    """Folders beside the checkpoints, such as ``final/``, that hold weights too."""
+    folders = [name for name in names if not named_step(name, top.name) and _weights_below(top / name)]
+    if folders:
+        message = f"Further weights beside the checkpoints are left out: {some([shown(name) for name in folders])}."
+        remedy = "Pass the folder to analyse them, or put them into a folder checkpoint-N."
+        file = shown_path(top / folders[0], run)
+        yield Finding("OD126", message, remedy, file=file, evidence={"folders": folders})
+
+
+def _weights_below(folder: Path) -> bool:
+    if is_state_folder(folder.name) or folder.is_symlink() or not folder.is_dir():
+        return False
+    inside = entries(folder)
+    return STATE not in inside and not any(map(is_plain_step, inside)) and holds_weights(folder, inside)
 
 
 def _not_a_folder(folder: Path) -> str | None:
@@ -170,24 +271,26 @@ def _not_a_folder(folder: Path) -> str | None:
     return None if folder.is_dir() else "It is a file, not a folder."
 
 
-def _candidate(folder: Path, step: int, names: Sequence[str]) -> Candidate:
-    adapters = [_adapter(DEFAULT, folder, names)] if _holds_adapter(names) else []
-    for name in names:  # PEFT saves every adapter but the default one in a subfolder of its name
-        inner = folder / name
-        if _CHECKPOINT.fullmatch(name) or not inner.is_dir():
-            continue
-        try:
-            inside = os.listdir(inner)
-        except OSError:
-            continue  # no adapter is known to be in it; an adapter's own files are reported when they cannot be read
-        # A folder with a training state or checkpoints of its own is another run, such as a copy of the best one.
-        if _holds_adapter(inside) and STATE not in inside and not any(map(_CHECKPOINT.fullmatch, inside)):
-            adapters.append(_adapter(name, inner, inside))
-    if not adapters and DIFFUSERS in names:
-        return _of_file(folder, step, folder / DIFFUSERS, names)
-    state = folder / STATE if STATE in names else None
-    whole = None if adapters else whole_model(folder, names)
-    return Candidate(step, folder, tuple(adapters), state, tuple(names), folder / whole if whole else None)
+def is_unfinished(one: Candidate, numbered: Sequence[Candidate]) -> bool:
+    """Return whether the last checkpoint may still be being written.
+
+    It was changed lately and lacks the training state, which trainers write last, although others have one.
+
+    Args:
+        one: A checkpoint.
+        numbered: All checkpoints of the run.
+    """
+    if (
+        not numbered
+        or one is not numbered[-1]
+        or one.state is not None
+        or (len(numbered) > 1 and not any(c.state for c in numbered))
+    ):
+        return False
+    try:
+        return time.time() - one.folder.stat().st_mtime < _LATELY
+    except OSError:
+        return False
 
 
 def _files(run: Path, names: Sequence[str]) -> Series:
@@ -197,21 +300,8 @@ def _files(run: Path, names: Sequence[str]) -> Series:
     return find_series(run, [name for name in names if name not in lone_shards(names)])
 
 
-def _of_file(folder: Path, step: int, path: Path, names: Sequence[str]) -> Candidate:
-    """One adapter file as a checkpoint."""
-    state = folder / STATE if STATE in names and path.name in (ADAPTERS, DIFFUSERS) else None
-    config = folder / CONFIG if CONFIG in names else None
-    return Candidate(step, folder, (AdapterFolder(DEFAULT, folder, path, config),), state, tuple(names))
-
-
-def _adapter(name: str, folder: Path, names: Iterable[str]) -> AdapterFolder:
-    names = set(names)
-    weights = next((folder / file for file in WEIGHTS if file in names), None)
-    return AdapterFolder(name, folder, weights, folder / CONFIG if CONFIG in names else None)
-
-
-def _holds_adapter(names: Iterable[str]) -> bool:
-    return not {CONFIG, *WEIGHTS}.isdisjoint(names)
+def _of_series(folder: Path, step: int, path: Path, names: Sequence[str]) -> Candidate:
+    return of_file(folder, step, path, names, has_state=path.name in (ADAPTERS, DIFFUSERS))
 
 
 def _state_step(folder: Path) -> int:
@@ -221,41 +311,36 @@ def _state_step(folder: Path) -> int:
         return 0
 
 
-def other_weights(folder: Path, names: Sequence[str], run: Path, step: int | None = None) -> list[Finding]:
-    """Findings for weight files in a folder that are not PEFT adapters: what each of them is.
+def other_weights(folder: Path, run: Path, step: int | None = None) -> list[Finding]:
+    """Findings for what a folder holds in place of weights that are read: what it is, and what makes it readable.
 
     Args:
-        folder: The folder.
-        names: Names of what is in it.
+        folder: A checkpoint, or a run without checkpoints.
         run: The run's folder.
         step: The step, if the folder is a checkpoint.
     """
     findings = []
-    if shards := lone_shards(names):
+    if shards := lone_shards(entries(folder)):
         message = f"It is a part of a whole model's weights ({len(shards)} are here), but their index is not there."
         remedy = "Copy the index (….index.json) beside its shards."
         findings.append(Finding("OD106", message, remedy, file=shown_path(folder / shards[0], run), step=step))
-    for name in names:
-        path = folder / name
-        file = shown_path(path, run)
-        remedy = "Pass a run of PEFT LoRA adapters, or of whole models."
-        if name.endswith(".safetensors") and name not in (*WEIGHTS, *shards):
-            try:
-                keys = read_weight_file(path).tensors
-            except UnreadableFile as error:
-                findings.append(error.to_finding(file, step))
-                continue
-            what = describe(keys) or "a weight file without LoRA factors of PEFT"
-            findings.append(Finding("OD103", f"It is {what}, which is not analysed.", remedy, file=file, step=step))
+    if (unread := unread_format(folder)) is not None:
+        path, form = unread
+        remedy = remedy_for(form.remedy, path, run, step)
+        message = f"It is {form.title}; this format is not read."
+        findings.append(Finding("OD127", message, remedy, file=shown_path(path, run), step=step))
     return findings
 
 
 def _nothing(run: Path, names: Sequence[str], findings: Sequence[Finding]) -> tuple[str, list[Finding]]:
     """Message and findings for a folder in which nothing can be analysed."""
-    found = [*findings, *other_weights(run, names, run)]
-    inside = {name: _entries(run / name) for name in names if (run / name).is_dir()}
-    runs = [shown(name) for name, entries in inside.items() if any(map(_CHECKPOINT.fullmatch, entries))]
-    adapters = [shown(name) for name, entries in inside.items() if _holds_adapter(entries)]
+    problems = [*findings, *other_weights(run, run)]
+    inside = {name: entries(run / name) for name in names if (run / name).is_dir()}
+    runs = [shown_path(path, run) for path in _below(run, _DEEPEST)]
+    adapters = [shown(name) for name, held in inside.items() if holds_adapter(held)]
+    models = [
+        shown(name) for name, held in inside.items() if not holds_adapter(held) and holds_weights(run / name, held)
+    ]
     remedy = _REMEDY
     if runs:
         both = sorted({*runs, *adapters}, key=natural_order)
@@ -264,11 +349,8 @@ def _nothing(run: Path, names: Sequence[str], findings: Sequence[Finding]) -> tu
         remedy = f"It holds an adapter in a subfolder of its name: {adapters[0]}. Pass that subfolder."
     elif adapters:
         remedy = f"It holds adapters in subfolders of their names: {some(adapters)}. Pass one of them."
-    return f"No checkpoints in {str(run)!r} (looked for {_LOOKED_FOR}). {remedy}", found
-
-
-def _entries(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
+    elif models:
+        remedy = f"It holds weights in subfolders: {some(models)}. Pass one of them."
+    elif problems:
+        remedy = str(problems[0])
+    return f"No checkpoints in {str(run)!r} (looked for {_LOOKED_FOR}). {remedy}", problems

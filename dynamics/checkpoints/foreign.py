@@ -20,6 +20,8 @@ _READ: tuple[tuple[str, str], ...] = (
 )
 _OTHERS: tuple[tuple[str, str], ...] = (
     ("a LoRA file in MLX' format", r"\.lora_[ab]$"),
+    ("a LoRA file in torchtune's format", r"\.lora_[ab]\.weight$"),
+    ("a LoRA file in MLX-VLM's format", r"_proj\.[AB]$"),
     ("a prompt-tuning adapter", r"(^|\.)prompt_embeddings$|(^|\.)prompt_encoder\."),
     ("an adaption-prompt adapter", r"\.adaption_(prompt|gate)$"),
     ("an IA3 adapter", r"\.ia3_l$"),
@@ -49,6 +51,20 @@ def is_readable(keys: Iterable[str]) -> bool:
     """
     keys = list(keys)
     return any(any(map(_searcher(pattern), keys)) for _, pattern in _READ)
+
+
+def is_adapter(keys: Iterable[str]) -> bool:
+    """Return whether tensors are an adapter's factors, in PEFT's or another form, by their keys.
+
+    >>> is_adapter(["module.q.lora_A.default.weight"]), is_adapter(["q.lora_a"]), is_adapter(["q.A", "q.B"])
+    (True, True, True)
+    >>> is_adapter(["q.weight"]), is_adapter(["mixer.A"])
+    (False, False)
+    """
+    keys = set(keys)
+    factors = (key for key in keys if re.search(r"\.lora_(embedding_)?[ABab](\.|$)", key))
+    pairs = (key for key in keys if key.endswith(".A") and f"{key[:-1]}B" in keys)
+    return next(factors, None) is not None or next(pairs, None) is not None or is_readable(keys)
 
 
 def _searcher(pattern: str) -> Callable[[str], object]:

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from dynamics.checkpoints.diffusers_metadata import read_components
 from dynamics.checkpoints.factorisations import Factors
-from dynamics.checkpoints.foreign_forms import Form, form_of
+from dynamics.checkpoints.foreign_forms import DENSE, Form, as_matrix, form_of
 from dynamics.checkpoints.foreign_keys import parse_foreign
 from dynamics.checkpoints.names import matrix_names, name_fault, natural_order, shown
 from dynamics.checkpoints.peft_adapter import Adapter
 from dynamics.checkpoints.products import FLOATS, Product, coarser
 from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.checkpoints.variants import Refusal, Remark
-from dynamics.checkpoints.weight_files import Loader, TensorInfo, WeightFile
+from dynamics.checkpoints.weight_files import Loader, TensorInfo, WeightFile, Weights
 from probes.low_rank import LowRankMatrix
 
 _SAVE = "Save the adapter again."
@@ -33,30 +33,41 @@ _DERIVED = (
     "the rank that these have together; the rounding of their storage is not predicted."
 )
 
+#: Changes of parameters that are no matrices, by the last word of their keys (ComfyUI, LyCORIS).
+_CHANGES = {
+    "diff": "changes of norms and other vectors",
+    "diff_b": "changes of biases",
+    "b_norm": "changes of biases",
+    "w_norm": "changes of norms and other vectors",
+    "diff_m": "changes of modulation tables",
+}
+
 #: The scale of a module, as it is or by its rank; ``None`` where its own alpha counts.
 Scale = float | Callable[[int], float | Refusal | None] | None
 Keys = Mapping[str, str]
 Tensors = Mapping[str, TensorInfo]
 
 
-def read_foreign(file: WeightFile, scale: float | None = None) -> Adapter:
+def read_foreign(file: Weights, scale: Scale = None, *, is_transposed: bool = False) -> Adapter:
     """Sorts the keys of a foreign adapter file into matrices, refusals and the rest.
 
     Args:
         file: The weight file's header.
-        scale: The scale of every module (MLX); by default it is what diffusers' metadata say, or alpha / r, module by
-            module.
+        scale: The scale of every module (MLX, torchtune); by default it is what diffusers' metadata say, or alpha / r,
+            module by module.
+        is_transposed: Whether A is stored as (in, rank) and B as (rank, out), whatever they are called (MLX).
 
     Raises:
         UnreadableFile: ``OD102`` if diffusers' metadata are there and cannot be used.
     """
-    components = read_components(file.metadata) if scale is None else None
+    metadata = file.metadata if isinstance(file, WeightFile) else {}
+    components = read_components(metadata) if scale is None else None
     modules: dict[str, dict[str, str]] = defaultdict(dict)
-    beside: list[str] = []
+    beside: dict[str, list[str]] = defaultdict(list)
     doubled: set[str] = set()
-    for key in file.tensors:
-        if (parsed := parse_foreign(key)) is None:
-            beside.append(key)
+    for key, info in file.tensors.items():
+        if (parsed := parse_foreign(key, is_transposed=is_transposed)) is None or _is_vector(parsed[1], info):
+            beside[_kind(key)].append(key)
         elif parsed[1] in modules[parsed[0]]:
             doubled.add(parsed[0])
         else:
@@ -75,8 +86,8 @@ def read_foreign(file: WeightFile, scale: float | None = None) -> Adapter:
         elif isinstance(form, Refusal):
             refused[name] = form
         else:
-            known = scale if components is None else partial(components.scale_of, stem)
-            built = _product(modules[stem], form, file.tensors, known)
+            factor = scale if components is None else partial(components.scale_of, stem)
+            built = _product(modules[stem], form, file.tensors, factor)
             (refused if isinstance(built, Refusal) else products)[name] = built  # type: ignore[assignment]
             derived |= form.is_derived
     remarks = [Remark("OD121", _DERIVED)] if derived else []
@@ -85,8 +96,18 @@ def read_foreign(file: WeightFile, scale: float | None = None) -> Adapter:
         remarks.append(Remark("OD121", _NO_ALPHA))
     ranks = {name: product.shape.rank for name, product in products.items()}
     ranks |= dict.fromkeys(refused, 0)
-    other = {"saved weights": tuple(beside)} if beside else {}
+    other = {kind: tuple(keys) for kind, keys in beside.items()}
     return Adapter(products, refused, other, None, ranks, tuple(remarks))
+
+
+def _is_vector(part: str, info: TensorInfo) -> bool:
+    return part == "diff" and len(info.shape) < 2
+
+
+def _kind(key: str) -> str:
+    """What a tensor is that belongs to no product."""
+    leaf = key.rpartition(".")[2]
+    return _CHANGES.get(leaf, "saved weights")
 
 
 def _form(keys: Keys, tensors: Tensors) -> Form | Refusal:
@@ -126,9 +147,15 @@ def _product(keys: Keys, form: Form, tensors: Tensors, scale: Scale) -> Product 
     if alpha is not None and tensors[alpha].count != 1:
         return Refusal("OD104", f"Its alpha has shape {list(tensors[alpha].shape)}, not one number.", _SAVE)
     dtype = coarser(*(tensors[keys[part]].dtype for part in parts))
+    if form is DENSE:
+        return Product(MatrixShape(out, in_, 0, dtype), partial(_load_dense, keys["diff"]))
     own = {part: keys[part] for part in parts}
     build = partial(_load, own, form.factors, alpha, divisor, 1.0 if known is None else known)
     return Product(MatrixShape(out, in_, rank, dtype), build)
+
+
+def _load_dense(key: str, load: Loader) -> Tensor:
+    return as_matrix(load(key))
 
 
 def _load(

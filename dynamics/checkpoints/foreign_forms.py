@@ -130,8 +130,28 @@ def _side(parts: Mapping[str, Tensor], side: str) -> Factors:
     return a, b.flatten(1)
 
 
+def as_matrix(tensor: Tensor) -> Tensor:
+    """Return the change of a weight as the matrix ``(out, in)`` that dense weights are read as."""
+    return tensor[0] if tensor.ndim == 3 and tensor.shape[0] == 1 else tensor.flatten(1)
+
+
+def _dense_shape(parts: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int, int]:
+    shape = parts["diff"]
+    if len(shape) == 3 and shape[0] == 1:
+        return shape[1], shape[2], 0, 0
+    return shape[0], _size(shape), 0, 0
+
+
+def _no_factors(parts: Mapping[str, Tensor]) -> Factors:
+    raise AssertionError("a dense change is read as it is")
+
+
+#: The change of a weight, stored whole (ComfyUI's and LyCORIS' ``diff``): no factors, and alpha does not count.
+DENSE = Form(_dense_shape, _no_factors)
+
 #: Parts → form. LoKr's parts come in several combinations.
 _FORMS: Mapping[frozenset[str], Form] = {
+    frozenset({"diff"}): DENSE,
     frozenset({"down", "up"}): Form(_plain_shape, _plain),
     frozenset({"down", "mid", "up"}): Form(_tucker_shape, _tucker, is_derived=True),
     frozenset({"mlx_a", "mlx_b"}): Form(_mlx_shape, _mlx),

@@ -28,15 +28,25 @@ _ENDS: Mapping[str, str] = {
     # cloneofsimo
     ":down": "down", ":up": "up",
     # MLX
-    ".lora_a": "mlx_a", ".lora_b": "mlx_b", ".m": "dora",
+    ".lora_a": "mlx_a", ".lora_b": "mlx_b", ".m": "dora", ".A": "mlx_a", ".B": "mlx_b",
+    # torchtune
+    ".lora_a.weight": "down", ".lora_b.weight": "up", ".magnitude": "dora",
 }  # fmt: skip
 _LONGEST_FIRST = sorted(_ENDS, key=len, reverse=True)
 #: xlabs: two adapters on one processor, whose numbers belong to the module's name.
 _XLABS = re.compile(r"(.+_lora\d)\.(down|up)\.weight", re.DOTALL)
 
 
-def parse_foreign(key: str) -> tuple[str, str] | None:
+#: Parts as (in, rank) and (rank, out).
+_TRANSPOSED = {"down": "mlx_a", "up": "mlx_b"}
+
+
+def parse_foreign(key: str, *, is_transposed: bool = False) -> tuple[str, str] | None:
     """Module and part of a key; ``None`` if it is no part of an adapter.
+
+    Args:
+        key: The key.
+        is_transposed: Whether the file stores A as (in, rank) and B as (rank, out).
 
     >>> parse_foreign("lora_unet_blocks_0_q.lora_down.weight")
     ('lora_unet_blocks_0_q', 'down')
@@ -50,4 +60,7 @@ def parse_foreign(key: str) -> tuple[str, str] | None:
     if match := _XLABS.fullmatch(key):
         return match[1], match[2]
     end = next((end for end in _LONGEST_FIRST if key.endswith(end) and key != end), None)
-    return None if end is None else (key.removesuffix(end), _ENDS[end])
+    if end is None:
+        return None
+    part = _ENDS[end]
+    return key.removesuffix(end), _TRANSPOSED.get(part, part) if is_transposed else part

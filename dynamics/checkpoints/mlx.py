@@ -1,4 +1,4 @@
-"""MLX-LM's ``adapter_config.json``: it shares its name with PEFT's, and says other things."""
+"""``adapter_config.json`` of MLX-LM and MLX-VLM: it shares its name with PEFT's, and says other things."""
 
 from __future__ import annotations
 
@@ -46,3 +46,36 @@ def mlx_scale(content: Mapping[str, Any]) -> float | Refusal:
         problem = f"The scale in its lora_parameters is {shown(repr(scale))}; expected a number."
         raise UnreadableFile("OD102", problem, "Restore the configuration that MLX-LM wrote.")
     return float(scale)
+
+
+def is_mlx_vlm(content: Mapping[str, Any]) -> bool:
+    """Return whether a configuration is MLX-VLM's.
+
+    >>> is_mlx_vlm({"rank": 4, "alpha": 0.1, "dropout": 0.0}), is_mlx_vlm({"peft_type": "LORA"})
+    (True, False)
+    """
+    return "peft_type" not in content and not is_mlx(content) and {"rank", "alpha"} <= content.keys()
+
+
+def mlx_vlm_scale(content: Mapping[str, Any]) -> float:
+    """Return the factor before (A B)ᵀ: MLX-VLM multiplies by alpha itself (``LoRaLayer.__call__``).
+
+    Raises:
+        UnreadableFile: ``OD102`` if it is no number.
+
+    >>> mlx_vlm_scale({"rank": 4, "alpha": 0.1})
+    0.1
+    """
+    return finite(content.get("alpha"), "alpha", "MLX-VLM")
+
+
+def finite(value: object, name: str, writer: str) -> float:
+    """Return a number of a configuration.
+
+    Raises:
+        UnreadableFile: ``OD102`` if it is no finite number.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        problem = f"Its {name} is {shown(repr(value))}; expected a number."
+        raise UnreadableFile("OD102", problem, f"Restore the configuration that {writer} wrote.")
+    return float(value)

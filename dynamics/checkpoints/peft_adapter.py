@@ -24,7 +24,7 @@ from dynamics.checkpoints.peft_config import AdapterConfig
 from dynamics.checkpoints.products import FLOATS, Product, diagonal, plain
 from dynamics.checkpoints.saved_modules import SAVED, saved_modules
 from dynamics.checkpoints.variants import Refusal, Remark
-from dynamics.checkpoints.weight_files import TensorInfo, WeightFile
+from dynamics.checkpoints.weight_files import TensorInfo, Weights
 
 _PAIRS = (("A", "B"), ("embedding_A", "embedding_B"))
 #: Parts beside the factors that leave the product as it is (VeLoRA's buffer, MonteCLoRA's sampler).
@@ -55,7 +55,7 @@ class Adapter:
     remarks: tuple[Remark, ...] = ()
 
 
-def read_adapter(file: WeightFile, config: AdapterConfig, base: Base | None = None) -> Adapter:
+def read_adapter(file: Weights, config: AdapterConfig, base: Base | None = None) -> Adapter:
     """Sorts the keys of an adapter file into matrices, refusals and the rest.
 
     Args:
@@ -139,7 +139,7 @@ def _kind(key: str, part: AdapterKey | None) -> str:
 
 
 def _not_an_adapter(
-    file: WeightFile, parsed: Mapping[str, AdapterKey], ranks: Mapping[str, int], config: AdapterConfig
+    file: Weights, parsed: Mapping[str, AdapterKey], ranks: Mapping[str, int], config: AdapterConfig
 ) -> Refusal | None:
     if ranks:
         return _several_inside(parsed.values())

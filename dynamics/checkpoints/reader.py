@@ -10,10 +10,11 @@ from os import PathLike
 from pathlib import Path
 
 from dynamics.checkpoints.base import base_checkpoint, open_base
+from dynamics.checkpoints.candidates import DEFAULT, STATE, Candidate
 from dynamics.checkpoints.checkpoint import Content, Reader
 from dynamics.checkpoints.duplicates import duplicates, same_tensors
 from dynamics.checkpoints.errors import NotARun, UnreadableFile
-from dynamics.checkpoints.folders import DEFAULT, STATE, Candidate, RunFolder, find_checkpoints
+from dynamics.checkpoints.folders import RunFolder, find_checkpoints, is_unfinished
 from dynamics.checkpoints.names import natural_order, shown_path, some
 from dynamics.checkpoints.segments import Clues, find_segments, merged_log
 from dynamics.checkpoints.starts import every_shape, has_updates, start_findings
@@ -59,7 +60,7 @@ def open_trajectory(
     names = _adapter_names(numbered)
     start = None if base is None else open_base(base)
     reader = Reader(folder, names, watch, start)
-    contents = [reader.read(one, latest=one is numbered[-1]) for one in numbered]
+    contents = [reader.read(one, latest=is_unfinished(one, found.numbered)) for one in numbered]
     states, findings = _states(folder, numbered)
     candidates, contents, states, notes = _with_root(found, reader, list(numbered), contents, states)
     findings = [*found.findings, *findings, *notes, *(f for content in contents for f in content.findings)]
@@ -143,14 +144,21 @@ def _with_root(
     if {adapter.name for adapter in root.adapters} - set(reader.adapters):
         content = replace(content, products={})
     last = next((one for one in reversed(contents) if one.products), None)
-    problems: tuple[Finding, ...] = ()
+    problems = tuple(finding for finding in content.findings if finding.code in ("OD126", "OD128"))
+    (state,), _ = _states(reader.run, [root])
+    if last is None and content.products:
+        step = root.step if state is None or state.step is None else state.step
+        note = Finding("OD110", f"The {what} saved beside the checkpoints is all that can be analysed.", step=step)
+        return [replace(root, step=step)], [content], [state], [note, *(f for one in contents for f in one.findings)]
     if not content.products:
         message += "nothing of it could be analysed."
         problems = tuple(finding for finding in content.findings if finding.severity != "note")
+    elif last is not None and _holds(last) != _holds(content):
+        kinds = ("a whole model", "adapters") if _holds(last) == {"update"} else ("an adapter", "whole models")
+        message += f"it is {kinds[0]}, the checkpoints are {kinds[1]}."
     elif last is not None and same_tensors(last.files, content.files):
         message += "it holds the same weights as the last checkpoint."
     else:
-        (state,), _ = _states(reader.run, [root])
         taken = {candidate.step for candidate in candidates}
         if state is not None and state.step is not None and state.step not in taken:
             both = [*zip(candidates, contents, states, strict=True), (replace(root, step=state.step), content, state)]
@@ -161,13 +169,20 @@ def _with_root(
         why = "its step is unknown" if state is None or state.step is None else f"step {state.step} has a checkpoint"
         message += f"{why}, and its weights differ from the last checkpoint's."
         remedy = "Analyse it on its own, or put it into a folder checkpoint-N."
-    note = Finding("OD110", message, remedy, file=_root_file(root))
+    note = Finding("OD110", message, remedy, file=_root_file(root, reader.run))
     return candidates, contents, states, [note, *problems]
 
 
-def _root_file(root: Candidate) -> str:
-    weights = root.whole or root.adapters[0].weights or root.adapters[0].config
-    return shown_path(weights, root.folder) if weights is not None else ""
+def _holds(content: Content) -> set[str]:
+    """What the matrices are that an adapter or a model gives, those aside that were trained beside it."""
+    holds = {product.shape.holds for product in content.products.values()}
+    return {"update"} if "update" in holds else holds
+
+
+def _root_file(root: Candidate, run: Path) -> str:
+    adapter = root.adapters[0] if root.adapters else None
+    weights = root.whole if adapter is None else adapter.weights or adapter.config
+    return shown_path(weights, run) if weights is not None else ""
 
 
 def _clues(candidate: Candidate, state: TrainingState | None, content: Content) -> Clues:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,11 +13,12 @@ from typing import Any
 from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.logs import SCORE_PREFIX, is_score
 from dynamics.checkpoints.plain_files import read_json, read_text
+from dynamics.checkpoints.steps import named_step
 from dynamics.checkpoints.training_state import parse_training_state
 from dynamics.findings import Finding
 
 _CODE = "OD506"
-_CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
+_LARGEST_STEP = 10**18
 _SPLITS = (SCORE_PREFIX, "test_", "predict_")
 #: What the harness writes beside a task's metrics.
 _NOT_METRICS = ("alias", "name", "sample_len", "sample_count", "samples")
@@ -93,7 +93,8 @@ def score_files(run: str | Path) -> list[Path]:
     The Trainer's log is not among them: whoever opens the run has it already.
     """
     folder = Path(run)
-    found = [*folder.glob("*_results.json"), *folder.glob("checkpoint-*/*_results.json")]
+    found = [*folder.glob("*_results.json")]
+    found += [path for path in folder.glob("*/*_results.json") if _step_of(path.parent.name) is not None]
     for depth in ("", "*/", "*/*/", "*/*/*/"):
         found += folder.glob(f"{depth}results_*.json")
     usable = {path for path in found if path.is_file() and path.name != "train_results.json"}
@@ -103,7 +104,7 @@ def score_files(run: str | Path) -> list[Path]:
 def _run_of(path: Path) -> str:
     """The folder's name, or that of the folder around a checkpoint."""
     parents = [parent for parent in path.resolve().parents if parent.name]
-    names = [parent.name for parent in parents if not _CHECKPOINT.fullmatch(parent.name)]
+    names = [parent.name for parent in parents if _step_of(parent.name) is None]
     return names[0] if names else path.stem
 
 
@@ -115,7 +116,7 @@ def _trainer_log(content: Mapping[str, Any], run: str) -> Iterator[ScoreRow]:
 
 def _trainer_results(content: Mapping[str, Any], path: Path, run: str) -> Iterator[tuple[ScoreRow, Any]]:
     """``Trainer.save_metrics`` writes no step: it is that of the checkpoint folder, or of the training state."""
-    step = _step_in(path.resolve().parts) if _CHECKPOINT.fullmatch(path.resolve().parent.name) else None
+    step = _step_of(path.resolve().parent.name)
     state = path.with_name("trainer_state.json")
     if step is None and state.is_file():
         step = parse_training_state(read_json(state, "OD108")).step
@@ -177,15 +178,16 @@ def _checkpoint_of(content: Mapping[str, Any], path: Path) -> tuple[int, str | N
     for place in [*places, content.get("model_name"), str(path.resolve())]:
         parts = PurePosixPath(str(place).replace("\\", "/").replace("__", "/")).parts if place else ()
         for number in range(len(parts) - 1, -1, -1):
-            if match := _CHECKPOINT.fullmatch(parts[number]):
+            if (step := _step_of(parts[number])) is not None:
                 before = parts[number - 1] if number else ""
-                return int(match[1]), before if before not in ("", "/", ".", "..") else None
+                return step, before if before not in ("", "/", ".", "..") else None
     return None
 
 
-def _step_in(parts: Iterable[str]) -> int | None:
-    steps = [int(match[1]) for part in parts if (match := _CHECKPOINT.fullmatch(part))]
-    return steps[-1] if steps else None
+def _step_of(name: str) -> int | None:
+    """The step in the name of a checkpoint's folder."""
+    step = named_step(name)
+    return step.number if step is not None and step.is_plain and step.number < _LARGEST_STEP else None
 
 
 def _numbers_only(pairs: Iterable[tuple[ScoreRow, Any]], path: Path) -> ScoreFile:

@@ -1,7 +1,8 @@
 """Adapter files in one folder as checkpoints of one training, told by the numbers in their names.
 
 ``name-000010.safetensors`` and ``name-step00000100.safetensors`` (kohya, which counts epochs in the first),
-``name_000000100.safetensors`` (ai-toolkit), ``0000100_adapters.safetensors`` (MLX-LM), each with the final
+``name_000000100.safetensors`` (ai-toolkit), ``0000100_adapters.safetensors`` (MLX-LM), ``adapter_0.pt`` (torchtune,
+which counts epochs), ``step-100.safetensors``, ``epoch=1-step=200.safetensors``, each with the final
 ``name.safetensors`` beside them. Where kohya's metadata give the steps of all files, these count.
 """
 
@@ -10,22 +11,27 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dynamics.checkpoints.errors import NotARun, UnreadableFile
-from dynamics.checkpoints.foreign import is_readable
+from dynamics.checkpoints.foreign import describe, is_adapter
 from dynamics.checkpoints.mlx import ADAPTERS
 from dynamics.checkpoints.names import natural_order, shown, some
+from dynamics.checkpoints.steps import is_plain_name, named_step
+from dynamics.checkpoints.unread import weight_names
 from dynamics.checkpoints.weight_files import read_weight_file
 from dynamics.findings import Finding
 
 _NUMBERED = (
     re.compile(r"(?P<stem>.+?)[-_](?:step|epoch)?(?P<number>[0-9]{6,18})", re.DOTALL),
     re.compile(r"(?P<number>[0-9]{7,18})_(?P<stem>.+)", re.DOTALL),
+    re.compile(r"(?P<stem>adapter)_(?P<number>[0-9]{1,5})"),
 )
-_SUFFIX = ".safetensors"
 _STEPS = "ss_steps"
+_LARGEST_STEP = 2**63 - 1
+#: The end of a name that tells a step: what stands before it is the name of the training.
+_STEP = re.compile(r"[-_=.]?((global|model)[-_]?)?(step|epoch|iter|checkpoint|ckpt)[-_=]?N$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -54,15 +60,15 @@ def find_series(folder: Path, names: Sequence[str]) -> Series:
         NotARun: If the files are of several trainings, by their names.
     """
     groups: dict[str, dict[str, int | None]] = defaultdict(dict)
-    for name in names:
-        if name.endswith(_SUFFIX):
-            stem, number = _taken_apart(name.removesuffix(_SUFFIX))
-            groups[stem][name] = number
+    for name in weight_names(names):
+        stem, number = _taken_apart(name.rpartition(".")[0])
+        groups[stem][name] = number
     steps: dict[str, dict[str, int | None]] = {}
     for stem, files in groups.items():
-        known = {name: _steps(folder / name) for name in files}
-        if any(step is not None for step in known.values()):
-            steps[stem] = {name: step for name, step in known.items() if step is not None}
+        told = {name: _steps(folder / name, is_step=number is not None) for name, number in files.items()}
+        if any(step is not None for step in told.values()):
+            steps[stem] = {name: step for name, step in told.items() if step is not None}
+    _join_final(groups, steps)
     if len(steps) > 1:
         stems = some([shown(stem) for stem in sorted(steps, key=natural_order)])
         raise NotARun(
@@ -72,22 +78,47 @@ def find_series(folder: Path, names: Sequence[str]) -> Series:
     if not steps:
         return Series()
     ((stem, read),) = steps.items()
-    return _series(folder, groups[stem], read)
+    series = _series(folder, groups[stem], read)
+    left = [shown(name) for name in weight_names(names) if name not in groups[stem]]
+    if left:
+        message = f"Further weights in the same folder are left out: {some(left)}."
+        remedy = "To analyse them, put them into a folder of their own."
+        series = replace(series, findings=(*series.findings, Finding("OD126", message, remedy, file=left[0])))
+    return series
+
+
+def _join_final(groups: Mapping[str, dict[str, int | None]], steps: dict[str, dict[str, int | None]]) -> None:
+    """A file that is called ``final`` or the like belongs to the only numbered ones beside it."""
+    numbered = [stem for stem in steps if any(number is not None for number in groups[stem].values())]
+    for stem in set(steps) - set(numbered):
+        if len(numbered) == 1 and is_plain_name(stem):
+            groups[numbered[0]].update(groups[stem])
+            steps[numbered[0]].update(steps.pop(stem))
 
 
 def _taken_apart(name: str) -> tuple[str, int | None]:
     match = next((match for pattern in _NUMBERED if (match := pattern.fullmatch(name))), None)
-    return (name, None) if match is None else (match["stem"], int(match["number"]))
+    if match is not None:
+        return match["stem"], int(match["number"])
+    step = named_step(name)
+    if step is None or step.number > _LARGEST_STEP:
+        return name, None
+    return _STEP.sub("", step.template), step.number
 
 
-def _steps(path: Path) -> int | None:
-    """Steps by the file's metadata, −1 if it does not say; ``None`` if it is no adapter that is read here."""
+def _steps(path: Path, *, is_step: bool) -> int | None:
+    """Steps by the file's metadata, −1 if it does not say; ``None`` if it is no adapter that is read here.
+
+    Args:
+        path: The file.
+        is_step: Whether its name tells a step; weights of a whole model are then read as well.
+    """
     try:
         file = read_weight_file(path)
     except UnreadableFile:
         # One that cannot be read is reported where its matrices are; its name alone makes no series.
         return -1 if path.name.endswith(f"_{ADAPTERS}") else None
-    if not is_readable(file.tensors) and not any(key.endswith(".lora_a") for key in file.tensors):
+    if not is_adapter(file.tensors) and (not is_step or describe(file.tensors)):
         return None
     text = file.metadata.get(_STEPS, "")
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else -1

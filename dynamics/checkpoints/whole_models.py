@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from dynamics.checkpoints.distributed import METADATA, read_distributed
 from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.plain_files import read_json
 from dynamics.checkpoints.shards import read_sharded
-from dynamics.checkpoints.weight_files import Weights, read_weight_file
+from dynamics.checkpoints.weight_files import TensorInfo, Weights, read_weight_file
 
 _NAMES = ("model", "pytorch_model", "diffusion_pytorch_model")
 #: In the order of preference of transformers, then of diffusers; last what accelerate gathers under FSDP.
@@ -20,7 +20,9 @@ WHOLE = (
 )
 #: The folder into which the Trainer and accelerate save the model under FSDP.
 _DISTRIBUTED = re.compile(r"pytorch_model(_fsdp)?_[0-9]+")
-_SHARD = re.compile(rf"({'|'.join(_NAMES)})[-_0-9of]+\.(safetensors|bin)")
+_SHARD = re.compile(r".+[-_][0-9]+[-_]of[-_][0-9]+\.(safetensors|bin)", re.DOTALL)
+_STACKED = re.compile(r"(^|\.)layers\.(?![0-9])")
+_INDEX = re.compile(r"(?!adapter_model\.).+\.(safetensors|bin)\.index\.json", re.DOTALL)
 
 
 def whole_model(folder: Path, names: Collection[str]) -> str | None:
@@ -33,12 +35,23 @@ def whole_model(folder: Path, names: Collection[str]) -> str | None:
     for name in WHOLE:
         if name in names:
             return name
+    if index := next(filter(_INDEX.fullmatch, sorted(names)), None):
+        return index
     if METADATA in names and any(name.endswith(".distcp") for name in names):
         return METADATA
     for name in sorted(names):
         if _DISTRIBUTED.fullmatch(name) and (folder / name / METADATA).exists():
             return f"{name}/{METADATA}"
     return None
+
+
+def is_distributed(name: str) -> bool:
+    """Return whether a folder is called as those into which a model is saved under FSDP.
+
+    >>> is_distributed("pytorch_model_fsdp_0"), is_distributed("optimizer_0")
+    (True, False)
+    """
+    return _DISTRIBUTED.fullmatch(name) is not None
 
 
 def read_whole_model(path: Path) -> Weights:
@@ -73,3 +86,14 @@ def ties_embeddings(folder: Path) -> bool:
     inner = content.get("text_config")
     texts = [content, inner] if isinstance(inner, dict) else [content]
     return any(text.get("tie_word_embeddings") is True for text in texts)
+
+
+def has_stacked_layers(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Return whether one tensor holds a weight of all layers, as Megatron's and NeMo's distributed checkpoints do.
+
+    >>> has_stacked_layers({"module.decoder.layers.mlp.linear_fc1.weight": TensorInfo("BF16", (2, 8, 4))})
+    True
+    >>> has_stacked_layers({"model.layers.0.mlp.experts.up": TensorInfo("BF16", (2, 8, 4))})
+    False
+    """
+    return any(len(info.shape) > 2 and _STACKED.search(key) for key, info in tensors.items())

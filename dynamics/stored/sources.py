@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dynamics.checkpoints import LogEntry, NotARun, Trajectory, open_trajectory
 from dynamics.checkpoints.errors import UnreadableFile
+from dynamics.checkpoints.steps import named_step
 from dynamics.checkpoints.training_state import read_training_state
 from dynamics.findings import Finding
 from dynamics.store import FOLDER, capture_path
@@ -16,7 +16,6 @@ from dynamics.store.capture_reading import CAPTURE
 from dynamics.stored.captured import Captured, find_captured
 
 _STATE = "trainer_state.json"
-_CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,18})")
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,10 @@ def without_checkpoints(run: Path, findings: Sequence[Finding] = ()) -> Trajecto
 def _states(folder: Path) -> list[Path]:
     """Training states, that of the run first, then those of checkpoints, the newest first."""
     try:
-        numbered = {int(match[1]): entry for entry in folder.iterdir() if (match := _CHECKPOINT.fullmatch(entry.name))}
+        steps = [(named_step(entry.name), entry) for entry in folder.iterdir()]
     except OSError:
         return []
+    numbered = {step.number: entry for step, entry in steps if step is not None and step.is_plain}
     places = [folder, *(numbered[step] for step in sorted(numbered, reverse=True))]
     return [place / _STATE for place in places if (place / _STATE).is_file()]
 

@@ -172,7 +172,11 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str, str]] = {
         "OD104",
         "Its factors do not multiply",
     ),
-    "a whole difference": ({"lora_unet_v.diff": random(6, 10)}, "OD103", "It has diff"),
+    "a whole difference and a factor": (
+        {"lora_unet_v.diff": random(6, 10), "lora_unet_v.lora_up.weight": random(6, 2)},
+        "OD104",
+        "It has only diff, up, one factor of two",
+    ),
 }
 
 
