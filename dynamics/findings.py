@@ -40,6 +40,12 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD122": ("note", "a weight file that is a link out of the run"),
     "OD123": ("note", "what updates of dense weights are counted from"),
     "OD124": ("warning", "a weight that the base does not have"),
+    "OD135": ("note", "tied weights"),
+    "OD136": ("note", "a matrix that is called differently in another checkpoint"),
+    "OD138": ("warning", "an adapter whose start is not known"),
+    "OD139": ("warning", "a matrix of which only a part was saved"),
+    "OD140": ("warning", "a scale that changes within a training"),
+    "OD141": ("warning", "an update of an absurd size"),
     # 2xx: spectra
     "OD201": ("error", "a non-finite factor"),
     "OD202": ("note", "an update that is exactly zero"),

@@ -15,13 +15,16 @@ from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.folders import CONFIG, DEFAULT, AdapterFolder, Candidate, other_weights
 from dynamics.checkpoints.foreign import describe, is_readable
 from dynamics.checkpoints.foreign_adapter import read_foreign
+from dynamics.checkpoints.initial_adapters import InitialAdapter, counted_from_start
 from dynamics.checkpoints.mlx import is_mlx, mlx_scale
 from dynamics.checkpoints.names import natural_order, parse_key, shown, shown_path, some
 from dynamics.checkpoints.opening import open_matrices
+from dynamics.checkpoints.patterns import Budget
 from dynamics.checkpoints.peft_adapter import Adapter, read_adapter
 from dynamics.checkpoints.peft_config import AdapterConfig, read_adapter_config
 from dynamics.checkpoints.plain_files import read_json
 from dynamics.checkpoints.products import Product, total, under
+from dynamics.checkpoints.ties import Tied, tied_matrices
 from dynamics.checkpoints.trajectory import OpenCheckpoint
 from dynamics.checkpoints.variants import Refusal
 from dynamics.checkpoints.weight_files import WeightFile, Weights, read_weight_file
@@ -42,6 +45,9 @@ class Content:
         ranks: Rank of each matrix with factors, refused ones included: evidence of which training it is.
         settings: Adapter name to what distinguishes its configuration.
         base: The base's weights, which some products are made with (DoRA).
+        tied: Name of each dense matrix that repeats another one's numbers, to that other one.
+        ties_head: Whether the output layer is the input embedding where it is not saved; ``None``: not said.
+        sources: Name of the matrix to the base's name of it, where layers are repeated.
     """
 
     products: Mapping[str, Product] = field(default_factory=dict)
@@ -50,6 +56,9 @@ class Content:
     ranks: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     base: Weights | None = None
+    tied: Tied = field(default_factory=dict)
+    ties_head: bool | None = False
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
     def open(self) -> Iterator[OpenCheckpoint]:
@@ -72,12 +81,16 @@ class Reader:
         adapters: Names of all adapters of the run; with several, matrices are ``matrix@adapter``.
         watch: Which matrices are wanted, by name.
         base: The weights before training, if they are known.
+        initial: Adapters that may be the start of this training.
+        budget: What matching the patterns of all configurations may cost.
     """
 
     run: Path
     adapters: Sequence[str]
     watch: Watch
     base: Base | None = None
+    initial: Sequence[InitialAdapter] = ()
+    budget: Budget = field(default_factory=Budget)
 
     def read(self, candidate: Candidate, latest: bool = False) -> Content:
         """Reads headers and configurations of one checkpoint folder.
@@ -92,6 +105,9 @@ class Reader:
         files: dict[str, Weights] = {}
         read: dict[str, Adapter] = {}
         settings: dict[str, Any] = {}
+        starts: dict[str, Weights] = {}
+        tied: dict[str, str] = {}
+        sources: dict[str, str] = {}
         for place in candidate.adapters:
             if place.weights is None:
                 continue
@@ -111,17 +127,43 @@ class Reader:
                 if isinstance(config, Finding):
                     findings.append(config)
                     continue
-                adapter = read_adapter(file, config, self.base)
+                adapter = read_adapter(file, config, self.base, self.budget)
                 adapter = replace(adapter, remarks=(*config.remarks, *adapter.remarks))
                 settings[place.name] = config.settings
-            findings += self._remarks(adapter, place, candidate.step)
+            adapter, start, unknown = counted_from_start(adapter, self.initial)
+            findings += [*self._remarks(adapter, place, candidate.step), *self._start(adapter, place, start, unknown)]
             read[place.name] = adapter
             if adapter.products:
                 files[place.name] = file
+                starts |= {start.file_name: start.file} if start is not None else {}
+                pairs = tied_matrices(file, adapter.products)
+                tied |= {self._matrix(a, place.name): self._matrix(b, place.name) for a, b in pairs.items()}
+                sources |= {self._matrix(name, place.name): one for name, one in adapter.sources.items()}
+                sources |= adapter.sources
         products, notes = self._combined({name: read[name] for name in files}, candidate)
         ranks = {self._matrix(name, key): rank for key, one in read.items() for name, rank in one.ranks.items()}
         base = self.base.weights if self.base and any(product.uses_base for product in products.values()) else None
-        return Content(products, files, (*findings, *notes), ranks, settings, base)
+        findings += notes
+        return Content(products, files | starts, tuple(findings), ranks, settings, base, tied, sources=sources)
+
+    def _start(
+        self, adapter: Adapter, place: AdapterFolder, start: InitialAdapter | None, unknown: Sequence[str]
+    ) -> Iterator[Finding]:
+        """From where the updates of an adapter that did not start at zero are counted."""
+        method = f"initialised by {adapter.moved_start}" if adapter.moved_start else "not zero at its start"
+        if start is not None:
+            message = (
+                f"The adapter was {method}: its updates are counted from the initial adapter {shown(start.name)!r}."
+            )
+            yield Finding("OD121", message)
+        if unknown:
+            message = (
+                f"The adapter was {method}, which moves a part of the base weight into it, and its initial adapter is "
+                f"not in the run: {some(unknown)} {'have' if len(unknown) > 1 else 'has'} increments between "
+                "checkpoints, but no total since the start."
+            )
+            remedy = f"Put the initial adapter into the run as {adapter.moved_start.lower() or 'pissa'}_init/."
+            yield Finding("OD138", message, remedy, evidence={"matrices": list(unknown)})
 
     def _read_whole(self, candidate: Candidate, path: Path) -> Content:
         """Reads the headers of a whole model's weights."""
@@ -131,7 +173,7 @@ class Reader:
         except UnreadableFile as error:
             return Content(findings=(error.to_finding(name, step),))
         findings = [finding for part in weights.parts for finding in self._links(part.path, step)]
-        held = read_dense(weights, tied_embeddings=ties_embeddings(path.parent))
+        held = read_dense(weights)
         if any(parse_key(key) for key in weights.tensors):
             message = "It holds LoRA factors among the weights of a whole model: what its matrices are is not known."
             remedy = "Save the adapter alone (PEFT's save_pretrained), or merge it before saving."
@@ -146,7 +188,11 @@ class Reader:
             findings.append(_beside(held.beside, name, step))
         products = {matrix: under(DEFAULT, product) for matrix, product in held.products.items() if self.watch(matrix)}
         ranks = dict.fromkeys((*held.products, *held.refused), 0)
-        return Content(products, {DEFAULT: weights} if products else {}, tuple(findings), ranks)
+        tied = tied_matrices(weights, products)
+        said = [ties_embeddings(folder) for folder in dict.fromkeys((path.parent, candidate.folder))]
+        ties_head = next((one for one in said if one is not None), None)
+        files: dict[str, Weights] = {DEFAULT: weights} if products else {}
+        return Content(products, files, tuple(findings), ranks, tied=tied, ties_head=ties_head)
 
     def _name(self, path: Path) -> str:
         return shown_path(path, self.run)
@@ -271,7 +317,7 @@ class Reader:
         combined: dict[str, Product] = {}
         for name in sorted(by_matrix, key=natural_order):
             parts = by_matrix[name]
-            factored = all(part.shape.rank for part in parts.values())
+            factored = all(part.shape.rank and part.shape.holds == "update" for part in parts.values())
             if complete and factored and len({(part.shape.out, part.shape.in_) for part in parts.values()}) == 1:
                 combined[name] = total(parts)
             combined |= {_at(name, adapter): part for adapter, part in parts.items()}
@@ -280,7 +326,7 @@ class Reader:
             message = f"`matrix` is the sum of its adapters ({adapters}): right only where all of them are active."
         else:
             message = f"Adapters ({adapters}) are given one by one; their sum is left out, as one of them was not read."
-        note = Finding("OD121", message, step=candidate.step)
+        note = Finding("OD121", message, step=candidate.step, evidence={"sum": complete})
         return {name: product for name, product in combined.items() if self.watch(name)}, [note]
 
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -164,7 +164,7 @@ def _batches(window: _Window) -> list[list[str]]:
     """Names grouped by what one batch can hold: one shape and rank, and predecessors of the same kind."""
     groups: dict[tuple, list[str]] = defaultdict(list)
     for name, shape in window.now.shapes.items():
-        size = (shape.out, shape.in_, shape.rank)
+        size = (shape.out, shape.in_, shape.rank, shape.holds)
         linked = tuple(
             (other.out, other.in_, other.rank) if (other := checkpoint.shapes.get(name)) else None
             for checkpoint in (window.before, window.earlier)
@@ -172,7 +172,7 @@ def _batches(window: _Window) -> list[list[str]]:
         )
         groups[(size, linked, name in window.reduced)].append(name)
     chunks = []
-    for ((out, in_, rank), *_), names in groups.items():
+    for ((out, in_, rank, _), *_), names in groups.items():
         length = max(1, BATCH_BYTES // (16 * rank * (out + in_))) if rank else 1
         chunks += [names[start : start + length] for start in range(0, len(names), length)]
     return chunks
@@ -209,9 +209,12 @@ def _solve(names: Sequence[str], window: _Window, device: torch.device) -> list[
     if before is not None and before.matrices[0].shape != (shape.out, shape.in_):
         before = None  # the finding is the reader's: the matrix is another one
     solved = pairs.solve(now, before, device=device, workspace=_OWN.workspace)
+    failures = [_failure(one.is_finite, bool(one.spectra.total.isnan().any())) for one in solved]
+    if shape.holds == "state":
+        solved = [replace(one, spectra=one.spectra.without_total()) for one in solved]
     return [
-        _Outcome(name, one.spectra, one.cores, *_failure(one.is_finite, bool(one.spectra.total.isnan().any())))
-        for name, one in zip(names, solved, strict=True)
+        _Outcome(name, one.spectra, one.cores, *failure)
+        for name, one, failure in zip(names, solved, failures, strict=True)
     ]
 
 
