@@ -48,6 +48,7 @@ class Content:
         tied: Name of each dense matrix that repeats another one's numbers, to that other one.
         ties_head: Whether the output layer is the input embedding where it is not saved; ``None``: not said.
         sources: Name of the matrix to the base's name of it, where layers are repeated.
+        moved: Name of each matrix whose start is not known to the initialisation that moved a part of the base into it.
     """
 
     products: Mapping[str, Product] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class Content:
     tied: Tied = field(default_factory=dict)
     ties_head: bool | None = False
     sources: Mapping[str, str] = field(default_factory=dict)
+    moved: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
     def open(self) -> Iterator[OpenCheckpoint]:
@@ -108,6 +110,7 @@ class Reader:
         starts: dict[str, Weights] = {}
         tied: dict[str, str] = {}
         sources: dict[str, str] = {}
+        moved: dict[str, str] = {}
         for place in candidate.adapters:
             if place.weights is None:
                 continue
@@ -131,7 +134,11 @@ class Reader:
                 adapter = replace(adapter, remarks=(*config.remarks, *adapter.remarks))
                 settings[place.name] = config.settings
             adapter, start, unknown = counted_from_start(adapter, self.initial)
-            findings += [*self._remarks(adapter, place, candidate.step), *self._start(adapter, place, start, unknown)]
+            findings += self._remarks(adapter, place, candidate.step)
+            if start is not None:
+                message = f"Updates are counted from the initial adapter {shown(start.name)!r}, which was not zero."
+                findings.append(Finding("OD121", message))
+            moved |= {self._matrix(name, place.name): adapter.moved_start for name in unknown}
             read[place.name] = adapter
             if adapter.products:
                 files[place.name] = file
@@ -144,26 +151,7 @@ class Reader:
         ranks = {self._matrix(name, key): rank for key, one in read.items() for name, rank in one.ranks.items()}
         base = self.base.weights if self.base and any(product.uses_base for product in products.values()) else None
         findings += notes
-        return Content(products, files | starts, tuple(findings), ranks, settings, base, tied, sources=sources)
-
-    def _start(
-        self, adapter: Adapter, place: AdapterFolder, start: InitialAdapter | None, unknown: Sequence[str]
-    ) -> Iterator[Finding]:
-        """From where the updates of an adapter that did not start at zero are counted."""
-        method = f"initialised by {adapter.moved_start}" if adapter.moved_start else "not zero at its start"
-        if start is not None:
-            message = (
-                f"The adapter was {method}: its updates are counted from the initial adapter {shown(start.name)!r}."
-            )
-            yield Finding("OD121", message)
-        if unknown:
-            message = (
-                f"The adapter was {method}, which moves a part of the base weight into it, and its initial adapter is "
-                f"not in the run: {some(unknown)} {'have' if len(unknown) > 1 else 'has'} increments between "
-                "checkpoints, but no total since the start."
-            )
-            remedy = f"Put the initial adapter into the run as {adapter.moved_start.lower() or 'pissa'}_init/."
-            yield Finding("OD138", message, remedy, evidence={"matrices": list(unknown)})
+        return Content(products, files | starts, tuple(findings), ranks, settings, base, tied, False, sources, moved)
 
     def _read_whole(self, candidate: Candidate, path: Path) -> Content:
         """Reads the headers of a whole model's weights."""

@@ -173,7 +173,7 @@ def parse_adapter_config(content: Mapping[str, Any], *, has_base: bool = False) 
     peft_type = content.get("peft_type")
     if not isinstance(peft_type, str):
         raise UnreadableFile("OD102", f"Its peft_type is {peft_type!r}; expected a name such as 'LORA'.", _RESAVE)
-    for key in ("use_rslora", "fan_in_fan_out", "use_dora", "use_qalora", "use_bdlora"):
+    for key in ("use_rslora", "fan_in_fan_out", "use_dora", "use_qalora"):
         _switch(content, key)
     refusal, remarks = judge(content, has_base=has_base)
     if peft_type not in _DEFAULT_RANK:

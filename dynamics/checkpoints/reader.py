@@ -89,7 +89,8 @@ def open_trajectory(
         transposed = _transposed([contents[i] for i in used])
         at_start, lacking = base_checkpoint(start, every_shape(checkpoints), transposed, sources)
         findings += lacking
-    findings += start_findings(checkpoints, at_start)
+    moved = {name: method for i in used for name, method in contents[i].moved.items()}
+    findings += start_findings(checkpoints, at_start, moved)
     if not has_updates(checkpoints, at_start):
         raise _nothing_left(folder, matrices, contents, findings)
     log = merged_log(segments.numbers, clues)
