@@ -246,7 +246,7 @@ def _apart_by_scale(clues: Sequence[Clues], numbers: Sequence[int]) -> tuple[lis
             was, now = (shown(str(one.get(name)), 60) for one in (before, clue.settings[adapter]))
             message = (
                 f"{name} is {was} at step {step} and {now} at step {clue.step} of one training: the scale of its "
-                "updates changes. No increment is formed across the change, and what follows counts as a training of its own."
+                "updates changes. No increment is formed across the change; what follows counts as another training."
             )
             remedy = "Correct adapter_config.json if only one of the two is right."
             evidence = {"setting": name, "adapter": adapter, "from_step": step}

@@ -227,7 +227,7 @@ def _solve_dense(name: str, window: _Window, device: torch.device) -> _Outcome:
     solved = pairs.solve_dense(now, start if of_base else _dense(name, window.before, window, device), start)
     values = [each for each in (solved.spectra.total, solved.spectra.increment) if each is not None]
     bad = any(bool(each.isnan().any()) for each in values)
-    block = zero_blocks.of_dense(now, None if is_update else start)
+    block = zero_blocks.of_dense(now, start, is_update=is_update)
     return _Outcome(name, solved.spectra, None, *_failure(solved.is_finite, bad), block)
 
 

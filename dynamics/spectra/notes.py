@@ -49,8 +49,8 @@ def _zero_updates(update: xr.Dataset) -> Iterator[Finding]:
         if names:
             yield Finding(
                 "OD202",
-                f"At step {step} the update of {_count(names, zero.sizes['matrix'])} is exactly zero, as every update is "
-                "at the start of training, so its measures are NaN.",
+                f"At step {step} the update of {_count(names, zero.sizes['matrix'])} is exactly zero, as every "
+                "update is at the start of training, so its measures are NaN.",
                 matrix=names[0] if len(names) == 1 else "",
                 step=step,
                 evidence=_named(names),
@@ -66,8 +66,8 @@ def _absurd(update: xr.Dataset) -> Iterator[Finding]:
             largest = float(np.nanmax(entries[row]))
             yield Finding(
                 "OD141",
-                f"At step {step} the update of {_count(names, len(size))} has entries of {largest:.1e} in the root mean "
-                "square; weights are about 0.01 to 1.",
+                f"At step {step} the update of {_count(names, len(size))} has entries of {largest:.1e} in the root "
+                "mean square; weights are about 0.01 to 1.",
                 remedy="Check that the file is not damaged, and that training had not diverged.",
                 matrix=names[0] if len(names) == 1 else "",
                 step=step,

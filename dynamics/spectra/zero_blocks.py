@@ -88,10 +88,16 @@ def _of_rank(is_zero: Bool[Tensor, " rank"]) -> int:
     return int(lengths.max()) if len(values) == 2 and bool(is_zero.any()) else 0
 
 
-def of_dense(now: Tensor, start: Tensor | None) -> ZeroBlock | None:
-    """The largest zero block of a dense weight, or of its difference from the start."""
-    stored = [("weight" if start is not None and bool(start.any()) else "update", now != 0)]
-    if start is not None:
+def of_dense(now: Tensor, start: Tensor | None, *, is_update: bool) -> ZeroBlock | None:
+    """The largest zero block of a dense matrix, or of its difference from the start.
+
+    Args:
+        now: The weight, or the update itself.
+        start: What a weight is counted from, if that is known.
+        is_update: Which of the two it is.
+    """
+    stored = [("update" if is_update else "weight", now != 0)]
+    if start is not None and not is_update:
         stored.append(("update", now != start.to(now.device)))
     blocks = []
     for tensor, differs in stored:
@@ -121,7 +127,7 @@ def zero_block_findings(found: Sequence[tuple[int, str, ZeroBlock]], matrices: i
         first = members[0][2]
         message = (
             f"Only {first.size - first.zero} of {first.size} {axis} of {tensor} are not zero ({1 - share:.1%}) in "
-            f"{len(names)} of {matrices} matrices, e.g. {next(iter(names))}; the others are exactly zero, in one block. "
+            f"{len(names)} of {matrices} matrices, e.g. {next(iter(names))}; the others are exactly zero. "
             "That is what one process holds of a sharded model: norms and ranks are those of the part."
         )
         remedy = (
