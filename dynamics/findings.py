@@ -44,6 +44,12 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD126": ("note", "weights that are left out since others of the same run are analysed"),
     "OD127": ("error", "a format that is not read"),
     "OD128": ("warning", "trained weights beside those that are analysed"),
+    "OD135": ("note", "tied weights"),
+    "OD136": ("note", "a matrix that is called differently in another checkpoint"),
+    "OD138": ("warning", "an adapter whose start is not known"),
+    "OD139": ("warning", "a matrix of which only a part was saved"),
+    "OD140": ("warning", "a scale that changes within a training"),
+    "OD141": ("warning", "an update of an absurd size"),
     # 2xx: spectra
     "OD201": ("error", "a non-finite factor"),
     "OD202": ("note", "an update that is exactly zero"),

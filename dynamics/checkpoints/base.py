@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dynamics.checkpoints.dense import DenseWeights, read_dense, turned
+from dynamics.checkpoints.alignment import aligned, expert_forms
+from dynamics.checkpoints.dense import DenseWeights, read_dense
 from dynamics.checkpoints.errors import NotARun, UnreadableFile, one_line
 from dynamics.checkpoints.names import shown_path, some
 from dynamics.checkpoints.opening import open_matrices
-from dynamics.checkpoints.products import Product, under
+from dynamics.checkpoints.products import Product, turned, under
+from dynamics.checkpoints.ties import embedding_of
 from dynamics.checkpoints.trajectory import Checkpoint, MatrixShape, OpenCheckpoint
 from dynamics.checkpoints.weight_files import Weights
 from dynamics.checkpoints.whole_models import read_whole_model, ties_embeddings, whole_model
 from dynamics.findings import Finding
 
-#: Names on how many first words are tried: models have one or two.
-_PREFIXES = 4
 _REMEDY = "Pass the folder that holds the weights of the model before training."
+#: What to do about a base whose weights are quantised.
+UNPACKED = (
+    "Pass the 16-bit original of the base: save it dequantised (model.dequantize()), or take the unquantised model."
+)
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,36 @@ class Base:
         folder: Where they are.
         weights: Their header.
         held: Their matrices, by their own names.
+        ties_head: Whether its configuration says that the output layer is the input embedding; ``None``: not said.
     """
 
     folder: Path
     weights: Weights
     held: DenseWeights
+    ties_head: bool | None = None
 
-    def find(self, names: Collection[str]) -> dict[str, Product]:
-        """The base's matrix for each name of the run that it has; see :func:`aligned`."""
-        return {name: self.held.products[own] for name, own in aligned(names, self.held.products).items()}
+    def find(self, wanted: Mapping[str, MatrixShape]) -> dict[str, tuple[str, Product]]:
+        """The base's matrix for each name of the run that it has, under its own name there; see :func:`aligned`.
+
+        An output layer that is not saved is the input embedding that it is tied to, unless the configuration says
+        that it is tied to none.
+        """
+        sizes = {name: (shape.out, shape.in_) for name, shape in wanted.items()}
+        forms = expert_forms(self.held.products, sizes)
+        held = {**self.held.products, **{name: form.product for name, form in forms.items()}}
+        pairs = aligned(sizes, {name: (product.shape.out, product.shape.in_) for name, product in held.items()})
+        if self.ties_head is not False:
+            for name in wanted.keys() - pairs.keys():
+                embedding = embedding_of(name.partition("@")[0], wanted[name], self.held.products)
+                if embedding is not None:
+                    pairs[name] = embedding
+        return {name: (pairs[name], held[pairs[name]]) for name in wanted if name in pairs}
+
+    def refused(self, names: Iterable[str]) -> dict[str, str]:
+        """Why the base's matrix cannot be used, for each of these names that the base has but does not give."""
+        stems = {name: name.partition("@")[0].partition("[")[0] for name in names}
+        pairs = aligned(dict.fromkeys(stems.values()), dict.fromkeys(self.held.refused, (0, 0)))
+        return {name: self.held.refused[pairs[stem]].reason for name, stem in stems.items() if stem in pairs}
 
 
 def open_base(folder: str | os.PathLike[str]) -> Base:
@@ -67,46 +92,22 @@ def open_base(folder: str | os.PathLike[str]) -> Base:
     except UnreadableFile as error:
         finding = error.to_finding(shown_path(place / name, place))
         raise NotARun(f"The base {str(place)!r} cannot be read: {finding}", [finding]) from error
-    held = read_dense(weights, tied_embeddings=ties_embeddings((place / name).parent))
+    held = read_dense(weights)
     if not held.products:
-        raise NotARun(f"The base {str(place)!r} holds no weight matrix that can be read. {_REMEDY}")
-    return Base(place, weights, held)
-
-
-def aligned(names: Iterable[str], own: Collection[str]) -> dict[str, str]:
-    """Name in the run to name in the base, where the base has it.
-
-    Bases are often saved without the prefix of the head that was trained on top (``h.0.attn`` for
-    ``transformer.h.0.attn``), or with it: one first word is left out, or put before all names, where more names are
-    found so. ``name@adapter`` is the matrix ``name``.
-
-    >>> aligned(["transformer.h.0.attn", "head"], ["h.0.attn"])
-    {'transformer.h.0.attn': 'h.0.attn'}
-    """
-    names, own = list(names), set(own)
-    wanted = {name: name if name in own else name.partition("@")[0] for name in names}
-    changes: list[Callable[[str], str]] = [str]
-    changes += [partial(_without, prefix) for prefix in _first_words(wanted.values())]
-    changes += [partial(_with, prefix) for prefix in _first_words(own)]
-    found = [{name: changed for name, one in wanted.items() if (changed := change(one)) in own} for change in changes]
-    return max(found, key=len)  # the first of those that find as many
-
-
-def _first_words(names: Iterable[str]) -> list[str]:
-    words = Counter(name.partition(".")[0] for name in names if "." in name)
-    return [f"{word}." for word, _ in words.most_common(_PREFIXES)]
-
-
-def _without(prefix: str, name: str) -> str:
-    return name.removeprefix(prefix)
-
-
-def _with(prefix: str, name: str) -> str:
-    return prefix + name
+        reason, remedy = "", _REMEDY
+        if held.refused:
+            name, refusal = next(iter(held.refused.items()))
+            reason, remedy = f" {name}: {refusal.reason}", UNPACKED
+        raise NotARun(f"The base {str(place)!r} holds no weight matrix that can be read.{reason} {remedy}")
+    said = [ties_embeddings(one) for one in dict.fromkeys((place, (place / name).parent))]
+    return Base(place, weights, held, next((one for one in said if one is not None), None))
 
 
 def base_checkpoint(
-    base: Base, shapes: Mapping[str, MatrixShape], transposed: Collection[str] = ()
+    base: Base,
+    shapes: Mapping[str, MatrixShape],
+    transposed: Collection[str] = (),
+    sources: Mapping[str, str] | None = None,
 ) -> tuple[Checkpoint, list[Finding]]:
     """The base as the checkpoint of step 0, under the names of the run, and what it lacks.
 
@@ -115,11 +116,14 @@ def base_checkpoint(
         shapes: Every matrix of the run.
         transposed: Names of matrices that the base stores as (in, out) although the run has them as (out, in): adapters
             of GPT-2's Conv1D.
+        sources: Name in the run to the name of what it was copied from, where an adapter repeats layers.
     """
-    found = base.find(shapes)
+    sources = sources or {}
+    by_source = base.find({sources.get(name, name): shape for name, shape in shapes.items()})
+    found = {name: by_source[one] for name in shapes if (one := sources.get(name, name)) in by_source}
     products: dict[str, Product] = {}
     other: dict[str, tuple[int, int]] = {}
-    for name, product in found.items():
+    for name, (_, product) in found.items():
         fitting = fitted(product, shapes[name], name in transposed)
         if fitting is None:
             other[name] = (product.shape.out, product.shape.in_)
@@ -133,7 +137,7 @@ def base_checkpoint(
         for part in base.weights.parts
     )
     own = {name: product.shape for name, product in products.items()}
-    findings = tuple(_lacking(base, shapes, found, other))
+    findings = (*_renamed({name: one for name, (one, _) in found.items()}), *_lacking(base, shapes, found, other))
     return Checkpoint(0, base.folder, -1, own, opened, findings, inputs), list(findings)
 
 
@@ -152,23 +156,50 @@ def fitted(product: Product, shape: MatrixShape, is_transposed: bool) -> Product
     return turned(product) if own[::-1] == wanted and shape.holds == "update" else None
 
 
-def _lacking(
-    base: Base, shapes: Mapping[str, MatrixShape], found: Mapping[str, Product], other: Mapping[str, tuple[int, int]]
-) -> Iterable[Finding]:
-    consequence = "Their updates since the start are missing; those between checkpoints are not."
-    missing = [name for name, shape in shapes.items() if name not in found and shape.holds == "weight"]
-    resized = [name for name in other if shapes[name].holds == "weight"]
-    if missing:
-        message = f"The base has no {some(missing)}. {consequence}"
-        remedy = "Pass the base that training started from; new layers have none."
-        matrix = missing[0] if len(missing) == 1 else ""
-        yield Finding("OD124", message, remedy, matrix=matrix, step=0, evidence={"matrices": missing})
-    if resized:
-        sizes = "; ".join(
-            f"{name} is {other[name]} in the base and {(shapes[name].out, shapes[name].in_)} in the run"
-            for name in resized[:3]
+def _renamed(found: Mapping[str, str]) -> Iterable[Finding]:
+    called = {name: one for name, one in found.items() if name.partition("@")[0] != one}
+    if called:
+        message = (
+            f"The base calls {len(called)} of {len(found)} matrices differently: "
+            f"{some(f'{name} is {one} there' for name, one in called.items())}. They are taken for the same, by name "
+            "and shape."
         )
-        message = f"The base has {len(resized)} matrices of another shape: {sizes}. {consequence}"
+        yield Finding("OD136", message, step=0, evidence={"matrices": list(called), "called": list(called.values())})
+
+
+def _lacking(
+    base: Base, shapes: Mapping[str, MatrixShape], found: Collection[str], other: Mapping[str, tuple[int, int]]
+) -> Iterable[Finding]:
+    """One finding for each reason why matrices of the run are not compared with the base."""
+    missing = [name for name in shapes if name not in found]
+    refused = base.refused(missing)
+    groups: dict[tuple[str, str, bool], list[str]] = defaultdict(list)
+    for name in missing:
+        is_weight = shapes[name].holds == "weight"
+        if name in refused:
+            groups[f"The base does not give {{}}. {refused[name]}", UNPACKED, is_weight].append(name)
+        else:
+            remedy = "Pass the base that training started from; new layers have none."
+            groups["The base has no {}.", remedy, is_weight].append(name)
+    for is_weight in (True, False):
+        resized = {name: size for name, size in other.items() if (shapes[name].holds == "weight") == is_weight}
+        sizes = "; ".join(
+            f"{name} is {size} in the base and {(shapes[name].out, shapes[name].in_)} in the run"
+            for name, size in list(resized.items())[:3]
+        )
         remedy = "Pass the base that training started from; resized embeddings have none."
-        matrix = resized[0] if len(resized) == 1 else ""
-        yield Finding("OD124", message, remedy, matrix=matrix, step=0, evidence={"matrices": resized})
+        if resized:
+            message = f"The base has {len(resized)} matrices of another shape: {sizes}."
+            groups[message, remedy, is_weight] = list(resized)
+    compared = len(shapes) - len(missing) - len(other)
+    for (reason, remedy, is_weight), names in groups.items():
+        consequence = (
+            "Their updates since the start are missing; those between checkpoints are not."
+            if is_weight
+            else "Their updates are analysed, but not compared with the base."
+        )
+        message = f"{reason.replace('{}', some(names), 1)} {consequence} "
+        message += f"{compared} of {len(shapes)} matrices are compared with the base."
+        evidence = {"matrices": names, "compared": compared, "of": len(shapes)}
+        matrix = names[0] if len(names) == 1 else ""
+        yield Finding("OD124", message, remedy, matrix=matrix, step=0, evidence=evidence)

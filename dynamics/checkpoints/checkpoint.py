@@ -16,14 +16,17 @@ from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.folders import other_weights
 from dynamics.checkpoints.foreign import describe, is_adapter, is_readable
 from dynamics.checkpoints.foreign_adapter import read_foreign
+from dynamics.checkpoints.initial_adapters import InitialAdapter, counted_from_start
 from dynamics.checkpoints.mlx import is_mlx_vlm
 from dynamics.checkpoints.names import natural_order, parse_key, shown, shown_path, some
 from dynamics.checkpoints.opening import open_matrices
+from dynamics.checkpoints.patterns import Budget
 from dynamics.checkpoints.peft_adapter import Adapter, read_adapter
 from dynamics.checkpoints.peft_config import AdapterConfig, read_adapter_config
 from dynamics.checkpoints.plain_files import read_json
 from dynamics.checkpoints.products import Product, total, under
 from dynamics.checkpoints.saved_modules import SAVED, SavedModules, beside_kind, of_trained, saved_modules
+from dynamics.checkpoints.ties import Tied, tied_matrices
 from dynamics.checkpoints.trainer_scales import trainer_scale
 from dynamics.checkpoints.trajectory import OpenCheckpoint
 from dynamics.checkpoints.unread import MEGATRON, NESTED, remedy_for
@@ -52,6 +55,10 @@ class Content:
         settings: Adapter name to what distinguishes its configuration.
         base: The base's weights, which some products are made with (DoRA).
         is_empty: Whether a file's tensors have no elements: they were not gathered before saving.
+        tied: Name of each dense matrix that repeats another one's numbers, to that other one.
+        ties_head: Whether the output layer is the input embedding where it is not saved; ``None``: not said.
+        sources: Name of the matrix to the base's name of it, where layers are repeated.
+        moved: Name of each matrix whose start is not known to the initialisation that moved a part of the base into it.
     """
 
     products: Mapping[str, Product] = field(default_factory=dict)
@@ -61,6 +68,10 @@ class Content:
     settings: Mapping[str, Any] = field(default_factory=dict)
     base: Weights | None = None
     is_empty: bool = False
+    tied: Tied = field(default_factory=dict)
+    ties_head: bool | None = False
+    sources: Mapping[str, str] = field(default_factory=dict)
+    moved: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
     def open(self) -> Iterator[OpenCheckpoint]:
@@ -83,12 +94,16 @@ class Reader:
         adapters: Names of all adapters of the run; with several, matrices are ``matrix@adapter``.
         watch: Which matrices are wanted, by name.
         base: The weights before training, if they are known.
+        initial: Adapters that may be the start of this training.
+        budget: What matching the patterns of all configurations may cost.
     """
 
     run: Path
     adapters: Sequence[str]
     watch: Watch
     base: Base | None = None
+    initial: Sequence[InitialAdapter] = ()
+    budget: Budget = field(default_factory=Budget)
 
     def read(self, candidate: Candidate, latest: bool = False) -> Content:
         """Reads headers and configurations of one checkpoint folder.
@@ -120,6 +135,10 @@ class Reader:
         read: dict[str, Adapter] = {}
         settings: dict[str, Any] = {}
         is_empty = False
+        starts: dict[str, Weights] = {}
+        tied: dict[str, str] = {}
+        sources: dict[str, str] = {}
+        moved: dict[str, str] = {}
         for place in candidate.adapters:
             if place.weights is None:
                 continue
@@ -139,13 +158,36 @@ class Reader:
                 continue
             if config is not None:
                 settings[place.name] = config.settings
+            adapter, start, unknown = counted_from_start(adapter, self.initial)
+            findings += self._remarks(adapter, place, candidate.step)
+            if start is not None:
+                message = f"Updates are counted from the initial adapter {shown(start.name)!r}, which was not zero."
+                findings.append(Finding("OD121", message))
+            moved |= {self._matrix(name, place.name): adapter.moved_start for name in unknown}
             read[place.name] = adapter
             if adapter.products:
                 files[place.name] = file
+                starts |= {start.file_name: start.file} if start is not None else {}
+                pairs = tied_matrices(file, adapter.products)
+                tied |= {self._matrix(a, place.name): self._matrix(b, place.name) for a, b in pairs.items()}
+                sources |= {self._matrix(name, place.name): one for name, one in adapter.sources.items()}
+                sources |= adapter.sources
         products, notes = self._combined({name: read[name] for name in files}, candidate)
         ranks = {self._matrix(name, key): rank for key, one in read.items() for name, rank in one.ranks.items()}
         base = self.base.weights if self.base and any(product.uses_base for product in products.values()) else None
-        return Content(products, files, (*findings, *notes), ranks, settings, base, is_empty)
+        findings += notes
+        return Content(
+            products,
+            files | starts,
+            tuple(findings),
+            ranks,
+            settings,
+            base,
+            is_empty,
+            tied=tied,
+            sources=sources,
+            moved=moved,
+        )
 
     def _adapter(
         self, place: AdapterFolder, file: Weights, candidate: Candidate, latest: bool
@@ -161,9 +203,9 @@ class Reader:
             if isinstance(answer, Finding):
                 return None, [answer], None
             config = answer
-            adapter = read_adapter(of_trained(file), config, self.base)
+            adapter = read_adapter(of_trained(file), config, self.base, self.budget)
             adapter = replace(adapter, remarks=(*config.remarks, *adapter.remarks))
-        return adapter, list(self._remarks(adapter, place, candidate.step)), config
+        return adapter, [], config
 
     def _read_weights(self, candidate: Candidate, path: Path, latest: bool) -> Content:
         """Reads a file whose name says nothing of adapters: its tensors say what it is."""
@@ -188,10 +230,14 @@ class Reader:
             remedy = "Pass a run of PEFT LoRA adapters, or of whole models."
             message = f"It is {what}, which is not analysed."
             return Content(findings=(*findings, Finding("OD103", message, remedy, file=name, step=step)))
+        if any(parse_key(key) for key in weights.tensors):
+            message = "It holds LoRA factors among the weights of a whole model: what its matrices are is not known."
+            remedy = "Save the adapter alone (PEFT's save_pretrained), or merge it before saving."
+            return Content(findings=(*findings, Finding("OD103", message, remedy, file=name, step=step)))
         if has_stacked_layers(weights.tensors):
             message = f"It is {MEGATRON.title}; this format is not read."
             return Content(findings=(*findings, Finding("OD127", message, MEGATRON.remedy, file=name, step=step)))
-        held = read_dense(weights, tied_embeddings=ties_embeddings(path.parent))
+        held = read_dense(weights)
         if not held.products and not held.refused:
             message = f"Expected weight matrices, got {len(weights.tensors)} other tensors."
             return Content(
@@ -205,7 +251,11 @@ class Reader:
             findings.append(Finding("OD125", message, file=self._name(candidate.config), step=step))
         products = {matrix: under(DEFAULT, product) for matrix, product in held.products.items() if self.watch(matrix)}
         ranks = dict.fromkeys((*held.products, *held.refused), 0)
-        return Content(products, {DEFAULT: weights} if products else {}, tuple(findings), ranks)
+        tied = tied_matrices(weights, products)
+        said = [ties_embeddings(folder) for folder in dict.fromkeys((path.parent, candidate.folder))]
+        ties_head = next((one for one in said if one is not None), None)
+        files: dict[str, Weights] = {DEFAULT: weights} if products else {}
+        return Content(products, files, tuple(findings), ranks, tied=tied, ties_head=ties_head)
 
     def _instead(self, adapters: Content, weights: Content, candidate: Candidate) -> Content:
         """What was read in place of an adapter of which nothing can be analysed."""
@@ -394,7 +444,7 @@ class Reader:
         combined: dict[str, Product] = {}
         for name in sorted(by_matrix, key=natural_order):
             parts = by_matrix[name]
-            factored = all(part.shape.rank for part in parts.values())
+            factored = all(part.shape.rank and part.shape.holds == "update" for part in parts.values())
             if complete and factored and len({(part.shape.out, part.shape.in_) for part in parts.values()}) == 1:
                 combined[name] = total(parts)
             combined |= {_at(name, adapter): part for adapter, part in parts.items()}
@@ -403,7 +453,7 @@ class Reader:
             message = f"`matrix` is the sum of its adapters ({adapters}): right only where all of them are active."
         else:
             message = f"Adapters ({adapters}) are given one by one; their sum is left out, as one of them was not read."
-        note = Finding("OD121", message, step=candidate.step)
+        note = Finding("OD121", message, step=candidate.step, evidence={"sum": complete})
         return {name: product for name, product in combined.items() if self.watch(name)}, [note]
 
 

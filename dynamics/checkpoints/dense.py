@@ -4,19 +4,20 @@ A weight of two dimensions is a matrix as it is stored: (out, in) for ``nn.Linea
 (vocabulary, width) for an embedding; singular values do not care. A convolution's kernel is flattened to
 (out, in·kernel), the matrix that acts on unfolded patches (im2col), whose spectrum is not that of the convolution
 operator. A stack of experts is one matrix each, ``…experts.gate_up_proj[e]``. Projections that a model keeps in one
-weight (``qkv_proj``, ``c_attn``) stay one matrix under that name. A tied weight occurs once, under its first name.
+weight (``qkv_proj``, ``c_attn``) stay one matrix under that name. Which of them are tied is told in ``ties``.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor
 
 from dynamics.checkpoints.names import name_fault, natural_order, shown, without_wrappers
+from dynamics.checkpoints.packed import companions, is_packed, packed_name
 from dynamics.checkpoints.products import FLOATS, Product, weight
 from dynamics.checkpoints.variants import Refusal
 from dynamics.checkpoints.weight_files import TensorInfo, Weights
@@ -24,12 +25,13 @@ from dynamics.checkpoints.weight_files import TensorInfo, Weights
 #: Names that modules give the kernel of a convolution; a stack of experts is called after what it does.
 _KERNELS = ("weight", "weight_v", "original1")
 _EXPERTS = ("expert", "moe")
+#: The lengths that weight normalisation keeps beside the directions.
+_MAGNITUDES = ("weight_g", "original0")
 _MOST_EXPERTS = 4096
-#: Input embeddings that an output layer is tied to, by the end of their names.
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "shared.weight", "embed_in.weight")
-_HEADS = ("lm_head.weight", "embed_out.weight")
+#: Buffers of floats that some models save: tables that are computed, not trained.
+_BUFFERS = ("cos_cached", "sin_cached", "attn_mask", "causal_mask", "masked_bias")
 _RENAME = "Save the model again with plain names."
-_PLAIN = "Save the weights in float32, float16 or bfloat16."
+_PLAIN = "Save the weights in float32, float16 or bfloat16: dequantise them first (model.dequantize())."
 
 
 @dataclass(frozen=True)
@@ -47,38 +49,29 @@ class DenseWeights:
     beside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def read_dense(weights: Weights, *, tied_embeddings: bool = False) -> DenseWeights:
-    """Sorts the tensors of a whole model into matrices, refusals and the rest.
-
-    Args:
-        weights: Their header.
-        tied_embeddings: Whether the model's configuration says that its output layer is its input embedding.
-    """
-    tied = {**weights.tied, **(_tied_head(weights.tensors) if tied_embeddings else {})}
-    kept = {key: info for key, info in weights.tensors.items() if key not in tied}
-    return sort_tensors({name: (key, kept[key]) for key, name in dense_names(kept).items()}, tied)
+def read_dense(weights: Weights) -> DenseWeights:
+    """Sorts the tensors of a whole model into matrices, refusals and the rest."""
+    return sort_tensors({name: (key, weights.tensors[key]) for key, name in dense_names(weights.tensors).items()})
 
 
-def sort_tensors(named: Mapping[str, tuple[str, TensorInfo]], tied: Iterable[str] = ()) -> DenseWeights:
+def sort_tensors(named: Mapping[str, tuple[str, TensorInfo]]) -> DenseWeights:
     """Sorts named tensors into matrices, refusals and the rest.
 
     Args:
         named: Name to key and header.
-        tied: Keys of further tensors that are the same as one of these.
     """
     products: dict[str, Product] = {}
     refused: dict[str, Refusal] = {}
     beside: dict[str, list[str]] = defaultdict(list)
+    scales = companions(dict(named.values()))
     for name in sorted(named, key=natural_order):
         key, info = named[name]
-        if kind := _no_matrix(key, info):
+        if kind := "scale of a quantised weight" if key in scales else _no_matrix(key, info):
             beside[kind].append(key)
         elif fault := _fault(name, key, info):
-            refused[shown(name)] = fault
+            refused[shown(packed_name(name) if is_packed(key, info) else name)] = fault
         else:
             products |= {f"{name}{suffix}": product for suffix, product in _matrices(key, info)}
-    if tied := list(tied):
-        beside["tied weight"] += tied
     return DenseWeights(products, refused, {kind: tuple(keys) for kind, keys in beside.items()})
 
 
@@ -98,30 +91,21 @@ def dense_names(keys: Iterable[str]) -> dict[str, str]:
     return {key: name if taken[name] == 1 else key for key, name in names.items()}
 
 
-def _tied_head(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """An output layer saved beside the input embedding that it is tied to."""
-    embeddings = [key for key in tensors if key.endswith(_EMBEDDINGS)]
-    heads = [key for key in tensors if key.endswith(_HEADS)]
-    if len(embeddings) != 1:
-        return {}
-    return {head: embeddings[0] for head in heads if tensors[head].shape == tensors[embeddings[0]].shape}
-
-
 def _no_matrix(key: str, info: TensorInfo) -> str:
     """What kind of tensor it is if it is no matrix; empty if it is one."""
     leaf = key.rpartition(".")[2]
-    if len(info.shape) < 2:
-        return "bias" if leaf == "bias" else "vector or scalar"
-    if leaf == "bias" or (info.dtype not in FLOATS and leaf not in _KERNELS):
-        return "buffer"  # GPT-2's attention mask is called bias
-    return ""
+    if leaf == "bias" or leaf.endswith("_bias"):
+        return "bias" if info.dtype in FLOATS and len(info.shape) < 4 else "buffer"  # GPT-2's mask is called bias
+    if len(info.shape) < 2 or leaf in _MAGNITUDES:
+        return "vector or scalar"
+    return "buffer" if leaf in _BUFFERS or not (info.dtype in FLOATS or is_packed(key, info)) else ""
 
 
 def _fault(name: str, key: str, info: TensorInfo) -> Refusal | None:
     if fault := name_fault(name):
         return Refusal("OD104", fault, _RENAME)
     if info.dtype not in FLOATS:
-        reason = f"It is stored as {info.dtype}: packed or quantised weights are not analysed."
+        reason = f"It is stored as {info.dtype} (packed): quantised weights are not analysed."
         return Refusal("OD103", reason, _PLAIN)
     if len(info.shape) == 3 and info.shape[0] > _MOST_EXPERTS and not _is_kernel(key):
         reason = f"It has shape {list(info.shape)}: a stack of more than {_MOST_EXPERTS} matrices."
@@ -155,14 +139,3 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _part(index: int, tensor: Tensor) -> Tensor:
     return tensor[index]
-
-
-def turned(product: Product) -> Product:
-    """The transpose of a dense matrix, as a view."""
-    shape = product.shape
-    flipped = type(shape)(shape.in_, shape.out, shape.rank, shape.dtype, shape.holds)
-    return Product(flipped, partial(_load_turned, product.build))
-
-
-def _load_turned(build: Callable, load: Callable[[str], Tensor]) -> Tensor:
-    return build(load).mT

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dynamics.checkpoints.errors import UnreadableFile, one_line
+from dynamics.checkpoints.patterns import Budget
 from dynamics.checkpoints.peft_config import AdapterConfig, parse_adapter_config
 from dynamics.checkpoints.variants import Refusal
 
@@ -22,9 +23,11 @@ class Components:
 
     Args:
         configs: First word of the keys to the configuration.
+        budget: What matching their patterns may cost.
     """
 
     configs: Mapping[str, AdapterConfig]
+    budget: Budget = field(default_factory=Budget)
 
     def scale_of(self, module: str, rank: int) -> float | Refusal | None:
         """The scale of a module, by its name in the file; ``None`` if its component has no configuration."""
@@ -32,7 +35,11 @@ class Components:
         config = self.configs.get(component)
         if config is None:
             return None
-        return config.refusal or config.slow_pattern(len(inner)) or config.scale_of(inner, stored=rank)
+        if config.moved_start:
+            reason = f"It was initialised by {config.moved_start}, which moves a part of the base weight into it."
+            return Refusal("OD105", reason, "Save it converted to a plain LoRA.")
+        slow = config.slow_pattern([inner], self.budget)
+        return config.refusal or slow or config.scale_of(inner, stored=rank)
 
 
 def read_components(metadata: Mapping[str, str]) -> Components | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from dynamics.findings import Finding
@@ -45,12 +46,19 @@ class UnreadableFile(OSError):
         return Finding(self.code, self.problem, self.remedy, file=file, step=step)
 
 
+#: Torch's advice to load a pickle all the same that it does not load: it is not passed on.
+_ADVICE = re.compile(
+    r"Weights only load failed.*(WeightsUnpickler error: |trusted source\.\s+)| Please use .torch\.serialization.*",
+    re.DOTALL,
+)
+
+
 def one_line(error: BaseException, limit: int = 160) -> str:
     """The first line of an error's text, shortened: foreign libraries write paragraphs.
 
     >>> one_line(ValueError("bad\\nvery bad"))
     'bad'
     """
-    text = str(error).strip() or type(error).__name__
+    text = _ADVICE.sub("", str(error)).strip() or type(error).__name__
     line = text.splitlines()[0].strip()
     return line if len(line) <= limit else line[: limit - 1] + "…"

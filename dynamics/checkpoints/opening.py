@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from dynamics.checkpoints.errors import UnreadableFile
@@ -40,7 +39,7 @@ def open_matrices(products: Mapping[str, Product], files: Mapping[str, Weights])
                 matrix = products[name].build(load_tensor)
             except UnreadableFile as error:
                 raise UnreadableMatrix(str(error)) from error
-            except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            except (KeyError, ValueError, RuntimeError) as error:
                 raise UnreadableMatrix(_CHANGED) from error
             rank = matrix.rank if isinstance(matrix, LowRankMatrix) else 0
             if tuple(matrix.shape) != (shapes[name].out, shapes[name].in_) or rank != shapes[name].rank:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 
 _TOKEN = re.compile(
@@ -23,8 +24,29 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-#: Ways that are tried in about a second.
+#: Ways that are tried in about a second: of one pattern on one name.
 MOST_PATHS = 10**7
+#: Ways of all patterns on all names that are tried for one run.
+MOST_WORK = 10**8
+
+
+class Budget:
+    """What matching the patterns of one run may cost; the same patterns on the same names cost only once.
+
+    >>> budget = Budget()
+    >>> budget.allows([".*q"], ["a", "b"]), budget.allows(["(a?){12}"] * 600, ["aaaaaaaaaaaa"] * 50)
+    (True, False)
+    """
+
+    def __init__(self) -> None:
+        self._spent: dict[object, float] = {}
+
+    def allows(self, patterns: Sequence[str], names: Sequence[str]) -> bool:
+        """Whether the patterns may be matched against the names, with all that was matched before."""
+        length = max(map(len, names), default=0)
+        work = len(names) * sum(paths(pattern, length) for pattern in patterns)
+        self._spent[tuple(patterns), tuple(names)] = work
+        return sum(self._spent.values()) <= MOST_WORK
 
 
 @lru_cache(maxsize=2**16)  # a run has the same patterns in each checkpoint

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from dynamics.checkpoints.base import Base, fitted
+from dynamics.checkpoints.base import UNPACKED, Base, fitted
 from dynamics.checkpoints.dora import dora
 from dynamics.checkpoints.experts import Level, expert_products, targeted
 from dynamics.checkpoints.foreign import describe
@@ -20,9 +20,11 @@ from dynamics.checkpoints.names import (
     shown,
     some,
 )
-from dynamics.checkpoints.peft_config import AdapterConfig
+from dynamics.checkpoints.patterns import Budget
+from dynamics.checkpoints.peft_config import NO_SCALE, SET_ALPHA, AdapterConfig
 from dynamics.checkpoints.products import FLOATS, Product, diagonal, plain
 from dynamics.checkpoints.saved_modules import SAVED, saved_modules
+from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.checkpoints.variants import Refusal, Remark
 from dynamics.checkpoints.weight_files import TensorInfo, Weights
 
@@ -45,6 +47,8 @@ class Adapter:
         refusal: Why the whole adapter is not analysed, if so.
         ranks: Rank of every matrix that has factors, refused or not, by name.
         remarks: How its products are to be read.
+        sources: Name of the matrix to the base's name of it, where the two differ since layers are repeated.
+        moved_start: As in the configuration.
     """
 
     products: Mapping[str, Product] = field(default_factory=dict)
@@ -53,15 +57,20 @@ class Adapter:
     refusal: Refusal | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
     remarks: tuple[Remark, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+    moved_start: str = ""
 
 
-def read_adapter(file: Weights, config: AdapterConfig, base: Base | None = None) -> Adapter:
+def read_adapter(
+    file: Weights, config: AdapterConfig, base: Base | None = None, budget: Budget | None = None
+) -> Adapter:
     """Sorts the keys of an adapter file into matrices, refusals and the rest.
 
     Args:
         file: The weight file's header.
         config: Its configuration.
         base: The weights before training: DoRA needs them, and only with them saved modules have an update.
+        budget: What matching the configuration's patterns may cost, with those of the run's other adapters.
     """
     parsed = {key: part for key in file.tensors if (part := parse_key(key)) is not None}
     modules: dict[str, dict[str, str]] = defaultdict(dict)
@@ -80,19 +89,20 @@ def read_adapter(file: Weights, config: AdapterConfig, base: Base | None = None)
     refused = {shown(names[stem]): Refusal("OD104", fault, _RENAME) for stem, fault in faults.items()}
     modules = {stem: keys for stem, keys in modules.items() if stem not in faults}
     ranks = {names[stem]: rank for stem, keys in modules.items() if (rank := _rank(keys, file.tensors)) is not None}
-    longest = max((len(module_name(stem)) for stem in modules), default=0)
-    whole = config.refusal or config.slow_pattern(longest) or _not_an_adapter(file, parsed, ranks, config)
+    slow = config.slow_pattern([module_name(stem) for stem in modules], Budget() if budget is None else budget)
+    whole = config.refusal or slow or _not_an_adapter(file, parsed, ranks, config)
     if whole is not None:
         return Adapter(refusal=whole, refused=dict.fromkeys(ranks, whole), ranks=ranks)
-    found = None if base is None else base.find([names[stem] for stem in modules])
-    products, unfit = _products(modules, doubled, names, config, file.tensors, found)
+    products, unfit = _products(modules, doubled, names, config, file.tensors, base)
     if base is not None:
         saved = saved_modules(beside, file.tensors, taken=products)
         products |= saved.products
         beside = {kind: [key for key in keys if key not in saved.keys] for kind, keys in beside.items()}
     ordered = sorted(products, key=natural_order)
     products = {name: products[name] for name in ordered}
-    return Adapter(products, {**refused, **unfit}, _frozen(beside), None, ranks, _remarks(modules, config))
+    sources = {name: source for name in products if (source := config.source_of(name)) != name}
+    remarks = _remarks(modules, config)
+    return Adapter(products, {**refused, **unfit}, _frozen(beside), None, ranks, remarks, sources, config.moved_start)
 
 
 def _remarks(modules: Iterable[str], config: AdapterConfig) -> tuple[Remark, ...]:
@@ -168,11 +178,12 @@ def _products(
     names: Mapping[str, str],
     config: AdapterConfig,
     tensors: Mapping[str, TensorInfo],
-    base: Mapping[str, Product] | None,
+    base: Base | None,
 ) -> tuple[dict[str, Product], dict[str, Refusal]]:
     products: dict[str, Product] = {}
     refused: dict[str, Refusal] = {}
     wrapped: dict[str, list[Level]] = defaultdict(list)
+    found = {} if base is None else base.find(_rescaling(modules, names, config, tensors))
     for stem, keys in modules.items():
         name = names[stem]
         if stem in doubled:
@@ -188,7 +199,12 @@ def _products(
             name, module, times = _live_name(stem, name, modules)
             built = _product(keys, module, config, tensors, times)
             if "magnitude_vector" in keys and isinstance(built, Product) and base is not None:
-                built = _rescaled(built, keys["magnitude_vector"], base.get(names[stem]), config, tensors)
+                source = config.source_of(names[stem])
+                _, before = found.get(source, ("", None))
+                built = _rescaled(built, keys["magnitude_vector"], before, config, tensors)
+                if before is None and (why := base.refused([source]).get(source)):
+                    reason = f"It has a DoRA magnitude, and the base does not give its weight. {why}"
+                    built = Refusal("OD105", reason, UNPACKED)
             (refused if isinstance(built, Refusal) else products)[name] = built  # type: ignore[assignment]
     for owner, levels in wrapped.items():
         name = matrix_names([owner])[owner]
@@ -221,6 +237,23 @@ def _live_name(stem: str, name: str, modules: Mapping[str, Mapping[str, str]]) -
     if f"{stem}.base_layer.out_proj" in modules:
         return f"{name}.in_proj_weight", module_name(stem), 1
     return name, module_name(stem), 1
+
+
+def _rescaling(
+    modules: Mapping[str, Mapping[str, str]],
+    names: Mapping[str, str],
+    config: AdapterConfig,
+    tensors: Mapping[str, TensorInfo],
+) -> dict[str, MatrixShape]:
+    """The base weights that DoRA's matrices need, by name."""
+    shapes = {}
+    for stem, keys in modules.items():
+        if "magnitude_vector" in keys and {"A", "B"} <= keys.keys():
+            shape_a, shape_b = tensors[keys["A"]].shape, tensors[keys["B"]].shape
+            if shape_a and shape_b:
+                in_ = tensors[keys["A"]].count // max(shape_a[0], 1)
+                shapes[config.source_of(names[stem])] = MatrixShape(shape_b[0], in_, shape_a[0], "F32")
+    return shapes
 
 
 def _rescaled(
@@ -283,7 +316,8 @@ def _product(
     if rank != expected:
         reason = f"The configuration gives it rank {expected}, its factors have rank {rank}."
         return Refusal("OD104", reason, "Correct r or rank_pattern in adapter_config.json: the scale depends on it.")
-    return plain(a, b, tensors, times * config.scale_of(module, stored=rank))
+    scale = times * config.scale_of(module, stored=rank)
+    return plain(a, b, tensors, scale) if scale else Refusal("OD102", NO_SCALE.format("alpha_pattern"), SET_ALPHA)
 
 
 def _adalora(

@@ -13,6 +13,10 @@ _LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 _LFS_REMEDY = "Run `git lfs pull` where the files were cloned, then copy the real file."
 #: Configurations and training states are small; anything larger is not one of them.
 _JSON_LIMIT = 256 * 2**20
+#: Objects, lists and values beyond which a JSON file takes more memory than its text by far: a log has one object an
+#: entry, so that this is a training of a million entries of ten numbers.
+_MOST_OBJECTS = 1_000_000
+_MOST_VALUES = 10_000_000
 
 
 def read_start(path: Path, code: str, count: int = 64) -> tuple[int, bytes]:
@@ -58,11 +62,20 @@ def read_text(path: Path, code: str) -> str:
     if size > _JSON_LIMIT:
         raise UnreadableFile(code, f"It has {size} bytes: too large for a JSON file of its kind.", "Check the file.")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except ValueError as error:
         raise UnreadableFile(code, f"It is not valid JSON: {one_line(error)}.", "Save or copy it again.") from error
     except OSError as error:
         raise UnreadableFile(code, f"It cannot be read: {one_line(error)}.", "Copy it again.") from error
+    # Counted before it is parsed; signs within texts count too, of which a log has few.
+    objects, values = text.count("{") + text.count("["), text.count(",")
+    if objects > _MOST_OBJECTS or values > _MOST_VALUES:
+        problem = (
+            f"It has about {objects:,} objects and lists and {values:,} values; expected at most {_MOST_OBJECTS:,} and "
+            f"{_MOST_VALUES:,}."
+        )
+        raise UnreadableFile(code, problem, "Check the file.")
+    return text
 
 
 def read_json(path: Path, code: str) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,11 +25,13 @@ class Product:
         shape: Known from the header.
         build: Gives the matrix, reading tensors with the loader it is given.
         uses_base: Whether it reads the base's weights, under keys ``"\\0" + key``.
+        key: Of the one stored tensor that it is a view of; ``""`` if it is made of several.
     """
 
     shape: MatrixShape
     build: Callable[[Loader], Matrix]
     uses_base: bool = False
+    key: str = ""
 
 
 def coarser(*dtypes: str) -> str:
@@ -104,17 +106,40 @@ def _load_total(parts: Mapping[str, Product], load: Loader) -> LowRankMatrix:
     return LowRankMatrix(left, right, column_scale=torch.cat([matrix.scales() for matrix in loaded]))
 
 
+def since(now: Product, start: Product) -> Product:
+    """What training changed of a product that was not zero at its start: ``[B, B₀] diag(s, −s₀) [A; A₀]``.
+
+    Args:
+        now: The product.
+        start: It at the start of training, of the same size.
+    """
+    rank = now.shape.rank + start.shape.rank
+    shape = replace(now.shape, rank=rank, dtype=coarser(now.shape.dtype, start.shape.dtype), holds="update")
+    return Product(shape, partial(_load_since, now, start))
+
+
+def _load_since(now: Product, start: Product, load: Loader) -> LowRankMatrix:
+    matrix, before = now.build(load), start.build(load)
+    assert isinstance(matrix, LowRankMatrix)
+    assert isinstance(before, LowRankMatrix)
+    factors = (matrix.left_factor, matrix.right_factor), (before.left_factor, before.right_factor)
+    left, right = torch.cat([factors[0][0], factors[1][0]], dim=1), torch.cat([factors[0][1], factors[1][1]])
+    if all(map(torch.equal, *factors)) and torch.equal(matrix.scales(), before.scales()):
+        left = torch.zeros_like(left)  # the start itself: zero, not the rounding of its product
+    return LowRankMatrix(left, right, column_scale=torch.cat([matrix.scales(), -before.scales()]))
+
+
 def under(adapter: str, product: Product) -> Product:
     """The same product, reading from the file of a named adapter among several.
 
-    The loader it is given understands keys ``adapter + "\\0" + key``; what is to be read from the base,
-    ``"\\0" + key``, stays as it is.
+    The loader it is given understands keys ``adapter + "\\0" + key``; keys that say already which file they are of
+    (of the base ``"\\0" + key``) stay as they are.
     """
-    return Product(product.shape, partial(_load_under, adapter, product), product.uses_base)
+    return replace(product, build=partial(_load_under, adapter, product))
 
 
 def _load_under(adapter: str, product: Product, load: Loader) -> Matrix:
-    return product.build(lambda key: load(key if key.startswith("\0") else f"{adapter}\0{key}"))
+    return product.build(lambda key: load(key if "\0" in key else f"{adapter}\0{key}"))
 
 
 def weight(key: str, shape: tuple[int, int], dtype: str, view: Callable[[Tensor], Tensor]) -> Product:
@@ -126,8 +151,45 @@ def weight(key: str, shape: tuple[int, int], dtype: str, view: Callable[[Tensor]
         dtype: As stored.
         view: From the stored tensor to the matrix.
     """
-    return Product(MatrixShape(*shape, 0, dtype, "weight"), partial(_load_weight, key, view))
+    return Product(MatrixShape(*shape, 0, dtype, "weight"), partial(_load_weight, key, view), key=key)
 
 
 def _load_weight(key: str, view: Callable[[Tensor], Tensor], load: Loader) -> Tensor:
     return view(load(key))
+
+
+def turned(product: Product) -> Product:
+    """The transpose of a dense matrix, as a view."""
+    shape = replace(product.shape, out=product.shape.in_, in_=product.shape.out)
+    return Product(shape, partial(_load_turned, product.build), product.uses_base)
+
+
+def _load_turned(build: Callable[[Loader], Matrix], load: Loader) -> Tensor:
+    matrix = build(load)
+    assert isinstance(matrix, Tensor), "only dense matrices are turned"
+    return matrix.mT
+
+
+def stacked(products: Sequence[Product]) -> Product:
+    """Dense matrices of one width below each other: one matrix."""
+    first = products[0].shape
+    dtype = coarser(*(product.shape.dtype for product in products))
+    shape = replace(first, out=sum(product.shape.out for product in products), dtype=dtype)
+    return Product(shape, partial(_load_stacked, [product.build for product in products]))
+
+
+def _load_stacked(builds: Sequence[Callable[[Loader], Matrix]], load: Loader) -> Tensor:
+    blocks = [block for build in builds if isinstance(block := build(load), Tensor)]
+    assert len(blocks) == len(builds), "only dense matrices are stacked"
+    return torch.cat(blocks)
+
+
+def rows(product: Product, start: int, stop: int) -> Product:
+    """Consecutive rows of a dense matrix, as a view."""
+    return Product(replace(product.shape, out=stop - start), partial(_load_rows, product.build, start, stop))
+
+
+def _load_rows(build: Callable[[Loader], Matrix], start: int, stop: int, load: Loader) -> Tensor:
+    matrix = build(load)
+    assert isinstance(matrix, Tensor), "only dense matrices have rows to take"
+    return matrix[start:stop]

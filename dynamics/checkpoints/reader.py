@@ -12,9 +12,11 @@ from pathlib import Path
 from dynamics.checkpoints.base import base_checkpoint, open_base
 from dynamics.checkpoints.candidates import DEFAULT, STATE, Candidate
 from dynamics.checkpoints.checkpoint import Content, Reader
+from dynamics.checkpoints.common_names import with_common_names
 from dynamics.checkpoints.duplicates import duplicates, same_tensors
 from dynamics.checkpoints.errors import NotARun, UnreadableFile
 from dynamics.checkpoints.folders import RunFolder, find_checkpoints, is_unfinished
+from dynamics.checkpoints.initial_adapters import initial_adapters, without_auxiliary
 from dynamics.checkpoints.names import natural_order, shown_path, some
 from dynamics.checkpoints.segments import Clues, find_segments, merged_log
 from dynamics.checkpoints.starts import every_shape, has_updates, start_findings
@@ -55,15 +57,16 @@ def open_trajectory(
     """
     folder = Path(run)
     watch = _watch(matrices)
-    found = find_checkpoints(folder)
+    found = _without_auxiliary(find_checkpoints(folder))
     numbered = found.numbered or [root for root in (found.root,) if root is not None]
     names = _adapter_names(numbered)
     start = None if base is None else open_base(base)
-    reader = Reader(folder, names, watch, start)
+    reader = Reader(folder, names, watch, start, initial_adapters(folder))
     contents = [reader.read(one, latest=is_unfinished(one, found.numbered)) for one in numbered]
     states, findings = _states(folder, numbered)
     candidates, contents, states, notes = _with_root(found, reader, list(numbered), contents, states)
-    findings = [*found.findings, *findings, *notes, *(f for content in contents for f in content.findings)]
+    contents, settled = with_common_names(contents, [one.step for one in candidates], names, start)
+    findings = [*found.findings, *findings, *notes, *(f for content in contents for f in content.findings), *settled]
     used = [i for i, content in enumerate(contents) if content.products]
     if not used:
         raise _nothing_left(folder, matrices, contents, findings)
@@ -83,13 +86,22 @@ def open_trajectory(
     ]
     at_start = None
     if start is not None:
-        at_start, lacking = base_checkpoint(start, every_shape(checkpoints), _transposed([contents[i] for i in used]))
+        sources = {name: source for i in used for name, source in contents[i].sources.items()}
+        transposed = _transposed([contents[i] for i in used])
+        at_start, lacking = base_checkpoint(start, every_shape(checkpoints), transposed, sources)
         findings += lacking
-    findings += start_findings(checkpoints, at_start)
+    moved = {name: method for i in used for name, method in contents[i].moved.items()}
+    findings += start_findings(checkpoints, at_start, moved)
     if not has_updates(checkpoints, at_start):
         raise _nothing_left(folder, matrices, contents, findings)
     log = merged_log(segments.numbers, clues)
     return Trajectory(folder, tuple(checkpoints), log, tuple(_merged(findings)), at_start)
+
+
+def _without_auxiliary(found: RunFolder) -> RunFolder:
+    """Without folders that hold the start or a conversion of an adapter beside it."""
+    root = None if found.root is None else without_auxiliary(found.root)
+    return replace(found, numbered=[without_auxiliary(one) for one in found.numbered], root=root)
 
 
 def _watch(matrices: str | None) -> Callable[[str], bool]:

@@ -9,6 +9,8 @@ what it says of itself, in ascending order of step:
    same values (step and metric; times are left aside). It is *another training* if one value differs,
    or if entries of the earlier log are missing although the later log is not empty (it started over).
    A continued log outweighs everything below: a training may be extended or have its plan changed.
+   Only where the scale of the adapter changes in it (alpha, rsLoRA), what comes after is set apart: the
+   difference of two checkpoints would be that of two scales.
    Learning rates alone do not make a continuation: two trainings of one schedule share them.
 2. **Where the logs are silent**, one of these is enough: floating-point operations so far that go
    down although the step goes up; other ranks in every shared matrix, if the matrices are not the same
@@ -30,7 +32,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dynamics.checkpoints.names import some
+from dynamics.checkpoints.names import shown, some
 from dynamics.checkpoints.training_state import TrainingState
 from dynamics.checkpoints.trajectory import LogEntry
 from dynamics.findings import Finding
@@ -42,6 +44,8 @@ _PLANS = (
     ("train_batch_size",),
     ("logging_steps", "eval_steps", "save_steps"),
 )
+#: Settings of an adapter that its scale follows from, beside its rank.
+_SCALE = ("lora_alpha", "use_rslora", "alpha_pattern")
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ def _other_plans(earlier: Clues, later: Clues) -> Iterable[str]:
 def _other_settings(earlier: Clues, later: Clues) -> Iterable[str]:
     for adapter in sorted(earlier.settings.keys() & later.settings.keys()):
         before, after = earlier.settings[adapter], later.settings[adapter]
-        for name in ("lora_alpha", "use_rslora", "target_modules"):
+        for name in (*_SCALE, "target_modules"):
             if before.get(name) != after.get(name):
                 yield f"{name} differs between steps {earlier.step} and {later.step}"
                 return
@@ -214,11 +218,42 @@ def find_segments(clues: Sequence[Clues]) -> Segments:
     findings = []
     if len(members) > 1:
         findings.append(_several([[clues[i].step for i in segment] for segment in members], reasons))
+    numbers, changes = _apart_by_scale(clues, numbers)
+    findings += changes
+    doubts = [doubt for doubt in doubts if not (changes and doubt.startswith(_SCALE))]
     if doubts:
         message = f"Some checkpoints may be of another training, but the evidence does not decide: {some(doubts, 2)}."
         remedy = "Keep each training in a folder of its own; no increment was left out because of this."
         findings.append(Finding("OD113", message, remedy, evidence={"doubts": doubts}))
     return Segments(tuple(numbers), tuple(findings))
+
+
+def _apart_by_scale(clues: Sequence[Clues], numbers: Sequence[int]) -> tuple[list[int], list[Finding]]:
+    """The numbers of the trainings where each change of an adapter's scale begins a new one, and the changes."""
+    stretch: dict[int, int] = {}
+    settings: dict[tuple[int, str], tuple[int, Mapping[str, Any]]] = {}
+    stretches: list[tuple[int, int]] = []
+    findings = []
+    for clue, number in zip(clues, numbers, strict=True):
+        changed = []
+        for adapter, values in clue.settings.items():
+            step, before = settings.get((number, adapter), (clue.step, values))
+            changed += [(adapter, name, step, before) for name in _SCALE if before.get(name) != values.get(name)]
+            settings[number, adapter] = (clue.step, values)
+        if changed:
+            stretch[number] = stretch.get(number, 0) + 1
+            adapter, name, step, before = changed[0]
+            was, now = (shown(str(one.get(name)), 60) for one in (before, clue.settings[adapter]))
+            message = (
+                f"{name} is {was} at step {step} and {now} at step {clue.step} of one training: the scale of its "
+                "updates changes. No increment is formed across the change; what follows counts as another training."
+            )
+            remedy = "Correct adapter_config.json if only one of the two is right."
+            evidence = {"setting": name, "adapter": adapter, "from_step": step}
+            findings.append(Finding("OD140", message, remedy, step=clue.step, evidence=evidence))
+        stretches.append((number, stretch.get(number, 0)))
+    order = {one: position for position, one in enumerate(dict.fromkeys(stretches))}
+    return [order[one] for one in stretches] if findings else list(numbers), findings
 
 
 def _against(clues: Sequence[Clues], segment: Sequence[int], clue: Clues) -> Verdict:

@@ -1,9 +1,10 @@
-"""What the updates of dense weights are counted from, and whether there are any."""
+"""What the updates of matrices that did not start at zero are counted from, and whether there are any."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from dynamics.checkpoints.names import some
 from dynamics.checkpoints.trajectory import Checkpoint, MatrixShape
 from dynamics.findings import Finding
 
@@ -24,13 +25,17 @@ def has_updates(checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -> b
     return (base is not None and bool(base.shapes.keys() & shapes.keys())) or any(len(own) > 1 for own in trainings)
 
 
-def start_findings(checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -> Iterator[Finding]:
-    """How totals of dense weights are to be read; nothing where all matrices are updates already.
+def start_findings(
+    checkpoints: Sequence[Checkpoint], base: Checkpoint | None, moved: Mapping[str, str]
+) -> Iterator[Finding]:
+    """How totals are to be read; nothing where all matrices are updates already.
 
     Args:
         checkpoints: Of all trainings.
         base: The weights before training, if they were given.
+        moved: Name of each matrix of an adapter whose start is not known to the initialisation that it had.
     """
+    yield from _unknown_starts(checkpoints, moved)
     if not any(shape.holds == "weight" for shape in every_shape(checkpoints).values()):
         return
     if base is not None:
@@ -46,6 +51,30 @@ def start_findings(checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -
         else:
             message = f"Updates of dense weights are counted from {where}, not from the start of training."
             yield Finding("OD123", message, _BASE, step=first.step, evidence={"segment": first.segment})
+
+
+def _unknown_starts(checkpoints: Sequence[Checkpoint], moved: Mapping[str, str]) -> Iterator[Finding]:
+    """What can be said of adapters that began with a part of the base weight, and what cannot."""
+    for own in _trainings(checkpoints):
+        names = [name for name, shape in own[-1].shapes.items() if shape.holds == "state"]
+        if not names:
+            continue
+        method = moved.get(names[0]) or "a method that changes the base weight"
+        folder = f"{method.lower().replace('-', '_')}_init/" if names[0] in moved else "pissa_init/"
+        reason = (
+            f"It was initialised by {method}, which moves a part of the base weight into the adapter: the update is "
+            "s (B A − B₀ A₀), and the initial adapter is not in the run."
+        )
+        matrices = f"{len(names)} matrices: {some(names)}" if len(names) > 1 else names[0]
+        remedy = f"Put the initial adapter into the run's folder as {folder}."
+        if len(own) > 1:
+            message = f"{reason} Increments between checkpoints are known, totals since the start are not: {matrices}."
+            yield Finding("OD138", message, remedy, step=own[-1].step, evidence={"matrices": names})
+        else:
+            convert = " Or convert it: save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL_ADAPTER)."
+            message = f"{reason} {matrices}."
+            evidence = {"matrices": names}
+            yield Finding("OD105", message, remedy + convert, own[0].folder.name, step=own[0].step, evidence=evidence)
 
 
 def _trainings(checkpoints: Sequence[Checkpoint]) -> list[list[Checkpoint]]:

@@ -32,14 +32,15 @@ class MatrixShape:
         rank: Adapter rank, 0 for a dense matrix.
         dtype: Storage dtype of the factors or of the weight, as safetensors writes it (``F32``, ``BF16``, ...).
         holds: ``"update"`` where the matrix is the change since the start, ``"weight"`` where it is the weight
-            itself, of which the start must be subtracted.
+            itself, of which the start must be subtracted, ``"state"`` where it is factors whose start is not known, so
+            that only differences between checkpoints are updates (PiSSA without its initial adapter).
     """
 
     out: int
     in_: int
     rank: int
     dtype: str
-    holds: Literal["update", "weight"] = "update"
+    holds: Literal["update", "weight", "state"] = "update"
 
 
 class OpenCheckpoint(Mapping[str, Matrix]):

@@ -69,6 +69,8 @@ def update_since(name: str, now: OpenCheckpoint, before: OpenCheckpoint | None) 
     if now.shapes[name].holds == "update":
         matrix = now[name]
         return matrix if isinstance(matrix, LowRankMatrix) else DenseUpdate(matrix)
+    if now.shapes[name].holds == "state":
+        return None
     shape = None if before is None else before.shapes.get(name)
     if before is None or shape is None or (shape.out, shape.in_) != (now.shapes[name].out, now.shapes[name].in_):
         return None

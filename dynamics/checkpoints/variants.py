@@ -2,8 +2,9 @@
 
 The weight change that PEFT makes is s B A for LoRA and the variants that only change how it is
 trained or initialised. It is something else for variants that rescale, route, pool or mask (DoRA,
-Arrow, QALoRA, BD-LoRA), and for those that change the base weight when they start (PiSSA, OLoRA,
-CorDA, LoftQ, LoRA-GA, KaSA): there B A of a checkpoint is not the change that training made.
+Arrow, QALoRA, BD-LoRA), and for KaSA, which truncates the base weight when it starts. Initialisations that
+move a part of the base weight into the adapter (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) leave s B A less what
+it was at the start: increments are known, totals with the initial adapter (``initial_adapters``).
 Decided after PEFT 0.21, ``tuners/lora/layer.py`` and ``tuners/lora/variants.py``.
 """
 
@@ -41,8 +42,8 @@ _SWITCHES = {
 #: Of these the ones that are analysed where the base is at hand.
 _WITH_BASE = ("use_dora",)
 
-#: Initialisations that move part of the base weight into the adapter: prefix -> name.
-_MUTATING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+#: Initialisations that move a part of the base weight into the adapter: prefix -> name.
+_MOVING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 #: Initialisations from which B A starts at zero on the unchanged base weight.
 _ZERO_START = ("true", "gaussian", "eva", "orthogonal", "mica")
 
@@ -82,7 +83,7 @@ def judge(content: Mapping[str, Any], *, has_base: bool = False) -> tuple[Refusa
         article = "an" if kind[:1] in "AEIO" else "a"
         reason = f"It is {article} {kind} adapter; only LoRA and AdaLoRA are products of factors that are analysed."
         return Refusal("OD103", reason, "Analyse a LoRA run, or convert the adapter (PEFT: convert_to_lora)."), ()
-    refusal = _switched_on(content, has_base) or _unknown_variant(content) or _mutated_start(content, kind)
+    refusal = _switched_on(content, has_base) or _unknown_variant(content) or _unknown_start(content)
     return refusal, () if refusal else tuple(_remarks(content, kind))
 
 
@@ -114,22 +115,23 @@ def _start(content: Mapping[str, Any]) -> str:
     return "true" if value is None else str(value).lower()
 
 
-def _mutated_start(content: Mapping[str, Any], kind: str) -> Refusal | None:
-    if kind == "ADALORA":  # has one initialisation of its own, with a diagonal of zeros
-        return None
+def moved_start(content: Mapping[str, Any]) -> str:
+    """Name of an initialisation that moves a part of the base weight into the adapter; ``""`` if it is none.
+
+    >>> moved_start({"peft_type": "LORA", "init_lora_weights": "pissa_niter_16"})
+    'PiSSA'
+    """
+    if content["peft_type"] == "ADALORA":  # has one initialisation of its own, with a diagonal of zeros
+        return ""
+    return next((name for prefix, name in _MOVING.items() if _start(content).startswith(prefix)), "")
+
+
+def _unknown_start(content: Mapping[str, Any]) -> Refusal | None:
     start = _start(content)
-    for prefix, name in _MUTATING.items():
-        if start.startswith(prefix):
-            reason = (
-                f"It was initialised by {name} (init_lora_weights={start!r}), which changes the base weight: "
-                "the update is s (B A − B₀ A₀), and the initial adapter is not in the run."
-            )
-            remedy = "Convert it: save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL_ADAPTER)."
-            return Refusal("OD105", reason, "Keep the initial adapter." if prefix == "loftq" else remedy)
-    if start not in (*_ZERO_START, "false"):
-        reason = f"Its init_lora_weights={start!r} is not known: B A may hold a part of the base weight."
-        return Refusal("OD105", reason, "Update the toolkit, or give the initial adapter's kind.")
-    return None
+    if content["peft_type"] == "ADALORA" or moved_start(content) or start in (*_ZERO_START, "false"):
+        return None
+    reason = f"Its init_lora_weights={start!r} is not known: B A may hold a part of the base weight."
+    return Refusal("OD105", reason, "Update the toolkit, or give the initial adapter's kind.")
 
 
 def _remarks(content: Mapping[str, Any], kind: str) -> list[Remark]:

@@ -1,7 +1,7 @@
 """Weight files: what is in them, without loading them, and how to load one tensor at a time.
 
-safetensors headers are checked here before the library opens the file, so that each defect gets its
-own sentence; ``.bin`` files are read with ``weights_only=True``: no object in them is ever built.
+safetensors headers are checked here, so that each defect gets its own sentence, and the file is then mapped: it may be
+larger than memory. ``.bin`` files are read with ``weights_only=True``: no object in them is ever built.
 """
 
 from __future__ import annotations
@@ -9,19 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
+import re
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, BinaryIO, Protocol, TypeGuard, runtime_checkable
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dynamics.checkpoints.errors import UnreadableFile, one_line
+from dynamics.checkpoints.names import shown
 from dynamics.checkpoints.plain_files import read_start
 
 #: Bits of each dtype, by the name that safetensors gives it.
@@ -35,9 +39,14 @@ TORCH_NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
+#: Bytes that are read at once to compare a checksum.
+_BLOCK = 2**22
 #: The format's own limit.
 _HEADER_LIMIT = 100_000_000
 _AGAIN = "Save or copy the file again."
+#: What torch says of a pickle that would build an object, as opposed to a damaged one.
+_OBJECTS = re.compile(r"GLOBAL|unrecognized function|Trying to (call|instantiate|load)|Can only (create|build)")
 
 Loader = Callable[[str], Tensor]
 
@@ -88,6 +97,7 @@ class WeightFile:
         tensors: Key to dtype and shape.
         metadata: What a safetensors file says about itself.
         tied: Key to the first key that has the same tensor in the same memory (``.bin``).
+        spans: Key to its first byte and the one after its last, counted from the end of the header (safetensors).
     """
 
     path: Path
@@ -96,6 +106,7 @@ class WeightFile:
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     tied: Mapping[str, str] = field(default_factory=dict)
+    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     @property
     def parts(self) -> tuple[WeightFile]:
@@ -112,18 +123,58 @@ class WeightFile:
         """
         with ExitStack() as stack:
             try:
-                descriptor = stack.enter_context(self.path.open("rb")).fileno()
+                file = stack.enter_context(self.path.open("rb"))
                 if self.path.suffix == ".safetensors":
-                    load = stack.enter_context(safe_open(str(self.path), framework="pt")).get_tensor
+                    load = self._mapped(file)
                 else:
                     state = _load_pickle(self.path)
                     stack.callback(state.clear)
                     load = state.__getitem__
             except UnreadableFile:
                 raise
-            except (OSError, SafetensorError) as error:
-                raise UnreadableFile("OD101", f"It cannot be opened any more: {one_line(error)}.", _AGAIN) from error
-            yield _guarded(load, descriptor)
+            except (OSError, ValueError) as error:
+                raise UnreadableFile("OD101", f"It cannot be opened: {one_line(error)}.", _AGAIN) from error
+            yield _guarded(load, file.fileno())
+
+    def _mapped(self, file: BinaryIO) -> Loader:
+        length = int.from_bytes(file.read(8), "little")
+        same_size = os.fstat(file.fileno()).st_size == self.bytes and 8 + length <= self.bytes
+        if not same_size or hashlib.sha256(file.read(length)).hexdigest() != self.header_sha256:
+            problem = "It has changed since its header was read."
+            raise UnreadableFile("OD101", problem, "Analyse the run again when it is saved.")
+        return partial(_view, _map(file.fileno()), 8 + length, self.tensors, self.spans)
+
+
+def _map(descriptor: int) -> mmap.mmap:
+    """The bytes of a file that may be larger than memory; writing to them changes neither the file nor other views.
+
+    A private mapping that can be written to counts as memory that may be needed, and is refused beyond what there is;
+    ``MAP_NORESERVE`` says that it will not be, and a mapping that can only be read needs none.
+    """
+    if hasattr(mmap, "MAP_PRIVATE"):
+        reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+        try:
+            return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | reserve, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError:
+            pass
+    return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+
+
+def _view(
+    content: mmap.mmap, start: int, tensors: Mapping[str, TensorInfo], spans: Mapping[str, tuple[int, int]], key: str
+) -> Tensor:
+    """One tensor as a view of the mapped file; dtypes that are never analysed come as their bytes."""
+    info, (begin, end) = tensors[key], spans[key]
+    dtype = _DTYPES.get(info.dtype, torch.uint8)
+    shape = info.shape if info.dtype in _DTYPES else (end - begin,)
+    if begin == end:
+        return torch.empty(shape, dtype=dtype)
+    view = memoryview(content)
+    if view.readonly or (start + begin) % dtype.itemsize:  # torch writes to what it may not, and reads what is aligned
+        return torch.frombuffer(bytearray(view[start + begin : start + end]), dtype=dtype).reshape(shape)
+    return torch.frombuffer(content, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=start + begin).reshape(
+        shape
+    )
 
 
 def _guarded(load: Loader, descriptor: int) -> Loader:
@@ -166,10 +217,12 @@ def _read_safetensors(path: Path) -> WeightFile:
         raise UnreadableFile("OD101", f"Its header is not valid JSON: {one_line(error)}.", _AGAIN) from error
     if not isinstance(entries, dict):
         raise UnreadableFile("OD101", "Its header is not a JSON object.", _AGAIN)
-    metadata = entries.pop("__metadata__", None)
-    tensors = _checked(entries, size - 8 - length)
-    texts = {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
-    return WeightFile(path, size, hashlib.sha256(header).hexdigest(), tensors, texts)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        problem = f"Its header's __metadata__ is {shown(repr(metadata))}; expected an object of names and texts."
+        raise UnreadableFile("OD101", problem, _AGAIN)
+    tensors, spans = _checked(entries, size - 8 - length)
+    return WeightFile(path, size, hashlib.sha256(header).hexdigest(), tensors, metadata, spans=spans)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -179,10 +232,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _checked(entries: Mapping[str, Any], room: int) -> dict[str, TensorInfo]:
-    """Entries of a header whose offsets must tile the ``room`` bytes of data exactly."""
+def _checked(entries: Mapping[str, Any], room: int) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
+    """Entries of a header, and their offsets, which must tile the ``room`` bytes of data exactly."""
     tensors: dict[str, TensorInfo] = {}
-    spans: list[tuple[int, int]] = []
+    spans: dict[str, tuple[int, int]] = {}
     for key, entry in entries.items():
         try:
             key.encode()
@@ -199,16 +252,16 @@ def _checked(entries: Mapping[str, Any], room: int) -> dict[str, TensorInfo]:
         if (end - begin) * 8 != tensors[key].count * _BITS[dtype]:
             problem = f"Its header lies: {key!r}, {dtype} of shape {list(shape)}, does not take {end - begin} bytes."
             raise UnreadableFile("OD101", problem, _AGAIN)
-        spans.append((begin, end))
+        spans[key] = (begin, end)
     position = 0
-    for begin, end in sorted(spans):
+    for begin, end in sorted(spans.values()):
         if begin != position:
             raise UnreadableFile("OD101", "Its header lies: tensors overlap or leave gaps.", _AGAIN)
         position = end
     if position != room:
         problem = f"Its header lies: the tensors take {position} bytes, the file has {room} bytes of data."
         raise UnreadableFile("OD101", problem, _AGAIN)
-    return tensors
+    return tensors, spans
 
 
 def _whole(numbers: object) -> TypeGuard[list[int]]:
@@ -227,6 +280,7 @@ def _fields(key: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]
 
 def _read_pickle(path: Path) -> WeightFile:
     size, _ = read_start(path, "OD101")
+    _verify(path, size)
     state = _load_pickle(path)
     tensors = {
         key: TensorInfo(TORCH_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
@@ -247,19 +301,44 @@ def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
     return tied
 
 
+def _verify(path: Path, size: int) -> None:
+    """Compares the numbers of a ``.bin`` file with its checksums, which torch does not; some files have none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
+                return  # not as torch writes it, so that reading could take any time: torch decides
+            for entry in entries:
+                if entry.CRC:
+                    with archive.open(entry) as record:
+                        while record.read(_BLOCK):
+                            pass
+    except zipfile.BadZipFile as error:
+        if "CRC" in str(error):
+            problem = "Its numbers are not those that were saved: a checksum in it is wrong."
+            raise UnreadableFile("OD101", problem, _AGAIN) from error
+    except (OSError, ValueError, RuntimeError, NotImplementedError, EOFError):
+        pass  # what else is wrong with it is found, and said, when torch reads it
+
+
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     # Files in torch's first format cannot be mapped; they are read whole.
     mapped = zipfile.is_zipfile(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise anything at all; nothing in it is executed
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            problem = "It holds Python objects, not only tensors; they could run code and were not loaded."
-            remedy = "Save it as safetensors (save_pretrained(..., safe_serialization=True))."
-            raise UnreadableFile("OD101", problem, remedy) from error
-        raise UnreadableFile("OD101", f"It cannot be read: {one_line(error)}", _AGAIN) from error
+        raise _not_tensors(error) or UnreadableFile("OD101", f"It cannot be read: {one_line(error)}", _AGAIN) from error
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state.items()
     ):
         raise UnreadableFile("OD101", "It does not hold a dictionary of tensors.", _AGAIN)
     return {key: tensor.detach() for key, tensor in state.items()}
+
+
+def _not_tensors(error: Exception) -> UnreadableFile | None:
+    """The refusal of a pickle with objects in it, which torch did not load."""
+    if not _OBJECTS.search(str(error)):
+        return None
+    problem = "It holds Python objects, not only tensors; they could run code and were not loaded."
+    remedy = "Save it as safetensors (save_pretrained(..., safe_serialization=True))."
+    return UnreadableFile("OD101", problem, remedy)

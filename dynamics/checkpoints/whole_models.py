@@ -77,15 +77,16 @@ def lone_shards(names: Iterable[str]) -> list[str]:
     return [name for name in names if _SHARD.fullmatch(name) and name not in WHOLE]
 
 
-def ties_embeddings(folder: Path) -> bool:
-    """Whether ``config.json`` says that the output layer is the input embedding; a missing one says nothing."""
+def ties_embeddings(folder: Path) -> bool | None:
+    """Whether ``config.json`` says that the output layer is the input embedding; ``None`` if it does not say."""
     try:
         content = read_json(folder / "config.json", "OD102")
     except UnreadableFile:
-        return False  # a configuration is only asked for this; weights can be read without one
+        return None  # a configuration is only asked for this; weights can be read without one
     inner = content.get("text_config")
     texts = [content, inner] if isinstance(inner, dict) else [content]
-    return any(text.get("tie_word_embeddings") is True for text in texts)
+    said = [text["tie_word_embeddings"] for text in texts if isinstance(text.get("tie_word_embeddings"), bool)]
+    return any(said) if said else None
 
 
 def has_stacked_layers(tensors: Mapping[str, TensorInfo]) -> bool:

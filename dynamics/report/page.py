@@ -127,6 +127,7 @@ def _run(name: str, tree: xr.DataTree, figures: Mapping[str, str], number: int) 
         "summary": summary,
         "informative_directions": informative_directions(summary),
         "answers": words.answers(summary),
+        "which_matrices": words.which_matrices(summary),
         "analysed": words.what_was_analysed(summary),
         "findings": grouped(summary["findings"]),
         "severities": severities(summary["findings"]),

@@ -6,10 +6,12 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from dynamics.report.fisher_summary import fisher_summary
 from dynamics.report.plain import number, whole
+from dynamics.spectra.labelled import parts_of_sums
 
 _TOTALS = (
     "frobenius_norm_all",
@@ -54,10 +56,12 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         - ``gradient``: ``None``, or medians over matrices at the last ``step`` at which gradients were captured;
         - ``fisher``: ``None``, or informative directions, the update in them, and tasks, see ``fisher_summary``;
         - ``path``: ``None``, or the shape of the newest training's path through its checkpoints;
-        - ``base``: ``None``, or medians over matrices of updates beside the weights they changed;
+        - ``base``: ``None``, or medians over matrices of updates beside the weights they changed, and how many
+          ``matrices`` could be compared;
         - ``association`` with scores and ``comparison`` of groups: ``None``, or the ``headline`` measure named before
           looking and ``statements``, those of the headline first;
-        - ``totals`` of the direct sum of all updates; ``over_matrices``: quartiles, and the medians of the null;
+        - ``totals`` of the direct sum of all updates, and the number of ``matrices`` in it; ``adapters``: of each one
+          by itself, where several are not added up; ``over_matrices``: quartiles, and the medians of the null;
         - ``roles``, most energy first; ``table``, a row for each matrix, largest update first;
         - ``suggested_rank_energy``, the share of energy that the suggested ranks hold; ``findings``.
 
@@ -88,7 +92,8 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         "base": _base(tree),
         **_related(tree),
         "suggested_rank_energy": float(update["suggested_rank"].attrs["energy"]),
-        "totals": {name: number(last[name]) for name in _TOTALS},
+        "totals": _totals(last),
+        "adapters": _adapters(last),
         "over_matrices": _over_matrices(tree["summary"].to_dataset().load()),
         "roles": _roles(last),
         "table": _table(last),
@@ -164,6 +169,32 @@ def _path(tree: xr.DataTree) -> dict[str, Any] | None:
     }
 
 
+def _totals(last: xr.Dataset) -> dict[str, Any]:
+    """Of the direct sum of all matrices; nothing where adapters that are not added up make no such sum."""
+    separate = bool(_adapters(last))
+    names = last["matrix"].values.tolist()
+    counted = (last["count"].values > 0) & ~np.array(parts_of_sums(names), dtype=bool)
+    return {**{name: None if separate else number(last[name]) for name in _TOTALS}, "matrices": int(counted.sum())}
+
+
+def _adapters(last: xr.Dataset) -> list[dict[str, Any]]:
+    """Each of several adapters that are not added up; empty where they are, or there is only one."""
+    names = last["matrix"].values.tolist()
+    owners = [name.rpartition("@")[2] if "@" in name else "" for name in names]
+    if len(set(owners)) < 2 or "" in owners:
+        return []
+    norm, known = last["frobenius_norm"].values, last["count"].values > 0
+    rows = {owner: [i for i, one in enumerate(owners) if one == owner] for owner in dict.fromkeys(owners)}
+    return [
+        {
+            "adapter": owner,
+            "matrices": int(known[members].sum()),
+            "frobenius_norm": number(np.sqrt(np.sum(norm[members][known[members]] ** 2))),
+        }
+        for owner, members in rows.items()
+    ]
+
+
 def _base(tree: xr.DataTree) -> dict[str, Any] | None:
     if "base" not in tree.children:
         return None
@@ -173,6 +204,8 @@ def _base(tree: xr.DataTree) -> dict[str, Any] | None:
     return {
         "step": int(last["step"]),
         "k": int(base.attrs["k"]),
+        "matrices": int(np.isfinite(last["relative_size"].values).sum()),
+        "of": base.sizes["matrix"],
         **{name: number(last[name].median("matrix")) for name in names},
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 UNKNOWN = "–"
@@ -75,13 +75,34 @@ def answers(summary: Mapping[str, Any]) -> list[str]:
 
 
 def how_far(summary: Mapping[str, Any]) -> str:
-    """One sentence: the size of the whole update at the last step."""
+    """One sentence: the size of the whole update at the last step, of several adapters of each by itself."""
+    step = f"At step {summary['last_step']:,}"
+    if summary["adapters"]:
+        return f"{step} {_joined(map(_of_adapter, summary['adapters']))}. They are not added up."
     norm = summary["totals"]["frobenius_norm_all"]
     if norm is None:
         return f"The size of the whole update at step {summary['last_step']:,} is not known."
     if norm == 0:
-        return f"At step {summary['last_step']:,} no matrix has moved: every update is exactly zero."
-    return f"At step {summary['last_step']:,} the update has Frobenius norm {number(norm)} over all matrices."
+        return f"{step} no matrix has moved: every update is exactly zero."
+    return f"{step} the update has Frobenius norm {number(norm)} over {which_matrices(summary)}."
+
+
+def _of_adapter(adapter: Mapping[str, Any]) -> str:
+    size = f"Frobenius norm {number(adapter['frobenius_norm'])}"
+    return f"the update of {adapter['adapter']} has {size} over {counted(adapter['matrices'], 'matrix', 'matrices')}"
+
+
+def _joined(parts: Iterable[str]) -> str:
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def which_matrices(summary: Mapping[str, Any]) -> str:
+    """How many matrices a sum stands for: those that are part of a sum of adapters are not counted twice."""
+    names = {row["name"] for row in summary["table"]}
+    every = sum(not ("@" in name and name.rpartition("@")[0] in names) for name in names)
+    known = summary["totals"]["matrices"]
+    return "all matrices" if known >= every else f"{known:,} of {counted(every, 'matrix', 'matrices')}"
 
 
 def how_many_directions(summary: Mapping[str, Any]) -> str:
@@ -119,9 +140,14 @@ def how_straight(summary: Mapping[str, Any]) -> str:
 def beside_the_base(summary: Mapping[str, Any]) -> str:
     """One or two sentences: updates beside the weights they changed; ``""`` without a base."""
     base = summary["base"]
-    if base is None or base["relative_size"] is None:
+    if base is None:
         return ""
-    found = f"It is {percent(base['relative_size'])} of the norm of the weights before training, in the median matrix."
+    if not base["matrices"]:
+        return f"None of the {counted(base['of'], 'matrix', 'matrices')} could be compared with the base."
+    median = "in the median matrix"
+    if base["matrices"] < base["of"]:
+        median = f"in the median of the {base['matrices']:,} of {base['of']:,} matrices that the base has"
+    found = f"It is {percent(base['relative_size'])} of the norm of the weights before training, {median}."
     if base.get("overlap_left") is None:
         return found
     return (

@@ -96,7 +96,7 @@ def _of_matrix(name: str, before: OpenCheckpoint, after: OpenCheckpoint, k: int)
         if not isinstance(weight, Tensor):
             return {}
         found = {"base_norm": float(torch.linalg.vector_norm(weight, dtype=torch.float64))}
-        if not k or name not in after.shapes:
+        if not k or name not in after.shapes or after.shapes[name].holds == "state":
             return found
         update = _update(after[name], weight, after.shapes[name].holds)
     except UnreadableMatrix:

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from dynamics.checkpoints.trajectory import Checkpoint, Matrix, OpenCheckpoint, Trajectory, UnreadableMatrix
 from dynamics.findings import Finding
-from dynamics.spectra import increments, pairs
+from dynamics.spectra import increments, pairs, zero_blocks
 from dynamics.spectra.increments import Cores
 from dynamics.spectra.pairs import MatrixSpectra, Results
+from dynamics.spectra.zero_blocks import ZeroBlock, zero_block_findings
 from probes.low_rank import LowRankMatrix
 
 #: Bytes of float64 stack that one task works on: a few matrices of a 7B model, which stay in the last-level cache.
@@ -54,16 +55,20 @@ def trajectory_spectra(
     """
     results: Results = {}
     findings: list[Finding] = []
+    blocks: list[tuple[int, str, ZeroBlock]] = []
     with _single_threaded_workers(workers or _available_cores()) as executor:
         for segment in sorted({checkpoint.segment for checkpoint in trajectory.checkpoints}):
             checkpoints = [checkpoint for checkpoint in trajectory.checkpoints if checkpoint.segment == segment]
             starts = {checkpoint.step: trajectory.start_of(checkpoint) for checkpoint in checkpoints}
-            for checkpoint, solved, found in _segment_spectra(
-                checkpoints, starts, executor, torch.device(device), progress
-            ):
-                findings += found
-                results.update({(checkpoint.step, name): spectra for name, spectra in solved.items()})
-    return results, findings
+            for checkpoint, outcomes in _segment_spectra(checkpoints, starts, executor, torch.device(device), progress):
+                for outcome in sorted(outcomes, key=lambda outcome: outcome.name):
+                    if outcome.spectra is not None:
+                        results[checkpoint.step, outcome.name] = outcome.spectra
+                    if outcome.code:
+                        findings.append(_finding(outcome, checkpoint))
+                    if outcome.zero_block is not None:
+                        blocks.append((checkpoint.step, outcome.name, outcome.zero_block))
+    return results, [*findings, *zero_block_findings(blocks, len(trajectory.matrices))]
 
 
 def _available_cores() -> int:
@@ -115,7 +120,7 @@ def _segment_spectra(
     executor: Executor,
     device: torch.device,
     progress: Callable[[int], None],
-) -> Iterator[tuple[Checkpoint, dict[str, MatrixSpectra], list[Finding]]]:
+) -> Iterator[tuple[Checkpoint, list[_Outcome]]]:
     opened: list[tuple[ExitStack, OpenCheckpoint]] = []
     solved: dict[str, MatrixSpectra] = {}
     reduced: dict[str, Cores] = {}
@@ -132,21 +137,14 @@ def _segment_spectra(
             if before is None and start is not None and start.step < checkpoint.step:
                 before = beginning  # the first increment is what changed since the base
             window = _Window(now, before, earlier, beginning, solved, reduced)
-            solved_now: dict[str, MatrixSpectra] = {}
-            findings: list[Finding] = []
-            reduced_now: dict[str, Cores] = {}
+            outcomes: list[_Outcome] = []
             tasks = [executor.submit(_solve_batch, names, window, device) for names in _batches(window)]
             for task in as_completed(tasks):
-                for outcome in task.result():
-                    if outcome.spectra is not None:
-                        solved_now[outcome.name] = outcome.spectra
-                    if outcome.cores is not None:
-                        reduced_now[outcome.name] = outcome.cores
-                    if outcome.code:
-                        findings.append(_finding(outcome, checkpoint))
-                    progress(1)
-            yield checkpoint, solved_now, sorted(findings, key=lambda finding: finding.matrix)
-            solved, reduced = solved_now, reduced_now
+                outcomes += task.result()
+                progress(len(task.result()))
+            yield checkpoint, outcomes
+            solved = {outcome.name: outcome.spectra for outcome in outcomes if outcome.spectra is not None}
+            reduced = {outcome.name: outcome.cores for outcome in outcomes if outcome.cores is not None}
             if len(opened) == 3:
                 opened.pop()[0].close()
     finally:
@@ -164,7 +162,7 @@ def _batches(window: _Window) -> list[list[str]]:
     """Names grouped by what one batch can hold: one shape and rank, and predecessors of the same kind."""
     groups: dict[tuple, list[str]] = defaultdict(list)
     for name, shape in window.now.shapes.items():
-        size = (shape.out, shape.in_, shape.rank)
+        size = (shape.out, shape.in_, shape.rank, shape.holds)
         linked = tuple(
             (other.out, other.in_, other.rank) if (other := checkpoint.shapes.get(name)) else None
             for checkpoint in (window.before, window.earlier)
@@ -172,7 +170,7 @@ def _batches(window: _Window) -> list[list[str]]:
         )
         groups[(size, linked, name in window.reduced)].append(name)
     chunks = []
-    for ((out, in_, rank), *_), names in groups.items():
+    for ((out, in_, rank, _), *_), names in groups.items():
         length = max(1, BATCH_BYTES // (16 * rank * (out + in_))) if rank else 1
         chunks += [names[start : start + length] for start in range(0, len(names), length)]
     return chunks
@@ -185,6 +183,7 @@ class _Outcome:
     cores: Cores | None = None
     code: str = ""
     message: str = ""
+    zero_block: ZeroBlock | None = None
 
 
 def _solve_batch(names: Sequence[str], window: _Window, device: torch.device) -> list[_Outcome]:
@@ -209,9 +208,12 @@ def _solve(names: Sequence[str], window: _Window, device: torch.device) -> list[
     if before is not None and before.matrices[0].shape != (shape.out, shape.in_):
         before = None  # the finding is the reader's: the matrix is another one
     solved = pairs.solve(now, before, device=device, workspace=_OWN.workspace)
+    failures = [_failure(one.is_finite, bool(one.spectra.total.isnan().any())) for one in solved]
+    if shape.holds == "state":
+        solved = [replace(one, spectra=one.spectra.without_total()) for one in solved]
     return [
-        _Outcome(name, one.spectra, one.cores, *_failure(one.is_finite, bool(one.spectra.total.isnan().any())))
-        for name, one in zip(names, solved, strict=True)
+        _Outcome(name, one.spectra, one.cores, *failure, zero_blocks.of_factors(matrix))
+        for name, matrix, one, failure in zip(names, now, solved, failures, strict=True)
     ]
 
 
@@ -225,7 +227,8 @@ def _solve_dense(name: str, window: _Window, device: torch.device) -> _Outcome:
     solved = pairs.solve_dense(now, start if of_base else _dense(name, window.before, window, device), start)
     values = [each for each in (solved.spectra.total, solved.spectra.increment) if each is not None]
     bad = any(bool(each.isnan().any()) for each in values)
-    return _Outcome(name, solved.spectra, None, *_failure(solved.is_finite, bad))
+    block = zero_blocks.of_dense(now, start, is_update=is_update)
+    return _Outcome(name, solved.spectra, None, *_failure(solved.is_finite, bad), block)
 
 
 def _dense(name: str, checkpoint: OpenCheckpoint | None, window: _Window, device: torch.device) -> Tensor | None:

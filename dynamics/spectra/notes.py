@@ -15,6 +15,8 @@ from dynamics.spectra.rounding import NOISE_LIMIT
 NAMED = 8
 #: An update lies below its null if its entropy is under this percentile of the null's draws.
 PERCENTILE = 5.0
+#: Root mean square of an update's entries beyond which it is no training's: weights are about 0.01 to 1.
+ABSURD = 1e3
 #: A rank is called unused if this share of it would hold ``ENERGY`` of the update.
 UNUSED = 0.5
 
@@ -23,6 +25,7 @@ def notes(update: xr.Dataset) -> list[Finding]:
     """Findings that follow from the numbers of ``/update`` alone."""
     return [
         *_zero_updates(update),
+        *_absurd(update),
         *_quantisation(update),
         *_missing_increments(update),
         *_against_null(update),
@@ -46,11 +49,29 @@ def _zero_updates(update: xr.Dataset) -> Iterator[Finding]:
         if names:
             yield Finding(
                 "OD202",
-                f"At step {step} the update of {_count(names, zero.sizes['matrix'])} is exactly zero (B = 0, as at the "
-                "start of a LoRA training), so its measures are NaN.",
+                f"At step {step} the update of {_count(names, zero.sizes['matrix'])} is exactly zero, as every "
+                "update is at the start of training, so its measures are NaN.",
                 matrix=names[0] if len(names) == 1 else "",
                 step=step,
                 evidence=_named(names),
+            )
+
+
+def _absurd(update: xr.Dataset) -> Iterator[Finding]:
+    size = np.sqrt(update["out"].values.astype(np.float64) * update["in"].values)
+    entries = update["frobenius_norm"].sel(kind="total").values / np.maximum(size, 1.0)
+    for row, step in enumerate(update["step"].values.tolist()):
+        names = update["matrix"].values[entries[row] > ABSURD].tolist()
+        if names:
+            largest = float(np.nanmax(entries[row]))
+            yield Finding(
+                "OD141",
+                f"At step {step} the update of {_count(names, len(size))} has entries of {largest:.1e} in the root "
+                "mean square; weights are about 0.01 to 1.",
+                remedy="Check that the file is not damaged, and that training had not diverged.",
+                matrix=names[0] if len(names) == 1 else "",
+                step=step,
+                evidence={"threshold": ABSURD, "largest": largest, **_named(names)},
             )
 
 

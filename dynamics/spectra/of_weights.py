@@ -73,6 +73,8 @@ def _weight(name: str, after: OpenCheckpoint, before: OpenCheckpoint | None) -> 
         matrix = after[name]
         if after.shapes[name].holds == "weight":
             return matrix if isinstance(matrix, Tensor) else None
+        if after.shapes[name].holds == "state":
+            return None
         start = before[name] if before is not None and name in before.shapes else None
     except UnreadableMatrix:
         return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -42,6 +42,11 @@ class MatrixSpectra:
     inner_product: float
     ranks: tuple[int, int]
     found_by: tuple[str, str] = ("qr_core", "qr_core")
+
+    def without_total(self) -> MatrixSpectra:
+        """The same where the start of training is not known: only the increment is an update."""
+        nothing = torch.empty(0, dtype=torch.float64)
+        return replace(self, total=nothing, ranks=(0, self.ranks[1]), found_by=("none", self.found_by[1]))
 
 
 #: (step, matrix) to spectra.

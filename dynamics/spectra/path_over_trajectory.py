@@ -133,6 +133,8 @@ def _of_matrix(
 ) -> Float[np.ndarray, "step step"] | None:
     shape = opened[0].shapes[name]
     try:
+        if shape.holds == "state":
+            return None  # its totals are not known
         if shape.rank:
             return path_gram([matrix for each in opened if isinstance(matrix := each[name], LowRankMatrix)])
         start: Tensor | None = None

@@ -73,8 +73,6 @@ def target() -> dict[str, Any]:
 
 REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {
     "DoRA": (lambda: lora(use_dora=True), "OD105", "DoRA"),
-    "PiSSA": (lambda: lora(init_lora_weights="pissa"), "OD105", "PiSSA"),
-    "OLoRA": (lambda: lora(init_lora_weights="olora"), "OD105", "OLoRA"),
     "KaSA": (lambda: lora(kasa_config=peft.tuners.lora.config.KasaConfig()), "OD105", "KaSA"),
     "BD-LoRA": (
         lambda: lora(

@@ -12,7 +12,7 @@ KEYS = {
     "gradient",
     "fisher", "path", "base", "association", "comparison",
     "toolkit_version", "run", "label", "created", "steps", "segments", "matrices", "last_step", "suggested_rank_energy",
-    "totals", "over_matrices", "roles", "table", "findings",
+    "totals", "adapters", "over_matrices", "roles", "table", "findings",
 }  # fmt: skip
 
 
