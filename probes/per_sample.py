@@ -53,8 +53,12 @@ def recording(modules: Sequence[nn.Module]) -> Iterator[Recording]:
         if not any(each.requires_grad for each in _tensors(output)):
             found.without_graph.add(module)
 
-    # First of all hooks, to see the output as the layer made it.
-    handles = [module.register_forward_hook(keep, prepend=True, with_kwargs=True) for module in modules]
+    # First of all hooks, to see the output as the layer made it. Scripted modules take none.
+    handles = [
+        module.register_forward_hook(keep, prepend=True, with_kwargs=True)
+        for module in modules
+        if not isinstance(module, torch.jit.ScriptModule)
+    ]
     try:
         yield found
     finally:
