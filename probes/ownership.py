@@ -3,9 +3,9 @@ r"""Which sample each row of a layer's output belongs to: found out, not assumed
 Images, tiles and routed tokens come in any number a sample and in any order, and some models let samples meet.
 Backpropagation is linear in the losses: with a weight w_i on the loss of sample i, the gradient of a row that only this
 loss depends on is w_i times that of the unweighted sum, and that of a row that several losses depend on is not. Weights
-are powers of two, which scale floating-point numbers exactly. The comparison is therefore exact in every precision,
-and a sample with small gradients does not hide behind one with large gradients. Where kernels add up in an order that
-varies, a repeated pass says how much that changes.
+are powers of two, which scale floating-point numbers exactly, so that the comparison is exact in every precision. They
+are the larger the smaller a sample's gradients are: none hides behind the rounding of another's. Where kernels add up
+in an order that varies, a repeated pass says how much that changes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from torch import Tensor
 from probes.layer_rules import Call, gradient_rows
 from probes.sample_gradients import at_least_single
 
-#: Weights are 2^−8 … 2^7: within the range of half precision.
-_LOWEST, _LEVELS = -8, 16
+#: Weights of samples with equal gradients are so many powers of two; fewer where the range of numbers is small.
+_LEVELS, _LEVELS_OF_FLOAT16 = 32, 8
+
+#: Gradients smaller than the largest by more powers of two are not made as large.
+_RANGE = 64
 
 #: Gradients may differ from what they should be by so many times what repeating a pass changes.
 _REPEATABILITY = 16.0
@@ -95,7 +98,7 @@ def samples_of_rows(
         By the call's identity: ``None`` where each sample has as many rows, one sample's after the other's; else the
         sample of each row, −1 where the losses do not depend on it. Calls with rows of several samples are missing.
     """
-    exponents = _exponents(len(losses)).to(losses.device)
+    exponents = _exponents(len(losses), calls, rows).to(losses.device)
     placed: dict[int, Tensor | None] = {}
     passes = [(exponents[0], _weighted(losses, calls, exponents[0]))]
     left = _place(placed, calls, rows, passes, len(losses))
@@ -123,12 +126,15 @@ def _place(
         weighted = [(exponents, given[id(call)]) for exponents, given in passes]
         noise = None if repeated is None else (repeated[id(call)] - gradients).abs().amax(1)
         if len(gradients) % samples == 0:
-            straight = torch.arange(samples, device=gradients.device).repeat_interleave(len(gradients) // samples)
-            if _holds(gradients, straight, weighted, noise):
+            length = len(gradients) // samples
+            weights = torch.exp2(weighted[0][0]).to(gradients).repeat_interleave(length)[:, None]
+            straight = torch.arange(samples, device=gradients.device).repeat_interleave(length)
+            # The first comparison, which ends most, is the same without thought of what is not finite.
+            if torch.equal(weighted[0][1], gradients * weights) or _holds(gradients, straight, weighted, noise):
                 placed[id(call)] = None
                 continue
-        if len(weighted) == 2 and samples <= _LEVELS**2:
-            numbers = _decoded(gradients, weighted, samples)
+        if len(weighted) == 2:
+            numbers = _decoded(gradients, weighted)
             if _holds(gradients, numbers, weighted, noise):
                 placed[id(call)] = numbers
                 continue
@@ -136,16 +142,28 @@ def _place(
     return left
 
 
-def _exponents(samples: int) -> Int[Tensor, "pass sample"]:
-    """Logarithms of the weights of two passes: together they name up to 256 samples, each alone tells 16 apart."""
-    generator = torch.Generator().manual_seed(0)
-    turns = [torch.randperm(_LEVELS, generator=generator) for _ in range(samples // _LEVELS + 2)]
-    number = torch.arange(samples)
-    first = torch.stack(turns[1:])[number // _LEVELS, number % _LEVELS]
-    return torch.stack([first, (turns[0][first] + number // _LEVELS) % _LEVELS]) + _LOWEST
+def _exponents(samples: int, calls: Sequence[Call], rows: Mapping[int, Tensor]) -> Float[Tensor, "pass sample"]:
+    """Logarithms of the weights of two passes, which together name each sample.
+
+    Those of the first grow as gradients get smaller, by more than these do. How large a sample's gradients are, is
+    known where rows are in order; elsewhere any weights will do.
+    """
+    sizes = torch.zeros(samples, dtype=torch.float64)
+    for call in calls:
+        gradients = rows[id(call)]
+        if gradients.numel() and len(gradients) % samples == 0:
+            largest = gradients.abs().reshape(samples, -1).amax(1).double().cpu()
+            sizes = torch.maximum(sizes, (largest / largest.max()).nan_to_num(0))
+    smaller = torch.where(sizes > 0, -sizes.log2(), 0).round().clamp(0, _RANGE)
+    rank = smaller.argsort(stable=True).argsort()
+    half = any(call.output.dtype == torch.float16 for call in calls)
+    levels = _LEVELS_OF_FLOAT16 if half else _LEVELS
+    first = smaller + rank * min(samples, levels) // samples
+    twins = (first[:, None] == first).tril(-1).sum(1)  # samples before this one with the same weight
+    return torch.stack([first, (twins + 5 * first) % levels - levels // 2])
 
 
-def _weighted(losses: Tensor, calls: Sequence[Call], exponents: Tensor) -> dict[int, Tensor]:
+def _weighted(losses: Tensor, calls: Sequence[Call], exponents: Float[Tensor, " sample"]) -> dict[int, Tensor]:
     """Gradients of the weighted sum of losses, as rows, by the call's identity."""
     outputs = [call.output for call in calls]
     weights = torch.exp2(exponents).to(losses)
@@ -158,19 +176,16 @@ def _weighted(losses: Tensor, calls: Sequence[Call], exponents: Tensor) -> dict[
     }
 
 
-def _decoded(rows: Tensor, passes: Sequence[tuple[Tensor, Tensor]], samples: int) -> Int[Tensor, " row"]:
+def _decoded(rows: Tensor, passes: Sequence[tuple[Tensor, Tensor]]) -> Int[Tensor, " row"]:
     """The sample of each row by the ratio of its gradients: −1 for rows of zeros, −2 where there is no such sample."""
-    table = torch.full((_LEVELS, _LEVELS), -2, device=rows.device)
-    first, second = (exponents - _LOWEST for exponents, _ in passes)
-    table[first, second] = torch.arange(samples, device=rows.device)
     largest = rows.abs().amax(1, keepdim=True)
     unit = (rows / largest).double()
-    levels = [
-        ((unit * (weighted / largest)).sum(1) / unit.square().sum(1)).log2().round() - _LOWEST for _, weighted in passes
-    ]
-    valid = torch.stack([(level >= 0) & (level < _LEVELS) for level in levels]).all(0)
-    numbers = table[tuple(torch.where(valid, level, 0).long() for level in levels)]
-    return torch.where(largest[:, 0] == 0, -1, torch.where(valid, numbers, -2))
+    ratios = [(unit * (weighted / largest)).sum(1) / unit.square().sum(1) for _, weighted in passes]
+    is_samples = torch.stack(
+        [ratio.log2().round()[:, None] == exponents for ratio, (exponents, _) in zip(ratios, passes, strict=True)]
+    ).all(0)
+    numbers = torch.where(is_samples.any(1), is_samples.int().argmax(1), -2)
+    return torch.where(largest[:, 0] == 0, -1, numbers)
 
 
 def _holds(
