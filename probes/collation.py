@@ -13,18 +13,26 @@ from probes.losses import IGNORED
 #: Names that data sets give to what models call ``labels``.
 _LABELS = ("label", "label_ids")
 
+_REMEDY = (
+    "Pass collate=, which makes a dict of tensors from a list of samples, or make a task of the samples that have it "
+    "and one of the others."
+)
+
 
 def tensors(sample: Any, leave_out: Collection[str] = ()) -> dict[str, Tensor]:
-    """The values of a sample that a model can take, as tensors; text is left out, for no model takes it.
+    """The values of a sample that a model can take, as tensors.
+
+    Text is left out, for no model takes it, and so is ``None``, which stands for a value that the sample lacks: data
+    sets that join several sources have it where a column comes from another source.
 
     Args:
-        sample: A dict of tensors, arrays, lists of numbers, numbers and text. ``label`` becomes ``labels``.
+        sample: A dict of tensors, arrays, lists of numbers, numbers, text and ``None``. ``label`` becomes ``labels``.
         leave_out: Keys that are not for the model.
 
     Raises:
         ValueError: If the sample is no dict, or a value is neither numbers nor text.
 
-    >>> tensors({"input_ids": [5, 6], "label": 1, "question": "Where?"})
+    >>> tensors({"input_ids": [5, 6], "label": 1, "question": "Where?", "image": None})
     {'input_ids': tensor([5, 6]), 'labels': tensor(1)}
     """
     if not isinstance(sample, Mapping):
@@ -33,9 +41,9 @@ def tensors(sample: Any, leave_out: Collection[str] = ()) -> dict[str, Tensor]:
             "Pass collate=, which makes a dict of tensors from a list of samples."
         )
     numeric = {
-        "labels" if key in _LABELS and "labels" not in sample else str(key): _tensor(key, value)
+        "labels" if key in _LABELS and sample.get("labels") is None else str(key): _tensor(key, value)
         for key, value in sample.items()
-        if key not in leave_out and not isinstance(value, str)
+        if key not in leave_out and value is not None and not isinstance(value, str)
     }
     if not numeric:
         raise ValueError(f"expected a sample with numbers for the model, got one with {_listed(sample)} only.")
@@ -101,18 +109,21 @@ def require_same_keys(samples: Iterable[Mapping[str, Any]]) -> None:
 
     >>> require_same_keys([{"a": 1}, {}])
     Traceback (most recent call last):
-    ValueError: expected the same keys in all samples, but sample 1 of the batch lacks 'a'.
+    ValueError: expected the same keys in all samples, but sample 1 of the batch lacks 'a'. Pass collate=, which makes \
+a dict of tensors from a list of samples, or make a task of the samples that have it and one of the others.
     """
     first: set[str] | None = None
     for index, sample in enumerate(samples):
         first = set(sample) if first is None else first
         if missing := sorted(first - set(sample)):
             raise ValueError(
-                f"expected the same keys in all samples, but sample {index} of the batch lacks {_listed(missing)}."
+                f"expected the same keys in all samples, but sample {index} of the batch lacks {_listed(missing)}. "
+                f"{_REMEDY}"
             )
         if extra := sorted(set(sample) - first):
             raise ValueError(
-                f"expected the same keys in all samples, but sample {index} of the batch alone has {_listed(extra)}."
+                f"expected the same keys in all samples, but sample {index} of the batch alone has {_listed(extra)}. "
+                f"{_REMEDY}"
             )
 
 

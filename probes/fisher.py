@@ -24,6 +24,8 @@ from probes.batches import ProbeBatch, is_text, on_device, one_each
 from probes.blocks import Block, Blocks, find_blocks, trained_parameters
 from probes.gram import GLOBAL, Gram
 from probes.label_sampling import with_sampled_labels
+from probes.layer_rules import adapted_layer
+from probes.losses import token_losses
 from probes.low_rank import LowRankMatrix
 from probes.per_sample import Chain, Recording, owners, recording, sample_gradients
 from probes.projection import projected
@@ -32,6 +34,7 @@ from probes.sample_gradients import (
     Outer,
     SampleGradient,
     Scatter,
+    Term,
     added,
     at_least_single,
     compact,
@@ -40,7 +43,7 @@ from probes.sample_gradients import (
     stacked,
 )
 from probes.spaces import TangentSpace, change_energy
-from probes.tasks import probe_loss
+from probes.tasks import Task, probe_loss
 from probes.undisturbed import bare, undisturbed
 from probes.watched import Matrix
 
@@ -136,6 +139,7 @@ class _Measurement:
         self._modules = list(dict.fromkeys([*modules, *(m for chain in self._chains.values() for m in chain)]))
         self._names = {id(parameter): name for name, parameter in trained_parameters(model).items()}
         self._slow: dict[int, str] = {}
+        self._in_order: bool | None = None  # of batches of text, once one was looked at
         self._update = update
         self._products: dict[str, list[tuple[Tensor, float, float]]] = {}
         self.losses: list[Tensor] = []
@@ -165,26 +169,41 @@ class _Measurement:
         if not losses.requires_grad:
             raise ValueError("Expected losses with a graph, got some that do not depend on any trainable parameter.")
         self.losses.append(losses.detach().to(device="cpu", dtype=torch.float64))
-        self._take(losses, recorded, trusted=is_text(batch, len(losses)))
+        # Images may be any number a sample, and a user's loss may let samples meet: found out for each batch. Of text
+        # and the model's own loss the first batch speaks for all.
+        plain = is_text(batch, len(losses)) and not _is_users(loss, batch)
+        in_order = self._take(losses, recorded, trusted=plain and self._in_order is True)
+        if plain and len(losses) > 1 and self._in_order is not False:
+            self._in_order = in_order
 
-    def _take(self, losses: Tensor, recorded: Recording, *, trusted: bool) -> None:
-        gradients, slow, matrices = sample_gradients(
-            losses, self._parameters, self._own, recorded, chains=list(self._chains.values()), trusted=trusted
-        )
-        self._slow |= {id(parameter): self._names[id(parameter)] for parameter in slow}
+    def _take(self, losses: Tensor, recorded: Recording, *, trusted: bool) -> bool:
+        """Takes in the gradients of one batch; returns whether rows were in the samples' order."""
+        chains = [self._chains[block.name] for block in self._blocks if self._needs_matrix(block, recorded)]
+        taken = sample_gradients(losses, self._parameters, self._own, recorded, chains=chains, trusted=trusted)
+        slow = {each for each in taken.one_by_one if isinstance(each, tuple)}
         for block in self._blocks:
+            for parameter, _ in block.parameters:
+                by_itself = any(parameter is each for each in taken.one_by_one)
+                if by_itself or (block.layer is not None and self._chains[block.name] in slow):
+                    self._slow[id(parameter)] = self._names[id(parameter)]
             chain = self._chains.get(block.name)
-            whole = matrices.get(chain) if chain is not None else None
+            matrix = taken.matrices.get(chain) if chain is not None else None
             if block.tangent is not None:
-                by_samples = any(parameter is each for parameter, _ in block.parameters for each in slow)
-                source = None if by_samples else whole
                 precision = _precision(chain, recorded)
-                part = [_in_tangent_space(block, block.tangent, source, precision, gradients)]
+                part = [_in_tangent_space(block, block.tangent, matrix, precision, taken.parameters)]
             elif block.layer is not None:
-                part = [_as_matrix(block, whole, len(losses))]
+                part = [_as_matrix(block, block.layer, matrix, taken.parameters, len(losses))]
             else:
-                part = [_viewed(gradients[id(p)], view, p) for p, view in block.parameters]
+                part = [_viewed(taken.parameters[id(p)], view, p) for p, view in block.parameters]
             block.parts.append(self._projected(block, part) if self._projection else [compact(each) for each in part])
+        return taken.in_order
+
+    def _needs_matrix(self, block: Block, recorded: Recording) -> bool:
+        """Whether ∇W is wanted of the layer itself: in weight space, or where solving for it would lose too much."""
+        chain = self._chains.get(block.name)
+        if chain is None or block.tangent is None:
+            return chain is not None
+        return not all(block.tangent.is_solvable(_precision(chain, recorded)))
 
     def _projected(self, block: Block, part: Sequence[SampleGradient]) -> list[SampleGradient]:
         """The block's gradients as k numbers a sample, its products with the update taken before."""
@@ -298,11 +317,14 @@ def _factors(block: Block) -> list[nn.Parameter]:
 
 def probe_loss_of(batch: Any) -> Loss:
     """How a batch's losses are measured, if nothing else is said."""
-    if isinstance(batch, ProbeBatch):
-        return probe_loss
-    from probes.losses import token_losses
+    return probe_loss if isinstance(batch, ProbeBatch) else token_losses
 
-    return token_losses
+
+def _is_users(loss: Loss, batch: Any) -> bool:
+    """Whether losses are measured by a function of the user's, not by the model's own loss."""
+    loss = batch.loss if loss is probe_loss else loss
+    task = getattr(loss, "__self__", None)
+    return callable(task.loss) if isinstance(task, Task) else loss is not token_losses
 
 
 def _part_of(change: Matrix | None, view: Callable[[Tensor], Tensor] | None) -> Matrix | None:
@@ -321,15 +343,19 @@ def _viewed(gradient: SampleGradient, view: Callable[[Tensor], Tensor] | None, p
     return SampleGradient(tuple(part.shape), gradient.samples, [Materialised(values)])
 
 
-def _as_matrix(block: Block, term: Outer | Scatter | None, samples: int) -> SampleGradient:
-    if term is None:
-        raise ValueError(
-            f"Expected the inputs and outputs of {block.name!r} to belong to one sample each, got a layer that is not "
-            "called so. Choose space='tangent'."
-        )
+def _as_matrix(
+    block: Block, layer: nn.Module, term: Term | None, gradients: Mapping[int, SampleGradient], samples: int
+) -> SampleGradient:
     out, in_ = block.products[0].matrix(lambda p: p.detach()).shape
     # An embedding's rows are words; the adapter's matrix is (dimension, words).
-    return SampleGradient((in_, out) if isinstance(term, Scatter) else (out, in_), samples, [term])
+    shape = (in_, out) if isinstance(adapted_layer(layer), nn.Embedding) else (out, in_)
+    if term is None and any(gradients[id(parameter)].terms for parameter, _ in block.parameters):
+        raise ValueError(
+            f"Expected a layer whose inputs and outputs say the gradient of {block.name!r}, got "
+            f"{type(layer).__name__} of {type(adapted_layer(layer)).__name__}, which is called or computes otherwise. "
+            "Choose space='tangent'."
+        )
+    return SampleGradient(shape, samples, [] if term is None else [term])
 
 
 def _along(change: Matrix, gradient: SampleGradient) -> Matrix:
@@ -342,25 +368,32 @@ def _along(change: Matrix, gradient: SampleGradient) -> Matrix:
 def _in_tangent_space(
     block: Block,
     tangent: TangentSpace,
-    whole: Outer | Scatter | None,
+    matrix: Term | None,
     precision: torch.dtype,
     gradients: Mapping[int, SampleGradient],
 ) -> SampleGradient:
-    """From gradients of the factors; or from inputs of A and output gradients of B, Σ s δ xᵀ, for a side of ∇W that
-    the factors' gradients say too badly."""
-    sources = (whole.left, whole.right) if isinstance(whole, Outer) else None
-    solve_left, solve_right = (True, True) if sources is None else tangent.is_solvable(precision)
+    """From gradients of the factors; or from s ∇W itself, for a side of it that the factors' gradients say too badly."""
+    solve_left, solve_right = (True, True) if matrix is None else tangent.is_solvable(precision)
     scale = block.products[0].scale()
-    if sources is None or solve_left:
+    if matrix is None or solve_left:
         along = tangent.solved_left(_beside([(p.right, p.right_view) for p in block.products], gradients, tangent, 1))
     else:
-        along = tangent.projected_left(*sources) / scale
-    if sources is None or solve_right:
+        along = tangent.projected_left(*_factored(matrix)) / scale
+    if matrix is None or solve_right:
         beside = tangent.solved_right(_beside([(p.left, p.left_view) for p in block.products], gradients, tangent, 2))
     else:
-        beside = tangent.projected_right(*sources) / scale
+        beside = tangent.projected_right(*_factored(matrix)) / scale
     coordinates = tangent.coordinates(along, beside)
     return SampleGradient(tuple(coordinates.shape[1:]), len(coordinates), [Materialised(coordinates)])
+
+
+def _factored(matrix: Term) -> tuple[Float[Tensor, "sample token out"], Float[Tensor, "sample token in"]]:
+    """Left and right of Σ_t left_t right_tᵀ; of a matrix that is multiplied out, its rows are the right."""
+    assert not isinstance(matrix, Scatter)
+    if isinstance(matrix, Outer):
+        return matrix.left, matrix.right
+    ones = torch.eye(matrix.shape[0], dtype=matrix.values.dtype, device=matrix.values.device)
+    return ones.expand(len(matrix.values), *ones.shape), matrix.values
 
 
 def _beside(

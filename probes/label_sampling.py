@@ -35,8 +35,8 @@ def with_sampled_labels(model: nn.Module, batch: Any, generator: torch.Generator
             "Use fisher='empirical'."
         )
     outputs = model(**batch)
+    shift = predicts_next(model, outputs, labels.to(outputs.logits.device))
     logits = outputs.logits.detach().float()
-    shift = predicts_next(model, logits, labels.to(logits.device), outputs.loss.detach())
     places = torch.softmax(logits[:, :-1] if shift else logits, -1).to("cpu")
     drawn = torch.multinomial(places.flatten(0, -2), 1, generator=generator).view(places.shape[:-1]).to(labels.device)
     sampled = labels.clone()

@@ -2,17 +2,19 @@
 
 For a module y = W x, ∇_W of sample i is Σ_t δ_it x_itᵀ, with x its inputs and δ the gradients of its outputs. The same
 holds for convolutions (inputs unfolded) and embeddings; normalisations and biases have vectors. A layer is known by its
-class and its forward function, a normalisation by what it computes.
+class and its forward function, a normalisation by what it computes. Inputs and gradients are rows, one for each place
+at which the layer is applied; which rows are a sample's, :mod:`probes.ownership` finds out.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from probes.sample_gradients import Materialised, Outer, Scatter
 from probes.unwrapping import class_names
@@ -37,28 +39,25 @@ class Call:
     plain: bool
 
 
-def has_rule(call: Call, name: str, samples: int) -> bool:
-    """Whether one call's part in the gradient of the module's parameter ``name`` can be taken apart by sample.
+def has_rule(call: Call, name: str) -> bool:
+    """Whether one call's part in the gradient of the module's parameter ``name`` can be taken apart by rows.
 
     Args:
         call: One of all calls of a module in a batch.
         name: ``"weight"``, ``"bias"``, or another.
-        samples: How many the batch holds.
     """
     module = call.module
     if not call.plain or "forward" in vars(module):  # a forward of its own may do anything with the parameter
         return False
     if call.output._version != call.version:  # changed in place since: its gradient is another tensor's
         return False
-    if call.input.shape[0] % samples or call.output.shape[0] % samples or call.output.ndim < 2:
+    if call.output.ndim < 2 or name not in ("weight", "bias"):
         return False
-    if is_convolution(module) and name in ("weight", "bias"):
-        return call.input.shape[0] == samples
-    if name in ("weight", "bias") and (_is_linear(module) or _is_conv1d(module)):
+    if is_convolution(module):
+        return call.output.ndim == _dimensions(module) + 2  # else one image without a dimension of images
+    if _is_linear(module) or _is_conv1d(module):
         return True
-    if name == "weight" and _is_embedding(module):
-        return True
-    return name in ("weight", "bias") and _is_elementwise(call, name)
+    return (name == "weight" and _is_embedding(module)) or _is_elementwise(call, name)
 
 
 def follows(first: Call, last: Call) -> bool:
@@ -66,7 +65,7 @@ def follows(first: Call, last: Call) -> bool:
     if not (first.plain and last.plain) or any(call.output._version != call.version for call in (first, last)):
         return False
     if first is last:
-        return True
+        return _has_matrix(first.module)
     module = last.module
     by_place = (
         _is_linear(module)
@@ -78,6 +77,17 @@ def follows(first: Call, last: Call) -> bool:
     )
     same = last.input.data_ptr() == first.output.data_ptr() and last.input.shape == first.output.shape
     return by_place and same and (_is_linear(first.module) or is_convolution(first.module))
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether the gradient of the module's weight, or of the weight it adapts, is Σ δ xᵀ."""
+    base = adapted_layer(module)
+    return isinstance(base, nn.Linear) or _is_conv1d(base) or is_convolution(base) or _is_embedding(base)
+
+
+def adapted_layer(module: nn.Module) -> nn.Module:
+    """The layer that a PEFT layer adapts, else the module itself."""
+    return module.get_base_layer() if "BaseTunerLayer" in class_names(module) else module  # pyright: ignore[reportCallIssue]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -112,59 +122,113 @@ def _is_embedding(module: nn.Module) -> bool:
 
 
 def _is_elementwise(call: Call, name: str) -> bool:
-    """Whether a one-dimensional parameter only scales, or shifts, the last dimension of what comes out."""
-    parameter = getattr(call.module, name)
+    """Whether a one-dimensional parameter only scales, or shifts, the last dimension of what comes out.
+
+    Judged by its gradient for random gradients of the output, which autograd gives too: that a parameter is still
+    constant, as at initialisation, or a non-linear gate at 0 or 1, says nothing about what it does.
+    """
+    parameter = getattr(call.module, name).detach()
     single = call.output.dtype in (torch.float32, torch.float64) and call.input.dtype == call.output.dtype
     if not single or parameter.ndim != 1 or call.output.shape[-1] != len(parameter):
         return False
     if call.input.shape != call.output.shape or set(dict(call.module.named_parameters())) - {"weight", "bias"}:
         return False
-    slope, at_zero = _slope(call, name)
-    error = (at_zero + slope * parameter.detach() - call.output.detach()).abs().max()
-    return bool(error <= 1e-4 * call.output.detach().abs().max())
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(call.output.shape, generator=generator, dtype=call.output.dtype).to(call.output.device)
+    leaf = parameter.clone().requires_grad_()
+    with torch.enable_grad():
+        output = _output_at(call, name, leaf)
+        if not output.requires_grad or output.shape != call.output.shape:
+            return False
+        (expected,) = torch.autograd.grad(output, leaf, random)
+    products = (random * _slope(call, name)).reshape(-1, len(parameter))
+    error, size = (expected - products.sum(0)).abs(), products.abs().sum(0)
+    return bool((error <= 2**12 * torch.finfo(size.dtype).eps * size).all())
 
 
 @torch.no_grad()
-def _slope(call: Call, name: str) -> tuple[Tensor, Tensor]:
-    """∂output/∂parameter, elementwise, and the output at a parameter of zeros."""
+def _slope(call: Call, name: str) -> Tensor:
+    """∂output/∂parameter, elementwise, of an output that is affine in the parameter."""
     parameter = getattr(call.module, name)
-    at_one, at_zero = (
-        functional_call(call.module, {name: torch.full_like(parameter, value)}, (call.input,)) for value in (1.0, 0.0)
-    )
-    return at_one - at_zero, at_zero
+    return _output_at(call, name, torch.ones_like(parameter)) - _output_at(call, name, torch.zeros_like(parameter))
 
 
-def _by_sample(tensor: Tensor, samples: int) -> Float[Tensor, "sample token feature"]:
-    return tensor.reshape(samples, -1, tensor.shape[-1])
+def _output_at(call: Call, name: str, value: Tensor) -> Tensor:
+    """The call's output at another value of a parameter; the module, its hooks and its buffers are not touched."""
+    twin = copy.copy(call.module)
+    twin.__dict__["_parameters"] = {**call.module._parameters, name: value}
+    twin.__dict__["_buffers"] = {key: b if b is None else b.clone() for key, b in call.module._buffers.items()}
+    return twin.forward(call.input)
 
 
-def term(call: Call, name: str, delta: Tensor, samples: int) -> Outer | Scatter | Materialised:
-    """What one call adds to the gradient of one of its module's parameters, in the parameter's own shape."""
-    module = call.module
-    if name == "bias" and is_convolution(module):
-        return Materialised(delta.flatten(2).sum(2))
-    if name == "bias" and (_is_linear(module) or _is_conv1d(module)):
-        return Materialised(_by_sample(delta, samples).sum(1))
-    if _is_linear(module) or is_convolution(module) or _is_embedding(module):
-        return matrix_term(call, delta, samples)
-    if _is_conv1d(module):
-        return Outer(_by_sample(call.input, samples).to(delta.dtype), _by_sample(delta, samples))
-    slope, _ = _slope(call, name)
-    return Materialised(_by_sample(delta * slope, samples).sum(1))
+def gradient_rows(call: Call, gradient: Tensor) -> Float[Tensor, "row feature"]:
+    """The gradient of a call's output, or any tensor of its shape, with one row for each place."""
+    base = adapted_layer(call.module)
+    if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d) and gradient.ndim == _dimensions(base) + 2:
+        gradient = gradient.flatten(2).mT
+    return gradient.reshape(-1, gradient.shape[-1]) if gradient.ndim else gradient.reshape(1, 1)
 
 
-def matrix_term(call: Call, delta: Tensor, samples: int) -> Outer | Scatter:
-    """Σ δ xᵀ as (out, in): by the kind of the module, or of the base layer that it adapts."""
-    module = call.module
-    base = module.get_base_layer() if "BaseTunerLayer" in class_names(module) else module  # pyright: ignore[reportCallIssue]
+def _input_rows(call: Call) -> Tensor:
+    """What went in, one row for each place: ``(row, feature)``, or of an embedding ``(row,)``."""
+    base = adapted_layer(call.module)
     if isinstance(base, nn.Embedding):
-        values, ids = _by_sample(delta, samples), call.input.reshape(samples, -1)
-        if base.padding_idx is not None:
-            values = values * (ids != base.padding_idx)[..., None]
-        return Scatter(ids, values, base.num_embeddings)
+        return call.input.reshape(-1)
     if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return Outer(delta.flatten(2).mT, _unfolded(call.input, base).to(delta.dtype))
-    return Outer(_by_sample(delta, samples), _by_sample(call.input, samples).to(delta.dtype))
+        return _unfolded(call.input, base).flatten(0, 1)
+    return call.input.reshape(-1, call.input.shape[-1])
+
+
+def term(
+    calls: Sequence[Call],
+    name: str,
+    rows: Sequence[Float[Tensor, "row feature"]],
+    by_sample: Callable[[Sequence[Tensor]], Tensor],
+) -> Outer | Scatter | Materialised:
+    """What calls of one module add to the gradient of one of its parameters, in the parameter's own shape.
+
+    Args:
+        calls: Of the module.
+        name: Of the parameter.
+        rows: Gradients of each call's output, as :func:`gradient_rows` gives them.
+        by_sample: Takes rows of all calls apart: ``(sample, token, …)``.
+    """
+    module = calls[0].module
+    if is_convolution(module) or _is_linear(module) or _is_conv1d(module):
+        if name == "bias":
+            return Materialised(by_sample(rows).sum(1))
+        matrix = matrix_term(calls, rows, by_sample)
+        return Outer(matrix.right, matrix.left) if _is_conv1d(module) and isinstance(matrix, Outer) else matrix
+    if _is_embedding(module):
+        return matrix_term(calls, rows, by_sample)
+    slopes = [gradient_rows(call, _slope(call, name)) for call in calls]
+    return Materialised(by_sample([row * slope for row, slope in zip(rows, slopes, strict=True)]).sum(1))
+
+
+def matrix_term(
+    calls: Sequence[Call],
+    rows: Sequence[Float[Tensor, "row feature"]],
+    by_sample: Callable[[Sequence[Tensor]], Tensor],
+) -> Outer | Scatter:
+    """Σ δ xᵀ as (out, in), of an embedding as (in, out): by the kind of the module, or of the layer that it adapts.
+
+    Args:
+        calls: Whose inputs x are.
+        rows: δ, perhaps of the outputs of other calls that follow these.
+        by_sample: As for :func:`term`.
+    """
+    base, inputs = adapted_layer(calls[0].module), by_sample([_input_rows(call) for call in calls])
+    values = by_sample(rows)
+    if isinstance(base, nn.Embedding):
+        if base.padding_idx is not None:
+            values = values * (inputs != base.padding_idx)[..., None]
+        return Scatter(inputs, values, base.num_embeddings)
+    return Outer(values, inputs.to(values.dtype))
+
+
+def _dimensions(module: nn.Module) -> int:
+    """Of the images that a convolution takes."""
+    return len(module.kernel_size)  # pyright: ignore[reportArgumentType]
 
 
 def _unfolded(inputs: Tensor, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Float[Tensor, "sample place feature"]:

@@ -15,8 +15,8 @@ from probes.unwrapping import class_names
 #: Cross-entropy leaves these labels out.
 IGNORED = -100
 
-#: Relative difference of two means of the same cross-entropies: in single precision, and at most, in half precision.
-_SAME, _ALIKE = 1e-4, 2e-2
+#: Two means of the same cross-entropies differ by so many roundings at most: of the mean, and of one token's.
+_OF_MEAN, _OF_TOKEN = 8, 4
 
 
 def token_losses(model: nn.Module, batch: Mapping[str, Any], reduction: str = "sum") -> Float[Tensor, " sample"]:
@@ -24,7 +24,8 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any], reduction: str = "s
 
     Models predict either the next label (decoders) or the label at the same place (encoder-decoders, masked language
     models, token classification). Which it is, is not guessed: it is the one whose mean over the batch is the loss
-    that the model itself computes.
+    that the model itself computes, up to rounding. A loss with other terms is refused: the auxiliary loss of a mixture
+    of experts, for example, belongs to a batch and not to its samples.
 
     Args:
         model: Takes the batch as keywords and returns ``loss`` and ``logits``, as Hugging Face models do.
@@ -61,24 +62,23 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any], reduction: str = "s
             f"got {tuple(labels.shape)} in {labels.dtype}. Pass loss=, a function (model, batch) that returns one "
             "loss a sample."
         )
-    losses, counted = _as_the_model(_readings(model, logits, labels.to(logits.device)), own.detach())
+    losses, counted = _as_the_model(_readings(model, logits, labels.to(logits.device)), outputs)
     total, count = losses.sum(1), counted.sum(1)
     return torch.where(count > 0, total / count if reduction == "mean" else total, torch.nan)
 
 
-def predicts_next(model: nn.Module, logits: Tensor, labels: Tensor, own: Tensor) -> bool:
+def predicts_next(model: nn.Module, outputs: Any, labels: Tensor) -> bool:
     """Whether logits predict the next label or the one at the same place: as the model's own loss has it.
 
     Args:
-        model: That gave the logits.
-        logits: ``[sample, token, class]`` or ``[sample, class]``.
+        model: That gave the outputs.
+        outputs: With ``logits``, ``[sample, token, class]`` or ``[sample, class]``, and the model's own ``loss``.
         labels: ``[sample, token]`` or ``[sample]``.
-        own: The model's own loss.
 
     Raises:
         ValueError: If the model's own loss is neither's mean cross-entropy.
     """
-    losses, _ = _as_the_model(_readings(model, logits, labels), own)
+    losses, _ = _as_the_model(_readings(model, outputs.logits.detach(), labels), outputs)
     return labels.ndim > 1 and losses.shape[1] < labels.shape[1]
 
 
@@ -98,27 +98,59 @@ def _predicts_next(model: nn.Module) -> bool:
 
 
 def _as_the_model(
-    readings: Mapping[str, tuple[Tensor, Tensor]], own: Tensor
+    readings: Mapping[str, tuple[Tensor, Tensor]], outputs: Any
 ) -> tuple[Float[Tensor, "sample token"], Bool[Tensor, "sample token"]]:
     """Cross-entropies whose mean is the model's own loss, and which of them count."""
+    own = outputs.loss.detach()
     loss = own.double().mean().item()
-    tried: dict[str, float] = {}
+    means: dict[str, float] = {}
+    sizes: dict[str, float] = {}
     results = {}
     for name, (logits, labels) in readings.items():
         losses, counted = _cross_entropies(logits, labels), labels != IGNORED
         results[name] = losses, counted
-        tried[name] = (losses.detach().double().sum() / counted.sum()).item()
-        # Also where there is nothing to compare with: no labels at all, or a model that has diverged.
-        if math.isnan(loss) or abs(tried[name] - loss) <= _SAME * abs(loss):
+        means[name] = (losses.detach().double().sum() / counted.sum()).item()
+        least, most = logits.detach().aminmax(dim=-1)
+        sizes[name] = means[name] + torch.maximum(-least, most)[counted].double().mean().item()
+        # Also where there is nothing to compare with: no labels at all, or a model that has diverged. Models take
+        # logits for cross-entropy in single precision, whatever their own is.
+        if math.isnan(loss) or abs(means[name] - loss) <= _OF_MEAN * torch.finfo(torch.float32).eps * sizes[name]:
             return results[name]
-    best = min(tried, key=lambda name: abs(tried[name] - loss))
-    if abs(tried[best] - loss) <= _ALIKE * abs(loss):
+    best = min(means, key=lambda name: abs(means[name] - loss))
+    tokens, auxiliary = int(results[best][1].sum()), _auxiliary(outputs)
+    # A model that names an auxiliary loss has added it; no rounding explains the difference then.
+    if not auxiliary and abs(means[best] - loss) <= _half_precision(own, readings[best][0], sizes[best], tokens):
         return results[best]
-    listed = ", ".join(f"{mean:.6g} for {name}" for name, mean in tried.items())
-    raise ValueError(
-        f"Expected the model's own loss to be a mean cross-entropy ({listed}), got {loss:.6g}: it is weighted, "
-        "smoothed or has other terms. Pass loss=, a function (model, batch) that returns one loss a sample."
+    listed = ", ".join(f"{mean:.6g} for {name}" for name, mean in means.items())
+    reason = (
+        f"it has an auxiliary loss ({', '.join(auxiliary)}), which belongs to a batch and not to its samples. To probe "
+        "the cross-entropy alone, pass loss=lambda model, batch: probes.losses.token_losses(model, {**batch, "
+        "'output_router_logits': False}). Otherwise pass"
+        if auxiliary
+        else "it is weighted, smoothed or has other terms. Pass"
     )
+    raise ValueError(
+        f"Expected the model's own loss to be a mean cross-entropy ({listed}), got {loss:.6g}: {reason} loss=, a "
+        "function (model, batch) that returns one loss a sample."
+    )
+
+
+def _auxiliary(outputs: Any) -> list[str]:
+    """Names of auxiliary losses that the outputs hold, such as those of routers."""
+    given = outputs if isinstance(outputs, Mapping) else vars(outputs)
+    return [name for name, value in given.items() if name.endswith(("aux_loss", "z_loss")) and value is not None]
+
+
+def _half_precision(own: Tensor, logits: Tensor, size: float, tokens: int) -> float:
+    """By how much a mean may differ that was rounded to half precision.
+
+    Errors of tokens are independent, so that they average out; that of the mean itself does not.
+    """
+    half = [tensor.dtype for tensor in (own, logits) if tensor.dtype.itemsize < 4]
+    if not half:
+        return 0.0
+    rounding = max(torch.finfo(kind).eps for kind in half)
+    return rounding * (_OF_TOKEN * size / math.sqrt(max(tokens, 1)) + (size if own.dtype in half else 0.0))
 
 
 def _cross_entropies(

@@ -2,9 +2,10 @@ r"""Gradients of each sample of a batch, from one forward and one backward pass.
 
 For a module y = W x, ∇_W of sample i is Σ_t δ_it x_itᵀ, with x its inputs and δ the gradients of its outputs. Autograd
 is therefore asked for gradients of outputs alone; those of parameters, summed over samples, are never formed. That
-holds for linear layers, convolutions (inputs unfolded), embeddings, normalisations and biases. Whatever else a
-parameter does (it is used by a function, several samples share a row, its output is changed in place) is found out, not
-assumed, and costs one backward pass for each sample.
+holds for linear layers, convolutions (inputs unfolded), embeddings, normalisations and biases. Which sample a row of an
+output belongs to is found out by further backward passes (:mod:`probes.ownership`). Whatever else a parameter does (it
+is used by a function, several samples share a row, its output is changed in place) is found out too, not assumed, and
+costs one backward pass for each sample.
 """
 
 from __future__ import annotations
@@ -20,14 +21,12 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from probes.layer_rules import Call, follows, has_rule, is_convolution, matrix_term, term
-from probes.sample_gradients import Materialised, Outer, SampleGradient, Scatter, at_least_single
+from probes.layer_rules import Call, follows, gradient_rows, has_rule, is_convolution, matrix_term, term
+from probes.ownership import Split, samples_of_rows, split_by
+from probes.sample_gradients import Materialised, SampleGradient, Term, at_least_single, compact, stacked
 
 #: The module that takes the inputs, and the one that gives the outputs.
 Chain: TypeAlias = tuple[nn.Module, nn.Module]
-
-#: Weights of samples by which it is told whose gradient a row holds: neighbours differ by more than a half.
-_GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass
@@ -54,8 +53,12 @@ def recording(modules: Sequence[nn.Module]) -> Iterator[Recording]:
         if not any(each.requires_grad for each in _tensors(output)):
             found.without_graph.add(module)
 
-    # First of all hooks, to see the output as the layer made it.
-    handles = [module.register_forward_hook(keep, prepend=True, with_kwargs=True) for module in modules]
+    # First of all hooks, to see the output as the layer made it. Scripted modules take none.
+    handles = [
+        module.register_forward_hook(keep, prepend=True, with_kwargs=True)
+        for module in modules
+        if not isinstance(module, torch.jit.ScriptModule)
+    ]
     try:
         yield found
     finally:
@@ -82,6 +85,24 @@ def owners(model: nn.Module, parameters: Sequence[nn.Parameter]) -> dict[int, li
     return found
 
 
+@dataclass(frozen=True)
+class SampleGradients:
+    """Gradients of each sample of a batch.
+
+    Args:
+        parameters: By the parameter's identity.
+        matrices: By chain, Σ δ xᵀ as (out, in), of an embedding (in, out); those that calls of layers say.
+        one_by_one: Parameters, and chains, that took a backward pass for each sample.
+        in_order: Whether rows were found to be of one sample each, one sample's after the other's, wherever their shape
+            says so.
+    """
+
+    parameters: dict[int, SampleGradient]
+    matrices: dict[Chain, Term]
+    one_by_one: tuple[nn.Parameter | Chain, ...]
+    in_order: bool
+
+
 def sample_gradients(
     losses: Float[Tensor, " sample"],
     parameters: Sequence[nn.Parameter],
@@ -90,7 +111,7 @@ def sample_gradients(
     *,
     chains: Sequence[Chain] = (),
     trusted: bool = False,
-) -> tuple[dict[int, SampleGradient], list[nn.Parameter], dict[Chain, Outer | Scatter]]:
+) -> SampleGradients:
     """Gradient of each sample's loss with respect to each parameter.
 
     Args:
@@ -98,46 +119,76 @@ def sample_gradients(
         parameters: Whose gradients are wanted.
         own: As :func:`owners` gives them.
         recorded: The forward pass that gave the losses.
-        trusted: Whether the first dimension of whatever goes through the model counts samples, unless its shape leaves
-            that open: true of text, not of images, of which a sample may have none or several. Otherwise it is
-            found out, by a second backward pass.
+        trusted: Whether rows are known to be of one sample each, one sample's after the other's, unless their shape
+            leaves that open. Otherwise it is found out.
         chains: Pairs of modules of which a whole matrix Σ δ xᵀ is wanted too, of the first one's inputs and the
             second one's outputs: a layer itself, twice, or LoRA's A and B.
 
-    Returns:
-        Gradients by the parameter's identity; parameters that took a pass for each sample; and by chain the whole
-        matrices, where inputs and outputs say them.
+    Raises:
+        ValueError: If a layer ran inside an operation that hides its graph.
     """
-    samples = len(losses)
-    ways = {id(p): _ways(p, own.get(id(p), ()), recorded, samples) for p in parameters}
-    found_uses = _uses(losses, parameters)
-    _require_seen(parameters, own, recorded, found_uses)
-    uses = found_uses.counts
-    for parameter in parameters:
-        way = ways[id(parameter)]
-        if way is not None and uses.get(id(parameter), 0) > sum(call.output.requires_grad for call, _ in way):
-            ways[id(parameter)] = None  # something besides the modules uses it
-    wholes = {chain: steps for chain in chains if (steps := _steps(chain, recorded))}
+    samples, uses = len(losses), _uses(losses, parameters)
+    _require_seen(parameters, own, recorded, uses)
+    ways = {id(p): _ways(p, own.get(id(p), ()), recorded) for p in parameters}
+    steps = {chain: pairs for chain in chains if (pairs := _steps(chain, recorded))}
     calls = {id(call): call for way in ways.values() for call, _ in way or ()}
-    calls |= {id(last): last for steps in wholes.values() for _, last in steps}
-    deltas = _deltas(losses, list(calls.values()))
-    shared = _not_of_one_sample(losses, list(calls.values()), deltas, trusted=trusted)
-    one_by_one = [p for p in parameters if (w := ways[id(p)]) is None or any(id(c) in shared for c, _ in w)]
-    slow = {id(p) for p in one_by_one}
-    found: dict[int, SampleGradient] = {}
+    calls |= {id(last): last for pairs in steps.values() for _, last in pairs}
+    rows = _gradient_rows(losses, list(calls.values()))
+    calls = {key: call for key, call in calls.items() if key in rows}  # the losses depend on no other
+    doubtful = [call for call in calls.values() if samples > 1 and not (trusted and not _is_open(call, samples))]
+    placed = samples_of_rows(losses, doubtful, rows) if doubtful else {}
+    placed = {key: None for key in calls if key not in {id(call) for call in doubtful}} | placed
+
+    gradients: dict[int, SampleGradient] = {}
+    slow: list[nn.Parameter] = []
+    beyond: set[nn.Module] = set()
     for parameter in parameters:
-        if id(parameter) not in slow:
-            terms = [term(call, name, deltas[id(call)], samples) for call, name in ways[id(parameter)] or ()]
-            found[id(parameter)] = SampleGradient(tuple(parameter.shape), samples, terms)
-    found |= _one_by_one(losses, [p for p in one_by_one if uses.get(id(p), 0)])
-    for parameter in one_by_one:
-        found.setdefault(id(parameter), SampleGradient(tuple(parameter.shape), samples, []))
-    matrices = {
-        chain: _joined([matrix_term(first, deltas[id(last)], samples) for first, last in steps])
-        for chain, steps in wholes.items()
-        if not any(id(last) in shared for _, last in steps)
-    }
-    return found, [p for p in one_by_one if uses.get(id(p), 0)], matrices
+        way, used = ways[id(parameter)], uses.counts.get(id(parameter), 0)
+        reached = [(call, name) for call, name in way or () if id(call) in rows]
+        # More uses than calls that got a gradient: something besides the modules uses it, or hides what they do.
+        if used and (way is None or used > len(reached)):
+            beyond |= {module for module, _ in own.get(id(parameter), ())}
+            slow.append(parameter)
+        elif any(id(call) not in placed for call, _ in reached):
+            slow.append(parameter)
+        else:
+            gradients[id(parameter)] = _taken_apart(parameter, reached, rows, placed, samples)
+    matrices: dict[Chain, Term] = {}
+    shared: dict[Chain, list[tuple[Call, Call]]] = {}
+    for chain, pairs in steps.items():
+        reached = [(first, last) for first, last in pairs if id(last) in rows]
+        if not reached or beyond & set(chain):
+            continue
+        if all(id(last) in placed for _, last in reached):
+            last_calls = [last for _, last in reached]
+            split = _split(last_calls, rows, placed, samples)
+            matrices[chain] = matrix_term([first for first, _ in reached], [rows[id(c)] for c in last_calls], split)
+        else:
+            shared[chain] = reached
+    by_parameter, by_chain = _one_by_one(losses, slow, shared)
+    in_order = all(placed.get(key, ...) is None or _is_open(call, samples) for key, call in calls.items())
+    return SampleGradients(gradients | by_parameter, matrices | by_chain, (*slow, *shared), in_order)
+
+
+def _taken_apart(
+    parameter: nn.Parameter,
+    way: Sequence[tuple[Call, str]],
+    rows: Mapping[int, Tensor],
+    placed: Mapping[int, Tensor | None],
+    samples: int,
+) -> SampleGradient:
+    """The sum of what calls of one or several modules, by the parameter's name there, add to its gradient."""
+    terms = []
+    for module, name in dict.fromkeys((call.module, name) for call, name in way):
+        calls = [call for call, other in way if call.module is module and other == name]
+        terms.append(term(calls, name, [rows[id(call)] for call in calls], _split(calls, rows, placed, samples)))
+    return SampleGradient(tuple(parameter.shape), samples, terms)
+
+
+def _split(
+    calls: Sequence[Call], rows: Mapping[int, Tensor], placed: Mapping[int, Tensor | None], samples: int
+) -> Split:
+    return split_by(samples, [placed[id(call)] for call in calls], [len(rows[id(call)]) for call in calls])
 
 
 def _steps(chain: Chain, recorded: Recording) -> list[tuple[Call, Call]]:
@@ -149,7 +200,7 @@ def _steps(chain: Chain, recorded: Recording) -> list[tuple[Call, Call]]:
 
 
 def _ways(
-    parameter: nn.Parameter, own: Sequence[tuple[nn.Module, str]], recorded: Recording, samples: int
+    parameter: nn.Parameter, own: Sequence[tuple[nn.Module, str]], recorded: Recording
 ) -> list[tuple[Call, str]] | None:
     """The calls that a parameter's gradient is the sum of; ``None`` if no rule says it."""
     found = []
@@ -157,7 +208,7 @@ def _ways(
         if module in recorded.strange:
             return None
         for call in recorded.calls.get(module, ()):
-            if not has_rule(call, name, samples):
+            if not has_rule(call, name):
                 return None
             found.append((call, name))
     return found if own else None
@@ -221,47 +272,22 @@ def _require_seen(
         )
 
 
-def _deltas(losses: Tensor, calls: Sequence[Call]) -> dict[int, Tensor]:
-    """Gradient of the sum of losses with respect to each call's output; zeros where it does not matter.
+def _gradient_rows(losses: Tensor, calls: Sequence[Call]) -> dict[int, Float[Tensor, "row feature"]]:
+    """Gradient of the sum of losses with respect to each call's output, by the call's identity; none where there is no
+    path.
 
     In single precision at least: half precision would round the sums over tokens and samples that follow.
     """
     counting = [call for call in calls if call.output.requires_grad]
-    gradients = (
-        torch.autograd.grad(losses.sum(), [call.output for call in counting], retain_graph=True, allow_unused=True)
-        if counting
-        else ()
-    )
-    found = {id(call): torch.zeros_like(call.output) for call in calls if not call.output.requires_grad}
-    for call, gradient in zip(counting, gradients, strict=True):
-        found[id(call)] = torch.zeros_like(call.output) if gradient is None else gradient.detach()
-    return {key: at_least_single(delta) for key, delta in found.items()}
-
-
-def _not_of_one_sample(
-    losses: Tensor, calls: Sequence[Call], deltas: Mapping[int, Tensor], *, trusted: bool
-) -> set[int]:
-    """Calls whose rows are not of one sample each, in the samples' order.
-
-    Where that is open, a second backward pass tells: of losses with a weight each, a row's gradient must be that of
-    before times its own sample's weight.
-    """
-    samples = len(losses)
-    open_ = [c for c in calls if c.output.requires_grad and (not trusted or _is_open(c, samples))]
-    if samples == 1 or not open_:
-        return set()
-    weights = 1 + 2 * (torch.arange(samples, dtype=losses.dtype, device=losses.device) * _GOLDEN % 1)
-    outputs = [call.output for call in open_]
-    weighted = torch.autograd.grad((losses * weights).sum(), outputs, retain_graph=True, allow_unused=True)
-    shared = set()
-    for call, gradient in zip(open_, weighted, strict=True):
-        delta = deltas[id(call)]
-        expected = (delta.reshape(samples, -1) * weights[:, None].to(delta.dtype)).reshape(delta.shape)
-        apart = expected if gradient is None else gradient - expected
-        # Far below what one sample's share in another's row would be, far above rounding, also inside the model.
-        if apart.abs().max() > (1e-3 if torch.finfo(call.output.dtype).bits > 16 else 0.05) * delta.abs().max():
-            shared.add(id(call))
-    return shared
+    if not counting:
+        return {}
+    outputs = [call.output for call in counting]
+    gradients = torch.autograd.grad(losses.sum(), outputs, retain_graph=True, allow_unused=True)
+    return {
+        id(call): gradient_rows(call, at_least_single(gradient.detach()))
+        for call, gradient in zip(counting, gradients, strict=True)
+        if gradient is not None
+    }
 
 
 def _is_open(call: Call, samples: int) -> bool:
@@ -270,23 +296,34 @@ def _is_open(call: Call, samples: int) -> bool:
     return shape[0] != samples or len(shape) == 2 or samples in shape[1:-1] or is_convolution(call.module)
 
 
-def _joined(terms: Sequence[Outer | Scatter]) -> Outer | Scatter:
-    first, *others = terms
-    for other in others:
-        first = first.beside(other)  # pyright: ignore[reportArgumentType]
-    return first
-
-
-def _one_by_one(losses: Tensor, parameters: Sequence[nn.Parameter]) -> dict[int, SampleGradient]:
-    """A backward pass for each sample: slow, and right whatever the parameters do."""
-    if not parameters:
-        return {}
+def _one_by_one(
+    losses: Tensor, parameters: Sequence[nn.Parameter], chains: Mapping[Chain, Sequence[tuple[Call, Call]]]
+) -> tuple[dict[int, SampleGradient], dict[Chain, Term]]:
+    """A backward pass for each sample: slow, and right whatever the parameters do and whichever samples share a row."""
+    outputs = [last.output for steps in chains.values() for _, last in steps]
+    if not parameters and not outputs:
+        return {}, {}
     rows: list[list[Tensor]] = [[] for _ in parameters]
+    parts: dict[Chain, list[SampleGradient]] = {chain: [] for chain in chains}
     for loss in losses:
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        for row, parameter, gradient in zip(rows, parameters, gradients, strict=True):
-            row.append(at_least_single(torch.zeros_like(parameter) if gradient is None else gradient.detach()))
+        gradients = torch.autograd.grad(loss, [*parameters, *outputs], retain_graph=True, allow_unused=True)
+        for row, parameter, gradient in zip(rows, parameters, gradients, strict=False):
+            row.append(at_least_single(_dense(gradient, parameter)))
+        of_outputs = iter(gradients[len(parameters) :])
+        for chain, steps in chains.items():
+            deltas = [
+                gradient_rows(last, at_least_single(_dense(delta, last.output)))
+                for (_, last), delta in zip(steps, of_outputs, strict=False)
+            ]
+            product = matrix_term([first for first, _ in steps], deltas, Split(1))
+            parts[chain].append(compact(SampleGradient(product.shape, 1, [product])))
     return {
         id(parameter): SampleGradient(tuple(parameter.shape), len(losses), [Materialised(torch.stack(row))])
         for parameter, row in zip(parameters, rows, strict=True)
-    }
+    }, {chain: stacked(samples).terms[0] for chain, samples in parts.items()}
+
+
+def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(like)
+    return gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()

@@ -36,6 +36,11 @@ class Materialised:
 
     values: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one gradient."""
+        return tuple(self.values.shape[1:])
+
     def rows(self, first: int, last: int) -> Float[Tensor, "sample row column"]:
         """Rows of the gradients as matrices."""
         return self.values[:, first:last].flatten(2) if self.values.ndim > 2 else self.values[:, first:last, None]
@@ -48,15 +53,16 @@ class Outer:
     left: Float[Tensor, "sample token row"]
     right: Float[Tensor, "sample token column"]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one gradient."""
+        return self.left.shape[-1], self.right.shape[-1]
+
     def rows(self, first: int, last: int) -> Float[Tensor, "sample row column"]:
         """Rows of the gradients as matrices."""
         left = self.left[:, :, first:last]
         # The longer side last: half the time where the other one is a factor's rank.
         return (self.right.mT @ left).mT if last - first > self.right.shape[-1] else left.mT @ self.right
-
-    def beside(self, other: Outer) -> Outer:
-        """The sum of both, of the same samples."""
-        return Outer(torch.cat([self.left, other.left], 1), torch.cat([self.right, other.right], 1))
 
 
 @dataclass(frozen=True)
@@ -67,16 +73,17 @@ class Scatter:
     right: Float[Tensor, "sample token column"]
     count: int
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one gradient."""
+        return self.count, self.right.shape[-1]
+
     def rows(self, first: int, last: int) -> Float[Tensor, "sample row column"]:
         """Rows of the gradients as matrices."""
         here = (self.places >= first) & (self.places < last)
         found = self.right.new_zeros(len(self.right), last - first, self.right.shape[-1])
         places = torch.where(here, self.places - first, 0)[..., None].expand_as(self.right)
         return found.scatter_add_(1, places, self.right * here[..., None])
-
-    def beside(self, other: Scatter) -> Scatter:
-        """The sum of both, of the same samples."""
-        return Scatter(torch.cat([self.places, other.places], 1), torch.cat([self.right, other.right], 1), self.count)
 
 
 Term = Materialised | Outer | Scatter

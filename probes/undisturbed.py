@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -32,6 +33,9 @@ def bare(model: nn.Module) -> nn.Module:
 def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
     """The bare model in evaluation mode; the modes of all modules and all random states are as before afterwards.
 
+    Nothing is compiled meanwhile, and what is compiled already (a region of the model, ``model.compile()``, a loss) runs
+    eagerly: a compiled graph calls no hooks and keeps no graph for a second backward pass. It is as before afterwards.
+
     Random states are those of Python, NumPy and torch, on the host and on the devices that the model is on. Modes are
     set without calling ``eval()``: some modules do more than that when they are asked to change their mode.
 
@@ -47,6 +51,8 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is what a training may use
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
     with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled; importing it would take seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         for kind in sorted({device.type for device in devices} - {"cpu", "meta"}):
             own = [device for device in devices if device.type == kind]

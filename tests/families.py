@@ -5,7 +5,7 @@ Widths are 16, vocabularies 64, two layers, images of 8 × 8 in patches of 4; no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,27 @@ def _words(image_tokens: int = 0, length: int = 6) -> Batch:
     ids[:, 1 : 1 + image_tokens] = IMAGE_TOKEN
     labels[:, 1 : 1 + image_tokens] = -100
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def _uneven_words(image_tokens: Sequence[Sequence[int]], *, left: bool = False) -> Batch:
+    """Sentences of different lengths to predict, each with images of so many tokens, padded to one length."""
+    rows = []
+    for number, images in enumerate(image_tokens):
+        words = torch.randint(3, IMAGE_TOKEN - 4, (5 + len(images) + number % 3,))
+        pieces = [torch.cat([words[n : n + 1], torch.full((count,), IMAGE_TOKEN)]) for n, count in enumerate(images)]
+        ids = torch.cat([*pieces, words[len(images) :]])
+        rows.append((ids, ids.where(ids != IMAGE_TOKEN, -100)))
+    longest = max(len(ids) for ids, _ in rows)
+
+    def padded(row: Tensor, filler: int) -> Tensor:
+        missing = longest - len(row)
+        return nn.functional.pad(row, (missing, 0) if left else (0, missing), value=filler)
+
+    return {
+        "input_ids": torch.stack([padded(ids, 0) for ids, _ in rows]),
+        "attention_mask": torch.stack([padded(torch.ones_like(ids), 0) for ids, _ in rows]),
+        "labels": torch.stack([padded(labels, -100) for _, labels in rows]),
+    }
 
 
 def _image(*shape: int) -> Tensor:
@@ -232,6 +253,71 @@ def _mixtral() -> tuple[nn.Module, Batch]:
     return hf.MixtralForCausalLM(hf.MixtralConfig(**TEXT, num_local_experts=3, num_experts_per_tok=3)), _words()
 
 
+def _llava_uneven(images: Sequence[int]) -> tuple[nn.Module, Batch]:
+    """So many images in each sample, of four tokens each."""
+    return _llava()[0], {**_uneven_words([[4] * count for count in images]), "pixel_values": _image(sum(images))}
+
+
+def _gemma3_uneven() -> tuple[nn.Module, Batch]:
+    batch = _uneven_words([[4], [], [4]])
+    kinds = {"token_type_ids": (batch["input_ids"] == IMAGE_TOKEN).long()}
+    return _gemma3()[0], {**batch, **kinds, "pixel_values": _image(2)}
+
+
+def _qwen2_5_vl_uneven(grids: Sequence[Sequence[tuple[int, int]]]) -> tuple[nn.Module, Batch]:
+    """Images of different sizes, in patches, by sample; four patches are one token."""
+    batch = _uneven_words([[h * w // 4 for h, w in sample] for sample in grids], left=True)
+    patches = torch.tensor([[1, h, w] for sample in grids for h, w in sample])
+    pixels = {"pixel_values": torch.randn(int(patches.prod(1).sum()), 3 * 2 * PATCH**2), "image_grid_thw": patches}
+    return _qwen2_5_vl()[0], {**batch, **pixels, "mm_token_type_ids": (batch["input_ids"] == IMAGE_TOKEN).int()}
+
+
+def _idefics3_uneven() -> tuple[nn.Module, Batch]:
+    """One to three images a sample; those that a sample lacks are black and masked."""
+    counts = (1, 3, 2)
+    pixels, mask = torch.zeros(3, 3, 3, SIZE, SIZE), torch.zeros(3, 3, SIZE, SIZE, dtype=torch.bool)
+    for sample, count in enumerate(counts):
+        pixels[sample, :count], mask[sample, :count] = _image(count), True
+    return _idefics3()[0], {**_uneven_words([[1] * count for count in counts]), "pixel_values": pixels, "pixel_attention_mask": mask}
+
+
+def _llava_next() -> tuple[nn.Module, Batch]:
+    """Tiles: an image of 8 × 16 has two and an overview, one of 16 × 16 has four and an overview."""
+    config = hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(**VISION, projection_dim=16),
+        text_config=hf.LlamaConfig(**TEXT),
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=-1,
+        image_grid_pinpoints=[[8, 16], [16, 8], [16, 16]],
+    )
+    model = hf.LlavaNextForConditionalGeneration(config)
+    sizes, tiles = torch.tensor([[8, 16], [16, 16], [16, 8]]), (3, 5, 3)
+    pixels = torch.zeros(3, max(tiles), 3, SIZE, SIZE)
+    for sample, count in enumerate(tiles):
+        pixels[sample, :count] = _image(count)
+    # Tokens: four of the overview, and those of the tiles, with one at the end of each row.
+    batch = _uneven_words([[4 + 2 * (4 + 1)], [4 + 4 * (4 + 1)], [4 + 4 * (2 + 1)]])
+    return model, {**batch, "pixel_values": pixels, "image_sizes": sizes}
+
+
+def _mistral3() -> tuple[nn.Module, Batch]:
+    """Images of different sizes, four patches a token."""
+    vision = {key: value for key, value in VISION.items() if key != "image_size"}
+    config = hf.Mistral3Config(
+        vision_config=hf.PixtralVisionConfig(**vision, image_size=2 * SIZE),
+        text_config=hf.MistralConfig(**TEXT),
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=-1,
+        spatial_merge_size=2,
+    )
+    sizes = torch.tensor([[8, 16], [16, 16], [16, 8]])
+    pixels = torch.zeros(3, 3, 2 * SIZE, 2 * SIZE)
+    for sample, (height, width) in enumerate(sizes.tolist()):
+        pixels[sample, :, :height, :width] = torch.randn(3, height, width)
+    batch = _uneven_words([[h * w // 64] for h, w in sizes.tolist()])
+    return hf.Mistral3ForConditionalGeneration(config), {**batch, "pixel_values": pixels, "image_sizes": sizes}
+
+
 FAMILIES = {
     "llava": Family(_llava),
     "qwen2_5_vl": Family(_qwen2_5_vl),
@@ -247,4 +333,18 @@ FAMILIES = {
     "t5": Family(_t5),
     "vit": Family(_vit, targets=("query", "value", "q_proj", "v_proj", "projection")),
     "mixtral": Family(_mixtral, ("q_proj", "v_proj"), ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")),
+}
+
+#: Batches in which rows of the vision tower are not the samples in their order, or are of different numbers.
+UNEVEN = {
+    "an image in two of three samples": Family(lambda: _llava_uneven((1, 0, 1))),
+    "two images, both of the first sample": Family(lambda: _llava_uneven((2, 0))),
+    "two images, both of the second sample": Family(lambda: _llava_uneven((0, 2))),
+    "as many images as samples": Family(lambda: _llava_uneven((0, 2, 1))),
+    "gemma3 with a text": Family(_gemma3_uneven),
+    "qwen2_5_vl of different sizes": Family(lambda: _qwen2_5_vl_uneven([[(4, 4)], [(2, 4), (4, 6)], [(2, 2)]])),
+    "qwen2_5_vl with a text": Family(lambda: _qwen2_5_vl_uneven([[(4, 4)], [], [(2, 2), (4, 4)]])),
+    "idefics3 of one to three images": Family(_idefics3_uneven),
+    "llava_next in tiles": Family(_llava_next),
+    "mistral3 of different sizes": Family(_mistral3),
 }
