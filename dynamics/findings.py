@@ -71,6 +71,12 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD310": ("warning", "an adapter that cannot be watched"),
     "OD311": ("note", "gradients that are not recorded"),
     "OD312": ("warning", "records that probed other samples"),
+    "OD313": ("warning", "something else is trained than before"),
+    "OD314": ("warning", "a base weight that was rewritten under its adapter"),
+    "OD315": ("warning", "an adapter whose scale changed during training"),
+    "OD316": ("warning", "an adapter that is merged while training goes on"),
+    "OD317": ("warning", "a gradient whose spectrum could not be measured"),
+    "OD318": ("warning", "a training that may minimise another loss than the one probed"),
     # 4xx: the Fisher
     "OD401": ("note", "intervals that rest on few groups"),
     "OD402": ("warning", "a Gram matrix that is not finite"),

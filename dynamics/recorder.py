@@ -19,6 +19,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from dynamics.capture import Schedule, preset_named
+from dynamics.capture.changes import BaseWeights, Change, ModelState, change_between
 from dynamics.capture.presets import schedule_of
 from dynamics.capture.probing import FisherProbe
 from dynamics.capture.watching import notes_on, notes_on_resuming, watched_or_refused
@@ -34,7 +35,7 @@ from dynamics.store import encodable
 from dynamics.store.capture_start import read_tensors
 from probes.gradients import GradientNorms, loss_scale, norms_of
 from probes.tasks import Task
-from probes.watched import Found, is_sharded
+from probes.watched import Found, find, is_sharded
 
 
 @dataclass
@@ -48,12 +49,24 @@ class _InFlight:
     gradient: xr.Dataset | None = None  # on the rank that writes
 
 
+@dataclass(frozen=True)
+class _Noticed:
+    """A change of what is trained, and the model since."""
+
+    change: Change
+    state: ModelState
+    found: Found
+
+
 class Recorder:
     """Records what a training does to a model's weights, at the steps of a schedule.
 
     Each captured step becomes one complete record in ``run/dynamics/capture.zarr``: singular values of every watched
     matrix's update since the start and since the last captured step, its gradient's norm before and after clipping,
     and by preset the singular values of its gradient and the cosine of consecutive increments.
+
+    What is trained may change: weights that are unfrozen, adapters that are added, switched or started again are taken
+    up from the step at which they are noticed, with a finding; what is frozen ends.
 
     Args:
         run: Run folder; records go into ``run/dynamics/capture.zarr``.
@@ -111,12 +124,13 @@ class Recorder:
         self.preset = preset_named(preset)
         self._schedule = schedule_of(self.preset, interval=every, steps=at, schedule=schedule)
         found = watched_or_refused(model, matrices)
-        self._parameters = list({id(p): p for each in found.watched for p in each.parameters}.values())
-        self._of_matrices = {each.name: each.parameters for each in found.watched}
         self._leads = not _distributed() or dist.get_rank() == 0
         self._takes_part = self._leads or any(is_sharded(p) for each in found.watched for p in each.sources)
         self._gradients, self._strict = gradients, strict
-        self._norms = GradientNorms(self._parameters)
+        self._model, self._pattern, self._state = model, matrices, ModelState(model)
+        self._bases = BaseWeights(model) if self._leads else None
+        self._take_parameters(found)
+        self._lost_start = False  # of the increment: no Fisher can be measured there
         self._in_flight: _InFlight | None = None
         self._records: Records | None = None
         self._probe = self._probe_of(model, tasks, found, batch_size, restricted=matrices is not None)
@@ -164,27 +178,32 @@ class Recorder:
             self._in_flight = None
 
     def before_backward(self, step: int, scaler: Any = None) -> None:
-        """To be called before the first forward pass of an optimizer step; does nothing unless it is to be captured.
+        """To be called before the first forward pass of every optimizer step.
+
+        Unless the step is to be captured, it does no more than look whether something else is trained now.
 
         Args:
             step: Number of this optimizer step, from 1.
             scaler: The ``torch.amp.GradScaler``, if the loss is scaled.
         """
         self._norms.disarm()
-        self._in_flight = None
-        if self._takes_part and step > self._last and self._schedule(step):
+        self._in_flight, self._step = None, step
+        captured = self._takes_part and step > self._last and self._schedule(step)
+        self._follow(captured=captured)
+        if captured:
             self._in_flight = _InFlight(step, scaler, loss_scale(scaler, None))
             if self._gradients:
                 self._norms.arm()
 
     @torch.no_grad()
     def before_optimizer_step(self, optimizer: Any = None) -> None:
-        """To be called after clipping and before ``optimizer.step()``; does nothing unless the step is captured.
+        """To be called after clipping and before ``optimizer.step()``; at least of captured steps.
 
         Args:
             optimizer: The optimizer; only wanted where a loss scaler is in use, which may have unscaled it or not.
         """
         flight = self._in_flight
+        self._follow(captured=False)
         if flight is None or not self._gradients or flight.measured:
             return
         flight.measured = True
@@ -244,10 +263,16 @@ class Recorder:
         self.close()
 
     def _capture(self, step: int, gradient: xr.Dataset | None) -> bool:
-        self._last, written = step, False
+        self._last, written, noticed = step, False, None
         with self._forgiven(step):
+            noticed = self._noticed(captured=True)
+            if noticed is not None:
+                change = noticed.change
+                self._live.lose(totals=change.restarted, increments={*change.restarted, *change.rescaled})
+                self._lost_start |= bool(change.restarted)
+                self._probe_follows(noticed, moved=True)
             spectra = self._live.measure()
-            if self._records is not None:
+            if self._records is not None and self._live.places:
                 update = self._update(step, spectra)
                 probed = self._probed(step)
                 numbers = scalars(update, gradient)
@@ -255,14 +280,80 @@ class Recorder:
                     numbers |= fisher_scalars(probed.get("fisher"))
                 self._records.write(step, update, gradient, probed)
                 written, self.scalars = True, numbers
-                self._from_step = -1  # until there are copies of this step
-                self._live.advance()
-                if self._probe is not None:
-                    self._probe.advance()
-                self._from_step = step
+                self._advance(step)
+        if noticed is not None:
+            with self._forgiven(step):
+                self._take_up(noticed, step)
         if written:
             self._annotate()
         return written
+
+    def _advance(self, step: int) -> None:
+        """The next increment begins at this step."""
+        self._from_step = -1  # until there are copies of this step
+        self._live.advance()
+        if self._probe is not None:
+            self._probe.advance()
+        self._from_step, self._lost_start = step, False
+
+    def _take_parameters(self, found: Found) -> None:
+        self._found = found
+        self._parameters = list({id(p): p for each in found.watched for p in each.parameters}.values())
+        self._of_matrices = {each.name: each.parameters for each in found.watched}
+        self._norms = GradientNorms(self._parameters)
+
+    def _follow(self, *, captured: bool) -> None:
+        """Takes up what is trained now, if that has changed, before the step that is under way has moved it."""
+        done = max(self._step - 1, self._last)
+        with self._forgiven(done):
+            if self._takes_part and (noticed := self._noticed(captured=captured)) is not None:
+                self._lost_start |= bool(noticed.change.restarted) and self._from_step != done
+                self._probe_follows(noticed, moved=False)
+                self._norms.disarm()
+                self._take_up(noticed, done)
+
+    def _noticed(self, *, captured: bool) -> _Noticed | None:
+        """What has changed since the last look; whether base weights were rewritten only where a step is captured."""
+        rewritten = []
+        if captured and self._bases is not None:
+            rewritten = self._bases.rewritten(self._found.watched, self._live.previous)
+        if not self._state.has_changed() and not rewritten:
+            return None
+        state, found = ModelState(self._model), find(self._model, self._pattern)
+        change = change_between(self._state, state, self._found, found, rewritten)
+        if change:
+            return _Noticed(change, state, found)
+        self._state = state  # a module that trains nothing
+        return None
+
+    @torch.no_grad()
+    def _take_up(self, noticed: _Noticed, step: int) -> None:
+        """Goes on with what is trained now; it is as it was after this step."""
+        change, copied_at = noticed.change, self._from_step
+        start = self._live.follow(
+            noticed.found.watched,
+            step,
+            present=noticed.state.parameters,
+            rewritten=change.restarted,
+            rescaled=change.rescaled,
+            copied_at=copied_at,
+        )
+        self._state = noticed.state
+        self._take_parameters(noticed.found)
+        if self._bases is not None:
+            self._bases.take()
+        if self._records is not None:
+            self._records.changed(change.findings(step, copied_at), start)
+
+    def _probe_follows(self, noticed: _Noticed, *, moved: bool) -> None:
+        if self._probe is not None:
+            watched, restarted = noticed.found.watched, set(noticed.change.restarted)
+            self._probe.follow(
+                blocks=None if self._pattern is None else [each.name for each in watched if not each.part_of],
+                on_host=[parameter for each in watched if each.is_dense for parameter in each.sources],
+                rewritten=[id(p) for each in watched if each.name in restarted for p in each.sources],
+                moved=moved,
+            )
 
     def _probe_of(
         self, model: nn.Module, tasks: Sequence[Task] | None, found: Found, batch_size: int, *, restricted: bool
@@ -276,7 +367,7 @@ class Recorder:
     def _probed(self, step: int) -> dict[str, xr.Dataset | None]:
         """What the probe samples tell at this step; what goes wrong with them costs nothing else."""
         found: dict[str, xr.Dataset | None] = {}
-        if self._probe is not None and self._from_step >= 0:
+        if self._probe is not None and self._from_step >= 0 and not self._lost_start:
             with self._forgiven(step):
                 found["fisher"] = self._probe.record(step, self._from_step, self._live.increments())
         if self._probe is not None:
@@ -301,6 +392,7 @@ class Recorder:
     ) -> None:
         """Takes in the model as it is, and opens the store; if that is refused on one rank, it is on all."""
         self._last = self._from_step = resume_from or 0
+        self._step = self._last + 1
         earlier, start = None, None
         with _raised_on_all():
             if resume_from is not None and self._leads:
@@ -308,7 +400,7 @@ class Recorder:
                 start = {} if earlier is None else read_tensors(earlier.path / ".start.safetensors")
         start = {} if resume_from is not None and start is None else start
         cosines = self.preset.increment_cosines
-        self._live = LiveSpectra(found.watched, start=start, cosines=cosines, leads=self._leads)
+        self._live = LiveSpectra(found.watched, start=start, step=self._last, cosines=cosines, leads=self._leads)
         with _raised_on_all():
             spectra = self._live.measure() if resume_from is not None and self._takes_part else {}
             if self._leads:

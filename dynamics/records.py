@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from dynamics.spectra.null_models import SEED
 from dynamics.spectra.signs import Signs
 from dynamics.store import FOLDER, Capture, CaptureExists, CaptureStore, encodable, provenance, read_capture
 from dynamics.store.capture_reading import CAPTURE, is_capture
+from dynamics.stored.captured import finding_of
 
+#: Findings about a change in the middle of a training: they stay true of it.
+CHANGES = ("OD313", "OD314", "OD315", "OD316")
 #: Up to this relative difference of spectra, a model is the one that a record was taken of.
 AGREES = 1e-2
 
@@ -78,6 +81,7 @@ class Records:
         earlier: Capture | None,
     ) -> None:
         self._notes, self._signs = list(notes), Signs(warmup_steps)
+        self._changes: list[Finding] = []
         past = earlier.attributes if earlier is not None and resume_from is not None else {}
         kept = [] if earlier is None else [r for step, r in earlier.records.items() if step <= (resume_from or 0)]
         self._gaps = [gap for gap in _dictionaries(past.get("gaps")) if _step_of(gap) <= (resume_from or 0)]
@@ -93,6 +97,14 @@ class Records:
             "resumptions": resumptions,
             **encodable(dict(attributes)),
         }
+        if resume_from is not None:
+            self._changes = [
+                finding
+                for content in _dictionaries(past.get("findings"))
+                if content.get("code") in CHANGES
+                and (finding := finding_of(content)) is not None
+                and (finding.step or 0) <= resume_from
+            ]
         for record in kept:
             self._signs.see(record["update"], record.get("gradient"))
         self._noted = self._changing()
@@ -112,12 +124,25 @@ class Records:
     @property
     def findings(self) -> list[Finding]:
         """What holds now."""
-        return [*self._notes, *self._signs.findings()]
+        return [*self._notes, *self._changes, *self._signs.findings()]
 
     def write_start(self, tensors: Mapping[str, Tensor]) -> None:
         """Keeps what the training began with, for when it resumes."""
         if tensors:
             self._store.write_start(tensors)
+
+    def changed(self, findings: Iterable[Finding], start: Mapping[str, Tensor]) -> None:
+        """Notes that what is trained has changed, says so once of each kind, and keeps what is new as it began.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        for finding in findings:
+            self._changes.append(finding)
+            self._tell(finding.code, str(finding))
+        self.annotate()
+        if start:
+            self._store.write_start({**self._store.read_start(), **start})
 
     def write(
         self,

@@ -6,8 +6,9 @@ are set for the moment, and multiplied with the increment that the optimizer the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,14 +63,55 @@ class FisherProbe:
                 "are not measured. Leave tasks out, and probe checkpoints: "
                 "python -m dynamics.analyze RUN --probe module:function"
             )
-        self._model, self._tasks, self._blocks = model, tuple(tasks), blocks
+        self._model, self._tasks = model, tuple(tasks)
+        self._blocks = None if blocks is None else list(blocks)
         self._batch_size = batch_size
-        of_matrices = {id(parameter) for each in find(model).watched for parameter in each.parameters}
-        self._others = [name for name, parameter in self._trained.items() if id(parameter) not in of_matrices]
-        host = {id(parameter) for parameter in on_host}
+        self._host = {id(parameter) for parameter in on_host}
+        self._matrices, self._others = self._of_model()
+        self._before = {name: self._copied(parameter) for name, parameter in self._trained.items()}
+        self._ended: list[tuple[nn.Parameter, Tensor]] = []  # trained until lately, as they were
+        self._unknown: set[str] = set()  # blocks of which it is not known by how much they moved
+
+    def _of_model(self) -> tuple[set[str], list[str]]:
+        """Names of the watched matrices that are blocks, and of trained parameters of which none is made."""
+        watched = find(self._model).watched
+        of_matrices = {id(parameter) for each in watched for parameter in each.parameters}
+        others = [name for name, parameter in self._trained.items() if id(parameter) not in of_matrices]
+        return {each.name for each in watched if not each.part_of and each.parameters}, others
+
+    def _copied(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.detach().to("cpu" if id(parameter) in self._host else parameter.device, copy=True)
+
+    def follow(
+        self,
+        *,
+        blocks: Sequence[str] | None,
+        on_host: Sequence[nn.Parameter] = (),
+        rewritten: Collection[int] = (),
+        moved: bool = False,
+    ) -> None:
+        """Goes on with what is trained now.
+
+        Args:
+            blocks, on_host: As when it was made.
+            rewritten: Parameters (by identity) that begin anew.
+            moved: Whether what is new may have been trained since the last captured step.
+        """
+        before, after = self._trained, trained_parameters(self._model)
+        copies = {id(parameter): self._before[name] for name, parameter in before.items()}
+        copies |= {id(parameter): copy for parameter, copy in self._ended}
+        held = {id(parameter): parameter for parameter in (*before.values(), *(p for p, _ in self._ended))}
+        copies = {key: copy for key, copy in copies.items() if key not in rewritten}
+        self._host |= {id(parameter) for parameter in on_host}
+        self._trained, self._blocks = after, None if blocks is None else list(blocks)
         self._before = {
-            name: p.detach().to("cpu" if id(p) in host else p.device, copy=True) for name, p in self._trained.items()
+            name: copies[id(p)] if id(p) in copies else self._copied(p) for name, p in self._trained.items()
         }
+        trained = {id(parameter) for parameter in after.values()}
+        self._ended = [(held[key], copy) for key, copy in copies.items() if key not in trained]
+        self._matrices, self._others = self._of_model()
+        if moved:
+            self._unknown |= {name for name, parameter in after.items() if id(parameter) not in copies}
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Lets the next increment begin at these weights, by the names of :func:`probes.blocks.trained_parameters`."""
@@ -78,7 +120,8 @@ class FisherProbe:
 
     def at_start(self) -> AbstractContextManager[None]:
         """The weights where the increment began, in the model, for the moment."""
-        return swapped(list(self._trained.values()), list(self._before.values()))
+        ended = [[*column] for column in zip(*self._ended, strict=True)] or [[], []]
+        return swapped([*self._trained.values(), *ended[0]], [*self._before.values(), *ended[1]])
 
     def record(self, step: int, evaluated_at: int, increments: Mapping[str, Matrix] | None) -> xr.Dataset:
         """K and b of the increment that ends at this step, at the weights where it began.
@@ -89,9 +132,11 @@ class FisherProbe:
             increments: Watched matrix to its change between the two; ``None`` for K alone.
 
         Returns:
-            As :func:`fisher_record`; a sample whose loss or gradient is not finite has NaN.
+            As :func:`fisher_record`; a sample whose loss or gradient is not finite has NaN, and so has the update of
+            a block whose change is not known.
         """
         changes = None if increments is None else self._wanted({**self._changes(), **increments})
+        unknown = self._wanted(dict.fromkeys({*self._matrices, *self._others} - set(changes or ())))
         with torch.enable_grad(), self.at_start():
             gram = gradient_gram(
                 self._model,
@@ -103,7 +148,13 @@ class FisherProbe:
                 skip_broken=True,
             )
         return fisher_record(
-            gram, step, evaluated_at, self._labels, batch_size=self._batch_size, reduction=_reduction(self._tasks)
+            gram,
+            step,
+            evaluated_at,
+            self._labels,
+            batch_size=self._batch_size,
+            reduction=_reduction(self._tasks),
+            unknown=unknown if increments is not None else (),
         )
 
     def scores(self, step: int) -> xr.Dataset | None:
@@ -113,18 +164,21 @@ class FisherProbe:
 
     def advance(self) -> None:
         """The weights as they are now become those where the next increment begins."""
+        self._ended, self._unknown = [], set()
         for name, parameter in self._trained.items():
             self._before[name].copy_(parameter.detach())
 
-    def _wanted(self, changes: Mapping[str, Matrix]) -> dict[str, Matrix]:
-        blocks = self._blocks
-        return {name: change for name, change in changes.items() if blocks is None or name in blocks}
+    def _wanted(self, changes: Mapping[str, Matrix | None]) -> dict[str, Any]:
+        """Those of blocks that are measured."""
+        names = {*self._matrices, *self._others} if self._blocks is None else set(self._blocks)
+        return {name: change for name, change in changes.items() if name in names}
 
     def _changes(self) -> dict[str, Tensor]:
         """Of trainable parameters of which no watched matrix is made: biases, norms, the factors of LoHa."""
         return {
             name: self._trained[name].detach().double().cpu() - self._before[name].double().cpu()
             for name in self._others
+            if name not in self._unknown
         }
 
 
@@ -136,6 +190,7 @@ def fisher_record(
     *,
     batch_size: int = 0,
     reduction: str = "sum",
+    unknown: Collection[str] = (),
 ) -> xr.Dataset:
     """What is kept of one step: K and b by block, with the labels of the samples.
 
@@ -146,6 +201,7 @@ def fisher_record(
         labels: ``sample_task``, ``sample_group`` and ``sample_id``, one text a sample.
         batch_size: Samples in an optimizer step; 0 if not known.
         reduction: Of the losses over a sample's tokens.
+        unknown: Blocks whose update is not known, so that that of all together is not either.
 
     Returns:
         As :data:`dynamics.schema.FISHER_RECORD` has it, one step.
@@ -156,14 +212,15 @@ def fisher_record(
     b = np.full((1, len(blocks), samples), np.nan)
     loss = np.full((1, samples), np.nan)
     loss[0, kept] = gram.losses.numpy()
+    missing = {*unknown, schema.GLOBAL} if unknown else set()
     for row, block in enumerate(blocks):
         k[0, row][np.ix_(kept, kept)] = gram.gram[block].numpy()
-        if block in gram.update_product:
+        if block in gram.update_product and block not in missing:
             b[0, row, kept] = gram.update_product[block].numpy()
-    unknown = dict.fromkeys(blocks, np.nan)
+    nothing = dict.fromkeys(blocks, np.nan)
     numbers = {
-        "update_norm_squared": gram.update_norm_squared or unknown,
-        "share_outside_space": gram.share_outside_space or unknown,
+        "update_norm_squared": {**nothing, **gram.update_norm_squared, **dict.fromkeys(missing, np.nan)},
+        "share_outside_space": {**nothing, **gram.share_outside_space, **dict.fromkeys(missing, np.nan)},
         "dimension": gram.dimension,
     }
     arrays = {"gram": k, "update_product": b, "loss": loss} | {

@@ -8,8 +8,7 @@ all ranks in the same order; one rank computes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -20,8 +19,17 @@ from dynamics.spectra.increments import Workspace, difference
 from dynamics.spectra.pairs import Before, MatrixSpectra, Solved
 from dynamics.spectra.raw import Place
 from dynamics.spectra.singular_values import dense_singular_values, singular_values
+from dynamics.spectra.snapshots import (
+    Snapshot,
+    factors_of,
+    keys_of,
+    read_start,
+    scaled_products,
+    start_tensors,
+    terms_of,
+)
 from probes.low_rank import LowRankMatrix
-from probes.watched import Matrix, Reading, Watched, is_sharded, whole
+from probes.watched import Matrix, Product, Reading, Watched, is_sharded, whole
 
 #: Bytes of float64 stack that one batch works on: what stays in a CPU's cache, what fills an accelerator.
 _BATCH_BYTES = {"cpu": 2**23}
@@ -30,28 +38,13 @@ _BATCH_BYTES_ELSEWHERE = 2**26
 _STORAGE = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-@dataclass
-class Snapshot:
-    """Values of parameters (by identity) and scales of adapters (by matrix) at one step."""
-
-    values: dict[int, Tensor] = field(default_factory=dict)
-    scales: dict[str, tuple[float, ...]] = field(default_factory=dict)
-
-    def holds(self, watched: Watched) -> bool:
-        """Whether the matrix can be read from it."""
-        return all(id(parameter) in self.values for parameter in watched.sources)
-
-    def read(self, watched: Watched) -> Matrix:
-        """The matrix as it was."""
-        return watched.read(lambda parameter: self.values[id(parameter)], self.scales.get(watched.name))
-
-
 class LiveSpectra:
     """The watched matrices over the captured steps.
 
     Args:
         watched: The matrices.
-        start: What :attr:`start` gave when training began; ``None``: training begins now.
+        start: What :attr:`start` gave when training began, and :meth:`follow` later; ``None``: training begins now.
+        step: The step that is resumed from.
         cosines: Whether inner products of consecutive increments are wanted, which takes a second copy.
         leads: Whether this process computes and copies; the others only help to gather.
     """
@@ -61,16 +54,27 @@ class LiveSpectra:
         watched: Sequence[Watched],
         *,
         start: Mapping[str, Tensor] | None = None,
+        step: int = 0,
         cosines: bool = False,
         leads: bool = True,
     ) -> None:
-        self._watched, self._cosines, self._leads = list(watched), cosines, leads
-        self._keys = _keys(watched)
-        self.places = {each.name: _place(each) for each in watched}
-        self._dense = {id(parameter) for each in watched if each.is_dense for parameter in each.sources}
-        self._start = self._what_is_not_zero() if start is None else self._from_tensors(start)
-        self._batches = _batches(watched, self.places, self._start)
-        self._before, self._earlier = Snapshot(), Snapshot()
+        self._cosines, self._leads = cosines, leads
+        self._dense: set[int] = set()
+        self._start, self._before, self._earlier = Snapshot(), Snapshot(), Snapshot()
+        # The following is the same on all ranks, those without copies included.
+        self._begun: dict[int, nn.Parameter] = {}  # by identity: a start is known, be it a product of zero
+        self._nonzero: set[int] = set()  # identities: it has a value at the start
+        self._ending: list[Watched] = []  # measured once more
+        self._lost: set[str] = set()  # matrices that something else than training has changed since the last record
+        self._fresh: dict[str, str] = {}  # what sets a matrix apart until the next record
+        self._watch(watched)
+        if start is None:
+            self._take_start(watched)
+        else:
+            self._start = read_start(start, step, watched, self._keys, self._home)
+            self._nonzero = set(self._start.values)
+        self._begun = {id(parameter): parameter for parameter in self._keys}
+        self._batches = self._in_batches()
         self._solved: dict[str, Solved] = {}
         self._solved_before: dict[str, Solved] = {}
         self._gathered: dict[int, Tensor] = {}
@@ -80,20 +84,93 @@ class LiveSpectra:
     @property
     def start(self) -> dict[str, Tensor]:
         """What training began with, where that was not a zero update: parameters and scales, by keys of our own."""
-        values = {key: self._start.values[id(p)] for p, key in self._keys.items() if id(p) in self._start.values}
-        scales = {
-            f"{name}#scales": torch.tensor(scales, dtype=torch.float64)
-            for name, scales in self._start.scales.items()
-            if scales
-        }
-        return values | scales
+        return start_tensors(self._start, self._watched, self._keys)
+
+    def follow(
+        self,
+        watched: Sequence[Watched],
+        step: int,
+        *,
+        present: Collection[int],
+        rewritten: Collection[str] = (),
+        rescaled: Collection[str] = (),
+        copied_at: int,
+    ) -> dict[str, Tensor]:
+        """Goes on with other matrices, before what is new among them has been trained; all ranks together.
+
+        A matrix that is not watched any more is measured once more if it may have moved since the last record. An
+        adapter or weight that was watched before keeps its start; the total of a new one counts from now.
+
+        Args:
+            watched: The matrices from now on.
+            step: The last step that was done.
+            present: All parameters of the model, by identity.
+            rewritten: Matrices that begin anew.
+            rescaled: Matrices whose adapters have another scale.
+            copied_at: The step of the copies that increments count from, −1 if there are none.
+
+        Returns:
+            What new matrices began with, to be kept beside what was kept before.
+        """
+        names = {each.name for each in watched}
+        ending = [each for each in self._watched if each.name not in names] if copied_at != step else []
+        anew = {id(p) for each in watched if each.name in rewritten for p in each.sources}
+        other = {id(p) for each in watched if each.name in rescaled for p in each.sources}
+        copied = {id(parameter) for parameter in self._keys}
+        self._begun = {key: parameter for key, parameter in self._begun.items() if key not in anew}
+        changed = []
+        for each in watched:
+            moves = [p for p in each.sources if id(p) not in copied or id(p) in anew | other]
+            if not moves and all(id(parameter) in self._begun for parameter in each.sources):
+                continue
+            late = [p for p in moves if copied_at < 0 or (copied_at != step and id(p) in anew | other)]
+            changed.append(each)
+            self._fresh[each.name] = "late" if late else "new"
+            now = Snapshot(_gather([each]))
+            self._begin(each, now)
+            if self._leads:
+                for parameter in moves:
+                    self._before.values.pop(id(parameter), None)
+                    if all(parameter is not one for one in late):
+                        self._before.values[id(parameter)] = self._copied(parameter, now.values[id(parameter)])
+                self._before.scales |= {factors_of(term): scale for term, scale in scaled_products(each)}
+            del now  # before the next is gathered
+        self._begun |= {id(parameter): parameter for each in watched for parameter in each.sources}
+        self._forget_all_but({*present, *(id(p) for each in (*watched, *ending) for p in each.sources)})
+        for each in changed:
+            self._solved_before.pop(each.name, None)
+        self._lost.clear()
+        self._ending = ending
+        self._watch([*watched, *ending])
+        self._batches = self._in_batches()
+        return start_tensors(self._start, changed, self._keys, step) if self._leads else {}
+
+    def lose(self, *, totals: Collection[str], increments: Collection[str]) -> None:
+        """Leaves matrices, or their increments, out of the next measurement: something else has changed them."""
+        lost, changed = (
+            {id(p) for each in self._watched if each.name in names for p in each.sources}
+            for names in (totals, increments)
+        )
+        for each in self._watched:
+            if any(id(parameter) in lost for parameter in each.sources):
+                self._lost.add(each.name)
+            if any(id(parameter) in changed for parameter in each.sources):
+                self._fresh[each.name] = "late"
+        for parameter in changed:
+            self._before.values.pop(parameter, None)
+        self._batches = self._in_batches()
+
+    def previous(self) -> dict[str, LowRankMatrix]:
+        """The watched products as they were at the last captured step, those of them that are known."""
+        held = {each.name: self._before.read(each) for each in self._watched if self._before.holds(each)}
+        return {name: matrix for name, matrix in held.items() if isinstance(matrix, LowRankMatrix)}
 
     def measure(self) -> dict[str, MatrixSpectra]:
         """Totals and increments of every matrix as it is now; all ranks must call it together.
 
         Returns:
-            Matrix to spectra; nothing on ranks that do not compute. Without an earlier step there is no increment,
-            and no total of a dense weight whose start is not known.
+            Matrix to spectra; nothing on ranks that do not compute, and nothing of matrices that were lost. Without an
+            earlier step there is no increment, and no total of a dense weight whose start is not known.
         """
         self._solved, self._gathered = {}, {}
         workspace = Workspace()
@@ -105,7 +182,7 @@ class LiveSpectra:
             self._solved |= self._solve(batch, Snapshot(values), workspace)
 
         self._for_each_batch(solve)
-        return {name: solved.spectra for name, solved in self._solved.items()}
+        return {name: solved.spectra for name, solved in self._solved.items() if name not in self._lost}
 
     def advance(self) -> None:
         """What was just measured becomes the earlier step of the next measurement.
@@ -120,6 +197,11 @@ class LiveSpectra:
                 self._earlier, last = last, Snapshot()
             self._keep(last, gathered)
             self._solved_before = solved
+        if self._ending or self._fresh:
+            ended = {each.name for each in self._ending}
+            self._ending, self._fresh = [], {}
+            self._watch([each for each in self._watched if each.name not in ended])
+            self._batches = self._in_batches()
 
     def increments(self) -> dict[str, Matrix]:
         """Change of every matrix since the last captured step, itself; of those that are no part of a sum, in float64.
@@ -128,7 +210,7 @@ class LiveSpectra:
         """
         found: dict[str, Matrix] = {}
         for each in self._watched:
-            if each.part_of or not self._before.holds(each):
+            if each.part_of or not self._before.holds(each) or each.name in self._lost:
                 continue
             now, before = each.read(), self._before.read(each)
             if isinstance(now, LowRankMatrix):
@@ -169,23 +251,44 @@ class LiveSpectra:
         if failure is not None:
             raise failure
 
-    def _what_is_not_zero(self) -> Snapshot:
-        """Dense weights, and products that are not zero."""
-        start = Snapshot()
-        for each in self._watched:
-            now = Snapshot(_gather([each]))
-            if self._leads and (each.is_dense or not _is_zero(now.read(each))):
-                start.scales[each.name] = each.scales()
-                for parameter in each.sources:
-                    if id(parameter) not in start.values:
-                        start.values[id(parameter)] = self._copied(parameter, now.values[id(parameter)])
-            del now  # before the next is gathered
-        return start
+    def _watch(self, watched: Sequence[Watched]) -> None:
+        self._watched = list(watched)
+        self._keys = keys_of(watched)
+        self.places = {each.name: _place(each) for each in watched}
+        self._dense |= {id(parameter) for each in watched if each.is_dense for parameter in each.sources}
 
-    def _from_tensors(self, tensors: Mapping[str, Tensor]) -> Snapshot:
-        values = {id(p): tensors[key].to(self._home(p)) for p, key in self._keys.items() if key in tensors}
-        scales = {name: tensors[f"{name}#scales"] for name in self.places if f"{name}#scales" in tensors}
-        return Snapshot(values, {name: tuple(scale.tolist()) for name, scale in scales.items()})
+    def _take_start(self, watched: Sequence[Watched]) -> None:
+        """Lets totals count from now."""
+        for each in watched:
+            now = Snapshot(_gather([each]))
+            self._begin(each, now)
+            del now  # before the next is gathered
+
+    def _begin(self, watched: Watched, now: Snapshot) -> None:
+        """Lets those parts of a matrix count from now whose start is not known; of products that are zero no copy."""
+        for term in terms_of(watched):
+            begins = [parameter for parameter in term.parameters if id(parameter) not in self._begun]
+            if not begins:
+                continue
+            values = [now.values[id(parameter)] for parameter in term.parameters]
+            zero = isinstance(term, Product) and not all(bool(value.any()) for value in values)
+            for parameter, value in zip(term.parameters, values, strict=True):
+                self._begun[id(parameter)] = parameter
+                self._start.values.pop(id(parameter), None)
+                self._nonzero.discard(id(parameter))
+                if not zero:
+                    self._nonzero.add(id(parameter))
+                    if self._leads:
+                        self._start.values[id(parameter)] = self._copied(parameter, value)
+            if isinstance(term, Product) and not zero:
+                self._start.scales[factors_of(term)] = term.scale()
+
+    def _forget_all_but(self, parameters: Collection[int]) -> None:
+        """Lets go of copies of what is not in the model any more."""
+        self._begun = {key: parameter for key, parameter in self._begun.items() if key in parameters}
+        self._nonzero &= set(parameters)
+        for snapshot in (self._start, self._before):
+            snapshot.values = {key: value for key, value in snapshot.values.items() if key in parameters}
 
     def _keep(self, places: Snapshot, gathered: Mapping[int, Tensor] | None = None) -> None:
         """Copies every parameter, sharded ones as they were gathered (by default now, by all ranks together).
@@ -206,10 +309,22 @@ class LiveSpectra:
                 copies[id(parameter)] = self._copied(parameter, value)
             else:
                 copies[id(parameter)] = place.copy_(value)
-        self._before = Snapshot(copies, {each.name: each.scales() for each in self._watched})
+        self._before = Snapshot(
+            copies, {factors_of(term): scale for each in self._watched for term, scale in scaled_products(each)}
+        )
 
     def _copied(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
         return value.detach().to(self._home(parameter), copy=True)
+
+    def _in_batches(self) -> list[list[Watched]]:
+        """Matrices that are solved alike: in places, ranks at the start, and what there is of the step before."""
+
+        def kind(each: Watched) -> tuple[object, ...]:
+            started = [t for t in terms_of(each) if all(id(p) in self._nonzero for p in t.parameters)]
+            ranks = [t.matrix(_shape_only, 1.0).rank if isinstance(t, Product) else 0 for t in started]
+            return sum(ranks), bool(started), self._fresh.get(each.name)
+
+        return _batches(self._watched, self.places, kind)
 
     def _home(self, parameter: nn.Parameter) -> torch.device:
         return torch.device("cpu") if id(parameter) in self._dense else parameter.device
@@ -223,7 +338,8 @@ class LiveSpectra:
             return {each.name: pairs.solve_dense(_dense(now.read(each)), before, start)}
         matrices = _low_rank(now, batch)
         before = self._linked(batch) if all(map(self._before.holds, batch)) else None
-        start = _low_rank(self._start, batch) if self._start.holds(batch[0]) else None
+        parts = [part for each in batch if (part := self._start.part(each)) is not None]
+        start = _low_rank(self._start, parts) if parts else None
         device = matrices[0].left_factor.device
         solved = pairs.solve(matrices, before, start, device=device, workspace=workspace)
         return {each.name: one for each, one in zip(batch, solved, strict=True)}
@@ -241,15 +357,6 @@ class LiveSpectra:
         return Before(matrices, noise, cores, _low_rank(self._earlier, batch))
 
 
-def _keys(watched: Sequence[Watched]) -> dict[nn.Parameter, str]:
-    """Each parameter once, with a name for it: its first matrix and its place there."""
-    keys: dict[nn.Parameter, str] = {}
-    for each in watched:
-        for index, parameter in enumerate(each.sources):
-            keys.setdefault(parameter, f"{each.name}#{index}")
-    return keys
-
-
 def _place(watched: Watched) -> Place:
     matrix = watched.read(_shape_only)
     out, in_ = matrix.shape
@@ -263,13 +370,15 @@ def _shape_only(parameter: nn.Parameter) -> Tensor:
     return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
 
 
-def _batches(watched: Sequence[Watched], places: Mapping[str, Place], start: Snapshot) -> list[list[Watched]]:
-    """Matrices of one shape, rank, device and kind of start; as many as one batch may hold."""
+def _batches(
+    watched: Sequence[Watched], places: Mapping[str, Place], kind: Callable[[Watched], tuple[object, ...]]
+) -> list[list[Watched]]:
+    """Matrices of one shape, rank, device and kind; as many as one batch may hold."""
     groups: dict[tuple, list[Watched]] = defaultdict(list)
     for each in watched:
-        groups[places[each.name], each.sources[0].device, start.holds(each), each.is_dense].append(each)
+        groups[places[each.name], each.sources[0].device, each.is_dense, kind(each)].append(each)
     batches = []
-    for (place, device, _, dense), members in groups.items():
+    for (place, device, dense, _), members in groups.items():
         allowed = _BATCH_BYTES.get(device.type, _BATCH_BYTES_ELSEWHERE)
         length = 1 if dense else max(1, allowed // (16 * max(place.rank, 1) * (place.out + place.in_)))
         batches += [members[first : first + length] for first in range(0, len(members), length)]
@@ -296,13 +405,6 @@ def _low_rank(snapshot: Snapshot, batch: Sequence[Watched]) -> list[LowRankMatri
 def _dense(matrix: Matrix) -> Tensor:
     assert isinstance(matrix, Tensor)
     return matrix
-
-
-def _is_zero(matrix: Matrix) -> bool:
-    """Whether a product is zero term by term, as a LoRA that begins with B = 0 is."""
-    assert isinstance(matrix, LowRankMatrix)
-    columns, rows = (matrix.left_factor != 0).any(0), (matrix.right_factor != 0).any(1)
-    return not bool((columns & rows & (matrix.scales() != 0).to(columns.device)).any())
 
 
 def _values_of(matrices: Sequence[Matrix]) -> list[Tensor]:
