@@ -167,21 +167,20 @@ def _increment_models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ..
     if not increments.any():
         return
     kind = update["kind"].values.tolist().index("increment")
-    left, right = (update[f"{side}_factor_value"].values for side in ("left", "right"))
+    factors = [update[f"{side}_factor_value"].values for side in ("left", "right")]
     changes = [update[f"{side}_factor_change"].values for side in ("left", "right")]
-    sizes = [np.isfinite(values).sum(-1) for values in (left, right)]
+    counts = [np.isfinite(values).sum(-1) for values in factors]
     known = increments[:, kind] & np.isfinite(changes).all(0) & (sum(changes) > 0)
     step, matrix = np.nonzero(known)
-    columns = (update["out"].values[matrix], update["in"].values[matrix], *(size[step, matrix] for size in sizes))
+    columns = (update["out"].values[matrix], update["in"].values[matrix], *(number[step, matrix] for number in counts))
     keys = np.stack([step, *columns, update["count"].values[step, kind, matrix]], axis=1)
     for key in np.unique(keys, axis=0):
         row, out, in_, p, q, count = key.tolist()
         members = matrix[(keys == key).all(1)]
-        factors = left[row, members, :p], right[row, members, :q], *(change[row, members] for change in changes)
         seed = (null_models.SEED, out, in_, p, q, int(update["step"].values[row]))
-        values, others, *sizes_of_noise = map(torch.from_numpy, factors)
+        values, sizes = ([torch.from_numpy(array[row, members]) for array in arrays] for arrays in (factors, changes))
         for cells, model in null_models.increment_null(
-            values, others, *sizes_of_noise, out, in_, count=count, seed=seed
+            values[0][:, :p], values[1][:, :q], sizes[0], sizes[1], out, in_, count=count, seed=seed
         ):
             where = members[cells]
             yield (np.full(len(where), row), np.full(len(where), kind), where), model

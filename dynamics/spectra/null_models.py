@@ -185,7 +185,7 @@ def top_to_median(spectra: Float[Tensor, "*cells draws k"], quantile: float = 0.
 
 
 def _points(values: Float[Tensor, "*cells draws"], quantiles: Sequence[float]) -> Tensor:
-    """``(quantiles, *cells)``: quantiles over the last dimension; of few draws the points of Student's prediction of another draw."""
+    """Quantiles over the last dimension, ``(quantiles, *cells)``; of few draws Student's prediction of another draw."""
     draws = values.shape[-1]
     if draws >= _ENOUGH_TO_SORT:
         return values.quantile(torch.tensor(quantiles, dtype=torch.float64), dim=-1)
