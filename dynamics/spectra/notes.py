@@ -126,7 +126,7 @@ def _without_null(update: xr.Dataset) -> Iterator[Finding]:
         yield Finding(
             "OD208",
             f"{int(cells.sum()):,} of {int(moved.sum()):,} LoRA increments have no null model, so their "
-            f"entropy_deficit is NaN (steps {some(map(str, steps), 5)}): the factors at the previous step are not known, "
+            f"entropy_deficit is NaN (steps {some(map(str, steps), 5)}): the factors at the previous step are unknown, "
             "since the rank changed, or since an earlier version recorded or analysed them.",
             "Analyse the run again where it has checkpoints; records of an earlier version keep their other numbers.",
             evidence={"increments": int(cells.sum()), "of": int(moved.sum()), "steps": steps},
