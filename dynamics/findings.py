@@ -58,6 +58,7 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD205": ("note", "an update more concentrated than its null"),
     "OD206": ("note", "rank that is not used"),
     "OD207": ("error", "singular values that did not converge"),
+    "OD208": ("note", "an increment without a null model"),
     # 3xx: capturing a training
     "OD301": ("warning", "a matrix that gets no gradient"),
     "OD302": ("warning", "an adapter that has not moved after the warm-up"),

@@ -75,6 +75,14 @@ UPDATE: Mapping[str, Variable] = {
     "effective_rank_energy_above_rounding": Variable(
         _PER_MATRIX, "1", "effective rank (energy) less the rounding floor"
     ),
+    **{
+        f"{side}_factor_{part}": Variable(("step", "matrix", *dims), "1", f"{words} of {factor}")
+        for side, factor in (("left", "B, scales included"), ("right", "A"))
+        for part, dims, words in (
+            ("value", ("index",), "singular value at the previous step"),
+            ("change", (), "Frobenius norm of the change since the previous step"),
+        )
+    },
     "path_length": Variable(("step", "matrix"), "weight", "sum of the increments' Frobenius norms"),
     "increment_cosine": Variable(("step", "matrix"), "1", "cosine with the previous increment"),
     "suggested_rank": Variable(("matrix",), "1", "rank that holds the stated share of energy of the newest total"),

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dynamics.spectra.singular_values import tall_triangle
+from dynamics.spectra.singular_values import core_singular_values, tall_triangle
 from probes.low_rank import LowRankMatrix
 
 
@@ -157,6 +157,48 @@ class Cores:
         beside_now = _columns(change, self.scale) + _columns(before, self.scale - self.scale_before)
         beside_change = _columns(before, self.scale_before)
         return self.left[:, :, :r] @ beside_now.mT + self.left[:, :, r:] @ beside_change.mT
+
+    def factors(self) -> list[FactorSpectra]:
+        """What the null of each increment is conditioned on; see :class:`FactorSpectra`."""
+        assert self.scale_before is not None
+        r = self.rank
+        left_before, right_before = (side[:, :, :r] - side[:, :, r:] for side in (self.left, self.right))
+        right_change = self.right[:, :, r:]
+        left_change = _columns(self.left[:, :, r:], self.scale) + _columns(left_before, self.scale - self.scale_before)
+        moved_left, moved_right = ((side != 0).any(1) for side in (left_change, right_change))
+        left = core_singular_values(_columns(_columns(left_before, self.scale_before), moved_right.double()))
+        right = core_singular_values(_columns(right_before, moved_left.double()))
+        norms = [torch.linalg.vector_norm(change, dim=(1, 2)).tolist() for change in (left_change, right_change)]
+        return [
+            FactorSpectra(_first(left[i], int(rows)), _first(right[i], int(columns)), norms[0][i], norms[1][i])
+            for i, (rows, columns) in enumerate(zip(moved_right.sum(1), moved_left.sum(1), strict=True))
+        ]
+
+
+@dataclass(frozen=True)
+class FactorSpectra:
+    r"""The factors that an increment starts from, and how far each moved.
+
+    With the scales folded into B, the increment is (B₀ + ΔB)(A₀ + ΔA) − B₀A₀. If ΔB and ΔA are white noise, its
+    singular values depend on B₀ and A₀ through their own singular values alone, up to a relative rotation in ΔBΔA. A
+    column of B₀ counts only where the row of A beside it moved, and a row of A₀ where its column of B did: an adapter
+    that is frozen adds nothing to the increment.
+
+    Args:
+        left: Singular values of B₀, one for each row of A that moved, descending; zeros beyond ``out``.
+        right: Singular values of A₀, one for each column of B that moved, descending; zeros beyond ``in``.
+        left_change, right_change: ‖ΔB‖_F and ‖ΔA‖_F.
+    """
+
+    left: Float[Tensor, " p"]
+    right: Float[Tensor, " q"]
+    left_change: float
+    right_change: float
+
+
+def _first(values: Float[Tensor, " k"], count: int) -> Float[Tensor, " count"]:
+    """The ``count`` largest values, zeros appended where there are fewer."""
+    return torch.nn.functional.pad(values, (0, max(0, count - len(values))))[:count]
 
 
 def join(members: Sequence[Cores]) -> Cores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 import numpy as np
 import torch
@@ -31,19 +32,16 @@ def variable(name: str, array: np.ndarray, definition: str = "", reference: str 
     return xr.Variable(known.dims, array, {**schema.attributes(known, definition, reference), **more})
 
 
-def measures_of(update: xr.Dataset) -> dict[str, xr.Variable]:
-    """Every measure that is a function of the spectrum and its storage alone."""
+def measures_of(update: xr.Dataset, noise: np.ndarray | None = None) -> dict[str, xr.Variable]:
+    """Return every measure that is a function of the spectrum and its storage alone.
+
+    Args:
+        update: Singular values with their coordinates.
+        noise: Predicted energy of the storage's rounding, ``(step, kind, matrix)``, where it is known.
+    """
     values = torch.from_numpy(update["singular_value"].values)
-    tolerance = torch.tensor(
-        [
-            measures.rank_tolerance(int(out), int(in_), _EPSILON[str(storage)])
-            for out, in_, storage in zip(
-                update["out"].values, update["in"].values, update["storage"].values, strict=True
-            )
-        ],
-        dtype=torch.float64,
-    )
-    rank = measures.numerical_rank(values, tolerance.expand(values.shape[:-1]))
+    tolerance = torch.from_numpy(_rank_tolerance(update, noise))
+    rank = measures.numerical_rank(values, tolerance)
     return {
         name: variable(name, measure.function(values).numpy(), measure.definition, measure.reference)
         for name, measure in measures.MEASURES.items()
@@ -51,20 +49,44 @@ def measures_of(update: xr.Dataset) -> dict[str, xr.Variable]:
         "numerical_rank": variable(
             "numerical_rank",
             rank.numpy(),
-            "number of σ > tol·σ₁, tol = max(out, in)·ε of the storage format, √ε where that exceeds 0.1",
-            "Golub & Van Loan; LAPACK's default tolerance",
+            "number of σ > tol·σ₁; of products tol = ‖E‖_F/σ₁ with E the predicted rounding of the product, at least "
+            "max(out, in)·2⁻⁵²; of dense matrices and gradients tol = max(out, in)·ε of the storage format, √ε where "
+            "that exceeds 0.1",
+            "Golub & Van Loan; of products Weyl's inequality, of dense matrices LAPACK's default tolerance",
         )
     }
+
+
+def _rank_tolerance(update: xr.Dataset, noise: np.ndarray | None) -> np.ndarray:
+    """σ/σ₁ down to which singular values count, ``(step, kind, matrix)``.
+
+    By Weyl's inequality no σ moves by more than ‖E‖₂ ≤ ‖E‖_F. The factors of a product are rounded, not the product, so
+    its E is far smaller than max(out, in)·ε says.
+    """
+    out, in_ = update["out"].values, update["in"].values
+    stored = [
+        measures.rank_tolerance(int(rows), int(columns), _EPSILON[str(storage)])
+        for rows, columns, storage in zip(out, in_, update["storage"].values, strict=True)
+    ]
+    largest = np.nan_to_num(update["singular_value"].values).max(-1, initial=0.0)
+    tolerance = np.broadcast_to(np.array(stored, dtype=np.float64), largest.shape)
+    if noise is None:
+        return tolerance.copy()
+    relative = np.divide(np.sqrt(noise), largest, out=np.full(largest.shape, np.nan), where=largest > 0)
+    computed = np.maximum(relative, np.maximum(out, in_) * _EPSILON["F64"])
+    return np.where((update["adapter_rank"].values > 0) & np.isfinite(relative), computed, tolerance)
 
 
 def null_models_of(update: xr.Dataset) -> tuple[xr.Dataset, dict[str, xr.Variable]]:
     """The null model beside every number, and the measures that are relative to it.
 
-    Of a product of factors that is a random LoRA, of a dense matrix a Gaussian one.
+    Of a product of factors that is a random LoRA, of a LoRA's increment white noise in its factors, of a dense matrix a
+    Gaussian one.
 
     Returns:
         ``/null``: mean, 5 % and 95 % point of each measure, ``(step, kind, matrix)``; and for ``/update``
-        ``entropy_deficit``, ``null_percentile`` and ``marchenko_pastur_outliers``.
+        ``entropy_deficit``, ``null_percentile`` and ``marchenko_pastur_outliers``. NaN for the increment of a LoRA
+        whose factors at the previous step are not known (finding OD208).
     """
     shape = update["count"].shape
     null = {f"{name}{bound}": np.full(shape, np.nan) for name in _NULL_MEASURES for bound in _BOUNDS}
@@ -72,29 +94,32 @@ def null_models_of(update: xr.Dataset) -> tuple[xr.Dataset, dict[str, xr.Variabl
     outliers, percentile = np.full(shape, np.nan), np.full(shape, np.nan)
     band = {"singular_value_low": np.full(values.shape, np.nan), "singular_value_high": np.full(values.shape, np.nan)}
     norm = update["frobenius_norm"].values
-    for places, model in _models(update):
+    for places, model in chain(_models(update), _increment_models(update)):
         for bound, numbers in (("", model.mean), ("_low", model.low), ("_high", model.high)):
             for name in _NULL_MEASURES:
                 null[f"{name}{bound}"][places] = numbers[name]
         # A matrix has its newest shape; where it was smaller before, it had fewer values than that allows.
-        count = min(len(model.spectrum_low), values.shape[-1])
+        count = min(model.spectrum_low.shape[-1], values.shape[-1])
         for bound, shape in (("low", model.spectrum_low), ("high", model.spectrum_high)):
-            band[f"singular_value_{bound}"][(*places, slice(count))] = norm[places][:, None] * shape[:count].numpy()
+            relative = shape[..., :count].numpy()
+            band[f"singular_value_{bound}"][(*places, slice(count))] = norm[places][:, None] * relative
         outliers[places] = null_models.outliers(torch.from_numpy(values[places]), model.edge).numpy()
         percentile[places] = model.percentile(torch.from_numpy(entropy[places])).numpy()
     return _null_dataset(update, null, band), {
         "entropy_deficit": variable(
             "entropy_deficit",
             null["entropy_energy"] - entropy,
-            "mean energy entropy of the null of the same shape and rank (random LoRA; dense: Gaussian matrix), minus "
-            "entropy_energy",
+            "mean energy entropy of the null, minus entropy_energy; null of a total: a random LoRA of the same shape "
+            "and rank; of a LoRA's increment: white noise of the same size in the factors, from where they were; of a "
+            "dense matrix: a Gaussian one. Gradients are not white: any update made of them has a deficit",
             "independent Gaussian factors, drawn as Bartlett triangles (Bartlett 1933); dense: Dumitriu & Edelman 2002",
         ),
         "null_percentile": variable(
             "null_percentile",
             percentile,
-            f"share of the null's draws ({null_models.DRAWS}; fewer of a large dense matrix) whose energy entropy is "
-            "smaller, in %",
+            f"share of the null's draws ({null_models.DRAWS}; fewer of increments and of large dense matrices) whose "
+            "energy entropy is smaller, in %; near 0 for any update made of gradients, so compare runs by "
+            "entropy_deficit",
             "Monte-Carlo percentile",
         ),
         "marchenko_pastur_outliers": variable(
@@ -114,7 +139,7 @@ def _models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ...], NullMo
     """
     rank, out, in_ = update["factor_rank"].values, update["out"].values, update["in"].values
     factored = np.where(update["adapter_rank"].values > 0, rank, 0)
-    present = np.nonzero(rank > 0)
+    present = np.nonzero((rank > 0) & ~_is_factored_increment(update))
     keys = np.stack([out[present[2]], in_[present[2]], factored[present]], axis=1)
     for key in np.unique(keys, axis=0):
         chosen, (rows, columns, columns_of_factors) = (keys == key).all(1), key.tolist()
@@ -126,6 +151,41 @@ def _models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ...], NullMo
         yield tuple(axis[chosen] for axis in present), model
 
 
+def _is_factored_increment(update: xr.Dataset) -> np.ndarray:
+    """Which cells (step, kind, matrix) are increments of a product of factors."""
+    increments = update["kind"].values == "increment"
+    return (update["factor_rank"].values > 0) & increments[:, None] & (update["adapter_rank"].values > 0)
+
+
+def _increment_models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ...], NullModel]]:
+    """Places of LoRA increments whose factors are known, with a null for each.
+
+    The noise depends on the shape, the step and the order of the matrices alone, so that checkpoints and records have
+    the same null.
+    """
+    increments = _is_factored_increment(update)
+    if not increments.any():
+        return
+    kind = update["kind"].values.tolist().index("increment")
+    factors = [update[f"{side}_factor_value"].values for side in ("left", "right")]
+    changes = [update[f"{side}_factor_change"].values for side in ("left", "right")]
+    counts = [np.isfinite(values).sum(-1) for values in factors]
+    known = increments[:, kind] & np.isfinite(changes).all(0) & (sum(changes) > 0)
+    step, matrix = np.nonzero(known)
+    columns = (update["out"].values[matrix], update["in"].values[matrix], *(number[step, matrix] for number in counts))
+    keys = np.stack([step, *columns, update["count"].values[step, kind, matrix]], axis=1)
+    for key in np.unique(keys, axis=0):
+        row, out, in_, p, q, count = key.tolist()
+        members = matrix[(keys == key).all(1)]
+        seed = (null_models.SEED, out, in_, p, q, int(update["step"].values[row]))
+        values, sizes = ([torch.from_numpy(array[row, members]) for array in arrays] for arrays in (factors, changes))
+        for cells, model in null_models.increment_null(
+            values[0][:, :p], values[1][:, :q], sizes[0], sizes[1], out, in_, count=count, seed=seed
+        ):
+            where = members[cells]
+            yield (np.full(len(where), row), np.full(len(where), kind), where), model
+
+
 def _null_dataset(update: xr.Dataset, arrays: dict[str, np.ndarray], band: dict[str, np.ndarray]) -> xr.Dataset:
     variables = {
         f"{name}{bound}": xr.Variable(
@@ -135,7 +195,8 @@ def _null_dataset(update: xr.Dataset, arrays: dict[str, np.ndarray], band: dict[
                 "units": schema.MEASURES[name].units,
                 "long_name": f"{schema.MEASURES[name].long_name} of the null, {words}",
                 "definition": f"{words} over {null_models.DRAWS} products of Gaussian factors of the same shape; of a "
-                "dense matrix over Gaussian ones, fewer where they are large",
+                "LoRA's increment over white noise in its factors, of a dense matrix over Gaussian ones, fewer where "
+                "they are large",
             },
         )
         for name in _NULL_MEASURES
@@ -231,7 +292,7 @@ def quantiles_over_matrices(update: xr.Dataset, null: xr.Dataset) -> xr.Dataset:
     }
     bands = {
         f"{name}_null{bound}": _over_matrices(
-            null[f"{name}{bound}"], [0.5], f"random-LoRA null of {name}, {words}, median over matrices"
+            null[f"{name}{bound}"], [0.5], f"null of {name}, {words}, median over matrices"
         ).isel(quantile=0, drop=True)
         for name in _NULL_MEASURES
         for bound, words in _BOUNDS.items()

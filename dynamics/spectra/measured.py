@@ -35,7 +35,7 @@ def measured(raw_update: xr.Dataset, raw_gradient: xr.Dataset | None = None) -> 
     update["decomposition"].attrs |= how
     norms = _norms(update["singular_value"].values)
     update = update.assign({name: labelled.variable(name, norm) for name, norm in norms.items()})
-    update = update.assign(labelled.measures_of(update))
+    update = update.assign(labelled.measures_of(update, noise))
     null, against_null = labelled.null_models_of(update)
     update = update.assign(against_null)
     update = update.assign(_rounding(update, noise)).assign(_geometry(update, inner_product))
@@ -76,12 +76,11 @@ def _rounding(update: xr.Dataset, noise: np.ndarray) -> dict[str, xr.Variable]:
     """Which updates are zero, which are spoiled by the rounding of their storage, and what is left without it."""
     norm = update["frobenius_norm"].values
     share = np.divide(np.sqrt(noise), norm, out=np.full_like(noise, np.nan), where=norm > 0) ** 2
-    dense = update["adapter_rank"].values == 0
     above = floor.above_rounding(
         update["singular_value"].values,
-        np.where(dense, noise, np.nan),
-        update["out"].values.astype(np.float64),
-        update["in"].values.astype(np.float64),
+        update["rounding_edge"].values,
+        noise,
+        np.minimum(update["out"].values, update["in"].values).astype(np.float64),
     )
     return {
         "is_zero": labelled.variable("is_zero", norm == 0),

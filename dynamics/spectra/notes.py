@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import xarray as xr
 
+from dynamics.checkpoints.names import some
 from dynamics.findings import Finding
 from dynamics.spectra.rank_suggestion import ENERGY
 from dynamics.spectra.rounding import NOISE_LIMIT
@@ -29,6 +30,7 @@ def notes(update: xr.Dataset) -> list[Finding]:
         *_quantisation(update),
         *_missing_increments(update),
         *_against_null(update),
+        *_without_null(update),
         *_unused_rank(update),
     ]
 
@@ -127,11 +129,28 @@ def _against_null(update: xr.Dataset) -> Iterator[Finding]:
         deficit = float(np.nanmedian(last["entropy_deficit"].values))
         yield Finding(
             "OD205",
-            f"At step {int(last['step'])} the update of {_count(below, int(known.sum()))} has less spectral entropy "
-            f"than {100 - PERCENTILE:.0f} % of random updates of its shape; median deficit {deficit:.2f} nat. "
-            "Any trained update is expected to; how much is what compares runs.",
+            f"At step {int(last['step'])} the update of {_count(below, int(known.sum()))} uses fewer directions than a "
+            f"random one of its shape: the median entropy deficit is {deficit:.2f} nat. This is normal after training, "
+            "since gradients are not random. Compare runs by the size of the deficit.",
             step=int(last["step"]),
             evidence={"threshold_percentile": PERCENTILE, "median_deficit_nat": deficit, **_named(below)},
+        )
+
+
+def _without_null(update: xr.Dataset) -> Iterator[Finding]:
+    increment = update.sel(kind="increment")
+    unknown = update["left_factor_change"].isnull().values | update["right_factor_change"].isnull().values
+    moved = (increment["frobenius_norm"].values > 0) & (update["adapter_rank"].values > 0)
+    cells = unknown & moved
+    if cells.any():
+        steps = update["step"].values[cells.any(1)].tolist()
+        yield Finding(
+            "OD208",
+            f"{int(cells.sum()):,} of {int(moved.sum()):,} LoRA increments have no null model, so their "
+            f"entropy_deficit is NaN (steps {some(map(str, steps), 5)}): the factors at the previous step are unknown, "
+            "since the rank changed, or since an earlier version recorded or analysed them.",
+            "Analyse the run again where it has checkpoints; records of an earlier version keep their other numbers.",
+            evidence={"increments": int(cells.sum()), "of": int(moved.sum()), "steps": steps},
         )
 
 

@@ -17,7 +17,7 @@ from dynamics.spectra.dense import dense_spectrum
 from dynamics.spectra.measured import measured
 from dynamics.spectra.pairs import MatrixSpectra
 from dynamics.spectra.raw import Place
-from dynamics.spectra.rounding import dense_noise_energy
+from dynamics.spectra.rounding import noise_profile
 from probes.low_rank import LowRankMatrix
 
 _KEPT = (
@@ -51,9 +51,16 @@ def weights_of(trajectory: Trajectory, progress: Callable[[int], None] = lambda 
             weight = _weight(name, after, before)
             if weight is not None:
                 found = dense_spectrum(weight)
-                noise, size = dense_noise_energy(weight), min(weight.shape)
+                noise, size = noise_profile(weight), min(weight.shape)
                 results[last.step, name] = MatrixSpectra(
-                    found.values, None, noise, 0.0, math.nan, (size, 0), (found.method, "none")
+                    found.values,
+                    None,
+                    noise.energy,
+                    0.0,
+                    math.nan,
+                    (size, 0),
+                    (found.method, "none"),
+                    (noise.edge, math.nan),
                 )
                 places[name] = Place(shape.out, shape.in_, 0, shape.dtype)
             progress(1)

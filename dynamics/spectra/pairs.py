@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dynamics.spectra import increments, rounding
 from dynamics.spectra.dense import dense_spectrum
-from dynamics.spectra.increments import Cores, Workspace
+from dynamics.spectra.increments import Cores, FactorSpectra, Workspace
 from dynamics.spectra.singular_values import core_singular_values
 from probes.low_rank import LowRankMatrix
 
@@ -33,6 +33,8 @@ class MatrixSpectra:
         ranks: Columns of the factors of the total and of the increment, which is a sum of two; of a dense matrix the
             smaller dimension.
         found_by: How the values of both were found, one of ``schema.DECOMPOSITIONS`` each.
+        edges: Largest singular value of the rounding noise alone in each; NaN for products of factors.
+        factors: What the increment's null is conditioned on; ``None`` for dense matrices and across a change of rank.
     """
 
     total: Float[Tensor, " k"]
@@ -42,6 +44,8 @@ class MatrixSpectra:
     inner_product: float
     ranks: tuple[int, int]
     found_by: tuple[str, str] = ("qr_core", "qr_core")
+    edges: tuple[float, float] = (math.nan, math.nan)
+    factors: FactorSpectra | None = None
 
     def without_total(self) -> MatrixSpectra:
         """The same where the start of training is not known: only the increment is an update."""
@@ -117,6 +121,7 @@ def solve(
     totals = core_singular_values(total_cores)[:, :rank] if values_from_start is None else values_from_start
     total_rank = rank if start is None else rank + start[0].rank
     finite = total_cores.isfinite().all(-1).all(-1)
+    same_rank = before is not None and before.matrices[0].rank == rank
     total_noise = [a + b for a, b in zip(noise, noise_at_start, strict=True)]
     if before is None:
         spectra = [
@@ -126,16 +131,23 @@ def solve(
         columns = rank + before.matrices[0].rank
         changes = core_singular_values(reduced.increment())[:, :columns]
         inner = _inner_products(before, stacked, reduced, workspace)
+        factors = reduced.factors() if same_rank else [None] * len(now)
         spectra = [
             MatrixSpectra(
-                totals[i], changes[i], total_noise[i], noise[i] + before.noise[i], inner[i], (total_rank, columns)
+                totals[i],
+                changes[i],
+                total_noise[i],
+                noise[i] + before.noise[i],
+                inner[i],
+                (total_rank, columns),
+                factors=factors[i],
             )
             for i in range(len(now))
         ]
     # The next increment's cosine wants this one's triangles; across a change of rank there is none.
-    keep = before is not None and before.matrices[0].rank == rank
     return [
-        Solved(each, reduced.member(i) if keep else None, bool(finite[i]), noise[i]) for i, each in enumerate(spectra)
+        Solved(one, reduced.member(i) if same_rank else None, bool(finite[i]), noise[i])
+        for i, one in enumerate(spectra)
     ]
 
 
@@ -168,22 +180,29 @@ def solve_dense(
         start: At the start of training; where it is not known there is no total.
     """
     count = min(now.shape)
-    noise = rounding.dense_noise_energy(now)
-    total, total_noise, how = torch.empty(0, dtype=torch.float64), math.nan, "none"
+    profile = rounding.noise_profile(now)
+    total, how, of_total = torch.empty(0, dtype=torch.float64), "none", None
     if start is not None:
-        found = dense_spectrum(_difference(now, start))
-        total, how, total_noise = found.values, found.method, noise + rounding.dense_noise_energy(start)
+        spectrum = dense_spectrum(_difference(now, start))
+        total, how, of_total = spectrum.values, spectrum.method, profile + rounding.noise_profile(start)
     if before is None:
-        increment, change_noise, how_changed = None, 0.0, "none"
+        increment, how_changed, of_change = None, "none", None
     elif before is start:  # what changed since the start is what changed at all
-        increment, change_noise, how_changed = total.clone(), total_noise, how
+        increment, how_changed, of_change = total.clone(), how, of_total
     else:
-        found = dense_spectrum(_difference(now, before))
-        increment, how_changed = found.values, found.method
-        change_noise = noise + rounding.dense_noise_energy(before)
-    ranks = (0 if start is None else count, 0 if increment is None else count)
-    spectra = MatrixSpectra(total, increment, total_noise, change_noise, math.nan, ranks, (how, how_changed))
-    return Solved(spectra, None, bool(now.isfinite().all()), noise)
+        spectrum = dense_spectrum(_difference(now, before))
+        increment, how_changed, of_change = spectrum.values, spectrum.method, profile + rounding.noise_profile(before)
+    spectra = MatrixSpectra(
+        total,
+        increment,
+        math.nan if of_total is None else of_total.energy,
+        0.0 if of_change is None else of_change.energy,
+        math.nan,
+        (0 if start is None else count, 0 if increment is None else count),
+        (how, how_changed),
+        (math.nan if of_total is None else of_total.edge, math.nan if of_change is None else of_change.edge),
+    )
+    return Solved(spectra, None, bool(now.isfinite().all()), profile.energy)
 
 
 def _difference(now: Tensor, before: Tensor) -> Float[Tensor, "out in"]:

@@ -42,11 +42,14 @@ class PathShape:
     participation_ratio: float
 
 
-def path_gram(updates: Sequence[Tensor | LowRankMatrix]) -> Float[np.ndarray, "step step"]:
+def path_gram(
+    updates: Sequence[Tensor | LowRankMatrix], others: Sequence[Tensor | LowRankMatrix] | None = None
+) -> Float[np.ndarray, "step other"]:
     """Inner products of one matrix's updates at several steps, in float64; add those of all matrices.
 
     Args:
         updates: One for each step, all ``(out, in)`` and all dense or all factored; ranks may differ.
+        others: Updates at other steps, for a block of the Gram matrix; by default the same.
 
     Raises:
         ValueError: If their shapes differ, or some are factored and others not.
@@ -54,26 +57,45 @@ def path_gram(updates: Sequence[Tensor | LowRankMatrix]) -> Float[np.ndarray, "s
     >>> a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]])
     >>> path_gram([a, b]).tolist()
     [[1.0, 1.0], [1.0, 5.0]]
+    >>> path_gram([a], [b]).tolist()
+    [[1.0]]
     """
-    factored = [each for each in updates if isinstance(each, LowRankMatrix)]
-    shapes = {tuple(each.shape) for each in updates}
-    if len(shapes) > 1 or 0 < len(factored) < len(updates):
-        kinds = "some factored and some not" if 0 < len(factored) < len(updates) else f"of shapes {sorted(shapes)}"
+    every = [*updates, *(others or ())]
+    factored = [update for update in every if isinstance(update, LowRankMatrix)]
+    shapes = {tuple(update.shape) for update in every}
+    if len(shapes) > 1 or 0 < len(factored) < len(every):
+        kinds = "some factored and some not" if 0 < len(factored) < len(every) else f"of shapes {sorted(shapes)}"
         raise ValueError(f"Expected updates of one matrix, all factored or all dense, got updates {kinds}.")
     if not factored:
-        rows = torch.stack([each.detach().to(torch.float64).flatten() for each in updates if isinstance(each, Tensor)])
-        return inner_products(rows).cpu().numpy()
-    starts = np.cumsum([0, *(each.rank for each in factored)])
-    device, (out, in_) = factored[0].left_factor.device, factored[0].shape
+        rows = _flat(updates)
+        return (inner_products(rows) if others is None else rows @ _flat(others).mT).cpu().numpy()
+    left, right, scales, starts = _stacked(factored[: len(updates)])
+    if others is None:
+        products = inner_products(left) * inner_products(right) * torch.outer(scales, scales)
+        ends = starts
+    else:
+        left_, right_, scales_, ends = _stacked(factored[len(updates) :])
+        products = (left @ left_.mT) * (right @ right_.mT) * torch.outer(scales, scales_)
+    return np.add.reduceat(np.add.reduceat(products.cpu().numpy(), starts, axis=0), ends, axis=1)
+
+
+def _flat(updates: Sequence[Tensor | LowRankMatrix]) -> Float[Tensor, "step numbers"]:
+    return torch.stack([one.detach().to(torch.float64).flatten() for one in updates if isinstance(one, Tensor)])
+
+
+def _stacked(
+    updates: Sequence[LowRankMatrix],
+) -> tuple[Float[Tensor, "columns out"], Float[Tensor, "columns in"], Float[Tensor, " columns"], np.ndarray]:
+    """All columns of B, all rows of A and their scales, and where each update begins."""
+    starts = np.cumsum([0, *(update.rank for update in updates)])
+    device, (out, in_) = updates[0].left_factor.device, updates[0].shape
     left, right = (torch.empty(int(starts[-1]), n, dtype=torch.float64, device=device) for n in (out, in_))
-    for first, each in zip(starts.tolist(), factored, strict=False):
+    for first, update in zip(starts.tolist(), updates, strict=False):
         # Converted and laid out in one pass; the scales go to the small products.
-        left[first : first + each.rank] = each.left_factor.detach().mT
-        right[first : first + each.rank] = each.right_factor.detach()
-    scales = torch.cat([each.scales() for each in factored]).to(device)
-    products = (inner_products(left) * inner_products(right) * torch.outer(scales, scales)).cpu().numpy()
-    starts = starts[:-1]
-    return np.add.reduceat(np.add.reduceat(products, starts, axis=0), starts, axis=1)
+        left[first : first + update.rank] = update.left_factor.detach().mT
+        right[first : first + update.rank] = update.right_factor.detach()
+    scales = torch.cat([update.scales() for update in updates]).to(device)
+    return left, right, scales, starts[:-1]
 
 
 def path_shape(gram: Float[np.ndarray, "step step"]) -> PathShape:

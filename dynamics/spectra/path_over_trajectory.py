@@ -1,13 +1,19 @@
 """``/path``: in how few directions each training of a run moved, all matrices together.
 
-The Gram matrix of the updates is a sum over matrices, which are read one at a time; of dense ones a few rows of all
-checkpoints at once, so that memory does not grow with their number.
+The Gram matrix of the updates is a sum over matrices, which are read one at a time; of dense ones a few rows of
+several checkpoints at once. Where there are more checkpoints than files may be open, or than fit in memory, it is
+formed block by block: only the Gram matrix itself grows with their number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 import numpy as np
 import torch
@@ -20,8 +26,10 @@ from dynamics.spectra.dense import inner_products
 from dynamics.spectra.path import PathShape, path_gram, path_shape
 from probes.low_rank import LowRankMatrix
 
-#: Bytes of all checkpoints' matrices, or of their rows in float64, that are in memory at once.
+#: Bytes of all open checkpoints' matrices, or of their rows in float64, that are in memory at once.
 BUDGET = 2**26
+#: Files that this process has open anyway; and how many may be open where the system does not say.
+_OTHER_FILES, _FILES = 40, 256
 
 _WORDS = {
     "gram": ("weight²", "inner products of the updates", "⟨ΔW_t, ΔW_u⟩ summed over matrices; NaN between trainings"),
@@ -91,35 +99,81 @@ def _path(
 ) -> tuple[Float[np.ndarray, "step step"], int]:
     """The Gram matrix, and the number of matrices in it."""
     names = [name for name, shape in training[0].shapes.items() if _is_shared(name, training)]
+    weights = any(training[0].shapes[name].holds == "weight" for name in names)
+    start = next((checkpoint for checkpoint in starts if checkpoint is not None), None) if weights else None
+    blocks = _blocks(names, training, start)
     gram, count = np.zeros((len(training), len(training))), 0
-    start = next((each for each in starts if each is not None), None)
-    for some in _batches(names, training):
-        # Closed after each batch: mapped files that were read count as memory until then.
-        with ExitStack() as stack:
-            opened = [stack.enter_context(checkpoint.open()) for checkpoint in training]
-            beginning = None if start is None else stack.enter_context(start.open())
-            for name in some:
-                own = _of_matrix(name, opened, beginning)
-                if own is not None and np.isfinite(own).all():
-                    gram, count = gram + own, count + 1
-                progress(1)
+    for batch in _batches(
+        names, training, 2 * (blocks[0].stop - blocks[0].start) if len(blocks) > 1 else len(training)
+    ):
+        grams = {name: np.zeros_like(gram) for name in batch}
+        for position, rows in enumerate(blocks):
+            for columns in blocks[position:]:
+                for name, block in _of_blocks(batch, training[rows], training[columns], rows == columns, start):
+                    grams[name][rows, columns] = block
+                    grams[name][columns, rows] = block.T
+        whole = [one for one in grams.values() if np.isfinite(one).all()]
+        gram, count = sum(whole, gram), count + len(whole)
+        progress(len(batch))
     return gram, count
 
 
-def _batches(names: Sequence[str], training: Sequence[Checkpoint]) -> Iterator[list[str]]:
-    """Matrices of which all checkpoints together hold about as much as may be in memory; each at least one."""
-    some: list[str] = []
+def _of_blocks(
+    names: Sequence[str],
+    first: Sequence[Checkpoint],
+    second: Sequence[Checkpoint],
+    same: bool,
+    start: Checkpoint | None,
+) -> Iterator[tuple[str, Float[np.ndarray, "rows columns"]]]:
+    """Inner products of some matrices between two groups of checkpoints; NaN where a matrix cannot be read."""
+    # Closed after each batch: mapped files that were read count as memory until then.
+    with ExitStack() as stack:
+        opened = [stack.enter_context(checkpoint.open()) for checkpoint in first]
+        others = None if same else [stack.enter_context(checkpoint.open()) for checkpoint in second]
+        beginning = None if start is None else stack.enter_context(start.open())
+        for name in names:
+            block = _of_matrix(name, opened, others, beginning)
+            yield name, np.full((len(first), len(second)), np.nan) if block is None else block
+
+
+def _blocks(names: Sequence[str], training: Sequence[Checkpoint], start: Checkpoint | None) -> list[slice]:
+    """Groups of checkpoints of which two may be open, and have one matrix's factors in memory, at the same time."""
+    files = max(len(checkpoint.inputs) for checkpoint in training) or 1
+    room = max(2, (_allowed_files() - (0 if start is None else len(start.inputs))) // files)
+    largest = max((_numbers(name, training) for name in names if training[0].shapes[name].rank), default=0)
+    if largest:
+        room = max(2, min(room, BUDGET // (4 * largest)))
+    length = len(training) if len(training) <= room else room // 2
+    return [slice(first, min(first + length, len(training))) for first in range(0, len(training), length)]
+
+
+def _allowed_files() -> int:
+    """How many files may be open at once beside those that are anyway."""
+    if resource is None:
+        return _FILES - _OTHER_FILES
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2**16 if limit == resource.RLIM_INFINITY else max(2, limit - _OTHER_FILES)
+
+
+def _numbers(name: str, training: Sequence[Checkpoint]) -> int:
+    """The most numbers that a checkpoint holds of a matrix."""
+    shapes = [checkpoint.shapes[name] for checkpoint in training]
+    return max(shape.rank * (shape.out + shape.in_) if shape.rank else shape.out * shape.in_ for shape in shapes)
+
+
+def _batches(names: Sequence[str], training: Sequence[Checkpoint], opened: int) -> Iterator[list[str]]:
+    """Matrices of which all open checkpoints together hold about as much as may be in memory; each at least one."""
+    batch: list[str] = []
     held = 0
     for name in names:
-        shapes = [checkpoint.shapes[name] for checkpoint in training]
-        numbers = sum(each.rank * (each.out + each.in_) if each.rank else each.out * each.in_ for each in shapes)
-        if some and held + 4 * numbers > BUDGET:
-            yield some
-            some, held = [], 0
-        some.append(name)
-        held += 4 * numbers
-    if some:
-        yield some
+        size = 4 * opened * _numbers(name, training) + 8 * len(training) ** 2
+        if batch and held + size > BUDGET:
+            yield batch
+            batch, held = [], 0
+        batch.append(name)
+        held += size
+    if batch:
+        yield batch
 
 
 def _is_shared(name: str, training: Sequence[Checkpoint]) -> bool:
@@ -129,38 +183,55 @@ def _is_shared(name: str, training: Sequence[Checkpoint]) -> bool:
 
 
 def _of_matrix(
-    name: str, opened: Sequence[OpenCheckpoint], beginning: OpenCheckpoint | None
-) -> Float[np.ndarray, "step step"] | None:
+    name: str,
+    opened: Sequence[OpenCheckpoint],
+    others: Sequence[OpenCheckpoint] | None,
+    beginning: OpenCheckpoint | None,
+) -> Float[np.ndarray, "rows columns"] | None:
+    """Inner products between two groups of checkpoints, or within the first."""
     shape = opened[0].shapes[name]
     try:
         if shape.holds == "state":
             return None  # its totals are not known
         if shape.rank:
-            return path_gram([matrix for each in opened if isinstance(matrix := each[name], LowRankMatrix)])
+            return path_gram(_factored(name, opened), None if others is None else _factored(name, others))
         start: Tensor | None = None
         if shape.holds == "weight":
             if beginning is None or name not in beginning.shapes:
                 return None  # what it is counted from is not known
             before = beginning[name]
             start = before if isinstance(before, Tensor) else None
-        return _of_dense([matrix for each in opened if isinstance(matrix := each[name], Tensor)], start)
+        return _of_dense(_dense(name, opened), None if others is None else _dense(name, others), start)
     except UnreadableMatrix:
         return None  # the engine's finding names it
 
 
+def _factored(name: str, opened: Sequence[OpenCheckpoint]) -> list[LowRankMatrix]:
+    return [matrix for each in opened if isinstance(matrix := each[name], LowRankMatrix)]
+
+
+def _dense(name: str, opened: Sequence[OpenCheckpoint]) -> list[Tensor]:
+    return [matrix for each in opened if isinstance(matrix := each[name], Tensor)]
+
+
 def _of_dense(
-    weights: Sequence[Float[Tensor, "out in"]], start: Float[Tensor, "out in"] | None
-) -> Float[np.ndarray, "step step"]:
+    weights: Sequence[Float[Tensor, "out in"]],
+    others: Sequence[Float[Tensor, "out in"]] | None,
+    start: Float[Tensor, "out in"] | None,
+) -> Float[np.ndarray, "rows columns"]:
     """Row by row, so that no two whole matrices are in memory in float64."""
     out, in_ = weights[0].shape
-    gram = np.zeros((len(weights), len(weights)))
-    rows = max(1, BUDGET // (8 * in_ * (len(weights) + 1)))
+    gram = np.zeros((len(weights), len(weights if others is None else others)))
+    rows = max(1, BUDGET // (8 * in_ * (len(weights) + len(others or ()) + 1)))
+
+    def updates(group: Sequence[Tensor], part: slice) -> Float[Tensor, "step numbers"]:
+        numbers = torch.stack([weight[part].to(torch.float64).flatten() for weight in group])
+        return numbers if start is None else numbers.sub_(start[part].to(torch.float64).flatten())
+
     for first in range(0, out, rows):
-        last = min(first + rows, out)
-        here = torch.stack([weight[first:last].to(torch.float64).flatten() for weight in weights])
-        if start is not None:
-            here -= start[first:last].to(torch.float64).flatten()
-        gram += inner_products(here).numpy()
+        part = slice(first, min(first + rows, out))
+        here = updates(weights, part)
+        gram += (inner_products(here) if others is None else here @ updates(others, part).mT).numpy()
     return gram
 
 

@@ -19,9 +19,17 @@ from dynamics import schema
 from dynamics.schema import Variable
 from dynamics.spectra.pairs import Results
 
+#: Variables of a raw update that records and results of earlier versions lack: NaN there.
+ADDED = (
+    "rounding_edge",
+    "left_factor_value",
+    "right_factor_value",
+    "left_factor_change",
+    "right_factor_change",
+)
 #: Variables of a raw update.
 UPDATE: Mapping[str, Variable] = {
-    **{name: schema.UPDATE[name] for name in ("singular_value", "count", "factor_rank", "decomposition")},
+    **{name: schema.UPDATE[name] for name in ("singular_value", "count", "factor_rank", "decomposition", *ADDED)},
     "noise_energy": Variable(("step", "kind", "matrix"), "weight²", "predicted energy of the storage's rounding"),
     "inner_product": Variable(("step", "matrix"), "weight²", "inner product with the previous increment"),
 }
@@ -84,6 +92,7 @@ def raw_update(steps: Mapping[int, tuple[int, int]], places: Mapping[str, Place]
         results: ``(step, matrix)`` to spectra; what is not in it is missing.
     """
     values_of = [part for each in results.values() for part in (each.total, each.increment) if part is not None]
+    values_of += [part for each in results.values() if each.factors for part in (each.factors.left, each.factors.right)]
     arrays = _empty(UPDATE, len(steps), len(places), max(map(len, values_of), default=0))
     row = {step: position for position, step in enumerate(steps)}
     column = {name: position for position, name in enumerate(places)}
@@ -99,6 +108,14 @@ def raw_update(steps: Mapping[int, tuple[int, int]], places: Mapping[str, Place]
                 arrays["factor_rank"][place] = spectra.ranks[kind]
                 arrays["decomposition"][place] = schema.DECOMPOSITIONS.index(spectra.found_by[kind])
                 arrays["noise_energy"][place] = _known(noise)
+                arrays["rounding_edge"][place] = _known(spectra.edges[kind])
+        if (factors := spectra.factors) is not None:
+            for side, values, change in (
+                ("left", factors.left, factors.left_change),
+                ("right", factors.right, factors.right_change),
+            ):
+                arrays[f"{side}_factor_value"][(*here, slice(len(values)))] = values
+                arrays[f"{side}_factor_change"][here] = _known(change)
     return _dataset(UPDATE, arrays, steps, places)
 
 
@@ -209,10 +226,22 @@ def concatenate(parts: Sequence[xr.Dataset]) -> xr.Dataset:
     for part in parts:
         rows = np.array([row[step] for step in part["step"].values.tolist()], dtype=np.int64)  # also of none
         columns = np.array([column[name] for name in part["matrix"].values.tolist()], dtype=np.int64)
+        at = {"step": rows, "kind": np.arange(2), "matrix": columns, "index": np.arange(part.sizes["index"])}
         for name, variable in known.items():
-            at = {"step": rows, "kind": np.arange(2), "matrix": columns, "index": np.arange(part.sizes["index"])}
-            arrays[name][np.ix_(*(at[dim] for dim in variable.dims))] = part.variables[name].values
+            if name in part.variables or name not in ADDED:
+                arrays[name][np.ix_(*(at[dim] for dim in variable.dims))] = part.variables[name].values
     return _dataset(known, arrays, ordered, places)
+
+
+def completed(update: xr.Dataset) -> xr.Dataset:
+    """A raw update with every variable; NaN for what earlier versions did not keep."""
+    lacking = {name: UPDATE[name] for name in ADDED if name not in update}
+    return update.assign(
+        {
+            name: (known.dims, np.full([update.sizes[dim] for dim in known.dims], np.nan), schema.attributes(known))
+            for name, known in lacking.items()
+        }
+    )
 
 
 def _origins(part: xr.Dataset) -> dict[int, tuple[int, int] | None]:

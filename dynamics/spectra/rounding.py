@@ -8,9 +8,19 @@ carry independent noise of variance ulp²/12. To first order the product s(B + E
 
 over rows k of A and columns k of B. An increment carries that of both its ends. The prediction is an upper estimate
 where entries did not change at all between two checkpoints (their rounding error then cancels).
+
+A dense weight carries the noise itself. Where its rows or columns differ in scale so does the noise, and the largest
+singular value of noise with variances v_ij is at most about
+
+.. math:: \sqrt{\max_i \sum_j v_{ij}} + \sqrt{\max_j \sum_i v_{ij}}
+
+(Bandeira & van Handel 2016; for equal variances the edge of Marchenko & Pastur).
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -37,13 +47,17 @@ def ulp_energy(factor: Tensor, dim: int) -> Float[Tensor, " k"]:
     >>> ulp_energy(torch.tensor([[1.5, 1.0]], dtype=torch.bfloat16), dim=1) * 2**14
     tensor([2.], dtype=torch.float64)
     """
+    return _ulp_squared(factor).sum(dim).cpu()
+
+
+def _ulp_squared(factor: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
     if factor.dtype not in _FORMATS:
-        return torch.zeros(factor.shape[1 - dim], dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64).expand(factor.shape)
     integer, mask, bits, smallest = _FORMATS[factor.dtype]
     powers = torch.bitwise_and(factor.detach().view(integer), mask).view(factor.dtype).to(torch.float64)
     if factor.dtype == torch.float16:  # the only format whose subnormals, of fixed ulp, occur in trained factors
         powers = powers.clamp_min(smallest)
-    return powers.square_().sum(dim).cpu() * 4.0**-bits
+    return powers.square_().mul_(4.0**-bits)
 
 
 def noise_energy(
@@ -68,10 +82,39 @@ def product_noise_energy(matrix: LowRankMatrix) -> float:
     return noise_energy(matrix, left, right)
 
 
-def dense_noise_energy(weight: Tensor) -> float:
-    """Predicted energy of the rounding noise in a weight that is stored as it is: Σ ulp²/12.
+@dataclass(frozen=True)
+class NoiseProfile:
+    """Predicted rounding noise of dense weights, by row and by column; profiles add up as independent noise does.
 
-    >>> dense_noise_energy(torch.ones(1, 3, dtype=torch.bfloat16)) == 3 / 12 * 2**-14
+    Args:
+        rows: Variance summed over each row, Σ_j ulp²/12.
+        columns: Variance summed over each column, Σ_i ulp²/12.
+    """
+
+    rows: Float[Tensor, " out"]
+    columns: Float[Tensor, " in"]
+
+    def __add__(self, other: NoiseProfile) -> NoiseProfile:
+        return NoiseProfile(self.rows + other.rows, self.columns + other.columns)
+
+    @property
+    def energy(self) -> float:
+        """Expected squared Frobenius norm of the noise."""
+        return float(self.rows.sum())
+
+    @property
+    def edge(self) -> float:
+        """Largest singular value that the noise alone would have."""
+        if not self.rows.numel() or not self.columns.numel():
+            return 0.0
+        return math.sqrt(float(self.rows.max())) + math.sqrt(float(self.columns.max()))
+
+
+def noise_profile(weight: Float[Tensor, "out in"]) -> NoiseProfile:
+    """Predicted noise in a weight that is stored as it is, in one pass over it.
+
+    >>> noise_profile(torch.ones(1, 3, dtype=torch.bfloat16)).energy == 3 / 12 * 2**-14
     True
     """
-    return float(ulp_energy(weight, dim=0).sum()) / 12
+    squared = _ulp_squared(weight)
+    return NoiseProfile(squared.sum(1).cpu() / 12, squared.sum(0).cpu() / 12)

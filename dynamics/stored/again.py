@@ -20,7 +20,7 @@ from dynamics.stored.tree import Parts, as_json, result_tree
 #: Groups that the records do not change.
 _KEPT = ("training", "score", "path", "base", "weights", "association")
 #: Findings that follow from the numbers of ``/update``: they are found anew.
-_FROM_NUMBERS = ("OD202", "OD203", "OD204", "OD205", "OD206")
+_FROM_NUMBERS = ("OD202", "OD203", "OD204", "OD205", "OD206", "OD208")
 #: What findings about ``/association`` begin with: they stay with it.
 _OF_RELATIONS = "OD5"
 

@@ -30,7 +30,8 @@ from dynamics.spectra import raw
 #: Spectra of one update that differ by more than this share of its norm are not of one training.
 AGREEMENT = 1e-3
 _TOTAL, _INCREMENT = range(len(schema.KINDS))
-_PER_KIND = ("singular_value", "count", "factor_rank", "decomposition", "noise_energy")
+_PER_KIND = ("singular_value", "count", "factor_rank", "decomposition", "noise_energy", "rounding_edge")
+_OF_INCREMENTS = ("left_factor_value", "right_factor_value", "left_factor_change", "right_factor_change")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def merge(checkpoints: xr.Dataset | None, records: xr.Dataset | None) -> tuple[x
         one = records if checkpoints is None else checkpoints
         if one is None:
             raise ValueError("Expected checkpoints or captured steps, got neither.")
-        return _without_dangling(one.copy(deep=True)), []
+        return _without_dangling(raw.completed(one.copy(deep=True))), []
     common = np.intersect1d(checkpoints["step"].values, records["step"].values).tolist()
     found = {step: _difference(checkpoints.sel(step=step), records.sel(step=step)) for step in common}
     differences = {step: difference for step, difference in found.items() if difference is not None}
@@ -114,10 +115,14 @@ def raw_of(update: xr.Dataset) -> xr.Dataset:
         if origin in steps:
             inner[row] = cosine[row] * norm[row, _INCREMENT] * norm[steps.index(origin), _INCREMENT]
     arrays = {"noise_energy": update["quantisation_noise_share"].values * norm * norm, "inner_product": inner}
+    # The rounding_edge of an earlier version is another quantity; the others are not there then.
+    if set(raw.ADDED) <= set(update):
+        arrays |= {name: update[name].values for name in raw.ADDED}
     kept = update[["singular_value", "count", "factor_rank", "decomposition"]]
-    return kept.assign(
+    kept = kept.assign(
         {name: (raw.UPDATE[name].dims, array, schema.attributes(raw.UPDATE[name])) for name, array in arrays.items()}
     )
+    return raw.completed(kept)
 
 
 def _difference(checkpoint: xr.Dataset, record: xr.Dataset) -> _Difference | None:
@@ -211,9 +216,10 @@ def _without_dangling(update: xr.Dataset) -> xr.Dataset:
             origins[row] = -1
             for name in ("count", "factor_rank", "decomposition"):
                 update[name].values[row, _INCREMENT] = 0
-            for name in ("singular_value", "noise_energy"):
+            for name in ("singular_value", "noise_energy", "rounding_edge"):
                 update[name].values[row, _INCREMENT] = np.nan
-            update["inner_product"].values[row] = np.nan
+            for name in ("inner_product", *_OF_INCREMENTS):
+                update[name].values[row] = np.nan
     return update.assign_coords(from_step=update["from_step"].copy(data=origins))
 
 

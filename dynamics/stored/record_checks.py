@@ -43,6 +43,8 @@ def record_problems(record: Mapping[str, xr.Dataset]) -> Iterator[str]:
 
 def _dataset_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> Iterator[str]:
     """Each check relies on those before it, so only the first problem is told."""
+    # Records of earlier versions lack some variables.
+    known = {name: variable for name, variable in known.items() if name in dataset.variables or name not in raw.ADDED}
     for check in (_layout_problems, _coordinate_problems, _spectrum_problems):
         if problem := next(check(dataset, known), None):
             yield problem
@@ -117,6 +119,11 @@ def _spectrum_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> It
     missing = np.isnan(values) & inside
     if (missing.any(-1) & (missing.sum(-1) < count)).any():
         yield "lacks some of its singular values"
+    sides = [np.isfinite(dataset.variables[name].values) for name in known if name.endswith("factor_value")]
+    if any((~side[..., :-1] & side[..., 1:]).any() for side in sides):
+        yield "has a gap in the singular values of its factors"
+    if sides and (sum(side.sum(-1) for side in sides) > np.where(factored, rank[:, 1], 0)).any():
+        yield "has more singular values of factors than its increments have columns"
     for name in (each for each in known if each not in _COUNTS):
         numbers = dataset.variables[name].values.astype(np.float64)
         least = -_LARGEST_NUMBER if name == "inner_product" else 0.0

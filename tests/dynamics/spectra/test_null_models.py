@@ -107,3 +107,62 @@ def test_a_large_dense_null_takes_few_draws_and_no_matrix():
     model = null_models.gaussian_null(3000, 1500)
     assert len(model.entropies) == null_models.dense_draws(3000, 1500) == 43
     assert model.mean["entropy_energy"] == pytest.approx(null_models.page_entropy(3000, 1500), abs=1e-3)
+
+
+def explicit_increments(left, right, left_change, right_change, draws, generator):
+    """(B + ΔB)(A + ΔA) − BA multiplied out, with Gaussian changes of the given norms."""
+    spectra = []
+    for _ in range(draws):
+        noise = [torch.randn(factor.shape, generator=generator, dtype=torch.float64) for factor in (left, right)]
+        moved_left = left + noise[0] * left_change / noise[0].norm()
+        moved_right = right + noise[1] * right_change / noise[1].norm()
+        spectra.append(torch.linalg.svdvals(moved_left @ moved_right - left @ right))
+    return torch.stack(spectra)
+
+
+@pytest.mark.parametrize(
+    ("out", "in_", "rank", "left_size", "changes"),
+    [
+        (12, 9, 3, 0.0, (1.0, 0.3)),  # from B = 0
+        (12, 9, 3, 0.3, (0.2, 0.2)),
+        (9, 14, 4, 2.0, (0.5, 3.0)),  # a step larger than the factors
+        (5, 20, 8, 1.0, (0.1, 0.2)),  # more columns than rows
+        (12, 9, 3, 1.0, (0.0, 0.5)),  # B is frozen
+    ],
+)
+def test_increment_draws_have_the_law_of_the_explicit_difference(out, in_, rank, left_size, changes):
+    generator = torch.Generator().manual_seed(0)
+    left = left_size * torch.randn(out, rank, generator=generator, dtype=torch.float64)
+    left[:, 0] *= 4  # of unequal columns
+    right = torch.randn(rank, in_, generator=generator, dtype=torch.float64)
+    draws = 1000
+    explicit = explicit_increments(left, right, *changes, draws, generator)
+    values = [torch.linalg.svdvals(factor) for factor in (left, right)]
+    values = [torch.nn.functional.pad(value, (0, rank - len(value)))[None] for value in values]
+    sizes = [torch.tensor([change], dtype=torch.float64) for change in changes]
+    spectra = null_models.increment_spectra(*values, *sizes, out, in_, draws, np.random.default_rng(1))[0]
+    count = min(out, in_, 2 * rank)
+    assert spectra.shape == (draws, count)
+    smallest = rank - 1 if left_size == 0 or changes[0] == 0 else count - 1
+    for measure in (measures.spectral_entropy, lambda s: s[:, 0], lambda s: s[:, smallest]):
+        assert stats.ks_2samp(measure(explicit[:, :count]), measure(spectra)).pvalue > 1e-3
+
+
+def test_the_null_of_an_increment_rises_from_one_rank_to_two_as_b_grows():
+    values, steps = torch.ones(1, 8, dtype=torch.float64), torch.full((1,), 0.01, dtype=torch.float64)
+    means = []
+    for size in (0.0, 0.1, 1.0):
+        ((_, model),) = null_models.increment_null(size * values, values, steps, steps, 512, 512, count=16, seed=(0,))
+        means.append(float(model.mean["effective_rank_energy"][0]))
+    assert means[0] == pytest.approx(8, rel=0.03)
+    assert 8.2 < means[1] < 9
+    assert means[2] == pytest.approx(16, rel=0.05)
+
+
+def test_points_of_few_draws_hold_another_draw_as_often_as_they_say():
+    draws = torch.randn(20_000, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high, edge = null_models._points(draws[:, :8], (0.05, 0.95, 0.99))
+    another = draws[:, 8]
+    assert (another < low).double().mean() == pytest.approx(0.05, abs=0.006)
+    assert (another > high).double().mean() == pytest.approx(0.05, abs=0.006)
+    assert (another > edge).double().mean() == pytest.approx(0.01, abs=0.004)

@@ -1,13 +1,17 @@
 """The path of a run is that of its updates stacked into vectors."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
 
 from dynamics.checkpoints import open_trajectory
+from dynamics.checkpoints.checkpoint import Content
 from dynamics.spectra import path_over_trajectory
 from dynamics.spectra.path import path_shape
 from dynamics.spectra.path_over_trajectory import path_of
+from tests.captures import drifting
 from tests.runs import write_run, write_state
 from tests.whole_models import MATRICES, model_tensors, write_dense_run, write_model
 
@@ -83,3 +87,65 @@ def test_trainings_in_one_folder_have_paths_of_their_own(tmp_path):
 
 def test_one_checkpoint_has_no_path(tmp_path):
     assert path_of(open_trajectory(write_dense_run(tmp_path, (10,)), base=write_model(tmp_path / "base"))) is None
+
+
+@pytest.mark.parametrize("files", [2, 3, 5])
+@pytest.mark.parametrize("dense", [False, True])
+def test_block_by_block_it_is_the_same(tmp_path, monkeypatch, files, dense):
+    steps = tuple(range(10, 80, 10))
+    run = write_dense_run(tmp_path / "run", steps) if dense else write_run(tmp_path / "run", drifting(steps))
+    trajectory = open_trajectory(run)
+    whole = path_of(trajectory)
+    most_open = counted_openings(monkeypatch, trajectory)
+    monkeypatch.setattr(path_over_trajectory, "_allowed_files", lambda: files + dense)
+    in_blocks = path_of(trajectory)
+    assert most_open() <= files + dense
+    np.testing.assert_allclose(in_blocks["gram"].values, whole["gram"].values, rtol=1e-12)
+    assert in_blocks["matrices"].item() == whole["matrices"].item() == len(trajectory.matrices)
+
+
+def counted_openings(monkeypatch, trajectory):
+    """A function that tells how many checkpoints were open at most at one time."""
+    opened = [0, 0]
+
+    @contextmanager
+    def counted(self):
+        opened[0] += 1
+        opened[1] = max(opened)
+        with actual(self) as matrices:
+            yield matrices
+        opened[0] -= 1
+
+    actual = Content.open
+    monkeypatch.setattr(Content, "open", counted)
+    for checkpoint in trajectory.checkpoints:
+        object.__setattr__(checkpoint, "open", checkpoint.open.__self__.open)
+    return lambda: opened[1]
+
+
+def test_a_matrix_that_is_not_finite_at_one_step_is_left_out_of_every_block(tmp_path, monkeypatch):
+    runs = drifting((10, 20, 30, 40, 50))
+    name = next(iter(runs[30]))
+    runs[30][name][0][0, 0] = torch.nan
+    monkeypatch.setattr(path_over_trajectory, "_allowed_files", lambda: 2)
+    trajectory = open_trajectory(write_run(tmp_path / "run", runs))
+    path = path_of(trajectory)
+    rows = vectors(tmp_path / "run", [other for other in trajectory.matrices if other != name])
+    np.testing.assert_allclose(path["gram"].values, (rows @ rows.T).numpy(), rtol=1e-10)
+    assert path["matrices"].item() == len(trajectory.matrices) - 1
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_more_checkpoints_than_files_may_be_open(tmp_path, dense):
+    resource = pytest.importorskip("resource")
+    steps = tuple(range(1, 121))
+    run = write_dense_run(tmp_path / "run", steps) if dense else write_run(tmp_path / "run", drifting(steps))
+    trajectory = open_trajectory(run)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, before[1]))
+    try:
+        path = path_of(trajectory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert np.isfinite(path["gram"].values).all()
+    assert path["matrices"].item() == len(trajectory.matrices)

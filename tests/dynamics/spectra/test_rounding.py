@@ -1,8 +1,11 @@
 import pytest
 import torch
 
-from dynamics.spectra import rounding
+from dynamics.checkpoints.weight_files import TORCH_NAMES
+from dynamics.spectra import pairs, raw, rounding
 from dynamics.spectra.increments import cores, stack
+from dynamics.spectra.measured import measured
+from dynamics.spectra.raw import Place
 from probes import LowRankMatrix
 from tests.matrices import moved, random_lora
 from tests.reference import rounding_noise_energy
@@ -42,3 +45,34 @@ def test_which_bf16_increments_are_flagged(relative, limited):
     change = cores(stack([stored[1]], [stored[0]])).increment().square().sum()
     share = float((predicted(stored[0]) + predicted(stored[1])) / change)
     assert (share > rounding.NOISE_LIMIT) == limited
+
+
+def numerical_rank(matrix):
+    spectra = pairs.solve([matrix])[0].spectra
+    place = Place(*matrix.shape, matrix.rank, TORCH_NAMES[matrix.dtype])
+    update = measured(raw.raw_update({1: (0, -1)}, {"w": place}, {(1, "w"): spectra}))["update"]
+    return update["numerical_rank"].sel(kind="total").item()
+
+
+@pytest.mark.parametrize("condition", [12, 30, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounded_factors_keep_their_numerical_rank(condition, dtype):
+    """The factors are rounded, not the product: its small directions are stored as well as the large ones."""
+    rank = 16
+    left, right = (torch.linalg.qr(torch.randn(size, rank, dtype=torch.float64)).Q for size in (512, 384))
+    sizes = torch.logspace(0, -torch.log10(torch.tensor(float(condition))).item(), rank, dtype=torch.float64)
+    matrix = LowRankMatrix((left * sizes).to(dtype), right.T.to(dtype))
+    assert numerical_rank(matrix) == rank
+
+
+def test_directions_below_the_rounding_of_the_product_are_no_rank():
+    left, right = (torch.linalg.qr(torch.randn(size, 8, dtype=torch.float64)).Q for size in (512, 384))
+    sizes = torch.tensor([1.0] * 4 + [1e-5] * 4, dtype=torch.float64)
+    matrix = LowRankMatrix((left @ torch.diag(sizes)).to(torch.bfloat16), right.T.to(torch.bfloat16))
+    assert numerical_rank(matrix) == 4
+
+
+def test_exact_factors_have_the_rank_that_float64_resolves():
+    left, right = torch.randn(40, 4, dtype=torch.float64), torch.randn(4, 30, dtype=torch.float64)
+    left[:, 3] = left[:, 2]
+    assert numerical_rank(LowRankMatrix(left, right)) == 3

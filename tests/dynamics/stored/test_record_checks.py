@@ -82,6 +82,21 @@ CHANGES = {
         "has a number in 'singular_value' that is not from 0 to 1e+100",
     ),
     "negative noise": ("noise_energy", put(FIRST, -1.0), "has a number in 'noise_energy' that is not from 0 to 1e+100"),
+    "a gap in the factors": (
+        "left_factor_value",
+        put((0, 0, 0), np.nan),
+        "has a gap in the singular values of its factors",
+    ),
+    "factors of more columns than they have": (
+        "right_factor_value",
+        put((0, 0), 1.0),
+        "has more singular values of factors than its increments have columns",
+    ),
+    "a negative change": (
+        "left_factor_change",
+        put((0, 0), -1.0),
+        "has a number in 'left_factor_change' that is not from 0 to 1e+100",
+    ),
     "an infinite product": (
         "inner_product",
         put((0, 0), -np.inf),
@@ -96,6 +111,11 @@ def test_what_a_recorder_writes_is_good(good):
 
 def test_a_record_without_gradients_is_good(good):
     assert list(record_problems({"update": good["update"]})) == []
+
+
+def test_a_record_of_an_earlier_version_is_good(good):
+    update = good["update"].drop_vars(raw.ADDED)
+    assert list(record_problems({**good, "update": update})) == []
 
 
 def test_a_matrix_smaller_than_its_rank_is_good():
