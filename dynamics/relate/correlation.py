@@ -27,8 +27,9 @@ def centred_curves(
 
     Args:
         values: Complete grids.
-        covariate: Held equal: the least-squares fit of its first three powers (fewer on small grids), pooled over
-            units, is removed too (Frisch & Waugh 1933).
+        covariate: Held equal: smoothed over steps (1-2-1, twice: a logged loss is noisy, and noise leaves part of it
+            in), the least-squares fit of its first three powers (fewer on small grids), pooled over units, is removed
+            too (Frisch & Waugh 1933).
         slopes: Whether each unit's own straight line in the step's place is removed too.
 
     >>> x = centred_curves(np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]))
@@ -48,8 +49,11 @@ def centred_curves(
 
 
 def _powers(covariate: np.ndarray) -> np.ndarray:
-    """Orthonormal basis of the demeaned powers of a covariate, ``[unit · step, power]``."""
+    """Orthonormal basis of the demeaned powers of a smoothed covariate, ``[unit · step, power]``."""
     units, steps = covariate.shape
+    for _ in range(2):
+        beyond = np.pad(covariate, ((0, 0), (1, 1)), mode="edge")
+        covariate = (beyond[:, :-2] + 2 * covariate + beyond[:, 2:]) / 4
     count = max(1, min(_POWERS, (units - 1) * (steps - 1) // _NUMBERS_EACH))
     spread = covariate.std()
     standard = (covariate - covariate.mean()) / (spread if spread > 0 else 1.0)
@@ -121,7 +125,7 @@ def _spread(sums: np.ndarray, squares: np.ndarray, units: int) -> np.ndarray:
 
 
 def without_each(
-    x: Float[np.ndarray, "unit step pair"], y: Float[np.ndarray, "unit step pair"]
+    x: Float[np.ndarray, "unit step #pair"], y: Float[np.ndarray, "unit step #pair"]
 ) -> Float[np.ndarray, "unit pair"]:
     """Return the correlation without each unit, the others centred anew.
 
