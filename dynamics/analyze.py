@@ -75,6 +75,10 @@ def analyze(
     headline: Annotated[
         str | None, typer.Option(metavar="MEASURE", help="The one measure named before looking at scores.")
     ] = None,
+    given: Annotated[
+        str | None,
+        typer.Option(metavar="loss|trend", help="Hold the training loss, or each run's trend, equal."),
+    ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")] = False,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Make figures and report.html.")] = True,
@@ -96,7 +100,7 @@ def analyze(
     Exit status: 0 analysed; 1 something was refused or not finite (named, the rest is saved); 2 nothing analysed.
     """
     asked = {"matrices": matrices, "device": device, "report": report, "base": base and str(base)}
-    asked |= {"intruders": intruders, "weights": weights, "probe": probe, "headline": headline}
+    asked |= {"intruders": intruders, "weights": weights, "probe": probe, "headline": headline, "given": given}
     asked |= {"scores": tuple(map(str, scores or ())), "higher": tuple(higher or ()), "lower": tuple(lower or ())}
     if fail_on not in _LEVELS:
         raise typer.BadParameter(f"expected note, warning or error, got {fail_on!r}", param_hint="--fail-on")

@@ -104,6 +104,8 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD511": ("warning", "runs that could not be paired"),
     "OD512": ("warning", "a task that is not there"),
     "OD513": ("note", "another headline measure than the one that was to be"),
+    "OD514": ("warning", "something that was to be held equal and could not be"),
+    "OD515": ("error", "scores and groups that could not be related"),
     # 6xx: results on disk
     "OD601": ("error", "a result that another machine did not finish replacing"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from dynamics.relate.of_runs import MEASURES
 
@@ -26,9 +27,10 @@ class Options:
         scores: Score files, beside those that lie in the runs.
         higher, lower: Tasks of which a higher, or a lower, score is better, where names do not tell.
         headline: The measure named before looking at associations and comparisons; see :mod:`dynamics.relate.of_runs`.
+        given: What associations over steps hold equal: ``"loss"`` or ``"trend"``; see :func:`dynamics.associate`.
 
     Raises:
-        ValueError: If a task is in both, or the headline is no measure.
+        ValueError: If a task is in both, the headline is no measure, or ``given`` is none of these.
     """
 
     matrices: str | None = None
@@ -42,12 +44,15 @@ class Options:
     higher: tuple[str, ...] = ()
     lower: tuple[str, ...] = ()
     headline: str | None = None
+    given: Literal["loss", "trend"] | None = None
 
     def __post_init__(self) -> None:
         if both := sorted(set(self.higher) & set(self.lower)):
             raise ValueError(f"Expected each task among higher or lower, got {both[0]!r} in both.")
         if self.headline is not None and self.headline not in MEASURES:
             raise ValueError(f"headline: expected one of the measures {', '.join(MEASURES)}, got {self.headline!r}.")
+        if self.given not in (None, "loss", "trend"):
+            raise ValueError(f"given: expected 'loss' or 'trend', got {self.given!r}.")
 
 
 DEFAULTS = Options()

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import xarray as xr
 
+from dynamics.checkpoints.errors import one_line
 from dynamics.checkpoints.score_files import read_scores, score_files
+from dynamics.findings import Finding
 from dynamics.options import Options
-from dynamics.relate.of_runs import relate
+from dynamics.relate.of_runs import Related, relate
 from dynamics.store import encodable, encodable_dataset
 from dynamics.stored.tree import as_json
 
@@ -23,18 +25,28 @@ def add_relations(
     options: Options,
     labels: Mapping[str, str],
 ) -> None:
-    """Adds ``/association`` and ``/comparison`` to the root, where there are scores or groups."""
+    """Add ``/association`` and ``/comparison`` to the root, where there are scores or groups.
+
+    What fails here is a finding (OD515): it never costs what was measured of the runs.
+    """
     named = trees if "runs" in tree.children else {Path(os.path.abspath(folders[""])).name: tree}
-    places = dict(zip(named, folders.values(), strict=True))
-    files = [read_scores(path, run=name) for name, folder in places.items() for path in score_files(folder)]
+    paths = dict(zip(named, folders.values(), strict=True))
+    files = [read_scores(path, run=name) for name, folder in paths.items() for path in score_files(folder)]
     files += [read_scores(path) for path in options.scores]
     rows = [row for file in files for row in file.rows]
     directions = dict.fromkeys(options.higher, "higher") | dict.fromkeys(options.lower, "lower")
-    related = relate(named, rows, headline=options.headline, directions=directions, labels=labels)
-    for name, group in related.groups.items():
-        tree[name] = xr.DataTree(encodable_dataset(group.assign_attrs(encodable(group.attrs))))
-    found = [finding for file in files for finding in file.findings]
-    if related.groups or rows or options.scores:
-        found += related.findings
-    if found:
-        tree.attrs["findings"] = json.dumps([*json.loads(tree.attrs["findings"]), *json.loads(as_json(found))])
+    try:
+        related = relate(
+            named, rows, headline=options.headline, given=options.given, directions=directions, labels=labels
+        )
+        for name, group in related.groups.items():
+            tree[name] = xr.DataTree(encodable_dataset(group.assign_attrs(encodable(group.attrs))))
+    except Exception as error:
+        problem = f"Scores and groups could not be related: {type(error).__name__}: {one_line(error)}."
+        failed = [Finding("OD515", problem, "Please report it, with the score files.")]
+        related = Related({}, ())
+    else:
+        failed = list(related.findings) if related.groups or rows or options.scores else []
+    findings = [*(finding for file in files for finding in file.findings), *failed]
+    if findings:
+        tree.attrs["findings"] = json.dumps([*json.loads(tree.attrs["findings"]), *json.loads(as_json(findings))])

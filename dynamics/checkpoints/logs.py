@@ -6,12 +6,15 @@ import numpy as np
 import xarray as xr
 
 from dynamics import schema
+from dynamics.checkpoints.names import shown
 from dynamics.checkpoints.trajectory import LogEntry, Trajectory
 
 #: The Trainer writes scores under this prefix; the rest of its entries is about training.
 SCORE_PREFIX = "eval_"
 #: What a capture logs for those who watch the training: all of it is in its records.
 _RECORDED_PREFIXES = ("dynamics/", "train/dynamics/")
+#: Characters of a name that are kept.
+_LONGEST_NAME = 1000
 #: Scores of no task: how long the evaluation took, and over how much.
 _ABOUT_THE_EVALUATION = (
     "runtime",
@@ -73,8 +76,8 @@ def _training(entries: list[LogEntry]) -> xr.Dataset:
 
 
 def _names(names: list[str]) -> np.ndarray:
-    """Names as an array of text, which would drop a NUL at the end, and with it what tells two names apart."""
-    return np.asarray([name.replace("\0", "\\0") for name in names], dtype=str)
+    """Names as an array of text, control characters (also a NUL at the end, which numpy would drop) escaped."""
+    return np.asarray([shown(name, _LONGEST_NAME) for name in names], dtype=str)
 
 
 def _scores(entries: list[LogEntry], trajectory: Trajectory) -> xr.Dataset:

@@ -6,12 +6,13 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dynamics.checkpoints.errors import UnreadableFile
+from dynamics.checkpoints.errors import UnreadableFile, one_line
 from dynamics.checkpoints.logs import SCORE_PREFIX, is_score
+from dynamics.checkpoints.names import shown
 from dynamics.checkpoints.plain_files import read_json, read_text
 from dynamics.checkpoints.steps import named_step
 from dynamics.checkpoints.training_state import parse_training_state
@@ -24,6 +25,8 @@ _SPLITS = (SCORE_PREFIX, "test_", "predict_")
 _NOT_METRICS = ("alias", "name", "sample_len", "sample_count", "samples")
 _COLUMNS = ("run", "step", "task", "metric", "score", "items", "standard_error")
 _NAMED = 8
+#: Characters of a name, and of a cell in a message.
+_LONGEST_NAME, _LONGEST_CELL = 1000, 60
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,10 @@ class ScoreFile:
 
 
 def read_scores(path: str | Path, *, run: str | None = None) -> ScoreFile:
-    """Reads one score file; its kind is told by its name and content.
+    """Read one score file; its kind is told by its name and content.
+
+    Names of runs and tasks that cannot be shown (control characters, lone surrogates, more than 1,000 characters) are
+    escaped and shortened. A file that cannot be read costs only itself.
 
     Args:
         path: ``trainer_state.json``; ``all_results.json``, ``eval_results.json`` and the like; a result file of
@@ -72,19 +78,32 @@ def read_scores(path: str | Path, *, run: str | None = None) -> ScoreFile:
     """
     path = Path(path)
     try:
-        if path.suffix.lower() in (".csv", ".tsv"):
-            return _read_table(read_text(path, _CODE), path, run)
-        content = read_json(path, _CODE)
-        if isinstance(content.get("results"), dict):
-            return _numbers_only(_harness(content, path, run), path)
-        if "log_history" in content:
-            return ScoreFile(tuple(_trainer_log(content, run or _run_of(path))))
-        if path.name.endswith("_results.json"):
-            return _numbers_only(_trainer_results(content, path, run or _run_of(path)), path)
-        problem = "Expected trainer_state.json, *_results.json, lm-evaluation-harness results or a CSV; it is neither."
-        raise UnreadableFile(_CODE, problem, "Give scores as a CSV with the columns run, step, task, score.")
+        file = _read(path, run)
+        rows = [
+            replace(row, task=shown(row.task, _LONGEST_NAME), run=row.run if row.run == run else shown(row.run))
+            for row in file.rows
+        ]
+        return replace(file, rows=tuple(rows))
     except UnreadableFile as error:
-        return ScoreFile((), (error.to_finding(path.name),))
+        return ScoreFile((), (error.to_finding(shown(path.name)),))
+    except Exception as error:  # whatever a stranger's file holds, the analysis goes on without it
+        problem = f"It cannot be read as scores: {type(error).__name__}: {one_line(error)}."
+        remedy = "Give scores as a CSV with the columns run, step, task, score."
+        return ScoreFile((), (UnreadableFile(_CODE, problem, remedy).to_finding(shown(path.name)),))
+
+
+def _read(path: Path, run: str | None) -> ScoreFile:
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return _read_table(read_text(path, _CODE), path, run)
+    content = read_json(path, _CODE)
+    if isinstance(content.get("results"), dict):
+        return _numbers_only(_harness(content, path, run), path)
+    if "log_history" in content:
+        return ScoreFile(tuple(_trainer_log(content, run or _run_of(path))))
+    if path.name.endswith("_results.json"):
+        return _numbers_only(_trainer_results(content, path, run or _run_of(path)), path)
+    problem = "Expected trainer_state.json, *_results.json, lm-evaluation-harness results or a CSV; it is neither."
+    raise UnreadableFile(_CODE, problem, "Give scores as a CSV with the columns run, step, task, score.")
 
 
 def score_files(run: str | Path) -> list[Path]:
@@ -142,7 +161,7 @@ def _harness(content: Mapping[str, Any], path: Path, run: str | None) -> Iterato
         for group, tasks in _mapping(content.get("group_subtasks")).items()
         if any(_is_metric(key) for key in results.get(group, {})) and isinstance(tasks, list)
         for member in tasks
-        if member != group
+        if isinstance(member, str) and member != group
     }
     better, counts = _mapping(content.get("higher_is_better")), _mapping(content.get("n-samples"))
     for task, values in results.items():
@@ -197,7 +216,7 @@ def _numbers_only(pairs: Iterable[tuple[ScoreRow, Any]], path: Path) -> ScoreFil
         if math.isfinite(number):
             rows.append(ScoreRow(**{**row.__dict__, "score": number}))
         else:
-            bad.append(f"{row.task} = {value!r}")
+            bad.append(f"{shown(row.task, _LONGEST_CELL)} = {shown(repr(value), _LONGEST_CELL)}")
     return ScoreFile(tuple(rows), tuple(_not_numbers(bad, path, "Evaluate again, or leave them out.")))
 
 
@@ -235,7 +254,8 @@ def _read_table(text: str, path: Path, run: str | None) -> ScoreFile:
     lacking = [name for name in ("step", "task", "score") if name not in names]
     if lacking or ("run" not in names and run is None):
         lacking = lacking or ["run"]
-        problem = f"Expected the columns run, step, task, score; {', '.join(lacking)} is not among {', '.join(names)}."
+        columns = ", ".join(shown(name, _LONGEST_CELL) for name in list(names)[:_NAMED])
+        problem = f"Expected the columns run, step, task, score; {', '.join(lacking)} is not among {columns}."
         raise UnreadableFile(_CODE, problem, "Make it tidy: one row for each run, step and task.")
     rows, bad = [], []
     for line, row in lines:
@@ -250,17 +270,18 @@ def _read_table(text: str, path: Path, run: str | None) -> ScoreFile:
 
 def _table_row(cells: Mapping[str, str], run: str | None) -> tuple[ScoreRow | None, list[str]]:
     score, step = _number(cells["score"]), _number(cells["step"] or None)
-    problems = [] if math.isfinite(score) else [f"score {cells['score']!r}"]
+    quoted = {name: shown(repr(cell), _LONGEST_CELL) for name, cell in cells.items()}
+    problems = [] if math.isfinite(score) else [f"score {quoted['score']}"]
     if cells["step"] and not (math.isfinite(step) and step.is_integer() and 0 <= step < 2**63):
-        problems.append(f"step {cells['step']!r}")
+        problems.append(f"step {quoted['step']}")
     problems += [
-        f"{name} {cells[name]!r}"
+        f"{name} {quoted[name]}"
         for name in ("items", "standard_error")
         if cells.get(name) and not math.isfinite(_number(cells[name]))
     ]
     name = cells.get("run") or run or ""
     if not name or not cells["task"]:
-        problems.append(f"run {name!r}, task {cells['task']!r}")
+        problems.append(f"run {shown(repr(name), _LONGEST_CELL)}, task {quoted['task']}")
     if any(problem.startswith(("score", "step", "run")) for problem in problems):
         return None, problems
     task = "/".join(part for part in (cells["task"], cells.get("metric")) if part)

@@ -16,6 +16,8 @@ from dynamics.plot.svg import describe
 from dynamics.schema import ALL
 
 _LONGEST = 34
+#: Inches: a taller figure takes hundreds of megabytes and cannot be read.
+_TALLEST = 30.0
 
 
 def association(
@@ -28,7 +30,7 @@ def association(
 
     Args:
         data: A result with ``/association``, or that group.
-        tasks: Which; by default the mean of all tasks and the first three others.
+        tasks: Which; by default four: the mean of all tasks, those with something shown, then the first.
         ax: Draw here, in the style of these axes; a new figure by default.
 
     Raises:
@@ -38,14 +40,14 @@ def association(
     """
     found = related(data, "association")
     known = [str(task) for task in variable_of(found, "coefficient")["task"].values]
-    chosen = list(tasks) if tasks is not None else sorted(known, key=lambda task: task != ALL)[:4]
+    chosen = list(tasks) if tasks is not None else most_telling(found, 4)
     if unknown := [task for task in chosen if task not in known]:
         raise ValueError(f"Expected tasks of the association, got {unknown[0]!r}. There are: {', '.join(known)}.")
     here = found.sel(task=chosen)
     measures = [str(measure) for measure in here["measure"].values]
     headline = str(found.attrs.get("headline", ""))
     measures.sort(key=lambda measure: measure != headline)
-    with canvas(ax, height=1.4 + 0.24 * len(measures) * max(1, len(chosen) / 2)) as axes:
+    with canvas(ax, height=min(_TALLEST, 1.4 + 0.24 * len(measures) * max(1, len(chosen) / 2))) as axes:
         if np.isfinite(here["coefficient"].values).any():
             _draw(axes, here, measures, chosen)
             labels = [
@@ -61,11 +63,19 @@ def association(
         else:
             say_nothing_to_draw(axes, "no associations: see the findings")
         runs = int(here["n_runs"].max())
-        axes.set_title(f"association with scores, {runs} run{'s' if runs != 1 else ''}")
+        part = f"; {len(chosen)} of {len(known)} tasks" if len(chosen) < len(known) else ""
+        axes.set_title(f"association with scores, {runs} run{'s' if runs != 1 else ''}{part}")
     figure = figure_of(axes)
     if ax is None:
         describe(figure, "association of measures with scores", _words(found))
     return figure
+
+
+def most_telling(found: xr.Dataset, count: int) -> list[str]:
+    """Tasks to draw where there are many: the mean of all, those with something shown, then the first."""
+    shown = dict(zip(found["task"].values.tolist(), found["holds"].values.astype(bool).any(0).tolist(), strict=True))
+    chosen = sorted(shown, key=lambda task: (task != ALL, not shown[task]))[:count]
+    return [task for task in shown if task in chosen]
 
 
 def _draw(axes: Axes, here: xr.Dataset, measures: Sequence[str], tasks: Sequence[str]) -> None:

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dynamics.plot.association import most_telling
 from dynamics.plot.result import related
 from dynamics.plot.style import MISSING_COLOUR, canvas, figure_of, shorten, without_mathematics
 from dynamics.plot.svg import describe
 
+#: Tasks that a grid has at most by default: more cannot be read.
+_MOST_TASKS = 20
 
-def association_grid(data: xr.DataTree | xr.Dataset, *, ax: Axes | None = None) -> Figure:
-    """Correlation of each measure (rows) with each task's score (columns); in brackets where it is not shown.
+
+def association_grid(
+    data: xr.DataTree | xr.Dataset, *, tasks: Sequence[str] | None = None, ax: Axes | None = None
+) -> Figure:
+    """Draw the correlation of each measure (rows) with each score (columns); in brackets where it is not shown.
 
     Args:
         data: A result with ``/association``, or that group.
+        tasks: Which; by default up to 20: the mean of all tasks, those with something shown, then the first.
         ax: Draw here, in the style of these axes; a new figure by default.
 
     Raises:
-        ValueError: If there is no association.
+        ValueError: If there is no association, or no such task.
 
     Example: ``plot.association_grid(dynamics.open_run("comparison"))``
     """
     # Here, not above: it takes a second, and most results have no associations.
     from seaborn import heatmap
 
-    found = related(data, "association")
+    association = related(data, "association")
+    chosen = most_telling(association, _MOST_TASKS) if tasks is None else list(tasks)
+    if unknown := sorted(set(chosen) - set(association["task"].values.tolist())):
+        raise ValueError(f"Expected tasks of the association, got {unknown[0]!r}.")
+    found = association.sel(task=chosen)
+    count = association.sizes["task"]
     values, holds = found["coefficient"].values, found["holds"].values.astype(bool)
     rows, columns = [[str(name) for name in found[dim].values] for dim in ("measure", "task")]
     labels = [
@@ -53,7 +67,8 @@ def association_grid(data: xr.DataTree | xr.Dataset, *, ax: Axes | None = None) 
         axes.set_yticks(np.arange(len(rows)) + 0.5, [shorten(name, 34) for name in rows], rotation=0)
         without_mathematics([*axes.get_xticklabels(), *axes.get_yticklabels()])
         axes.grid(False)
-        axes.set_title("correlation with scores")
+        part = f", {len(columns)} of {count} tasks" if len(columns) < count else ""
+        axes.set_title(f"correlation with scores{part}")
     figure = figure_of(axes)
     if ax is None:
         shown = f"{int(holds.sum())} of {holds.size} are shown."

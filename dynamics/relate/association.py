@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
+from typing import Literal
 
 import numpy as np
 import xarray as xr
 
 from dynamics.described import labelled
 from dynamics.relate import statements
-from dynamics.relate.families import false_discovery_rates, permutation_tests
 from dynamics.relate.grids import common_grid
 from dynamics.relate.inputs import HEADLINE, as_measures, as_scores, cluster_codes
 from dynamics.relate.mixed_models import NOT_FITTED, mixed_model
-from dynamics.relate.pairs import LEAST_STEPS, LEAST_UNITS, METHODS, Coefficient, Pair, Question, pair_of
-from dynamics.relate.permutations import DRAWS, EXACT_UNITS
-from dynamics.relate.power import LEVEL, units_needed
+from dynamics.relate.pairs import (
+    LEAST_STEPS,
+    LEAST_UNITS,
+    METHODS,
+    Asked,
+    Coefficient,
+    Question,
+    associations,
+    coefficients,
+)
+from dynamics.relate.permutations import DRAWS, EXACT_UNITS, LEVEL, false_discovery_rates
 from dynamics.relate.run_names import look_like_repeats
 from dynamics.relate.score_table import ALL, better
 from dynamics.relate.variables import ASSOCIATION
+
+Given = Literal["loss", "trend"]
+#: Tasks whose mixed model is fitted, which takes a tenth of a second each.
+_MIXED = 16
 
 
 def associate(
@@ -30,23 +42,28 @@ def associate(
     headline: str = HEADLINE,
     question: Question | None = None,
     coefficient: Coefficient = "spearman",
+    given: Given | None = None,
+    loss: xr.DataArray | None = None,
     clusters: Mapping[str, str] | None = None,
     directions: Mapping[str, str] | None = None,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> xr.Dataset:
-    """How measures go with scores, over independent runs.
+    """Relate measures to scores, over independent runs.
 
     Three questions, of which one is answered:
 
     * ``"over_steps"``: within runs on shared steps, does the score move when the measure does? Both are demeaned by run
-      and by step, so that trends that all runs share do not count; whole runs are permuted.
+      and by step, so that trends that all runs share do not count; whole runs are permuted. Trends of single runs do
+      count: whatever makes a run learn faster moves nearly every measure and every score (a common cause). ``given``
+      holds it equal.
     * ``"between_runs"``: do runs with a higher measure have higher scores at the same step?
     * ``"one_run"``: the same as the first for a single run, its trend removed. Descriptive, without a p-value.
 
-    All permutations are listed up to eight runs; else there are ``draws`` random ones, p = (b + 1)/(B + 1). Runs and
-    steps that a pair lacks are left out of it. Scores are turned so that higher is better; task ``"all"`` is the mean
-    of the standardised tasks.
+    An association is shown only if a permutation test and an interval agree; the p-value is the larger of the two. All
+    permutations are listed up to eight runs; else there are ``draws`` random ones, p = (b + 1)/(B + 1). Runs and steps
+    that a pair lacks are left out of it. Scores are turned so that higher is better; task ``"all"`` is the mean of the
+    standardised tasks.
 
     Args:
         measures: ``(run, step, measure)``, or a dataset of variables ``(run, step)``.
@@ -56,34 +73,40 @@ def associate(
         question: By default ``"one_run"`` for one run, ``"over_steps"`` where at least half of the runs (and two) share
             three steps, else ``"between_runs"``.
         coefficient: ``"spearman"`` or ``"pearson"`` between runs; over steps it is always Pearson's.
+        given: What is held equal over steps: ``"loss"``, a cubic of the training loss; or ``"trend"``, each run's own
+            straight line over the steps (run × step slope).
+        loss: Training loss ``(run, step)`` at these steps. Without ``given``, the correlation with it held equal is
+            stated beside.
         clusters: Run → what it shares with others (model, data set): then clusters are the independent units, and a
             cluster's runs are averaged.
         directions: Task → ``"higher"`` or ``"lower"``, where names do not tell which is better.
         draws, seed: Of random permutations.
 
     Returns:
-        Variables over ``(measure, task)``: ``coefficient``, ``low``, ``high``, ``p_value``, ``p_familywise`` (max-T),
-        ``q_value`` (Benjamini–Hochberg), ``smallest_p``, ``decidable``, ``holds``, ``n_runs``, ``n_units``,
-        ``n_steps``, ``units_needed``, ``mixed_slope`` and its interval (headline measure, eight runs or more),
-        ``method``, ``reason`` and ``statement``. Attributes: ``question``, ``headline``, ``statements``, ``repeats``.
+        Variables over ``(measure, task)``: ``coefficient``, ``low``, ``high`` (the interval that belongs to the
+        decision: it excludes 0 exactly where the association is shown), ``p_value``, ``p_familywise`` (max-T),
+        ``q_value`` (Benjamini–Hochberg), ``smallest_p``, ``smallest_p_adjusted``, ``decidable``, ``holds``,
+        ``coefficient_given_loss``, ``n_runs``, ``n_units``, ``n_steps``, ``mixed_slope`` and its interval (headline
+        measure, eight runs or more), ``method``, ``reason`` and ``statement``. Attributes: ``question``, ``headline``,
+        ``given``, ``statements``, ``repeats``.
 
     Raises:
         ValueError: If dimensions or coordinates are missing, the headline is not a measure, no run is in both, a run
-            has no cluster, or a word is none of those above.
+            has no cluster, the loss is missing where it is given, or a word is none of those above.
 
     >>> rng = np.random.default_rng(0)
     >>> coords = {"run": list("abcdef"), "step": [10, 20, 30, 40]}
     >>> gini = xr.DataArray(rng.standard_normal((6, 4)), coords, ("run", "step"))
-    >>> found = associate(xr.Dataset({"gini": gini}), (2 * gini).expand_dims(task=["qa/accuracy"]), headline="gini")
-    >>> found["coefficient"].round(3).values.tolist(), found.attrs["question"]
+    >>> result = associate(xr.Dataset({"gini": gini}), (2 * gini).expand_dims(task=["qa/accuracy"]), headline="gini")
+    >>> result["coefficient"].round(3).values.tolist(), result.attrs["question"]
     ([[1.0]], 'over_steps')
     """
-    given, turned = as_measures(measures, headline), better(as_scores(scores, directions))
-    x, y = xr.align(given, turned, join="inner", exclude={"measure", "task"})
+    of_runs, turned = as_measures(measures, headline), better(as_scores(scores, directions))
+    x, y = xr.align(of_runs, turned, join="inner", exclude={"measure", "task"})
     runs = x["run"].values.tolist()
     if not runs:
         raise ValueError(
-            f"Expected runs that have both measures and scores, got measures of {given['run'].values.tolist()} and "
+            f"Expected runs that have both measures and scores, got measures of {of_runs['run'].values.tolist()} and "
             f"scores of {turned['run'].values.tolist()}."
         )
     cluster = cluster_codes(runs, clusters)
@@ -93,60 +116,107 @@ def associate(
         raise ValueError(f"Expected question and coefficient among {words}, got {question!r} and {coefficient!r}.")
     if question == "one_run" and len(runs) > 1:
         raise ValueError(f"question 'one_run': expected one run, got {len(runs)}. Select one, or ask 'over_steps'.")
-    coefficient = coefficient if question == "between_runs" else "pearson"
+    equal = _loss_at(loss, x)
+    _check_given(given, question, equal)
+    asked = Asked(
+        question,
+        coefficient if question == "between_runs" else "pearson",
+        equal if given == "loss" else None,
+        slopes=given == "trend",
+    )
     names = list(product(x["measure"].values.tolist(), y["task"].values.tolist()))
-    places = list(product(range(x.sizes["measure"]), range(y.sizes["task"])))
-    pairs = [pair_of(x.values[..., m], y.values[..., t], cluster, question, coefficient) for m, t in places]
-    columns = _columns(pairs, cluster, question, coefficient, draws, seed)
-    leading = _headline_pair(names, headline)
+    shape = x.sizes["measure"], y.sizes["task"]
+    leading = _headline_pair(names, headline).reshape(shape)
+    columns = asdict(associations(x.values, y.values, cluster, asked, leading, draws=draws, seed=seed))
     deciding = np.where(leading, columns["p_value"], columns["p_familywise"])
+    columns["decidable"] = np.asarray(columns["smallest_p_adjusted"] <= LEVEL)
     columns["holds"] = np.asarray(deciding <= LEVEL) & columns["decidable"]
-    columns |= _mixed(x.values, y.values, pairs, [clusters is None and measure == headline for measure, _ in names])
+    columns["q_value"] = false_discovery_rates(columns["p_value"])
+    columns["method"] = np.full(shape, METHODS[question, asked.coefficient])
+    columns["coefficient_given_loss"] = (
+        np.full(shape, np.nan)
+        if equal is None or question != "over_steps"
+        else coefficients(x.values, y.values, cluster, replace(asked, covariate=equal))
+    )
+    columns |= _mixed(x.values, y.values, [(clusters is None) & (measure == headline) for measure, _ in names], shape)
     sign = dict(zip(y["task"].values.tolist(), y["direction"].values.tolist(), strict=True))
-    unit = "runs" if clusters is None else "clusters of runs"
+    words = statements.Asked(
+        question=question,
+        given=given,
+        unit="runs" if clusters is None else "clusters of runs",
+        least=LEAST_UNITS[asked.coefficient],
+        pairs=len(names),
+    )
+    flat = {name: column.ravel() for name, column in columns.items()}
     columns["statement"] = np.array(
         [
             statements.association_statement(
                 *names[place],
-                question=question,
-                direction=sign[names[place][1]],
-                p=float(deciding[place]),
-                correction="" if leading[place] else f" (adjusted for {len(pairs)} associations)",
-                smallest_p=float(columns["smallest_p"][place]),
-                coefficient=pairs[place].coefficient,
-                low=pairs[place].low,
-                high=pairs[place].high,
-                units=int(columns["n_units"][place]),
-                steps=int(columns["n_steps"][place]),
-                effective_steps=pairs[place].effective_steps,
-                least=LEAST_UNITS[coefficient],
-                needed=float(columns["units_needed"][place]),
-                reason=pairs[place].reason,
-                unit=unit,
+                sign[names[place][1]],
+                words,
+                {name: column[place].item() for name, column in flat.items()},
+                alone=bool(leading.flat[place]),
             )
-            for place in range(len(pairs))
+            for place in range(len(names))
         ],
         dtype=str,
-    )
-    shape = x.sizes["measure"], y.sizes["task"]
+    ).reshape(shape)
     dataset = xr.Dataset(
-        labelled(ASSOCIATION, {name: column.reshape(shape) for name, column in columns.items()}),
+        labelled(ASSOCIATION, columns),
         coords={"measure": x["measure"].values, "task": y["task"].values, "direction": ("task", y["direction"].values)},
     )
     dataset.attrs = {
         "question": question,
         "headline": headline,
-        "method": METHODS[question, coefficient],
+        "given": given or "",
+        "method": METHODS[question, asked.coefficient] + _GIVEN[given],
         "level": LEVEL,
         "runs": runs,
-        "runs_left_out": _left_out(given, turned, runs),
+        "runs_left_out": _left_out(of_runs, turned, runs),
         "steps": [int(step) for step in x["step"].values],
         "permutations": "all" if columns["n_units"].max(initial=0) <= EXACT_UNITS else f"{draws} random",
         "seed": seed,
-        "statements": _leading_statements(columns, names, headline),
-        "repeats": [] if clusters else [", ".join(found) for found in look_like_repeats(runs).values()],
+        "statements": _leading_statements(columns, names, headline, leading),
+        "repeats": [] if clusters else [", ".join(alike) for alike in look_like_repeats(runs).values()],
     }
     return dataset
+
+
+#: What the method says of ``given``.
+_GIVEN = {
+    None: "",
+    "loss": "; a cubic of the training loss removed from both",
+    "trend": "; each run's straight line over the steps removed from both",
+}
+
+
+def _loss_at(loss: xr.DataArray | None, x: xr.DataArray) -> np.ndarray | None:
+    """The loss of these runs and steps; ``None`` where there is none at all.
+
+    Raises:
+        ValueError: If it has other dimensions than run and step.
+    """
+    if loss is None:
+        return None
+    if set(loss.dims) != {"run", "step"}:
+        raise ValueError(f"loss: expected the dimensions ('run', 'step'), got {loss.dims}.")
+    values = loss.transpose("run", "step").reindex(run=x["run"], step=x["step"]).values.astype(np.float64)
+    return values if np.isfinite(values).any() else None
+
+
+def _check_given(given: str | None, question: Question, loss: np.ndarray | None) -> None:
+    if given not in _GIVEN:
+        raise ValueError(f"given: expected 'loss', 'trend' or None, got {given!r}.")
+    if given and question != "over_steps":
+        raise ValueError(
+            f"given={given!r}: expected several runs that share at least {LEAST_STEPS['over_steps']} steps, got the "
+            f"question {question!r}. Leave it out, or score more checkpoints of each run."
+        )
+    if given == "loss" and loss is None:
+        raise ValueError(
+            "given='loss': expected the training loss of these runs at these steps (loss=, (run, step)), got none. "
+            "Log it, or ask for given='trend', which holds each run's own straight line over the steps equal."
+        )
 
 
 def _question(x: np.ndarray, y: np.ndarray) -> Question:
@@ -159,31 +229,6 @@ def _question(x: np.ndarray, y: np.ndarray) -> Question:
     return "over_steps" if sharing >= max(2, runs / 2) else "between_runs"
 
 
-def _columns(
-    pairs: Sequence[Pair], cluster: np.ndarray, question: Question, coefficient: Coefficient, draws: int, seed: int
-) -> dict[str, np.ndarray]:
-    """Everything that is a number of each pair, ``[pair]``."""
-    test = permutation_tests(pairs, draws=draws, seed=seed)
-    units = np.array([len(np.unique(cluster[list(pair.grid.runs)])) for pair in pairs], dtype=np.int64)
-    estimates = {name: np.array([getattr(pair, name) for pair in pairs]) for name in ("coefficient", "low", "high")}
-    z = np.arctanh(np.clip(estimates["coefficient"], -0.999999, 0.999999))
-    errors = np.array([pair.error for pair in pairs])
-    return estimates | {
-        "p_value": test.p_value,
-        "p_familywise": test.p_familywise,
-        "q_value": false_discovery_rates(test.p_value),
-        "smallest_p": test.smallest_p,
-        "decidable": np.asarray(test.smallest_p <= LEVEL),
-        "n_runs": np.array([len(pair.grid.runs) for pair in pairs], dtype=np.int64),
-        "n_units": units,
-        "n_steps": np.array([len(pair.grid.steps) for pair in pairs], dtype=np.int64),
-        "units_needed": units_needed(z, errors, units, LEAST_UNITS[coefficient]),
-        "effective_steps": np.array([pair.effective_steps for pair in pairs]),
-        "method": np.array([METHODS[question, coefficient]] * len(pairs), dtype=str),
-        "reason": np.array([pair.reason for pair in pairs], dtype=str),
-    }
-
-
 def _headline_pair(names: Sequence[tuple[str, str]], headline: str) -> np.ndarray:
     """Which pair is the one that was named before looking: none if there are several tasks and no mean of them."""
     tasks = {task for _, task in names}
@@ -192,28 +237,42 @@ def _headline_pair(names: Sequence[tuple[str, str]], headline: str) -> np.ndarra
 
 
 def _leading_statements(
-    columns: Mapping[str, np.ndarray], names: Sequence[tuple[str, str]], headline: str
+    columns: Mapping[str, np.ndarray], names: Sequence[tuple[str, str]], headline: str, leading: np.ndarray
 ) -> list[str]:
-    """Statements of the headline measure first, then of what holds beside it."""
-    own = [place for place, (measure, _) in enumerate(names) if measure == headline]
-    others = [place for place in np.flatnonzero(columns["holds"]).tolist() if place not in own]
-    return [str(columns["statement"][place]) for place in [*own, *others]]
+    """The headline pair's statement, what is shown beside it, then the headline measure with every other task.
+
+    Tasks of which nothing can be said for the same reason share a sentence.
+    """
+    flat = {name: columns[name].ravel() for name in ("statement", "reason", "holds")}
+    of_headline = [place for place, (measure, _) in enumerate(names) if measure == headline]
+    order = sorted(
+        {*of_headline, *np.flatnonzero(flat["holds"]).tolist()},
+        key=lambda place: (not leading.flat[place], not flat["holds"][place], place),
+    )
+    reasons: dict[str, list[str]] = {}
+    for place in of_headline:
+        if flat["reason"][place]:
+            reasons.setdefault(flat["reason"][place], []).append(names[place][1])
+    said = [str(flat["statement"][place]) for place in order if not flat["reason"][place]]
+    return said + [statements.nothing_said(headline, tasks, reason) for reason, tasks in reasons.items()]
 
 
-def _mixed(x: np.ndarray, y: np.ndarray, pairs: Sequence[Pair], fitted: Sequence[bool]) -> dict[str, np.ndarray]:
-    """Mixed models of the headline measure with each task; x and y ``[run, step, measure | task]``."""
-    tasks = y.shape[-1]
-    models = [
-        mixed_model(*(values[np.ix_(pair.grid.runs, pair.grid.steps)] for values in (x[..., m], y[..., t])))
-        if fitted[place] and not pair.reason
-        else NOT_FITTED
-        for place, pair in enumerate(pairs)
-        for m, t in [divmod(place, tasks)]
-    ]
+def _mixed(x: np.ndarray, y: np.ndarray, fitted: Sequence[bool], shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Mixed models of the headline measure with the first tasks; x and y ``[run, step, measure | task]``."""
+    models = []
+    for place, wanted in enumerate(fitted):
+        measure, task = divmod(place, shape[1])
+        both = np.isfinite(x[..., measure]) & np.isfinite(y[..., task])
+        grid = common_grid(both, 2) if wanted and task < _MIXED else None
+        chosen = grid and np.ix_(grid.runs, grid.steps)
+        models.append(mixed_model(x[..., measure][chosen], y[..., task][chosen]) if chosen else NOT_FITTED)
     rows = [asdict(model) for model in models]
-    return {f"mixed_{name}": np.array([row[name] for row in rows]) for name in ("slope", "low", "high", "converged")}
+    return {
+        f"mixed_{name}": np.array([row[name] for row in rows]).reshape(shape)
+        for name in ("slope", "low", "high", "converged")
+    }
 
 
-def _left_out(given: xr.DataArray, turned: xr.DataArray, runs: Sequence[str]) -> list[str]:
-    both = {*given["run"].values.tolist(), *turned["run"].values.tolist()}
+def _left_out(of_runs: xr.DataArray, turned: xr.DataArray, runs: Sequence[str]) -> list[str]:
+    both = {*of_runs["run"].values.tolist(), *turned["run"].values.tolist()}
     return sorted(both - set(runs))

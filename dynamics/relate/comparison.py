@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -11,18 +12,25 @@ import xarray as xr
 
 from dynamics.described import labelled
 from dynamics.relate import statements
-from dynamics.relate.differences import paired_difference, unpaired_difference
-from dynamics.relate.families import false_discovery_rates
+from dynamics.relate.differences import (
+    Difference,
+    paired_difference,
+    relabelled_difference,
+    students_test,
+    unpaired_difference,
+)
 from dynamics.relate.inputs import HEADLINE, as_measures
 from dynamics.relate.matched_loss import at_loss, common_levels
-from dynamics.relate.permutations import DRAWS, permutation_test
-from dynamics.relate.power import LEVEL, units_needed
+from dynamics.relate.permutations import DRAWS, LEVEL, PermutationTest, false_discovery_rates
 from dynamics.relate.run_names import pair_labels
 from dynamics.relate.variables import COMPARISON
 
 #: How differences are tested.
-_PAIRED = "mean of paired differences; exact sign flips of pairs, statistic t"
-_UNPAIRED = "difference of means; labels of runs permuted, statistic Welch's t"
+_PAIRED = "mean of paired differences; p is the larger of exact sign flips of pairs and Student's t test"
+_UNPAIRED = "difference of means; p is the larger of permuted labels of runs (statistic Welch's t) and Welch's t test"
+_DESCRIBED = "difference of means; not tested, since a group has fewer than 3 runs"
+#: Groups of fewer runs are described only: of two runs a spread is hardly known, and Welch's interval too narrow.
+_LEAST_RUNS = 3
 
 
 def compare(
@@ -37,39 +45,43 @@ def compare(
 ) -> xr.Dataset:
     """Differences between groups of runs at the same steps, group by group.
 
-    Where runs of different groups belong together (same seed, same model), their difference is taken first and signs
-    are flipped; else labels are permuted. A pair's runs of one group are averaged.
+    A difference is shown only if a test by relabelling and Student's (Welch's) interval agree: with few runs of unequal
+    spread, relabelling alone is wrong up to three times as often as stated. Paired runs of different groups (same seed,
+    same model) are subtracted first and signs are flipped; else labels are permuted. A pair's runs of one group are
+    averaged. Groups of fewer than 3 runs that are not paired are described, not tested.
 
     Args:
         values: Measures or scores, ``(run, step, measure)``, or a dataset of variables ``(run, step)``.
         groups: Group → its runs, e.g. ``{"imax": ["imax_s1", "imax_s2"], "dmax": ["dmax_s1", "dmax_s2"]}``.
-        pairs: Run → label of its pair; by default from names without the group's own (``s1``, ``s2``); ``{}`` for
-            unpaired runs.
-        headline: The measure named before looking: the p-value of its mean over steps stands as it is. Everything else
-            is adjusted over measures (and over steps).
+        pairs: Run → label of its pair; ``{}`` for unpaired runs. By default runs are paired by their names without the
+            group's own (``s1``, ``s2``) where there are pairs enough to decide: 6 for two groups, 7 for three. Equal
+            seeds are no reason to pair runs that share neither data order nor initial adapter.
+        headline: The measure named before looking: the p-value of its mean over steps is adjusted for the number of
+            comparisons only. Everything else is adjusted over measures (and over steps) too.
         loss: ``(run, step)``, on a common probe set: then differences are also given at equal loss, descriptively.
         draws, seed: Of random relabellings, where there are more than 10 000.
 
     Returns:
         Over ``comparison`` (``"imax − dmax"``), ``measure`` and ``step``: ``difference``, ``low``, ``high``,
         ``effect_size``, ``p_value``, ``p_familywise``. Over ``comparison`` and ``measure``, of each run's mean over the
-        steps: ``mean_difference``, ``mean_low``, ``mean_high``, ``mean_effect_size``, ``mean_p_value``,
-        ``mean_p_familywise``, ``mean_q_value``, ``holds``, ``smallest_p``, ``decidable``, ``n_units``, ``n_steps``,
-        ``units_needed``, ``statement``. Over ``comparison``: ``method``, ``n_pairs``, ``n_first``, ``n_second``. To
-        draw: ``value(run, step, measure)`` with ``group(run)``, and ``group_median(group, step, measure)``. With
-        ``loss``: ``at_loss_difference``, ``_low``, ``_high`` ``(comparison, measure, loss_level)``. A step counts where
-        every run of the two groups has the measure.
+        steps: ``mean_difference``, ``mean_low``, ``mean_high`` (the interval that belongs to the decision: it excludes
+        0 exactly where the difference is shown), ``mean_effect_size``, ``mean_p_value``, ``mean_p_familywise``,
+        ``mean_q_value``, ``holds``, ``smallest_p``, ``smallest_p_adjusted``, ``decidable``, ``n_units``, ``n_steps``,
+        ``statement``. Over ``comparison``: ``method``, ``n_pairs``, ``n_first``, ``n_second``. To draw: ``value(run,
+        step, measure)`` with ``group(run)``, and ``group_median(group, step, measure)``. With ``loss``:
+        ``at_loss_difference``, ``_low``, ``_high`` ``(comparison, measure, loss_level)``. A step counts where every run
+        of the two groups has the measure.
 
     Raises:
         ValueError: If there are fewer than two groups, a group has no run or one that is not there, a run is in two
             groups, or pairs do not name runs of the groups.
 
-    >>> coords = {"run": ["imax_s1", "imax_s2", "dmax_s1", "dmax_s2"], "step": [10, 20]}
-    >>> gini = xr.DataArray([[0.5, 0.6], [0.6, 0.7], [0.4, 0.5], [0.4, 0.6]], coords, ("run", "step"))
-    >>> groups = {"imax": ["imax_s1", "imax_s2"], "dmax": ["dmax_s1", "dmax_s2"]}
-    >>> found = compare(xr.Dataset({"gini": gini}), groups, headline="gini")
-    >>> found["mean_difference"].round(3).item(), found["n_pairs"].item()
-    (0.125, 2)
+    >>> groups = {group: [f"{group}_s{seed}" for seed in range(4)] for group in ("imax", "dmax")}
+    >>> coords = {"run": [*groups["imax"], *groups["dmax"]], "step": [10, 20]}
+    >>> gini = xr.DataArray(np.arange(16.0)[::-1].reshape(8, 2), coords, ("run", "step"))
+    >>> comparison = compare(xr.Dataset({"gini": gini}), groups, headline="gini")
+    >>> comparison["mean_difference"].item(), comparison["n_pairs"].item(), comparison["mean_p_value"].round(3).item()
+    (8.0, 0, 0.029)
     """
     given = as_measures(values, headline)
     _check(given["run"].values.tolist(), groups)
@@ -80,11 +92,13 @@ def compare(
     names = given["measure"].values.tolist()
     levels = np.empty(0) if loss is None else common_levels(_losses(loss, given, groups))
     contrasts = list(combinations(groups, 2))
+    least = 2 if pairs is not None else _least(pairs=True, comparisons=len(contrasts))
+    units = [_units(groups, *contrast, labels, least) for contrast in contrasts]
     found = [
-        _compared(given, contrast, _units(groups, *contrast, labels), headline, len(contrasts), draws, seed)
-        | _at_loss(given, _units(groups, *contrast, labels), loss, levels)
-        for contrast in contrasts
+        _compared(given, contrast, of, headline, len(contrasts), draws, seed) | _at_loss(given, of, loss, levels)
+        for contrast, of in zip(contrasts, units, strict=True)
     ]
+    paired_runs = {run for of in units if of.paired for run in of.runs}
     columns = {name: np.stack([part[name] for part in found]) for name in found[0]}
     columns |= _to_draw(given, groups)
     members = [run for runs in groups.values() for run in runs]
@@ -95,16 +109,16 @@ def compare(
         "run": members,
         "group": list(groups),
         "run_group": ("run", [group for group, runs in groups.items() for _ in runs]),
-        "run_pair": ("run", [labels.get(run, "") for run in members]),
+        "run_pair": ("run", [labels.get(run, "") if run in paired_runs else "" for run in members]),
     }
     dataset = xr.Dataset(labelled(COMPARISON, columns), coords if loss is None else coords | {"loss_level": levels})
     place = names.index(headline)
     dataset.attrs = {
         "headline": headline,
         "level": LEVEL,
-        "pairs": "by name" if pairs is None and labels else "as given" if labels else "none",
+        "pairs": ("by name" if pairs is None else "as given") if paired_runs else "none",
         "runs_left_out": sorted(set(given["run"].values.tolist()) - set(members)),
-        "unpaired": sorted(run for run in members if labels and run not in labels),
+        "unpaired": sorted(set(members) - paired_runs) if paired_runs else [],
         "seed": seed,
         "statements": [str(text) for text in dataset["statement"].values[:, place]]
         + [
@@ -132,28 +146,64 @@ def _check(runs: Sequence[str], groups: Mapping[str, Sequence[str]]) -> None:
 
 @dataclass(frozen=True)
 class _Units:
-    """Runs behind each unit of the two groups; paired units stand in the same order."""
+    """Runs behind each unit of the two groups; paired units stand in the same order.
+
+    Args:
+        first, second: Of each group.
+        paired: Whether they are paired.
+        words: How they are paired, for a sentence.
+    """
 
     first: list[list[str]]
     second: list[list[str]]
     paired: bool
+    words: str
 
     @property
     def runs(self) -> list[str]:
         return [run for unit in [*self.first, *self.second] for run in unit]
 
+    @property
+    def smallest(self) -> int:
+        return min(len(self.first), len(self.second))
 
-def _units(groups: Mapping[str, Sequence[str]], first: str, second: str, labels: Mapping[str, str]) -> _Units:
-    """Pairs where both groups have runs of at least two labels; else every run is a unit of its own."""
+    @property
+    def tested(self) -> bool:
+        return self.paired or self.smallest >= _LEAST_RUNS
+
+
+def _units(
+    groups: Mapping[str, Sequence[str]], first: str, second: str, labels: Mapping[str, str], least: int
+) -> _Units:
+    """Pairs where both groups have runs of at least ``least`` labels; else every run is a unit of its own."""
     sides = [{labels[run] for run in groups[group] if run in labels} for group in (first, second)]
     common = sorted(sides[0] & sides[1])
-    if len(common) < 2:
-        return _Units([[run] for run in groups[first]], [[run] for run in groups[second]], False)
-    by_label = {
-        group: [[run for run in groups[group] if labels.get(run) == label] for label in common]
-        for group in (first, second)
-    }
-    return _Units(by_label[first], by_label[second], True)
+    if len(common) >= least:
+        by_label = {
+            group: [[run for run in groups[group] if labels.get(run) == label] for label in common]
+            for group in (first, second)
+        }
+        words = f"{len(common)} pairs" + (" by name" if least > 2 else "")
+        return _Units(by_label[first], by_label[second], True, words)
+    singles = [[[run] for run in groups[group]] for group in (first, second)]
+    words = f"{len(singles[0])} + {len(singles[1])} runs, unpaired"
+    if common and least > 2:
+        words += f" ({len(common)} pairs by name could not decide; {least} could)"
+    return _Units(*singles, False, words)
+
+
+def _least(*, pairs: bool, comparisons: int) -> int:
+    """Fewest units with which ``comparisons`` times the smallest possible p reaches the level, of groups of equal size.
+
+    A smallest p is 2/2ⁿ of n pairs, and 2/(2n over n) of n + n runs.
+
+    >>> [_least(pairs=pairs, comparisons=count) for pairs in (True, False) for count in (1, 3)]
+    [6, 7, 8, 10]
+    """
+    count = 1
+    while comparisons * 2 / (2**count if pairs else math.comb(2 * count, count)) > LEVEL:
+        count += 1
+    return count if pairs else 2 * count
 
 
 def _compared(
@@ -167,64 +217,85 @@ def _compared(
 ) -> dict[str, np.ndarray]:
     """Everything of one comparison, ``[measure, step]``, ``[measure]``, or one number."""
     names = given["measure"].values.tolist()
+    leading = np.array([name == headline for name in names])
     first, second = (_means(given, side) for side in (units.first, units.second))
     complete = np.isfinite(np.concatenate([first, second])).all(0)
     first, second = (np.where(complete, side, np.nan) for side in (first, second))
-    difference = paired_difference if units.paired else unpaired_difference
-    at_steps = difference(first, second, draws=draws, seed=seed)
-    steps = permutation_test(np.where(complete, at_steps.statistics, np.nan))
-    known = complete.any(-1)
+    relabellings = {"pairs": units.paired, "draws": draws, "seed": seed}
+    at_steps, steps = relabelled_difference(first, second, **relabellings)
+    counted = complete.any(-1)
     means = [
-        np.where(known, np.where(complete, side, 0.0).sum(-1) / np.maximum(complete.sum(-1), 1), np.nan)
+        np.where(counted, np.where(complete, side, 0.0).sum(-1) / np.maximum(complete.sum(-1), 1), np.nan)
         for side in (first, second)
     ]
-    overall = difference(*means, draws=draws, seed=seed)
-    test = permutation_test(np.where(known, overall.statistics, np.nan))
-    count = len(units.first) if units.paired else len(units.first) + len(units.second)
-    least = _least(units)
-    needed = units_needed(overall.difference, overall.error, np.full(len(names), count), least)
-    decidable = np.asarray(test.smallest_p <= LEVEL)
-    leading = np.array([name == headline for name in names])
-    deciding = np.minimum(1.0, comparisons * np.where(leading, test.p_value, test.p_familywise))
+    overall, test = relabelled_difference(*means, level=LEVEL / comparisons, **relabellings)
+    decided = _decided(overall, test, units, leading, comparisons, int(counted.sum()))
+    described = np.nan if not units.tested else 1.0
     columns = {
         "difference": at_steps.difference,
-        "low": at_steps.low,
-        "high": at_steps.high,
+        "low": at_steps.low * described,
+        "high": at_steps.high * described,
         "effect_size": at_steps.effect_size,
-        "p_value": steps.p_value,
-        "p_familywise": steps.p_familywise,
+        "p_value": np.maximum(steps.p_value, students_test(at_steps, at_steps.freedom)[0]) * described,
+        "p_familywise": np.maximum(steps.p_familywise, students_test(at_steps, at_steps.freedom)[0]) * described,
         "mean_difference": overall.difference,
-        "mean_low": overall.low,
-        "mean_high": overall.high,
+        "mean_error": overall.error,
         "mean_effect_size": overall.effect_size,
-        "mean_p_value": test.p_value,
-        "mean_p_familywise": test.p_familywise,
-        "mean_q_value": false_discovery_rates(test.p_value),
-        "smallest_p": test.smallest_p,
-        "decidable": decidable,
-        "holds": np.asarray(deciding <= LEVEL) & decidable,
-        "n_units": np.full(len(names), count, dtype=np.int64),
+        **{name: column * described if column.dtype == np.float64 else column for name, column in decided.items()},
+        "n_units": np.full(len(names), len(units.first) + (0 if units.paired else len(units.second)), dtype=np.int64),
         "n_steps": complete.sum(-1).astype(np.int64),
-        "units_needed": needed,
-        "method": np.array(_PAIRED if units.paired else _UNPAIRED, dtype=str),
+        "method": np.array(_PAIRED if units.paired else _UNPAIRED if units.tested else _DESCRIBED, dtype=str),
         "n_pairs": np.array(len(units.first) if units.paired else 0, dtype=np.int64),
         "n_first": np.array(len(units.first), dtype=np.int64),
         "n_second": np.array(len(units.second), dtype=np.int64),
     }
-    corrections = [_correction(1 if own else len(names), comparisons) for own in leading.tolist()]
-    columns["statement"] = _statements(names, contrast, columns, deciding, corrections, units, least)
+    columns["mean_q_value"] = false_discovery_rates(columns["mean_p_value"])
+    deciding = np.minimum(1.0, comparisons * np.where(leading, columns["mean_p_value"], columns["mean_p_familywise"]))
+    columns["statement"] = _statements(names, contrast, columns, deciding, leading, units, comparisons)
     return columns
+
+
+def _decided(
+    overall: Difference, test: PermutationTest, units: _Units, leading: np.ndarray, comparisons: int, measures: int
+) -> dict[str, np.ndarray]:
+    """p-values, the interval that belongs to them, and whether the difference is shown, ``[measure]``.
+
+    Of groups of unequal spread neither relabelling nor Welch's degrees of freedom are right far out in the tail. So
+    adjusted p-values of unpaired groups are at least Student's with those of the smaller group, times the measures.
+    """
+    level = LEVEL / comparisons
+    p_alone, critical_alone = students_test(overall, overall.freedom, level)
+    if units.paired:
+        p_together, critical_together = p_alone, critical_alone
+    else:
+        together = max(measures, 1)
+        fewest = np.full_like(overall.freedom, units.smallest - 1.0)
+        p_together, critical_together = students_test(overall, fewest, level / together)
+        p_together = np.minimum(1.0, together * p_together)
+    reach = overall.error * np.where(
+        leading,
+        np.maximum(test.critical, critical_alone),
+        np.maximum(test.critical_familywise, critical_together),
+    )
+    p_value, p_familywise = np.maximum(test.p_value, p_alone), np.maximum(test.p_familywise, p_together)
+    smallest = np.minimum(1.0, comparisons * np.where(leading, test.smallest_p, test.smallest_familywise))
+    decidable = np.asarray(smallest <= LEVEL) & units.tested
+    return {
+        "mean_low": np.where(decidable, overall.difference - reach, np.nan),
+        "mean_high": np.where(decidable, overall.difference + reach, np.nan),
+        "mean_p_value": p_value,
+        "mean_p_familywise": p_familywise,
+        "smallest_p": test.smallest_p,
+        "smallest_p_adjusted": smallest,
+        "decidable": decidable,
+        "holds": decidable & np.asarray(np.where(leading, p_value, p_familywise) <= level),
+    }
 
 
 def _means(given: xr.DataArray, units: Sequence[Sequence[str]]) -> np.ndarray:
     """Mean over each unit's runs, ``[unit, measure, step]``."""
     rows = [given.sel(run=list(runs)).transpose("run", "measure", "step").values.mean(0) for runs in units]
     return np.stack(rows)
-
-
-def _least(units: _Units) -> int:
-    """Fewest units with which 0.05 can be reached: six pairs (2/2⁶); of two groups 4 + 4 (2/70, in all)."""
-    return 6 if units.paired else 8
 
 
 def _losses(loss: xr.DataArray, given: xr.DataArray, groups: Mapping[str, Sequence[str]]) -> np.ndarray:
@@ -271,27 +342,29 @@ def _statements(
     contrast: tuple[str, str],
     columns: Mapping[str, np.ndarray],
     deciding: np.ndarray,
-    corrections: Sequence[str],
+    leading: np.ndarray,
     units: _Units,
-    least: int,
+    comparisons: int,
 ) -> np.ndarray:
+    least = _least(pairs=units.paired, comparisons=comparisons)
     return np.array(
         [
             statements.difference_statement(
                 name,
                 contrast,
                 difference=float(columns["mean_difference"][place]),
+                error=float(columns["mean_error"][place]),
                 low=float(columns["mean_low"][place]),
                 high=float(columns["mean_high"][place]),
                 effect_size=float(columns["mean_effect_size"][place]),
                 p=float(deciding[place]),
-                correction=corrections[place],
-                smallest_p=float(columns["smallest_p"][place]),
-                units=int(columns["n_units"][place]),
-                unit="pairs" if units.paired else "runs",
+                correction=_correction(1 if leading[place] else len(names), comparisons),
+                smallest_p=float(columns["smallest_p_adjusted"][place]),
+                tested=units.tested,
+                units=units.words,
+                count=int(columns["n_units"][place]),
+                least=f"{least} pairs" if units.paired else f"{least // 2} + {least // 2} runs",
                 steps=int(columns["n_steps"][place]),
-                least=least,
-                needed=float(columns["units_needed"][place]),
             )
             for place, name in enumerate(names)
         ],

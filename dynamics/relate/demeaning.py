@@ -10,29 +10,22 @@ import numpy as np
 from jaxtyping import Float, Int
 
 
-def two_way_demean(
-    x: Float[np.ndarray, "*sets run step"], y: Float[np.ndarray, "*sets run step"]
-) -> tuple[Float[np.ndarray, "*sets run step"], Float[np.ndarray, "*sets run step"]]:
-    """Both arrays without their run means and step means: x_rs − x̄_r − x̄_s + x̄.
+def two_way_demean(values: Float[np.ndarray, "*sets run step"]) -> Float[np.ndarray, "*sets run step"]:
+    """Return curves without their run means and step means: x_rs − x̄_r − x̄_s + x̄.
 
     Whatever trend the runs share, of any shape, is gone, and so are the differences between whole runs. NaN stays where
     it makes a mean unknown: give complete grids.
 
     Args:
-        x, y: Any number of grids of runs by steps.
+        values: Any number of grids of runs by steps.
 
-    >>> x, y = two_way_demean(np.array([[0.0, 1.0], [0.0, 3.0]]), np.array([[5.0, 6.0], [7.0, 8.0]]))
-    >>> x
+    >>> two_way_demean(np.array([[0.0, 1.0], [0.0, 3.0]]))
     array([[ 0.5, -0.5],
            [-0.5,  0.5]])
-    >>> y  # the two runs differ by a constant: nothing is left
+    >>> two_way_demean(np.array([[5.0, 6.0], [7.0, 8.0]]))  # the two runs differ by a constant: nothing is left
     array([[0., 0.],
            [0., 0.]])
     """
-    return _demeaned(x), _demeaned(y)
-
-
-def _demeaned(values: np.ndarray) -> np.ndarray:
     rows = values - values.mean(-1, keepdims=True)
     return rows - rows.mean(-2, keepdims=True)
 

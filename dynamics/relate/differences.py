@@ -1,4 +1,4 @@
-"""Two groups of runs: difference, 95 % interval, effect size, and the statistic under every relabelling.
+"""Two groups of runs: difference, 95 % interval, effect size, and its test under every relabelling.
 
 Arrays have units (runs, or means over the runs of a pair) first: ``[unit, *sets]``, where sets are measures × steps.
 """
@@ -12,10 +12,12 @@ from jaxtyping import Float
 from scipy import special
 
 from dynamics.relate.intervals import CONFIDENCE
-from dynamics.relate.permutations import DRAWS, sign_flips, splits
+from dynamics.relate.permutations import DRAWS, LEVEL, MaxT, PermutationTest, sign_flips, splits
 
 #: A spread below this share of the values is rounding.
 _CONSTANT = 1e-12
+#: Statistics at a time: 32 MB.
+_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Difference:
         difference: Of the means.
         low, high: 95 % interval (Student's t; Welch's where unpaired); NaN where a group has one unit only.
         error: Standard error behind it.
+        freedom: Degrees of freedom of that (Welch–Satterthwaite where unpaired).
         effect_size: Difference over standard deviation, corrected for few units (Hedges & Olkin 1985).
         statistics: t under each relabelling, the observed one first, ``[draw, *sets]``.
     """
@@ -34,6 +37,7 @@ class Difference:
     low: Float[np.ndarray, "*sets"]
     high: Float[np.ndarray, "*sets"]
     error: Float[np.ndarray, "*sets"]
+    freedom: Float[np.ndarray, "*sets"]
     effect_size: Float[np.ndarray, "*sets"]
     statistics: Float[np.ndarray, "draw ..."]
 
@@ -65,8 +69,10 @@ def paired_difference(
     square = np.square(differences).mean(0)
     spread = np.sqrt(np.maximum(square - means**2, 0.0) / max(units - 1, 1))
     statistics = _ratio(means, spread, np.sqrt(square))
-    low, high = _ends(mean, error, np.full_like(error, units - 1.0))
-    return Difference(mean, low, high, error, mean / (scale * np.sqrt(units)) * _hedges(units - 1.0), statistics)
+    freedom = np.full_like(error, units - 1.0)
+    low, high = _ends(mean, error, freedom)
+    effect_size = mean / (scale * np.sqrt(units)) * _hedges(units - 1.0)
+    return Difference(mean, low, high, error, freedom, effect_size, statistics)
 
 
 def unpaired_difference(
@@ -78,8 +84,9 @@ def unpaired_difference(
 ) -> Difference:
     """Of independent units. Under the null labels are exchangeable: they are permuted, with Welch's t as statistic.
 
-    Studentising keeps the test nearly right where the groups' spreads differ (Janssen 1997). Effect size: Hedges' g,
-    over the pooled standard deviation.
+    Studentising makes the test right where the groups' spreads differ as the groups grow (Janssen 1997). With few runs
+    it is not: 3 and 5 runs, the three with five times the spread, reject in 0.13 of cases at 0.05; Welch's interval
+    then still holds the truth in 0.95. Decide by both. Effect size: Hedges' g, over the pooled standard deviation.
 
     >>> found = unpaired_difference(np.array([[3.0], [5.0]]), np.array([[1.0], [1.5]]))
     >>> found.difference, len(found.statistics)
@@ -99,15 +106,73 @@ def unpaired_difference(
     error = np.sqrt(variances[0] / count + variances[1] / other)
     statistics = _ratio(gap, error, np.sqrt((together**2).mean(0)))
     (mean, spread), (mean_, spread_) = _mean_and_deviation(first), _mean_and_deviation(second)
-    own = np.sqrt(spread**2 / count + spread_**2 / other)
+    error = np.sqrt(spread**2 / count + spread_**2 / other)
     with np.errstate(invalid="ignore", divide="ignore"):
         parts = spread**2 / count, spread_**2 / other
         freedom = (parts[0] + parts[1]) ** 2 / (parts[0] ** 2 / (count - 1) + parts[1] ** 2 / (other - 1))
+        freedom = np.where(error > 0, freedom, count + other - 2.0)
         pooled = np.sqrt(((count - 1) * spread**2 + (other - 1) * spread_**2) / (count + other - 2))
     difference = mean - mean_
-    low, high = _ends(difference, own, freedom)
+    low, high = _ends(difference, error, freedom)
     size = difference / _solid(pooled, together) * _hedges(count + other - 2.0)
-    return Difference(difference, low, high, np.asarray(own), size, statistics)
+    return Difference(difference, low, high, error, freedom, size, statistics)
+
+
+def relabelled_difference(
+    first: Float[np.ndarray, "unit ..."],
+    second: Float[np.ndarray, "other ..."],
+    *,
+    pairs: bool,
+    level: float = LEVEL,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> tuple[Difference, PermutationTest]:
+    """Return the differences, without statistics, and their tests as one family; memory does not grow with its size.
+
+    Args:
+        first, second: Values of the units of each group; NaN makes a set's test NaN.
+        pairs: Whether units are paired, in this order.
+        level: Of critical values.
+        draws, seed: Of random relabellings.
+
+    >>> difference, test = relabelled_difference(np.arange(3.0)[:, None] + 9, np.arange(4.0)[:, None], pairs=False)
+    >>> difference.difference, test.p_value.round(3)
+    (array([8.5]), array([0.029]))
+    """
+    sets = first.shape[1:]
+    columns = [values.reshape(len(values), -1) for values in (first, second)]
+    relabelled = paired_difference if pairs else unpaired_difference
+    width = max(1, _AT_ONCE // (draws + 1))
+    tests = MaxT(level)
+    parts = []
+    for start in range(0, max(1, columns[0].shape[1]), width):
+        part = relabelled(*(values[:, start : start + width] for values in columns), draws=draws, seed=seed)
+        tests.add(np.where(np.isnan(part.difference), np.nan, part.statistics))
+        parts.append([getattr(part, name) for name in _NUMBERS])
+    numbers = [np.concatenate(column).reshape(sets) for column in zip(*parts, strict=True)]
+    test = tests.test()
+    shaped = PermutationTest(**{name: column.reshape(sets) for name, column in vars(test).items()})
+    return Difference(*numbers, statistics=np.empty((0, *sets))), shaped
+
+
+#: Numbers of each set of a difference.
+_NUMBERS = ("difference", "low", "high", "error", "freedom", "effect_size")
+
+
+def students_test(
+    difference: Difference, freedom: Float[np.ndarray, "*sets"], level: float = LEVEL
+) -> tuple[Float[np.ndarray, "*sets"], Float[np.ndarray, "*sets"]]:
+    """Return Student's p-value of t = difference/error, and what |t| must exceed for it to be at most ``level``.
+
+    >>> difference = paired_difference(np.array([[3.0], [4.0], [6.0]]), np.array([[1.0], [1.0], [1.0]]))
+    >>> [number.round(3) for number in students_test(difference, difference.freedom)]
+    [array([0.063]), array([4.303])]
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.abs(difference.difference) / difference.error
+    freedom = np.where(freedom > 0, freedom, np.nan)
+    p_value = np.where(difference.difference == 0, 1.0, 2 * special.stdtr(freedom, -t))
+    return p_value, special.stdtrit(freedom, 1 - level / 2)
 
 
 def _mean_and_deviation(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -33,20 +33,37 @@ def association_notes(association: xr.Dataset) -> list[Finding]:
 
 def comparison_notes(comparison: xr.Dataset) -> list[Finding]:
     """Findings that follow from what ``compare`` returns."""
-    return [*_undecidable(comparison, "n_units"), *_left_out(comparison), *_unpaired(comparison)]
+    return [
+        *_undecidable(comparison, "n_units"),
+        *_described(comparison),
+        *_left_out(comparison),
+        *_unpaired(comparison),
+    ]
 
 
 def _undecidable(result: xr.Dataset, units: str) -> Iterator[Finding]:
-    smallest, counts = result["smallest_p"].values, result[units].values
+    smallest, counts = result["smallest_p_adjusted"].values, result[units].values
     weak = np.isfinite(smallest) & ~result["decidable"].values
     if weak.any():
         least, count = float(smallest[weak].min()), int(counts[weak].max())
         yield Finding(
             "OD507",
             f"{int(weak.sum())} of {weak.size} questions cannot be decided with n = {count}; the smallest possible p "
-            f"is {least:.2g}.",
+            f"that decides is {least:.2g}.",
             "More independent runs (other seeds, other models); more checkpoints of the same runs do not help.",
             evidence={"questions": int(weak.sum()), "n": count, "smallest_p": least},
+        )
+
+
+def _described(result: xr.Dataset) -> Iterator[Finding]:
+    small = (result["n_pairs"].values == 0) & (np.minimum(result["n_first"].values, result["n_second"].values) < 3)
+    if small.any():
+        contrasts = [str(name) for name in result["comparison"].values[small]]
+        yield Finding(
+            "OD507",
+            f"{', '.join(contrasts[:_NAMED])}: a group has fewer than 3 runs, and is described, not tested.",
+            "More independent runs (other seeds, other models), 4 in each of two groups.",
+            evidence={"comparisons": contrasts},
         )
 
 

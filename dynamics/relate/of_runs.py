@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.findings import Finding
-from dynamics.relate.association import associate
+from dynamics.relate.association import Given, associate
 from dynamics.relate.comparison import compare
 from dynamics.relate.inputs import HEADLINE
 from dynamics.relate.notes import association_notes, comparison_notes
@@ -75,16 +75,18 @@ def relate(
     rows: Iterable[Row] = (),
     *,
     headline: str | None = None,
+    given: Given | None = None,
     directions: Mapping[str, str] | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Related:
-    """Relates measures of runs to their scores, and compares groups of runs.
+    """Relate measures of runs to their scores, and compare groups of runs.
 
     Args:
         runs: Run → its result.
         rows: Scores from files, beside those in the results.
         headline: The measure named before looking, one of ``MEASURES``; by default ``ln_participation_ratio`` of the
             Fisher. Where no run has it, that of increments, with a finding.
+        given: What is held equal, see :func:`dynamics.associate`; where it cannot be, nothing is, with a finding.
         directions: Task → ``"higher"`` or ``"lower"``.
         labels: Run → group; two groups or more are compared.
 
@@ -101,9 +103,10 @@ def relate(
         table = score_table(scores, runs=steps, directions=directions)
         findings += table.findings
         if table.scores.sizes["task"] and table.scores.sizes["run"]:
-            association = associate(measures, table.scores, headline=chosen, directions=None)
+            loss = _aligned({name: training_loss(tree, steps[name]) for name, tree in runs.items()})["loss"]
+            association, refused = _associated(measures, table.scores, chosen, given, loss)
             groups["association"] = _with_values(association, measures, table.scores)
-            findings += association_notes(association)
+            findings += [*refused, *association_notes(association)]
     elif directions:
         findings.append(
             Finding(
@@ -116,6 +119,39 @@ def relate(
         groups["comparison"] = comparison
         findings += comparison_notes(comparison)
     return Related(groups, findings)
+
+
+def _associated(
+    measures: xr.Dataset, scores: xr.Dataset, headline: str, given: Given | None, loss: xr.DataArray
+) -> tuple[xr.Dataset, list[Finding]]:
+    """The association with ``given`` held equal, or without it and a finding that says why."""
+    if given is not None:
+        try:
+            return associate(measures, scores, headline=headline, given=given, loss=loss), []
+        except ValueError as error:
+            remedy = "Log the training loss at each checkpoint, or pass --given trend."
+            refused = Finding("OD514", f"Nothing is held equal. {error}", remedy if given == "loss" else "")
+            return associate(measures, scores, headline=headline, loss=loss), [refused]
+    return associate(measures, scores, headline=headline, loss=loss), []
+
+
+def training_loss(tree: xr.DataTree, steps: Sequence[int]) -> xr.Dataset:
+    """Return ``loss(step)``: at each step the mean of what the training logged since the step before.
+
+    Where a training was resumed, what the later one logged of a step counts. NaN where nothing was logged.
+    """
+    logged: dict[int, float] = {}
+    if "training" in tree.children:
+        log = tree["training"].to_dataset()
+        if "loss" in log["metric"].values:
+            values = log["value"].sel(metric="loss").values
+            rows = zip(log["log_segment"].values.tolist(), log["log_step"].values.tolist(), values, strict=True)
+            logged = {step: float(value) for _, step, value in sorted(rows) if np.isfinite(value)}
+    ends = np.searchsorted(np.asarray(steps), np.array(sorted(logged), dtype=np.int64))
+    means = np.full(len(steps), np.nan)
+    for place in np.unique(ends[ends < len(steps)]):
+        means[place] = np.mean([logged[step] for step, end in zip(sorted(logged), ends, strict=True) if end == place])
+    return xr.Dataset({"loss": ("step", means)}, coords={"step": np.asarray(steps, dtype=np.int64)})
 
 
 def _with_values(association: xr.Dataset, measures: xr.Dataset, scores: xr.Dataset) -> xr.Dataset:

@@ -1,18 +1,28 @@
-"""One measure and one score: what the question needs of them, its coefficient, and the interval of that."""
+"""Every measure with every score: correlation, its interval, and the p-value that belongs to it."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from dynamics.relate.correlation import products_of_ranks, products_of_values, products_over_steps
+from dynamics.relate.correlation import (
+    centred_curves,
+    centred_numbers,
+    centred_ranks,
+    paired,
+    standard_error,
+    without_each,
+)
 from dynamics.relate.demeaning import cluster_means
 from dynamics.relate.grids import Grid, common_grid
 from dynamics.relate.intervals import jackknife_interval, spearman_interval
 from dynamics.relate.one_run import describe_run
+from dynamics.relate.permutations import DRAWS, LEVEL, MaxT, pairings
 
 Question = Literal["over_steps", "between_runs", "one_run"]
 Coefficient = Literal["spearman", "pearson"]
@@ -25,84 +35,257 @@ LEAST_UNITS = {"pearson": 4, "spearman": 5}
 #: What each question's coefficient is.
 METHODS = {
     ("over_steps", "pearson"): "Pearson's correlation over runs × steps after two-way (run, step) demeaning; "
-    "whole runs permuted",
+    "whole runs permuted, statistic c̄/(s_c/√n) over runs",
     ("between_runs", "pearson"): "Pearson's correlation over runs at their last common step; runs permuted",
     ("between_runs", "spearman"): "Spearman's correlation over runs at their last common step; runs permuted",
     ("one_run", "pearson"): "Pearson's correlation over the steps of one run after removing a cubic trend; descriptive",
 }
+#: Statistics at a time: 32 MB.
+_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
-class Pair:
-    """What is known of one pair before any permutation.
+class Asked:
+    """What is asked of every pair.
 
     Args:
-        grid: Runs and steps that count.
-        products: C of :mod:`dynamics.relate.correlation`, one row a unit; ``None`` where no test can be made.
-        coefficient, low, high, error: Correlation, its 95 % interval, and its standard error on Fisher's scale.
-        effective_steps: N* of a single run, else NaN.
-        reason: Why the coefficient is NaN, else ``""``.
+        question, coefficient: See :func:`dynamics.relate.associate`.
+        covariate: ``[run, step]``, held equal over steps; ``None`` for nothing.
+        slopes: Whether each run's own straight line over the steps is held equal.
     """
 
+    question: Question = "over_steps"
+    coefficient: Coefficient = "pearson"
+    covariate: np.ndarray | None = None
+    slopes: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """Measures and tasks that have the same runs and steps.
+
+    Args:
+        measures, tasks: Their numbers.
+        grid: Runs and steps that count.
+        x, y: Centred values of unit norm, ``[measure, unit, step]`` and ``[task, unit, step]``; of one run as they are.
+    """
+
+    measures: np.ndarray
+    tasks: np.ndarray
     grid: Grid
-    products: np.ndarray | None = None
-    coefficient: float = np.nan
-    low: float = np.nan
-    high: float = np.nan
-    error: float = np.nan
-    effective_steps: float = np.nan
-    reason: str = ""
+    x: np.ndarray
+    y: np.ndarray
+
+    @property
+    def units(self) -> int:
+        return self.x.shape[1]
+
+    @property
+    def pairs(self) -> tuple[np.ndarray, ...]:
+        """Index of its pairs in arrays ``[measure, task]``."""
+        return np.ix_(self.measures, self.tasks)
 
 
-def pair_of(
-    x: Float[np.ndarray, "run step"],
-    y: Float[np.ndarray, "run step"],
+def blocks(
+    x: Float[np.ndarray, "run step measure"],
+    y: Float[np.ndarray, "run step task"],
     cluster: Int[np.ndarray, " run"],
-    question: Question,
-    coefficient: Coefficient,
-) -> Pair:
-    """The pair's coefficient and interval, from the runs and steps that x and y have in common.
+    asked: Asked,
+) -> Iterator[Block]:
+    """Yield all pairs, those with the same missing values together.
 
     >>> rng = np.random.default_rng(0)
-    >>> x = rng.standard_normal((5, 8))
-    >>> round(pair_of(x, 2 * x + np.arange(8), np.arange(5), "over_steps", "pearson").coefficient, 6)
+    >>> x = rng.standard_normal((5, 8, 1))
+    >>> (block,) = blocks(x, 2 * x + np.arange(8)[:, None], np.arange(5), Asked())
+    >>> round(float((block.x * block.y).sum()), 6)
     1.0
     """
-    grid = common_grid(np.isfinite(x) & np.isfinite(y), LEAST_STEPS[question])
-    if not grid.runs:
-        return Pair(grid, reason=f"no run has {LEAST_STEPS[question]} steps with both")
-    if question == "between_runs":
-        grid = Grid(grid.runs, grid.steps[-1:])
-    chosen = np.ix_(grid.runs, grid.steps)
-    x, y = (cluster_means(values[chosen], cluster[list(grid.runs)]) for values in (x, y))
-    return _one_run(grid, x, y) if question == "one_run" else _of_units(grid, x, y, question, coefficient)
+    counted = np.ones(x.shape[:2], dtype=bool) if asked.covariate is None else np.isfinite(asked.covariate)
+    for measures, of_x in _alike(x):
+        for tasks, of_y in _alike(y):
+            grid = common_grid(of_x & of_y & counted, LEAST_STEPS[asked.question])
+            if grid.runs and asked.question == "between_runs":
+                grid = Grid(grid.runs, grid.steps[-1:])
+            chosen = np.ix_(grid.runs, grid.steps)
+            units = cluster[list(grid.runs)]
+            grids = [np.moveaxis(values[chosen], -1, 0) for values in (x[..., measures], y[..., tasks])]
+            if grid.runs:
+                grids = [cluster_means(values, units) for values in grids]
+                held = None if asked.covariate is None else cluster_means(asked.covariate[chosen], units)
+                grids = [_centred(values, asked, held) for values in grids]
+            yield Block(measures, tasks, grid, *grids)
 
 
-def _one_run(grid: Grid, x: np.ndarray, y: np.ndarray) -> Pair:
-    described = describe_run(x[0], y[0])
-    numbers = [float(part) for part in (described.coefficient, described.low, described.high)]
-    reason = "" if np.isfinite(numbers[0]) else "one of the two is constant after detrending"
-    return Pair(grid, None, *numbers, effective_steps=float(described.effective_steps), reason=reason)
+def _alike(values: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Columns with the same missing values, and where these are present, ``[run, step]``."""
+    columns = defaultdict(list)
+    for column in range(values.shape[-1]):
+        columns[np.isfinite(values[..., column]).tobytes()].append(column)
+    return [(np.array(alike), np.isfinite(values[..., alike[0]])) for alike in columns.values()]
 
 
-def _of_units(grid: Grid, x: np.ndarray, y: np.ndarray, question: Question, coefficient: Coefficient) -> Pair:
-    if len(x) < 2:
-        return Pair(grid, reason="there is only one independent unit")
-    products = _products(x, y, question, coefficient)
-    value = np.asarray(np.trace(products))
-    if np.isnan(value):
-        return Pair(grid, reason="one of the two does not vary")
-    if coefficient == "spearman":
-        ends = spearman_interval(value, len(x))
+def _centred(values: np.ndarray, asked: Asked, covariate: np.ndarray | None) -> np.ndarray:
+    if asked.question == "one_run":
+        return values
+    if asked.question == "over_steps":
+        return centred_curves(values, covariate, slopes=asked.slopes)
+    return (centred_ranks if asked.coefficient == "spearman" else centred_numbers)(values[..., 0])
+
+
+@dataclass(frozen=True)
+class Associations:
+    """Numbers of all pairs, ``[measure, task]``; NaN where a reason says why.
+
+    Args:
+        coefficient: Correlation.
+        low, high: 95 % interval, which excludes 0 exactly where the p-value that decides is at most 0.05.
+        p_value: The larger of the permutation's and that of the interval of :mod:`dynamics.relate.intervals`.
+        p_familywise: The same with the p-value of the largest statistic of each permutation over all pairs.
+        smallest_p: The least that the p-value alone could have been.
+        smallest_p_adjusted: The least that the p-value that decides could have been.
+        n_runs, n_units, n_steps: Runs, independent units and steps that count.
+        effective_steps: N* of a single run, else NaN.
+        reason: Why there is no coefficient, else ``""``.
+    """
+
+    coefficient: Float[np.ndarray, "measure task"]
+    low: Float[np.ndarray, "measure task"]
+    high: Float[np.ndarray, "measure task"]
+    p_value: Float[np.ndarray, "measure task"]
+    p_familywise: Float[np.ndarray, "measure task"]
+    smallest_p: Float[np.ndarray, "measure task"]
+    smallest_p_adjusted: Float[np.ndarray, "measure task"]
+    n_runs: Int[np.ndarray, "measure task"]
+    n_units: Int[np.ndarray, "measure task"]
+    n_steps: Int[np.ndarray, "measure task"]
+    effective_steps: Float[np.ndarray, "measure task"]
+    reason: np.ndarray
+
+
+def associations(
+    x: Float[np.ndarray, "run step measure"],
+    y: Float[np.ndarray, "run step task"],
+    cluster: Int[np.ndarray, " run"],
+    asked: Asked,
+    leading: Bool[np.ndarray, "measure task"],
+    *,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Associations:
+    """Relate every measure to every score.
+
+    Pairs of the same runs share their permutations, so that the largest statistic of each permutation adjusts all of
+    them at once, however much measures and tasks resemble each other. Where pairs have different runs there are several
+    such families, and their adjusted p-values are multiplied by the number of families (Bonferroni).
+
+    Args:
+        x, y: Measures and scores; NaN where missing.
+        cluster: Number of each run's independent unit.
+        asked: What is asked.
+        leading: The pair that was named before looking, which is decided by its p-value alone.
+        draws, seed: Of random permutations.
+    """
+    shape = x.shape[-1], y.shape[-1]
+    numbers = {name: np.full(shape, np.nan) for name in Associations.__annotations__}
+    numbers |= {name: np.zeros(shape, dtype=np.int64) for name in ("n_runs", "n_units", "n_steps")}
+    numbers["reason"] = np.full(shape, "", dtype=object)
+    families = defaultdict(list)
+    for block in blocks(x, y, cluster, asked):
+        _count(block, numbers)
+        if asked.question == "one_run" and block.grid.runs:
+            _describe(block, numbers)
+        elif not block.grid.runs:
+            numbers["reason"][block.pairs] = f"no run has {LEAST_STEPS[asked.question]} steps with both"
+        elif block.units < 2:
+            numbers["reason"][block.pairs] = "there is only one independent unit"
+        else:
+            families[block.grid.runs].append(block)
+    for family in families.values():
+        _test(family, len(families), asked, leading, numbers, draws, seed)
+    numbers["reason"] = numbers["reason"].astype(str)
+    return Associations(**numbers)
+
+
+def coefficients(
+    x: Float[np.ndarray, "run step measure"],
+    y: Float[np.ndarray, "run step task"],
+    cluster: Int[np.ndarray, " run"],
+    asked: Asked,
+) -> Float[np.ndarray, "measure task"]:
+    """Return the correlations alone."""
+    found = np.full((x.shape[-1], y.shape[-1]), np.nan)
+    for block in blocks(x, y, cluster, asked):
+        if block.grid.runs and block.units > 1:
+            found[block.pairs] = np.einsum("mus,tus->mt", block.x, block.y)
+    return found
+
+
+def _count(block: Block, numbers: dict[str, np.ndarray]) -> None:
+    numbers["n_runs"][block.pairs] = len(block.grid.runs)
+    numbers["n_units"][block.pairs] = block.units if block.grid.runs else 0
+    numbers["n_steps"][block.pairs] = len(block.grid.steps)
+
+
+def _describe(block: Block, numbers: dict[str, np.ndarray]) -> None:
+    described = describe_run(block.x[:, None, 0], block.y[None, :, 0])
+    for name, column in vars(described).items():
+        numbers[name][block.pairs] = column
+    constant = np.isnan(described.coefficient)
+    numbers["reason"][block.pairs] = np.where(constant, "one of the two is constant after detrending", "")
+
+
+def _test(
+    family: list[Block],
+    families: int,
+    asked: Asked,
+    leading: np.ndarray,
+    numbers: dict[str, np.ndarray],
+    draws: int,
+    seed: int,
+) -> None:
+    """Fill in the numbers of blocks that have the same runs."""
+    pairing = pairings(family[0].units, draws=draws, seed=seed)
+    studentise = asked.question == "over_steps"
+    tests = MaxT()
+    parts = []
+    for block in family:
+        for place, measure in enumerate(block.measures):
+            for start in range(0, len(block.tasks), max(1, _AT_ONCE // len(pairing))):
+                part = slice(start, start + max(1, _AT_ONCE // len(pairing)))
+                products = np.einsum("us,tvs->uvt", block.x[place], block.y[part])
+                tests.add(paired(products, pairing, studentise=studentise))
+                parts.append((measure, block.tasks[part], _estimates(block.x[place], block.y[part], asked)))
+    measures = np.concatenate([np.full(len(tasks), measure) for measure, tasks, _ in parts])
+    pairs = measures, np.concatenate([tasks for _, tasks, _ in parts])
+    correlation, error, low, high, p_interval = np.concatenate([estimates for *_, estimates in parts], axis=1)
+    test = tests.test(families)
+    alone = leading[pairs]
+    critical = np.where(alone, test.critical, test.critical_familywise)
+    if studentise:
+        reach = critical * error
+        ends = np.clip(correlation - reach, -1, 1), np.clip(correlation + reach, -1, 1)
     else:
-        kept = [np.arange(len(x)) != unit for unit in range(len(x))]
-        left_out = [np.trace(_products(x[keep], y[keep], question, coefficient)) for keep in kept] if len(x) > 2 else []
-        ends = jackknife_interval(value, np.array(left_out, dtype=np.float64))
-    low, high, error = (float(end) for end in ends)
-    return Pair(grid, products, float(np.clip(value, -1, 1)), low, high, error)
+        z, reach = (np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12)) for value in (correlation, critical))
+        ends = np.tanh(z - reach), np.tanh(z + reach)
+    smallest = np.where(alone, test.smallest_p, test.smallest_familywise)
+    decidable = smallest <= LEVEL
+    numbers["coefficient"][pairs] = np.clip(correlation, -1, 1)
+    numbers["low"][pairs] = np.where(decidable, np.minimum(low, ends[0]), np.nan)
+    numbers["high"][pairs] = np.where(decidable, np.maximum(high, ends[1]), np.nan)
+    numbers["p_value"][pairs] = np.maximum(test.p_value, p_interval)
+    numbers["p_familywise"][pairs] = np.maximum(test.p_familywise, p_interval)
+    numbers["smallest_p"][pairs] = test.smallest_p
+    numbers["smallest_p_adjusted"][pairs] = smallest
+    numbers["reason"][pairs] = np.where(np.isnan(correlation), "one of the two does not vary", "")
 
 
-def _products(x: np.ndarray, y: np.ndarray, question: Question, coefficient: Coefficient) -> np.ndarray:
-    if question == "over_steps":
-        return products_over_steps(x, y)
-    return (products_of_ranks if coefficient == "spearman" else products_of_values)(x[:, 0], y[:, 0])
+def _estimates(x: np.ndarray, y: np.ndarray, asked: Asked) -> np.ndarray:
+    """Correlation, standard error, and interval and p-value without permutations, of x with each y, ``[5, task]``."""
+    curves = x[..., None], np.moveaxis(y, 0, -1)
+    shares = (curves[0] * curves[1]).sum(1)
+    correlation = shares.sum(0)
+    if asked.coefficient == "spearman":
+        ends = spearman_interval(correlation, len(x))
+    else:
+        ends = jackknife_interval(correlation, without_each(*curves))
+    return np.array([correlation, standard_error(shares), *ends])

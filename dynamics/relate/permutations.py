@@ -13,6 +13,8 @@ from itertools import combinations, permutations, product
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+#: Level of every test of this room.
+LEVEL = 0.05
 #: Up to so many units all pairings are listed: 8! = 40 320.
 EXACT_UNITS = 8
 #: Random permutations where not all are listed.
@@ -77,29 +79,107 @@ class PermutationTest:
         p_value: Two-sided, of each alone.
         p_familywise: Adjusted over all of them by the largest statistic of each permutation (max-T, Westfall & Young
             1993): the chance that any of them would be so large.
-        smallest_p: The least that ``p_value`` could have been for these numbers, had they been paired otherwise.
+        smallest_p, smallest_familywise: The least that these could have been for these numbers, had they been paired
+            otherwise.
+        critical, critical_familywise: What |statistic| must exceed for ``p_value`` or ``p_familywise`` to be at most
+            the level: estimate ± critical · standard error is the interval that belongs to the test.
     """
 
     p_value: Float[np.ndarray, "*sets"]
     p_familywise: Float[np.ndarray, "*sets"]
     smallest_p: Float[np.ndarray, "*sets"]
+    smallest_familywise: Float[np.ndarray, "*sets"]
+    critical: Float[np.ndarray, "*sets"]
+    critical_familywise: Float[np.ndarray, "*sets"]
 
 
-def permutation_test(statistics: Float[np.ndarray, "draw ..."]) -> PermutationTest:
-    """Two-sided p-values from statistics under each permutation, the observed ones in the first row.
+def permutation_test(statistics: Float[np.ndarray, "draw ..."], level: float = LEVEL) -> PermutationTest:
+    """Test each statistic against its values under each permutation, the observed ones in the first row.
 
     All statistics are one family; they should be on one scale (correlations, t).
 
-    >>> test = permutation_test(np.array([[3.0], [-3.0], [1.0], [2.0]]))
-    >>> test.p_value, test.smallest_p
-    (array([0.5]), array([0.5]))
+    >>> test = permutation_test(np.array([[3.0], [-3.0], [1.0], [2.0]]), level=0.5)
+    >>> test.p_value, test.smallest_p, test.critical.round(6)
+    (array([0.5]), array([0.5]), array([2.]))
     """
-    size = np.abs(statistics)
-    unknown = np.isnan(size[0])
-    size = np.where(np.isnan(size), -np.inf, size)
-    reached = size[0] - _ROUNDING * np.maximum(1.0, np.where(unknown, 0.0, size[0]))
-    largest = size.reshape(len(size), -1).max(1, initial=-np.inf).reshape(-1, *(1,) * (size.ndim - 1))
-    most = size.max(0)
-    near_most = most - _ROUNDING * np.maximum(1.0, np.where(unknown, 0.0, most))
-    found = ((size >= reached).mean(0), (largest >= reached).mean(0), (size >= near_most).mean(0))
-    return PermutationTest(*(np.where(unknown, np.nan, share) for share in found))
+    sets = statistics.shape[1:]
+    family = MaxT(level)
+    family.add(statistics.reshape(len(statistics), -1))
+    test = family.test()
+    return PermutationTest(**{name: column.reshape(sets) for name, column in vars(test).items()})
+
+
+class MaxT:
+    """Permutation tests of one family whose statistics come in parts, so that memory does not grow with their number.
+
+    Args:
+        level: Of the critical values.
+
+    >>> family = MaxT(level=0.5)
+    >>> family.add(np.array([[3.0], [-3.0], [1.0], [2.0]]))
+    >>> family.add(np.array([[1.0], [0.5], [4.0], [0.0]]))
+    >>> family.test().p_familywise
+    array([0.75, 1.  ])
+    """
+
+    def __init__(self, level: float = LEVEL) -> None:
+        self.level = level
+        self._largest: np.ndarray | None = None
+        self._alone: list[np.ndarray] = []
+
+    def add(self, statistics: Float[np.ndarray, "draw part"]) -> None:
+        """Add statistics under the same permutations as all other parts."""
+        size = np.abs(statistics)
+        unknown = np.isnan(size[0])
+        size = np.where(np.isnan(size), -np.inf, size)
+        observed, most = _reached(size[0]), _reached(size.max(0))
+        p_values = (size >= observed).mean(0), (size >= most).mean(0)
+        row = np.array([observed, most, *p_values, _critical(size, self.level)])
+        self._alone.append(np.where(unknown, np.nan, row))
+        largest = size.max(1, initial=-np.inf)
+        self._largest = largest if self._largest is None else np.maximum(self._largest, largest)
+
+    def test(self, families: int = 1) -> PermutationTest:
+        """Return the tests of all parts, in the order in which they were added.
+
+        Args:
+            families: Families that there are, by whose number what is familywise is adjusted (Bonferroni).
+        """
+        assert self._largest is not None
+        observed, most, p_value, smallest_p, critical = np.concatenate(self._alone, axis=1)
+        largest = np.sort(self._largest)
+        unknown = np.isnan(observed)
+
+        def share(limit: np.ndarray) -> np.ndarray:
+            reached = 1 - np.searchsorted(largest, limit, side="left") / len(largest)
+            return np.where(unknown, np.nan, np.minimum(1.0, families * reached))
+
+        over_all = np.where(unknown, np.nan, _critical(largest[:, None], self.level / families))
+        return PermutationTest(p_value, share(observed), smallest_p, share(most), critical, over_all)
+
+
+def _reached(size: np.ndarray) -> np.ndarray:
+    """From which size on another statistic is at least as large, but for rounding."""
+    return size - _ROUNDING * np.maximum(1.0, np.where(np.isfinite(size), size, 0.0))
+
+
+def _critical(size: np.ndarray, level: float) -> np.ndarray:
+    """The largest value that at least a share ``level`` of the rows, and one more, reaches."""
+    place = len(size) - 1 - math.floor(level * len(size) + _ROUNDING)
+    critical = np.partition(size, place, axis=0)[place]
+    return critical + 2 * _ROUNDING * np.maximum(1.0, np.where(np.isfinite(critical), critical, 0.0))
+
+
+def false_discovery_rates(p_values: Float[np.ndarray, "*sets"]) -> Float[np.ndarray, "*sets"]:
+    """Return q-values of Benjamini & Hochberg (1995) over all p-values that are not NaN.
+
+    >>> false_discovery_rates(np.array([0.01, np.nan, 0.04]))
+    array([0.02,  nan, 0.04])
+    """
+    from scipy.stats import false_discovery_control  # here: a second, which most analyses need not wait for
+
+    finite = np.isfinite(p_values)
+    rates = np.full(p_values.shape, np.nan)
+    if finite.any():
+        rates[finite] = false_discovery_control(p_values[finite])
+    return rates

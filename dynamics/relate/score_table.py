@@ -13,7 +13,7 @@ import xarray as xr
 
 from dynamics import schema
 from dynamics.findings import Finding
-from dynamics.relate.directions import directions_of
+from dynamics.relate.directions import directions_of, metric_of
 
 #: The task that is the mean of all tasks.
 ALL = "all"
@@ -256,11 +256,12 @@ def rows_of(groups: Mapping[str, xr.Dataset]) -> Iterator[Row]:
 
 
 def better(scores: xr.DataArray) -> xr.DataArray:
-    """Scores turned so that higher is better, with the mean over standardised tasks as task ``"all"``.
+    """Return scores turned so that higher is better, with the mean over standardised tasks as task ``"all"``.
 
-    Each task is standardised over all its runs and steps, (x − mean)/standard deviation, before the mean: a perplexity
-    of 20 does not outweigh an accuracy of 0.7. The mean is over all tasks of known direction, where a run has every one
-    of them at a step; NaN elsewhere. There is none if fewer than two tasks have a direction.
+    Each score is standardised over all its runs and steps, (x − mean)/standard deviation, before the mean: a perplexity
+    of 20 does not outweigh an accuracy of 0.7. Scores of one task (its loss, its perplexity, its accuracy) are averaged
+    first and standardised again, so that each task counts once. The mean is over all scores of known direction, where a
+    run has every one of them at a step; NaN elsewhere. There is none if fewer than two scores have a direction.
 
     Args:
         scores: ``(run, step, task)`` with ``direction(task)``; those of direction 0 stay as they are.
@@ -271,13 +272,26 @@ def better(scores: xr.DataArray) -> xr.DataArray:
     """
     direction = scores["direction"]
     turned = scores * xr.where(direction == 0, 1, direction)
-    known = turned.isel(task=np.flatnonzero(direction.values != 0))
-    if known.sizes["task"] < 2 or ALL in scores["task"].values:
+    directed = turned.isel(task=np.flatnonzero(direction.values != 0))
+    if directed.sizes["task"] < 2 or ALL in scores["task"].values:
         return turned
-    deviation = known.std(("run", "step"))
-    standard = (known - known.mean(("run", "step"))) / xr.where(deviation > 0, deviation, 1.0)
-    mean = standard.mean("task", skipna=False).expand_dims(task=[ALL]).assign_coords(direction=("task", [1]))
-    return cast(xr.DataArray, xr.concat([mean.transpose(*scores.dims), turned], dim="task"))
+    by_task: dict[str, list[int]] = defaultdict(list)
+    for place, name in enumerate(directed["task"].values.tolist()):
+        by_task[metric_of(name).task].append(place)
+    standard = _standardised(directed.values)
+    of_tasks = np.stack([standard[..., places].mean(-1) for places in by_task.values()], axis=-1)
+    values = _standardised(of_tasks).mean(-1, keepdims=True)
+    mean = directed.isel(task=[0]).copy(data=values).assign_coords(task=[ALL], direction=("task", [1]))
+    return cast(xr.DataArray, xr.concat([mean, turned], dim="task"))
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    """Values of each column less their mean, over their standard deviation where that is not 0; NaN stays."""
+    finite = np.isfinite(values)
+    count = np.maximum(finite.sum((0, 1)), 1)
+    centred = values - np.where(finite, values, 0.0).sum((0, 1)) / count
+    deviation = np.sqrt(np.where(finite, centred**2, 0.0).sum((0, 1)) / count)
+    return centred / np.where(deviation > 0, deviation, 1.0)
 
 
 def _named(names: Iterable[str]) -> str:

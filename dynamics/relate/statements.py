@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from dynamics.relate.power import LEVEL
+from dynamics.relate.permutations import LEVEL
+
+_NAMED = 8
 
 
 def number(value: float) -> str:
@@ -37,94 +40,118 @@ def interval_text(low: float, high: float, write: Callable[[float], str] = numbe
     return f"95 % interval {write(low)} to {write(high)}"
 
 
-def undecidable(what: str, units: int, smallest_p: float, least: int, unit: str = "runs") -> str:
+def undecidable(what: str, units: int, smallest_p: float, correction: str, least: str) -> str:
     """That a test cannot reach the level with so few units.
 
-    >>> undecidable("Whether the groups differ in gini", 3, 0.25, 6, "pairs")
+    >>> undecidable("Whether the groups differ in gini", 3, 0.25, "", "6 pairs")
     'Whether the groups differ in gini cannot be decided with n = 3; the smallest possible p is 0.25 (6 pairs could).'
     """
-    return f"{what} cannot be decided with n = {units}; the smallest possible p is {p_text(smallest_p)}" + (
-        f" ({least} {unit} could)." if least > units else "."
+    could = (
+        f"{correction[:-1]}; {least} could)" if correction and least else f" ({least} could)" if least else correction
     )
+    return f"{what} cannot be decided with n = {units}; the smallest possible p is {p_text(smallest_p)}{could}."
 
 
-def needed_text(needed: float, units: int, unit: str = "runs") -> str:
-    """How many units it would take, as a sentence with a space before it, or nothing.
+@dataclass(frozen=True)
+class Asked:
+    """What was asked of all pairs.
 
-    >>> needed_text(16.0, 8)
-    ' If it is as strong as estimated, about 16 runs would show it (power 0.8).'
+    Args:
+        question: ``"over_steps"``, ``"between_runs"`` or ``"one_run"``.
+        given: What is held equal: ``"loss"``, ``"trend"``, or ``None``.
+        unit: What independent units are called.
+        least: Units with which one pair alone can be decided.
+        pairs: Measures × tasks.
     """
-    if math.isnan(needed) or needed <= units:
-        return ""
-    if needed > 1000:
-        return f" If it is no stronger than estimated, more than 1000 {unit} would be needed to show it (power 0.8)."
-    return f" If it is as strong as estimated, about {needed:.0f} {unit} would show it (power 0.8)."
+
+    question: str
+    given: str | None
+    unit: str
+    least: int
+    pairs: int
+
+
+#: What an association over steps is beside.
+_BEYOND = {
+    None: "within runs, beyond the curve that all share",
+    "loss": "within runs, with the training loss held equal",
+    "trend": "within runs, beyond each run's own straight line",
+}
+#: What an association over steps may come from.
+_COMMON_CAUSE = {
+    None: " Runs that learn faster can show both",
+    "loss": "",
+    "trend": " Runs whose curves bend faster can show both",
+}
 
 
 def association_statement(
-    measure: str,
-    task: str,
-    *,
-    question: str,
-    direction: int,
-    coefficient: float,
-    low: float,
-    high: float,
-    p: float,
-    correction: str,
-    smallest_p: float,
-    units: int,
-    steps: int,
-    effective_steps: float,
-    least: int,
-    needed: float,
-    reason: str,
-    unit: str,
+    measure: str, task: str, direction: int, asked: Asked, row: Mapping[str, float | str], *, alone: bool
 ) -> str:
     """One association in words.
 
     Args:
         measure, task: Names.
-        question: ``"over_steps"``, ``"between_runs"`` or ``"one_run"``.
-        direction: Of the score; 0 if not known.
-        coefficient, low, high: Correlation with the score (higher is better) and its interval.
-        p: The p-value that decides, ``correction`` says over what it is adjusted.
-        smallest_p: Least that an unadjusted p could have been.
-        units, unit: Independent units, and what they are called.
-        steps, effective_steps: Steps that count.
-        least: Units with which a decision would be possible.
-        needed: Units that would show it.
-        reason: Why there is no coefficient.
+        direction: Of the score; 0 if it is not known.
+        asked: What was asked of all pairs.
+        row: Variables of :func:`dynamics.relate.associate` of this pair.
+        alone: Whether it was named before looking.
     """
     score = _score(task, direction)
-    if reason:
-        return f"Nothing can be said of {measure} and {score}: {reason}."
-    numbers = f"r = {number(coefficient)} ({interval_text(low, high)})"
-    if question == "one_run":
+    if row["reason"]:
+        return nothing_said(measure, [task], str(row["reason"]))
+    value, units, steps = float(row["coefficient"]), int(row["n_units"]), int(row["n_steps"])
+    correlation = f"r = {number(value)} ({interval_text(float(row['low']), float(row['high']))})"
+    if asked.question == "one_run":
         return (
-            f"Within this one run {measure} and {score} fluctuate together with {numbers}, {steps} steps worth "
-            f"{effective_steps:.1f} independent ones; this describes the run, and no p-value is given for one run."
+            f"One run cannot show whether {measure} goes with {score}: give several runs. In this one, beside its "
+            f"trend, {correlation} over {steps} steps, worth {row['effective_steps']:.1f} independent ones; no p-value "
+            "is given for one run."
         )
-    where = f"{units} {unit} × {steps} steps" if question == "over_steps" else f"{units} {unit} at their last step"
+    over_steps = asked.question == "over_steps"
+    where = f"{units} {asked.unit} × {steps} steps" if over_steps else f"{units} {asked.unit} at their last step"
+    beyond = _BEYOND[asked.given] if over_steps else "between runs"
+    correction = "" if alone or asked.pairs == 1 else f" (adjusted for {asked.pairs} associations)"
+    smallest_p = float(row["smallest_p_adjusted"])
     if not smallest_p <= LEVEL:
-        asked = undecidable(f"Whether {measure} goes with {score}", units, smallest_p, least, unit)
-        return f"{asked} Observed: {numbers} over {where}."
-    if p <= LEVEL:
-        way = "higher" if coefficient > 0 else "lower"
-        subject = f"{score[0].upper()}{score[1:]}"
-        return f"{subject} is {way} where {measure} is higher: {numbers}, p = {p_text(p)}{correction}, {where}."
-    return (
-        f"No association of {measure} with {score} was shown: {numbers}, p = {p_text(p)}{correction}, {where}."
-        + needed_text(needed, units, unit)
+        question = f"Whether {measure} goes with {score} {beyond}"
+        least = f"{asked.least} {asked.unit}" if asked.least > units else f"more {asked.unit}"
+        sentence = undecidable(question, units, smallest_p, correction, least)
+        return f"{sentence} Observed: r = {number(value)} over {where}."
+    p = f"p = {p_text(float(row['p_value' if alone else 'p_familywise']))}{correction}"
+    if not row["holds"]:
+        return (
+            f"No association of {measure} with {score} was shown {beyond}: {correlation}, {p}, {where}. "
+            "Correlations outside the interval are excluded."
+        )
+    way = {1: "better", -1: "worse"} if direction else {1: "higher", -1: "lower"}
+    sentence = (
+        f"A higher {measure} goes with {way[1 if value > 0 else -1]} {score}, {beyond}: {correlation}, {p}, {where}."
     )
+    given_loss = float(row["coefficient_given_loss"])
+    held = (
+        "" if math.isnan(given_loss) or asked.given else f"; with the training loss held equal r = {number(given_loss)}"
+    )
+    cause = _COMMON_CAUSE[asked.given] if over_steps else ""
+    return f"{sentence}{cause}{held}." if cause else sentence
+
+
+def nothing_said(measure: str, tasks: Sequence[str], reason: str) -> str:
+    """That there is no coefficient.
+
+    >>> nothing_said("gini", ["qa", "vqa"], "one of the two does not vary")
+    'Nothing can be said of gini and qa, vqa: one of the two does not vary.'
+    """
+    more = f" and {len(tasks) - _NAMED} more" if len(tasks) > _NAMED else ""
+    return f"Nothing can be said of {measure} and {', '.join(tasks[:_NAMED])}{more}: {reason}."
 
 
 def _score(task: str, direction: int) -> str:
     if task == "all":
-        return "the mean standardised score"
+        return "scores, mean over tasks"
     if direction == 0:
-        return f"the value of {task} (better direction unknown)"
-    return f"the score of {task}" + (", sign turned," if direction < 0 else "")
+        return f"values of {task} (whether higher is better is not known)"
+    return f"scores of {task}" + (" (lower is better; sign turned)" if direction < 0 else "")
 
 
 def difference_statement(
@@ -132,37 +159,54 @@ def difference_statement(
     contrast: tuple[str, str],
     *,
     difference: float,
+    error: float,
     low: float,
     high: float,
     effect_size: float,
     p: float,
     correction: str,
     smallest_p: float,
-    units: int,
-    unit: str,
+    tested: bool,
+    units: str,
+    count: int,
+    least: str,
     steps: int,
-    least: int,
-    needed: float,
 ) -> str:
-    """One difference of two groups, first minus second, in words; parameters as in :func:`association_statement`.
+    """One difference of two groups, first minus second, in words.
 
     Args:
+        measure: Name.
         contrast: Names of the first and the second group.
+        difference, error: Of the means, and its standard error.
+        low, high: The interval that belongs to the decision.
+        effect_size: Standardised difference.
+        p: The p-value that decides, ``correction`` says over what it is adjusted.
+        smallest_p: Least that it could have been.
+        tested: Whether the groups are large enough to be tested.
+        units, count: What was compared, in words, and how many units that is.
+        least: With how many units a decision would be possible.
+        steps: Steps that count.
     """
     first, second = contrast
     if steps == 0 or math.isnan(difference):
         return f"Nothing can be said of {measure}: there is no step at which every run has it."
     size = "" if math.isnan(effect_size) else f", effect size {number(effect_size)}"
-    numbers = f"{significant(difference)} ({interval_text(low, high, significant)}){size}"
-    where = f"{units} {unit}, at the one step" if steps == 1 else f"{units} {unit}, mean over {steps} steps"
+    spread = "" if math.isnan(error) else f" (standard error {significant(error)})"
+    where = f"{units}, at the one step" if steps == 1 else f"{units}, mean over {steps} steps"
+    observed = f"Observed difference: {significant(difference)}{spread}{size}, {where}."
+    asked = f"Whether {measure} differs between {first} and {second}"
+    if not tested:
+        return f"{asked} cannot be decided: a group of fewer than 3 runs is described only. {observed}"
     if not smallest_p <= LEVEL:
-        asked = undecidable(f"Whether {measure} differs between {first} and {second}", units, smallest_p, least, unit)
-        return f"{asked} Observed difference: {numbers}, {where}."
+        return f"{undecidable(asked, count, smallest_p, correction, least)} {observed}"
+    numbers = f"{significant(difference)} ({interval_text(low, high, significant)}){size}"
     if p <= LEVEL:
         way = "higher" if difference > 0 else "lower"
         return f"{measure} is {way} in {first} than in {second} by {numbers}, p = {p_text(p)}{correction}, {where}."
-    shown = f"No difference in {measure} between {first} and {second} was shown: {numbers}"
-    return f"{shown}, p = {p_text(p)}{correction}, {where}.{needed_text(needed, units, unit)}"
+    return (
+        f"No difference in {measure} between {first} and {second} was shown: {numbers}, p = {p_text(p)}{correction}, "
+        f"{where}. Differences outside the interval are excluded."
+    )
 
 
 def significant(value: float) -> str:

@@ -13,28 +13,48 @@ def _described(dims: tuple[str, ...], rows: Mapping[str, tuple[str, ...]]) -> di
 
 
 _PERMUTATION = "share of permutations of whole runs at least as extreme, the observed one among them"
+_INTERVAL = (
+    "95 % interval that excludes 0 exactly where the association is shown: the wider of r ± c·SE, c the 95 % point of "
+    "the permutations (headline), or of the largest statistic (others: simultaneous), and of the jackknife over runs "
+    "(ranks: Bonett & Wright); NaN where it cannot be decided"
+)
 
 ASSOCIATION: Mapping[str, Described] = _described(
     ("measure", "task"),
     {
         "coefficient": ("1", "correlation with the score", "see method; positive: better scores where it is higher"),
-        "low": ("1", "correlation, low end", "low end of the 95 % interval (jackknife over runs, or Bonett & Wright)"),
-        "high": ("1", "correlation, high end", "high end of the 95 % interval"),
-        "p_value": ("1", "p-value", f"two-sided, {_PERMUTATION}", "Phipson & Smyth 2010"),
+        "low": ("1", "correlation, low end", _INTERVAL),
+        "high": ("1", "correlation, high end", _INTERVAL),
+        "p_value": (
+            "1",
+            "p-value",
+            f"two-sided; the larger of the {_PERMUTATION}, and the p-value of the interval without permutations",
+            "DiCiccio & Romano 2017, Phipson & Smyth 2010",
+        ),
         "p_familywise": (
             "1",
             "p-value adjusted over measures × tasks",
-            "share of permutations whose largest |correlation| over all pairs is at least as large (max-T)",
+            "the larger of the share of permutations whose largest |statistic| over all pairs is at least as large "
+            "(max-T), and the p-value of the interval without permutations",
             "Westfall & Young 1993",
         ),
         "q_value": ("1", "false discovery rate", "over measures × tasks", "Benjamini & Hochberg 1995"),
         "smallest_p": ("1", "smallest possible p", "share of permutations that are as extreme as the most extreme one"),
-        "decidable": ("1", "a p of 0.05 is possible", "smallest_p ≤ 0.05"),
+        "smallest_p_adjusted": (
+            "1",
+            "smallest possible p that decides",
+            "headline: smallest_p; others: share of permutations whose largest |statistic| reaches this pair's most",
+        ),
+        "decidable": ("1", "a p of 0.05 is possible", "smallest_p_adjusted ≤ 0.05"),
         "holds": ("1", "the association is shown", "headline: p_value ≤ 0.05; others: p_familywise ≤ 0.05"),
+        "coefficient_given_loss": (
+            "1",
+            "correlation with the training loss held equal",
+            "as coefficient, a cubic of the logged training loss removed from both; NaN where it is not logged",
+        ),
         "n_runs": ("1", "number of runs", "runs that have both"),
         "n_units": ("1", "number of independent units", "runs, or clusters of runs"),
         "n_steps": ("1", "number of steps", "steps at which every one of these runs has both"),
-        "units_needed": ("1", "units for a power of 0.8", "n·((1.96 + 0.84)·SE/z)², if the truth is as estimated"),
         "effective_steps": (
             "1",
             "effective number of steps of one run",
@@ -58,16 +78,28 @@ ASSOCIATION: Mapping[str, Described] = _described(
 
 _STEPS = ("comparison", "measure", "step")
 _OVERALL = ("comparison", "measure")
-_RELABELLED = "two-sided, share of relabellings at least as extreme, the observed one among them"
-_MAX_T = "share of relabellings whose largest |t| over all measures is at least as large (max-T)"
+_RELABELLED = (
+    "two-sided; the larger of the share of relabellings at least as extreme, the observed one among them, and of "
+    "Student's p-value (Welch's where unpaired)"
+)
+_MAX_T = (
+    "the larger of the share of relabellings whose largest |t| over all measures is at least as large (max-T), and of "
+    "Student's p-value (where unpaired: degrees of freedom of the smaller group, times the measures)"
+)
+_UNADJUSTED = "95 % interval of this step alone, Student's t; Welch's where unpaired; NaN for fewer than 3 runs"
+_DECIDING = (
+    "interval that excludes 0 exactly where the difference is shown: ± c·SE, c the larger of the relabellings' "
+    "critical value and Student's at 0.05/comparisons (other measures than the headline: simultaneous); NaN where "
+    "it cannot be decided"
+)
 
 COMPARISON: Mapping[str, Described] = {
     **_described(
         _STEPS,
         {
             "difference": ("of the measure", "first group minus second", "of means over units, at the same step"),
-            "low": ("of the measure", "difference, low end", "95 % interval, Student's t; Welch's where unpaired"),
-            "high": ("of the measure", "difference, high end", "95 % interval, Student's t; Welch's where unpaired"),
+            "low": ("of the measure", "difference, low end", _UNADJUSTED),
+            "high": ("of the measure", "difference, high end", _UNADJUSTED),
             "effect_size": (
                 "1",
                 "effect size",
@@ -78,7 +110,8 @@ COMPARISON: Mapping[str, Described] = {
             "p_familywise": (
                 "1",
                 "p-value adjusted over measures × steps",
-                "share of relabellings whose largest |t| over measures and steps is at least as large (max-T)",
+                "the larger of the share of relabellings whose largest |t| over measures and steps is at least as "
+                "large (max-T), and of Student's p-value; with groups of unequal spread it is too small",
                 "Westfall & Young 1993",
             ),
         },
@@ -87,22 +120,27 @@ COMPARISON: Mapping[str, Described] = {
         _OVERALL,
         {
             "mean_difference": ("of the measure", "difference of means over steps", "of each unit's mean over steps"),
-            "mean_low": ("of the measure", "its low end", "95 % interval, Student's t; Welch's where unpaired"),
-            "mean_high": ("of the measure", "its high end", "95 % interval, Student's t; Welch's where unpaired"),
+            "mean_error": ("of the measure", "its standard error", "of the mean over units, or of two means"),
+            "mean_low": ("of the measure", "its low end", _DECIDING),
+            "mean_high": ("of the measure", "its high end", _DECIDING),
             "mean_effect_size": ("1", "its effect size", "as effect_size", "Hedges & Olkin 1985"),
             "mean_p_value": ("1", "its p-value", _RELABELLED, "Phipson & Smyth 2010"),
             "mean_p_familywise": ("1", "its p-value adjusted over measures", _MAX_T, "Westfall & Young 1993"),
             "mean_q_value": ("1", "its false discovery rate", "over measures", "Benjamini & Hochberg 1995"),
             "smallest_p": ("1", "smallest possible p", "share of relabellings as extreme as the most extreme one"),
-            "decidable": ("1", "a p of 0.05 is possible", "smallest_p ≤ 0.05"),
+            "smallest_p_adjusted": (
+                "1",
+                "smallest possible p that decides",
+                "comparisons times: headline: smallest_p; others: the same of the largest |t| over all measures",
+            ),
+            "decidable": ("1", "a p of 0.05 is possible", "smallest_p_adjusted ≤ 0.05, and 3 runs in each group"),
             "holds": (
                 "1",
                 "the difference is shown",
-                "headline: mean_p_value ≤ 0.05; others: mean_p_familywise ≤ 0.05",
+                "comparisons times mean_p_value (headline) or mean_p_familywise (others) ≤ 0.05",
             ),
             "n_units": ("1", "number of units", "pairs, or runs of both groups"),
             "n_steps": ("1", "number of steps", "steps at which every run of the two groups has the measure"),
-            "units_needed": ("1", "units for a power of 0.8", "n·((1.96 + 0.84)·SE/d)², if the truth is as estimated"),
             "statement": ("1", "statement", "the result in words"),
         },
     ),

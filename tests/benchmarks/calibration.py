@@ -1,61 +1,212 @@
 """How honest the statistics are: false positives on null data, power, and coverage of intervals, in large numbers.
 
-python -m tests.benchmarks.calibration [--sets 4000]
+python -m tests.benchmarks.calibration [--sets 2000] [--table associations]
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 
 import numpy as np
+import xarray as xr
 from scipy import stats
 
-from dynamics.relate.differences import paired_difference, unpaired_difference
-from dynamics.relate.families import permutation_tests
-from dynamics.relate.pairs import pair_of
-from tests.dynamics.relate.simulated import Curves, clustered_walks, planted, random_walks, saturating_trends
+from dynamics.relate import associate, compare
+from dynamics.relate.differences import relabelled_difference, students_test
+from dynamics.relate.pairs import Asked, Associations, associations
+from dynamics.relate.permutations import LEVEL
+from tests.dynamics.relate import simulated
+
+Row = Sequence[str]
+#: Measures × tasks of a report: what is related of a run, and three tasks with their mean.
+_MEASURES, _TASKS = 11, 3
 
 
-def rejections(curves: Curves, cluster: np.ndarray) -> float:
-    """Share of studies with p < 0.05."""
-    pairs = [pair_of(x, y, cluster, "over_steps", "pearson") for x, y in zip(*curves, strict=True)]
-    return float((permutation_tests(pairs, draws=1999, seed=0).p_value < 0.05).mean())
+def related(
+    x: np.ndarray,
+    y: np.ndarray,
+    loss: np.ndarray | None = None,
+    *,
+    cluster: np.ndarray | None = None,
+    slopes: bool = False,
+) -> Iterator[Associations]:
+    """The single association of each study, ``[set, run, step]``, named before looking."""
+    cluster = np.arange(x.shape[1]) if cluster is None else cluster
+    for study in range(len(x)):
+        asked = Asked(covariate=None if loss is None else loss[study], slopes=slopes)
+        yield associations(
+            x[study, ..., None], y[study, ..., None], cluster, asked, np.ones((1, 1), dtype=bool), draws=1999
+        )
 
 
-def naive(curves: Curves) -> float:
-    """The same of Spearman's test over all checkpoints of all runs."""
-    return float(np.mean([stats.spearmanr(x.ravel(), y.ravel()).pvalue < 0.05 for x, y in zip(*curves, strict=True)]))
+def shown(results: Iterator[Associations]) -> np.ndarray:
+    """Whether each study's association is shown."""
+    return np.array([result.p_value.item() <= LEVEL for result in results])
+
+
+def naive(x: np.ndarray, y: np.ndarray) -> float:
+    """Share of p < 0.05 of Spearman's test over all checkpoints of all runs, as if each were a sample."""
+    return float(np.mean([stats.spearmanr(a.ravel(), b.ravel()).pvalue < 0.05 for a, b in zip(x, y, strict=True)]))
+
+
+def false_associations(rng: np.random.Generator, sets: int) -> Iterator[Row]:
+    """Associations that are none."""
+    yield "null data, share shown at 0.05", "6 runs", "8 runs", "12 runs", "naive, 6 runs"
+    kinds: dict[str, Callable[..., simulated.Curves]] = {
+        "independent random walks": simulated.random_walks,
+        "independent saturating trends": simulated.saturating_trends,
+        "runs of different volatility, in both": simulated.shared_volatility,
+        "one run five times as lively, in both": simulated.one_lively_run,
+    }
+    for name, kind in kinds.items():
+        curves = [kind(rng, sets, runs, 12) for runs in (6, 8, 12)]
+        yield name, *(share(shown(related(*pair))) for pair in curves), f"{naive(*curves[0]):.2f}"
+    for name, noise, given in (
+        ("common cause: each run learns at its own speed", 0.0, None),
+        ("the same, `given=\"loss\"`", 0.0, "loss"),
+        ("the same, a loss with noise of 8 % of its spread", 0.05, "loss"),
+        ("the same, a loss with noise of 33 % of its spread", 0.2, "loss"),
+        ("the same, `given=\"trend\"`", 0.0, "trend"),
+    ):
+        rates = []
+        for runs in (6, 8, 12):
+            x, y, loss = simulated.learning_speeds(rng, sets, runs, 12, noise)
+            rates.append(share(shown(related(x, y, loss if given == "loss" else None, slopes=given == "trend"))))
+        yield name, *rates, ""
+    x, y = simulated.clustered_walks(rng, sets, 6, 3, 12)
+    rate = share(shown(related(x, y, cluster=np.repeat(np.arange(6), 3))))
+    yield "6 clusters of 3 seeds (`clusters=`)", rate, "", "", f"{naive(x, y):.2f}"
+
+
+def false_differences(rng: np.random.Generator, sets: int) -> Iterator[Row]:
+    """Differences that are none, of one measure and of the others beside it."""
+    sizes = ((3, 4), (3, 5), (3, 10), (5, 5), (8, 8))
+    yield "no difference, share shown at 0.05", *(f"{first} + {second} runs" for first, second in sizes)
+    for spread in (1.0, 5.0, 0.2):
+        row = [share(differs(*simulated.groups_of_spread(rng, sets, *size, spread))) for size in sizes]
+        yield f"spread of the first group {spread:g} times the second's", *row
+    row = [share(any_measure(rng, sets // 10, size, 5.0)) for size in sizes]
+    yield f"any of {_MEASURES - 1} measures beside the headline, spread 5 : 1", *row
+    row = [share(any_of_three(rng, sets, max(size))) for size in sizes]
+    yield "any of three groups of the larger size, spreads 5 : 1 : 1", *row
+
+
+def differs(first: np.ndarray, second: np.ndarray, *, comparisons: int = 1, pairs: bool = False) -> np.ndarray:
+    """Whether each set's difference is shown, ``[unit, set]``."""
+    difference, test = relabelled_difference(first, second, pairs=pairs, draws=1999)
+    p_value = np.maximum(test.p_value, students_test(difference, difference.freedom)[0])
+    return comparisons * p_value <= LEVEL
+
+
+def any_measure(rng: np.random.Generator, sets: int, size: tuple[int, int], spread: float) -> np.ndarray:
+    """Whether any measure but the headline is said to differ."""
+    return np.array([beside(rng, size, spread) for _ in range(sets)])
+
+
+def beside(rng: np.random.Generator, size: tuple[int, int], spread: float) -> bool:
+    values = rng.standard_normal((sum(size), 1, _MEASURES)) + rng.standard_normal((sum(size), 1, 1))
+    values[: size[0]] *= spread
+    result = compare(*grouped(values, size), headline="m0", draws=999)
+    return bool(result["holds"].values[0, 1:].any())
+
+
+def grouped(values: np.ndarray, size: tuple[int, int]) -> tuple[xr.DataArray, dict[str, list[str]]]:
+    """``[run, step, measure]`` with names, and two groups of its runs."""
+    runs = [f"r{number}" for number in range(sum(size))]
+    coords = {"run": runs, "step": range(values.shape[1]), "measure": [f"m{m}" for m in range(values.shape[2])]}
+    return xr.DataArray(values, coords, ("run", "step", "measure")), {"a": runs[: size[0]], "b": runs[size[0] :]}
+
+
+def any_of_three(rng: np.random.Generator, sets: int, runs: int) -> np.ndarray:
+    """Whether any of three groups is said to differ from another."""
+    groups = [spread * rng.standard_normal((runs, sets)) for spread in (5.0, 1.0, 1.0)]
+    return np.any([differs(a, b, comparisons=3) for a, b in combinations(groups, 2)], axis=0)
+
+
+def power(rng: np.random.Generator, sets: int) -> Iterator[Row]:
+    """What is there and is shown."""
+    yield "planted, share shown at 0.05", "6 runs", "8 runs", "12 runs"
+    for correlation in (0.3, 0.5, 0.7):
+        curves = [simulated.planted(rng, sets // 2, runs, 12, correlation) for runs in (6, 8, 12)]
+        yield f"correlation of {correlation}, 12 steps", *(share(shown(related(*pair))) for pair in curves)
+    for shift in (1.0, 1.5, 2.0):
+        pairs = [simulated.groups_of_spread(rng, sets, runs, runs, 1.0, shift) for runs in (6, 8, 12)]
+        row = [share(differs(*pair)) for pair in pairs]
+        yield f"difference of {shift:g} standard deviations, so many runs in each group", *row
+
+
+def coverage(rng: np.random.Generator, sets: int) -> Iterator[Row]:
+    """How often 95 % intervals hold the truth."""
+    yield "95 % intervals", "hold the truth in"
+    for correlation in (0.0, 0.5):
+        for runs in (6, 8, 12):
+            pairs = list(related(*simulated.planted(rng, sets // 2, runs, 12, correlation)))
+            held = [pair.low.item() <= correlation <= pair.high.item() for pair in pairs]
+            yield f"correlation of {correlation}, {runs} runs × 12 steps", share(np.array(held))
+    for first, second, spread in ((6, 9, 2.0), (3, 5, 5.0), (5, 5, 5.0)):
+        difference, test = relabelled_difference(
+            *simulated.groups_of_spread(rng, sets, first, second, spread, 1.0), pairs=False, draws=1999
+        )
+        reach = difference.error * np.maximum(test.critical, students_test(difference, difference.freedom)[1])
+        yield f"difference, {first} + {second} runs, spread {spread:g} : 1", share(abs(difference.difference - 1) <= reach)
+
+
+def reports(rng: np.random.Generator, sets: int) -> Iterator[Row]:
+    """Whole reports on data without any effect: 11 measures, three tasks and their mean, two groups."""
+    kinds = {
+        "independent random walks": simulated.random_walks,
+        "runs of different volatility": simulated.shared_volatility,
+    }
+    yield "reports that state something", "headline association", "another", "a difference", "anything"
+    for runs in (8, 12):
+        for name, kind in kinds.items():
+            table = np.array([said(rng, kind, runs) for _ in range(sets // 4)])
+            columns = [*table.T, table.any(1)]
+            yield f"{name}, {runs} runs × 10 steps", *(share(column) for column in columns)
+
+
+def said(rng: np.random.Generator, kind: Callable[..., simulated.Curves], runs: int) -> list[bool]:
+    """Whether a report states the headline association, another one, and a difference."""
+    x, y = (np.moveaxis(values, 0, -1) for values in kind(rng, _MEASURES, runs, 10))
+    measures, groups = grouped(x, (runs // 2, runs - runs // 2))
+    tasks = [f"t{number}/accuracy" for number in range(_TASKS)]
+    scores = measures.isel(measure=range(_TASKS)).rename(measure="task").assign_coords(task=tasks)
+    scores = scores.copy(data=y[..., :_TASKS])
+    holds = associate(measures, scores, headline="m0", draws=999)["holds"]
+    leading = bool(holds.sel(measure="m0", task="all"))
+    differences = compare(measures, groups, headline="m0", draws=999)["holds"]
+    return [leading, bool(holds.sum() > leading), bool(differences.any())]
+
+
+def share(flags: np.ndarray) -> str:
+    return f"{np.mean(flags):.3f}"
+
+
+#: Each gives a table: headings first, then its rows.
+TABLES: dict[str, Callable[[np.random.Generator, int], Iterator[Row]]] = {
+    "associations": false_associations,
+    "differences": false_differences,
+    "power": power,
+    "coverage": coverage,
+    "reports": reports,
+}
 
 
 def main() -> None:
     """Read the command line and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", type=int, default=4000, help="simulated studies of each kind")
-    sets = parser.parse_args().sets
-    rng = np.random.default_rng(0)
-    kinds = {
-        "independent random walks, 6 runs × 15 steps": (random_walks(rng, sets, 6, 15), np.arange(6)),
-        "independent saturating trends, 6 runs × 15 steps": (saturating_trends(rng, sets, 6, 15), np.arange(6)),
-        "6 clusters of 3 seeds × 12 steps": (clustered_walks(rng, sets, 6, 3, 12), np.repeat(np.arange(6), 3)),
-    }
-    print("| null data | share of p < 0.05 | naive Spearman over checkpoints |\n|---|---|---|")
-    for name, (curves, cluster) in kinds.items():
-        print(f"| {name} | {rejections(curves, cluster):.3f} | {naive(curves):.2f} |")
-    print("\n| planted correlation, 12 steps | power, 6 runs | power, 8 runs |\n|---|---|---|")
-    for correlation in (0.3, 0.5, 0.7):
-        powers = [rejections(planted(rng, sets // 4, runs, 12, correlation), np.arange(runs)) for runs in (6, 8)]
-        print(f"| {correlation} | {powers[0]:.2f} | {powers[1]:.2f} |")
-    print("\n| 95 % intervals | hold the truth in |\n|---|---|")
-    for correlation in (0.0, 0.5):
-        curves = planted(rng, sets, 8, 20, correlation)
-        found = [pair_of(x, y, np.arange(8), "over_steps", "pearson") for x, y in zip(*curves, strict=True)]
-        share = np.mean([each.low <= correlation <= each.high for each in found])
-        print(f"| correlation of {correlation}, 8 runs × 20 steps | {share:.3f} |")
-    for name, function, units in (("paired", paired_difference, (8, 8)), ("unpaired", unpaired_difference, (6, 9))):
-        first, second = 1 + 2 * rng.standard_normal((units[0], sets)), rng.standard_normal((units[1], sets))
-        difference = function(first, second, draws=1)
-        share = ((difference.low <= 1) & (difference.high >= 1)).mean()
-        print(f"| {name} difference, {units[0]} and {units[1]} runs | {share:.3f} |")
+    parser.add_argument("--sets", type=int, default=2000, help="simulated studies of each kind")
+    parser.add_argument("--table", choices=TABLES, action="append", help="which tables; by default all")
+    arguments = parser.parse_args()
+    for name in arguments.table or TABLES:
+        rows = TABLES[name](np.random.default_rng(0), arguments.sets)
+        headings = next(rows)
+        print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
+        for row in rows:
+            print(f"| {' | '.join(row)} |", flush=True)
+        print()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,48 @@ def saturating_trends(generator: np.random.Generator, sets: int, runs: int, step
     return curves[0], curves[1]
 
 
+def shared_volatility(generator: np.random.Generator, sets: int, runs: int, steps: int) -> Curves:
+    """Independent random walks; how far a run moves in both is its own, e^N(0, 1), as with learning rates."""
+    volatility = np.exp(generator.standard_normal((sets, runs, 1)))
+    x, y = random_walks(generator, sets, runs, steps)
+    return volatility * x, volatility * y
+
+
+def one_lively_run(generator: np.random.Generator, sets: int, runs: int, steps: int) -> Curves:
+    """Independent random walks; one run moves five times as far in both."""
+    volatility = np.ones((runs, 1))
+    volatility[0] = 5
+    x, y = random_walks(generator, sets, runs, steps)
+    return volatility * x, volatility * y
+
+
+def learning_speeds(
+    generator: np.random.Generator, sets: int, runs: int, steps: int, noise: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x, y and the loss follow how far a run has come, 1 − e^{−vt}, at its own speed v: nothing else joins x and y.
+
+    Powers of it between 1/2 and 2 bend x and y differently. ``noise`` is the standard deviation of the loss around
+    3 − 2·progress.
+    """
+    speed = np.exp(0.7 * generator.standard_normal((sets, runs, 1)))
+    progress = 1 - np.exp(-speed * 3 * np.arange(1, steps + 1) / steps)
+    x, y = (
+        progress ** generator.uniform(0.5, 2, (sets, 1, 1)) + 0.1 * generator.standard_normal((sets, runs, steps))
+        for _ in range(2)
+    )
+    return x, y, 3 - 2 * progress + noise * generator.standard_normal((sets, runs, steps))
+
+
+def groups_of_spread(
+    generator: np.random.Generator, sets: int, first: int, second: int, spread: float, shift: float = 0.0
+) -> Curves:
+    """Normal values, [unit, set], of two groups, the first with ``spread`` times the standard deviation."""
+    return (
+        shift + spread * generator.standard_normal((first, sets)),
+        generator.standard_normal((second, sets)),
+    )
+
+
 def clustered_walks(generator: np.random.Generator, sets: int, clusters: int, seeds: int, steps: int) -> Curves:
     """Random walks of which the seeds of one cluster (a model, a data set) share nearly all; clusters independent."""
     common = np.repeat(generator.standard_normal((2, sets, clusters, steps)), seeds, axis=2)
@@ -44,9 +86,3 @@ def planted(generator: np.random.Generator, sets: int, runs: int, steps: int, co
     trend = 5 * (1 - np.exp(-np.arange(steps) / 5))
     effects = generator.standard_normal((2, sets, runs, 1))
     return x + trend + effects[0], y + 2 * trend + effects[1]
-
-
-def correlated_pairs(generator: np.random.Generator, sets: int, units: int, correlation: float) -> Curves:
-    """Normal x and y, [set, unit], of a given correlation."""
-    x, noise = generator.standard_normal((2, sets, units))
-    return x, correlation * x + np.sqrt(1 - correlation**2) * noise

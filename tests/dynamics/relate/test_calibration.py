@@ -4,68 +4,111 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dynamics.relate.differences import paired_difference, unpaired_difference
-from dynamics.relate.families import permutation_tests
-from dynamics.relate.pairs import pair_of
-from dynamics.relate.permutations import permutation_test
-from tests.dynamics.relate.simulated import clustered_walks, planted, random_walks, saturating_trends
+from dynamics.relate.differences import relabelled_difference, students_test
+from dynamics.relate.pairs import Asked, associations
+from tests.dynamics.relate.simulated import (
+    clustered_walks,
+    groups_of_spread,
+    learning_speeds,
+    one_lively_run,
+    planted,
+    random_walks,
+    saturating_trends,
+    shared_volatility,
+)
 
-SETS = 500
+SETS = 400
 
 
-def p_values(curves, cluster):
-    pairs = [pair_of(x, y, cluster, "over_steps", "pearson") for x, y in zip(*curves, strict=True)]
-    return permutation_tests(pairs, draws=999, seed=0).p_value
+def related(x, y, cluster=None, loss=None, slopes=False):
+    """The one association of each study; two of them if it has two."""
+    cluster = np.arange(x.shape[1]) if cluster is None else cluster
+    return [
+        associations(
+            x[study, ..., None],
+            y[study, ..., None],
+            cluster,
+            Asked(covariate=None if loss is None else loss[study], slopes=slopes),
+            np.ones((1, 1), dtype=bool),
+            draws=999,
+        )
+        for study in range(len(x))
+    ]
 
 
-def naive(curves):
+def rate(pairs):
+    return np.mean([pair.p_value.item() <= 0.05 for pair in pairs])
+
+
+def naive(x, y):
     """Spearman over all checkpoints of all runs, as if each were a sample."""
-    return np.array([stats.spearmanr(x.ravel(), y.ravel()).pvalue for x, y in zip(*curves, strict=True)])
+    return np.mean([stats.spearmanr(a.ravel(), b.ravel()).pvalue < 0.05 for a, b in zip(x, y, strict=True)])
 
 
-@pytest.mark.parametrize("kind", [random_walks, saturating_trends])
-def test_independent_curves_are_called_associated_no_more_often_than_stated(kind):
+@pytest.mark.parametrize(
+    ("kind", "fewest", "most_naive"), [(random_walks, 0.015, 0.44), (saturating_trends, 0.015, 0.44)]
+)
+def test_independent_curves_are_called_associated_no_more_often_than_stated(kind, fewest, most_naive):
     curves = kind(np.random.default_rng(0), SETS, 6, 15)
-    assert 0.03 <= (p_values(curves, np.arange(6)) < 0.05).mean() <= 0.07
-    assert (naive(curves) < 0.05).mean() >= 0.44
+    assert fewest <= rate(related(*curves)) <= 0.06
+    assert naive(*curves) >= most_naive
+
+
+@pytest.mark.parametrize("kind", [shared_volatility, one_lively_run])
+@pytest.mark.parametrize("runs", [6, 12])
+def test_runs_that_are_livelier_in_both_are_no_association(kind, runs):
+    x, y = kind(np.random.default_rng(1), SETS, runs, 10)
+    assert rate(related(x, y)) <= 0.065
+
+
+@pytest.mark.parametrize("runs", [6, 12])
+def test_own_learning_speeds_are_a_common_cause_until_the_loss_is_held_equal(runs):
+    x, y, loss = learning_speeds(np.random.default_rng(2), SETS, runs, 12)
+    assert rate(related(x, y, loss=loss)) <= 0.07
+    assert rate(related(x, y)) >= {6: 0.1, 12: 0.25}[runs]
 
 
 def test_clustered_seeds_count_once():
-    curves = clustered_walks(np.random.default_rng(1), SETS, 6, 3, 12)
-    cluster = np.repeat(np.arange(6), 3)
-    assert 0.03 <= (p_values(curves, cluster) < 0.05).mean() <= 0.07
-    as_if_independent = p_values(tuple(each[:200] for each in curves), np.arange(18))
-    assert (as_if_independent < 0.05).mean() > 0.15
+    x, y = clustered_walks(np.random.default_rng(1), SETS, 6, 3, 12)
+    assert rate(related(x, y, np.repeat(np.arange(6), 3))) <= 0.06
+    assert rate(related(x[:150], y[:150])) > 0.15
 
 
 def test_a_planted_association_is_found():
-    """Correlation 0.5 of deviations, eight runs of twelve steps: a power above 0.8."""
-    curves = planted(np.random.default_rng(2), 100, 8, 12, 0.5)
-    assert (p_values(curves, np.arange(8)) < 0.05).mean() >= 0.8
+    """Correlation 0.5 of deviations, twelve runs of twelve steps."""
+    assert rate(related(*planted(np.random.default_rng(2), 100, 12, 12, 0.5))) >= 0.9
 
 
 def test_intervals_of_associations_hold_the_truth():
-    curves = planted(np.random.default_rng(3), SETS, 8, 20, 0.5)
-    found = [pair_of(x, y, np.arange(8), "over_steps", "pearson") for x, y in zip(*curves, strict=True)]
-    assert 0.90 <= np.mean([each.low <= 0.5 <= each.high for each in found]) <= 0.98
+    pairs = related(*planted(np.random.default_rng(3), SETS, 12, 20, 0.5))
+    assert 0.94 <= np.mean([pair.low.item() <= 0.5 <= pair.high.item() for pair in pairs]) <= 0.995
+
+
+def p_values(first, second, pairs=False):
+    difference, test = relabelled_difference(first, second, pairs=pairs, draws=999)
+    return test.p_value, np.maximum(test.p_value, students_test(difference, difference.freedom)[0])
+
+
+@pytest.mark.parametrize(("size", "relabelled"), [((3, 4), 0.08), ((3, 5), 0.1), ((3, 10), 0.1), ((5, 5), 0.07)])
+def test_groups_of_unequal_spread_are_no_difference(size, relabelled):
+    permuted, both = p_values(*groups_of_spread(np.random.default_rng(4), 3000, *size, 5.0))
+    assert (both <= 0.05).mean() <= 0.07
+    assert (permuted <= 0.05).mean() >= relabelled
 
 
 @pytest.mark.parametrize("pairs", [6, 8])
 def test_sign_flips_keep_their_level(pairs):
     rng = np.random.default_rng(4)
     first, second = (rng.standard_exponential((pairs, 4000)) for _ in range(2))
-    p = permutation_test_of_each(paired_difference(first, second))
+    permuted, both = p_values(first, second, pairs=True)
     attainable = np.floor(0.05 * 2**pairs / 2) * 2 / 2**pairs
-    assert (p <= 0.05).mean() == pytest.approx(attainable, abs=0.012)
+    assert (permuted <= 0.05).mean() == pytest.approx(attainable, abs=0.012)
+    assert 0.01 <= (both <= 0.05).mean() <= attainable + 0.012
 
 
-def test_intervals_of_differences_hold_the_truth():
+@pytest.mark.parametrize(("pairs", "units"), [(True, (8, 8)), (False, (6, 9)), (False, (3, 5))])
+def test_intervals_of_differences_hold_the_truth(pairs, units):
     rng = np.random.default_rng(5)
-    for function, units in ((paired_difference, (8, 8)), (unpaired_difference, (6, 9))):
-        first, second = 1 + 2 * rng.standard_normal((units[0], 3000)), rng.standard_normal((units[1], 3000))
-        found = function(first, second, draws=1)
-        assert 0.93 <= ((found.low <= 1) & (found.high >= 1)).mean() <= 0.97
-
-
-def permutation_test_of_each(found):
-    return np.array([permutation_test(found.statistics[:, [place]]).p_value[0] for place in range(4000)])
+    first, second = 1 + 5 * rng.standard_normal((units[0], 3000)), rng.standard_normal((units[1], 3000))
+    difference = relabelled_difference(first, second, pairs=pairs, draws=1)[0]
+    assert 0.93 <= ((difference.low <= 1) & (difference.high >= 1)).mean() <= 0.97
