@@ -8,6 +8,7 @@ parameters are set back for the moment; copies of those of the checkpoint before
 from __future__ import annotations
 
 import importlib
+import math
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from probes.tasks import Task
 from probes.undisturbed import bare
 from probes.watched import Matrix, find
 
-#: Called with a checkpoint's folder; returns ``model, tasks`` or ``model, tasks, batch_size``.
+#: Called with a checkpoint's folder; returns ``model, tasks``, ``model, tasks, batch_size`` or those and ``momentum``.
 Loader = Callable[[str], Any]
 
 
@@ -127,7 +128,7 @@ def _probe(
     matrices: Callable[[str], bool] | None,
     before: _State | None,
 ) -> _State:
-    model, tasks, batch_size = _loaded(load(str(checkpoint.folder)))
+    model, tasks, batch_size, momentum = _loaded(load(str(checkpoint.folder)))
     if not trained_parameters(model):
         raise ValueError(
             "expected a model with trainable parameters, got one in which none requires a gradient; "
@@ -147,25 +148,25 @@ def _probe(
     with probe.at_start():
         earlier = _matrices(model)
     changes = {name: _change(matrix, earlier[name]) for name, matrix in now.items()}
-    found.fisher.append(probe.record(here.step, before.step, changes))
+    found.fisher.append(probe.record(here.step, before.step, changes, momentum))
     return here
 
 
-def _loaded(returned: Any) -> tuple[nn.Module, list[Task], int]:
+def _loaded(returned: Any) -> tuple[nn.Module, list[Task], int, float]:
     parts = tuple(returned) if isinstance(returned, tuple | list) else (returned,)
-    if len(parts) == 2:
-        parts = (*parts, 0)
-    if len(parts) != 3 or not isinstance(parts[0], nn.Module):
+    if not 2 <= len(parts) <= 4 or not isinstance(parts[0], nn.Module):
         kinds = ", ".join(type(part).__name__ for part in parts)
-        raise ValueError(f"expected model, tasks or model, tasks, batch_size from the function, got {kinds}")
-    model, tasks, batch_size = parts
+        raise ValueError(f"expected model, tasks[, batch_size[, momentum]] from the function, got {kinds}")
+    model, tasks, batch_size, momentum = (*parts, 0, math.nan) if len(parts) == 2 else (*parts, math.nan)[:4]
     tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
     wrong = [type(task).__name__ for task in tasks if not isinstance(task, Task)]
     if wrong or not tasks:
         raise ValueError(f"expected probes.Task as tasks, got {', '.join(wrong) or 'none'}")
     if type(batch_size) is not int or batch_size < 0:
         raise ValueError(f"expected the optimizer's batch size as a whole number, got {batch_size!r}")
-    return model, tasks, batch_size
+    if not isinstance(momentum, int | float) or momentum < 0 or momentum >= 1:
+        raise ValueError(f"expected the optimizer's momentum as a number from 0 to below 1, got {momentum!r}")
+    return model, tasks, batch_size, float(momentum)
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

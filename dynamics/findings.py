@@ -90,6 +90,9 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD409": ("note", "tasks of unequal numbers of samples"),
     "OD410": ("warning", "an update product that does not belong to its update"),
     "OD411": ("error", "a checkpoint that could not be probed"),
+    "OD412": ("warning", "a Fisher that few samples carry"),
+    "OD413": ("note", "null gradients of too many samples to call an update concentrated"),
+    "OD414": ("note", "a gradient null that does not know the momentum"),
     # 5xx: scores and statistics
     "OD501": ("warning", "scores of a run that is not there"),
     "OD502": ("warning", "scores without a matching step"),

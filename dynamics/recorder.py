@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dynamics.capture import Schedule, preset_named
 from dynamics.capture.changes import BaseWeights, Change, ModelState, change_between
 from dynamics.capture.presets import schedule_of
-from dynamics.capture.probing import FisherProbe
+from dynamics.capture.probing import FisherProbe, momentum_of
 from dynamics.capture.watching import notes_on, notes_on_resuming, watched_or_refused
 from dynamics.findings import Finding
 from dynamics.fisher.scalars import scalars as fisher_scalars
@@ -134,6 +134,7 @@ class Recorder:
         self._in_flight: _InFlight | None = None
         self._records: Records | None = None
         self._probe = self._probe_of(model, tasks, found, batch_size, restricted=matrices is not None)
+        self._momentum = math.nan
         self.scalars: dict[str, float] = {}
         name = None if schedule is None else getattr(schedule, "__qualname__", type(schedule).__name__)
         wishes = {"every": every, "at": None if at is None else list(map(int, at)), "schedule": name}
@@ -165,6 +166,7 @@ class Recorder:
         self.before_backward(step, scaler)
         hook = None
         if self._in_flight is not None and optimizer is not None:
+            self._momentum = momentum_of(optimizer)
             inner = getattr(optimizer, "optimizer", optimizer)
             if hasattr(inner, "register_step_pre_hook"):  # not every optimizer is one of torch
                 hook = inner.register_step_pre_hook(lambda *_: self.before_optimizer_step(optimizer))
@@ -200,10 +202,12 @@ class Recorder:
         """To be called after clipping and before ``optimizer.step()``; at least of captured steps.
 
         Args:
-            optimizer: The optimizer; only wanted where a loss scaler is in use, which may have unscaled it or not.
+            optimizer: The optimizer: for its momentum, and where a loss scaler is in use, which may have unscaled it.
         """
         flight = self._in_flight
         self._follow(captured=False)
+        if flight is not None and optimizer is not None:
+            self._momentum = momentum_of(optimizer)
         if flight is None or not self._gradients or flight.measured:
             return
         flight.measured = True
@@ -369,7 +373,7 @@ class Recorder:
         found: dict[str, xr.Dataset | None] = {}
         if self._probe is not None and self._from_step >= 0 and not self._lost_start:
             with self._forgiven(step):
-                found["fisher"] = self._probe.record(step, self._from_step, self._live.increments())
+                found["fisher"] = self._probe.record(step, self._from_step, self._live.increments(), self._momentum)
         if self._probe is not None:
             with self._forgiven(step):
                 found["score"] = self._probe.scores(step)

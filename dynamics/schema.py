@@ -136,6 +136,8 @@ FISHER_RECORD: Mapping[str, Variable] = {
     "dimension": Variable(("step", "block"), "1", "dimension of the space"),
     "loss": Variable(("step", "sample"), "nat", "loss of each probe sample"),
 }
+#: Beside the record, where the optimizer is known: β₁ of Adam, the momentum of SGD; NaN where it is not.
+FISHER_MOMENTUM = Variable(("step",), "1", "momentum of the optimizer")
 #: Dimensions of the main variables of what is told of a training's path, and of updates beside the base's weights.
 OF_CHECKPOINTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "path": {

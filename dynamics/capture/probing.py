@@ -6,6 +6,7 @@ are set for the moment, and multiplied with the increment that the optimizer the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -123,13 +124,20 @@ class FisherProbe:
         ended = [[*column] for column in zip(*self._ended, strict=True)] or [[], []]
         return swapped([*self._trained.values(), *ended[0]], [*self._before.values(), *ended[1]])
 
-    def record(self, step: int, evaluated_at: int, increments: Mapping[str, Matrix] | None) -> xr.Dataset:
+    def record(
+        self,
+        step: int,
+        evaluated_at: int,
+        increments: Mapping[str, Matrix] | None,
+        momentum: float = math.nan,
+    ) -> xr.Dataset:
         """K and b of the increment that ends at this step, at the weights where it began.
 
         Args:
             step: The captured step.
             evaluated_at: The captured step before.
             increments: Watched matrix to its change between the two; ``None`` for K alone.
+            momentum: Of the optimizer, see :func:`momentum_of`; NaN if not known.
 
         Returns:
             As :func:`fisher_record`; a sample whose loss or gradient is not finite has NaN, and so has the update of
@@ -155,6 +163,7 @@ class FisherProbe:
             batch_size=self._batch_size,
             reduction=_reduction(self._tasks),
             unknown=unknown if increments is not None else (),
+            momentum=momentum,
         )
 
     def scores(self, step: int) -> xr.Dataset | None:
@@ -182,6 +191,33 @@ class FisherProbe:
         }
 
 
+def momentum_of(optimizer: Any) -> float:
+    """Return β₁ of an optimizer like Adam or the momentum of one like SGD: the largest of its parameter groups.
+
+    Args:
+        optimizer: Any optimizer, or a wrapper that has it as ``.optimizer``.
+
+    Returns:
+        NaN where the optimizer does not say.
+
+    >>> momentum_of(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9))
+    0.9
+    """
+    inner = optimizer if hasattr(optimizer, "param_groups") else getattr(optimizer, "optimizer", None)
+    groups = getattr(inner, "param_groups", ())
+    return max((_momentum_of_group(group) for group in groups), default=math.nan)
+
+
+def _momentum_of_group(group: Mapping[str, Any]) -> float:
+    betas = group.get("betas")
+    stated = (
+        betas[0] if isinstance(betas, tuple | list) and betas else group.get("momentum", group.get("beta1", math.nan))
+    )
+    if stated is None:  # Adafactor without β₁
+        return 0.0
+    return float(stated) if isinstance(stated, int | float | Tensor) else math.nan
+
+
 def fisher_record(
     gram: Gram,
     step: int,
@@ -191,6 +227,7 @@ def fisher_record(
     batch_size: int = 0,
     reduction: str = "sum",
     unknown: Collection[str] = (),
+    momentum: float = math.nan,
 ) -> xr.Dataset:
     """What is kept of one step: K and b by block, with the labels of the samples.
 
@@ -202,6 +239,7 @@ def fisher_record(
         batch_size: Samples in an optimizer step; 0 if not known.
         reduction: Of the losses over a sample's tokens.
         unknown: Blocks whose update is not known, so that that of all together is not either.
+        momentum: Of the optimizer; NaN if not known.
 
     Returns:
         As :data:`dynamics.schema.FISHER_RECORD` has it, one step.
@@ -223,10 +261,10 @@ def fisher_record(
         "share_outside_space": {**nothing, **gram.share_outside_space, **dict.fromkeys(missing, np.nan)},
         "dimension": gram.dimension,
     }
-    arrays = {"gram": k, "update_product": b, "loss": loss} | {
+    arrays = {"gram": k, "update_product": b, "loss": loss, "momentum": np.array([momentum])} | {
         name: np.array([[float(each[block]) for block in blocks]]) for name, each in numbers.items()
     }
-    known = schema.FISHER_RECORD
+    known = {**schema.FISHER_RECORD, "momentum": schema.FISHER_MOMENTUM}
     coords = {
         "step": np.array([step], dtype=np.int64),
         "block": np.asarray(blocks, dtype=str),

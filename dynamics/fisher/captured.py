@@ -17,7 +17,7 @@ from jaxtyping import Float
 from scipy import special
 
 from dynamics.fisher.eigenvalues import inverse_roots
-from dynamics.fisher.pairs import Estimate, Labels, diagonal_means, jackknifed
+from dynamics.fisher.pairs import Estimate, Labels, counted_groups, diagonal_means, jackknifed
 from dynamics.fisher.ratios import log, ratio
 
 
@@ -70,8 +70,8 @@ def rayleigh_ratio(
     scale = ratio(dimension, update_norm**2)
     squares, squares_without = diagonal_means(update_product**2, labels)
     norms, norms_without = diagonal_means(np.diagonal(gram, axis1=1, axis2=2), labels)
-    estimate = log(ratio(squares, norms))
-    found = jackknifed(estimate, log(ratio(squares_without, norms_without)), labels.holds, labels.groups)
+    estimate, groups = log(ratio(squares, norms)), counted_groups(gram, labels)
+    found = jackknifed(estimate, log(ratio(squares_without, norms_without)), labels.holds, groups)
     return Estimate(*(np.exp(part[:, 0]) * scale for part in (found.estimate, found.low, found.high)))
 
 

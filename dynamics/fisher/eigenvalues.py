@@ -23,6 +23,17 @@ def centred(gram: Float[np.ndarray, "block sample sample"]) -> Float[np.ndarray,
     return gram - rows - rows.swapaxes(1, 2) + gram.mean((1, 2), keepdims=True)
 
 
+def directional(gram: Float[np.ndarray, "block sample sample"]) -> Float[np.ndarray, "block sample sample"]:
+    """K_ij/√(K_ii K_jj), the cosines: the Gram matrix of gradients g/‖g‖. A sample without gradient stays without.
+
+    >>> directional(np.array([[[4.0, 1.0], [1.0, 1.0]]]))[0].tolist()
+    [[1.0, 0.5], [0.5, 1.0]]
+    """
+    norms = np.diagonal(gram, axis1=1, axis2=2)
+    scale = np.where(norms == 0, 0.0, ratio(1.0, np.sqrt(norms)))
+    return gram * scale[:, :, None] * scale[:, None, :]
+
+
 def fisher_eigenvalues(gram: Float[np.ndarray, "block sample sample"]) -> Float[np.ndarray, "block sample"]:
     """eig(K)/N, descending, in squared units of the gradient; negative rounding is 0.
 

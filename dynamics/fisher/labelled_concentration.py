@@ -11,7 +11,7 @@ import xarray as xr
 from dynamics.described import labelled
 from dynamics.fisher.captured import captured, isotropic_null, rayleigh_ratio, relative_rayleigh_ratio
 from dynamics.fisher.eigenvalues import fisher_eigenvectors
-from dynamics.fisher.gradient_null import DRAWS, matched_gain
+from dynamics.fisher.gradient_null import DRAWS, MOST_TIMES, matched_gain
 from dynamics.fisher.grams import blocks_of, codes_of, numbers_of, own, require_exact, vectors_of
 from dynamics.fisher.pairs import Labels
 from dynamics.fisher.splits import SPLITS
@@ -43,8 +43,9 @@ def concentration(
         update_product: b = Gδ: ``[sample]``, a mapping of block to such, or left out where the Gram has its own.
         update_norm: ‖δ‖, not squared, inside the space in which gradients live; or left out likewise.
         groups: What samples belong to; without it each is taken to be independent.
-        batch_size: Samples behind the update (the optimizer's effective batch times its steps); without it there is no
-            gradient null, and nothing is called concentrated.
+        batch_size: Samples behind the update: the optimizer's batch times the steps; with momentum β the batch of a
+            single step counts (1 + β)/(1 − β) times. Without it there is no gradient null, and nothing is called
+            concentrated.
         dimension: d, for the isotropic null; by default the Gram's own.
         k: Numbers of leading directions.
         splits, draws, seed: Of random halves and null gradients.
@@ -52,7 +53,8 @@ def concentration(
     Returns:
         Variables over ``block`` and ``k``, each with its definition. ``captured`` has directions from all samples, and
         belongs beside ``null_isotropic``; ``captured_split`` has those of half of them, and belongs beside
-        ``null_gradient``. ``concentrated`` only where both gains, centred and not, are above 1 with their intervals.
+        ``null_gradient``. ``concentrated`` only where both gains, centred and not, are above 1 with their intervals,
+        and ``batch_size`` is at most ``null_batch_limit``. Decoupled weight decay is part of the update as given.
 
     Raises:
         ValueError: If shapes or blocks do not fit, or b and ‖δ‖ cannot belong to K.
@@ -110,6 +112,7 @@ def concentration_dataset(
     """:func:`concentration` of blocks already stacked, without its check of b and ‖δ‖ against K."""
     values, vectors = spectrum
     labels = Labels(group, np.ones((len(group), 1), dtype=bool))
+    most = MOST_TIMES * (len(group) // 2)
     ratio = rayleigh_ratio(stacked, product, norm, size, labels)
     null, null_low, null_high = isotropic_null(size, k)
     arrays = {
@@ -128,12 +131,14 @@ def concentration_dataset(
             f"null_gradient_low{suffix}": gain.null_low,
             f"null_gradient_high{suffix}": gain.null_high,
             f"gain{suffix}": gain.gain,
+            f"ln_gain{suffix}": gain.ln_gain,
             f"gain_low{suffix}": gain.low,
             f"gain_high{suffix}": gain.high,
         }
     arrays |= {
-        "concentrated": (arrays["gain_low"] > 1) & (arrays["gain_low_centred"] > 1),
+        "concentrated": (batch_size <= most) & (arrays["gain_low"] > 1) & (arrays["gain_low_centred"] > 1),
         "null_batch": np.array(batch_size if batch_size > 0 else np.nan),
+        "null_batch_limit": np.array(float(most)),
         "rayleigh_ratio": ratio.estimate,
         "rayleigh_ratio_low": ratio.low,
         "rayleigh_ratio_high": ratio.high,

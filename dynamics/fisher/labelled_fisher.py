@@ -10,9 +10,15 @@ import xarray as xr
 
 from dynamics.described import labelled
 from dynamics.fisher import dominance, entropy
-from dynamics.fisher.eigenvalues import centred, eigenvalue_errors, fisher_eigenvalues, fisher_eigenvectors
+from dynamics.fisher.eigenvalues import (
+    centred,
+    directional,
+    eigenvalue_errors,
+    fisher_eigenvalues,
+    fisher_eigenvectors,
+)
 from dynamics.fisher.grams import blocks_of, codes_of, members_of, numbers_of, own
-from dynamics.fisher.pairs import Labels, interval
+from dynamics.fisher.pairs import Labels, counted_groups, interval, weight_of
 from dynamics.fisher.participation import log_participation_ratio, participation_ratio_plug_in
 from dynamics.fisher.rarefaction import rarefied, sizes_up_to
 from dynamics.fisher.variables import FISHER
@@ -76,9 +82,16 @@ def fisher_dataset(
     ]
     arrays = {name: np.stack([part[name] for part in each], axis=1) for name in each[0]}
     labels = Labels(group, np.stack(list(members.values()), axis=1))
-    ratio = log_participation_ratio(stacked, labels, projection)
-    for end, part in (("", ratio.estimate), ("_low", ratio.low), ("_high", ratio.high)):
-        arrays |= {f"ln_participation_ratio{end}": part, f"participation_ratio{end}": np.exp(part)}
+    for suffix, gram in (("", stacked), ("_directional", directional(stacked))):
+        ratio = log_participation_ratio(gram, labels, projection)
+        for end, part in (("", ratio.estimate), ("_low", ratio.low), ("_high", ratio.high)):
+            arrays |= {f"ln_participation_ratio{suffix}{end}": part, f"participation_ratio{suffix}{end}": np.exp(part)}
+    weight = weight_of(stacked, labels)
+    arrays |= {
+        "effective_groups": weight.groups,
+        "largest_group_share": weight.largest_group,
+        "largest_samples_share": weight.largest_samples,
+    }
     arrays |= {"samples": labels.samples.astype(np.float64), "groups": labels.groups.astype(np.float64)}
     arrays["spectral_entropy_block_diagonal"] = _block_diagonal(names, arrays)
     coords = {"block": names, "task": list(members), "index": np.arange(samples), "n": curve}
@@ -99,10 +112,11 @@ def _of_task(
     gram, groups = stacked[:, places[:, None], places], group[places]
     own = Labels(groups, np.ones((len(places), 1), dtype=bool))
     values, vectors = fisher_eigenvectors(gram) if spectrum is None else spectrum
-    around_mean = fisher_eigenvalues(centred(gram))
-    low, high = interval(np.zeros_like(values), eigenvalue_errors(values, vectors, own.membership), own.groups)
+    around_mean, of_directions = fisher_eigenvalues(centred(gram)), fisher_eigenvalues(directional(gram))
+    counted = counted_groups(gram, own)
+    low, high = interval(np.zeros_like(values), eigenvalue_errors(values, vectors, own.membership), counted)
     spectral = entropy.spectral_entropy(values)
-    reach = interval(spectral, entropy.entropy_error(values, vectors, own.membership), own.groups)
+    reach = interval(spectral, entropy.entropy_error(values, vectors, own.membership), counted[:, 0])
     few = rarefied(gram, groups, curve, seed=seed)
     plug_in, split = dominance.dominant_ratio_plug_in(values), dominance.dominant_ratio_split(gram, groups, seed=seed)
     error = dominance.dominant_ratio_error(values, vectors, own.membership)
@@ -118,12 +132,14 @@ def _of_task(
         "spectral_entropy_high": reach[1],
         "spectral_entropy_normalised": entropy.normalised_by_sample_rank(spectral, len(places), size),
         "spectral_entropy_centred": entropy.spectral_entropy(around_mean),
+        "spectral_entropy_directional": entropy.spectral_entropy(of_directions),
         "dominant_ratio": plug_in,
         "dominant_ratio_low": ends[0],
         "dominant_ratio_high": ends[1],
         "dominant_ratio_split": split,
         "dominant_ratio_noise_reduced": dominance.dominant_ratio_noise_reduced(values),
         "dominant_ratio_centred": dominance.dominant_ratio_plug_in(around_mean),
+        "dominant_ratio_directional": dominance.dominant_ratio_plug_in(of_directions),
         "participation_ratio_plug_in": participation_ratio_plug_in(values),
         "participation_ratio_centred": participation_ratio_plug_in(around_mean),
         "rarefied_spectral_entropy": few.spectral_entropy,

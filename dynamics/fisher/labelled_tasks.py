@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def task_structure(
         tasks, groups: Task and group of each sample; without groups each is taken to be independent.
         losses: Loss of each sample, for the transfer.
         space: Space of the gradients; transfer is NaN in every other than ``"factor"``. By default the Gram's own.
-        permuted: Blocks whose χ gets its permutation band, which is costly; the rest have NaN.
+        permuted: Blocks whose χ is tested by permutations, which is costly; the rest have NaN.
         seed: Of the permutations.
 
     Returns:
@@ -105,7 +105,7 @@ def task_dataset(
         "spectral_entropy_within": parts.within,
         "divergence": parts.divergence,
         "divergence_largest": parts.largest,
-        **_band(names, stacked, parts, only, permuted, seed),
+        **_divergence_test(names, stacked, only, permuted, seed),
         **_ends("purity_gap", gap.gap),
         "sharing": gap.sharing,
     }
@@ -126,17 +126,12 @@ def _transfer(stacked: np.ndarray, labels: Labels, losses: Any, space: str | Non
     return between.first_order_transfer(stacked, labels, loss)
 
 
-def _band(
-    names: Sequence[str],
-    stacked: np.ndarray,
-    parts: sharing.Decomposition,
-    labels: Labels,
-    permuted: Sequence[str],
-    seed: int,
+def _divergence_test(
+    names: Sequence[str], stacked: np.ndarray, labels: Labels, permuted: Sequence[str], seed: int
 ) -> dict[str, np.ndarray]:
-    band = np.full((3, len(names)), np.nan)
-    for place, name in enumerate(names):
-        if name in permuted and labels.member.shape[1] > 1:
-            own = sharing.Decomposition(*(getattr(parts, f.name)[[place]] for f in fields(parts)))
-            band[:, [place]] = sharing.permutation_band(stacked[[place]], own, labels, seed=seed)
-    return {"divergence_null_low": band[0], "divergence_null_high": band[1], "divergence_p_value": band[2]}
+    found = np.full((5, len(names)), np.nan)
+    tested = [place for place, name in enumerate(names) if name in permuted and labels.member.shape[1] > 1]
+    for place in tested:
+        found[:, [place]] = astuple(sharing.divergence_test(stacked[[place]], labels, seed=seed))
+    known = ("normalised", "normalised_largest", "null_low", "null_high", "p_value")
+    return {f"divergence_{name}": row for name, row in zip(known, found, strict=True)}

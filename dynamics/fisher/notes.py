@@ -9,7 +9,7 @@ import xarray as xr
 
 from dynamics.findings import Finding
 from dynamics.fisher.gradient_null import LEAST_GROUPS
-from dynamics.schema import ALL
+from dynamics.schema import ALL, GLOBAL
 
 #: Below this many groups an interval is wide, and its Student's t leans on normality.
 FEW_GROUPS = 8
@@ -17,8 +17,12 @@ FEW_GROUPS = 8
 OUTSIDE = 0.1
 #: Numbers of samples differ if the larger exceeds the smaller by this factor.
 UNEQUAL = 1.1
-#: Cases of which more than this share must be concentrated before the word is used; 2.5 % would be by chance.
+#: Cases of which more than this share must be concentrated before the word is used: so many would be by chance.
 CHANCE = 0.05
+#: Fewer effective groups than this share of the groups, and few samples carry the Fisher.
+EFFECTIVE = 0.25
+#: A group with more than this share of tr K, and more than twice its share of the groups, carries the Fisher.
+LARGEST_GROUP = 0.2
 #: At most so many names are given in one finding's evidence.
 _NAMED = 8
 _ROUNDING = 1e-3
@@ -33,9 +37,11 @@ def notes(groups: Mapping[str, xr.Dataset]) -> list[Finding]:
         *_outside(concentration),
         *_unresolved(tasks),
         *_null(fisher, concentration),
+        *_momentum(fisher, concentration),
         *_concentrated(concentration),
         *_clustered(fisher),
         *_unequal(fisher),
+        *_heavy(fisher),
         *_foreign_product(concentration),
     ]
 
@@ -112,6 +118,16 @@ def _null(fisher: xr.Dataset, concentration: xr.Dataset) -> Iterator[Finding]:
             "alone, which every gradient exceeds.",
             "Probe more groups." if few else "State the optimizer's effective batch size.",
         )
+        return
+    limit = concentration["null_batch_limit"].values
+    if (batch > limit).any():
+        yield Finding(
+            "OD413",
+            f"The null gradients stand for up to {int(batch.max()):,} samples, more than eight times half of the probe "
+            f"samples ({int(limit.min()):,}): such an update is not called concentrated, as up to 9 % would by chance.",
+            "Probe more samples, or capture more often.",
+            evidence={"null_batch": int(batch.max()), "most": int(limit.min()), "steps": int((batch > limit).sum())},
+        )
     elif (batch > samples / 2).any():
         yield Finding(
             "OD405",
@@ -126,13 +142,14 @@ def _null(fisher: xr.Dataset, concentration: xr.Dataset) -> Iterator[Finding]:
 def _concentrated(concentration: xr.Dataset) -> Iterator[Finding]:
     proven = concentration["concentrated"]
     possible = np.isfinite(concentration["gain_low"]) & np.isfinite(concentration["gain_low_centred"])
+    possible &= concentration["null_batch"] <= concentration["null_batch_limit"]
     share, cells = float(proven.sum() / max(int(possible.sum()), 1)), int(possible.sum())
     if share > CHANCE:
         yield Finding(
             "OD407",
             f"In {int(proven.sum())} of {cells} cases (step, block, k) the update is more concentrated along "
-            "informative directions than a gradient of its batch: the gain's 95 % interval lies above 1, centred "
-            "too. Up to 2.5 % would by chance.",
+            "informative directions than a plain gradient of as many samples: the gain's 95 % interval lies above 1, "
+            "centred too. Up to 5 % would by chance; cases share samples and draws, and would together or not at all.",
             evidence={"cases": int(proven.sum()), "of": cells, "share": share},
         )
 
@@ -158,6 +175,42 @@ def _unequal(fisher: xr.Dataset) -> Iterator[Finding]:
             "number and do not compare.",
             "Compare ln_participation_ratio, or rarefied_spectral_entropy at the same n.",
             evidence={"fewest": int(samples.min()), "most": int(samples.max())},
+        )
+
+
+def _heavy(fisher: xr.Dataset) -> Iterator[Finding]:
+    of_all = fisher.sel(block=GLOBAL) if GLOBAL in fisher["block"].values else fisher
+    groups, effective, largest = (of_all[name] for name in ("groups", "effective_groups", "largest_group_share"))
+    few = effective < EFFECTIVE * groups
+    carried = few | (largest > np.maximum(LARGEST_GROUP, 2 / groups))
+    if carried.any():
+        tasks = carried.any([dim for dim in carried.dims if dim != "task"])
+        names = tasks["task"].values[tasks.values].tolist()
+        here = of_all.isel((effective / groups).where(carried).argmin(...))
+        counts = {name: float(here[name]) for name in ("groups", "effective_groups", "largest_samples_share")}
+        yield Finding(
+            "OD412",
+            f"Few samples carry the Fisher of {_named(names)}. Of {str(here['task'].item())!r} at step "
+            f"{int(here['step'])} the {int(counts['groups'])} groups count as {counts['effective_groups']:.1f} of one "
+            f"size, and the three largest samples hold {counts['largest_samples_share']:.0%} of the trace. Intervals "
+            "assume samples of similar size: those of the noise scale are too short, those of the participation ratio "
+            "may be a little.",
+            "Compare ln_participation_ratio_directional, in which all samples weigh the same; probe more samples, or "
+            "take the mean loss of tokens instead of the sum where long answers dominate.",
+            evidence=counts | {"largest_group_share": float(here["largest_group_share"]), "tasks": names[:_NAMED]},
+            step=int(here["step"]),
+        )
+
+
+def _momentum(fisher: xr.Dataset, concentration: xr.Dataset) -> Iterator[Finding]:
+    updated = np.isfinite(concentration["null_batch"]) & np.isfinite(concentration["gain"]).any(("block", "k"))
+    known = np.isfinite(fisher["momentum"]) if "momentum" in fisher else xr.zeros_like(updated)
+    if (updated & ~known).any():
+        yield Finding(
+            "OD414",
+            "The optimizer's momentum is not known, and the gradient null assumes none. With β = 0.9 the update of one "
+            "step stands for up to 19 batches, so a gain above 1 may be momentum's alone.",
+            "Give Recorder.step the optimizer, or let the --probe function return model, tasks, batch_size, momentum.",
         )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.fisher.eigenvalues import fisher_eigenvectors
+from dynamics.fisher.gradient_null import effective_batches
 from dynamics.fisher.grams import blocks_of, codes_of, members_of
 from dynamics.fisher.labelled_concentration import LEADING, concentration_dataset
 from dynamics.fisher.labelled_fisher import fisher_dataset
@@ -15,6 +16,8 @@ from dynamics.fisher.labelled_tasks import task_dataset
 
 #: Variables of the record that the result keeps, so that everything else can be computed again.
 _KEPT = ("gram", "update_product", "update_norm_squared", "dimension", "loss")
+#: And what older records lack.
+_STATED = ("momentum",)
 _LABELS = ("sample_task", "sample_group", "sample_id")
 _SHARE_OUTSIDE = {
     "units": "1",
@@ -27,14 +30,15 @@ def measured(record: xr.Dataset, *, k: Sequence[int] = LEADING, seed: int = 0) -
     """Groups of the result from the raw records of all steps.
 
     Timing is the record's: gradients at the start of the increment (``evaluated_at_step``) if it is a capture's. The
-    null gradient's batch is the optimizer's, times the steps between that and ``step``: what one batch of all those
-    samples would give, which is the most concentrated that plain gradient descent could be.
+    null gradient's batch is the optimizer's, times the :func:`effective_batches` of the steps between that and ``step``
+    and of the momentum: what one batch of all those samples would give, which is the most concentrated that plain
+    gradient descent could be. Unknown momentum counts as none, which a finding says.
 
     Args:
         record: ``gram(step, block, sample, sample_)``, ``update_product(step, block, sample)``,
             ``update_norm_squared``, ``share_outside_space``, ``dimension`` ``(step, block)``, ``loss(step, sample)``;
             task, group and id of each ``sample``; ``evaluated_at_step(step)``; attributes ``space``, ``fisher``,
-            ``unit``, ``reduction``, ``batch_size`` (0 if not known).
+            ``unit``, ``reduction``, ``batch_size`` (0 if not known). ``momentum(step)`` where it is known.
         k: Numbers of leading directions.
         seed: Of random halves, subsets, null gradients and permutations; the same at every step.
 
@@ -52,7 +56,9 @@ def measured(record: xr.Dataset, *, k: Sequence[int] = LEADING, seed: int = 0) -
         name: xr.concat([step[name] for step in found], dim=record["step"].variable.to_index(), join="outer")
         for name in ("fisher", "concentration", "tasks")
     }
-    kept = record[[*_KEPT]].assign_coords({name: record[name] for name in _LABELS})
+    kept = record[[*_KEPT, *(name for name in _STATED if name in record)]].assign_coords(
+        {name: record[name] for name in _LABELS}
+    )
     groups["fisher"] = xr.merge([kept, groups["fisher"]], combine_attrs="drop_conflicts")
     groups["concentration"]["share_outside_space"] = record["share_outside_space"].assign_attrs(_SHARE_OUTSIDE)
     for group in groups.values():
@@ -101,5 +107,8 @@ def _of_step(record: xr.Dataset, k: Sequence[int], seed: int) -> dict[str, xr.Da
 
 def _batch_of(record: xr.Dataset) -> int:
     """Samples behind the update."""
-    steps = int(record["step"]) - int(record["evaluated_at_step"])
-    return int(record.attrs["batch_size"]) * max(steps, 1)
+    before = int(record["evaluated_at_step"])
+    momentum = float(record["momentum"]) if "momentum" in record else 0.0
+    return round(
+        int(record.attrs["batch_size"]) * effective_batches(max(int(record["step"]) - before, 1), before, momentum)
+    )

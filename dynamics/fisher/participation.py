@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-from dynamics.fisher.pairs import Estimate, Labels, jackknifed, pair_means
+from dynamics.fisher.pairs import Estimate, Labels, counted_groups, jackknifed, pair_means
 from dynamics.fisher.ratios import log, ratio
 
 
@@ -47,8 +47,8 @@ def log_participation_ratio(
     .. math:: PR_U = \sum_{ij} K_{ii} K_{jj} \Big/ \sum_{ij} K_{ij}^2 ,
 
     whose numerator and denominator are unbiased for (tr F)² and tr F². The bias of O(1/groups) of their ratio is
-    removed, and the interval made, by the delete-one-group jackknife of ln PR_U, Student's t with groups − 1 degrees
-    of freedom.
+    removed, and the interval made, by the delete-one-group jackknife of ln PR_U, Student's t with
+    :func:`counted_groups` − 1 degrees of freedom.
 
     Args:
         gram: K, or its estimate from gradients projected to ``projection`` numbers, whose bias is then taken out.
@@ -75,4 +75,4 @@ def log_participation_ratio(
     left_out = log(ratio(whole_left_out, np.where(mean_left_out > least[:, None], mean_left_out, 0.0)))
     own = np.arange(labels.member.shape[1])
     estimate, left_out = estimate[:, own, own], left_out[:, :, own, own]
-    return jackknifed(estimate, left_out, labels.holds, labels.groups)
+    return jackknifed(estimate, left_out, labels.holds, counted_groups(gram, labels))

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from dynamics.fisher.pairs import Estimate, Labels, diagonal_means, interval, jackknife_error, jackknifed, pair_means
+from dynamics.fisher.pairs import (
+    Estimate,
+    Labels,
+    counted_groups,
+    diagonal_means,
+    interval,
+    jackknife_error,
+    jackknifed,
+    pair_means,
+)
 from dynamics.fisher.ratios import log, ratio, root
 
 
@@ -95,7 +104,9 @@ def overlap(gram: Float[np.ndarray, "block sample sample"], labels: Labels) -> E
     exceed 1.
     """
     squares = pair_means(gram**2, labels)
-    relevant, groups = _pairwise(labels)
+    relevant, _ = _pairwise(labels)
+    counted = counted_groups(gram, labels)
+    groups = np.minimum(counted[:, :, None], counted[:, None])
     found = jackknifed(log(_cosine(squares.mean)), log(_cosine(squares.left_out)), relevant, groups)
     own = np.eye(labels.member.shape[1], dtype=bool) & np.isfinite(found.estimate)
     return Estimate(*(np.where(own, 1.0, np.exp(part)) for part in (found.estimate, found.low, found.high)))
@@ -105,15 +116,16 @@ def noise_scale(gram: Float[np.ndarray, "block sample sample"], labels: Labels) 
     """Simple noise scale tr Σ/‖μ‖² in samples (McCandlish et al. 2018), mean K_ii over ‖μ‖² minus 1: ``[block, task]``.
 
     The batch at which noise and mean have equal squared norm. NaN where the interval of ‖μ‖² reaches 0, as there is no
-    upper bound then. Interval: delete-one-group jackknife of the logarithm. It is that of the training when K is of the
-    parameters as they are trained (factor space).
+    upper bound then. Interval: delete-one-group jackknife of the logarithm. With heavy-tailed norms it is too short:
+    large samples that were not drawn are missing in tr Σ (simulated: 20 to 90 % hold the truth). It is that of the
+    training when K is of the parameters as they are trained (factor space).
     """
     products = pair_means(gram, labels)
     squares, squares_without = diagonal_means(np.diagonal(gram, axis1=1, axis2=2), labels)
     norms, norms_without = _norms(products.mean), _norms(products.left_out)
     lowest, _ = interval(norms, jackknife_error(norms_without, labels.holds), labels.groups)
     estimate, left_out = log(ratio(squares, norms) - 1), log(ratio(squares_without, norms_without) - 1)
-    found = jackknifed(estimate, left_out, labels.holds, labels.groups)
+    found = jackknifed(estimate, left_out, labels.holds, counted_groups(gram, labels))
     return Estimate(*(np.where(lowest > 0, np.exp(part), np.nan) for part in (found.estimate, found.low, found.high)))
 
 

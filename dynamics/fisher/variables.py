@@ -39,11 +39,16 @@ _JACKKNIFE = (
     "delete-one-group jackknife, Student's t with groups − 1 degrees of freedom; the number is corrected for its bias "
     "of O(1/groups) by the same"
 )
+_WIDENED = (
+    "delete-one-group jackknife, Student's t with min(groups, effective_groups) − 1 degrees of freedom, at least 1; "
+    "the number is corrected for its bias of O(1/groups) by the same"
+)
 _INFINITESIMAL = (
-    "infinitesimal jackknife over groups, of the plug-in value about its own expectation at this N; the bias in N is "
-    "not part of it: compare at equal N"
+    "infinitesimal jackknife over groups, of the plug-in value about its own expectation at this N, not about the "
+    "Fisher's: the bias in N is not part of it"
 )
 _F = "F = GᵀG/N, uncentred, of per-sample gradients G; K = GGᵀ"
+_DIRECTIONS = "the Fisher of directions, of normalised gradients g/‖g‖, in which all samples weigh the same"
 _SE = "Shannon entropy of the normalised spectrum (von Neumann entropy of F/tr F)"
 
 FISHER: Mapping[str, Described] = {
@@ -106,7 +111,7 @@ FISHER: Mapping[str, Described] = {
             "participation ratio",
             "Σ K_ii K_jj/Σ K_ij² over pairs of different groups: (tr F)²/tr F² by U-statistics",
         ),
-        f"of its logarithm, {_JACKKNIFE}",
+        f"of its logarithm, {_WIDENED}",
     ),
     **_with_interval(
         "ln_participation_ratio",
@@ -114,16 +119,52 @@ FISHER: Mapping[str, Described] = {
             _TASK,
             "nat",
             "log participation ratio",
-            "ln of participation_ratio, Rényi's entropy of order 2; SE is at least this",
+            "ln of participation_ratio, Rényi's entropy of order 2; SE is at least this, and its low end bounds SE",
             "Rényi 1961",
         ),
-        _JACKKNIFE,
+        _WIDENED,
     ),
     "participation_ratio_plug_in": _describe(
         _TASK, "1", "participation ratio, plug-in", "(tr K)²/‖K‖_F²: too small in expectation"
     ),
     "participation_ratio_centred": _describe(
         _TASK, "1", "participation ratio of the centred Fisher", "(tr HKH)²/‖HKH‖_F², plug-in: too small in expectation"
+    ),
+    **_with_interval(
+        "participation_ratio_directional",
+        _describe(
+            _TASK,
+            "1",
+            "participation ratio of gradients' directions",
+            f"participation_ratio of {_DIRECTIONS}: 1 over the mean squared cosine of pairs of different groups",
+        ),
+        f"of its logarithm, {_WIDENED}",
+    ),
+    **_with_interval(
+        "ln_participation_ratio_directional",
+        _describe(
+            _TASK, "nat", "log participation ratio of gradients' directions", f"ln_participation_ratio of {_DIRECTIONS}"
+        ),
+        _WIDENED,
+    ),
+    "spectral_entropy_directional": _describe(
+        _TASK, "nat", "spectral entropy of gradients' directions", f"SE of {_DIRECTIONS}, plug-in", _SE
+    ),
+    "dominant_ratio_directional": _describe(
+        _TASK, "1", "dominant ratio of gradients' directions", f"λ₁/Σλ of {_DIRECTIONS}, plug-in"
+    ),
+    "effective_groups": _describe(
+        _TASK,
+        "1",
+        "effective number of groups",
+        "N_eff = (Σ k_g)²/Σ k_g², k_g = Σ K_ii over a group's samples: the number of groups if all weigh the same",
+        "Kish 1965",
+    ),
+    "largest_group_share": _describe(
+        _TASK, "1", "share of the largest group in the trace", "largest k_g/Σ k_g, k_g = Σ K_ii over a group's samples"
+    ),
+    "largest_samples_share": _describe(
+        _TASK, "1", "share of the three largest samples in the trace", "their Σ K_ii over tr K"
     ),
     "rarefied_spectral_entropy": _describe(
         _CURVE,
@@ -171,6 +212,12 @@ CONCENTRATION: Mapping[str, Described] = {
             "gain": _describe(
                 _K, "1", f"gain over a gradient ({which})", f"captured_split{suffix}/null_gradient{suffix}"
             ),
+            "ln_gain": _describe(
+                _K,
+                "nat",
+                f"log gain over a gradient ({which})",
+                "median of ln(update/null gradient), over halves and draws: about 0 for a fresh gradient",
+            ),
             "gain_low": _describe(_K, "1", "gain, low end", _RATIO),
             "gain_high": _describe(_K, "1", "gain, high end", _RATIO),
         }.items()
@@ -179,19 +226,29 @@ CONCENTRATION: Mapping[str, Described] = {
         _K,
         "1",
         "more concentrated than a gradient",
-        "gain_low > 1 and gain_low_centred > 1; of this many blocks, steps and k some are so by chance, each with "
-        "probability of at most about 2.5 %",
+        "gain_low > 1 and gain_low_centred > 1, for a null_batch of at most null_batch_limit. A fresh gradient is so "
+        "with a probability of up to 5 %; blocks, steps and k share samples and draws: together or not at all",
     ),
-    "null_batch": _describe((), "1", "batch of the null gradients", "samples behind the update; NaN if not known"),
+    "null_batch": _describe(
+        (),
+        "1",
+        "batch of the null gradients",
+        "samples behind the update, batch size × equally weighted batches (steps and momentum); NaN if not known",
+    ),
+    "null_batch_limit": _describe(
+        (), "1", "largest batch of the null gradients for which the flag is given", "8 × half of the probe samples"
+    ),
     **_with_interval(
         "rayleigh_ratio",
         _describe(("block",), "1", "Rayleigh ratio", "(δᵀFδ/‖δ‖²)/(tr F/d): 1 for a random direction, at most d·ρ"),
-        f"of its logarithm, {_JACKKNIFE}",
+        f"of its logarithm, {_WIDENED}",
     ),
     "relative_rayleigh_ratio": _describe(
         ("block",), "1", "Rayleigh quotient over the largest", "(δᵀFδ/‖δ‖²)/λ₁, λ₁ plug-in"
     ),
-    "update_norm": _describe(("block",), "weight", "norm of the update inside the space", "‖δ‖"),
+    "update_norm": _describe(
+        ("block",), "weight", "norm of the update inside the space", "‖δ‖; decoupled weight decay is part of it"
+    ),
 }
 
 _PAIRS = "over pairs of samples of different groups"
@@ -232,7 +289,7 @@ TASKS: Mapping[str, Described] = {
     **_with_interval(
         "overlap",
         _describe(_PAIR, "1", "overlap of Fishers", f"tr F_sF_t/√(tr F_s² tr F_t²), Hilbert–Schmidt, {_PAIRS}"),
-        f"of its logarithm, {_JACKKNIFE}",
+        f"of its logarithm, {_WIDENED}",
     ),
     **_with_interval(
         "noise_scale",
@@ -243,7 +300,7 @@ TASKS: Mapping[str, Described] = {
             f"tr Σ/‖μ‖² in samples, ‖μ‖² {_PAIRS}; NaN where ‖μ‖² is not resolved",
             "McCandlish et al. 2018",
         ),
-        f"of its logarithm, {_JACKKNIFE}",
+        f"of its logarithm, {_WIDENED}",
     ),
     **_with_interval(
         "transfer",
@@ -265,18 +322,35 @@ TASKS: Mapping[str, Described] = {
         ("block",),
         "nat",
         "divergence χ of tasks' Fishers",
-        "SE(F) − Σ w SE(F_s), from 0 (the same) to H(w) (disjoint); plug-in: too large at small N",
+        "SE(F) − Σ w SE(F_s), from 0 (the same normalised Fisher) to H(w) (disjoint); plug-in: too large at small N",
         "Holevo's quantity; Briët & Harremoës 2009",
     ),
     "divergence_largest": _describe(("block",), "nat", "largest possible χ", "H(w) = −Σ w ln w"),
-    "divergence_null_low": _describe(
-        ("block",), "nat", "χ of the same Fisher, low end", "2.5 % point over permuted labels; never subtracted"
+    "divergence_normalised": _describe(
+        ("block",),
+        "nat",
+        "divergence χ of equally large tasks",
+        "χ of K̃ = DKD, each sample divided by √(tr K_ss/n_s) of its task s: the statistic of the permutation test",
+        "Holevo's quantity; Briët & Harremoës 2009",
     ),
-    "divergence_null_high": _describe(
-        ("block",), "nat", "χ of the same Fisher, high end", "97.5 % point over permuted labels; never subtracted"
+    "divergence_normalised_largest": _describe(
+        ("block",), "nat", "largest possible χ of equally large tasks", "H(n/N) = −Σ (n_s/N) ln(n_s/N)"
     ),
+    **{
+        f"divergence_null_{end}": _describe(
+            ("block",),
+            "nat",
+            f"χ of one normalised Fisher, {end} end",
+            f"{point} % point of divergence_normalised over permuted labels, traces normalised under each; never "
+            "subtracted",
+        )
+        for end, point in (("low", "2.5"), ("high", "97.5"))
+    },
     "divergence_p_value": _describe(
-        ("block",), "1", "p of χ", "chance of such a χ if tasks have the same Fisher: (b + 1)/(B + 1) permutations"
+        ("block",),
+        "1",
+        "p of χ",
+        "chance of such a divergence_normalised if tasks have the same normalised Fisher: (b + 1)/(B + 1) permutations",
     ),
     **_with_interval(
         "purity_gap",
@@ -284,11 +358,14 @@ TASKS: Mapping[str, Described] = {
             ("block",),
             "1",
             "purity lost by mixing tasks",
-            f"Σ w tr f_s² − tr(Σ w f_s)², f = F/tr F, {_PAIRS}: 0 if tasks have the same Fisher",
+            f"Σ w tr f_s² − tr(Σ w f_s)², f = F/tr F, {_PAIRS}: 0 if tasks have the same normalised Fisher",
         ),
         _JACKKNIFE,
     ),
     "sharing": _describe(
-        ("block",), "1", "sharing of directions", "1 − purity_gap/Σ w(1 − w) tr f_s²: 1 the same Fisher, 0 disjoint"
+        ("block",),
+        "1",
+        "sharing of directions",
+        "1 − purity_gap/Σ w(1 − w) tr f_s²: 1 same normalised Fisher, 0 disjoint",
     ),
 }

@@ -18,8 +18,11 @@ from dynamics.plot.svg import describe
 from dynamics.schema import ALL, GLOBAL
 
 _INTERVAL = "95 % interval"
-#: The interval of ρ is not one around its plug-in value, which lies near the upper end.
-_BOUNDS = {"dominant_ratio": (", plug-in", "95 % interval, from held-out halves to plug-in")}
+#: The interval of ρ is not one around its plug-in value, which lies near the upper end; that of SE is not the Fisher's.
+_BOUNDS = {
+    "dominant_ratio": (", plug-in", "95 % interval, from held-out halves to plug-in"),
+    "spectral_entropy": (", plug-in", "95 % sampling error at this N; the Fisher's own is larger"),
+}
 
 
 def fisher_trajectory(

@@ -16,8 +16,8 @@ from dynamics.relate.notes import association_notes, comparison_notes
 from dynamics.relate.score_table import Row, rows_of, score_table
 from dynamics.schema import ALL, GLOBAL
 
-#: Leading directions at which the gain stands for concentration.
-GAIN_AT = 8
+#: Leading directions at which the log gain stands for concentration, as in the report.
+GAIN_AT = 16
 #: Of the Fisher of all trainable parameters, all samples together: the primary measure, and the two of the literature.
 _OF_FISHER = (HEADLINE, "spectral_entropy", "dominant_ratio")
 #: Of updates, medians over matrices: how many directions, how dominated, how far below chance, how far moved.
@@ -29,7 +29,7 @@ UPDATE_HEADLINE = f"increment/{HEADLINE}"
 #: Every measure that can be related.
 MEASURES = (
     *_OF_FISHER,
-    f"gain_{GAIN_AT}",
+    f"ln_gain_{GAIN_AT}",
     *(f"{kind}/{name}" for kind in _KINDS for name in (*_OF_UPDATES, HEADLINE)),
 )
 
@@ -50,7 +50,7 @@ class Related:
 def measures_of(tree: xr.DataTree) -> xr.Dataset:
     """What is related of one run, ``(step)`` each: of the Fisher, of concentration, and of updates.
 
-    ``ln_participation_ratio``, ``spectral_entropy``, ``dominant_ratio`` of the Fisher; ``gain_8``; and medians over
+    ``ln_participation_ratio``, ``spectral_entropy``, ``dominant_ratio`` of the Fisher; ``ln_gain_16``; and medians over
     matrices of increments and totals (``increment/effective_rank_energy``, …).
     """
     found: dict[str, xr.DataArray] = {}
@@ -59,8 +59,8 @@ def measures_of(tree: xr.DataTree) -> xr.Dataset:
         found |= {name: fisher[name] for name in _OF_FISHER}
     if "concentration" in tree.children and GLOBAL in tree["concentration"].to_dataset()["block"].values:
         shares = tree["concentration"].to_dataset().sel(block=GLOBAL)
-        if GAIN_AT in shares["k"].values:
-            found[f"gain_{GAIN_AT}"] = shares["gain"].sel(k=GAIN_AT)
+        if GAIN_AT in shares["k"].values and "ln_gain" in shares:
+            found[f"ln_gain_{GAIN_AT}"] = shares["ln_gain"].sel(k=GAIN_AT)
     summary = tree["summary"].to_dataset().sel(quantile=0.5)
     for kind in _KINDS:
         here = summary.sel(kind=kind)

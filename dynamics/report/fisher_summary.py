@@ -11,6 +11,7 @@ import xarray as xr
 from dynamics.report.plain import number, whole
 from dynamics.schema import ALL, FISHER_GROUPS, GLOBAL, last_step_with
 
+_OF_THE_TEST = ("null_low", "null_high", "p_value")
 _ENDS = {"value": "", "low": "_low", "high": "_high"}
 
 
@@ -24,14 +25,17 @@ def fisher_summary(tree: xr.DataTree) -> dict[str, Any] | None:
         ``None`` without a Fisher, else, with missing numbers as ``None``:
 
         - ``step``, ``evaluated_at_step``, ``space``, ``fisher``, ``samples``, ``groups``;
-        - ``spectral_entropy``, ``dominant_ratio`` (both plug-in) and ``participation_ratio`` with ``value``, ``low``,
-          ``high``; ``by_task`` with samples, groups and the participation ratio of each task;
+        - ``spectral_entropy``, ``dominant_ratio`` (both plug-in), ``participation_ratio`` and
+          ``participation_ratio_directional`` with ``value``, ``low``, ``high``. Those of ``spectral_entropy`` are the
+          plug-in's sampling error at this N; its ``lower_bound``, the low end of ln PR, is that of the Fisher's own.
+          ``effective_groups`` and ``largest_samples_share``: how unequally samples carry the trace. ``by_task`` with
+          samples, groups, effective groups and both participation ratios of each task;
         - ``concentration``: ``None`` if no update is known, else at its own ``step``: ``by_k``, and in ``at_k`` the row
           of the largest k that has a gain, which no result chose; ``steps`` and ``blocks``: how many of those with a
           gain at that k are concentrated;
         - ``pairs`` of tasks with their cosine and ``state``: ``"share"`` or ``"conflict"`` where its 95 % interval
           lies above or below 0, ``"undecided"`` where it holds 0, ``"unresolved"`` where there is none; ``mixture``:
-          the parts of SE.
+          the parts of SE, and the permutation test of χ with every task's trace made 1.
     """
     if not set(FISHER_GROUPS) <= set(tree.children):
         return None
@@ -49,22 +53,35 @@ def fisher_summary(tree: xr.DataTree) -> dict[str, Any] | None:
         "fisher": str(fisher.attrs.get("fisher", "")),
         "samples": whole(of_all["samples"]),
         "groups": whole(of_all["groups"]),
-        "spectral_entropy": _interval(of_all, "spectral_entropy"),
+        "spectral_entropy": {
+            **_interval(of_all, "spectral_entropy"),
+            "lower_bound": number(of_all["ln_participation_ratio_low"]),
+        },
         "dominant_ratio": _interval(of_all, "dominant_ratio"),
-        "participation_ratio": _interval(of_all, "participation_ratio"),
+        **_participation(of_all),
+        "largest_samples_share": _number(of_all, "largest_samples_share"),
         "by_task": {str(task): _of_task(last.sel(task=task)) for task in last["task"].values if task != ALL},
         "concentration": _concentration(shares.load()),
         **_between_tasks(between.sel(step=int(last["step"]))),
     }
 
 
+def _number(here: xr.Dataset, name: str) -> float | None:
+    """``None`` as well where the result is of a version that did not have it."""
+    return number(here[name]) if name in here else None
+
+
 def _interval(here: xr.Dataset, name: str, suffix: str = "") -> dict[str, float | None]:
-    return {word: number(here[f"{name}{end}{suffix}"]) for word, end in _ENDS.items()}
+    return {word: _number(here, f"{name}{end}{suffix}") for word, end in _ENDS.items()}
 
 
 def _of_task(here: xr.Dataset) -> dict[str, Any]:
-    counts = {name: whole(here[name]) for name in ("samples", "groups")}
-    return {**counts, "participation_ratio": _interval(here, "participation_ratio")}
+    return {**{name: whole(here[name]) for name in ("samples", "groups")}, **_participation(here)}
+
+
+def _participation(here: xr.Dataset) -> dict[str, Any]:
+    known = {name: _interval(here, name) for name in ("participation_ratio", "participation_ratio_directional")}
+    return {**known, "effective_groups": _number(here, "effective_groups")}
 
 
 def _concentration(shares: xr.Dataset) -> dict[str, Any] | None:
@@ -80,6 +97,7 @@ def _concentration(shares: xr.Dataset) -> dict[str, Any] | None:
         "step": int(here["step"]),
         "evaluated_at_step": whole(here["evaluated_at_step"]),
         "null_batch": whole(here["null_batch"]),
+        "null_batch_limit": _number(here, "null_batch_limit"),
         "share_outside_space": number(here["share_outside_space"]),
         "rayleigh_ratio": _interval(here, "rayleigh_ratio"),
         "at_k": known[-1],
@@ -98,6 +116,7 @@ def _of_k(here: xr.Dataset) -> dict[str, Any]:
         "null_gradient": _interval(here, "null_gradient"),
         "gain": _interval(here, "gain"),
         "gain_centred": _interval(here, "gain", "_centred"),
+        "ln_gain": _number(here, "ln_gain"),
         "concentrated": float(here["concentrated"]) == 1,
     }
 
@@ -105,6 +124,8 @@ def _of_k(here: xr.Dataset) -> dict[str, Any]:
 def _count(here: xr.Dataset) -> dict[str, int]:
     """How many are concentrated, of those that could be. A flag that is missing is no flag."""
     possible = np.isfinite(here["gain_low"].values) & np.isfinite(here["gain_low_centred"].values)
+    if "null_batch_limit" in here:
+        possible &= np.asarray(here["null_batch"].values <= here["null_batch_limit"].values)
     return {"concentrated": int((here["concentrated"].values.astype(float) == 1).sum()), "of": int(possible.sum())}
 
 
@@ -112,13 +133,16 @@ def _between_tasks(here: xr.Dataset) -> dict[str, Any]:
     names = [str(name) for name in here["task"].values if name != ALL]
     if len(names) < 2:
         return {"pairs": [], "mixture": None}
+    # A result without χ of equal traces has a band of another χ, which is not told.
     mixture = {
-        word: number(here[name])
+        word: _number(here, name) if word not in _OF_THE_TEST or "divergence_normalised" in here else None
         for word, name in {
             "spectral_entropy": "spectral_entropy_mixture",
             "within_tasks": "spectral_entropy_within",
             "divergence": "divergence",
             "largest_divergence": "divergence_largest",
+            "normalised_divergence": "divergence_normalised",
+            "normalised_largest": "divergence_normalised_largest",
             "null_low": "divergence_null_low",
             "null_high": "divergence_null_high",
             "p_value": "divergence_p_value",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dynamics.report.words import counted, number, percent
 
-#: More of the blocks than this must be concentrated before it is said of any: 2.5 % would be by chance.
+#: More of the blocks or steps than this must be concentrated before it is said of any: so many would be by chance.
 _CHANCE = 0.05
 #: Pairs of tasks named in a sentence; all are in the summary.
 _NAMED = 5
@@ -47,18 +48,33 @@ def _spectrum(fisher: Mapping[str, Any]) -> str:
     )
     if entropy["value"] is None:
         return f"{measured}, has no spectrum: see the findings."
-    interval = _interval(entropy)
-    parts = [
-        f"a spectral entropy SE of {number(entropy['value'])} nat ({interval + '; ' if interval else ''}plug-in, too "
-        "small in expectation)"
-    ]
+    parts = [_entropy(entropy, samples or 0)]
     if ratio["low"] is not None:
         parts.append(f"a dominant ratio ρ between {number(ratio['low'])} and {number(ratio['high'])} (95 % interval)")
     elif ratio["value"] is not None:
         parts.append(f"a dominant ratio ρ of {number(ratio['value'])} (plug-in, too large in expectation)")
     if participation["value"] is not None:
         parts.append(f"a participation ratio of {_with_interval(participation)}")
-    return f"{measured}, has {_listed(parts)}."
+    sentence = f"{measured}, has {_listed(parts)}."
+    directional = fisher["participation_ratio_directional"]
+    if directional["value"] is not None:
+        sentence += (
+            " With all gradients normalised to the same length the participation ratio is "
+            f"{_with_interval(directional)}. By their share of the trace, the groups count as "
+            f"{number(fisher['effective_groups'])} of one size."
+        )
+    return sentence
+
+
+def _entropy(entropy: Mapping[str, float | None], samples: int) -> str:
+    """The plug-in at this N, which is less than the Fisher's own SE in expectation, and what bounds that from below."""
+    reach = "" if entropy["low"] is None else f"sampling error at this N: {_ends(entropy)}; "
+    bound = entropy["lower_bound"]
+    at_least = "" if bound is None else f", and at least {number(bound)}, the low end of ln PR"
+    return (
+        f"a plug-in spectral entropy SE of {number(entropy['value'])} nat at N = {samples:,} ({reach}the Fisher's own "
+        f"is larger by an unknown amount{at_least})"
+    )
 
 
 def _timing(fisher: Mapping[str, Any]) -> str:
@@ -96,21 +112,32 @@ def _update(found: Mapping[str, Any] | None) -> list[str]:
 
 def _verdict(found: Mapping[str, Any]) -> str:
     row, steps, blocks = found["at_k"], found["steps"], found["blocks"]
-    if row["concentrated"]:
+    several = steps["of"] > 1
+    at_steps = f"at {steps['concentrated']:,} of {steps['of']:,} steps" if several else ""
+    by_chance = f"up to {math.ceil(_CHANCE * steps['of']):,} would be by chance"
+    if row["concentrated"] and several and steps["concentrated"] <= _CHANCE * steps["of"]:
+        sentence = f"The gain's interval lies above 1 {at_steps}, no more than by chance ({by_chance})."
+    elif row["concentrated"]:
         sentence = "So the update is concentrated along informative directions, more than a gradient of its batch"
-        if steps["of"] > 1:
-            sentence += f", as at {steps['concentrated']:,} of {steps['of']:,} steps"
-        sentence += "."
+        sentence += f", as {at_steps} ({by_chance})." if several else "."
     elif row["gain"]["high"] is not None and row["gain"]["high"] < 1:
-        sentence = "So less of the update lies along informative directions than of a gradient of its batch."
+        sentence = (
+            "So less of the update lies along informative directions than of a plain gradient of as many held-out "
+            "samples; Adam's scaling and momentum alone would do this."
+        )
+    elif found["null_batch_limit"] is not None and found["null_batch"] > found["null_batch_limit"]:
+        sentence = (
+            "Whether the update goes further along informative directions than such a gradient cannot be decided: that "
+            f"takes a gradient of at most {found['null_batch_limit']:,.0f} samples, eight times half of those probed."
+        )
     else:
         sentence = (
             "That the update goes further along informative directions than a gradient of its batch is not shown."
         )
     if blocks["of"] and blocks["concentrated"] / blocks["of"] > _CHANCE:
         sentence += (
-            f" Block by block, {blocks['concentrated']:,} of {blocks['of']:,} updates are concentrated; up to 2.5 % "
-            "would be by chance."
+            f" Block by block, {blocks['concentrated']:,} of {blocks['of']:,} updates are concentrated; about 2.5 % "
+            "each would be by chance, together or not at all, for blocks share samples and draws."
         )
     return sentence
 
@@ -146,21 +173,28 @@ def _named(pairs: Sequence[Mapping[str, Any]]) -> str:
 def _mixture(mixture: Mapping[str, float | None]) -> str:
     if mixture["divergence"] is None or mixture["within_tasks"] is None:
         return ""
-    band = ""
-    if mixture["null_low"] is not None:
-        band = f"; exchanged labels give {number(mixture['null_low'])} to {number(mixture['null_high'])}"
-        band += f", p = {number(mixture['p_value'], 2)}"
-    return (
+    sentence = (
         f"Of SE, {number(mixture['within_tasks'])} nat are within tasks and χ = {number(mixture['divergence'])} nat "
-        f"between them (0: all tasks have the same Fisher, {number(mixture['largest_divergence'])}: they share no "
-        f"direction{band})."
+        f"between them (0: all tasks have the same normalised Fisher, {number(mixture['largest_divergence'])}: they "
+        "share no direction)."
+    )
+    if mixture["null_low"] is None:
+        return sentence
+    return (
+        f"{sentence} With every task's trace made 1, χ is {number(mixture['normalised_divergence'])} of at most "
+        f"{number(mixture['normalised_largest'])} nat; exchanged labels, with traces made 1 under each, give "
+        f"{number(mixture['null_low'])} to {number(mixture['null_high'])} (p = {number(mixture['p_value'], 2)})."
     )
 
 
 def _interval(found: Mapping[str, float | None]) -> str:
     if found["low"] is None or found["high"] is None:
         return ""
-    return f"95 % interval {number(found['low'])} to {number(found['high'])}"
+    return f"95 % interval {_ends(found)}"
+
+
+def _ends(found: Mapping[str, float | None]) -> str:
+    return f"{number(found['low'])} to {number(found['high'])}"
 
 
 def _with_interval(found: Mapping[str, float | None], *, brackets: bool = True) -> str:

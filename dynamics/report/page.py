@@ -39,6 +39,9 @@ _OF_THE_FISHER = {
         "dominant_ratio_low",
         "participation_ratio",
         "ln_participation_ratio",
+        "ln_participation_ratio_low",
+        "participation_ratio_directional",
+        "effective_groups",
         "rarefied_spectral_entropy",
     ),
     "concentration": (
@@ -59,6 +62,7 @@ _OF_THE_FISHER = {
         "transfer",
         "divergence",
         "divergence_largest",
+        "divergence_normalised",
         "divergence_null_high",
     ),
 }
@@ -209,6 +213,7 @@ def _definitions(tree: xr.DataTree) -> list[dict[str, str]]:
         {"name": f"{prefix}{name}", **{key: str(dataset[name].attrs.get(key, "")) for key in keys}}
         for prefix, (dataset, names) in tables.items()
         for name in names
+        if name in dataset  # a result of an older version may lack some
     ]
 
 

@@ -32,7 +32,8 @@ def _problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> Iterator[st
     labels = dict.fromkeys(schema.SAMPLE_LABELS, ("sample",)) if fisher else {}
     texts = {"block": ("block",), **labels} if fisher else {"task": ("task",)}
     whole = {"step": ("step",), **({"evaluated_at_step": ("step",)} if fisher else {})}
-    stated = {"direction": schema.SCORE_DIRECTION} if not fisher and "direction" in dataset.variables else {}
+    optional = {"momentum": schema.FISHER_MOMENTUM} if fisher else {"direction": schema.SCORE_DIRECTION}
+    stated = {name: variable for name, variable in optional.items() if name in dataset.variables}
     numbers = {name: variable.dims for name, variable in {**known, **stated}.items()}
     for expected, kinds in ((texts, "U"), (whole, "iu"), (numbers, "fiu")):
         for name, dims in expected.items():

@@ -153,8 +153,8 @@ def test_findings_can_fail_a_build(runs, tmp_path, level, status):
 
 
 def test_a_headline_that_no_run_has_is_replaced_and_said(runs, scores, tmp_path):
-    options = Options(report=False, scores=(str(scores),), headline="gain_8")
+    options = Options(report=False, scores=(str(scores),), headline="ln_gain_16")
     tree = analyze_run(runs / "imax_s1", out=tmp_path / "o", options=options)
     assert tree["association"].attrs["headline"] == UPDATE_HEADLINE
     told = [finding for finding in json.loads(tree.attrs["findings"]) if finding["code"] == "OD513"]
-    assert told[0]["message"].startswith("No run has gain_8, so the headline measure is")
+    assert told[0]["message"].startswith("No run has ln_gain_16, so the headline measure is")

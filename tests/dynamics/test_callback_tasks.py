@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 import dynamics
 from dynamics import DynamicsCallback, Recorder, schema
+from dynamics.fisher.gradient_null import effective_batches
 from dynamics.store import read_capture
 from probes import Task, gradient_gram, probe_batches, probe_loss
 from probes.watched import find
@@ -127,9 +128,11 @@ def test_the_result_has_its_groups_and_their_contract(tree):
 
 
 def test_the_null_knows_the_optimizers_batch(tree):
-    """Two samples a device, twice accumulated, over the steps of the increment."""
+    """Two samples a device, twice accumulated, over the steps of the increment, with Adam's β₁ of 0.9."""
     assert tree["fisher"].attrs["batch_size"] == 4
-    assert tree["concentration"]["null_batch"].values.tolist() == [4 * 2, 4 * 1, 4 * 3]
+    assert tree["fisher"]["momentum"].values.tolist() == [0.9] * 3
+    effective = [effective_batches(steps, before, 0.9) for steps, before in ((2, 0), (1, 2), (3, 3))]
+    assert tree["concentration"]["null_batch"].values.tolist() == [round(4 * batches) for batches in effective]
 
 
 def test_a_summary_is_logged(run):

@@ -167,7 +167,7 @@ def untrained(folder: str):
         (failing, [2, 6], r"checkpoint could not be probed (RuntimeError: no such disk, test_checkpoint_probe.py line"),
         (frozen_otherwise, [2, 4], "expected what is not trained to be as at step 4, got other numbers in ['"),
         (untrained, [], "with PEFT, load it with is_trainable=True"),
-        (lambda folder: None, [], "expected model, tasks or model, tasks, batch_size from the function, got NoneType"),
+        (lambda folder: None, [], "expected model, tasks[, batch_size[, momentum]] from the function, got NoneType"),
         (lambda folder: (nn.Linear(1, 1), []), [], "expected probes.Task as tasks, got none"),
         (lambda folder: (nn.Linear(1, 1), [3]), [], "expected probes.Task as tasks, got int"),
         (lambda folder: (nn.Linear(1, 1), tasks(), "4"), [], "expected the optimizer's batch size as a whole number"),

@@ -41,7 +41,7 @@ def test_says_what_it_shows(tree):
     axes = figure.axes[0]
     assert axes.get_title(loc="left") == f"spectral entropy SE of the Fisher\n{BLOCKS[1]}"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "nat")
-    assert labels(figure) == ["all samples", "95 % interval"]
+    assert labels(figure) == ["all samples, plug-in", "95 % sampling error at this N; the Fisher's own is larger"]
     title, words = words_of(figure)
     assert title == f"spectral entropy SE of the Fisher, {BLOCKS[1]}"
     first = float(tree["fisher"]["spectral_entropy"].sel(block=BLOCKS[1], task="all", step=100))

@@ -56,11 +56,21 @@ def test_says_what_was_measured(summary):
 
 def test_numbers_are_the_results_own_at_the_last_step(tree, summary):
     last = tree["fisher"].to_dataset().sel(block="global", step=300)
-    for name in ("spectral_entropy", "dominant_ratio", "participation_ratio"):
+    for name in ("dominant_ratio", "participation_ratio", "participation_ratio_directional"):
         assert summary[name] == ends(last.sel(task="all"), name)
+    bound = float(last["ln_participation_ratio_low"].sel(task="all"))
+    assert summary["spectral_entropy"] == ends(last.sel(task="all"), "spectral_entropy") | {"lower_bound": bound}
+    for name in ("effective_groups", "largest_samples_share"):
+        assert summary[name] == float(last[name].sel(task="all"))
     assert list(summary["by_task"]) == list(MEANS)
-    own = {"samples": 10, "groups": 10, "participation_ratio": ends(last.sel(task="chart"), "participation_ratio")}
-    assert summary["by_task"]["chart"] == own
+    chart = last.sel(task="chart")
+    assert summary["by_task"]["chart"] == {
+        "samples": 10,
+        "groups": 10,
+        "participation_ratio": ends(chart, "participation_ratio"),
+        "participation_ratio_directional": ends(chart, "participation_ratio_directional"),
+        "effective_groups": float(chart["effective_groups"]),
+    }
 
 
 def test_concentration_stands_beside_both_nulls(tree, summary):
@@ -77,10 +87,15 @@ def test_concentration_stands_beside_both_nulls(tree, summary):
         "null_gradient": ends(at_k, "null_gradient"),
         "gain": ends(at_k, "gain"),
         "gain_centred": ends(at_k, "gain", "_centred"),
+        "ln_gain": float(at_k["ln_gain"]),
         "concentrated": False,
     }
     assert found["rayleigh_ratio"] == ends(here, "rayleigh_ratio")
-    assert (found["null_batch"], found["share_outside_space"]) == (2, pytest.approx(0.04))
+    assert (found["null_batch"], found["null_batch_limit"], found["share_outside_space"]) == (
+        2,
+        160,
+        pytest.approx(0.04),
+    )
 
 
 def test_the_largest_k_with_a_gain_is_told_whatever_it_says(tree):
@@ -134,7 +149,28 @@ def test_the_parts_of_the_entropy_add_up(summary):
     parts = summary["mixture"]
     assert parts["within_tasks"] + parts["divergence"] == pytest.approx(parts["spectral_entropy"])
     assert parts["spectral_entropy"] == pytest.approx(summary["spectral_entropy"]["value"])
-    assert parts["null_low"] < parts["null_high"] < parts["divergence"] < parts["largest_divergence"]
+    assert parts["divergence"] < parts["largest_divergence"]
+    assert parts["null_low"] < parts["null_high"] < parts["normalised_divergence"] < parts["normalised_largest"]
+
+
+def test_steps_whose_null_stands_for_too_many_samples_could_not_be_concentrated(tree):
+    tree = tree.copy(deep=True)
+    tree["concentration"]["null_batch"][0] = 161
+    assert fisher_summary(tree)["concentration"]["steps"]["of"] == 2
+
+
+def test_a_result_of_an_older_version_lacks_what_that_did_not_measure(tree):
+    later = ("_directional", "_normalised", "ln_gain", "effective_groups", "largest_", "null_batch_limit")
+    groups = {name: tree[name].to_dataset() for name in ("fisher", "concentration", "tasks")}
+    older = {
+        f"/{name}": group.drop_vars([known for known in group.data_vars if any(part in known for part in later)])
+        for name, group in groups.items()
+    }
+    found = strict(fisher_summary(type(tree).from_dict(older)))
+    assert found["participation_ratio_directional"] == {"value": None, "low": None, "high": None}
+    assert found["effective_groups"] is None
+    assert found["concentration"]["steps"]["of"] == 3
+    assert found["mixture"]["p_value"] is None  # a test of another χ
 
 
 def test_what_is_not_known_is_none():

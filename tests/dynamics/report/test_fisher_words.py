@@ -33,16 +33,19 @@ def interval(low, high, value=None):
 
 
 def test_the_spectrum_has_its_intervals_and_says_when_it_was_taken(fisher):
-    entropy, ratio, participation = (
+    entropy, ratio, participation, directional = (
         [number(fisher[name][end]) for end in ("value", "low", "high")]
-        for name in ("spectral_entropy", "dominant_ratio", "participation_ratio")
+        for name in ("spectral_entropy", "dominant_ratio", "participation_ratio", "participation_ratio_directional")
     )
     assert informative_directions({"fisher": fisher})[0] == (
         "The empirical Fisher of 40 probe samples in 40 groups at step 300, in tangent space (gradients at the weights "
-        f"of step 299, before the update), has a spectral entropy SE of {entropy[0]} nat (95 % interval {entropy[1]} "
-        f"to {entropy[2]}; plug-in, too small in expectation), a dominant ratio ρ between {ratio[1]} and {ratio[2]} "
-        f"(95 % interval) and a participation ratio of {participation[0]} (95 % interval {participation[1]} to "
-        f"{participation[2]})."
+        f"of step 299, before the update), has a plug-in spectral entropy SE of {entropy[0]} nat at N = 40 (sampling "
+        f"error at this N: {entropy[1]} to {entropy[2]}; the Fisher's own is larger by an unknown amount, and at least "
+        f"{number(fisher['spectral_entropy']['lower_bound'])}, the low end of ln PR), a dominant ratio ρ between "
+        f"{ratio[1]} and {ratio[2]} (95 % interval) and a participation ratio of {participation[0]} (95 % interval "
+        f"{participation[1]} to {participation[2]}). With all gradients normalised to the same length the "
+        f"participation ratio is {directional[0]} (95 % interval {directional[1]} to {directional[2]}). By their share of the trace, "
+        f"the groups count as {number(fisher['effective_groups'])} of one size."
     )
 
 
@@ -67,9 +70,23 @@ def test_concentrated_is_said_where_the_flag_says_so(leading):
     words = said(leading)
     assert (
         "So the update is concentrated along informative directions, more than a gradient of its batch, as at 3 of 3 "
-        "steps." in words
+        "steps (up to 1 would be by chance)." in words
     )
-    assert "Block by block, 2 of 2 updates are concentrated; up to 2.5 % would be by chance." in words
+    assert (
+        "Block by block, 2 of 2 updates are concentrated; about 2.5 % each would be by chance, together or not at all, "
+        "for blocks share samples and draws." in words
+    )
+
+
+def test_a_step_as_rare_as_chance_makes_it_is_not_called_concentrated(leading):
+    words = said(leading, steps={"concentrated": 1, "of": 30}, blocks={"concentrated": 0, "of": 2})
+    assert "at 1 of 30 steps, no more than by chance (up to 2 would be by chance)." in words
+    assert "update is concentrated" not in words
+
+
+def test_more_samples_than_the_null_can_stand_for_are_said(leading):
+    words = said(leading, concentrated=False, null_batch=400, null_batch_limit=160.0)
+    assert "cannot be decided: that takes a gradient of at most 160 samples, eight times half of those probed." in words
 
 
 @pytest.mark.parametrize(
@@ -88,7 +105,10 @@ def test_a_gain_that_proves_nothing_is_said_to_prove_nothing(leading):
 
 def test_less_than_a_gradient_is_said_too(fisher):
     words = said(fisher, gain=interval(0.2, 0.5))
-    assert "So less of the update lies along informative directions than of a gradient of its batch." in words
+    assert (
+        "So less of the update lies along informative directions than of a plain gradient of as many held-out samples; "
+        "Adam's scaling and momentum alone would do this."
+    ) in words
 
 
 def test_one_step_is_not_counted(leading):
@@ -113,7 +133,7 @@ def test_without_a_fisher_there_are_no_words():
 
 
 def test_a_fisher_without_a_spectrum_refers_to_the_findings(fisher):
-    broken = {**fisher, "spectral_entropy": {"value": None, "low": None, "high": None}}
+    broken = {**fisher, "spectral_entropy": {"value": None, "low": None, "high": None, "lower_bound": None}}
     assert informative_directions({"fisher": broken})[0].endswith("has no spectrum: see the findings.")
 
 
@@ -128,8 +148,8 @@ def test_a_fisher_without_a_spectrum_refers_to_the_findings(fisher):
             "a dominant ratio ρ of 0.500 (plug-in, too large in expectation)",
         ),
         (
-            {"spectral_entropy": {"value": 2.0, "low": None, "high": None}},
-            "SE of 2.00 nat (plug-in, too small in expectation)",
+            {"spectral_entropy": {"value": 2.0, "low": None, "high": None, "lower_bound": None}},
+            "SE of 2.00 nat at N = 40 (the Fisher's own is larger by an unknown amount),",
         ),
     ],
 )
@@ -169,7 +189,13 @@ def test_the_sharing_term_has_its_band(fisher):
     words = said(fisher)
     parts = fisher["mixture"]
     assert f"χ = {number(parts['divergence'])} nat between them" in words
-    assert f"exchanged labels give {number(parts['null_low'])} to {number(parts['null_high'])}, p = 0.010)." in words
+    assert (
+        f"χ is {number(parts['normalised_divergence'])} of at most {number(parts['normalised_largest'])} nat;" in words
+    )
+    assert (
+        f"exchanged labels, with traces made 1 under each, give {number(parts['null_low'])} to {number(parts['null_high'])} "
+        "(p = 0.010)."
+    ) in words
 
 
 def test_a_single_task_has_no_paragraph_of_tasks():
