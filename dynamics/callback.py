@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -15,10 +16,10 @@ from transformers.trainer_utils import SaveStrategy
 
 from dynamics.capture import Schedule, at_no_step, either, preset_named
 from dynamics.capture.disk_names import disk_names
+from dynamics.findings import Finding
 from dynamics.recorder import Recorder
 from probes.tasks import Task
 from probes.undisturbed import undisturbed
-from probes.watched import find_watched
 
 #: What the recorder's numbers are called in the training log.
 PREFIX = "dynamics/"
@@ -35,7 +36,8 @@ class DynamicsCallback(TrainerCallback):
     The training is the same, bit for bit, with the callback and without. A failure to record is one warning and a gap.
 
     Args:
-        out_dir: Run folder, best the Trainer's ``output_dir``.
+        out_dir: Run folder, best the Trainer's ``output_dir``. The trials of a hyperparameter search are runs of their
+            own, ``out_dir/run-<number>``, as their checkpoints are.
         tasks: Held-out probe samples, each a :class:`probes.Task`: with them each captured step also has the Fisher at
             the start of its increment, and the tasks' scores. Refused if they are in the training set, where that can
             be told.
@@ -83,6 +85,7 @@ class DynamicsCallback(TrainerCallback):
             "strict": strict,
         }
         self._trainer: Trainer | None = None
+        self._trials = 0  # of a hyperparameter search
         self._under_way: int | None = None  # the batch size of a training that has taken a step and has not ended
         self._waiting: dict[str, float] = {}
         self.recorder: Recorder | None = None
@@ -91,7 +94,8 @@ class DynamicsCallback(TrainerCallback):
         """Puts the callback before the Trainer's reporters, so that they see its numbers.
 
         A callback is given no Trainer, and those of the user come after the reporters: unattached, the numbers
-        are in ``trainer.state.log_history`` alone.
+        are in ``trainer.state.log_history`` alone, and a loss of the Trainer's own (``compute_loss_func``, a subclass)
+        is not noticed.
 
         Args:
             trainer: With the callback among its callbacks or not.
@@ -120,15 +124,17 @@ class DynamicsCallback(TrainerCallback):
         self._waiting = {}
         model = kwargs["model"]
         self._refuse_overlap(model, kwargs.get("train_dataloader"))
+        resume_from = state.global_step or self._taken_up_again(args, state)
         self.recorder = Recorder(
-            self._out_dir,
+            self._run(state, begins=resume_from is None),
             model,
             schedule=either(self._schedule, lambda step: _is_saved(step, args, state)),
-            resume_from=state.global_step or self._taken_up_again(args, state),
+            resume_from=resume_from,
             warmup_steps=args.get_warmup_steps(state.max_steps),
             gradients=not _keeps_gradients_away(args, kwargs.get("optimizer")),
-            disk_names=_disk_names(model, self._wishes["matrices"]),
+            disk_names=lambda names: _disk_names(model, names),
             batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            notes=self._notes_on_loss(args),
             **self._wishes,
         )
 
@@ -199,6 +205,32 @@ class DynamicsCallback(TrainerCallback):
                 for task in self._wishes["tasks"] or ():
                     task.refuse_overlap(dataset)
 
+    def _run(self, state: TrainerState, *, begins: bool) -> Path:
+        """The run's folder; of a trial of a hyperparameter search one in it, named as the Trainer names the trial's."""
+        if not state.is_hyper_param_search:
+            return Path(self._out_dir)
+        self._trials += begins
+        trial = getattr(self._trainer, "_trial", None)
+        if self._trainer is not None and trial is not None:
+            return Path(self._out_dir) / Path(self._trainer._get_output_dir(trial)).name
+        return Path(self._out_dir) / f"run-{max(self._trials, 1) - 1}"
+
+    def _notes_on_loss(self, args: TrainingArguments) -> list[Finding]:
+        """What is to be said where training minimises another loss than the tasks' default, as far as can be seen."""
+        names = [task.name for task in self._wishes["tasks"] or () if not callable(task.loss)]
+        loss = _other_loss(args, self._trainer)
+        if not names or loss is None:
+            return []
+        return [
+            Finding(
+                "OD318",
+                f"The training minimises {loss}; the Fisher is of the model's own cross-entropy on the probe samples "
+                f"of {', '.join(names[:3])}{', …' if len(names) > 3 else ''}.",
+                "Give the tasks the same loss, Task(…, loss=function), if the Fisher is to be of what is trained.",
+                evidence={"loss": loss, "tasks": names},
+            )
+        ]
+
     def _taken_up_again(self, args: TrainingArguments, state: TrainerState) -> int | None:
         """Step 0 where ``auto_find_batch_size`` gave a training up and begins it again, from where its weights are.
 
@@ -233,9 +265,22 @@ def _keeps_gradients_away(args: TrainingArguments, optimizer: Any) -> bool:
     return bool(getattr(args, "deepspeed", None)) or "DeepSpeed" in type(optimizer).__name__
 
 
-def _disk_names(model: Any, matrices: str | None) -> dict[str, Any]:
-    """Names of the watched weights on disk; without them names stay as in the model."""
-    watched = [each.name for each in find_watched(model, matrices) if each.is_dense]
+def _other_loss(args: TrainingArguments, trainer: Trainer | None) -> str | None:
+    """The loss that is minimised, where it is not, or may not be, the model's own; ``None`` if it is, or none knows."""
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        return "a compute_loss_func of its own"
+    owner = next((kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind)), Trainer)
+    # TRL's SFTTrainer calls the model's own loss, and adds metrics.
+    supervised = owner.__name__ == "SFTTrainer" and getattr(args, "loss_type", None) in (None, "nll", "chunked_nll")
+    if owner is not Trainer and not (owner.__module__.startswith("trl.") and supervised):
+        return f"what {owner.__name__}.compute_loss returns"
+    if args.label_smoothing_factor:
+        return f"a cross-entropy with label smoothing of {args.label_smoothing_factor:g}"
+    return None
+
+
+def _disk_names(model: Any, watched: Sequence[str]) -> dict[str, Any]:
+    """Names of dense watched weights on disk; without them names stay as in the model."""
     if not watched:
         return {}
     try:

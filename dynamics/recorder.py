@@ -6,12 +6,14 @@ A guest in the training: it reads parameters and gradients, and what goes wrong 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -25,7 +27,7 @@ from dynamics.capture.probing import FisherProbe, momentum_of
 from dynamics.capture.watching import notes_on, notes_on_resuming, watched_or_refused
 from dynamics.findings import Finding
 from dynamics.fisher.scalars import scalars as fisher_scalars
-from dynamics.records import Records, earlier_capture, refuse_other_weights
+from dynamics.records import Records, earlier_capture, refuse_other_weights, store_path
 from dynamics.spectra import raw
 from dynamics.spectra.live import LiveSpectra
 from dynamics.spectra.pairs import MatrixSpectra
@@ -36,6 +38,9 @@ from dynamics.store.capture_start import read_tensors
 from probes.gradients import GradientNorms, loss_scale, norms_of
 from probes.tasks import Task
 from probes.watched import Found, find, is_sharded
+
+#: The recorders of this process that have taken a store, by its path.
+_OPEN: WeakValueDictionary[Path, Recorder] = WeakValueDictionary()
 
 
 @dataclass
@@ -80,11 +85,13 @@ class Recorder:
             ``None``: training begins now, and the model's weights are its start.
         warmup_steps: Of the learning rate; what is warned of allows for them.
         gradients: Whether gradients are recorded; ``False`` where they cannot be read (DeepSpeed ZeRO).
-        disk_names: Matrix → its name in saved weights, where that is another.
+        disk_names: Matrix → its name in saved weights, where that is another; or a function that gives this of the
+            names of dense matrices, also of those that are taken up later.
         tasks: Held-out probe samples. With them a record has the Fisher at the start of the increment, K and b, and the
             scores of tasks that have one; one forward-backward pass over all probe samples a captured step.
         batch_size: Samples that the optimizer sees in one step, over all processes and accumulated; for the null of
             concentration. 0: not known.
+        notes: Findings about the whole training, to be kept with its records.
         strict: Whether a failure to record raises, instead of one warning and a gap in the records.
 
     Raises:
@@ -116,9 +123,10 @@ class Recorder:
         resume_from: int | None = None,
         warmup_steps: int = 0,
         gradients: bool = True,
-        disk_names: Mapping[str, Any] | None = None,
+        disk_names: Mapping[str, Any] | Callable[[Sequence[str]], Mapping[str, Any]] | None = None,
         tasks: Sequence[Task] | None = None,
         batch_size: int = 0,
+        notes: Sequence[Finding] = (),
         strict: bool = False,
     ) -> None:
         self.preset = preset_named(preset)
@@ -139,13 +147,19 @@ class Recorder:
         name = None if schedule is None else getattr(schedule, "__qualname__", type(schedule).__name__)
         wishes = {"every": every, "at": None if at is None else list(map(int, at)), "schedule": name}
         configuration = {"preset": preset, **wishes, "matrices": matrices, "gradients": gradients}
-        content = {"disk_names": dict(disk_names or {}), "covered_share": found.covered_share}
-        self._open(Path(run), found, resume_from, warmup_steps, encodable(configuration), content)
+        self._disk_names = disk_names if callable(disk_names) else lambda _: disk_names or {}
+        content = {"disk_names": self._named(found), "covered_share": found.covered_share}
+        self._open(Path(run), notes, resume_from, warmup_steps, encodable(configuration), content)
 
     @property
     def steps(self) -> list[int]:
         """The steps recorded so far; empty on ranks that do not write."""
         return [] if self._records is None else self._records.steps
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has a store and has not been closed."""
+        return self._takes_part and self._records is not None
 
     @property
     def findings(self) -> list[Finding]:
@@ -215,7 +229,9 @@ class Recorder:
             self._norms.disarm()
             scale = loss_scale(flight.scaler, optimizer)
             before, after = self._norms.before_clipping(), self._norms.after_clipping()
-            spectra = self._live.gradients(_gradient) if self.preset.gradient_spectra else {}
+            spectra, failures = self._live.gradients(_gradient) if self.preset.gradient_spectra else ({}, {})
+            if self._records is not None and failures:
+                self._records.unmeasured_gradients(flight.step, failures)
             if self._leads:
                 spectra = {name: (values / scale, rank) for name, (values, rank) in spectra.items()}
                 norms = self._by_matrix(before, flight.scale), self._by_matrix(after, scale)
@@ -300,6 +316,10 @@ class Recorder:
             self._probe.advance()
         self._from_step, self._lost_start = step, False
 
+    def _named(self, found: Found) -> dict[str, Any]:
+        """Names on disk of dense matrices."""
+        return dict(self._disk_names([each.name for each in found.watched if each.is_dense]))
+
     def _take_parameters(self, found: Found) -> None:
         self._found = found
         self._parameters = list({id(p): p for each in found.watched for p in each.parameters}.values())
@@ -347,7 +367,7 @@ class Recorder:
         if self._bases is not None:
             self._bases.take()
         if self._records is not None:
-            self._records.changed(change.findings(step, copied_at), start)
+            self._records.changed(change.findings(step, copied_at), start, self._named(noticed.found))
 
     def _probe_follows(self, noticed: _Noticed, *, moved: bool) -> None:
         if self._probe is not None:
@@ -388,13 +408,14 @@ class Recorder:
     def _open(
         self,
         run: Path,
-        found: Found,
+        notes: Sequence[Finding],
         resume_from: int | None,
         warmup_steps: int,
         configuration: Mapping[str, Any],
         attributes: Mapping[str, Any],
     ) -> None:
         """Takes in the model as it is, and opens the store; if that is refused on one rank, it is on all."""
+        found = self._found
         self._last = self._from_step = resume_from or 0
         self._step = self._last + 1
         earlier, start = None, None
@@ -411,10 +432,11 @@ class Recorder:
                 goes_on = earlier is not None and refuse_other_weights(
                     earlier, self._last, self._update(self._last, spectra)
                 )
-                notes = notes_on(found, gradients=self._gradients) + notes_on_resuming(resume_from, goes_on=goes_on)
+                own = notes_on(found, gradients=self._gradients) + notes_on_resuming(resume_from, goes_on=goes_on)
+                _end_earlier(run, resumes=resume_from is not None)
                 self._records = Records(
                     run,
-                    notes=notes,
+                    notes=[*own, *notes],
                     attributes=attributes,
                     configuration=configuration,
                     warmup_steps=warmup_steps,
@@ -426,6 +448,7 @@ class Recorder:
                 except BaseException:
                     self._records.close()
                     raise
+                _OPEN[store_path(run)] = self
 
     def _begin(
         self, records: Records, resume_from: int | None, spectra: Mapping[str, MatrixSpectra], *, goes_on: bool
@@ -473,6 +496,21 @@ class Recorder:
                 self._records.gap(step, f"{type(error).__name__}: {error}")
 
 
+def _end_earlier(run: Path, *, resumes: bool) -> None:
+    """Closes a recorder of this process that an interrupted training left open, as in a notebook.
+
+    Not one whose records the new one is going to be refused for.
+    """
+    earlier = _OPEN.get(store_path(run))
+    if earlier is not None and earlier.is_open and (resumes or not earlier.steps):
+        earlier.close()
+        warnings.warn(
+            f"An earlier recorder of this process had '{store_path(run)}' open; it is closed, and records no more.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -494,4 +532,7 @@ def _raised_on_all() -> Iterator[None]:
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    """A parameter's gradient, zeros where it has none; that of a sparse embedding is made dense, for the moment."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    return parameter.grad if parameter.grad.layout == torch.strided else parameter.grad.to_dense()

@@ -26,6 +26,11 @@ CHANGES = ("OD313", "OD314", "OD315", "OD316")
 AGREES = 1e-2
 
 
+def store_path(run: Path) -> Path:
+    """Where the records of a run go, whatever the run is called."""
+    return (run / FOLDER / CAPTURE).resolve()
+
+
 def earlier_capture(run: Path) -> Capture | None:
     """What is recorded in a run's folder, ``None`` if nothing is.
 
@@ -82,6 +87,7 @@ class Records:
     ) -> None:
         self._notes, self._signs = list(notes), Signs(warmup_steps)
         self._changes: list[Finding] = []
+        self._unmeasured: dict[str, tuple[int, str]] = {}  # matrix -> first step, why
         past = earlier.attributes if earlier is not None and resume_from is not None else {}
         kept = [] if earlier is None else [r for step, r in earlier.records.items() if step <= (resume_from or 0)]
         self._gaps = [gap for gap in _dictionaries(past.get("gaps")) if _step_of(gap) <= (resume_from or 0)]
@@ -124,15 +130,41 @@ class Records:
     @property
     def findings(self) -> list[Finding]:
         """What holds now."""
-        return [*self._notes, *self._changes, *self._signs.findings()]
+        return [*self._notes, *self._changes, *self._unmeasured_findings(), *self._signs.findings()]
+
+    def _unmeasured_findings(self) -> list[Finding]:
+        if not self._unmeasured:
+            return []
+        (name, (step, reason)), *_ = self._unmeasured.items()
+        return [
+            Finding(
+                "OD317",
+                f"The spectrum of the gradient of {len(self._unmeasured)} matrices could not be measured, first at "
+                f"step {step} ({reason}); it is missing there. Norms and all other matrices are recorded.",
+                "Leave these matrices out (matrices=), or record norms alone (preset='economy').",
+                matrix=name if len(self._unmeasured) == 1 else "",
+                step=step,
+                evidence={"names": list(self._unmeasured)[:20]},
+            )
+        ]
+
+    def unmeasured_gradients(self, step: int, reasons: Mapping[str, str]) -> None:
+        """Notes matrices whose gradient has no spectrum at this step, and why."""
+        for name, reason in reasons.items():
+            self._unmeasured.setdefault(name, (step, encodable(reason)))
 
     def write_start(self, tensors: Mapping[str, Tensor]) -> None:
         """Keeps what the training began with, for when it resumes."""
         if tensors:
             self._store.write_start(tensors)
 
-    def changed(self, findings: Iterable[Finding], start: Mapping[str, Tensor]) -> None:
+    def changed(self, findings: Iterable[Finding], start: Mapping[str, Tensor], disk_names: Mapping[str, Any]) -> None:
         """Notes that what is trained has changed, says so once of each kind, and keeps what is new as it began.
+
+        Args:
+            findings: What is to be said.
+            start: What new matrices began with.
+            disk_names: Of new matrices.
 
         Raises:
             OSError: If it cannot be written.
@@ -140,6 +172,10 @@ class Records:
         for finding in findings:
             self._changes.append(finding)
             self._tell(finding.code, str(finding))
+        named = self._store.attributes.get("disk_names")
+        self._store.annotate(
+            {"disk_names": {**(named if isinstance(named, dict) else {}), **encodable(dict(disk_names))}}
+        )
         self.annotate()
         if start:
             self._store.write_start({**self._store.read_start(), **start})
@@ -175,7 +211,7 @@ class Records:
         Raises:
             OSError: If they cannot be written; the next call tries again.
         """
-        for finding in self._signs.findings():
+        for finding in (*self._unmeasured_findings(), *self._signs.findings()):
             self._tell(finding.code, str(finding))
         changing = self._changing()
         if changing != self._noted:

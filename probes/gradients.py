@@ -170,7 +170,8 @@ def _entries(gradient: Tensor) -> Tensor:
     gradient = gradient.detach()
     if hasattr(gradient, "to_local"):
         return gradient.to_local()  # pyright: ignore[reportAttributeAccessIssue]
-    gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
+    if gradient.layout != torch.strided:  # entries that are there twice count together
+        gradient = gradient.coalesce().values() if gradient.is_sparse else gradient.to_dense()
     return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
 
 

@@ -66,6 +66,7 @@ def _not_finite(fisher: xr.Dataset) -> Iterator[Finding]:
     known = ~absent[:, :, None] & ~absent[:, None, :]
     nothing = np.asarray(absent.all(-1))[:, None]
     broken = np.asarray((~np.isfinite(fisher["gram"].values) & known[:, None]).any((2, 3)) | nothing)
+    broken &= np.isfinite(fisher["dimension"].values)  # a block that is not trained at a step has no Gram matrix there
     if broken.any():
         names = fisher["block"].values[broken.any(0)].tolist()
         yield Finding(

@@ -220,13 +220,17 @@ class LiveSpectra:
                 found[each.name] = now.detach().to(torch.float64) - _dense(before).to(now.device, torch.float64)
         return found
 
-    def gradients(self, gradient: Reading) -> dict[str, tuple[Float[Tensor, " k"], int]]:
+    def gradients(self, gradient: Reading) -> tuple[dict[str, tuple[Float[Tensor, " k"], int]], dict[str, str]]:
         """Singular values of every matrix's gradient, and the columns of its factors; all ranks together.
 
         Args:
             gradient: From a parameter to its gradient as this rank has it, zeros if it has none.
+
+        Returns:
+            Of each matrix; and of those whose gradient could not be measured, why not.
         """
         found: dict[str, tuple[Tensor, int]] = {}
+        failures: dict[str, str] = {}
 
         def solve(batch: Sequence[Watched], values: dict[int, Tensor], changes: dict[int, Tensor]) -> None:
             matrices = [each.gradient(_reading(changes), _reading(values)) for each in batch]
@@ -234,8 +238,20 @@ class LiveSpectra:
                 rank = matrix.rank if isinstance(matrix, LowRankMatrix) else min(matrix.shape)
                 found[each.name] = spectrum.cpu(), rank
 
-        self._for_each_batch(solve, gradient)
-        return found
+        def solve_or_note(batch: Sequence[Watched], values: dict[int, Tensor], changes: dict[int, Tensor]) -> None:
+            try:
+                solve(batch, values, changes)
+            except torch.OutOfMemoryError:  # what comes next will not fare better
+                raise
+            except Exception as error:
+                if len(batch) == 1:
+                    failures[batch[0].name] = f"{type(error).__name__}: {error}"
+                else:
+                    for each in batch:
+                        solve_or_note([each], values, changes)
+
+        self._for_each_batch(solve_or_note, gradient)
+        return found, failures
 
     def _for_each_batch(self, function: Callable[..., None], *readings: Reading) -> None:
         """Calls it with each batch and its parameters' values (and what else is read); on the leading rank alone."""

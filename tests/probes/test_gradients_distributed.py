@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -151,9 +152,12 @@ def fails_on(rank: int) -> int:
     return dist.get_rank()
 
 
-def dies_on(rank: int) -> None:
+def dies_on(rank: int, number: int = 0) -> None:
     if dist.get_rank() == rank:
-        os._exit(1)
+        os.write(2, b"last words")  # past Python's own buffer, as C++ does
+        if number:
+            os.kill(os.getpid(), number)
+        os._exit(3)
     time.sleep(60)
 
 
@@ -228,9 +232,34 @@ def test_a_broken_rank_is_reported_and_replaced(ranks: Ranks) -> None:
     assert ranks(fails_on, -1) == [0, 1]
 
 
-def test_a_rank_that_dies_is_reported(ranks: Ranks) -> None:
-    with pytest.raises(RuntimeError, match=r"^The process of rank 0 died in dies_on\.$"):
-        ranks(dies_on, 0)
+@pytest.mark.parametrize(
+    ("number", "how"), [(0, "with status 3"), (signal.SIGKILL, "by SIGKILL"), (signal.SIGABRT, "by SIGABRT")]
+)
+def test_a_rank_that_dies_is_reported(ranks: Ranks, number: int, how: str) -> None:
+    with pytest.raises(
+        RuntimeError, match=rf"^The process of rank 0 died {how} in dies_on\. It wrote last:\nlast words"
+    ):
+        ranks(dies_on, 0, number)
+
+
+def test_ranks_that_cannot_meet_say_why() -> None:
+    with Ranks(timeout=5) as ranks:
+        ranks._start()
+        ranks._store, ranks.timeout = None, 120.0  # the store in which they were to meet within 5 s
+        with pytest.raises(RuntimeError, match=r"(?s)^The process of rank . died with status 1 .*Error"):
+            ranks(fails_on, -1)
+
+
+def test_a_port_that_is_taken_meanwhile_is_no_matter() -> None:
+    """Many groups at once, each with a store of its own."""
+    groups = [Ranks() for _ in range(3)]
+    try:
+        for group in groups:
+            group._start()
+        assert [group(fails_on, -1) for group in groups] == [[0, 1]] * 3
+    finally:
+        for group in groups:
+            group.close()
 
 
 def test_ranks_that_do_not_return_are_reported(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:

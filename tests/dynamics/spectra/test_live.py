@@ -247,7 +247,7 @@ def _no_memory(*_: object) -> Tensor:
 def test_gradients_are_what_a_small_step_along_them_does(kind):
     watched = KINDS[kind]()
     gradients = {id(each): parameter(*each.shape, seed=n, dtype=each.dtype) for n, each in enumerate(watched.sources)}
-    found, columns = LiveSpectra([watched]).gradients(lambda source: gradients[id(source)])[watched.name]
+    found, columns = LiveSpectra([watched]).gradients(lambda source: gradients[id(source)])[0][watched.name]
     small = 1e-6
 
     def moved(by: float) -> Tensor:
