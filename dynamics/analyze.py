@@ -81,7 +81,10 @@ def analyze(
     ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")] = False,
-    report: Annotated[bool, typer.Option("--report/--no-report", help="Make figures and report.html.")] = True,
+    report: Annotated[
+        bool,
+        typer.Option("--report/--no-report", help="Make figures and report.html. Without, earlier ones are removed."),
+    ] = True,
     progress: Annotated[
         bool | None, typer.Option("--progress/--no-progress", help="Show progress on stderr. [default: if a terminal]")
     ] = None,
@@ -139,7 +142,7 @@ def _analyze(
         except (OSError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
             _complain(str(error) or type(error).__name__)
             return NOTHING_ANALYSED
-        return _tell(tree, folder, as_json, options.report, quiet, fail_on)
+        return _tell(tree, folder, as_json, quiet, fail_on)
     except KeyboardInterrupt as interrupt:
         # Not by _complain, which imports: ^C may have come in the middle of that.
         typer.echo(
@@ -148,10 +151,11 @@ def _analyze(
         return INTERRUPTED
 
 
-def _tell(tree: xr.DataTree, folder: Path, as_json: bool, with_report: bool, quiet: bool, fail_on: str) -> int:
+def _tell(tree: xr.DataTree, folder: Path, as_json: bool, quiet: bool, fail_on: str) -> int:
     from rich.console import Console
 
     from dynamics.report import all_findings, finding_lines, summarise, terminal_summary
+    from dynamics.report.lines import one_line
 
     summary = summarise(tree)
     _write_any_text()
@@ -159,7 +163,9 @@ def _tell(tree: xr.DataTree, folder: Path, as_json: bool, with_report: bool, qui
         typer.echo(json.dumps(summary, allow_nan=False))
     elif not quiet:
         Console().print(terminal_summary(summary))
-        typer.echo(folder / ("report.html" if with_report else "summary.json"))
+        # A report of an earlier analysis is removed with its result: what is there is new.
+        page = folder / "report.html"
+        typer.echo(one_line(str(page if page.exists() else folder / "summary.json")))
     for line in finding_lines(summary, _told(quiet)):
         _complain(line)
     counted = _LEVELS[: _LEVELS.index(fail_on) + 1]
@@ -229,6 +235,8 @@ def _progress_bar(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from dynamics.report.lines import one_line
+
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=console.is_terminal) as bar:
@@ -236,7 +244,7 @@ def _progress_bar(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
 
         def advance(run: str, done: int, total: int) -> None:
             if run not in tasks:
-                tasks[run] = bar.add_task(run, total=total)
+                tasks[run] = bar.add_task(one_line(run), total=total)
             bar.update(tasks[run], completed=done)
 
         yield advance

@@ -71,7 +71,7 @@ def load_function(text: str) -> Loader:
         raise ValueError(f"probe: expected module:function, such as my_probe:load, got {text!r}.")
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a __main__ guard may exit
         raise ValueError(
             f"probe: the module {module!r} could not be imported ({_said(error)}). "
             "It must lie in the working directory, or be installed."
@@ -107,7 +107,7 @@ def probe_checkpoints(
             before = None
         try:
             before = _probe(found, checkpoint, load, matrices, before)
-        except Exception as error:  # anything may come from a function of the user's
+        except (Exception, SystemExit) as error:  # anything may come from a function of the user's
             found.findings.append(
                 Finding(
                     "OD411",

@@ -59,6 +59,7 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD206": ("note", "rank that is not used"),
     "OD207": ("error", "singular values that did not converge"),
     "OD208": ("note", "an increment without a null model"),
+    "OD209": ("error", "a part of the result that could not be made"),
     # 3xx: capturing a training
     "OD301": ("warning", "a matrix that gets no gradient"),
     "OD302": ("warning", "an adapter that has not moved after the warm-up"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import xarray as xr
 
@@ -19,6 +20,31 @@ from dynamics.spectra.path_over_trajectory import path_of
 from dynamics.stored.captured import Captured
 from dynamics.stored.probed import joined_fisher, joined_scores
 from dynamics.stored.tree import Parts, result_tree
+
+_Part = TypeVar("_Part")
+
+
+def attempt(what: str, make: Callable[[], _Part], findings: list[Finding]) -> _Part | None:
+    """Make one part of a result; where that fails, the others must not be lost.
+
+    Args:
+        what: The part, as the subject of a sentence.
+        make: Makes it.
+        findings: Gets an OD209 if it fails.
+    """
+    try:
+        return make()
+    except Exception as error:  # whatever it is, what has been measured is worth more
+        reason = " ".join(str(error).split())[:300]
+        findings.append(
+            Finding(
+                "OD209",
+                f"{what} could not be made ({type(error).__name__}{': ' if reason else ''}{reason}). "
+                "The rest of the result is written.",
+                "Correct the input that the message names; if it names none, report this as a bug.",
+            )
+        )
+        return None
 
 
 def measure(
@@ -45,17 +71,18 @@ def measure(
         inputs += [{**file, "step": trajectory.base.step, "role": "base"} for file in trajectory.base.inputs]
     findings = [*trajectory.findings, *found]
     probed, news = _probed(trajectory, probe, options.matrices, progress)
-    beside = log_groups(trajectory) | _of_checkpoints(trajectory, checkpoints, options, progress)
-    parts = Parts(trajectory.name, checkpoints, captured, beside, [*findings, *news], inputs, **probed)
+    groups, failures = _of_checkpoints(trajectory, checkpoints, options, progress)
+    beside = log_groups(trajectory) | groups
+    parts = Parts(trajectory.name, checkpoints, captured, beside, [*findings, *news, *failures], inputs, **probed)
     return result_tree(parts, configuration or {})
 
 
 def _of_checkpoints(
     trajectory: Trajectory, update: xr.Dataset | None, options: Options, progress: Progress
-) -> dict[str, xr.Dataset]:
-    """``path`` and ``base``, where there is something to tell."""
+) -> tuple[dict[str, xr.Dataset], list[Finding]]:
+    """``path``, ``base`` and ``weights``, where there is something to tell; and which of them failed."""
     if update is None:
-        return {}
+        return {}, []
     done = 0
 
     def advance(matrices: int) -> None:
@@ -64,13 +91,15 @@ def _of_checkpoints(
         progress(f"{trajectory.name}: base", done, update.sizes["matrix"])
 
     shown = advance if options.intruders else lambda matrices: None
-    found = {
-        "path": path_of(trajectory),
-        "base": beside_base(trajectory, update, directions=options.intruders, progress=shown),
+    makers: dict[str, Callable[[], xr.Dataset | None]] = {
+        "path": lambda: path_of(trajectory),
+        "base": lambda: beside_base(trajectory, update, directions=options.intruders, progress=shown),
     }
     if options.weights:
-        found["weights"] = weights_of(trajectory)
-    return {name: dataset for name, dataset in found.items() if dataset is not None}
+        makers["weights"] = lambda: weights_of(trajectory)
+    failures: list[Finding] = []
+    groups = {name: attempt(f"/{name}", make, failures) for name, make in makers.items()}
+    return {name: dataset for name, dataset in groups.items() if dataset is not None}, failures
 
 
 def _probed(

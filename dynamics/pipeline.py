@@ -17,10 +17,11 @@ from dynamics import schema
 from dynamics.checkpoint_probe import Loader, load_function
 from dynamics.checkpoints import NotARun
 from dynamics.findings import Finding
-from dynamics.measuring import measure
+from dynamics.measuring import attempt, measure
 from dynamics.options import DEFAULTS, Options, Progress
 from dynamics.relating import add_relations
 from dynamics.report import summarise
+from dynamics.report.lines import visible
 from dynamics.spectra.null_models import SEED
 from dynamics.spectra.rank_suggestion import rank_pattern
 from dynamics.store import (
@@ -88,8 +89,9 @@ def analyze_run(
         add_relations(tree, trees, {name: runs[name] for name in sources}, options, labels or {})
         add_findings(tree, incomplete(folder))
         schema.check(tree)
+        texts = _drawn(tree) if options.report else {}
         with writing(folder):
-            _write(tree, stage, options)
+            _write(tree, stage, texts)
     return tree
 
 
@@ -196,7 +198,7 @@ def _joined(
     return tree
 
 
-def _write(tree: xr.DataTree, stage: Path, options: Options) -> None:
+def _write(tree: xr.DataTree, stage: Path, texts: Mapping[str, str]) -> None:
     write_tree(tree, stage / RESULT)
     summary = json.dumps(summarise(tree), indent=2, allow_nan=False, ensure_ascii=False)
     write_text(stage / "summary.json", summary + "\n")
@@ -204,16 +206,28 @@ def _write(tree: xr.DataTree, stage: Path, options: Options) -> None:
     for name, run in runs.items():
         pattern = json.dumps(rank_pattern(run["update"].to_dataset()), indent=2)
         write_text(stage / _rank_pattern_file(str(name)), pattern + "\n")
-    if options.report:
-        _write_report(tree, stage)
+    for name, text in texts.items():
+        write_text(stage / name, text)
 
 
-def _write_report(tree: xr.DataTree, folder: Path) -> None:
+def _drawn(tree: xr.DataTree) -> dict[str, str]:
+    """The page and its figures, by file; where one of the two fails the tree gets a finding."""
     # Here, not above: an analysis without figures must not wait for matplotlib.
     from dynamics import plot
     from dynamics.report.page import page
 
-    drawings = {name: plot.to_svg(figure) for name, figure in plot.figures(tree).items()}
-    for name, drawing in drawings.items():
-        write_text(folder / "figures" / f"{name}.svg", drawing)
-    write_text(folder / "report.html", page(tree, figures=drawings))
+    failures: list[Finding] = []
+    drawings = attempt(
+        "figures/", lambda: {name: plot.to_svg(figure) for name, figure in plot.figures(tree).items()}, failures
+    )
+    _add_findings(tree, failures)  # the page tells them
+    unwritten: list[Finding] = []
+    text = attempt("report.html", lambda: page(tree, figures=drawings or {}), unwritten)
+    _add_findings(tree, unwritten)
+    texts = {f"figures/{name}.svg": visible(drawing) for name, drawing in (drawings or {}).items()}
+    return texts if text is None else texts | {"report.html": text}
+
+
+def _add_findings(tree: xr.DataTree, findings: Sequence[Finding]) -> None:
+    if findings:
+        tree.attrs["findings"] = json.dumps([*json.loads(tree.attrs["findings"]), *json.loads(as_json(findings))])

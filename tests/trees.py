@@ -135,6 +135,9 @@ def _spectra(
     known = count > 0
     norm = np.where(known, np.sqrt(np.nansum(values**2, -1)), np.nan)
     places = [schema.layer_and_role(name) for name in names]
+    moved = np.where(known[:, 1], 1.0, np.nan)
+    factors = np.full((len(steps), len(names), longest), np.nan)
+    factors[..., :rank] = moved[..., None]
     same = {"out": 256, "in": 128, "adapter_rank": rank}
     return xr.Dataset(
         {
@@ -144,6 +147,11 @@ def _spectra(
             "frobenius_norm": labelled.variable("frobenius_norm", norm),
             "spectral_norm": labelled.variable("spectral_norm", values[..., 0]),
             "nuclear_norm": labelled.variable("nuclear_norm", np.where(known, np.nansum(values, -1), np.nan)),
+            **{
+                f"{side}_factor_{part}": labelled.variable(f"{side}_factor_{part}", array)
+                for side in ("left", "right")
+                for part, array in (("value", factors), ("change", 0.1 * moved))
+            },
         },
         coords={
             "step": np.asarray(steps, dtype=np.int64),

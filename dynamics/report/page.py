@@ -21,6 +21,7 @@ from dynamics.plot.standouts import RULE, standouts
 from dynamics.report import words
 from dynamics.report.fisher_words import informative_directions
 from dynamics.report.grouped import evidence_words, grouped, place, severities
+from dynamics.report.lines import visible
 from dynamics.report.markup import breakable, formula
 from dynamics.report.related import related_sections
 from dynamics.report.summary import summarise
@@ -88,8 +89,8 @@ _TEMPLATES.globals |= {"counted": words.counted}
 def page(tree: xr.DataTree, *, figures: Mapping[str, str] | None = None) -> str:
     """The report of a result as one HTML page: no network, no other file, readable without scripts.
 
-    Everything that comes from files (names, findings, paths) is escaped, and the page's own policy allows no
-    script but its own.
+    Everything that comes from files (names, findings, paths) is escaped, control characters are written out, and the
+    page's own policy allows no script but its own.
 
     Args:
         tree: A result of one run, or of several under ``/runs``.
@@ -107,7 +108,7 @@ def page(tree: xr.DataTree, *, figures: Mapping[str, str] | None = None) -> str:
         own = {key.removeprefix(prefix): svg for key, svg in figures.items() if key.startswith(prefix)}
         runs.append(_run(str(name), run, own, number))
     script = _TEMPLATES.get_template("sort.js.j2").render()
-    return _TEMPLATES.get_template("page.html.j2").render(
+    html = _TEMPLATES.get_template("page.html.j2").render(
         runs=runs,
         several=several,
         related=related_sections(tree, figures),
@@ -116,6 +117,7 @@ def page(tree: xr.DataTree, *, figures: Mapping[str, str] | None = None) -> str:
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         version=runs[0]["summary"]["toolkit_version"],
     )
+    return visible(html)
 
 
 def _run(name: str, tree: xr.DataTree, figures: Mapping[str, str], number: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from dynamics.report.fisher_words import informative_directions
 from dynamics.report.grouped import FindingGroup, grouped, place
+from dynamics.report.lines import one_line
 from dynamics.report.words import answers, number, what_was_analysed
 
 #: Rows of the table: what fits a screen together with the findings.
@@ -30,7 +31,8 @@ def terminal_summary(summary: Mapping[str, Any]) -> RenderableType:
         summary: See ``summarise``.
 
     Returns:
-        Something that ``rich`` prints. Text from files is shown as it is, never read as markup.
+        Something that ``rich`` prints. Text from files is never read as markup, and what a terminal would obey is
+        written out, wherever it comes from: names of runs, tasks and matrices, stored findings, errors.
     """
     if "runs" in summary:
         runs = [part for name, run in summary["runs"].items() for part in (*_one_run(name, run), Text())]
@@ -39,9 +41,9 @@ def terminal_summary(summary: Mapping[str, Any]) -> RenderableType:
 
 
 def _one_run(name: str, summary: Mapping[str, Any]) -> list[RenderableType]:
-    head = Text.assemble((name, "bold"), ": ", what_was_analysed(summary))
-    said = [Text(sentence) for sentence in answers(summary)]
-    of_the_fisher = [part for words in informative_directions(summary) for part in (Text(), Text(words))]
+    head = Text.assemble((one_line(name), "bold"), ": ", one_line(what_was_analysed(summary)))
+    said = [_text(sentence) for sentence in answers(summary)]
+    of_the_fisher = [part for words in informative_directions(summary) for part in (Text(), _text(words))]
     return [
         head,
         *said,
@@ -58,7 +60,7 @@ def _statements(summary: Mapping[str, Any]) -> list[RenderableType]:
     """How groups differ, and what goes with scores; those of the measure named before looking, and what holds."""
     found = [summary[name] for name in ("comparison", "association") if summary[name] is not None]
     said = [sentence for each in found for sentence in each["statements"][:STATEMENTS]]
-    return [*(part for sentence in said for part in (Text(), Text(sentence))), *([Text()] if said else [])]
+    return [*(part for sentence in said for part in (Text(), _text(sentence))), *([Text()] if said else [])]
 
 
 def _table(summary: Mapping[str, Any]) -> Table:
@@ -79,7 +81,7 @@ def _table(summary: Mapping[str, Any]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True, min_width=max(map(len, heading.split("\n"))))
     for row in shown:
         table.add_row(
-            Text(_ending(row["name"], _NAME_WIDTH)),
+            Text(_ending(one_line(row["name"]), _NAME_WIDTH)),
             number(row["frobenius_norm"]),
             number(row["effective_rank_energy"]),
             number(row["adapter_rank"]),
@@ -87,6 +89,11 @@ def _table(summary: Mapping[str, Any]) -> Table:
             number(row["suggested_rank"]),
         )
     return table
+
+
+def _text(words: str) -> Text:
+    """Words from a result as a line that the terminal shows and does not obey."""
+    return Text(one_line(words))
 
 
 def _ending(name: str, width: int) -> str:
@@ -104,10 +111,11 @@ def _group(group: FindingGroup) -> list[RenderableType]:
     first = group.findings[0]
     count = len(group.findings)
     times = f" ({count} times)" if count > 1 else ""
-    head = Text.assemble((f"{group.severity} {group.code}", _STYLES[group.severity]), f" {group.title}{times}")
+    code, title = one_line(f"{group.severity} {group.code}"), one_line(f"{group.title}{times}")
+    head = Text.assemble((code, _STYLES[group.severity]), " ", title)
     where = place(first)
     text = f"{where}: {first['message']}" if where else first["message"]
     if count > 1:
         text += f" And {count - 1:,} more."
     lines = [text, *(group.remedies[:1])]
-    return [head, Padding(Text(" ".join(lines)), (0, 0, 0, 2))]
+    return [head, Padding(_text(" ".join(lines)), (0, 0, 0, 2))]

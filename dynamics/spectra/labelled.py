@@ -160,8 +160,8 @@ def _is_factored_increment(update: xr.Dataset) -> np.ndarray:
 def _increment_models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ...], NullModel]]:
     """Places of LoRA increments whose factors are known, with a null for each.
 
-    The noise depends on the shape, the step and the order of the matrices alone, so that checkpoints and records have
-    the same null.
+    The noise depends on the shape and the order of the cells alone, so that checkpoints and records of the same steps
+    have the same null.
     """
     increments = _is_factored_increment(update)
     if not increments.any():
@@ -172,18 +172,17 @@ def _increment_models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ..
     counts = [np.isfinite(values).sum(-1) for values in factors]
     known = increments[:, kind] & np.isfinite(changes).all(0) & (sum(changes) > 0)
     step, matrix = np.nonzero(known)
-    columns = (update["out"].values[matrix], update["in"].values[matrix], *(number[step, matrix] for number in counts))
-    keys = np.stack([step, *columns, update["count"].values[step, kind, matrix]], axis=1)
+    columns = (update["out"].values[matrix], update["in"].values[matrix], *(number[known] for number in counts))
+    keys = np.stack([*columns, update["count"].values[step, kind, matrix]], axis=1)
     for key in np.unique(keys, axis=0):
-        row, out, in_, p, q, count = key.tolist()
-        members = matrix[(keys == key).all(1)]
-        seed = (null_models.SEED, out, in_, p, q, int(update["step"].values[row]))
-        values, sizes = ([torch.from_numpy(array[row, members]) for array in arrays] for arrays in (factors, changes))
+        out, in_, p, q, count = key.tolist()
+        chosen = (keys == key).all(1)
+        values, sizes = ([torch.from_numpy(array[known][chosen]) for array in arrays] for arrays in (factors, changes))
         for cells, model in null_models.increment_null(
-            values[0][:, :p], values[1][:, :q], sizes[0], sizes[1], out, in_, count=count, seed=seed
+            values[0][:, :p], values[1][:, :q], sizes[0], sizes[1], out, in_, count=count, seed=null_models.SEED
         ):
-            where = members[cells]
-            yield (np.full(len(where), row), np.full(len(where), kind), where), model
+            rows, places = step[chosen][cells], matrix[chosen][cells]
+            yield (rows, np.full(len(rows), kind), places), model
 
 
 def _null_dataset(update: xr.Dataset, arrays: dict[str, np.ndarray], band: dict[str, np.ndarray]) -> xr.Dataset:

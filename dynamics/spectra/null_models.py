@@ -46,7 +46,7 @@ _FEWEST_OF_INCREMENTS = 8
 #: Below so many draws the 5 %, 95 % and 99 % points are Student's, not order statistics.
 _ENOUGH_TO_SORT = 100
 #: Numbers in one batch of cores.
-_BATCH = 2**21
+_BATCH = 2**18
 SEED = 0
 QUANTILES = (0.05, 0.95)
 
@@ -265,7 +265,7 @@ def increment_null(
     in_: int,
     *,
     count: int,
-    seed: Sequence[int],
+    seed: int = SEED,
 ) -> Iterator[tuple[slice, NullModel]]:
     """The null of LoRA increments of one shape, batch by batch; arguments as in :func:`increment_spectra`.
 
@@ -273,7 +273,7 @@ def increment_null(
         count: How many singular values the increments have; more than the null's where columns did not move.
         seed: Of the noise.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng([seed, out, in_, left.shape[1], right.shape[1]])
     draws = increment_draws(left.shape[1] + right.shape[1])
     length = max(1, _BATCH // (draws * (left.shape[1] + right.shape[1]) ** 2))
     for first in range(0, len(left), length):

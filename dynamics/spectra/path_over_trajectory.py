@@ -7,6 +7,7 @@ formed block by block: only the Gram matrix itself grows with their number.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
@@ -28,8 +29,10 @@ from probes.low_rank import LowRankMatrix
 
 #: Bytes of all open checkpoints' matrices, or of their rows in float64, that are in memory at once.
 BUDGET = 2**26
-#: Files that this process has open anyway; and how many may be open where the system does not say.
-_OTHER_FILES, _FILES = 40, 256
+#: The most checkpoints that are open at once: each takes memory beside its map.
+_MOST_OPEN = 128
+#: Files that the process has open anyway, and may open where the system does not say.
+_OTHER_FILES, _FILES = 40, 512
 
 _WORDS = {
     "gram": ("weight²", "inner products of the updates", "⟨ΔW_t, ΔW_u⟩ summed over matrices; NaN between trainings"),
@@ -103,43 +106,31 @@ def _path(
     start = next((checkpoint for checkpoint in starts if checkpoint is not None), None) if weights else None
     blocks = _blocks(names, training, start)
     gram, count = np.zeros((len(training), len(training))), 0
-    for batch in _batches(
-        names, training, 2 * (blocks[0].stop - blocks[0].start) if len(blocks) > 1 else len(training)
-    ):
+    for batch in _batches(names, training, min(len(training), 2 * blocks[0].stop)):
         grams = {name: np.zeros_like(gram) for name in batch}
         for position, rows in enumerate(blocks):
-            for columns in blocks[position:]:
-                for name, block in _of_blocks(batch, training[rows], training[columns], rows == columns, start):
-                    grams[name][rows, columns] = block
-                    grams[name][columns, rows] = block.T
-        whole = [one for one in grams.values() if np.isfinite(one).all()]
-        gram, count = sum(whole, gram), count + len(whole)
+            # Closed after each batch: mapped files that were read count as memory until then.
+            with ExitStack() as stack:
+                beginning = None if start is None else stack.enter_context(start.open())
+                first = [stack.enter_context(checkpoint.open()) for checkpoint in training[rows]]
+                for columns in blocks[position:]:
+                    with ExitStack() as others:
+                        beside = [] if rows == columns else training[columns]
+                        second = [others.enter_context(checkpoint.open()) for checkpoint in beside]
+                        for name, array in grams.items():
+                            block = _of_matrix(name, first, second or None, beginning)
+                            array[rows, columns] = np.nan if block is None else block
+                            array[columns, rows] = np.nan if block is None else block.T
+        finite = [array for array in grams.values() if np.isfinite(array).all()]
+        gram, count = sum(finite, gram), count + len(finite)
         progress(len(batch))
     return gram, count
-
-
-def _of_blocks(
-    names: Sequence[str],
-    first: Sequence[Checkpoint],
-    second: Sequence[Checkpoint],
-    same: bool,
-    start: Checkpoint | None,
-) -> Iterator[tuple[str, Float[np.ndarray, "rows columns"]]]:
-    """Inner products of some matrices between two groups of checkpoints; NaN where a matrix cannot be read."""
-    # Closed after each batch: mapped files that were read count as memory until then.
-    with ExitStack() as stack:
-        opened = [stack.enter_context(checkpoint.open()) for checkpoint in first]
-        others = None if same else [stack.enter_context(checkpoint.open()) for checkpoint in second]
-        beginning = None if start is None else stack.enter_context(start.open())
-        for name in names:
-            block = _of_matrix(name, opened, others, beginning)
-            yield name, np.full((len(first), len(second)), np.nan) if block is None else block
 
 
 def _blocks(names: Sequence[str], training: Sequence[Checkpoint], start: Checkpoint | None) -> list[slice]:
     """Groups of checkpoints of which two may be open, and have one matrix's factors in memory, at the same time."""
     files = max(len(checkpoint.inputs) for checkpoint in training) or 1
-    room = max(2, (_allowed_files() - (0 if start is None else len(start.inputs))) // files)
+    room = max(2, min(_MOST_OPEN, (_allowed_files() - (0 if start is None else len(start.inputs))) // files))
     largest = max((_numbers(name, training) for name in names if training[0].shapes[name].rank), default=0)
     if largest:
         room = max(2, min(room, BUDGET // (4 * largest)))
@@ -149,10 +140,8 @@ def _blocks(names: Sequence[str], training: Sequence[Checkpoint], start: Checkpo
 
 def _allowed_files() -> int:
     """How many files may be open at once beside those that are anyway."""
-    if resource is None:
-        return _FILES - _OTHER_FILES
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 2**16 if limit == resource.RLIM_INFINITY else max(2, limit - _OTHER_FILES)
+    limit = _FILES if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if resource is not None and limit == resource.RLIM_INFINITY else limit - _OTHER_FILES
 
 
 def _numbers(name: str, training: Sequence[Checkpoint]) -> int:

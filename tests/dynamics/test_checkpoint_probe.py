@@ -199,6 +199,22 @@ def test_what_names_no_function_is_refused(text, words):
         load_function(text)
 
 
+def test_a_script_that_exits_when_it_is_imported_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "script_without_guard.py").write_text("import sys\ndef load(folder): ...\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"'script_without_guard' could not be imported \(SystemExit: 0"):
+        load_function("script_without_guard:load")
+
+
+def test_a_function_that_exits_costs_its_checkpoint(run):
+    def leave(folder):
+        raise SystemExit(0)
+
+    probed = probe_checkpoints(open_trajectory(run).checkpoints, leave)
+    assert {finding.code for finding in probed.findings} == {"OD411"}
+    assert "SystemExit: 0" in probed.findings[0].message
+
+
 def test_command_line(run, tmp_path, monkeypatch):
     (tmp_path / "my_probe.py").write_text(
         "from tests.dynamics.test_checkpoint_probe import load\ndef broken(folder):\n    return 1 / 0\n"

@@ -1,3 +1,4 @@
+import json
 import re
 from base64 import b64encode
 from collections import Counter
@@ -140,7 +141,7 @@ def test_table_has_a_row_for_each_matrix_and_reads_without_scripts(text):
     table = text[text.index('<table class="numbers sortable">') :]
     table = table[: table.index("</table>")]
     assert table.count('<th scope="row"') == 21
-    assert table.count('<th scope="col">') == 12
+    assert table.count('<th scope="col">') == 11
     assert "<button" not in table
     assert "hidden>Headings sort." in table
 
@@ -332,3 +333,12 @@ def test_a_real_run(name):
         pytest.skip(f"the sample run is not in this checkout (looked for examples/runs/{name})")
     parsed = Page(page(measure(open_trajectory(run))))
     assert f"{name} 8 checkpoints (steps 25 to 200); 20 weight matrices" in parsed.words()
+
+
+def test_control_characters_are_written_out_wherever_they_come_from():
+    sign = "x\x1b[31m\x07\u202e\x9b"
+    tree = example_tree(run=f"imax{sign}", matrices=[f"layers.0.{sign}", "layers.1.q"])
+    tree.attrs["findings"] = json.dumps([Finding("OD101", sign, sign, file=sign, matrix=sign).to_dict()])
+    text = page(tree)
+    assert not [character for character in text if not character.isprintable() and character not in "\n\t\xa0"]
+    assert "x\\x1b[31m" in text

@@ -79,3 +79,31 @@ def test_a_captured_training_says_what_its_gradients_were():
     assert "Captured at 6 steps during training, without checkpoints (steps 100 to 600)" in text
     assert "The gradient of a matrix at step 200 has norm" in text
     assert "The gradient" not in printed(example_tree(steps=1))
+
+
+HOSTILE = "x\x1b[31m\x1b]0;title\x07\n\r\u202ey\x9b2J"
+
+
+def shown(summary):
+    out = StringIO()
+    Console(file=out, width=80, force_terminal=False).print(terminal_summary(summary))
+    return out.getvalue()
+
+
+def hostile(value):
+    """Every text of a summary with control characters in it."""
+    if isinstance(value, dict):
+        return {key: part if key in ("severity", "code") else hostile(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [hostile(part) for part in value]
+    return f"{value}{HOSTILE}" if isinstance(value, str) else value
+
+
+def test_no_text_of_a_result_is_obeyed_by_the_terminal():
+    summary = hostile(summarise(with_fisher(example_tree(run="imax"))))
+    summary["findings"] = [hostile(Finding("OD101", "It is empty.", "Copy it.", file="f", matrix="m").to_dict())]
+    several = summarise(example_runs(a=example_tree(run="a"), b=example_tree(run="b")))
+    several["runs"] = {f"{name}{HOSTILE}": hostile(run) for name, run in several["runs"].items()}
+    for text in (shown(summary), shown(several)):
+        assert not [sign for sign in text if not sign.isprintable() and sign != "\n"]
+        assert "x\\x1b[31m" in text
