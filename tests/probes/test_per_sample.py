@@ -175,7 +175,9 @@ class Block(nn.Module):
 
 
 COMPILED = {
-    "torch.compile(layer)": lambda model, backend: setattr(model, "second", torch.compile(model.second, backend=backend)),
+    "torch.compile(layer)": lambda model, backend: setattr(
+        model, "second", torch.compile(model.second, backend=backend)
+    ),
     "layer.compile()": lambda model, backend: model.second.compile(backend=backend),
     "model.compile()": lambda model, backend: model.compile(backend=backend),
 }
