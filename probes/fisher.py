@@ -354,8 +354,8 @@ def _as_matrix(
     shape = (in_, out) if isinstance(adapted_layer(layer), nn.Embedding) else (out, in_)
     if term is None and any(gradients[id(parameter)].terms for parameter, _ in block.parameters):
         raise ValueError(
-            f"Expected a layer whose inputs and outputs say the gradient of {block.name!r}, got "
-            f"{type(layer).__name__} of {type(adapted_layer(layer)).__name__}, which is called or computes otherwise. "
+            f"Expected a layer whose inputs and outputs give the gradient of {block.name!r}, got a "
+            f"{type(adapted_layer(layer)).__name__} that is called, or computes, in another way. "
             "Choose space='tangent'."
         )
     return SampleGradient(shape, samples, [] if term is None else [term])
