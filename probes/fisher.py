@@ -3,12 +3,14 @@ r"""The empirical Fisher of a model on probe samples, as the Gram matrix of per-
 With G ``(N, d)`` the gradients of N samples' losses, F = GᵀG/N and K = GGᵀ share their spectrum (eigenvalues of K over
 N), and for an update δ the vector b = Gδ holds all that is wanted of it: δᵀFδ = ‖b‖²/N. Neither G nor F is formed.
 
-One forward and one backward pass a batch. Until K is complete, r(out + in) numbers a sample are held for each LoRA
-matrix in tangent or factor space, in the model's precision, single at least; for each dense weight, and in weight
-space, the inputs and output gradients of its layer, T·(out + in) a sample for T tokens, or out·in where that is less.
-Without the gradients of all samples no inner product between batches is known: to bound memory, choose ``blocks`` and
-call again. In tangent space ∇W is projected from gradients of the factors, by r×r solves; where these would amplify
-rounding, from inputs of A and output gradients of B, if the factors belong to layers (not to experts, embeddings).
+One forward and one backward pass a batch, and a second backward pass where it must be found out which sample a row
+belongs to: for the first batch of text, for each batch of images, and for each batch with a loss of the user's. Until K
+is complete, r(out + in) numbers a sample are held for each LoRA matrix in tangent or factor space, in the model's
+precision, single at least; for each dense weight, and in weight space, the inputs and output gradients of its layer,
+T·(out + in) a sample for T tokens, or out·in where that is less. Without the gradients of all samples no inner product
+between batches is known: to bound memory, choose ``blocks`` and call again. In tangent space ∇W is projected from
+gradients of the factors, by r×r solves; where these would amplify rounding, from inputs of A and output gradients of B,
+if the factors belong to layers (not to experts, embeddings).
 """
 
 from __future__ import annotations
@@ -69,7 +71,8 @@ def gradient_gram(
 
     The model is in evaluation mode meanwhile, outside DDP and ``torch.compile``; modes, random states, gradients and
     hooks are as before afterwards. Every trainable number is covered: what no rule can take apart by sample takes a
-    backward pass for each sample (``one_by_one``).
+    backward pass for each sample (``one_by_one``). The gradient of a sample is that of its own loss within its batch:
+    where samples meet (in-batch negatives, batch statistics), it depends on the batch.
 
     Args:
         model: With adapters, dense trainable weights, or both.
@@ -351,8 +354,8 @@ def _as_matrix(
     shape = (in_, out) if isinstance(adapted_layer(layer), nn.Embedding) else (out, in_)
     if term is None and any(gradients[id(parameter)].terms for parameter, _ in block.parameters):
         raise ValueError(
-            f"Expected a layer whose inputs and outputs say the gradient of {block.name!r}, got "
-            f"{type(layer).__name__} of {type(adapted_layer(layer)).__name__}, which is called or computes otherwise. "
+            f"Expected a layer whose inputs and outputs give the gradient of {block.name!r}, got a "
+            f"{type(adapted_layer(layer)).__name__} that is called, or computes, in another way. "
             "Choose space='tangent'."
         )
     return SampleGradient(shape, samples, [] if term is None else [term])
@@ -372,7 +375,7 @@ def _in_tangent_space(
     precision: torch.dtype,
     gradients: Mapping[int, SampleGradient],
 ) -> SampleGradient:
-    """From gradients of the factors; or from s ∇W itself, for a side of it that the factors' gradients say too badly."""
+    """From gradients of the factors; or from s ∇W itself, for a side that those say too badly."""
     solve_left, solve_right = (True, True) if matrix is None else tangent.is_solvable(precision)
     scale = block.products[0].scale()
     if matrix is None or solve_left:

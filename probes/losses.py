@@ -119,7 +119,8 @@ def _as_the_model(
     best = min(means, key=lambda name: abs(means[name] - loss))
     tokens, auxiliary = int(results[best][1].sum()), _auxiliary(outputs)
     # A model that names an auxiliary loss has added it; no rounding explains the difference then.
-    if not auxiliary and abs(means[best] - loss) <= _half_precision(own, readings[best][0], sizes[best], tokens):
+    allowed = _half_precision(own, readings[best][0], sizes[best] / math.sqrt(max(tokens, 1)))
+    if not auxiliary and abs(means[best] - loss) <= allowed:
         return results[best]
     listed = ", ".join(f"{mean:.6g} for {name}" for name, mean in means.items())
     reason = (
@@ -141,16 +142,17 @@ def _auxiliary(outputs: Any) -> list[str]:
     return [name for name, value in given.items() if name.endswith(("aux_loss", "z_loss")) and value is not None]
 
 
-def _half_precision(own: Tensor, logits: Tensor, size: float, tokens: int) -> float:
-    """By how much a mean may differ that was rounded to half precision.
+def _half_precision(own: Tensor, logits: Tensor, size: float) -> float:
+    """By how much two means may differ where something was rounded to half precision.
 
-    Errors of tokens are independent, so that they average out; that of the mean itself does not.
+    Args:
+        own: The model's own loss; if half precision, it is rounded as such.
+        logits: Errors of tokens are independent, so that they average out.
+        size: Of what is rounded for a token, over the square root of the number of tokens.
     """
     half = [tensor.dtype for tensor in (own, logits) if tensor.dtype.itemsize < 4]
-    if not half:
-        return 0.0
-    rounding = max(torch.finfo(kind).eps for kind in half)
-    return rounding * (_OF_TOKEN * size / math.sqrt(max(tokens, 1)) + (size if own.dtype in half else 0.0))
+    rounding = max((torch.finfo(kind).eps for kind in half), default=0.0)
+    return rounding * (_OF_TOKEN * size + (abs(own.double().mean().item()) if own.dtype in half else 0.0))
 
 
 def _cross_entropies(

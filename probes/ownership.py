@@ -160,7 +160,7 @@ def _exponents(samples: int, calls: Sequence[Call], rows: Mapping[int, Tensor]) 
     levels = _LEVELS_OF_FLOAT16 if half else _LEVELS
     first = smaller + rank * min(samples, levels) // samples
     twins = (first[:, None] == first).tril(-1).sum(1)  # samples before this one with the same weight
-    return torch.stack([first, (twins + 5 * first) % levels - levels // 2])
+    return torch.stack([first, (twins + 5 * first) % levels - levels // 2]).float()
 
 
 def _weighted(losses: Tensor, calls: Sequence[Call], exponents: Float[Tensor, " sample"]) -> dict[int, Tensor]:
@@ -182,7 +182,10 @@ def _decoded(rows: Tensor, passes: Sequence[tuple[Tensor, Tensor]]) -> Int[Tenso
     unit = (rows / largest).double()
     ratios = [(unit * (weighted / largest)).sum(1) / unit.square().sum(1) for _, weighted in passes]
     is_samples = torch.stack(
-        [ratio.log2().round()[:, None] == exponents for ratio, (exponents, _) in zip(ratios, passes, strict=True)]
+        [
+            ratio.log2().round()[:, None] == exponents.to(ratio)
+            for ratio, (exponents, _) in zip(ratios, passes, strict=True)
+        ]
     ).all(0)
     numbers = torch.where(is_samples.any(1), is_samples.int().argmax(1), -2)
     return torch.where(largest[:, 0] == 0, -1, numbers)

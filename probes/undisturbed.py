@@ -33,8 +33,8 @@ def bare(model: nn.Module) -> nn.Module:
 def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
     """The bare model in evaluation mode; the modes of all modules and all random states are as before afterwards.
 
-    Nothing is compiled meanwhile, and what is compiled already (a region of the model, ``model.compile()``, a loss) runs
-    eagerly: a compiled graph calls no hooks and keeps no graph for a second backward pass. It is as before afterwards.
+    Whatever torch.compile has compiled (regions of the model, ``model.compile()``, a loss) runs eagerly meanwhile: a
+    compiled graph calls no hooks, and allows no second backward pass. Nothing is compiled again for that afterwards.
 
     Random states are those of Python, NumPy and torch, on the host and on the devices that the model is on. Modes are
     set without calling ``eval()``: some modules do more than that when they are asked to change their mode.

@@ -278,7 +278,11 @@ def _idefics3_uneven() -> tuple[nn.Module, Batch]:
     pixels, mask = torch.zeros(3, 3, 3, SIZE, SIZE), torch.zeros(3, 3, SIZE, SIZE, dtype=torch.bool)
     for sample, count in enumerate(counts):
         pixels[sample, :count], mask[sample, :count] = _image(count), True
-    return _idefics3()[0], {**_uneven_words([[1] * count for count in counts]), "pixel_values": pixels, "pixel_attention_mask": mask}
+    return _idefics3()[0], {
+        **_uneven_words([[1] * count for count in counts]),
+        "pixel_values": pixels,
+        "pixel_attention_mask": mask,
+    }
 
 
 def _llava_next() -> tuple[nn.Module, Batch]:

@@ -78,6 +78,33 @@ def test_the_training_does_not_notice(run, tmp_path):
         assert all(torch.equal(one, other) for one, other in pairs)
 
 
+def test_a_model_compiled_in_regions_is_measured_and_trained_alike(tmp_path):
+    """It is measured eagerly, for a compiled graph calls no hooks, and compiled no more often."""
+
+    def trained(name: str, *, compiled: bool, probed: bool):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model, folder = lora_llama(), tmp_path / name
+        for layer in model.base_model.model.model.layers:
+            if compiled:
+                layer.compile(backend="aot_eager")
+        callbacks = [DynamicsCallback(folder, tasks(), at=[1, 3])] if probed else []
+        training = trainer(folder, callbacks, model, save_strategy="no", max_steps=3)
+        training.train()
+        return training, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    (plain, graphs), (probed, with_probes) = (trained(f"{p}", compiled=True, probed=p) for p in (False, True))
+    assert losses(probed.state.log_history) == losses(plain.state.log_history)
+    pairs = zip(flat(probed.model.state_dict()), flat(plain.model.state_dict()), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert graphs == with_probes > 0
+    trained("eager", compiled=False, probed=True)
+    records = [read_capture(tmp_path / name / "dynamics" / "capture.zarr").records for name in ("True", "eager")]
+    first, expected = (record[1]["fisher"]["gram"].values for record in records)  # at the weights of the start
+    np.testing.assert_allclose(first, expected, rtol=0, atol=1e-6 * expected.max())
+    assert set(records[0]) == {1, 3}
+
+
 def flat(state) -> list[torch.Tensor]:
     if isinstance(state, torch.Tensor):
         return [state]

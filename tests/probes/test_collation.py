@@ -50,6 +50,7 @@ def test_what_models_do_not_take() -> None:
     sample = {"input_ids": [1], "question": "Where?", "image": 17, "label_ids": 2}
     assert list(tensors(sample, ["image"])) == ["input_ids", "labels"]
     assert list(tensors({"label": 1, "labels": [1, 2]})) == ["label", "labels"]
+    assert list(tensors({"input_ids": [1], "pixels": None, "label": 1, "labels": None})) == ["input_ids", "labels"]
 
 
 def test_lengths_are_those_of_vectors_of_integers() -> None:
@@ -63,22 +64,29 @@ def test_lengths_are_those_of_vectors_of_integers() -> None:
         ((torch.ones(1),), "expected samples that are dicts, as models take them, got tuple. Pass collate=, "),
         ({"text": "a"}, "expected a sample with numbers for the model, got one with 'text' only."),
         ({"words": ["a", "b"]}, "expected numbers under 'words', got list ("),
-        ({"image": None}, "expected numbers under 'image', got NoneType ("),
+        ({"image": None}, "expected a sample with numbers for the model, got one with 'image' only."),
+        ({"messages": [{"role": "user"}]}, "expected numbers under 'messages', got list ("),
     ],
-    ids=["tuple", "text", "list of text", "nothing"],
+    ids=["tuple", "text", "list of text", "nothing", "list of dicts"],
 )
 def test_samples_that_no_model_takes(sample: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         tensors(sample)
 
 
+REMEDY = (
+    "Pass collate=, which makes a dict of tensors from a list of samples, or make a task of the samples that have it "
+    "and one of the others."
+)
+
+
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ({}, "expected the same keys in all samples, but sample 1 of the batch lacks 'sound'."),
+        ({}, f"expected the same keys in all samples, but sample 1 of the batch lacks 'sound'. {REMEDY}"),
         (
             {"sound": torch.ones(2), "more": torch.ones(1)},
-            "expected the same keys in all samples, but sample 1 of the batch alone has 'more'.",
+            f"expected the same keys in all samples, but sample 1 of the batch alone has 'more'. {REMEDY}",
         ),
         (
             {"sound": torch.ones(3)},

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
+from probes import gradient_gram
 from probes.losses import token_losses
-from tests.families import FAMILIES
+from tests.families import FAMILIES, TEXT
 
 
 class Words(nn.Module):
@@ -143,3 +145,63 @@ def test_other_models(model: nn.Module, changes: dict[str, Any], message: str) -
 def test_other_reduction() -> None:
     with pytest.raises(ValueError, match=r"^Expected reduction 'sum' or 'mean', got 'max'\.$"):
         token_losses(Words(shifted), batch(), "max")
+
+
+def mixture(coefficient: float, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Experts whose routers have an auxiliary loss of about 1."""
+    torch.manual_seed(0)
+    config = hf.MixtralConfig(
+        **TEXT,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        output_router_logits=True,
+        router_aux_loss_coef=coefficient,
+        experts_implementation="eager",
+    )
+    rows = torch.randint(3, 50, (3, 8))
+    return hf.MixtralForCausalLM(config).to(dtype).eval(), {"input_ids": rows, "labels": rows}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("coefficient", [1e-4, 1e-3, 0.02])
+def test_auxiliary_losses_are_refused_and_can_be_left_out(coefficient: float, dtype: torch.dtype) -> None:
+    """Also those far below what was once tolerated: 2 % of the loss."""
+    model, inputs = mixture(coefficient, dtype)
+    message = re.escape(
+        "it has an auxiliary loss (aux_loss), which belongs to a batch and not to its samples. To probe the "
+        "cross-entropy alone, pass loss=lambda model, batch: probes.losses.token_losses(model, {**batch, "
+        "'output_router_logits': False})."
+    )
+    with pytest.raises(ValueError, match=message):
+        token_losses(model, inputs)
+    with pytest.raises(ValueError, match=message):
+        gradient_gram(model, inputs, fisher="sampled")
+    alone = lambda model, batch: token_losses(model, {**batch, "output_router_logits": False})  # noqa: E731
+    expected = gradient_gram(mixture(0.0, dtype)[0], inputs)
+    found = gradient_gram(model, inputs, alone)
+    torch.testing.assert_close(found.gram["global"], expected.gram["global"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("other", [1 + 1e-4, 1 - 1e-3])
+def test_what_rounding_does_not_explain_is_refused(dtype: torch.dtype, other: float) -> None:
+    model = Words(lambda logits, labels: other * shifted(logits, labels)).to(dtype)
+    with pytest.raises(ValueError, match="it is weighted, smoothed or has other terms"):
+        token_losses(model, batch())
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_losses_rounded_to_half_precision_are_the_models_own(scale: float) -> None:
+    """A model may compute its loss in half precision, token by token and as a mean."""
+
+    class Half(Words):
+        def forward(self, input_ids: Tensor, labels: Tensor) -> SimpleNamespace:
+            logits = (scale * self.table[input_ids]).bfloat16()
+            return SimpleNamespace(logits=logits, loss=self.loss(logits, labels))
+
+    rows = torch.randint(4, (8, 64), generator=torch.Generator().manual_seed(0))
+    own = lambda logits, labels: shifted(logits, labels).bfloat16()  # noqa: E731
+    assert token_losses(Half(own), {"input_ids": rows, "labels": rows}).isfinite().all()
+    smoothed = lambda logits, labels: 1.05 * shifted(logits, labels).bfloat16()  # noqa: E731
+    with pytest.raises(ValueError, match="it is weighted, smoothed or has other terms"):
+        token_losses(Half(smoothed), {"input_ids": rows, "labels": rows})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import re
 import types
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from probes import gradient_gram
-from tests.reference import flat_gradients
+from tests.reference import flat_gradients, per_sample_gradients
 
 BATCH = {"x": torch.randn(5, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))}
 
@@ -158,6 +159,85 @@ def test_the_graph_is_gone_at_once():
     assert left == []
 
 
+# ---- compiled and scripted layers ----
+
+
+class Block(nn.Module):
+    """torch.compile skips the modules of torch itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.inner = nn.Linear(4, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).tanh()
+
+
+COMPILED = {
+    "torch.compile(layer)": lambda model, backend: setattr(
+        model, "second", torch.compile(model.second, backend=backend)
+    ),
+    "layer.compile()": lambda model, backend: model.second.compile(backend=backend),
+    "model.compile()": lambda model, backend: model.compile(backend=backend),
+}
+
+
+@pytest.mark.parametrize("how", COMPILED)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("warm", [False, True])
+def test_compiled_layers_are_measured_eagerly_and_stay_compiled(how, backend, warm):
+    """A graph of AOTAutograd calls no hooks, and its gradients would come out as zero."""
+
+    def graphs(measured: bool) -> int:
+        """How many are compiled in a training, and what the measurement in its middle finds."""
+        torch._dynamo.reset()
+        compiled: list[int] = []
+        plain = torch._dynamo.lookup_backend(backend)
+        model = Net()
+        model.second = Block()
+        twin = copy.deepcopy(model)
+        COMPILED[how](model, lambda graph, inputs: compiled.append(1) or plain(graph, inputs))
+        for step in range(4):
+            if measured and step == 2 * warm:
+                found = gradient_gram(model, BATCH, squares)
+                gradients = flat_gradients(twin, BATCH, squares)
+                torch.testing.assert_close(found.gram["global"], gradients @ gradients.mT, rtol=1e-10, atol=0)
+                assert found.one_by_one == ()
+            squares(model, BATCH).sum().backward()
+        return len(compiled)
+
+    assert graphs(measured=True) == graphs(measured=False) > 0
+
+
+def test_layers_compiled_ahead_of_time_are_measured_one_by_one():
+    """No stance of torch.compile reaches them, and they call no hooks."""
+    functorch = pytest.importorskip("functorch.compile")
+    model = Net()
+    model.second = functorch.aot_module(model.second, functorch.nop)
+    assert len(assert_is_twins(model)) == 2
+
+
+def test_scripted_layers_are_measured_one_by_one():
+    """They take no hooks."""
+    model = Net()
+    model.second = torch.jit.script(model.second)
+    assert set(assert_is_twins(model)) == {"second.weight", "second.bias"}
+
+
+def test_outputs_that_the_losses_do_not_see_are_not_taken_for_zero():
+    """The hook sees another tensor than the one that goes on."""
+
+    class Replaced(nn.Linear):
+        def __call__(self, x: Tensor) -> Tensor:
+            super().__call__(x)
+            return nn.functional.linear(x, self.weight, self.bias)
+
+    model = Net()
+    model.second = Replaced(4, 4).double()
+    assert set(assert_is_twins(model)) == {"second.weight", "second.bias"}
+
+
 LAYERS = {
     "strided": nn.Conv2d(4, 3, (2, 3), stride=(1, 2), padding=(1, 0)),
     "in time": nn.Conv1d(4, 3, 3, stride=2, padding=1),
@@ -187,6 +267,80 @@ def test_layers_of_images(name):
     found = gradient_gram(model, {"x": x}, loss)
     gradients = flat_gradients(model, {"x": x}, loss)
     torch.testing.assert_close(found.gram["global"], gradients @ gradients.mT, rtol=1e-10, atol=1e-12)
+
+
+class Gate(nn.Module):
+    """A scale that is a function of its parameter."""
+
+    def __init__(self, function, value: float) -> None:
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.full((6,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.function(self.weight)
+
+
+def of_zero_bias(layer: nn.Module) -> nn.Module:
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+#: As many channels as places, and parameters that are still constant: they could be of either.
+CONSTANT = {
+    "batch norm": lambda: nn.BatchNorm1d(6),
+    "batch norm of images": lambda: nn.BatchNorm2d(6),
+    "group norm": lambda: nn.GroupNorm(2, 6),
+    "instance norm": lambda: nn.InstanceNorm1d(6, affine=True),
+    "instance norm of images": lambda: nn.InstanceNorm2d(6, affine=True),
+    "depthwise": lambda: of_zero_bias(nn.Conv2d(6, 6, 3, padding=1, groups=6)),
+    "dilated": lambda: of_zero_bias(nn.Conv2d(6, 6, 3, padding=2, dilation=2)),
+    "transposed": lambda: of_zero_bias(nn.ConvTranspose1d(6, 6, 1)),
+    "PReLU": lambda: nn.PReLU(6),
+    **{
+        f"{function.__name__} at {value}": lambda function=function, value=value: Gate(function, value)
+        for function in (torch.sigmoid, torch.exp, torch.tanh, torch.abs, torch.relu, torch.square)
+        for value in (0.0, 1.0)
+    },
+}
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_parameters_that_look_elementwise_as_they_are_at_first(name):
+    torch.manual_seed(0)
+    layer = CONSTANT[name]()
+    shape = (6, 6, 6) if "of images" in name or isinstance(layer, nn.Conv2d) else (6, 6)
+    model = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(36 if len(shape) == 2 else 216, 2)).double().eval()
+    batch = {"x": torch.randn(5, *shape, dtype=torch.float64)}
+    loss = lambda model, batch: model(batch["x"]).square().sum(1)  # noqa: E731
+    found = gradient_gram(model, batch, loss, space="factor")
+    for part, gradients in per_sample_gradients(model, batch, loss).items():
+        block = part if part in found.gram else part.removesuffix(".weight")
+        gradients = gradients.flatten(1)
+        torch.testing.assert_close(found.gram[block], gradients @ gradients.mT, rtol=1e-10, atol=1e-14)
+
+
+def test_judging_a_layer_leaves_it_alone():
+    """Its parameters, its buffers, its hooks and random numbers."""
+
+    class Counting(nn.LayerNorm):
+        def __init__(self) -> None:
+            super().__init__(4)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    model, seen = nn.Sequential(Counting().double(), nn.Linear(4, 4).double()), []
+    model[0].register_forward_hook(lambda *_: seen.append(1))
+    before, weight = torch.get_rng_state(), model[0].weight
+    value = weight.detach().clone()
+    assert gradient_gram(model, BATCH, squares).one_by_one == ()
+    assert model[0].weight is weight
+    assert torch.equal(weight, value)
+    assert model[0].calls.item() == 1
+    assert seen == [1]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 0}, {"scale_grad_by_freq": True}, {"max_norm": 0.5}])

@@ -212,7 +212,8 @@ def test_samples_that_do_not_fit_together() -> None:
     del samples[1]["labels"]
     message = (
         "Batch from Task 'a', sample 0, to Task 'a', sample 1: expected the same keys in all samples, but sample 1 of "
-        "the batch lacks 'labels'."
+        "the batch lacks 'labels'. Pass collate=, which makes a dict of tensors from a list of samples, or make a task "
+        "of the samples that have it and one of the others."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         list(Task("a", samples, group="image").batches())

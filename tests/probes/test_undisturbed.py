@@ -80,3 +80,25 @@ def test_wrappers_are_left_outside() -> None:
     compiled = torch.compile(nn.DataParallel(inner))
     assert isinstance(compiled, nn.Module)
     assert bare(compiled) is inner
+
+
+@pytest.mark.parametrize("stance", ["default", "fail_on_recompile", "force_eager"])
+def test_what_is_compiled_runs_eagerly_meanwhile(stance: str) -> None:
+    ran: list[str] = []
+
+    def backend(graph: nn.Module, inputs: list[torch.Tensor]) -> nn.Module:
+        ran.append("compiled")
+        return graph
+
+    function = torch.compile(lambda x: x + 1, backend=backend)  # pyright: ignore[reportArgumentType]
+    model = nn.Linear(2, 2)
+    with torch.compiler.set_stance(stance), undisturbed(model):
+        function(torch.ones(2))
+    assert ran == []
+    function(torch.ones(2))
+    assert ran == ["compiled"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        with undisturbed(model):
+            function(torch.ones(3, 3).double())
+        with pytest.raises(RuntimeError, match="fail_on_recompile"):
+            function(torch.ones(3, 3).double())

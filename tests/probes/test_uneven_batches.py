@@ -114,3 +114,17 @@ def test_images_that_several_samples_share(space: str, looked_at: list[list[int]
     found = gradient_gram(model, batch, loss, space=space)
     assert_grams(dict(found.gram), expected if space == "weight" else on_tangent_space(model, expected))
     assert {name.split(".")[0] for name in found.one_by_one} == {"tower"}
+
+
+def test_layers_that_compute_otherwise_are_refused_in_weight_space() -> None:
+    """∇W is no product of unfolded inputs where these are reflected at the border."""
+    layers = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), nn.Flatten())
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(layers, config)  # pyright: ignore[reportArgumentType]
+    loss = lambda model, batch: model(batch["x"]).square().sum(1)  # noqa: E731
+    message = (
+        "give the gradient of '0', got a Conv2d that is called, or computes, in another way. Choose space='tangent'"
+    )
+    with pytest.raises(ValueError, match=message):
+        gradient_gram(model, {"x": torch.randn(2, 3, 4, 4)}, loss, space="weight")
+    gradient_gram(model, {"x": torch.randn(2, 3, 4, 4)}, loss, space="tangent")
