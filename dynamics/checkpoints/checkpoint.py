@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.checkpoints.base import Base
-from dynamics.checkpoints.candidates import CONFIG, DEFAULT, WEIGHTS, AdapterFolder, Candidate
+from dynamics.checkpoints.candidates import CONFIG, DEFAULT, DIFFUSERS, WEIGHTS, AdapterFolder, Candidate, is_component
 from dynamics.checkpoints.dense import read_dense
 from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.folders import other_weights
@@ -305,6 +305,7 @@ class Reader:
             return adapter
         # A configuration beside PEFT's own names belongs to the file, beside a file of another name it may be stray.
         is_peft = file.path.name in WEIGHTS or any(parse_key(key) for key in file.tensors)
+        is_peft &= file.path.name != DIFFUSERS
         return read_foreign(file) if is_readable(file.tensors) and not (is_peft and content is not None) else None
 
     def _config(
@@ -324,7 +325,10 @@ class Reader:
             message = f"There is no {CONFIG} beside it yet: the checkpoint may still be being written."
             return Finding("OD118", message, "Analyse the run again when it is saved.", file=name, step=candidate.step)
         message = f"There is no {CONFIG} beside it: rank and scale are unknown."
-        remedy = f"Copy {CONFIG} from another checkpoint of the same training."
+        remedy = (
+            f"Copy {CONFIG} from another checkpoint of the same training, or write one with its r and lora_alpha and "
+            '"peft_type": "LORA".'
+        )
         return Finding("OD102", message, remedy, file=name, step=candidate.step)
 
     def _links(self, path: Path, step: int) -> list[Finding]:
@@ -391,15 +395,23 @@ class Reader:
         complete = set(read) == {place.name for place in candidate.adapters} and not any(
             one.refused for one in read.values()
         )
+        are_parts = any(map(is_component, self.adapters))
         combined: dict[str, Product] = {}
         for name in sorted(by_matrix, key=natural_order):
             parts = by_matrix[name]
             factored = all(part.shape.rank for part in parts.values())
-            if complete and factored and len({(part.shape.out, part.shape.in_) for part in parts.values()}) == 1:
+            if (
+                complete
+                and factored
+                and not are_parts
+                and len({(part.shape.out, part.shape.in_) for part in parts.values()}) == 1
+            ):
                 combined[name] = total(parts)
             combined |= {_at(name, adapter): part for adapter, part in parts.items()}
         adapters = ", ".join(map(shown, self.adapters))
-        if complete:
+        if are_parts:
+            message = f"`matrix@part` is a matrix of one part of the pipeline ({adapters})."
+        elif complete:
             message = f"`matrix` is the sum of its adapters ({adapters}): right only where all of them are active."
         else:
             message = f"Adapters ({adapters}) are given one by one; their sum is left out, as one of them was not read."

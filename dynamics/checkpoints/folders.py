@@ -116,7 +116,18 @@ def _folder_of_steps(run: Path, names: list[str]) -> tuple[Path, list[str], list
         return run, names, []
     top = folders[0]
     message = f"Its checkpoints lie in {shown_path(top, run)}/, which was read as the run's folder."
-    return top, entries(top), [Finding("OD125", message)]
+    findings = [Finding("OD125", message), *_at_the_end(run, run, names)]
+    if has_weights:
+        message = f"Further weights in the run's folder are left out: {shown(_name_of_weights(run, names))}."
+        remedy = "To analyse them, put them into a folder of their own."
+        findings.append(Finding("OD126", message, remedy))
+    return top, entries(top), findings
+
+
+def _name_of_weights(run: Path, names: Sequence[str]) -> str:
+    held = candidate(run, 0, names, is_run=True)
+    path = held.whole or next(place.weights for place in held.adapters if place.weights is not None)
+    return path.relative_to(run).as_posix()
 
 
 def _holds_below(folder: Path) -> bool:

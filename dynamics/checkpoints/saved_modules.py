@@ -103,10 +103,10 @@ def beside_kind(path: Path, tensors: Collection[str], analysed: Collection[str])
         analysed: Names of the matrices that are analysed.
     """
     if is_adapter(tensors):
-        return "a further adapter, or the same in another format,"
+        return "an adapter (a further one, or the same in another format)"
     if _EMA.search(path.name):
         return "an average of weights (EMA)"
     stems = {stem.removesuffix(".weight") for stem in matrix_names(tensors)}
     names = set(matrix_names(stems).values())
     plain = {name.partition("@")[0] for name in analysed}
-    return "a whole model, merged or in another format," if names & plain else None
+    return "a whole model (merged, in another format, or a further one)" if names & plain else None

@@ -342,6 +342,37 @@ def test_the_trained_component_of_a_pipeline(component: str, tmp_path: Path) -> 
     assert folders == [["vae"], [f"{component}_ema", "vae"]]
 
 
+def test_adapters_of_two_parts_of_a_pipeline_have_no_sum(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "checkpoint-10" / "unet", random_factors(["q"], seed=1))
+    write_adapter(tmp_path / "checkpoint-10" / "text_encoder", random_factors(["q"], seed=2))
+    trajectory = open_trajectory(tmp_path)
+    assert trajectory.matrices == ("q@text_encoder", "q@unet")
+    assert "one part of the pipeline" in with_code(trajectory.findings, "OD121")[0].message
+
+
+def test_an_actor_beside_its_critic(tmp_path: Path) -> None:
+    for step, factors in ((10, FIRST), (20, LAST)):
+        write_adapter(tmp_path / f"global_step_{step}" / "actor" / "lora_adapter", factors)
+        write_adapter(tmp_path / f"global_step_{step}" / "critic" / "lora_adapter", random_factors(seed=9))
+    trajectory = open_trajectory(tmp_path)
+    assert_updates(trajectory.checkpoints[1], LAST)
+    (note,) = with_code(trajectory.findings, "OD126")
+    assert note.evidence == {"folders": ["critic/lora_adapter"], "steps": [10, 20]}
+
+
+def test_weights_in_the_run_beside_a_folder_of_its_checkpoints_are_named(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "checkpoints" / "step_10", FIRST)
+    write_adapter(tmp_path / "checkpoints" / "step_20", LAST)
+    write_adapter(tmp_path, LAST)
+    write_adapter(tmp_path / "final", LAST)
+    trajectory = open_trajectory(tmp_path)
+    assert trajectory.steps == (10, 20)
+    assert [finding.message for finding in with_code(trajectory.findings, "OD126")] == [
+        "Further weights beside the checkpoints are left out: final.",
+        "Further weights in the run's folder are left out: adapter_model.safetensors.",
+    ]
+
+
 @pytest.mark.parametrize("name", ["final", "best_model", "last"])
 def test_weights_beside_the_checkpoints_are_named(name: str, tmp_path: Path) -> None:
     write_adapter(tmp_path / "step-10", FIRST)
