@@ -23,7 +23,7 @@ from dynamics.checkpoints.peft_adapter import Adapter, read_adapter
 from dynamics.checkpoints.peft_config import AdapterConfig, read_adapter_config
 from dynamics.checkpoints.plain_files import read_json
 from dynamics.checkpoints.products import Product, total, under
-from dynamics.checkpoints.saved_modules import SAVED, SavedModules, beside_kind, of_trained, saved_modules
+from dynamics.checkpoints.saved_modules import SAVED, TOKENS, SavedModules, beside_kind, of_trained, saved_modules
 from dynamics.checkpoints.trainer_scales import trainer_scale
 from dynamics.checkpoints.trajectory import OpenCheckpoint
 from dynamics.checkpoints.unread import MEGATRON, NESTED, remedy_for
@@ -35,6 +35,7 @@ from dynamics.findings import Finding
 #: Suffixes of files of torch.save, which may hold weights inside something else.
 _TORCH = (".bin", ".pt", ".pth")
 _GIVE_BASE = "Give the base (--base) to analyse those of them that are weight matrices."
+_MERGE = "To analyse trained tokens, merge the adapter (merge_and_unload) and analyse the merged model with its base."
 _RANDOM_START = "MLX-VLM may start B at ones: totals include that start, where it did."
 
 Watch = Callable[[str], bool]
@@ -103,7 +104,7 @@ class Reader:
             unread = other_weights(candidate.folder, self.run, candidate.step)
             content = replace(content, findings=(*content.findings, *unread))
         if candidate.whole is not None:
-            weights = None if content.products else self._read_weights(candidate, candidate.whole, latest)
+            weights = None if content.products else self._read_weights(candidate, candidate.whole)
             if weights is not None and _replaces(weights, content, candidate):
                 content = self._instead(content, weights, candidate)
             else:
@@ -161,11 +162,15 @@ class Reader:
             if isinstance(answer, Finding):
                 return None, [answer], None
             config = answer
-            adapter = read_adapter(of_trained(file), config, self.base)
+            trained = of_trained(file)
+            adapter = read_adapter(trained, config, self.base)
             adapter = replace(adapter, remarks=(*config.remarks, *adapter.remarks))
+            if frozen := len(file.tensors) - len(trained.tensors):
+                text = f"The file holds the whole model: {frozen} tensors beside the adapter are taken to be frozen."
+                adapter = replace(adapter, remarks=(*adapter.remarks, Remark("OD121", text)))
         return adapter, list(self._remarks(adapter, place, candidate.step)), config
 
-    def _read_weights(self, candidate: Candidate, path: Path, latest: bool) -> Content:
+    def _read_weights(self, candidate: Candidate, path: Path) -> Content:
         """Reads a file whose name says nothing of adapters: its tensors say what it is."""
         try:
             weights = read_whole_model(path)
@@ -177,7 +182,7 @@ class Reader:
         if not is_adapter(weights.tensors):
             return self._read_dense(candidate, weights)
         place = AdapterFolder(DEFAULT, path.parent, path, candidate.config)
-        return self._read_adapters(replace(candidate, adapters=(place,), whole=None), latest)
+        return self._read_adapters(replace(candidate, adapters=(place,), whole=None), latest=False)
 
     def _read_dense(self, candidate: Candidate, weights: Weights) -> Content:
         """Sorts the tensors of a whole model, or of a part of one."""
@@ -350,7 +355,8 @@ class Reader:
         yield from self._refusals(adapter.refused, weights, step, place.name)
         if adapter.beside:
             needs_base = self.base is None and any(adapter.beside.get(kind) for kind in SAVED)
-            yield _beside(adapter.beside, weights, step, _GIVE_BASE if needs_base else "")
+            remedies = [_GIVE_BASE if needs_base else "", _MERGE if adapter.beside.get(TOKENS) else ""]
+            yield _beside(adapter.beside, weights, step, " ".join(filter(None, remedies)))
 
     def _refusals(
         self, refused: Mapping[str, Refusal], file: str, step: int, adapter: str = DEFAULT

@@ -262,6 +262,8 @@ def test_a_whole_state_with_its_adapter_gives_the_adapter(tmp_path: Path) -> Non
     torch.testing.assert_close(held["lm_head"], (20 * head).float().double(), rtol=0, atol=0)
     assert worst(trajectory.findings) == "note"
     assert "pytorch_model.bin beside it was read instead" in with_code(trajectory.findings, "OD126")[0].message
+    frozen = [note.message for note in with_code(trajectory.findings, "OD121")]
+    assert frozen == ["The file holds the whole model: 8 tensors beside the adapter are taken to be frozen."]
 
 
 def test_a_damaged_adapter_is_not_replaced_by_a_merged_model(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from tests.dynamics.checkpoints.test_folders import FIRST, LAST, assert_updates,
 from tests.runs import adapter_config, adapter_tensors, random_factors, write_adapter, write_run, write_state
 from tests.whole_models import write_distributed, write_model
 
-
 A, B = torch.randn(4, 16), torch.randn(24, 4)
 
 
