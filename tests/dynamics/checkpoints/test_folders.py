@@ -160,11 +160,11 @@ def test_the_last_step_under_two_names(tmp_path: Path) -> None:
     assert [finding.file for finding in with_code(trajectory.findings, "OD111")] == ["step=20-last"]
 
 
-def test_a_link_between_the_run_and_its_steps_is_not_followed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["elsewhere", "run"])
+def test_a_link_between_the_run_and_its_steps_is_not_followed(target: str, tmp_path: Path) -> None:
     write_run(tmp_path / "elsewhere", (10, 20))
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "inner").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "run" / "loop").symlink_to(tmp_path / "run")
+    (tmp_path / "run" / "inner").symlink_to(tmp_path / target)
     with pytest.raises(NotARun, match="No checkpoints in"):
         open_trajectory(tmp_path / "run")
 
