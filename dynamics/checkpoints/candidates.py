@@ -37,6 +37,8 @@ _SECONDARY = re.compile(
     r"([-_./]|$)",
     re.IGNORECASE,
 )
+#: Parts of a pipeline that diffusers' scripts train side by side: models of their own, whose updates have no sum.
+_COMPONENT = re.compile(r"(unet|transformer|controlnet|prior|decoder|text_encoder)(_?\d)?(_ema)?")
 #: How deep below a checkpoint its weights may lie: ``actor/lora_adapter/``.
 _DEEPEST = 2
 
@@ -171,6 +173,15 @@ def _named_adapters(folder: Path, names: Iterable[str]) -> Iterator[AdapterFolde
         # A folder with a training state or checkpoints of its own is another run, such as a copy of the best one.
         if STATE not in inside and not any(map(is_plain_step, inside)):
             yield _adapter(name, inner, inside)
+
+
+def is_component(name: str) -> bool:
+    """Return whether a folder is called like a part of a pipeline.
+
+    >>> is_component("text_encoder_2"), is_component("default")
+    (True, False)
+    """
+    return _COMPONENT.fullmatch(name) is not None
 
 
 def holds_adapter(names: Iterable[str]) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.checkpoints.base import Base
-from dynamics.checkpoints.candidates import CONFIG, DEFAULT, WEIGHTS, AdapterFolder, Candidate
+from dynamics.checkpoints.candidates import CONFIG, DEFAULT, DIFFUSERS, WEIGHTS, AdapterFolder, Candidate, is_component
 from dynamics.checkpoints.dense import read_dense
 from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.folders import other_weights
@@ -25,7 +25,7 @@ from dynamics.checkpoints.peft_adapter import Adapter, read_adapter
 from dynamics.checkpoints.peft_config import AdapterConfig, read_adapter_config
 from dynamics.checkpoints.plain_files import read_json
 from dynamics.checkpoints.products import Product, total, under
-from dynamics.checkpoints.saved_modules import SAVED, SavedModules, beside_kind, of_trained, saved_modules
+from dynamics.checkpoints.saved_modules import SAVED, TOKENS, SavedModules, beside_kind, of_trained, saved_modules
 from dynamics.checkpoints.ties import Tied, tied_matrices
 from dynamics.checkpoints.trainer_scales import trainer_scale
 from dynamics.checkpoints.trajectory import OpenCheckpoint
@@ -38,6 +38,7 @@ from dynamics.findings import Finding
 #: Suffixes of files of torch.save, which may hold weights inside something else.
 _TORCH = (".bin", ".pt", ".pth")
 _GIVE_BASE = "Give the base (--base) to analyse those of them that are weight matrices."
+_MERGE = "To analyse trained tokens, merge the adapter (merge_and_unload) and analyse the merged model with its base."
 _RANDOM_START = "MLX-VLM may start B at ones: totals include that start, where it did."
 
 Watch = Callable[[str], bool]
@@ -118,7 +119,7 @@ class Reader:
             unread = other_weights(candidate.folder, self.run, candidate.step)
             content = replace(content, findings=(*content.findings, *unread))
         if candidate.whole is not None:
-            weights = None if content.products else self._read_weights(candidate, candidate.whole, latest)
+            weights = None if content.products else self._read_weights(candidate, candidate.whole)
             if weights is not None and _replaces(weights, content, candidate):
                 content = self._instead(content, weights, candidate)
             else:
@@ -203,11 +204,15 @@ class Reader:
             if isinstance(answer, Finding):
                 return None, [answer], None
             config = answer
-            adapter = read_adapter(of_trained(file), config, self.base, self.budget)
+            trained = of_trained(file)
+            adapter = read_adapter(trained, config, self.base, self.budget)
             adapter = replace(adapter, remarks=(*config.remarks, *adapter.remarks))
+            if frozen := len(file.tensors) - len(trained.tensors):
+                text = f"The file holds the whole model: {frozen} tensors beside the adapter are taken to be frozen."
+                adapter = replace(adapter, remarks=(*adapter.remarks, Remark("OD121", text)))
         return adapter, [], config
 
-    def _read_weights(self, candidate: Candidate, path: Path, latest: bool) -> Content:
+    def _read_weights(self, candidate: Candidate, path: Path) -> Content:
         """Reads a file whose name says nothing of adapters: its tensors say what it is."""
         try:
             weights = read_whole_model(path)
@@ -219,7 +224,7 @@ class Reader:
         if not is_adapter(weights.tensors):
             return self._read_dense(candidate, weights)
         place = AdapterFolder(DEFAULT, path.parent, path, candidate.config)
-        return self._read_adapters(replace(candidate, adapters=(place,), whole=None), latest)
+        return self._read_adapters(replace(candidate, adapters=(place,), whole=None), latest=False)
 
     def _read_dense(self, candidate: Candidate, weights: Weights) -> Content:
         """Sorts the tensors of a whole model, or of a part of one."""
@@ -355,6 +360,7 @@ class Reader:
             return adapter
         # A configuration beside PEFT's own names belongs to the file, beside a file of another name it may be stray.
         is_peft = file.path.name in WEIGHTS or any(parse_key(key) for key in file.tensors)
+        is_peft &= file.path.name != DIFFUSERS
         return read_foreign(file) if is_readable(file.tensors) and not (is_peft and content is not None) else None
 
     def _config(
@@ -374,7 +380,10 @@ class Reader:
             message = f"There is no {CONFIG} beside it yet: the checkpoint may still be being written."
             return Finding("OD118", message, "Analyse the run again when it is saved.", file=name, step=candidate.step)
         message = f"There is no {CONFIG} beside it: rank and scale are unknown."
-        remedy = f"Copy {CONFIG} from another checkpoint of the same training."
+        remedy = (
+            f"Copy {CONFIG} from another checkpoint of the same training, or write one with its r and lora_alpha and "
+            '"peft_type": "LORA".'
+        )
         return Finding("OD102", message, remedy, file=name, step=candidate.step)
 
     def _links(self, path: Path, step: int) -> list[Finding]:
@@ -396,7 +405,8 @@ class Reader:
         yield from self._refusals(adapter.refused, weights, step, place.name)
         if adapter.beside:
             needs_base = self.base is None and any(adapter.beside.get(kind) for kind in SAVED)
-            yield _beside(adapter.beside, weights, step, _GIVE_BASE if needs_base else "")
+            remedies = [_GIVE_BASE if needs_base else "", _MERGE if adapter.beside.get(TOKENS) else ""]
+            yield _beside(adapter.beside, weights, step, " ".join(filter(None, remedies)))
 
     def _refusals(
         self, refused: Mapping[str, Refusal], file: str, step: int, adapter: str = DEFAULT
@@ -441,15 +451,23 @@ class Reader:
         complete = set(read) == {place.name for place in candidate.adapters} and not any(
             one.refused for one in read.values()
         )
+        are_parts = any(map(is_component, self.adapters))
         combined: dict[str, Product] = {}
         for name in sorted(by_matrix, key=natural_order):
             parts = by_matrix[name]
             factored = all(part.shape.rank and part.shape.holds == "update" for part in parts.values())
-            if complete and factored and len({(part.shape.out, part.shape.in_) for part in parts.values()}) == 1:
+            if (
+                complete
+                and factored
+                and not are_parts
+                and len({(part.shape.out, part.shape.in_) for part in parts.values()}) == 1
+            ):
                 combined[name] = total(parts)
             combined |= {_at(name, adapter): part for adapter, part in parts.items()}
         adapters = ", ".join(map(shown, self.adapters))
-        if complete:
+        if are_parts:
+            message = f"`matrix@part` is a matrix of one part of the pipeline ({adapters})."
+        elif complete:
             message = f"`matrix` is the sum of its adapters ({adapters}): right only where all of them are active."
         else:
             message = f"Adapters ({adapters}) are given one by one; their sum is left out, as one of them was not read."

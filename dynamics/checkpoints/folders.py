@@ -79,7 +79,8 @@ def find_checkpoints(run: Path) -> RunFolder:
     for name in names:
         if _UNFINISHED.fullmatch(name):
             message = "It is a checkpoint that is still being written, or was never finished; it is left out."
-            findings.append(Finding("OD118", message, "Analyse the run again when it is saved.", file=name))
+            file = shown_path(top / name, run)
+            findings.append(Finding("OD118", message, "Analyse the run again when it is saved.", file=file))
     step = _step_of_run(top)
     if step is not None and holds_weights(top, names):
         numbered = [one for one in numbered if one.holds_weights]  # DeepSpeed's checkpoint-10/global_step10
@@ -116,7 +117,18 @@ def _folder_of_steps(run: Path, names: list[str]) -> tuple[Path, list[str], list
         return run, names, []
     top = folders[0]
     message = f"Its checkpoints lie in {shown_path(top, run)}/, which was read as the run's folder."
-    return top, entries(top), [Finding("OD125", message)]
+    findings = [Finding("OD125", message), *_at_the_end(run, run, names)]
+    if has_weights:
+        message = f"Further weights in the run's folder are left out: {shown(_name_of_weights(run, names))}."
+        remedy = "To analyse them, put them into a folder of their own."
+        findings.append(Finding("OD126", message, remedy))
+    return top, entries(top), findings
+
+
+def _name_of_weights(run: Path, names: Sequence[str]) -> str:
+    held = candidate(run, 0, names, is_run=True)
+    path = held.whole or next(place.weights for place in held.adapters if place.weights is not None)
+    return path.relative_to(run).as_posix()
 
 
 def _holds_below(folder: Path) -> bool:
@@ -199,11 +211,11 @@ def _numbered(run: Path, top: Path, names: Sequence[str]) -> tuple[list[Candidat
     if trainings[template][0][0].is_epoch:
         text = f"Steps are the epochs in the names of the folders ({shown(template)}, N the epoch)."
         findings.append(Finding("OD121", text))
-    left = [name for other in filled if other != template for _, name in trainings[other]]
+    left = [shown(name) for other in filled if other != template for _, name in trainings[other]]
     if left:
-        message = f"The checkpoints of this run are called {shown(template)}; {some(map(shown, left))} are left out."
+        message = f"The checkpoints of this run are called {shown(template)}; {some(left)} are left out."
         remedy = "To analyse them, put them into a folder of their own."
-        findings.append(Finding("OD126", message, remedy, file=shown(left[0]), evidence={"folders": left}))
+        findings.append(Finding("OD126", message, remedy, file=left[0], evidence={"folders": left}))
     return held, findings
 
 
@@ -250,11 +262,13 @@ def _with_config(numbered: Sequence[Candidate], top: Path, names: Sequence[str])
 
 def _at_the_end(run: Path, top: Path, names: Sequence[str]) -> Iterator[Finding]:
     """Folders beside the checkpoints, such as ``final/``, that hold weights too."""
-    folders = [name for name in names if not named_step(name, top.name) and _weights_below(top / name)]
+    folders = [
+        shown_path(top / name, run) for name in names if not named_step(name, top.name) and _weights_below(top / name)
+    ]
     if folders:
-        message = f"Further weights beside the checkpoints are left out: {some([shown(name) for name in folders])}."
+        message = f"Further weights beside the checkpoints are left out: {some(folders)}."
         remedy = "Pass the folder to analyse them, or put them into a folder checkpoint-N."
-        file = shown_path(top / folders[0], run)
+        file = folders[0]
         yield Finding("OD126", message, remedy, file=file, evidence={"folders": folders})
 
 
@@ -284,7 +298,7 @@ def is_unfinished(one: Candidate, numbered: Sequence[Candidate]) -> bool:
         not numbered
         or one is not numbered[-1]
         or one.state is not None
-        or (len(numbered) > 1 and not any(c.state for c in numbered))
+        or (len(numbered) > 1 and not any(other.state for other in numbered))
     ):
         return False
     try:

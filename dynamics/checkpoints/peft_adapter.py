@@ -23,7 +23,7 @@ from dynamics.checkpoints.names import (
 from dynamics.checkpoints.patterns import Budget
 from dynamics.checkpoints.peft_config import NO_SCALE, SET_ALPHA, AdapterConfig
 from dynamics.checkpoints.products import FLOATS, Product, diagonal, plain
-from dynamics.checkpoints.saved_modules import SAVED, saved_modules
+from dynamics.checkpoints.saved_modules import SAVED, TOKENS, saved_modules
 from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.checkpoints.variants import Refusal, Remark
 from dynamics.checkpoints.weight_files import TensorInfo, Weights
@@ -144,7 +144,7 @@ def _kind(key: str, part: AdapterKey | None) -> str:
     if "modules_to_save" in words or "original_module" in words:
         return SAVED[0]
     if any(word.startswith("trainable_tokens") for word in words):
-        return "trainable tokens"
+        return TOKENS
     return "bias" if words[-1] == "bias" else SAVED[1]
 
 

@@ -305,10 +305,14 @@ def _steps(steps: Sequence[int]) -> str:
 
 
 def _merged(findings: Iterable[Finding]) -> list[Finding]:
-    """Findings, each note that is the same for several checkpoints once, with its steps as evidence."""
+    """Findings, each note that is the same for several checkpoints once, with its steps as evidence.
+
+    So is the warning of weights beside the adapter, which every checkpoint of a training has.
+    """
     kept: dict[object, Finding] = {}
     for finding in findings:
-        key: object = (finding.code, finding.message, finding.matrix) if finding.severity == "note" else len(kept)
+        is_shared = finding.severity == "note" or finding.code == "OD128"
+        key: object = (finding.code, finding.message, finding.matrix) if is_shared else len(kept)
         first = kept.get(key)
         if first is None:
             kept[key] = finding

@@ -21,6 +21,8 @@ from dynamics.checkpoints.weight_files import TensorInfo, WeightFile, Weights
 
 #: Kinds of tensors beside the factors that are weights of the model.
 SAVED = ("modules_to_save", "saved weights")
+#: Kind of the trained rows of an embedding.
+TOKENS = "trainable tokens"
 _EMA = re.compile(r"(^|[-_.])ema([-_.]|$)", re.IGNORECASE)
 
 
@@ -80,10 +82,11 @@ def of_trained(weights: Weights) -> Weights:
     """Return the weights without what an adapter leaves frozen, where a file holds the whole model with its adapter.
 
     DeepSpeed's ``zero_to_fp32.py`` and FSDP's full state write such files: ``q_proj.base_layer.weight`` beside
-    ``q_proj.lora_A.default.weight``. Of the other tensors only ``modules_to_save`` are trained; an adapter's own file
-    holds no base layer.
+    ``q_proj.lora_A.default.weight``, for every adapted module. Of the other tensors only ``modules_to_save`` are
+    trained.
     """
-    if not any(key.endswith(".base_layer.weight") for key in weights.tensors):
+    stems = {part.stem for key in weights.tensors if (part := parse_key(key)) is not None and part.part == "A"}
+    if not stems or not all(f"{stem}.base_layer.weight" in weights.tensors for stem in stems):
         return weights
     assert isinstance(weights, WeightFile | ShardedWeights | DistributedWeights)
     trained = {
@@ -103,10 +106,10 @@ def beside_kind(path: Path, tensors: Collection[str], analysed: Collection[str])
         analysed: Names of the matrices that are analysed.
     """
     if is_adapter(tensors):
-        return "a further adapter, or the same in another format,"
+        return "an adapter (a further one, or the same in another format)"
     if _EMA.search(path.name):
         return "an average of weights (EMA)"
     stems = {stem.removesuffix(".weight") for stem in matrix_names(tensors)}
     names = set(matrix_names(stems).values())
     plain = {name.partition("@")[0] for name in analysed}
-    return "a whole model, merged or in another format," if names & plain else None
+    return "a whole model (merged, in another format, or a further one)" if names & plain else None

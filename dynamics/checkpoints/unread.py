@@ -131,10 +131,9 @@ NESTED = f"{_SAVE_STATE}, and 'state_dict' the key under which the file keeps th
 
 
 def remedy_for(remedy: str, path: Path, run: Path, step: int | None = None) -> str:
-    """Return a remedy with the file, its folder and its step filled in."""
-    if step is None:
-        named = named_step(path.stem) or named_step(path.parent.name)
-        step = None if named is None else named.number
+    """Return a remedy with the file, its folder and its step filled in; a step in the file's name goes first."""
+    named = named_step(path.stem) or (named_step(path.parent.name) if step is None else None)
+    step = step if named is None else named.number
     filled = remedy.replace("FILE", shown_path(path, run)).replace("FOLDER", shown_path(path.parent, run))
     return filled.replace("STEP", "N (N its step)" if step is None else str(step), 1).replace(
         "STEP", "N" if step is None else str(step)

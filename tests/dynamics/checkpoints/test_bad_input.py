@@ -562,6 +562,10 @@ def test_other_tensors_are_one_note_for_all_checkpoints(tmp_path: Path) -> None:
         "trainable tokens": 1,
     }
     assert finding.evidence["steps"] == [10, 20]
+    assert finding.remedy == (
+        "Give the base (--base) to analyse those of them that are weight matrices. "
+        "To analyse trained tokens, merge the adapter (merge_and_unload) and analyse the merged model with its base."
+    )
     assert len(trajectory.matrices) == 4
 
 

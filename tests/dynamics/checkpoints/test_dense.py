@@ -238,15 +238,15 @@ def test_only_watched_matrices(tmp_path: Path) -> None:
 # --- refused and broken --------------------------------------------------------------------------
 
 
-def test_factors_inside_a_whole_model_are_refused(tmp_path: Path) -> None:
+def test_factors_inside_a_whole_model_need_their_configuration(tmp_path: Path) -> None:
     write_dense_run(tmp_path, (10, 20))
     write_model(
         tmp_path / "checkpoint-30", {"q.base_layer.weight": torch.ones(4, 4), "q.lora_A.weight": torch.ones(1, 4)}
     )
     trajectory = open_trajectory(tmp_path)
-    (error,) = [finding for finding in trajectory.findings if finding.code == "OD103"]
-    assert error.file == "checkpoint-30/model.safetensors"
-    assert "LoRA factors among the weights of a whole model" in error.message
+    (error,) = [finding for finding in trajectory.findings if finding.severity == "error"]
+    assert (error.code, error.file) == ("OD102", "checkpoint-30/model.safetensors")
+    assert error.message == "There is no adapter_config.json beside it: rank and scale are unknown."
     assert trajectory.steps == (10, 20)
 
 

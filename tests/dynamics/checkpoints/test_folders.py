@@ -160,11 +160,11 @@ def test_the_last_step_under_two_names(tmp_path: Path) -> None:
     assert [finding.file for finding in with_code(trajectory.findings, "OD111")] == ["step=20-last"]
 
 
-def test_a_link_between_the_run_and_its_steps_is_not_followed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["elsewhere", "run"])
+def test_a_link_between_the_run_and_its_steps_is_not_followed(target: str, tmp_path: Path) -> None:
     write_run(tmp_path / "elsewhere", (10, 20))
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "inner").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "run" / "loop").symlink_to(tmp_path / "run")
+    (tmp_path / "run" / "inner").symlink_to(tmp_path / target)
     with pytest.raises(NotARun, match="No checkpoints in"):
         open_trajectory(tmp_path / "run")
 
@@ -262,6 +262,8 @@ def test_a_whole_state_with_its_adapter_gives_the_adapter(tmp_path: Path) -> Non
     torch.testing.assert_close(held["lm_head"], (20 * head).float().double(), rtol=0, atol=0)
     assert worst(trajectory.findings) == "note"
     assert "pytorch_model.bin beside it was read instead" in with_code(trajectory.findings, "OD126")[0].message
+    frozen = [note.message for note in with_code(trajectory.findings, "OD121")]
+    assert frozen == ["The file holds the whole model: 8 tensors beside the adapter are taken to be frozen."]
 
 
 def test_a_damaged_adapter_is_not_replaced_by_a_merged_model(tmp_path: Path) -> None:
@@ -340,6 +342,37 @@ def test_the_trained_component_of_a_pipeline(component: str, tmp_path: Path) -> 
     assert torch.equal(products(trajectory.checkpoints[1])["conv_in"], torch.full((8, 36), 1000.0, dtype=torch.float64))
     folders = [finding.evidence["folders"] for finding in with_code(trajectory.findings, "OD126")]
     assert folders == [["vae"], [f"{component}_ema", "vae"]]
+
+
+def test_adapters_of_two_parts_of_a_pipeline_have_no_sum(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "checkpoint-10" / "unet", random_factors(["q"], seed=1))
+    write_adapter(tmp_path / "checkpoint-10" / "text_encoder", random_factors(["q"], seed=2))
+    trajectory = open_trajectory(tmp_path)
+    assert trajectory.matrices == ("q@text_encoder", "q@unet")
+    assert "one part of the pipeline" in with_code(trajectory.findings, "OD121")[0].message
+
+
+def test_an_actor_beside_its_critic(tmp_path: Path) -> None:
+    for step, factors in ((10, FIRST), (20, LAST)):
+        write_adapter(tmp_path / f"global_step_{step}" / "actor" / "lora_adapter", factors)
+        write_adapter(tmp_path / f"global_step_{step}" / "critic" / "lora_adapter", random_factors(seed=9))
+    trajectory = open_trajectory(tmp_path)
+    assert_updates(trajectory.checkpoints[1], LAST)
+    (note,) = with_code(trajectory.findings, "OD126")
+    assert note.evidence == {"folders": ["critic/lora_adapter"], "steps": [10, 20]}
+
+
+def test_weights_in_the_run_beside_a_folder_of_its_checkpoints_are_named(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "checkpoints" / "step_10", FIRST)
+    write_adapter(tmp_path / "checkpoints" / "step_20", LAST)
+    write_adapter(tmp_path, LAST)
+    write_adapter(tmp_path / "final", LAST)
+    trajectory = open_trajectory(tmp_path)
+    assert trajectory.steps == (10, 20)
+    assert [finding.message for finding in with_code(trajectory.findings, "OD126")] == [
+        "Further weights beside the checkpoints are left out: final.",
+        "Further weights in the run's folder are left out: adapter_model.safetensors.",
+    ]
 
 
 @pytest.mark.parametrize("name", ["final", "best_model", "last"])

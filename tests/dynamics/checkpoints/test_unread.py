@@ -16,6 +16,8 @@ from tests.dynamics.checkpoints.test_folders import FIRST, LAST, assert_updates,
 from tests.runs import adapter_config, adapter_tensors, random_factors, write_adapter, write_run, write_state
 from tests.whole_models import write_distributed, write_model
 
+A, B = torch.randn(4, 16), torch.randn(24, 4)
+
 
 def refused(run: Path) -> NotARun:
     with pytest.raises(NotARun) as raised:
@@ -169,12 +171,10 @@ def test_trained_weights_beside_an_adapter_are_named(name: str, tmp_path: Path) 
         write_llava(tmp_path / f"checkpoint-{step}", step, name)
     trajectory = open_trajectory(tmp_path)
     assert_updates(trajectory.checkpoints[1], LAST)
-    warnings = with_code(trajectory.findings, "OD128")
-    assert [(finding.file, finding.severity) for finding in warnings] == [
-        (f"checkpoint-{step}/{name}", "warning") for step in (10, 20)
-    ]
-    assert warnings[0].evidence == {"matrices": ["model.mm_projector.0"], "tensors": 2}
-    assert "(--base)" in warnings[0].remedy
+    (warning,) = with_code(trajectory.findings, "OD128")
+    assert (warning.file, warning.severity) == (f"checkpoint-10/{name}", "warning")
+    assert warning.evidence == {"matrices": ["model.mm_projector.0"], "tensors": 2, "steps": [10, 20]}
+    assert "(--base)" in warning.remedy
 
 
 @pytest.mark.parametrize("name", NAMES_BESIDE)
@@ -265,9 +265,15 @@ def test_layers_of_a_saved_module_stay_apart(tmp_path: Path) -> None:
     assert set(trajectory.matrices) == {"classifier.dense", "classifier.out", "q"}
 
 
-# --- adapters of further trainers ------------------------------------------------------------------
+@pytest.mark.parametrize("has_config", [False, True])
+def test_an_adapter_of_diffusers_needs_no_configuration(has_config: bool, tmp_path: Path) -> None:
+    save_file({"unet.q.lora_A.weight": A, "unet.q.lora_B.weight": B}, tmp_path / "pytorch_lora_weights.safetensors")
+    if has_config:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(adapter_config(rank=8)))
+    assert_updates(open_trajectory(tmp_path).checkpoints[0], {"unet.q": (B, A)}, scale=1.0)
 
-A, B = torch.randn(4, 16), torch.randn(24, 4)
+
+# --- adapters of further trainers ------------------------------------------------------------------
 
 
 def test_mistral_finetune(tmp_path: Path) -> None:
