@@ -137,7 +137,10 @@ def base_checkpoint(
         for part in base.weights.parts
     )
     own = {name: product.shape for name, product in products.items()}
-    findings = (*_renamed({name: one for name, (one, _) in found.items()}), *_lacking(base, shapes, found, other))
+    findings = (
+        *_renamed({sources.get(name, name): one for name, (one, _) in found.items()}),
+        *_lacking(base, shapes, found, other),
+    )
     return Checkpoint(0, base.folder, -1, own, opened, findings, inputs), list(findings)
 
 
