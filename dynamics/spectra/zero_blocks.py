@@ -61,9 +61,13 @@ def zero_block(is_zero: Bool[Tensor, " n"], shortest: float = _SHORTEST) -> int:
     if size < 2 or not 0 < zeros < size:
         return 0
     values, lengths = torch.unique_consecutive(is_zero, return_counts=True)
-    runs = lengths[values]
-    inside = int(runs[runs >= max(2, shortest * size)].sum())
-    return inside if inside and size - zeros >= _DENSE * (size - inside) else 0
+    is_long = values & (lengths >= max(2, shortest * size))
+    if not bool(is_long.any()):
+        return 0
+    at_end = torch.zeros_like(is_long)
+    at_end[[0, -1]] = values[[0, -1]]  # beside a long one, what is left at the ends is of other processes too
+    inside = int(lengths[is_long | at_end].sum())
+    return inside if size - zeros >= _DENSE * (size - inside) else 0
 
 
 def of_factors(matrix: LowRankMatrix) -> ZeroBlock | None:
