@@ -25,6 +25,8 @@ _SHORTEST_OF_VOCABULARY = 1 / 2
 _VOCABULARY = 8
 #: Share of the other rows that are not zero, beside a missing block.
 _DENSE = 0.9
+#: In how many parts matrices are cut at most.
+_MOST_PARTS = 128
 _MOST_NAMED = 8
 
 
@@ -58,8 +60,8 @@ def zero_block(is_zero: Bool[Tensor, " n"], shortest: float = _SHORTEST) -> int:
     """
     size = len(is_zero)
     zeros = int(is_zero.sum())
-    if size < 2 or not 0 < zeros < size:
-        return 0
+    if size < 2 or not 0 < zeros <= size - max(1, size / _MOST_PARTS):
+        return 0  # nothing is zero, or nearly everything: a few rows are a few trained tokens
     values, lengths = torch.unique_consecutive(is_zero, return_counts=True)
     is_long = values & (lengths >= max(2, shortest * size))
     if not bool(is_long.any()):
