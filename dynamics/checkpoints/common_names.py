@@ -49,10 +49,14 @@ def with_common_names(
         new = [name for name in renamed.products if name not in content.products]
         if new:
             old = [name for name in content.products if name not in renamed.products]
-            message = (
-                f"{some(old)}: called {some(new)} in the last checkpoint, and taken for the same, by name and shape."
+            findings.append(
+                Finding(
+                    "OD136",
+                    f"{some(old)}: called {some(new)} in the last checkpoint, and taken for the same, by name and shape.",
+                    step=step,
+                    evidence={"matrices": new, "called": old},
+                )
             )
-            findings.append(Finding("OD136", message, step=step, evidence={"matrices": new, "called": old}))
     untied, ties = _each_once(spelled, base)
     parted, sums = _without_false_sums(untied, steps, adapters)
     return parted, [*findings, *ties, *sums]
@@ -132,17 +136,23 @@ def _each_once(contents: Sequence[Content], base: Base | None) -> tuple[list[Con
     one, untied = tied_everywhere(states)
     findings = []
     if one:
-        message = (
-            f"{some(one)}: the same numbers as {some(dict.fromkeys(one.values()))} wherever both are saved. Tied "
-            "weights are one matrix and count once."
+        findings.append(
+            Finding(
+                "OD135",
+                f"{some(one)}: the same numbers as {some(dict.fromkeys(one.values()))} wherever both are saved. Tied "
+                "weights are one matrix and count once.",
+                evidence={"tied": one},
+            )
         )
-        findings.append(Finding("OD135", message, evidence={"tied": one}))
     if untied:
-        message = (
-            f"{some(untied)}: equal to {some(dict.fromkeys(untied.values()))} in one state and different in another, "
-            "so that training untied them. They count as two matrices."
+        findings.append(
+            Finding(
+                "OD135",
+                f"{some(untied)}: equal to {some(dict.fromkeys(untied.values()))} in one state and different in another, "
+                "so that training untied them. They count as two matrices.",
+                evidence={"untied": untied},
+            )
         )
-        findings.append(Finding("OD135", message, evidence={"untied": untied}))
     return [_with_heads(_merged(content, one), contents, one) for content in contents], findings
 
 

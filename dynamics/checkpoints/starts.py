@@ -68,8 +68,13 @@ def _unknown_starts(checkpoints: Sequence[Checkpoint], moved: Mapping[str, str])
         matrices = f"{len(names)} matrices: {some(names)}" if len(names) > 1 else names[0]
         remedy = f"Put the initial adapter into the run's folder as {folder}."
         if len(own) > 1:
-            message = f"{reason} Increments between checkpoints are known, totals since the start are not: {matrices}."
-            yield Finding("OD138", message, remedy, step=own[-1].step, evidence={"matrices": names})
+            yield Finding(
+                "OD138",
+                f"{reason} Increments between checkpoints are known, totals since the start are not: {matrices}.",
+                remedy,
+                step=own[-1].step,
+                evidence={"matrices": names},
+            )
         else:
             convert = " Or convert it: save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL_ADAPTER)."
             message = f"{reason} {matrices}."

@@ -131,13 +131,16 @@ def zero_block_findings(found: Sequence[tuple[int, str, ZeroBlock]], matrices: i
     for (tensor, axis, share), members in groups.items():
         names, steps = dict.fromkeys(name for _, name, _ in members), sorted({step for step, _, _ in members})
         first = members[0][2]
-        message = (
-            f"Only {first.size - first.zero} of {first.size} {axis} of {tensor} are not zero ({1 - share:.1%}) in "
-            f"{len(names)} of {matrices} matrices, e.g. {next(iter(names))}; the others are exactly zero. "
-            "That is what one process holds of a sharded model: norms and ranks are those of the part."
-        )
         remedy = (
             "Gather the weights before saving (FSDP: full state dict; DeepSpeed: zero_to_fp32.py), and analyse those."
         )
         evidence = {"matrices": len(names), "names": list(names)[:_MOST_NAMED], "share": 1 - share, "steps": steps}
-        yield Finding("OD139", message, remedy, step=steps[-1], evidence=evidence)
+        yield Finding(
+            "OD139",
+            f"Only {first.size - first.zero} of {first.size} {axis} of {tensor} are not zero ({1 - share:.1%}) in "
+            f"{len(names)} of {matrices} matrices, e.g. {next(iter(names))}; the others are exactly zero. "
+            "That is what one process holds of a sharded model: norms and ranks are those of the part.",
+            remedy,
+            step=steps[-1],
+            evidence=evidence,
+        )

@@ -33,8 +33,12 @@ SPELLINGS = {
         "lm_head": "language_model.lm_head",
     },
     "towers in the model": {"model.visual.": "model.vision_tower.vision_model."},
-    "a thinker": {"model.language_model.": "thinker.model.", "model.visual.": "thinker.visual.", "lm_head": "thinker.lm_head"},
-}  # fmt: skip
+    "a thinker": {
+        "model.language_model.": "thinker.model.",
+        "model.visual.": "thinker.visual.",
+        "lm_head": "thinker.lm_head",
+    },
+}
 
 
 def spelled(name: str, spelling: str) -> str:

@@ -67,9 +67,23 @@ FORMATS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         f"{EXPERTS}.gate_up_proj",
     ),
     "quanto": ({f"{Q}.weight._data": integers(8, 8, dtype=torch.int8), f"{Q}.weight._scale": torch.rand(8, 1)}, Q),
-    "HQQ": ({f"{Q}.W_q": integers(4, 8, dtype=torch.uint8), f"{Q}.scale": torch.rand(4, 1), f"{Q}.zero": torch.rand(4, 1)}, Q),
-    "AQLM": ({f"{Q}.codes": integers(8, 2, 1, dtype=torch.int8), f"{Q}.codebooks": torch.rand(1, 4, 1, 8), f"{Q}.scales": torch.rand(8, 1, 1, 1)}, Q),
-}  # fmt: skip
+    "HQQ": (
+        {
+            f"{Q}.W_q": integers(4, 8, dtype=torch.uint8),
+            f"{Q}.scale": torch.rand(4, 1),
+            f"{Q}.zero": torch.rand(4, 1),
+        },
+        Q,
+    ),
+    "AQLM": (
+        {
+            f"{Q}.codes": integers(8, 2, 1, dtype=torch.int8),
+            f"{Q}.codebooks": torch.rand(1, 4, 1, 8),
+            f"{Q}.scales": torch.rand(8, 1, 1, 1),
+        },
+        Q,
+    ),
+}
 
 
 @pytest.mark.parametrize(("tensors", "name"), FORMATS.values(), ids=FORMATS.keys())

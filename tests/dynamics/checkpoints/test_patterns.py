@@ -93,7 +93,7 @@ def test_many_patterns_that_are_each_harmless_are_refused_together(tmp_path: Pat
     ):
         open_trajectory(tmp_path / "slow")
     assert time.monotonic() - before < 20
-    plain = {name: 4 for name in names}
+    plain = dict.fromkeys(names, 4)
     for step in range(1, 6):
         write_adapter(tmp_path / f"plain/checkpoint-{step}", random_factors(names), adapter_config(rank_pattern=plain))
     assert len(open_trajectory(tmp_path / "plain").steps) == 5

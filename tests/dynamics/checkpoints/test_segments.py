@@ -214,5 +214,5 @@ def test_no_increment_crosses_a_change_of_scale(change: dict[str, Any], setting:
     (warning,) = [finding for finding in trajectory.findings if finding.code == "OD140"]
     assert (warning.severity, warning.step) == ("warning", 30)
     assert warning.message.startswith(f"{setting} is ")
-    assert "No increment is formed across the change" in warning.message
+    assert "No increment crosses the change" in warning.message
     assert not [finding for finding in trajectory.findings if finding.code in ("OD112", "OD113")]
