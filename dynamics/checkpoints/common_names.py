@@ -52,7 +52,8 @@ def with_common_names(
             findings.append(
                 Finding(
                     "OD136",
-                    f"{some(old)}: called {some(new)} in the last checkpoint, and taken for the same, by name and shape.",
+                    f"{some(old)}: called {some(new)} in the last checkpoint. They are taken for the same, by name and "
+                    "shape.",
                     step=step,
                     evidence={"matrices": new, "called": old},
                 )
@@ -148,8 +149,8 @@ def _each_once(contents: Sequence[Content], base: Base | None) -> tuple[list[Con
         findings.append(
             Finding(
                 "OD135",
-                f"{some(untied)}: equal to {some(dict.fromkeys(untied.values()))} in one state and different in another, "
-                "so that training untied them. They count as two matrices.",
+                f"{some(untied)}: equal to {some(dict.fromkeys(untied.values()))} in one state, different in another: "
+                "training untied them. They count as two matrices.",
                 evidence={"untied": untied},
             )
         )

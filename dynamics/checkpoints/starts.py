@@ -22,7 +22,8 @@ def has_updates(checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -> b
     if any(shape.holds == "update" for shape in shapes.values()):
         return True
     trainings = _trainings(checkpoints)
-    return (base is not None and bool(base.shapes.keys() & shapes.keys())) or any(len(own) > 1 for own in trainings)
+    from_base = base is not None and any(name in base.shapes for name, one in shapes.items() if one.holds == "weight")
+    return from_base or any(len(own) > 1 for own in trainings)
 
 
 def start_findings(

@@ -21,7 +21,7 @@ from probes.low_rank import LowRankMatrix
 #: A run of zero rows counts from this share of the rows on; of a side of a vocabulary's length, from the second.
 _SHORTEST = 1 / 16
 _SHORTEST_OF_VOCABULARY = 1 / 2
-#: From this ratio of its sides on a dense matrix is taken for an embedding.
+#: From this ratio of its sides on a matrix is taken for that of a vocabulary.
 _VOCABULARY = 8
 #: Share of the other rows that are not zero, beside a missing block.
 _DENSE = 0.9
@@ -78,8 +78,13 @@ def of_factors(matrix: LowRankMatrix) -> ZeroBlock | None:
     Rows of A and columns of B that are zero together only mean a smaller rank; in a sum of adapters one may be zero.
     """
     left, right = matrix.left_factor != 0, matrix.right_factor != 0
-    rows, columns = ~left.any(1), ~right.any(0)
-    blocks = [("lora_B", "rows", rows, zero_block(rows)), ("lora_A", "columns", columns, zero_block(columns))]
+    blocks = []
+    for tensor, axis, is_zero, other in (
+        ("lora_B", "rows", ~left.any(1), right),
+        ("lora_A", "columns", ~right.any(0), left),
+    ):
+        across = other.shape[1] if axis == "rows" else other.shape[0]
+        blocks.append((tensor, axis, is_zero, zero_block(is_zero, _shortest(len(is_zero), across))))
     if matrix.column_scale is None:
         inner_a, inner_b = ~right.any(1), ~left.any(0)
         if bool(inner_b.any()) != bool(inner_a.any()) and bool(left.any()) and bool(right.any()):
@@ -108,10 +113,16 @@ def of_dense(now: Tensor, start: Tensor | None, *, is_update: bool) -> ZeroBlock
     blocks = []
     for tensor, differs in stored:
         for axis, is_zero, other in (("rows", ~differs.any(1), 1), ("columns", ~differs.any(0), 0)):
-            is_vocabulary = now.shape[1 - other] >= _VOCABULARY * now.shape[other]
-            zero = zero_block(is_zero, _SHORTEST_OF_VOCABULARY if is_vocabulary else _SHORTEST)
+            zero = zero_block(is_zero, _shortest(len(is_zero), now.shape[other]))
             blocks += [ZeroBlock(tensor, axis, zero, len(is_zero))] if zero else []
+    if start is not None and not is_update and not bool((now != 0).any()) and bool((start != 0).any()):
+        return ZeroBlock("weight", "rows", len(now), len(now))  # of a stack of matrices, one that another process has
     return _largest(blocks)
+
+
+def _shortest(size: int, across: int) -> float:
+    """Share of the rows that a block has at least, by the number of rows and of columns."""
+    return _SHORTEST_OF_VOCABULARY if size >= _VOCABULARY * across else _SHORTEST
 
 
 def _largest(blocks: Iterable[ZeroBlock]) -> ZeroBlock | None:

@@ -72,6 +72,7 @@ def test_dense_weights_and_their_updates() -> None:
     kept = now.clone()
     kept[:, 15:] = start[:, 15:]
     assert of_dense(kept, start, is_update=False) == ZeroBlock("update", "columns", 15, 30)
+    assert of_dense(torch.zeros(40, 30), start, is_update=False) == ZeroBlock("weight", "rows", 40, 40)
     vocabulary = torch.randn(640, 30, generator=generator)
     vocabulary[600:] = 0  # tokens that never occur
     assert of_dense(vocabulary, None, is_update=True) is None
