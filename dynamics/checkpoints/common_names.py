@@ -77,9 +77,9 @@ def _spelled_like(content: Content, last: Content) -> Content:
         spare = {name: size for name, size in held.items() if name not in wanted}
         if not missing or not spare:
             continue
-        known = {name: size for name, size in missing.items() if size is not None}
+        shaped = {name: size for name, size in missing.items() if size is not None}
         forms = expert_forms(
-            {name: products[f"{name}{suffix}"] for name in spare if f"{name}{suffix}" in products}, known
+            {name: products[f"{name}{suffix}"] for name in spare if f"{name}{suffix}" in products}, shaped
         )
         sizes = {name: size or (0, 0) for name, size in spare.items()}
         sizes |= {name: (form.product.shape.out, form.product.shape.in_) for name, form in forms.items()}
@@ -161,8 +161,8 @@ def _in_base(
     base: Base, pairs: Mapping[str, str], shapes: Mapping[str, MatrixShape]
 ) -> tuple[set[str], dict[str, str]]:
     """Names of the pairs that the base has, and which of them repeat another one there."""
-    found = base.find({name: shapes[name] for pair in pairs.items() for name in pair})
-    keys = {name: product.key for name, (_, product) in found.items() if product.key}
+    matrices = base.find({name: shapes[name] for pair in pairs.items() for name in pair})
+    keys = {name: product.key for name, (_, product) in matrices.items() if product.key}
     try:
         equal = equal_keys(base.weights, dict.fromkeys(keys.values()))
     except UnreadableFile:  # reported where its matrices are read

@@ -129,15 +129,15 @@ def _largest(blocks: Iterable[ZeroBlock]) -> ZeroBlock | None:
     return max(blocks, key=lambda block: block.zero / block.size, default=None)
 
 
-def zero_block_findings(found: Sequence[tuple[int, str, ZeroBlock]], matrices: int) -> Iterator[Finding]:
+def zero_block_findings(blocks: Sequence[tuple[int, str, ZeroBlock]], matrices: int) -> Iterator[Finding]:
     """One finding for each share of each tensor.
 
     Args:
-        found: Step, matrix and block.
+        blocks: Step, matrix and block.
         matrices: How many the run has.
     """
     groups: dict[tuple[str, str, float], list[tuple[int, str, ZeroBlock]]] = defaultdict(list)
-    for step, name, block in found:
+    for step, name, block in blocks:
         groups[block.tensor, block.axis, round(block.zero / block.size, 3)].append((step, name, block))
     for (tensor, axis, share), members in groups.items():
         names, steps = dict.fromkeys(name for _, name, _ in members), sorted({step for step, _, _ in members})
