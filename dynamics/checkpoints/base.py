@@ -137,7 +137,10 @@ def base_checkpoint(
         for part in base.weights.parts
     )
     own = {name: product.shape for name, product in products.items()}
-    findings = (*_renamed({name: one for name, (one, _) in found.items()}), *_lacking(base, shapes, found, other))
+    findings = (
+        *_renamed({sources.get(name, name): one for name, (one, _) in found.items()}),
+        *_lacking(base, shapes, found, other),
+    )
     return Checkpoint(0, base.folder, -1, own, opened, findings, inputs), list(findings)
 
 
@@ -159,12 +162,14 @@ def fitted(product: Product, shape: MatrixShape, is_transposed: bool) -> Product
 def _renamed(found: Mapping[str, str]) -> Iterable[Finding]:
     called = {name: one for name, one in found.items() if name.partition("@")[0] != one}
     if called:
-        message = (
+        yield Finding(
+            "OD136",
             f"The base calls {len(called)} of {len(found)} matrices differently: "
             f"{some(f'{name} is {one} there' for name, one in called.items())}. They are taken for the same, by name "
-            "and shape."
+            "and shape.",
+            step=0,
+            evidence={"matrices": list(called), "called": list(called.values())},
         )
-        yield Finding("OD136", message, step=0, evidence={"matrices": list(called), "called": list(called.values())})
 
 
 def _lacking(

@@ -163,7 +163,7 @@ class Reader:
             findings += self._remarks(adapter, place, candidate.step)
             if start is not None:
                 message = f"Updates are counted from the initial adapter {shown(start.name)!r}, which was not zero."
-                findings.append(Finding("OD121", message))
+                findings += [Finding("OD121", message), *self._links(start.file.path, candidate.step)]
             moved |= {self._matrix(name, place.name): adapter.moved_start for name in unknown}
             read[place.name] = adapter
             if adapter.products:

@@ -49,10 +49,15 @@ def with_common_names(
         new = [name for name in renamed.products if name not in content.products]
         if new:
             old = [name for name in content.products if name not in renamed.products]
-            message = (
-                f"{some(old)}: called {some(new)} in the last checkpoint, and taken for the same, by name and shape."
+            findings.append(
+                Finding(
+                    "OD136",
+                    f"{some(old)}: called {some(new)} in the last checkpoint. They are taken for the same, by name and "
+                    "shape.",
+                    step=step,
+                    evidence={"matrices": new, "called": old},
+                )
             )
-            findings.append(Finding("OD136", message, step=step, evidence={"matrices": new, "called": old}))
     untied, ties = _each_once(spelled, base)
     parted, sums = _without_false_sums(untied, steps, adapters)
     return parted, [*findings, *ties, *sums]
@@ -72,9 +77,9 @@ def _spelled_like(content: Content, last: Content) -> Content:
         spare = {name: size for name, size in held.items() if name not in wanted}
         if not missing or not spare:
             continue
-        known = {name: size for name, size in missing.items() if size is not None}
+        shaped = {name: size for name, size in missing.items() if size is not None}
         forms = expert_forms(
-            {name: products[f"{name}{suffix}"] for name in spare if f"{name}{suffix}" in products}, known
+            {name: products[f"{name}{suffix}"] for name in spare if f"{name}{suffix}" in products}, shaped
         )
         sizes = {name: size or (0, 0) for name, size in spare.items()}
         sizes |= {name: (form.product.shape.out, form.product.shape.in_) for name, form in forms.items()}
@@ -132,17 +137,23 @@ def _each_once(contents: Sequence[Content], base: Base | None) -> tuple[list[Con
     one, untied = tied_everywhere(states)
     findings = []
     if one:
-        message = (
-            f"{some(one)}: the same numbers as {some(dict.fromkeys(one.values()))} wherever both are saved. Tied "
-            "weights are one matrix and count once."
+        findings.append(
+            Finding(
+                "OD135",
+                f"{some(one)}: the same numbers as {some(dict.fromkeys(one.values()))} wherever both are saved. Tied "
+                "weights are one matrix and count once.",
+                evidence={"tied": one},
+            )
         )
-        findings.append(Finding("OD135", message, evidence={"tied": one}))
     if untied:
-        message = (
-            f"{some(untied)}: equal to {some(dict.fromkeys(untied.values()))} in one state and different in another, "
-            "so that training untied them. They count as two matrices."
+        findings.append(
+            Finding(
+                "OD135",
+                f"{some(untied)}: equal to {some(dict.fromkeys(untied.values()))} in one state, different in another: "
+                "training untied them. They count as two matrices.",
+                evidence={"untied": untied},
+            )
         )
-        findings.append(Finding("OD135", message, evidence={"untied": untied}))
     return [_with_heads(_merged(content, one), contents, one) for content in contents], findings
 
 
@@ -150,8 +161,8 @@ def _in_base(
     base: Base, pairs: Mapping[str, str], shapes: Mapping[str, MatrixShape]
 ) -> tuple[set[str], dict[str, str]]:
     """Names of the pairs that the base has, and which of them repeat another one there."""
-    found = base.find({name: shapes[name] for pair in pairs.items() for name in pair})
-    keys = {name: product.key for name, (_, product) in found.items() if product.key}
+    matrices = base.find({name: shapes[name] for pair in pairs.items() for name in pair})
+    keys = {name: product.key for name, (_, product) in matrices.items() if product.key}
     try:
         equal = equal_keys(base.weights, dict.fromkeys(keys.values()))
     except UnreadableFile:  # reported where its matrices are read

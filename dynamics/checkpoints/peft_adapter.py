@@ -113,6 +113,11 @@ def _remarks(modules: Iterable[str], config: AdapterConfig) -> tuple[Remark, ...
             "the update analysed includes the factor 2."
         )
         remarks.append(Remark("OD121", text))
+    if config.layers:
+        text = (
+            "Layers of the base are repeated (layer_replication): each copy is compared with the layer it is made of."
+        )
+        remarks.append(Remark("OD121", text))
     ambiguous = {stem: alphas for stem in modules if (alphas := config.ambiguous_alphas(module_name(stem)))}
     if not ambiguous:
         return tuple(remarks)

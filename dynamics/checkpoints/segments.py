@@ -244,13 +244,18 @@ def _apart_by_scale(clues: Sequence[Clues], numbers: Sequence[int]) -> tuple[lis
             stretch[number] = stretch.get(number, 0) + 1
             adapter, name, step, before = changed[0]
             was, now = (shown(str(one.get(name)), 60) for one in (before, clue.settings[adapter]))
-            message = (
-                f"{name} is {was} at step {step} and {now} at step {clue.step} of one training: the scale of its "
-                "updates changes. No increment is formed across the change; what follows counts as another training."
-            )
             remedy = "Correct adapter_config.json if only one of the two is right."
             evidence = {"setting": name, "adapter": adapter, "from_step": step}
-            findings.append(Finding("OD140", message, remedy, step=clue.step, evidence=evidence))
+            findings.append(
+                Finding(
+                    "OD140",
+                    f"{name} is {was} at step {step} and {now} at step {clue.step} of one training: the scale of its "
+                    "updates changes. No increment crosses the change; what follows counts as another training.",
+                    remedy,
+                    step=clue.step,
+                    evidence=evidence,
+                )
+            )
         stretches.append((number, stretch.get(number, 0)))
     order = {one: position for position, one in enumerate(dict.fromkeys(stretches))}
     return [order[one] for one in stretches] if findings else list(numbers), findings

@@ -22,7 +22,8 @@ def has_updates(checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -> b
     if any(shape.holds == "update" for shape in shapes.values()):
         return True
     trainings = _trainings(checkpoints)
-    return (base is not None and bool(base.shapes.keys() & shapes.keys())) or any(len(own) > 1 for own in trainings)
+    from_base = base is not None and any(name in base.shapes for name, one in shapes.items() if one.holds == "weight")
+    return from_base or any(len(own) > 1 for own in trainings)
 
 
 def start_findings(
@@ -55,8 +56,8 @@ def start_findings(
 
 def _unknown_starts(checkpoints: Sequence[Checkpoint], moved: Mapping[str, str]) -> Iterator[Finding]:
     """What can be said of adapters that began with a part of the base weight, and what cannot."""
-    for own in _trainings(checkpoints):
-        names = [name for name, shape in own[-1].shapes.items() if shape.holds == "state"]
+    for training in _trainings(checkpoints):
+        names = [name for name, shape in training[-1].shapes.items() if shape.holds == "state"]
         if not names:
             continue
         method = moved.get(names[0]) or "a method that changes the base weight"
@@ -67,14 +68,21 @@ def _unknown_starts(checkpoints: Sequence[Checkpoint], moved: Mapping[str, str])
         )
         matrices = f"{len(names)} matrices: {some(names)}" if len(names) > 1 else names[0]
         remedy = f"Put the initial adapter into the run's folder as {folder}."
-        if len(own) > 1:
-            message = f"{reason} Increments between checkpoints are known, totals since the start are not: {matrices}."
-            yield Finding("OD138", message, remedy, step=own[-1].step, evidence={"matrices": names})
+        if len(training) > 1:
+            yield Finding(
+                "OD138",
+                f"{reason} Increments between checkpoints are known, totals since the start are not: {matrices}.",
+                remedy,
+                step=training[-1].step,
+                evidence={"matrices": names},
+            )
         else:
             convert = " Or convert it: save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL_ADAPTER)."
             message = f"{reason} {matrices}."
             evidence = {"matrices": names}
-            yield Finding("OD105", message, remedy + convert, own[0].folder.name, step=own[0].step, evidence=evidence)
+            yield Finding(
+                "OD105", message, remedy + convert, training[0].folder.name, step=training[0].step, evidence=evidence
+            )
 
 
 def _trainings(checkpoints: Sequence[Checkpoint]) -> list[list[Checkpoint]]:

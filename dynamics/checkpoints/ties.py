@@ -166,7 +166,8 @@ def tied_everywhere(states: Sequence[tuple[Collection[str], Tied]]) -> tuple[dic
     untied: dict[str, str] = {}
     for name, first in pairs.items():
         both = [tied for names, tied in states if name in names and first in names]
-        (one if all(tied.get(name, name) == tied.get(first, first) for tied in both) else untied)[name] = first
+        if both:
+            (one if all(tied.get(name, name) == tied.get(first, first) for tied in both) else untied)[name] = first
     return {name: one.get(first, first) for name, first in one.items()}, untied
 
 

@@ -13,6 +13,7 @@ import mmap
 import os
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -132,8 +133,11 @@ class WeightFile:
                     load = state.__getitem__
             except UnreadableFile:
                 raise
+            except FileNotFoundError as error:
+                raise UnreadableFile("OD101", "It is not there any more.", _AGAIN) from error
             except (OSError, ValueError) as error:
-                raise UnreadableFile("OD101", f"It cannot be opened: {one_line(error)}.", _AGAIN) from error
+                reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+                raise UnreadableFile("OD101", f"It cannot be opened: {reason}.", _AGAIN) from error
             yield _guarded(load, file.fileno())
 
     def _mapped(self, file: BinaryIO) -> Loader:
@@ -325,7 +329,9 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     # Files in torch's first format cannot be mapped; they are read whole.
     mapped = zipfile.is_zipfile(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on protocols of pickle is not for who reads the numbers
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise anything at all; nothing in it is executed
         raise _not_tensors(error) or UnreadableFile("OD101", f"It cannot be read: {one_line(error)}", _AGAIN) from error
     if not isinstance(state, dict) or not all(

@@ -101,7 +101,7 @@ def _missing_increments(update: xr.Dataset) -> Iterator[Finding]:
         steps = ", ".join(str(step) for step in first)
         yield Finding(
             "OD204",
-            f"Step {steps} is the first checkpoint of its training, so it has a total but no increment.",
+            f"Step {steps} is the first checkpoint of its training, so it has no increment.",
             evidence={"steps": first},
         )
     count = update["count"]

@@ -21,10 +21,12 @@ from probes.low_rank import LowRankMatrix
 #: A run of zero rows counts from this share of the rows on; of a side of a vocabulary's length, from the second.
 _SHORTEST = 1 / 16
 _SHORTEST_OF_VOCABULARY = 1 / 2
-#: From this ratio of its sides on a dense matrix is taken for an embedding.
+#: From this ratio of its sides on a matrix is taken for that of a vocabulary.
 _VOCABULARY = 8
 #: Share of the other rows that are not zero, beside a missing block.
 _DENSE = 0.9
+#: In how many parts matrices are cut at most.
+_MOST_PARTS = 128
 _MOST_NAMED = 8
 
 
@@ -58,12 +60,16 @@ def zero_block(is_zero: Bool[Tensor, " n"], shortest: float = _SHORTEST) -> int:
     """
     size = len(is_zero)
     zeros = int(is_zero.sum())
-    if size < 2 or not 0 < zeros < size:
-        return 0
+    if size < 2 or not 0 < zeros <= size - max(1, size / _MOST_PARTS):
+        return 0  # nothing is zero, or nearly everything: a few rows are a few trained tokens
     values, lengths = torch.unique_consecutive(is_zero, return_counts=True)
-    runs = lengths[values]
-    inside = int(runs[runs >= max(2, shortest * size)].sum())
-    return inside if inside and size - zeros >= _DENSE * (size - inside) else 0
+    is_long = values & (lengths >= max(2, shortest * size))
+    if not bool(is_long.any()):
+        return 0
+    at_end = torch.zeros_like(is_long)
+    at_end[[0, -1]] = values[[0, -1]]  # beside a long one, what is left at the ends is of other processes too
+    inside = int(lengths[is_long | at_end].sum())
+    return inside if size - zeros >= _DENSE * (size - inside) else 0
 
 
 def of_factors(matrix: LowRankMatrix) -> ZeroBlock | None:
@@ -72,8 +78,13 @@ def of_factors(matrix: LowRankMatrix) -> ZeroBlock | None:
     Rows of A and columns of B that are zero together only mean a smaller rank; in a sum of adapters one may be zero.
     """
     left, right = matrix.left_factor != 0, matrix.right_factor != 0
-    rows, columns = ~left.any(1), ~right.any(0)
-    blocks = [("lora_B", "rows", rows, zero_block(rows)), ("lora_A", "columns", columns, zero_block(columns))]
+    blocks = []
+    for tensor, axis, is_zero, other in (
+        ("lora_B", "rows", ~left.any(1), right),
+        ("lora_A", "columns", ~right.any(0), left),
+    ):
+        across = other.shape[1] if axis == "rows" else other.shape[0]
+        blocks.append((tensor, axis, is_zero, zero_block(is_zero, _shortest(len(is_zero), across))))
     if matrix.column_scale is None:
         inner_a, inner_b = ~right.any(1), ~left.any(0)
         if bool(inner_b.any()) != bool(inner_a.any()) and bool(left.any()) and bool(right.any()):
@@ -102,36 +113,45 @@ def of_dense(now: Tensor, start: Tensor | None, *, is_update: bool) -> ZeroBlock
     blocks = []
     for tensor, differs in stored:
         for axis, is_zero, other in (("rows", ~differs.any(1), 1), ("columns", ~differs.any(0), 0)):
-            is_vocabulary = now.shape[1 - other] >= _VOCABULARY * now.shape[other]
-            zero = zero_block(is_zero, _SHORTEST_OF_VOCABULARY if is_vocabulary else _SHORTEST)
+            zero = zero_block(is_zero, _shortest(len(is_zero), now.shape[other]))
             blocks += [ZeroBlock(tensor, axis, zero, len(is_zero))] if zero else []
+    if start is not None and not is_update and not bool((now != 0).any()) and bool((start != 0).any()):
+        return ZeroBlock("weight", "rows", len(now), len(now))  # of a stack of matrices, one that another process has
     return _largest(blocks)
+
+
+def _shortest(size: int, across: int) -> float:
+    """Share of the rows that a block has at least, by the number of rows and of columns."""
+    return _SHORTEST_OF_VOCABULARY if size >= _VOCABULARY * across else _SHORTEST
 
 
 def _largest(blocks: Iterable[ZeroBlock]) -> ZeroBlock | None:
     return max(blocks, key=lambda block: block.zero / block.size, default=None)
 
 
-def zero_block_findings(found: Sequence[tuple[int, str, ZeroBlock]], matrices: int) -> Iterator[Finding]:
+def zero_block_findings(blocks: Sequence[tuple[int, str, ZeroBlock]], matrices: int) -> Iterator[Finding]:
     """One finding for each share of each tensor.
 
     Args:
-        found: Step, matrix and block.
+        blocks: Step, matrix and block.
         matrices: How many the run has.
     """
     groups: dict[tuple[str, str, float], list[tuple[int, str, ZeroBlock]]] = defaultdict(list)
-    for step, name, block in found:
+    for step, name, block in blocks:
         groups[block.tensor, block.axis, round(block.zero / block.size, 3)].append((step, name, block))
     for (tensor, axis, share), members in groups.items():
         names, steps = dict.fromkeys(name for _, name, _ in members), sorted({step for step, _, _ in members})
         first = members[0][2]
-        message = (
-            f"Only {first.size - first.zero} of {first.size} {axis} of {tensor} are not zero ({1 - share:.1%}) in "
-            f"{len(names)} of {matrices} matrices, e.g. {next(iter(names))}; the others are exactly zero. "
-            "That is what one process holds of a sharded model: norms and ranks are those of the part."
-        )
         remedy = (
             "Gather the weights before saving (FSDP: full state dict; DeepSpeed: zero_to_fp32.py), and analyse those."
         )
         evidence = {"matrices": len(names), "names": list(names)[:_MOST_NAMED], "share": 1 - share, "steps": steps}
-        yield Finding("OD139", message, remedy, step=steps[-1], evidence=evidence)
+        yield Finding(
+            "OD139",
+            f"Only {first.size - first.zero} of {first.size} {axis} of {tensor} are not zero ({1 - share:.1%}) in "
+            f"{len(names)} of {matrices} matrices, e.g. {next(iter(names))}; the others are exactly zero. "
+            "That is what one process holds of a sharded model: norms and ranks are those of the part.",
+            remedy,
+            step=steps[-1],
+            evidence=evidence,
+        )

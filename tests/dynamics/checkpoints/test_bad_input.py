@@ -288,12 +288,12 @@ def test_file_that_changes_after_opening(tmp_path: Path) -> None:
 
     with (
         trajectory.checkpoints[1].open() as matrices,
-        pytest.raises(UnreadableMatrix, match="cannot be opened any more"),
+        pytest.raises(UnreadableMatrix, match="It is not there any more"),
     ):
         matrices[Q]
 
     write_adapter(tmp_path / "checkpoint-20", random_factors(rank=2))
-    with trajectory.checkpoints[1].open() as matrices, pytest.raises(UnreadableMatrix, match="no longer holds"):
+    with trajectory.checkpoints[1].open() as matrices, pytest.raises(UnreadableMatrix, match="has changed since"):
         matrices[Q]
 
 
@@ -339,6 +339,27 @@ CONFIGS: dict[str, tuple[str, str, str]] = {
     "r is zero": ('{"peft_type": "LORA", "r": 0, "lora_alpha": 8}', "OD102", "Its r is 0"),
     "alpha is NaN": ('{"peft_type": "LORA", "r": 4, "lora_alpha": NaN}', "OD102", "Its lora_alpha is nan"),
     "alpha is huge": ('{"peft_type": "LORA", "r": 4, "lora_alpha": 1' + "0" * 400 + "}", "OD102", "Its lora_alpha is"),
+    "alpha is zero": (
+        '{"peft_type": "LORA", "r": 4, "lora_alpha": 0}',
+        "OD102",
+        "Its lora_alpha is 0, so that its scale is 0 and PEFT adds nothing to the model, whatever the factors hold.",
+    ),
+    "alpha is zero for a module": (
+        '{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "alpha_pattern": {".*_proj": 0}}',
+        "OD102",
+        "Its alpha_pattern is 0",
+    ),
+    "rslora is a number": (
+        '{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": 18446744073709551616}',
+        "OD102",
+        "Its use_rslora is 18446744073709551616; expected true or false.",
+    ),
+    "fan_in_fan_out is text": (
+        '{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "fan_in_fan_out": "false"}',
+        "OD102",
+        "Its fan_in_fan_out is 'false'; expected true or false.",
+    ),
+    "millions of lists": ("[" + "[]," * 1_000_000 + "[]]", "OD102", "It has about 1,000,002 objects and lists"),
     "bad pattern": (
         '{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "alpha_pattern": {"q_proj(": 3}}',
         "OD102",

@@ -80,3 +80,20 @@ def test_patterns_as_people_write_them_are_matched(key: str, tmp_path: Path) -> 
         assert {name: matrices[name].scale for name in NAMES} == {
             name: 5.0 if name.endswith("q_proj") else 2.0 for name in NAMES
         }
+
+
+def test_many_patterns_that_are_each_harmless_are_refused_together(tmp_path: Path) -> None:
+    """600 keys of 10⁶ ways on 50 modules take minutes; the same checkpoints again cost nothing more."""
+    names = tuple(f"model.layers.{layer}.self_attn.q_proj" for layer in range(50))
+    slow = {f".*.*.*q{index}": 4 for index in range(600)}
+    write_adapter(tmp_path / "slow", random_factors(names), adapter_config(rank_pattern=slow))
+    before = time.monotonic()
+    with pytest.raises(
+        NotARun, match="have 600 keys for 50 modules, which together may be matched in more than 100 million"
+    ):
+        open_trajectory(tmp_path / "slow")
+    assert time.monotonic() - before < 20
+    plain = dict.fromkeys(names, 4)
+    for step in range(1, 6):
+        write_adapter(tmp_path / f"plain/checkpoint-{step}", random_factors(names), adapter_config(rank_pattern=plain))
+    assert len(open_trajectory(tmp_path / "plain").steps) == 5

@@ -194,3 +194,25 @@ def test_rank_that_grows_in_every_matrix_is_one_training(tmp_path: Path) -> None
 
     assert [one.segment for one in trajectory.checkpoints] == [0, 0, 0]
     assert [finding.code for finding in trajectory.findings] == ["OD113", "OD116", "OD117"]
+
+
+@pytest.mark.parametrize(
+    ("change", "setting"),
+    [
+        ({"lora_alpha": 16}, "lora_alpha"),
+        ({"use_rslora": True}, "use_rslora"),
+        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+    ],
+)
+def test_no_increment_crosses_a_change_of_scale(change: dict[str, Any], setting: str, tmp_path: Path) -> None:
+    """The log goes on, so that it is one training; its updates before and after have two scales."""
+    for step in (10, 20, 30, 40):
+        config = adapter_config(**(change if step > 20 else {}))
+        write_state(write_adapter(tmp_path / f"checkpoint-{step}", random_factors(seed=step), config), step)
+    trajectory = open_trajectory(tmp_path)
+    assert [checkpoint.segment for checkpoint in trajectory.checkpoints] == [0, 0, 1, 1]
+    (warning,) = [finding for finding in trajectory.findings if finding.code == "OD140"]
+    assert (warning.severity, warning.step) == ("warning", 30)
+    assert warning.message.startswith(f"{setting} is ")
+    assert "No increment crosses the change" in warning.message
+    assert not [finding for finding in trajectory.findings if finding.code in ("OD112", "OD113")]

@@ -3,7 +3,7 @@ import json
 import numpy as np
 
 from dynamics.report import summarise
-from dynamics.report.words import how_far, how_many_directions, how_steep, number, what_was_analysed
+from dynamics.report.words import beside_the_base, how_far, how_many_directions, how_steep, number, what_was_analysed
 from tests.trees import example_tree, matrix_names
 
 
@@ -78,3 +78,29 @@ def test_no_gradient_no_sentence():
     tree = captured([100, 200], [])
     tree["summary_gradient"]["norm_before_clip_quantile"][:] = np.nan
     assert how_steep(summarise(tree)) == ""
+
+
+def test_a_sum_over_some_matrices_says_over_how_many():
+    summary = summarise(example_tree(matrices=3))
+    assert how_far(summary).endswith("over all matrices.")
+    part = {**summary, "totals": {**summary["totals"], "matrices": 2}}
+    assert how_far(part).endswith("over 2 of 3 matrices.")
+
+
+def test_several_adapters_stand_by_themselves():
+    adapters = [{"adapter": name, "matrices": 4, "frobenius_norm": 1.5} for name in ("policy", "reference")]
+    summary = {**summarise(example_tree(matrices=3)), "adapters": adapters}
+    assert how_far(summary) == (
+        "At step 600 the update of policy has Frobenius norm 1.50 over 4 matrices and the update of reference has "
+        "Frobenius norm 1.50 over 4 matrices. They are not added up."
+    )
+
+
+def test_what_the_base_was_compared_with_is_counted():
+    base = {"k": 10, "relative_size": 0.1, "matrices": 3, "of": 3}
+    every = "It is 10.0 % of the norm of the weights before training, in the median"
+    assert beside_the_base({"base": base}) == f"{every} matrix."
+    assert beside_the_base({"base": {**base, "matrices": 2}}) == f"{every} of the 2 of 3 matrices that the base has."
+    none = {"k": 10, "relative_size": None, "matrices": 0, "of": 3}
+    assert beside_the_base({"base": none}) == "None of the 3 matrices could be compared with the base."
+    assert beside_the_base({"base": None}) == ""

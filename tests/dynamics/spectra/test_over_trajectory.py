@@ -240,3 +240,14 @@ def test_suggested_ranks_hold_their_share_of_energy(tmp_path):
     assert update["suggested_rank"].values.tolist() == [2.0]
     assert update["suggested_rank"].attrs["energy"] == 0.99
     assert "OD206" in [f.code for f in findings]
+
+
+def test_an_absurd_size_is_warned_of(tmp_path):
+    """A damaged file, or a training that diverged: no weight has entries of a thousand."""
+    factors = {10: random_factors(seed=1), 20: random_factors(seed=2)}
+    left, right = factors[20][NAMES[0]]
+    factors[20][NAMES[0]] = (left * 1e20, right)
+    _, findings = analyse_spectra(open_trajectory(write_run(tmp_path, factors)))
+    (warning,) = [finding for finding in findings if finding.code == "OD141"]
+    assert (warning.severity, warning.matrix, warning.step) == ("warning", NAMES[0], 20)
+    assert warning.evidence["largest"] > 1e19
