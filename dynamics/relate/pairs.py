@@ -213,11 +213,11 @@ def coefficients(
     asked: Asked,
 ) -> Float[np.ndarray, "measure task"]:
     """Return the correlations alone."""
-    found = np.full((x.shape[-1], y.shape[-1]), np.nan)
+    values = np.full((x.shape[-1], y.shape[-1]), np.nan)
     for block in blocks(x, y, cluster, asked):
         if block.grid.runs and block.units > 1:
-            found[block.pairs] = np.einsum("mus,tus->mt", block.x, block.y)
-    return found
+            values[block.pairs] = np.einsum("mus,tus->mt", block.x, block.y)
+    return values
 
 
 def _count(block: Block, numbers: dict[str, np.ndarray]) -> None:
