@@ -195,7 +195,8 @@ def associations(
         if asked.question == "one_run" and block.grid.runs:
             _describe(block, numbers)
         elif not block.grid.runs:
-            numbers["reason"][block.pairs] = f"no run has {LEAST_STEPS[asked.question]} steps with both"
+            least = LEAST_STEPS[asked.question]
+            numbers["reason"][block.pairs] = f"no run has {'a step' if least == 1 else f'{least} steps'} with both"
         elif block.units < 2:
             numbers["reason"][block.pairs] = "there is only one independent unit"
         else:

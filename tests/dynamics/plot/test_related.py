@@ -125,7 +125,7 @@ def test_tasks_with_the_same_reason_share_a_sentence():
     rows = [ScoreRow(run, 100, f"task{number}/accuracy", 0.5) for run in trees for number in range(100)]
     group = relate(trees, rows).groups["association"]
     assert len(group.attrs["statements"]) == 1
-    assert "and 93 more: one of the two does not vary." in group.attrs["statements"][0]
+    assert "and 93 more: no run has a step with both." in group.attrs["statements"][0]
 
 
 def test_every_figure_becomes_svg(groups):
