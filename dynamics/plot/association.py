@@ -71,9 +71,10 @@ def association(
     return figure
 
 
-def most_telling(found: xr.Dataset, count: int) -> list[str]:
+def most_telling(association: xr.Dataset, count: int) -> list[str]:
     """Tasks to draw where there are many: the mean of all, those with something shown, then the first."""
-    shown = dict(zip(found["task"].values.tolist(), found["holds"].values.astype(bool).any(0).tolist(), strict=True))
+    holds = np.asarray(association["holds"].transpose("measure", "task").values, dtype=bool).any(axis=0)
+    shown = {str(task): bool(flag) for task, flag in zip(association["task"].values, holds, strict=True)}
     chosen = sorted(shown, key=lambda task: (task != ALL, not shown[task]))[:count]
     return [task for task in shown if task in chosen]
 

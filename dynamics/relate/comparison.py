@@ -189,7 +189,7 @@ def _units(
     words = f"{len(singles[0])} + {len(singles[1])} runs, unpaired"
     if common and least > 2:
         words += f" ({len(common)} pairs by name could not decide; {least} could)"
-    return _Units(*singles, False, words)
+    return _Units(singles[0], singles[1], False, words)
 
 
 def _least(*, pairs: bool, comparisons: int) -> int:

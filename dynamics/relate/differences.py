@@ -142,7 +142,7 @@ def relabelled_difference(
     sets = first.shape[1:]
     columns = [values.reshape(len(values), -1) for values in (first, second)]
     relabelled = paired_difference if pairs else unpaired_difference
-    width = max(1, _AT_ONCE // (draws + 1))
+    width = max(1, _AT_ONCE // max(draws + 1, 10_000))  # so many relabellings are listed where these are all
     tests = MaxT(level)
     parts = []
     for start in range(0, max(1, columns[0].shape[1]), width):

@@ -115,9 +115,9 @@ def metric_of(name: str) -> Metric:
         for count in range(len(segments), 0, -1):
             direction, task = _read(segments[:count])
             rest = [word for segment in segments[count:] for word in segment]
-            if direction and not (rest and _NOT_A_TASK & set(rest)):
+            if direction and task is not None and not _NOT_A_TASK & set(rest):
                 return Metric(direction, "_".join([*task, *(word for word in rest if word not in _MODIFIERS)]))
-            if direction == 0 and task is None:  # it depends
+            if task is None:  # it depends
                 return Metric(0, name)
     head, separator, _ = name.rpartition("/")
     return Metric(0, head if separator else name)

@@ -195,7 +195,8 @@ def associations(
         if asked.question == "one_run" and block.grid.runs:
             _describe(block, numbers)
         elif not block.grid.runs:
-            numbers["reason"][block.pairs] = f"no run has {LEAST_STEPS[asked.question]} steps with both"
+            least = LEAST_STEPS[asked.question]
+            numbers["reason"][block.pairs] = f"no run has {'a step' if least == 1 else f'{least} steps'} with both"
         elif block.units < 2:
             numbers["reason"][block.pairs] = "there is only one independent unit"
         else:
@@ -213,11 +214,11 @@ def coefficients(
     asked: Asked,
 ) -> Float[np.ndarray, "measure task"]:
     """Return the correlations alone."""
-    found = np.full((x.shape[-1], y.shape[-1]), np.nan)
+    values = np.full((x.shape[-1], y.shape[-1]), np.nan)
     for block in blocks(x, y, cluster, asked):
         if block.grid.runs and block.units > 1:
-            found[block.pairs] = np.einsum("mus,tus->mt", block.x, block.y)
-    return found
+            values[block.pairs] = np.einsum("mus,tus->mt", block.x, block.y)
+    return values
 
 
 def _count(block: Block, numbers: dict[str, np.ndarray]) -> None:

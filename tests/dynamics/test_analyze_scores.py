@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from dynamics import analyze_run, open_run, schema
 from dynamics.analyze import app
 from dynamics.options import Options
-from dynamics.relate.of_runs import UPDATE_HEADLINE
+from dynamics.relate.of_runs import UPDATE_HEADLINE, training_loss
 from dynamics.report.page import page as page_of
 from tests.runs import write_run, write_state
 
@@ -68,9 +68,10 @@ def test_groups_are_compared_and_related(result):
     assert association["direction"].values.tolist() == [1, 1, -1]
     assert (association["n_runs"].sel(measure=UPDATE_HEADLINE) == 6).all()
     assert comparison["comparison"].values.tolist() == ["imax − dmax"]
-    assert comparison["n_pairs"].values.tolist() == [3]
+    assert comparison["n_pairs"].values.tolist() == [0]
     text = " ".join(found.stdout.split())
-    assert "cannot be decided with n = 3; the smallest possible p is 0.25" in text
+    assert "cannot be decided with n = 6; the smallest possible p is 0.1 (4 + 4 runs could)" in text
+    assert "3 + 3 runs, unpaired (3 pairs by name could not decide; 6 could)" in text
     assert text.index("cannot be decided") < text.index("imax_s1: 4 checkpoints")
     assert {"OD507", "OD513"} <= codes(tree)
 
@@ -118,14 +119,59 @@ def test_without_scores_or_groups_nothing_is_added(runs, tmp_path):
     ("arguments", "words"),
     [
         (["--headline", "nothing"], "headline: expected one of the measures"),
+        (["--given", "lr"], "given: expected 'loss' or 'trend', got 'lr'"),
         (["--higher", "vqa", "--lower", "vqa"], "Expected each task among higher or lower, got 'vqa' in both."),
         (["--fail-on", "never"], "expected note, warning or error, got 'never'"),
     ],
 )
-def test_what_is_no_argument_ends_with_two(runs, tmp_path, arguments, words):
+def test_what_is_no_argument_ends_with_two_before_anything_is_read(runs, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.setattr("dynamics.pipeline.open_source", lambda *_: pytest.fail("a run was opened"))
     found = analyze(runs / "imax_s1", runs / "imax_s2", "--out", tmp_path / "o", "--no-report", *arguments)
     assert found.exit_code == 2
     assert words in " ".join(found.stderr.replace("│", " ").split())
+
+
+def logged(tmp_path, count=6, loss=True):
+    """Runs whose log has a score, and the loss between and at the checkpoints."""
+    names = [f"run_{number}" for number in range(count)]
+    for number, name in enumerate(names):
+        run = write_run(tmp_path / name, steps=STEPS, seed=number)
+        log = [{"step": step, "eval_vqa_accuracy": float(np.sin(step + number))} for step in STEPS]
+        log += [{"step": step, "loss": 3.0 - step / 20 + number % 3 * step / 50} for step in range(5, 41, 5) if loss]
+        write_state(run / f"checkpoint-{STEPS[-1]}", STEPS[-1], log)
+    return {name: tmp_path / name for name in names}
+
+
+def test_the_logged_loss_is_held_equal(tmp_path):
+    runs = logged(tmp_path)
+    plain = analyze_run(runs, out=tmp_path / "o", options=Options(report=False))
+    equal = analyze_run(runs, out=tmp_path / "p", options=Options(report=False, given="loss"))
+    both = (tree["association"].sel(measure=UPDATE_HEADLINE) for tree in (plain, equal))
+    beside, held = (group["coefficient_given_loss"].values for group in both)
+    np.testing.assert_allclose(beside, held)
+    np.testing.assert_allclose(held, equal["association"]["coefficient"].sel(measure=UPDATE_HEADLINE))
+    assert not np.allclose(held, plain["association"]["coefficient"].sel(measure=UPDATE_HEADLINE))
+    loss = training_loss(plain["runs/run_1"], STEPS)["loss"].values
+    np.testing.assert_allclose(loss, [3 - (step - 2.5) / 20 + (step - 2.5) / 50 for step in STEPS])
+
+
+def test_a_loss_that_was_not_logged_is_not_held_equal_and_said(tmp_path):
+    tree = analyze_run(logged(tmp_path, 3, loss=False), out=tmp_path / "o", options=Options(report=False, given="loss"))
+    assert tree["association"].attrs["given"] == ""
+    told = [finding for finding in json.loads(tree.attrs["findings"]) if finding["code"] == "OD514"]
+    assert "expected the training loss of these runs at these steps" in told[0]["message"]
+    assert "--given trend" in told[0]["remedy"]
+
+
+def test_relations_that_fail_cost_only_themselves(runs, scores, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError("no")
+
+    monkeypatch.setattr("dynamics.relating.relate", fail)
+    found = analyze(*labelled(runs), "--scores", scores, "--out", tmp_path / "o", "--no-report")
+    assert found.exit_code == 1
+    assert "OD515" in found.stderr
+    assert (tmp_path / "o" / "analysis.zarr").exists()
 
 
 def test_a_score_file_that_is_none_is_named_and_the_rest_is_saved(runs, tmp_path):

@@ -47,7 +47,7 @@ def test_no_metric_name_is_a_path_in_the_store(tmp_path, prefix):
     values = tree["score"]["score"] if prefix else tree["training"]["value"]
     assert values.values.ravel().tolist() == [float(index) for index in range(len(names))]
     read = values["task" if prefix else "metric"].values.tolist()
-    assert read == [name.replace("\0", "\\0") for name in names]
+    assert read == [name.replace("\0", "\\x00") for name in names]
 
 
 def test_each_variable_has_units_and_a_name():

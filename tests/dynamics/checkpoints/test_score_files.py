@@ -164,6 +164,59 @@ def test_files_that_cannot_be_read(tmp_path, name, content, problem):
     assert problem in finding.message
 
 
+@pytest.mark.parametrize("odd", [["b"], {"b": 1}, None, 3, 1.5, True])
+def test_odd_members_of_a_harness_group_are_no_tasks(tmp_path, odd):
+    results = {task: {"acc,none": 0.5} for task in ("group", "a", "b")}
+    content = {"results": results, "group_subtasks": {"group": ["a", odd], "other": odd}}
+    file = read_scores(written(tmp_path, "results_1.json", content), run="r")
+    assert [row.task for row in file.rows] == ["group/acc", "b/acc"]
+
+
+@pytest.mark.parametrize("key", ["group_subtasks", "higher_is_better", "n-samples", "config", "model_name", "versions"])
+@pytest.mark.parametrize("odd", [[[]], [{}], "text", 3, None, {"t": [[1]]}, {"t": {"acc": [1]}}])
+def test_whatever_a_harness_file_holds_its_scores_are_read(tmp_path, key, odd):
+    content = {"results": {"t": {"acc,none": 0.5, "odd,none": odd}, "u": odd}, key: odd}
+    file = read_scores(written(tmp_path, "results_1.json", content), run="r")
+    assert ("t/acc", 0.5) in [(row.task, row.score) for row in file.rows]
+
+
+def test_a_file_on_which_reading_fails_costs_only_itself(tmp_path, monkeypatch):
+    def fail(*_):
+        raise TypeError("unhashable type: 'list'")
+
+    monkeypatch.setattr("dynamics.checkpoints.score_files._harness", fail)
+    file = read_scores(written(tmp_path, "results_1.json", {"results": {}}))
+    (finding,) = file.findings
+    assert (finding.code, finding.severity, file.rows) == ("OD506", "error", ())
+    assert finding.message == "It cannot be read as scores: TypeError: unhashable type: 'list'."
+
+
+HOSTILE = [
+    "\x1b[31mred",
+    "bell\x07",
+    "\x1b]0;title\x07",
+    "line\nbreak",
+    "\u202ereversed",
+    "nul\0",
+    "\ud800",
+    "x" * 5000,
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_that_a_terminal_would_obey_are_escaped(tmp_path, name):
+    harness = {"results": {name: {f"{name},none": 0.5, "acc,none": name}}, "model_name": f"{name}/checkpoint-5"}
+    log = {"log_history": [{"step": 5, f"eval_{name}_loss": 1.0}]}
+    files = [read_scores(written(tmp_path, f, c)) for f, c in (("results_1.json", harness), ("s.json", log))]
+    if name.isprintable() or name.startswith(("\x1b", "bell")):
+        table = f'run,step,task,metric,score\n"{name}",5,"{name}",acc,0.5\n"{name}",5,t,acc,"{name}"'
+        files.append(read_scores(written(tmp_path, "s.csv", table)))
+    for file in files:
+        assert len(file.rows) == 1
+        texts = [file.rows[0].task, file.rows[0].run, *(finding.message for finding in file.findings)]
+        assert all(text.isprintable() and len(text) < 1100 for text in texts)
+
+
 def test_score_files_of_a_run(tmp_path):
     for name in ("all_results.json", "train_results.json", "eval_results.json", "trainer_state.json"):
         written(tmp_path, name, {})

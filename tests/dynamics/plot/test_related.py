@@ -4,11 +4,13 @@ import re
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from dynamics import plot
 from dynamics.checkpoints.score_files import ScoreRow
 from dynamics.plot.figures import figures
 from dynamics.relate.of_runs import UPDATE_HEADLINE, relate
+from dynamics.report.related import MOST_ROWS, MOST_STATEMENTS, related_sections
 from tests.trees import example_tree
 
 RUNS = [f"{group}_s{seed}" for group in ("imax", "$dmax") for seed in range(1, 5)]
@@ -92,6 +94,38 @@ def test_a_result_without_them_says_what_they_need():
     with pytest.raises(ValueError, match=re.escape("needs groups of runs (LABEL=RUN)")):
         plot.comparison(tree)
     assert not {"association", "comparison"} & set(figures(tree))
+
+
+def test_many_tasks_stay_within_a_page():
+    trees = {run: example_tree(run=run, steps=4, matrices=3) for run in RUNS[:2]}
+    rng = np.random.default_rng(0)
+    rows = [
+        ScoreRow(run, step, f"task{number}/accuracy", float(rng.uniform()))
+        for run in trees
+        for step in (100, 200, 300, 400)
+        for number in range(300)
+    ]
+    group = relate(trees, rows).groups["association"]
+    assert group.sizes["task"] == 301
+    grid, forest = plot.association_grid(group), plot.association(group)
+    assert max(*grid.get_size_inches(), *forest.get_size_inches()) <= 30
+    assert "20 of 301 tasks" in grid.axes[0].get_title(loc="left")
+    assert "4 of 301 tasks" in forest.axes[0].get_title(loc="left")
+    tree = xr.DataTree.from_dict({"/association": group})
+    part = related_sections(tree, {})["association"]
+    assert len(part["rows"]) == MOST_ROWS
+    assert {row[0] for row in part["rows"][:1]} <= set(group["measure"].values.tolist())
+    assert f"{MOST_ROWS} of {301 * group.sizes['measure']:,} (shown" in part["words"]
+    assert len(part["statements"]) <= MOST_STATEMENTS
+    assert len(part["statements"]) + part["more"] == len(group.attrs["statements"])
+
+
+def test_tasks_with_the_same_reason_share_a_sentence():
+    trees = {run: example_tree(run=run, steps=4, matrices=3) for run in RUNS[:2]}
+    rows = [ScoreRow(run, 100, f"task{number}/accuracy", 0.5) for run in trees for number in range(100)]
+    group = relate(trees, rows).groups["association"]
+    assert len(group.attrs["statements"]) == 1
+    assert "and 93 more: no run has a step with both." in group.attrs["statements"][0]
 
 
 def test_every_figure_becomes_svg(groups):

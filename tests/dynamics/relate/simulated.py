@@ -5,7 +5,14 @@ The null kinds have independent x and y which both move with time, as measures a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+
+from dynamics.relate.correlation import centred_curves, paired, standard_error, without_each
+from dynamics.relate.demeaning import cluster_means
+from dynamics.relate.intervals import jackknife_interval
+from dynamics.relate.permutations import MaxT, pairings
 
 Curves = tuple[np.ndarray, np.ndarray]
 
@@ -86,3 +93,42 @@ def planted(generator: np.random.Generator, sets: int, runs: int, steps: int, co
     trend = 5 * (1 - np.exp(-np.arange(steps) / 5))
     effects = generator.standard_normal((2, sets, runs, 1))
     return x + trend + effects[0], y + 2 * trend + effects[1]
+
+
+@dataclass(frozen=True)
+class Decided:
+    """p-value and interval of each study, ``[set]``."""
+
+    p_value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def decided(
+    x: np.ndarray,
+    y: np.ndarray,
+    loss: np.ndarray | None = None,
+    *,
+    slopes: bool = False,
+    cluster: np.ndarray | None = None,
+    draws: int = 1999,
+) -> Decided:
+    """The one association of each study, as ``associate`` decides the headline's, many studies at once."""
+    if cluster is not None:
+        x, y = (cluster_means(values, cluster) for values in (x, y))
+    if loss is None:
+        curves = [centred_curves(values, slopes=slopes) for values in (x, y)]
+    else:
+        curves = [np.stack([centred_curves(*pair) for pair in zip(values, loss, strict=True)]) for values in (x, y)]
+    pairing = pairings(x.shape[1], draws=draws)
+    tests = MaxT()
+    for start in range(0, len(x), 100):
+        products = np.einsum("pus,pvs->uvp", *(values[start : start + 100] for values in curves))
+        tests.add(paired(products, pairing, studentise=True))
+    test = tests.test()
+    moved = [np.moveaxis(values, 0, -1) for values in curves]
+    shares = (moved[0] * moved[1]).sum(1)
+    low, high, p_value = jackknife_interval(shares.sum(0), without_each(*moved))
+    reach = test.critical * standard_error(shares)
+    low, high = np.minimum(low, shares.sum(0) - reach), np.maximum(high, shares.sum(0) + reach)
+    return Decided(np.maximum(test.p_value, p_value), np.maximum(low, -1), np.minimum(high, 1))

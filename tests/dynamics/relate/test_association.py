@@ -118,14 +118,15 @@ def test_with_the_loss_held_equal_a_common_cause_is_gone():
 def test_a_covariate_is_removed_as_by_least_squares_with_dummies_of_runs_and_steps():
     rng = np.random.default_rng(2)
     x, loss = rng.standard_normal((2, 6, 9))
+    smooth = loss
     for _ in range(2):
-        wide = np.concatenate([loss[:, :1], loss, loss[:, -1:]], axis=1)
-        loss, raw = (wide[:, :-2] + 2 * wide[:, 1:-1] + wide[:, 2:]) / 4, loss if _ == 0 else raw
+        wide = np.concatenate([smooth[:, :1], smooth, smooth[:, -1:]], axis=1)
+        smooth = (wide[:, :-2] + 2 * wide[:, 1:-1] + wide[:, 2:]) / 4
     dummies = [np.kron(np.eye(6), np.ones((9, 1))), np.kron(np.ones((6, 1)), np.eye(9))]
-    design = np.hstack([*dummies, *(loss.reshape(-1, 1) ** power for power in (1, 2, 3))])
+    design = np.hstack([*dummies, *(smooth.reshape(-1, 1) ** power for power in (1, 2, 3))])
     residuals = x.ravel() - design @ np.linalg.lstsq(design, x.ravel(), rcond=None)[0]
     np.testing.assert_allclose(
-        centred_curves(x, raw).ravel(), residuals / np.linalg.norm(residuals), rtol=1e-8, atol=1e-10
+        centred_curves(x, loss).ravel(), residuals / np.linalg.norm(residuals), rtol=1e-8, atol=1e-10
     )
 
 

@@ -8,6 +8,7 @@ from dynamics.relate.differences import relabelled_difference, students_test
 from dynamics.relate.pairs import Asked, associations
 from tests.dynamics.relate.simulated import (
     clustered_walks,
+    decided,
     groups_of_spread,
     learning_speeds,
     one_lively_run,
@@ -17,27 +18,24 @@ from tests.dynamics.relate.simulated import (
     shared_volatility,
 )
 
-SETS = 400
+SETS = 1000
 
 
-def related(x, y, cluster=None, loss=None, slopes=False):
-    """The one association of each study; two of them if it has two."""
-    cluster = np.arange(x.shape[1]) if cluster is None else cluster
-    return [
-        associations(
-            x[study, ..., None],
-            y[study, ..., None],
-            cluster,
-            Asked(covariate=None if loss is None else loss[study], slopes=slopes),
-            np.ones((1, 1), dtype=bool),
-            draws=999,
-        )
-        for study in range(len(x))
-    ]
+def rate(result):
+    return (result.p_value <= 0.05).mean()
 
 
-def rate(pairs):
-    return np.mean([pair.p_value.item() <= 0.05 for pair in pairs])
+@pytest.mark.parametrize("given", [None, "loss", "trend"])
+def test_many_studies_are_decided_as_one_is(given):
+    x, y, loss = learning_speeds(np.random.default_rng(6), 3, 5, 9)
+    held = loss if given == "loss" else None
+    many = decided(x, y, held, slopes=given == "trend")
+    for study in range(3):
+        asked = Asked(covariate=None if held is None else held[study], slopes=given == "trend")
+        leading = np.ones((1, 1), dtype=bool)
+        one = associations(x[study, ..., None], y[study, ..., None], np.arange(5), asked, leading)
+        for name in ("p_value", "low", "high"):
+            assert getattr(one, name).item() == pytest.approx(getattr(many, name)[study])
 
 
 def naive(x, y):
@@ -50,7 +48,7 @@ def naive(x, y):
 )
 def test_independent_curves_are_called_associated_no_more_often_than_stated(kind, fewest, most_naive):
     curves = kind(np.random.default_rng(0), SETS, 6, 15)
-    assert fewest <= rate(related(*curves)) <= 0.06
+    assert fewest <= rate(decided(*curves)) <= 0.06
     assert naive(*curves) >= most_naive
 
 
@@ -58,30 +56,30 @@ def test_independent_curves_are_called_associated_no_more_often_than_stated(kind
 @pytest.mark.parametrize("runs", [6, 12])
 def test_runs_that_are_livelier_in_both_are_no_association(kind, runs):
     x, y = kind(np.random.default_rng(1), SETS, runs, 10)
-    assert rate(related(x, y)) <= 0.065
+    assert rate(decided(x, y)) <= 0.065
 
 
 @pytest.mark.parametrize("runs", [6, 12])
 def test_own_learning_speeds_are_a_common_cause_until_the_loss_is_held_equal(runs):
     x, y, loss = learning_speeds(np.random.default_rng(2), SETS, runs, 12)
-    assert rate(related(x, y, loss=loss)) <= 0.07
-    assert rate(related(x, y)) >= {6: 0.1, 12: 0.25}[runs]
+    assert rate(decided(x, y, loss=loss)) <= 0.07
+    assert rate(decided(x, y)) >= {6: 0.1, 12: 0.25}[runs]
 
 
 def test_clustered_seeds_count_once():
     x, y = clustered_walks(np.random.default_rng(1), SETS, 6, 3, 12)
-    assert rate(related(x, y, np.repeat(np.arange(6), 3))) <= 0.06
-    assert rate(related(x[:150], y[:150])) > 0.15
+    assert rate(decided(x, y, cluster=np.repeat(np.arange(6), 3))) <= 0.06
+    assert rate(decided(x[:150], y[:150])) > 0.15
 
 
 def test_a_planted_association_is_found():
     """Correlation 0.5 of deviations, twelve runs of twelve steps."""
-    assert rate(related(*planted(np.random.default_rng(2), 100, 12, 12, 0.5))) >= 0.9
+    assert rate(decided(*planted(np.random.default_rng(2), 100, 12, 12, 0.5))) >= 0.9
 
 
 def test_intervals_of_associations_hold_the_truth():
-    pairs = related(*planted(np.random.default_rng(3), SETS, 12, 20, 0.5))
-    assert 0.94 <= np.mean([pair.low.item() <= 0.5 <= pair.high.item() for pair in pairs]) <= 0.995
+    result = decided(*planted(np.random.default_rng(3), SETS, 12, 20, 0.5))
+    assert 0.94 <= ((result.low <= 0.5) & (result.high >= 0.5)).mean() <= 0.995
 
 
 def p_values(first, second, pairs=False):
