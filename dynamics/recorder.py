@@ -482,7 +482,8 @@ class Recorder:
             # Where the norm is not known, what stands in for the gradient is no gradient of zero.
             spectrum = (None, 0) if math.isnan(norm_after) else spectra.get(name, (None, 0))
             gradients[name] = GradientSpectrum(norm_before, norm_after, *spectrum)
-        return raw.raw_gradient(step, self._live.places, gradients)
+        places = {name: place for name, place in self._live.places.items() if name in gradients}
+        return raw.raw_gradient(step, places, gradients)
 
     @contextmanager
     def _forgiven(self, step: int) -> Iterator[None]:

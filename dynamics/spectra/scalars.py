@@ -31,7 +31,8 @@ def scalars(update: xr.Dataset, gradient: xr.Dataset | None = None) -> dict[str,
         numbers[f"{kind}/frobenius_norm"] = _together(norms[present])
         numbers[f"{kind}/effective_rank_energy"] = _median(effective_rank(torch.from_numpy(values)).numpy())
         numbers[f"{kind}/dominant_ratio"] = _median(dominant_ratio(torch.from_numpy(values)).numpy())
-    if gradient is not None:
+    if gradient is not None:  # of what is trained now, which may be less than what has moved
+        alone = ~np.asarray(parts_of_sums(gradient["matrix"].values.tolist()), dtype=bool)
         for name in ("norm_before_clip", "norm_after_clip"):
             numbers[f"gradient/{name}"] = _together(gradient[name].values[0][alone])
         values = torch.from_numpy(gradient["singular_value"].values[0])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
 from peft import LoHaConfig, get_peft_model
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import HPSearchBackend
 
 import dynamics
 from dynamics import DynamicsCallback, Recorder, schema
@@ -18,7 +20,7 @@ from dynamics.fisher.gradient_null import effective_batches
 from dynamics.store import read_capture
 from probes import Task, gradient_gram, probe_batches, probe_loss
 from probes.watched import find
-from tests.trainings import VOCABULARY, Tokens, llama, lora_llama, losses, random_states, trainer
+from tests.trainings import VOCABULARY, Tokens, arguments, llama, lora_llama, losses, random_states, trainer
 
 
 def task(name: str, seed: int, samples: int = 12, **options) -> Task:
@@ -268,3 +270,61 @@ def test_what_is_in_no_watched_matrix_counts_too(tmp_path):
     moved = sum((weights.kept[4][name] - weights.kept[2][name]).double().square().sum() for name in weights.kept[4])
     assert any("hada_w1_a" in block for block in fisher["block"].values)
     assert fisher["update_norm_squared"].sel(block="global").item() == pytest.approx(float(moved), rel=1e-5)
+
+
+# ---- another loss than the one probed ----
+
+
+def codes_of(folder, callback: DynamicsCallback, **options) -> list[str]:
+    kind = options.pop("kind", Trainer)
+    arguments_ = arguments(folder, max_steps=1, save_strategy="no", **options.pop("arguments", {}))
+    training = kind(lora_llama(), arguments_, train_dataset=Tokens(), callbacks=[callback], **options)
+    callback.attach(training)
+    training.train()
+    return [finding.code for finding in callback.recorder.findings]
+
+
+class Own(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"arguments": {"label_smoothing_factor": 0.1}},
+        {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: outputs.logits.square().mean()},
+        {"kind": Own},
+    ],
+    ids=["smoothing", "function", "subclass"],
+)
+def test_a_training_that_minimises_another_loss(tmp_path, options):
+    assert "OD318" in codes_of(tmp_path / "a", DynamicsCallback(tmp_path / "a", [task("a", 11)], at=[1]), **options)
+    own = task("a", 11, loss=largest_logit)
+    assert "OD318" not in codes_of(tmp_path / "b", DynamicsCallback(tmp_path / "b", [own], at=[1]), **options)
+    assert "OD318" not in codes_of(tmp_path / "c", DynamicsCallback(tmp_path / "c", at=[1]), **options)
+
+
+def test_a_training_that_minimises_the_models_own_loss(tmp_path):
+    assert "OD318" not in codes_of(tmp_path, DynamicsCallback(tmp_path, [task("a", 11)], at=[1]))
+
+
+# ---- a hyperparameter search ----
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_each_trial_of_a_search_is_a_run_of_its_own(tmp_path, attached, monkeypatch):
+    """As the Trainer's backends do it: `train(trial=…)` again and again, with a new model."""
+    callback = DynamicsCallback(tmp_path, at=[2])
+    options = arguments(tmp_path, max_steps=2, save_strategy="no")
+    training = Trainer(None, options, train_dataset=Tokens(), callbacks=[callback], model_init=lambda: lora_llama())
+    if attached:
+        callback.attach(training)
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: {})
+    monkeypatch.setattr(training, "_hp_search_setup", lambda trial: setattr(training, "_trial", trial))
+    training.hp_search_backend = HPSearchBackend.OPTUNA
+    for number in range(3):
+        training.train(trial=SimpleNamespace(number=number))
+    assert sorted(path.name for path in tmp_path.glob("run-*/dynamics")) == ["dynamics"] * 3
+    for number in range(3):
+        assert dynamics.open_run(tmp_path / f"run-{number}")["update"]["step"].values.tolist() == [2]
