@@ -153,7 +153,7 @@ def _probe(
 
 
 def _loaded(returned: Any) -> tuple[nn.Module, list[Task], int, float]:
-    parts = tuple(returned) if isinstance(returned, tuple | list) else (returned,)
+    parts: tuple[Any, ...] = tuple(returned) if isinstance(returned, tuple | list) else (returned,)
     if not 2 <= len(parts) <= 4 or not isinstance(parts[0], nn.Module):
         kinds = ", ".join(type(part).__name__ for part in parts)
         raise ValueError(f"expected model, tasks[, batch_size[, momentum]] from the function, got {kinds}")
