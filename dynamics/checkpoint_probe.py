@@ -153,11 +153,13 @@ def _probe(
 
 
 def _loaded(returned: Any) -> tuple[nn.Module, list[Task], int, float]:
-    parts = tuple(returned) if isinstance(returned, tuple | list) else (returned,)
+    parts: tuple[Any, ...] = tuple(returned) if isinstance(returned, tuple | list) else (returned,)
     if not 2 <= len(parts) <= 4 or not isinstance(parts[0], nn.Module):
         kinds = ", ".join(type(part).__name__ for part in parts)
         raise ValueError(f"expected model, tasks[, batch_size[, momentum]] from the function, got {kinds}")
-    model, tasks, batch_size, momentum = (*parts, 0, math.nan) if len(parts) == 2 else (*parts, math.nan)[:4]
+    model, tasks = parts[0], parts[1]
+    batch_size = parts[2] if len(parts) > 2 else 0
+    momentum = parts[3] if len(parts) > 3 else math.nan
     tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
     wrong = [type(task).__name__ for task in tasks if not isinstance(task, Task)]
     if wrong or not tasks:

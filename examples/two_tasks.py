@@ -86,10 +86,10 @@ def taught_base(train: list[dict[str, Any]], steps: int) -> LlamaForCausalLM:
     return model
 
 
-def load(folder: str) -> tuple[PeftModel, list[Task], int]:
-    """Return the model at a checkpoint, the tasks, and the samples of an optimizer step: what `--probe` asks for."""
+def load(folder: str) -> tuple[PeftModel, list[Task], int, float]:
+    """Return the model at a checkpoint, the tasks, samples an optimizer step, and momentum: what `--probe` asks for."""
     base = LlamaForCausalLM.from_pretrained(Path(folder).parent / "base")
-    return PeftModel.from_pretrained(base, folder, is_trainable=True), split()[1], BATCH
+    return PeftModel.from_pretrained(base, folder, is_trainable=True), split()[1], BATCH, 0.9  # the Trainer's AdamW
 
 
 def main() -> None:

@@ -4,7 +4,8 @@ Gradients themselves lie along the Fisher's leading directions, more so the larg
 every update looks concentrated. Here the groups are split in half. Directions come from half A; from half B fresh mean
 gradients of m samples are drawn, and their share in A's directions is compared with the update's.
 
-**A draw** is μ̂ + ε. ε is the noise of a batch: m samples resampled from B, minus their mean, of covariance Σ/m. The
+**A draw** is μ̂ + ε. ε is the noise of a batch: m samples resampled from B, minus their mean, of covariance Σ/m; normal
+of the same covariance where m is at least the number of groups. The
 mean ḡ_B holds noise of its own, which would pass for signal. Its part inside the directions and its part outside are
 each shrunk by b = ‖μ‖²_U/‖ḡ_B‖², where ‖μ‖²_U comes from pairs of different groups and has no such noise, and what is
 not known of μ is added to ε as variance (b/n_eff)Σ: the predictive distribution of a fresh batch under a normal prior
@@ -35,8 +36,6 @@ LEAST_GROUPS = 4
 #: Null gradients stand for at most so many times the samples that draw them, or the flag "concentrated" is not given:
 #: beyond, draws are nearly one vector, that of the samples' own mean. Simulated at 128 times, it came by chance in 9 %.
 MOST_TIMES = 8
-#: A draw whose squared norm is below this share of what it should be is rounding.
-_NO_GRADIENT = 1e-12
 
 
 @dataclass(frozen=True)
@@ -97,17 +96,16 @@ def matched_gain(
         along = np.einsum("bn,bnj->bj", update_product[:, first], directions)
         updates.append(ratio(np.cumsum(along**2, -1)[:, columns], update_norm[:, None] ** 2))
         projections = gram[:, second[:, None], first] @ directions
-        noise = _batch_noise(generator, batch_size, len(second), draws)
+        noise = _batch_noise(generator, batch_size, group[second], draws)
         other = gram[:, second[:, None], second]
         nulls.append(_null_shares(other, projections, group[second], batch_size, noise, columns))
     update = np.where(exists, np.stack(updates, 1), np.nan)  # block, half, k
     null = np.where(exists, np.stack(nulls, 1), np.nan)  # block, half, draw, k
     ratios = (log(update)[:, :, None] - log(null)).reshape(len(gram), -1, len(k))
-    drawn = null.reshape(ratios.shape)
     tails = ((1 - level) / 2, (1 + level) / 2)
-    low, middle, high = _quantiles(ratios, drawn, (tails[0], 0.5, tails[1]))
-    null_low, null_high = _quantiles(drawn, drawn, tails)
-    mean, share = ratio(np.nansum(drawn, axis=1), np.isfinite(drawn).sum(1)), update.mean(1)
+    low, middle, high = np.quantile(ratios, (tails[0], 0.5, tails[1]), axis=1)
+    null_low, null_high = np.quantile(null.reshape(ratios.shape), tails, axis=1)
+    mean, share = null.mean((1, 2)), update.mean(1)
     return Gain(share, mean, null_low, null_high, ratio(share, mean), middle, np.exp(low), np.exp(high))
 
 
@@ -137,15 +135,6 @@ def effective_batches(steps: int, before: int, momentum: float) -> float:
     return max(float(steps), float(weight.sum() ** 2 / (weight**2).sum()))
 
 
-def _quantiles(values: np.ndarray, drawn: np.ndarray, levels: Sequence[float]) -> np.ndarray:
-    """Quantiles over the draws that are gradients; NaN where none is, or where one has no value."""
-    known = np.isfinite(drawn)
-    missing = ~known.any(1) | (known & np.isnan(values)).any(1)
-    kept = np.where(missing[:, None], 0.0, np.where(known, values, np.nan))
-    quantile = np.nanquantile if np.isnan(kept).any() else np.quantile  # the former is slow
-    return np.where(missing, np.nan, quantile(kept, levels, axis=1))
-
-
 def _directions(gram: np.ndarray, most: int, centre: bool) -> np.ndarray:
     """U/√eig, with which K_BA and b_A become projections on the half's leading directions: [block, sample, index]."""
     values, vectors = fisher_eigenvectors(centred(gram) if centre else gram)
@@ -154,8 +143,16 @@ def _directions(gram: np.ndarray, most: int, centre: bool) -> np.ndarray:
     return leading - leading.mean(1, keepdims=True) if centre else leading
 
 
-def _batch_noise(generator: np.random.Generator, batch_size: int, samples: int, draws: int) -> np.ndarray:
-    """Weights of B's samples that make noise of covariance Σ: [draw, sample], rows sum to 0."""
+def _batch_noise(generator: np.random.Generator, batch_size: int, group: np.ndarray, draws: int) -> np.ndarray:
+    """Weights of B's samples that make noise of covariance Σ: [draw, sample], rows sum to 0.
+
+    Of a batch smaller than the number of groups, whose few samples the noise resembles, by drawing samples. Of a larger
+    one normal: drawn samples may be as many of each group, and the noise 0.
+    """
+    samples = len(group)
+    if batch_size >= len(np.unique(group)):
+        normal = generator.standard_normal((draws, samples))
+        return (normal - normal.mean(1, keepdims=True)) / np.sqrt(samples - 1)
     counts = generator.multinomial(batch_size, np.full(samples, 1 / samples), size=draws)
     return np.sqrt(batch_size * samples / (samples - 1)) * (counts / batch_size - 1 / samples)
 
@@ -201,10 +198,7 @@ def _null_shares(
         + scale_out**2 * (norm - norm_inside)
     )
     inside = np.maximum(inside, 0.0)
-    whole = inside + np.maximum(outside, 0.0)
-    # Each sample drawn equally often, and a mean shrunk to nothing, make no gradient at all: no share, only rounding.
-    least = _NO_GRADIENT * (mean_whole + spread_whole / batch_size)[:, None]
-    return np.where(whole > least, ratio(inside, whole), np.nan)
+    return ratio(inside, inside + np.maximum(outside, 0.0))
 
 
 def _predictive(

@@ -204,9 +204,9 @@ def _heavy(fisher: xr.Dataset) -> Iterator[Finding]:
 
 
 def _momentum(fisher: xr.Dataset, concentration: xr.Dataset) -> Iterator[Finding]:
-    updated = np.isfinite(concentration["null_batch"]) & np.isfinite(concentration["gain"]).any(("block", "k"))
-    known = np.isfinite(fisher["momentum"]) if "momentum" in fisher else xr.zeros_like(updated)
-    if (updated & ~known).any():
+    batch, gain = concentration["null_batch"].values, concentration["gain"].max(("block", "k")).values
+    momentum = fisher["momentum"].values if "momentum" in fisher else np.full(len(batch), np.nan)
+    if (np.isfinite(batch) & np.isfinite(gain) & np.isnan(momentum)).any():
         yield Finding(
             "OD414",
             "The optimizer's momentum is not known, and the gradient null assumes none. With β = 0.9 the update of one "

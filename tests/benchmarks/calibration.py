@@ -13,9 +13,15 @@ import numpy as np
 import xarray as xr
 from scipy import stats
 
+from dynamics.fisher.eigenvalues import directional
+from dynamics.fisher.gradient_null import MOST_TIMES, matched_gain
+from dynamics.fisher.pairs import Labels, counted_groups, interval, weight_of
+from dynamics.fisher.participation import log_participation_ratio
+from dynamics.fisher.sharing import divergence_test
 from dynamics.relate import associate, compare
 from dynamics.relate.differences import relabelled_difference, students_test
 from dynamics.relate.permutations import LEVEL
+from tests.dynamics.fisher.simulated import NORMS, gradients, grams, norms, power_law
 from tests.dynamics.relate import simulated
 from tests.dynamics.relate.simulated import decided
 
@@ -170,6 +176,87 @@ def share(flags: np.ndarray) -> str:
     return f"{np.mean(flags):.3f}"
 
 
+def divergence_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
+    """How often χ's permutation test has p ≤ 0.05, for two tasks of one Fisher and of disjoint ones."""
+    sets = max(sets // 4, 1)
+    yield "χ of two tasks, norms", "p ≤ 0.05, one Fisher, 20 a task", "p ≤ 0.05, disjoint, 32 a task"
+    for law in ("alike", "lognormal"):
+        for ratio in (1, 3, 30):
+            shares = []
+            for samples, disjoint, count in ((20, False, sets), (32, True, max(sets // 10, 1))):
+                rows = gradients(rng, count, 2 * samples, power_law(200)) * norms(rng, law, count, 2 * samples)
+                rows[:, :samples] *= ratio
+                if disjoint:
+                    rows[:, :samples, ::2] = rows[:, samples:, 1::2] = 0
+                labels = Labels(np.arange(2 * samples), np.repeat(np.eye(2, dtype=bool), samples, axis=0))
+                test = divergence_test(grams(rows), labels, permutations=59)
+                assert (test.high <= np.log(2)).all()
+                shares.append(share(test.p_value <= 0.05))
+            yield f"{law}, {ratio} : 1", *shares
+
+
+def participation_coverage(rng: np.random.Generator, sets: int) -> Iterator[Row]:
+    """How often 95 % intervals of ln PR hold the truth: with groups for Student's t, with N_eff, and of directions."""
+    spectrum = power_law(200)
+    truth = 2 * np.log(spectrum.sum()) - np.log((spectrum**2).sum())
+    one, other = gradients(rng, 2, 50_000, spectrum)
+    of_directions = -np.log(((one * other).sum(1) ** 2 / ((one**2).sum(1) * (other**2).sum(1))).mean())
+    yield "ln PR, norms, N", "t of groups", "t of min(groups, N_eff)", "of directions", "median N_eff"
+    for law in NORMS:
+        for samples in (16, 64, 147):
+            held, effective = np.zeros(3), []
+            labels = Labels(np.arange(samples), np.ones((samples, 1), dtype=bool))
+            for _ in range(max(sets // 100, 1)):
+                gram = grams(gradients(rng, 50, samples, spectrum) * norms(rng, law, 50, samples))
+                test, unit = (log_participation_ratio(part, labels) for part in (gram, directional(gram)))
+                counted = counted_groups(gram, labels)
+                _, reach = interval(np.zeros(1), np.ones(1), samples)
+                _, widened = interval(np.zeros(1), np.ones(1), counted)
+                narrow = np.abs(test.estimate - truth) <= (test.high - test.estimate) * reach / widened
+                wide = (test.low <= truth) & (truth <= test.high)
+                directions = (unit.low <= of_directions) & (of_directions <= unit.high)
+                held += [narrow.sum(), wide.sum(), directions.sum()]
+                effective += weight_of(gram, labels).groups[:, 0].tolist()
+            shares = (f"{part:.3f}" for part in held / len(effective))
+            yield f"{law}, {samples}", *shares, f"{np.median(effective):.0f}"
+
+
+def gain_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
+    """How often a fresh gradient of m samples has an interval, one with 1 in it, and is called concentrated."""
+    spectrum, k = power_law(300), (1, 4, 16)
+    sets = max(sets // 5, 1)
+    heading = "gain of a fresh gradient: N, tr Σ/‖μ‖², m, k"
+    yield heading, "has an interval", "holds 1", "above 1, centred too", "median ln gain"
+    for samples, scale, batch in (
+        (4, 64, 16),
+        (8, 64, 16),
+        (64, 4, 16),
+        (64, 64, 256),
+        (64, 64, 4096),
+        (128, 1000, 512),
+    ):
+        mean = rng.standard_normal((sets, 1, 300)) * np.sqrt(spectrum)
+        mean *= np.sqrt(spectrum.sum() / scale / (mean**2).sum(-1, keepdims=True))
+        rows = gradients(rng, sets, samples, spectrum, mean)
+        update = mean[:, 0] + rng.standard_normal((sets, 300)) * np.sqrt(spectrum / batch)
+        product, size = np.einsum("bnd,bd->bn", rows, update), np.linalg.norm(update, axis=1)
+        given = (grams(rows), product, size, np.arange(samples), batch, k)
+        plain, centred = matched_gain(*given), matched_gain(*given, centre=True)
+        above = (plain.low > 1) & (centred.low > 1)
+        for position, count in enumerate(k):
+            if count > samples // 2:
+                continue
+            low, high, middle = (part[:, position] for part in (plain.low, plain.high, plain.ln_gain))
+            limit = "" if batch <= MOST_TIMES * (samples // 2) else " (not flagged: m > 8·|B|)"
+            yield (
+                f"{samples}, {scale}, {batch}, {count}",
+                share(np.isfinite(low)),
+                share((low <= 1) & (high >= 1)),
+                f"{share(above[:, position])}{limit}",
+                f"{np.median(middle):.2f}",
+            )
+
+
 #: Each gives a table: headings first, then its rows.
 TABLES: dict[str, Callable[[np.random.Generator, int], Iterator[Row]]] = {
     "associations": false_associations,
@@ -177,6 +264,9 @@ TABLES: dict[str, Callable[[np.random.Generator, int], Iterator[Row]]] = {
     "power": power,
     "coverage": coverage,
     "reports": reports,
+    "divergence": divergence_rates,
+    "participation": participation_coverage,
+    "gain": gain_rates,
 }
 
 

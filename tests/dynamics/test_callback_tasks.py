@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from types import SimpleNamespace
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 import xarray as xr
 from peft import LoHaConfig, get_peft_model
-from transformers import Trainer, TrainerCallback
+from transformers import Adafactor, Trainer, TrainerCallback
 from transformers.trainer_utils import HPSearchBackend
 
 import dynamics
 from dynamics import DynamicsCallback, Recorder, schema
+from dynamics.capture.probing import momentum_of
 from dynamics.fisher.gradient_null import effective_batches
 from dynamics.store import read_capture
 from probes import Task, gradient_gram, probe_batches, probe_loss
@@ -270,6 +272,29 @@ def test_what_is_in_no_watched_matrix_counts_too(tmp_path):
     moved = sum((weights.kept[4][name] - weights.kept[2][name]).double().square().sum() for name in weights.kept[4])
     assert any("hada_w1_a" in block for block in fisher["block"].values)
     assert fisher["update_norm_squared"].sel(block="global").item() == pytest.approx(float(moved), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        (lambda p: torch.optim.AdamW(p, betas=(0.8, 0.99)), 0.8),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.95), 0.95),
+        (lambda p: torch.optim.SGD(p, lr=0.1), 0.0),
+        (lambda p: torch.optim.Adagrad(p), math.nan),
+        (lambda p: Adafactor(p), 0.0),
+        (lambda p: SimpleNamespace(optimizer=torch.optim.AdamW(p)), 0.9),
+        (lambda p: SimpleNamespace(param_groups=[{"betas": "no"}, {}]), math.nan),
+        (lambda p: None, math.nan),
+    ],
+)
+def test_momentum_is_what_the_optimizer_says(optimizer, expected):
+    found = momentum_of(optimizer([torch.nn.Parameter(torch.zeros(1))]))
+    np.testing.assert_equal(found, expected)
+
+
+def test_the_largest_momentum_of_several_groups_counts():
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "momentum": beta} for beta in (0.5, 0.9)]
+    assert momentum_of(torch.optim.SGD(groups, lr=0.1)) == 0.9
 
 
 # ---- another loss than the one probed ----

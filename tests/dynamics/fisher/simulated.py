@@ -24,6 +24,24 @@ def gradients(
     return mean + np.sqrt(spectrum) * (np.sqrt(correlation) * common + np.sqrt(1 - correlation) * own)
 
 
+#: Laws of ln‖g‖ − ln‖g₀‖, of samples whose directions do not depend on it.
+NORMS = ("alike", "lognormal", "t", "rare")
+
+
+def norms(generator: np.random.Generator, law: str, sets: int, samples: int) -> np.ndarray:
+    """Factors of each gradient, ``[data set, sample, 1]``, which leave F/tr F as it is.
+
+    ``"lognormal"``: squares with a logarithm of standard deviation 2. ``"t"``: gradients of Student's t with 3 degrees
+    of freedom. ``"rare"``: 3 % of samples are ten times as large.
+    """
+    shape = (sets, samples, 1)
+    if law == "lognormal":
+        return np.exp(generator.standard_normal(shape))
+    if law == "t":
+        return np.sqrt(3 / generator.chisquare(3, shape))
+    return np.where(generator.random(shape) < 0.03, 10.0, 1.0) if law == "rare" else np.ones(shape)
+
+
 def grams(gradients: np.ndarray) -> np.ndarray:
     return gradients @ gradients.swapaxes(-1, -2)
 

@@ -5,7 +5,7 @@ import pytest
 
 from dynamics.fisher.captured import captured
 from dynamics.fisher.eigenvalues import fisher_eigenvectors
-from dynamics.fisher.gradient_null import matched_gain
+from dynamics.fisher.gradient_null import _batch_noise, effective_batches, matched_gain
 from dynamics.fisher.splits import half_splits
 from tests.dynamics.fisher.simulated import gradients, grams, power_law
 
@@ -111,3 +111,59 @@ def test_leakage_would_pass_for_concentration():
     fresh = probes_and_batch(64, 0.0001, seed=1)[1]
     honest = captured(values, vectors, np.einsum("bnd,bd->bn", rows, fresh), np.linalg.norm(fresh, axis=1), [16])
     assert leaked.mean() > honest.mean() + 0.1
+
+
+@pytest.mark.parametrize(("samples", "batch_size"), [(4, 8), (4, 16), (8, 16), (8, 64)])
+@pytest.mark.parametrize("spectrum", [power_law(300), np.ones(300)])
+def test_an_interval_where_draws_may_be_no_gradient(samples, batch_size, spectrum):
+    """A multiple of the half's size may draw each sample equally often, which would be a batch without noise."""
+    rng = np.random.default_rng(2)
+    rows = gradients(rng, SETS, samples, spectrum)
+    update = rng.standard_normal((SETS, 300)) * np.sqrt(spectrum / batch_size)
+    product = np.einsum("bnd,bd->bn", rows, update)
+    found = matched_gain(grams(rows), product, np.linalg.norm(update, axis=1), np.arange(samples), batch_size, (1, 2))
+    for name in ("gain", "ln_gain", "low", "high", "null", "null_low", "null_high"):
+        assert np.isfinite(getattr(found, name)).all(), name
+    assert (found.low <= np.exp(found.ln_gain)).all()
+    assert (np.exp(found.ln_gain) <= found.high).all()
+    assert (found.low > 1).mean() <= 0.06
+
+
+def test_the_log_gain_of_a_fresh_gradient_is_about_zero():
+    """With the mean gain it is not: its median is 0.3 to 0.6 for one direction."""
+    for size_of_mean, batch_size in ((0.001, 16), (0.001, 256), (0.25, 16)):
+        rows, batch = probes_and_batch(batch_size, size_of_mean)
+        found = gain(rows, batch, batch_size)
+        assert abs(np.median(found.ln_gain[:, 2])) < 0.15
+
+
+@pytest.mark.parametrize(("steps", "before", "momentum"), [(1, 0, 0.9), (1, 7, 0.9), (20, 100, 0.9), (3, 500, 0.99)])
+def test_effective_batches_are_those_of_simulated_momentum(steps, before, momentum):
+    """Each batch's weight by running v ← βv + g on unit vectors; the noise of the mean is Σw²/(Σw)²."""
+    velocity, increment = np.zeros(before + steps), np.zeros(before + steps)
+    for step, batch in enumerate(np.eye(before + steps)):
+        velocity = momentum * velocity + batch
+        increment += velocity if step >= before else 0.0
+    expected = max(steps, increment.sum() ** 2 / (increment**2).sum())
+    assert effective_batches(steps, before, momentum) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("momentum", [0.0, np.nan, 1.0])
+def test_without_momentum_steps_are_batches(momentum):
+    assert effective_batches(5, 10, momentum) == 5
+
+
+def test_momentum_unknown_to_the_null_passes_for_gain():
+    """One step of momentum 0.9 is the mean of 19 batches: against one batch nearly every update has a gain."""
+    rows, batch = probes_and_batch(19 * 8, 0.25)
+    assert (gain(rows, batch, 8).low[:, 2] > 1).mean() > 0.5
+    assert (gain(rows, batch, round(8 * effective_batches(1, 1000, 0.9))).low[:, 2] > 1).mean() < 0.06
+
+
+@pytest.mark.parametrize("batch_size", [3, 8, 100])
+def test_noise_of_a_batch_has_the_samples_covariance(batch_size):
+    group = np.arange(8) // 2
+    noise = _batch_noise(np.random.default_rng(3), batch_size, group, 200_000)
+    np.testing.assert_allclose(noise.sum(1), 0, atol=1e-12)
+    np.testing.assert_allclose(noise.T @ noise / len(noise), (np.eye(8) - 1 / 8) / 7, atol=2e-3)
+    assert np.abs(noise).max(1).min() > 0

@@ -92,3 +92,13 @@ def test_what_does_not_fit_is_refused(change, message):
     given = {"update_product": ROWS @ np.ones(60), "update_norm": 60**0.5} | change
     with pytest.raises(ValueError, match=re.escape(message)):
         concentration(grams(ROWS), **given)
+
+
+def test_nothing_is_called_concentrated_against_a_null_of_too_many_samples():
+    """An update in the leading direction itself: as plain as can be."""
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((32, 60)) / np.arange(1, 61)
+    update = np.eye(60)[0]
+    flags = {size: concentration(rows @ rows.T, rows @ update, 1.0, batch_size=size, k=[2]) for size in (16, 128, 129)}
+    assert [bool(found["concentrated"].item()) for found in flags.values()] == [True, True, False]
+    assert all(found["gain_low"].item() > 1 and found["null_batch_limit"] == 128 for found in flags.values())

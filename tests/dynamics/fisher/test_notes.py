@@ -75,3 +75,30 @@ def test_product_of_another_update():
 def test_nothing_is_said_of_a_training_without_updates():
     raw = record(steps=1)
     assert not {"OD405", "OD406", "OD407"} & set(codes(raw))
+
+
+def test_few_samples_that_carry_the_fisher():
+    raw = record(samples=48)
+    scale = np.ones(48)
+    scale[30] = 30.0
+    raw["gram"].values[1] *= scale[:, None] * scale
+    finding = codes(raw)["OD412"]
+    assert finding.message.startswith("Few samples carry the Fisher of 'all', 'vqa'. Of 'all' at step 10 the 24 groups")
+    assert finding.evidence["tasks"] == ["all", "vqa"]
+    assert finding.evidence["effective_groups"] < 2
+
+
+def test_a_null_of_too_many_samples_says_that_it_decides_nothing():
+    finding = codes(record(batch_size=40))["OD413"]
+    assert finding.evidence == {"null_batch": 400, "most": 96, "steps": 2}
+    assert "OD405" not in codes(record(batch_size=40))
+
+
+def test_momentum_that_is_not_known():
+    raw = record()
+    assert "OD414" in codes(raw)
+    raw["momentum"] = ("step", [0.9, np.nan, 0.9])
+    assert "OD414" in codes(raw)
+    raw["momentum"] = ("step", [np.nan, 0.9, 0.0])  # the first has no update
+    assert "OD414" not in codes(raw)
+    assert "OD414" not in codes(record(batch_size=0))

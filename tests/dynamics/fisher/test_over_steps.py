@@ -3,6 +3,7 @@ import pytest
 import xarray as xr
 
 from dynamics.fisher import concentration, fisher_measures, measured, task_structure
+from dynamics.fisher.gradient_null import effective_batches
 from tests.dynamics.fisher.records import BLOCKS, record
 
 
@@ -51,6 +52,16 @@ def test_step_comes_first_and_what_was_recorded_is_kept(raw, groups):
 
 def test_null_batch_is_that_of_all_steps_of_the_increment(groups):
     assert groups["concentration"]["null_batch"].sel(step=[10, 20]).values.tolist() == [80, 80]
+
+
+def test_null_batch_has_momentum_in_it(raw):
+    with_momentum = raw.assign(momentum=("step", [0.9, 0.9, np.nan]))
+    found = measured(with_momentum)
+    expected = [round(8 * effective_batches(10, 0, 0.9)), 80]  # what is not known counts as none
+    assert found["concentration"]["null_batch"].sel(step=[10, 20]).values.tolist() == expected
+    assert found["fisher"]["momentum"].identical(
+        with_momentum["momentum"].assign_coords(found["fisher"]["momentum"].coords)
+    )
 
 
 def test_a_step_without_predecessor_has_no_concentration_but_a_fisher(groups):

@@ -1,7 +1,17 @@
 import numpy as np
 import pytest
 
-from dynamics.fisher.pairs import Labels, diagonal_means, interval, jackknife_error, jackknifed, pair_means
+from dynamics.fisher.pairs import (
+    Labels,
+    counted_groups,
+    diagonal_means,
+    interval,
+    jackknife_error,
+    jackknifed,
+    pair_means,
+    weight_of,
+)
+from tests.dynamics.fisher.simulated import gradients, grams, power_law
 
 GROUP = np.array([0, 0, 1, 1, 2, 3, 3, 4])
 TASK = np.array([0, 1, 0, 1, 1, 0, 0, 1])
@@ -89,3 +99,24 @@ def test_without_an_interval_the_estimate_stays_as_it_is():
     found = jackknifed(np.array([2.0]), np.array([[np.nan, np.nan]]), np.ones(2, bool), np.array(2))
     assert found.estimate.tolist() == [2.0]
     assert np.isnan(found.low).all()
+
+
+def test_weight_counts_what_groups_of_each_task_hold():
+    rng = np.random.default_rng(7)
+    rows = gradients(rng, 2, 8, power_law(5))
+    group, member = np.array([0, 0, 1, 2, 2, 3, 3, 3]), np.stack([np.ones(8, bool), np.arange(8) < 5], axis=1)
+    found = weight_of(grams(rows), Labels(group, member))
+    squares = (rows**2).sum(-1)
+    for task, chosen in enumerate(member.T):
+        held = np.stack([squares[:, chosen & (group == code)].sum(1) for code in np.unique(group[chosen])], axis=1)
+        np.testing.assert_allclose(found.groups[:, task], held.sum(1) ** 2 / (held**2).sum(1))
+        np.testing.assert_allclose(found.largest_group[:, task], held.max(1) / held.sum(1))
+        three = np.sort(squares[:, chosen], axis=1)[:, -3:].sum(1)
+        np.testing.assert_allclose(found.largest_samples[:, task], three / held.sum(1))
+
+
+def test_counted_groups_lie_between_two_and_the_number_of_groups():
+    gram = np.stack([np.eye(6), np.diag([1e6, 1, 1, 1, 1, 1]), np.diag([4.0, 4, 1, 1, 1, 1]), np.zeros((6, 6))])
+    found = counted_groups(gram, Labels(np.arange(6), np.ones((6, 1), bool)))
+    np.testing.assert_allclose(found[:, 0], [6, 2, 144 / 36, np.nan])
+    assert counted_groups(gram[:1], Labels(np.zeros(6, int), np.ones((6, 1), bool))) == 1

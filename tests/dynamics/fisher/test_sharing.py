@@ -84,7 +84,7 @@ def test_equal_traces_are_those_of_scaled_gradients():
     np.testing.assert_allclose(sharing.with_equal_traces(grams(rows), task), grams(rows / np.sqrt(sizes)[:, None]))
 
 
-def tested(rng, sets, samples, ratio, spread, *, disjoint=False, per_group=1):
+def divergence_of(rng, sets, samples, ratio, spread, *, disjoint=False, per_group=1):
     """χ's test of two tasks, one Fisher or none in common; norms of the first are ``ratio`` times those of the other.
 
     ``spread`` is the standard deviation of the logarithm of squared norms within a task.
@@ -102,7 +102,7 @@ def tested(rng, sets, samples, ratio, spread, *, disjoint=False, per_group=1):
 )
 def test_size_holds_whatever_the_norms(ratio, spread, per_group):
     """2.5 standard errors about 0.05 with 100 data sets; 500 in tests/benchmarks/calibration.py."""
-    found = tested(np.random.default_rng(2), 100, 20, ratio, spread, per_group=per_group)
+    found = divergence_of(np.random.default_rng(2), 100, 20, ratio, spread, per_group=per_group)
     assert (found.p_value <= 0.05).mean() <= 0.11
     assert (found.p_value <= 0.5).mean() >= 0.36  # nor conservative
     assert (found.high <= np.log(2)).all()
@@ -110,7 +110,7 @@ def test_size_holds_whatever_the_norms(ratio, spread, per_group):
 
 @pytest.mark.parametrize(("ratio", "spread"), [(1, 0), (30, 0), (10, 2)])
 def test_disjoint_tasks_are_found_whatever_their_norms(ratio, spread):
-    found = tested(np.random.default_rng(3), 20, 32, ratio, spread, disjoint=True)
+    found = divergence_of(np.random.default_rng(3), 20, 32, ratio, spread, disjoint=True)
     assert (found.p_value <= 0.05).all()
     np.testing.assert_allclose(found.divergence, np.log(2))
     assert (found.high < found.divergence).all()

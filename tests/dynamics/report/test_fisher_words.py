@@ -44,8 +44,8 @@ def test_the_spectrum_has_its_intervals_and_says_when_it_was_taken(fisher):
         f"{number(fisher['spectral_entropy']['lower_bound'])}, the low end of ln PR), a dominant ratio ρ between "
         f"{ratio[1]} and {ratio[2]} (95 % interval) and a participation ratio of {participation[0]} (95 % interval "
         f"{participation[1]} to {participation[2]}). With all gradients normalised to the same length the "
-        f"participation ratio is {directional[0]} (95 % interval {directional[1]} to {directional[2]}). By their share of the trace, "
-        f"the groups count as {number(fisher['effective_groups'])} of one size."
+        f"participation ratio is {directional[0]} (95 % interval {directional[1]} to {directional[2]}). By their share "
+        f"of the trace, the groups count as {number(fisher['effective_groups'])} of one size."
     )
 
 
@@ -193,8 +193,8 @@ def test_the_sharing_term_has_its_band(fisher):
         f"χ is {number(parts['normalised_divergence'])} of at most {number(parts['normalised_largest'])} nat;" in words
     )
     assert (
-        f"exchanged labels, with traces made 1 under each, give {number(parts['null_low'])} to {number(parts['null_high'])} "
-        "(p = 0.010)."
+        f"exchanged labels, with traces made 1 under each, give {number(parts['null_low'])} to "
+        f"{number(parts['null_high'])} (p = 0.010)."
     ) in words
 
 
