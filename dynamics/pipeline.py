@@ -220,14 +220,9 @@ def _drawn(tree: xr.DataTree) -> dict[str, str]:
     drawings = attempt(
         "figures/", lambda: {name: plot.to_svg(figure) for name, figure in plot.figures(tree).items()}, failures
     )
-    _add_findings(tree, failures)  # the page tells them
+    add_findings(tree, failures)  # the page tells them
     unwritten: list[Finding] = []
     text = attempt("report.html", lambda: page(tree, figures=drawings or {}), unwritten)
-    _add_findings(tree, unwritten)
+    add_findings(tree, unwritten)
     texts = {f"figures/{name}.svg": visible(drawing) for name, drawing in (drawings or {}).items()}
     return texts if text is None else texts | {"report.html": text}
-
-
-def _add_findings(tree: xr.DataTree, findings: Sequence[Finding]) -> None:
-    if findings:
-        tree.attrs["findings"] = json.dumps([*json.loads(tree.attrs["findings"]), *json.loads(as_json(findings))])
