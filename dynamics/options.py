@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from dynamics.relate.of_runs import MEASURES
 
@@ -44,7 +43,7 @@ class Options:
     higher: tuple[str, ...] = ()
     lower: tuple[str, ...] = ()
     headline: str | None = None
-    given: Literal["loss", "trend"] | None = None
+    given: str | None = None
 
     def __post_init__(self) -> None:
         if both := sorted(set(self.higher) & set(self.lower)):

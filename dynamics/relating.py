@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import xarray as xr
 
@@ -13,6 +14,7 @@ from dynamics.checkpoints.errors import one_line
 from dynamics.checkpoints.score_files import read_scores, score_files
 from dynamics.findings import Finding
 from dynamics.options import Options
+from dynamics.relate.association import Given
 from dynamics.relate.of_runs import Related, relate
 from dynamics.store import encodable, encodable_dataset
 from dynamics.stored.tree import as_json
@@ -37,7 +39,12 @@ def add_relations(
     directions = dict.fromkeys(options.higher, "higher") | dict.fromkeys(options.lower, "lower")
     try:
         related = relate(
-            named, rows, headline=options.headline, given=options.given, directions=directions, labels=labels
+            named,
+            rows,
+            headline=options.headline,
+            given=cast(Given | None, options.given),
+            directions=directions,
+            labels=labels,
         )
         for name, group in related.groups.items():
             tree[name] = xr.DataTree(encodable_dataset(group.assign_attrs(encodable(group.attrs))))

@@ -73,8 +73,8 @@ def association(
 
 def most_telling(association: xr.Dataset, count: int) -> list[str]:
     """Tasks to draw where there are many: the mean of all, those with something shown, then the first."""
-    holds = np.asarray(association["holds"].transpose("measure", "task").values, dtype=bool).any(axis=0)
-    shown = {str(task): bool(flag) for task, flag in zip(association["task"].values, holds, strict=True)}
+    holds = np.asarray(association["holds"].transpose("task", "measure").values, dtype=bool)
+    shown = {str(task): bool(row.any()) for task, row in zip(association["task"].values, holds, strict=True)}
     chosen = sorted(shown, key=lambda task: (task != ALL, not shown[task]))[:count]
     return [task for task in shown if task in chosen]
 

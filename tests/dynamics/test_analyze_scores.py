@@ -138,7 +138,8 @@ def logged(tmp_path, count=6, loss=True):
         run = write_run(tmp_path / name, steps=STEPS, seed=number)
         log = [{"step": step, "eval_vqa_accuracy": float(np.sin(step + number))} for step in STEPS]
         log += [{"step": step, "loss": 3.0 - step / 20 + number % 3 * step / 50} for step in range(5, 41, 5) if loss]
-        write_state(run / f"checkpoint-{STEPS[-1]}", STEPS[-1], log)
+        for step in STEPS:
+            write_state(run / f"checkpoint-{step}", step, [entry for entry in log if entry["step"] <= step])
     return {name: tmp_path / name for name in names}
 
 
@@ -146,8 +147,10 @@ def test_the_logged_loss_is_held_equal(tmp_path):
     runs = logged(tmp_path)
     plain = analyze_run(runs, out=tmp_path / "o", options=Options(report=False))
     equal = analyze_run(runs, out=tmp_path / "p", options=Options(report=False, given="loss"))
+    assert [tree["association"].attrs["given"] for tree in (plain, equal)] == ["", "loss"]
     both = (tree["association"].sel(measure=UPDATE_HEADLINE) for tree in (plain, equal))
     beside, held = (group["coefficient_given_loss"].values for group in both)
+    assert np.isfinite(held).all()
     np.testing.assert_allclose(beside, held)
     np.testing.assert_allclose(held, equal["association"]["coefficient"].sel(measure=UPDATE_HEADLINE))
     assert not np.allclose(held, plain["association"]["coefficient"].sel(measure=UPDATE_HEADLINE))
