@@ -21,7 +21,8 @@ _STATE = re.compile(
 )
 #: Folders of such files.
 _STATE_FOLDER = re.compile(
-    r"\..*|(dist_)?optim(izer)?([-_].*)?|(lr_)?scheduler.*|rng.*|data_?loader.*|tokenizer.*|wandb|logs?|tensorboard",
+    r"\..*|(dist_)?optim(izer)?([-_].*)?|(lr_)?scheduler.*|rng.*|data_?loader.*|tokenizer.*|wandb|logs?|tensorboard"
+    r"|.*\.zarr",
     re.IGNORECASE,
 )
 _READABLE = (".safetensors", ".bin", ".pt", ".pth")
@@ -141,10 +142,10 @@ def remedy_for(remedy: str, path: Path, run: Path, step: int | None = None) -> s
 
 
 def is_state_folder(name: str) -> bool:
-    """Return whether a folder holds a trainer's state, logs or the like, and no weights.
+    """Return whether a folder holds a trainer's state, logs, our own results or the like, and no weights.
 
-    >>> is_state_folder("optimizer_0"), is_state_folder("unet")
-    (True, False)
+    >>> is_state_folder("optimizer_0"), is_state_folder("capture.zarr"), is_state_folder("unet")
+    (True, True, False)
     """
     return _STATE_FOLDER.fullmatch(name) is not None
 

@@ -126,11 +126,13 @@ class WeightFile:
             try:
                 file = stack.enter_context(self.path.open("rb"))
                 if self.path.suffix == ".safetensors":
-                    load = self._mapped(file)
+                    content, start = self._mapped(file)
+                    file.close()  # the map keeps a descriptor of its own: one a checkpoint, not two
+                    load, size = partial(_view, content, start, self.tensors, self.spans), content.size
                 else:
                     state = _load_pickle(self.path)
                     stack.callback(state.clear)
-                    load = state.__getitem__
+                    load, size = state.__getitem__, partial(_size, file.fileno())
             except UnreadableFile:
                 raise
             except FileNotFoundError as error:
@@ -138,15 +140,16 @@ class WeightFile:
             except (OSError, ValueError) as error:
                 reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
                 raise UnreadableFile("OD101", f"It cannot be opened: {reason}.", _AGAIN) from error
-            yield _guarded(load, file.fileno())
+            yield _guarded(load, size)
 
-    def _mapped(self, file: BinaryIO) -> Loader:
+    def _mapped(self, file: BinaryIO) -> tuple[mmap.mmap, int]:
+        """The file's bytes, and where its numbers begin."""
         length = int.from_bytes(file.read(8), "little")
         same_size = os.fstat(file.fileno()).st_size == self.bytes and 8 + length <= self.bytes
         if not same_size or hashlib.sha256(file.read(length)).hexdigest() != self.header_sha256:
             problem = "It has changed since its header was read."
             raise UnreadableFile("OD101", problem, "Analyse the run again when it is saved.")
-        return partial(_view, _map(file.fileno()), 8 + length, self.tensors, self.spans)
+        return _map(file.fileno()), 8 + length
 
 
 def _map(descriptor: int) -> mmap.mmap:
@@ -181,12 +184,16 @@ def _view(
     )
 
 
-def _guarded(load: Loader, descriptor: int) -> Loader:
+def _size(descriptor: int) -> int:
+    return os.fstat(descriptor).st_size
+
+
+def _guarded(load: Loader, size_now: Callable[[], int]) -> Loader:
     """The loader, asking for the size of its file first: reading a mapping behind the file's end kills the process."""
-    size = os.fstat(descriptor).st_size
+    size = size_now()
 
     def load_checked(key: str) -> Tensor:
-        now = os.fstat(descriptor).st_size
+        now = size_now()
         if now != size:
             problem = f"It had {size} bytes when it was opened and has {now} now."
             raise UnreadableFile("OD101", problem, "Analyse the run again when it is saved.")

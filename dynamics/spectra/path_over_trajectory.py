@@ -7,6 +7,7 @@ formed block by block: only the Gram matrix itself grows with their number.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -31,8 +32,9 @@ from probes.low_rank import LowRankMatrix
 BUDGET = 2**26
 #: The most checkpoints that are open at once: each takes memory beside its map.
 _MOST_OPEN = 128
-#: Files that the process has open anyway, and may open where the system does not say.
+#: Files that the process has open anyway and may open meanwhile, and may open in all, where the system does not say.
 _OTHER_FILES, _FILES = 40, 512
+_SPARE_FILES = 16
 
 _WORDS = {
     "gram": ("weight²", "inner products of the updates", "⟨ΔW_t, ΔW_u⟩ summed over matrices; NaN between trainings"),
@@ -139,9 +141,15 @@ def _blocks(names: Sequence[str], training: Sequence[Checkpoint], start: Checkpo
 
 
 def _allowed_files() -> int:
-    """How many files may be open at once beside those that are anyway."""
+    """How many files may be opened beside those that are open."""
     limit = _FILES if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return sys.maxsize if resource is not None and limit == resource.RLIM_INFINITY else limit - _OTHER_FILES
+    if resource is not None and limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    try:
+        others = len(os.listdir("/dev/fd")) + _SPARE_FILES
+    except OSError:
+        others = _OTHER_FILES
+    return limit - others
 
 
 def _numbers(name: str, training: Sequence[Checkpoint]) -> int:

@@ -449,10 +449,7 @@ def test_no_folder_name_loses_the_run(tmp_path, names, options):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     command = [sys.executable, "-m", "dynamics.analyze", *runs, *options, "--out", tmp_path / "out"]
     result = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment, check=False)
-    # safetensors opens no path that is not UTF-8: such weights are refused, by name, and the rest is saved.
-    assert result.returncode == (1 if b"caf\xe9" in names else 0), result.stderr
-    assert b"Traceback" not in result.stderr
-    assert all(line.startswith(b"OD101 error ") for line in result.stderr.splitlines())
+    assert (result.returncode, result.stderr) == (0, b"")
     result.stdout.decode("ascii")
     json.loads((tmp_path / "out" / "summary.json").read_bytes().decode("utf-8"))
     tree = open_run(tmp_path / "out")
