@@ -85,6 +85,21 @@ def test_a_list_removes_nothing_behind_a_link(out, victim, name, kind):
     assert files(victim) == before
 
 
+@pytest.mark.parametrize("name", ["figures/a.svg", "figures/x/a.svg"])
+def test_an_earlier_figure_is_not_removed_behind_a_link(out, victim, name):
+    """Without a report nothing is written into ``figures``, so that nothing else refuses the link."""
+    before = files(victim)
+    if name == "figures/a.svg":
+        link(out / "figures", victim / "figures")
+    else:
+        link(out / "figures" / "x", victim / "figures")
+    write_list(out, [name])
+    with staged(out, ["summary.json"]) as partial:
+        (partial / "summary.json").write_text("new")
+    assert files(victim) == before
+    assert (out / "summary.json").read_text() == "new"
+
+
 @pytest.mark.parametrize(
     "name",
     ["../../victim/secret.txt", "/etc/hostname", "figures/../../../victim/secret.txt", "notes.txt", "x/y.svg", ".", ""],
