@@ -13,11 +13,9 @@ from dynamics.checkpoints.trajectory import (
     Trajectory,
     UnreadableMatrix,
 )
-from dynamics.checkpoints.updates import DenseUpdate, update_since
 
 __all__ = [
     "Checkpoint",
-    "DenseUpdate",
     "LogEntry",
     "Matrix",
     "MatrixShape",
@@ -26,5 +24,4 @@ __all__ = [
     "Trajectory",
     "UnreadableMatrix",
     "open_trajectory",
-    "update_since",
 ]
