@@ -8,18 +8,18 @@ from typing import TypeVar
 
 import xarray as xr
 
-from dynamics.checkpoint_probe import Loader, probe_checkpoints
 from dynamics.checkpoints import Trajectory
 from dynamics.checkpoints.logs import log_groups
 from dynamics.findings import Finding
 from dynamics.options import DEFAULTS, Options, Progress
+from dynamics.recording.checkpoint_probe import Loader, probe_checkpoints
 from dynamics.spectra.beside_base import beside_base
-from dynamics.spectra.of_weights import weights_of
 from dynamics.spectra.over_trajectory import raw_spectra
 from dynamics.spectra.path_over_trajectory import path_of
-from dynamics.stored.captured import Captured
-from dynamics.stored.probed import joined_fisher, joined_scores
-from dynamics.stored.tree import Parts, result_tree
+from dynamics.spectra.weights import weights_of
+from dynamics.store.probed import joined_fisher, joined_scores
+from dynamics.store.records import Captured
+from dynamics.store.tree import Parts, result_tree
 
 _Part = TypeVar("_Part")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dynamics.relate.of_runs import MEASURES
+from dynamics.relate.run_measures import MEASURES
 
 #: Called with a run's name, the matrices done (all steps counted) and the matrices in all.
 Progress = Callable[[str, int, int], None]
@@ -25,7 +25,7 @@ class Options:
         probe: ``module:function``; called with a checkpoint's folder, it returns the model there and its tasks.
         scores: Score files, beside those that lie in the runs.
         higher, lower: Tasks of which a higher, or a lower, score is better, where names do not tell.
-        headline: The measure named before looking at associations and comparisons; see :mod:`dynamics.relate.of_runs`.
+        headline: The measure named before looking at associations and comparisons; see :mod:`dynamics.relate.run_measures`.
         given: What associations over steps hold equal: ``"loss"`` or ``"trend"``; see :func:`dynamics.associate`.
 
     Raises:

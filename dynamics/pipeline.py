@@ -14,11 +14,11 @@ import xarray as xr
 import yaml
 
 from dynamics import schema
-from dynamics.checkpoint_probe import Loader, load_function
 from dynamics.checkpoints import NotARun
 from dynamics.findings import Finding
 from dynamics.measuring import attempt, measure
 from dynamics.options import DEFAULTS, Options, Progress
+from dynamics.recording.checkpoint_probe import Loader, load_function
 from dynamics.relating import add_relations
 from dynamics.report import summarise
 from dynamics.report.lines import visible
@@ -34,9 +34,9 @@ from dynamics.store import (
     write_tree,
     writing,
 )
-from dynamics.stored.opening import add_findings, incomplete
-from dynamics.stored.sources import Source, open_source, results_folder
-from dynamics.stored.tree import as_json
+from dynamics.store.opening import add_findings, incomplete
+from dynamics.store.sources import Source, open_source, results_folder
+from dynamics.store.tree import as_json
 
 
 def analyze_run(
@@ -55,7 +55,7 @@ def analyze_run(
         out: Output folder; by default ``RUN/dynamics``, for several runs ``./dynamics``.
         options: See :class:`Options`.
         labels: Name → group of runs it belongs to, kept as the attribute ``label``; for one run its only entry counts.
-        probe: The function that ``options.probe`` would name, itself; see :data:`dynamics.checkpoint_probe.Loader`.
+        probe: The function that ``options.probe`` would name, itself; see :data:`dynamics.recording.checkpoint_probe.Loader`.
         progress: See ``Progress``.
 
     Returns:

@@ -11,13 +11,13 @@ from typing import cast
 import xarray as xr
 
 from dynamics.checkpoints.errors import one_line
-from dynamics.checkpoints.score_files import read_scores, score_files
 from dynamics.findings import Finding
 from dynamics.options import Options
 from dynamics.relate.association import Given
-from dynamics.relate.of_runs import Related, relate
+from dynamics.relate.run_measures import Related, relate
+from dynamics.relate.score_files import read_scores, score_files
 from dynamics.store import encodable, encodable_dataset
-from dynamics.stored.tree import as_json
+from dynamics.store.tree import as_json
 
 
 def add_relations(

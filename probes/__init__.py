@@ -1,7 +1,7 @@
 """What must touch a model: its matrices, its gradients, and what is measured of it on probe samples."""
 
-from probes.fisher import gradient_gram
-from probes.gram import Gram
+from probes.gram import gradient_gram
+from probes.grams import Gram
 from probes.low_rank import LowRankMatrix
 from probes.scores import Score, evaluate
 from probes.swapping import swapped

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dynamics.checkpoints.errors import NotARun
-from dynamics.checkpoints.reader import open_trajectory
+from dynamics.checkpoints.open import open_trajectory
 from dynamics.checkpoints.trajectory import (
     Checkpoint,
     LogEntry,

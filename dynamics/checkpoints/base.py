@@ -11,15 +11,15 @@ from functools import partial
 from pathlib import Path
 
 from dynamics.checkpoints.alignment import aligned, expert_forms
-from dynamics.checkpoints.dense import DenseWeights, read_dense
 from dynamics.checkpoints.errors import NotARun, UnreadableFile, one_line
+from dynamics.checkpoints.files import Weights
+from dynamics.checkpoints.formats.transformers import DenseWeights, read_dense
+from dynamics.checkpoints.formats.whole_models import read_whole_model, ties_embeddings, whole_model
+from dynamics.checkpoints.matrices import Product, turned, under
 from dynamics.checkpoints.names import shown_path, some
 from dynamics.checkpoints.opening import open_matrices
-from dynamics.checkpoints.products import Product, turned, under
 from dynamics.checkpoints.ties import embedding_of
 from dynamics.checkpoints.trajectory import Checkpoint, MatrixShape, OpenCheckpoint
-from dynamics.checkpoints.weight_files import Weights
-from dynamics.checkpoints.whole_models import read_whole_model, ties_embeddings, whole_model
 from dynamics.findings import Finding
 
 _REMEDY = "Pass the folder that holds the weights of the model before training."

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dynamics.checkpoints.formats.whole_models import WHOLE, is_distributed, lone_shards, whole_model
 from dynamics.checkpoints.names import natural_order
 from dynamics.checkpoints.steps import is_plain_step
 from dynamics.checkpoints.unread import is_state_folder, weight_names
-from dynamics.checkpoints.whole_models import WHOLE, is_distributed, lone_shards, whole_model
 
 #: In PEFT's own order of preference; the last two where an adapter was sharded.
 WEIGHTS = (

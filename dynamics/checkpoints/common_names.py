@@ -16,8 +16,8 @@ from dynamics.checkpoints.base import Base
 from dynamics.checkpoints.checkpoint import Content
 from dynamics.checkpoints.duplicates import same_tensors
 from dynamics.checkpoints.errors import UnreadableFile
+from dynamics.checkpoints.matrices import Product
 from dynamics.checkpoints.names import natural_order, shown, some
-from dynamics.checkpoints.products import Product
 from dynamics.checkpoints.ties import Tied, embedding_of, equal_keys, tied_everywhere
 from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.findings import Finding

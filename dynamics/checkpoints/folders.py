@@ -25,13 +25,13 @@ from dynamics.checkpoints.candidates import (
     of_file,
 )
 from dynamics.checkpoints.errors import NotARun, UnreadableFile, one_line
-from dynamics.checkpoints.mlx import ADAPTERS
+from dynamics.checkpoints.formats.mlx import ADAPTERS
+from dynamics.checkpoints.formats.whole_models import lone_shards, whole_model
 from dynamics.checkpoints.names import natural_order, shown, shown_path, some
 from dynamics.checkpoints.series import Series, find_series
 from dynamics.checkpoints.steps import NamedStep, is_plain_step, named_step
 from dynamics.checkpoints.training_state import read_training_state
 from dynamics.checkpoints.unread import is_state_folder, remedy_for, unread_format
-from dynamics.checkpoints.whole_models import lone_shards, whole_model
 from dynamics.findings import Finding
 
 __all__ = ["CONFIG", "DEFAULT", "STATE", "AdapterFolder", "Candidate", "RunFolder", "find_checkpoints"]

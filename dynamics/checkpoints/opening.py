@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor
 
 from dynamics.checkpoints.errors import UnreadableFile
-from dynamics.checkpoints.products import Product
+from dynamics.checkpoints.files import Loader, Weights
+from dynamics.checkpoints.matrices import Product
 from dynamics.checkpoints.trajectory import Matrix, OpenCheckpoint, UnreadableMatrix
-from dynamics.checkpoints.weight_files import Loader, Weights
 from probes.low_rank import LowRankMatrix
 
 _CHANGED = "Its file no longer holds what its header said when the run was opened. Analyse the run again."

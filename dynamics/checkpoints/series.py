@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dynamics.checkpoints.errors import NotARun, UnreadableFile
-from dynamics.checkpoints.foreign import describe, is_adapter
-from dynamics.checkpoints.mlx import ADAPTERS
+from dynamics.checkpoints.files import read_weight_file
+from dynamics.checkpoints.formats.foreign import describe, is_adapter
+from dynamics.checkpoints.formats.mlx import ADAPTERS
 from dynamics.checkpoints.names import natural_order, shown, some
 from dynamics.checkpoints.steps import is_plain_name, named_step
 from dynamics.checkpoints.unread import weight_names
-from dynamics.checkpoints.weight_files import read_weight_file
 from dynamics.findings import Finding
 
 _NUMBERED = (

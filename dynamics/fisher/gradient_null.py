@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from dynamics.fisher.eigenvalues import centred, fisher_eigenvectors, inverse_roots
 from dynamics.fisher.ratios import log, ratio
+from dynamics.fisher.spectrum import centred, fisher_eigenvectors, inverse_roots
 from dynamics.fisher.splits import SPLITS, half_splits
 
 #: Null gradients drawn for each half.

@@ -9,11 +9,11 @@ import numpy as np
 import xarray as xr
 
 from dynamics.described import labelled
-from dynamics.fisher.captured import captured, isotropic_null, rayleigh_ratio, relative_rayleigh_ratio
-from dynamics.fisher.eigenvalues import fisher_eigenvectors
+from dynamics.fisher.concentration import captured, isotropic_null, rayleigh_ratio, relative_rayleigh_ratio
 from dynamics.fisher.gradient_null import DRAWS, MOST_TIMES, matched_gain
-from dynamics.fisher.grams import blocks_of, codes_of, numbers_of, own, require_exact, vectors_of
 from dynamics.fisher.pairs import Labels
+from dynamics.fisher.samples import blocks_of, codes_of, numbers_of, own, require_exact, vectors_of
+from dynamics.fisher.spectrum import fisher_eigenvectors
 from dynamics.fisher.splits import SPLITS
 from dynamics.fisher.variables import CONCENTRATION
 

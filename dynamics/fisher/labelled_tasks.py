@@ -11,10 +11,10 @@ import xarray as xr
 
 from dynamics.described import labelled
 from dynamics.fisher import entropy, sharing
-from dynamics.fisher import tasks as between
-from dynamics.fisher.eigenvalues import fisher_eigenvalues
-from dynamics.fisher.grams import blocks_of, codes_of, members_of, own, require_exact
+from dynamics.fisher import task_structure as between
 from dynamics.fisher.pairs import Estimate, Labels
+from dynamics.fisher.samples import blocks_of, codes_of, members_of, own, require_exact
+from dynamics.fisher.spectrum import fisher_eigenvalues
 from dynamics.fisher.variables import TASKS
 from dynamics.schema import GLOBAL
 

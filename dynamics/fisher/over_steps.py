@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from dynamics.fisher.eigenvalues import fisher_eigenvectors
+from dynamics.fisher.dataset import fisher_dataset
 from dynamics.fisher.gradient_null import effective_batches
-from dynamics.fisher.grams import blocks_of, codes_of, members_of
 from dynamics.fisher.labelled_concentration import LEADING, concentration_dataset
-from dynamics.fisher.labelled_fisher import fisher_dataset
 from dynamics.fisher.labelled_tasks import task_dataset
+from dynamics.fisher.samples import blocks_of, codes_of, members_of
+from dynamics.fisher.spectrum import fisher_eigenvectors
 
 #: Variables of the record that the result keeps, so that everything else can be computed again.
 _KEPT = ("gram", "update_product", "update_norm_squared", "dimension", "loss")

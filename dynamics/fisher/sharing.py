@@ -19,10 +19,10 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.special import xlogy
 
-from dynamics.fisher.eigenvalues import fisher_eigenvalues
 from dynamics.fisher.entropy import spectral_entropy
 from dynamics.fisher.pairs import Estimate, Labels, jackknifed, pair_means
 from dynamics.fisher.ratios import ratio, root
+from dynamics.fisher.spectrum import fisher_eigenvalues
 
 #: Permutations of the labels behind the band.
 PERMUTATIONS = 99

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics.plot.association import most_telling
-from dynamics.plot.result import related
+from dynamics.plot.select import related
 from dynamics.plot.style import MISSING_COLOUR, canvas, figure_of, shorten, without_mathematics
 from dynamics.plot.svg import describe
 

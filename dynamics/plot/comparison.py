@@ -7,8 +7,8 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.plot.quartiles import legend_below
-from dynamics.plot.result import related, variable_of
+from dynamics.plot.marks import legend_below
+from dynamics.plot.select import related, variable_of
 from dynamics.plot.style import (
     COLOURS,
     MARKERS,

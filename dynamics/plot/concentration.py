@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics.plot.gains import draw_gains
-from dynamics.plot.quartiles import legend_below
-from dynamics.plot.result import group
+from dynamics.plot.marks import legend_below
+from dynamics.plot.select import group
 from dynamics.plot.selection import chosen, of_block, write_title
 from dynamics.plot.style import (
     COLOURS,

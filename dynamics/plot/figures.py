@@ -12,8 +12,8 @@ from dynamics.plot.comparison import comparison
 from dynamics.plot.fisher_figures import fisher_figures
 from dynamics.plot.gradient import NORM, gradient
 from dynamics.plot.heatmap import heatmap
-from dynamics.plot.result import group, has_group
 from dynamics.plot.score_scatter import score_scatter
+from dynamics.plot.select import group, has_group
 from dynamics.plot.spectrum import spectra_of_standouts
 from dynamics.plot.standouts import standouts
 from dynamics.plot.training_log import logged_number, training_log

@@ -11,7 +11,7 @@ from dynamics.plot.fisher_spectrum import fisher_spectrum
 from dynamics.plot.fisher_trajectory import fisher_trajectory
 from dynamics.plot.gain_trajectory import gain_trajectory
 from dynamics.plot.rarefaction import rarefaction
-from dynamics.plot.result import group
+from dynamics.plot.select import group
 from dynamics.plot.selection import tasks_of
 from dynamics.plot.task_matrix import task_matrix
 from dynamics.schema import ALL, FISHER_GROUPS, GLOBAL

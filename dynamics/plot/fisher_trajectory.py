@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics.plot.intervals import draw_interval
-from dynamics.plot.quartiles import first_and_last, legend_below
-from dynamics.plot.result import group, variable_of
+from dynamics.plot.marks import first_and_last, legend_below
+from dynamics.plot.select import group, variable_of
 from dynamics.plot.selection import chosen, label_of, name_of, of_block, write_title
 from dynamics.plot.style import canvas, figure_of, say_nothing_to_draw, shorten, step_axis, without_mathematics
 from dynamics.plot.svg import describe

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics.plot.gains import draw_gains
-from dynamics.plot.quartiles import first_and_last, legend_below
-from dynamics.plot.result import group, variable_of
+from dynamics.plot.marks import first_and_last, legend_below
+from dynamics.plot.select import group, variable_of
 from dynamics.plot.selection import chosen, of_block, write_title
 from dynamics.plot.style import canvas, figure_of, say_nothing_to_draw, step_axis
 from dynamics.plot.svg import describe

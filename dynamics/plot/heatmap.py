@@ -8,8 +8,8 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.plot.result import axis_label, group, long_name, variable_of
 from dynamics.plot.rows import RowGroup, row_groups
+from dynamics.plot.select import axis_label, group, long_name, variable_of
 from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, canvas, figure_of, shorten, without_mathematics
 from dynamics.plot.svg import describe
 

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics.plot.fisher_trajectory import words_of_task
-from dynamics.plot.quartiles import legend_below
-from dynamics.plot.result import group, variable_of
+from dynamics.plot.marks import legend_below
+from dynamics.plot.select import group, variable_of
 from dynamics.plot.selection import chosen, label_of, name_of, of_block, tasks_of, write_title
 from dynamics.plot.style import (
     COLOURS,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import xarray as xr
 from matplotlib.axes import Axes
 
-from dynamics.plot.result import variable_of
+from dynamics.plot.select import variable_of
 from dynamics.plot.style import shorten, without_mathematics
 from dynamics.schema import ALL, GLOBAL, last_step_with
 

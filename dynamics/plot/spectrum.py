@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from dynamics.plot.result import group, has_group
+from dynamics.plot.select import group, has_group
 from dynamics.plot.standouts import RULE, standouts
 from dynamics.plot.style import (
     COLOURS,

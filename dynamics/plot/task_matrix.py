@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dynamics.plot.result import group, variable_of
+from dynamics.plot.select import group, variable_of
 from dynamics.plot.selection import chosen, label_of, name_of, of_block, write_title
 from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, canvas, figure_of, shorten, without_mathematics
 from dynamics.plot.svg import describe

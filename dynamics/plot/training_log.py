@@ -7,7 +7,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.plot.result import group
+from dynamics.plot.select import group
 from dynamics.plot.style import COLOURS, canvas, figure_of, say_nothing_to_draw, step_axis, without_mathematics
 from dynamics.plot.svg import describe
 

@@ -18,7 +18,7 @@ from dynamics.plot.figures import HEATMAPS, OF_GRADIENTS, OVER_STEPS, figure_nam
 from dynamics.plot.gradient import NORM
 from dynamics.plot.hover_heatmap import fits_a_page
 from dynamics.plot.standouts import RULE, standouts
-from dynamics.report import words
+from dynamics.report import sentences as words
 from dynamics.report.fisher_words import informative_directions
 from dynamics.report.grouped import evidence_words, grouped, place, severities
 from dynamics.report.lines import visible

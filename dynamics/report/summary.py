@@ -11,7 +11,7 @@ import xarray as xr
 
 from dynamics.report.fisher_summary import fisher_summary
 from dynamics.report.plain import number, whole
-from dynamics.spectra.labelled import parts_of_sums
+from dynamics.spectra.dataset import parts_of_sums
 
 _TOTALS = (
     "frobenius_norm_all",

@@ -6,7 +6,8 @@ import numpy as np
 import xarray as xr
 
 from dynamics import schema
-from dynamics.spectra import floor, labelled
+from dynamics.spectra import dataset as labelled
+from dynamics.spectra import floor
 from dynamics.spectra.rounding import NOISE_LIMIT
 
 _OF_THE_GRADIENT = (

@@ -8,10 +8,11 @@ import xarray as xr
 
 from dynamics.checkpoints.trajectory import Checkpoint, Trajectory
 from dynamics.findings import Finding
-from dynamics.spectra import notes, raw
-from dynamics.spectra.engine import trajectory_spectra
+from dynamics.spectra import findings as notes
+from dynamics.spectra import raw
 from dynamics.spectra.measured import measured
 from dynamics.spectra.raw import Place
+from dynamics.spectra.walk import trajectory_spectra
 
 
 def raw_spectra(

@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from dynamics.store.capture_reading import is_capture, record_names, record_step
+from dynamics.store.arrays import GROUP
+from dynamics.store.capture import is_capture, record_names, record_step
 from dynamics.store.durable import sync
-from dynamics.store.plain_zarr import GROUP
 
 try:
     import fcntl

@@ -15,8 +15,8 @@ from typing import Any
 import xarray as xr
 from torch import Tensor
 
-from dynamics.store.capture_place import PARTIAL, START, Lock, refuse_captured, refuse_foreign, remove
-from dynamics.store.capture_reading import (
+from dynamics.store.arrays import encoded_attributes, encoded_groups
+from dynamics.store.capture import (
     CAPTURE,
     FORMAT,
     KIND,
@@ -28,10 +28,10 @@ from dynamics.store.capture_reading import (
     record_names,
     record_step,
 )
+from dynamics.store.capture_place import PARTIAL, START, Lock, refuse_captured, refuse_foreign, remove
 from dynamics.store.capture_start import read_tensors, write_tensors
 from dynamics.store.commit import forget, new_owner
 from dynamics.store.durable import move, sync, write_files
-from dynamics.store.plain_zarr import encoded_attributes, encoded_groups
 
 _NEW = "record"
 

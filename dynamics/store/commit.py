@@ -19,6 +19,7 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
+from dynamics.store.arrays import read_file
 from dynamics.store.ownership import (
     STAGING,
     is_folder,
@@ -31,7 +32,6 @@ from dynamics.store.ownership import (
     units,
     write_written,
 )
-from dynamics.store.plain_zarr import read_file
 
 PARTIAL = "partial-"
 OLD = "old-"

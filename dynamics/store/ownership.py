@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynamics.store.plain_zarr import read_file
+from dynamics.store.arrays import read_file
 
 #: Hidden folder inside the output folder: the list of what was written, the lock, and what is in the making.
 STAGING = ".staging"

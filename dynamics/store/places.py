@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dynamics.store.ownership import is_folder
-from dynamics.store.staging import complete
+from dynamics.store.replace import complete
 
 RESULT = "analysis.zarr"
 FOLDER = "dynamics"

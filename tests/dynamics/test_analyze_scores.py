@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from dynamics import analyze_run, open_run, schema
 from dynamics.analyze import app
 from dynamics.options import Options
-from dynamics.relate.of_runs import UPDATE_HEADLINE, training_loss
+from dynamics.relate.run_measures import UPDATE_HEADLINE, training_loss
 from dynamics.report.page import page as page_of
 from tests.runs import write_run, write_state
 

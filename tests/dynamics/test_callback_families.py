@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from dynamics import DynamicsCallback
 from dynamics.store import Capture, read_capture
-from dynamics.stored.captured import captured
+from dynamics.store.records import captured
 from tests.families import FAMILIES
 from tests.trainings import arguments
 

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 import dynamics
 from dynamics import DynamicsCallback, Recorder, analyze_run, schema
 from dynamics.analyze import app
-from dynamics.checkpoint_probe import load_function, probe_checkpoints
 from dynamics.checkpoints import open_trajectory
 from dynamics.options import Options
+from dynamics.recording.checkpoint_probe import load_function, probe_checkpoints
 from probes import Task
 from tests.trainings import VOCABULARY, llama, lora_llama, trainer
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dynamics
 from dynamics import Recorder
-from dynamics.capture.changes import ModelState
+from dynamics.recording.changes import ModelState
 from dynamics.store import read_capture
 from probes import Task
 from probes.watched import find
@@ -327,7 +327,7 @@ def test_a_sparse_gradient_is_measured(tmp_path):
 
 
 def test_a_gradient_that_cannot_be_measured_costs_its_matrix(tmp_path, monkeypatch):
-    from dynamics.spectra import live
+    from dynamics.recording import live
 
     torch.manual_seed(0)
     trained = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 3, bias=False))

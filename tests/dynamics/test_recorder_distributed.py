@@ -22,9 +22,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import dynamics
 from dynamics import DynamicsCallback, Recorder
-from dynamics.spectra import live
+from dynamics.recording import live
 from dynamics.store import CaptureExists, read_capture
-from dynamics.store.capture_reading import KIND
+from dynamics.store.capture import KIND
 from tests.distributed import RANKS, Ranks
 from tests.trainings import VOCABULARY, arguments, llama, lora_llama, trainer
 

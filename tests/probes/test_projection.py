@@ -11,7 +11,7 @@ import torch
 import dynamics
 from dynamics.fisher.participation import without_projection
 from probes import projection as module
-from probes.fisher import gradient_gram
+from probes.gram import gradient_gram
 from probes.projection import projected
 from probes.sample_gradients import Materialised, Outer, SampleGradient
 from tests.probes.test_fisher import adapted, tokens

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from dynamics.capture.disk_names import disk_names
+from dynamics.recording.disk_names import disk_names
 from probes.watched import find
 from tests.families import FAMILIES, TEXT, VISION
 

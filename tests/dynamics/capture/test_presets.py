@@ -2,8 +2,8 @@ import re
 
 import pytest
 
-from dynamics.capture import PRESETS, at, preset_named
-from dynamics.capture.presets import schedule_of
+from dynamics.recording import PRESETS, at, preset_named
+from dynamics.recording.presets import schedule_of
 
 
 def captured(schedule) -> list[int]:

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from dynamics.capture import at, at_no_step, either, every, geometric, logarithmic
+from dynamics.recording import at, at_no_step, either, every, geometric, logarithmic
 
 
 def captured(schedule, last: int = 200) -> list[int]:

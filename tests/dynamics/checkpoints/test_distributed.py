@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, ChunkStorageMetadata, MetadataIndex
 
 from dynamics.checkpoints import UnreadableMatrix, open_trajectory
-from dynamics.checkpoints.distributed import read_distributed
 from dynamics.checkpoints.errors import UnreadableFile
+from dynamics.checkpoints.formats.distributed import read_distributed
 from tests.whole_models import model_tensors, write_dense_run, write_distributed
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

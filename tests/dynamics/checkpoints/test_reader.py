@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dynamics.checkpoints import MatrixShape, NotARun, Trajectory, open_trajectory
-from dynamics.checkpoints import weight_files as weight_files_module
+from dynamics.checkpoints import files as weight_files_module
 from dynamics.findings import Finding
 from tests.runs import NAMES, adapter_config, adapter_tensors, random_factors, write_adapter, write_run, write_state
 

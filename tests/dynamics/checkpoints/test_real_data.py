@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynamics.checkpoints import NotARun, open_trajectory
-from dynamics.checkpoints.peft_config import parse_adapter_config
+from dynamics.checkpoints.formats.peft_config import parse_adapter_config
 from tests.dynamics.checkpoints import foreign_twins as twins
 
 RUNS: dict[str, tuple[tuple[int, ...], int, list[str]]] = {

@@ -11,7 +11,7 @@ import pytest
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import save_metrics
 
-from dynamics.checkpoints.score_files import ScoreRow, read_scores, score_files
+from dynamics.relate.score_files import ScoreRow, read_scores, score_files
 
 #: Written by lm_eval 0.4.13 of its dummy model, two tasks in a group and one beside it; configurations and environment
 #: are left out.
@@ -184,7 +184,7 @@ def test_a_file_on_which_reading_fails_costs_only_itself(tmp_path, monkeypatch):
     def fail(*_):
         raise TypeError("unhashable type: 'list'")
 
-    monkeypatch.setattr("dynamics.checkpoints.score_files._harness", fail)
+    monkeypatch.setattr("dynamics.relate.score_files._harness", fail)
     file = read_scores(written(tmp_path, "results_1.json", {"results": {}}))
     (finding,) = file.findings
     assert (finding.code, finding.severity, file.rows) == ("OD506", "error", ())

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dynamics.checkpoints import open_trajectory
 from dynamics.checkpoints.errors import UnreadableFile, one_line
-from dynamics.checkpoints.weight_files import read_weight_file
+from dynamics.checkpoints.files import read_weight_file
 from tests.runs import random_factors, write_adapter, write_run
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
@@ -94,7 +94,7 @@ def test_a_file_that_cannot_be_mapped_costs_only_its_checkpoint(
 
     with trajectory.checkpoints[0].open() as matrices:
         assert len([matrices[name] for name in matrices]) == 4
-    monkeypatch.setattr("dynamics.checkpoints.weight_files.mmap.mmap", refuse)
+    monkeypatch.setattr("dynamics.checkpoints.files.mmap.mmap", refuse)
     with (
         trajectory.checkpoints[1].open() as matrices,
         pytest.raises(ValueError, match=r"It cannot be opened: .*Cannot allocate"),

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from dynamics.fisher import captured
-from dynamics.fisher.eigenvalues import fisher_eigenvectors
+from dynamics.fisher import concentration as captured
 from dynamics.fisher.pairs import Labels
+from dynamics.fisher.spectrum import fisher_eigenvectors
 from tests.dynamics.fisher.simulated import gradients, grams, planted, power_law, within_three_errors
 
 K = (1, 2, 4, 8)

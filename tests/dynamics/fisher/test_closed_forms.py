@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dynamics.fisher import fisher_measures
-from dynamics.fisher.eigenvalues import eigenvalue_errors, fisher_eigenvectors
+from dynamics.fisher.spectrum import eigenvalue_errors, fisher_eigenvectors
 from tests.dynamics.fisher.simulated import grams
 
 SIGMA = np.array([3.0, 1.0, 0.5])

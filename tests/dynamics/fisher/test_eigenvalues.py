@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dynamics.fisher import eigenvalues
+from dynamics.fisher import spectrum as eigenvalues
 from tests.dynamics.fisher.simulated import gradients, grams, planted, power_law
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dynamics.fisher import entropy
-from dynamics.fisher.eigenvalues import fisher_eigenvalues, fisher_eigenvectors
+from dynamics.fisher.spectrum import fisher_eigenvalues, fisher_eigenvectors
 from tests.dynamics.fisher.simulated import gradients, grams, planted, power_law
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from dynamics.fisher.captured import captured
-from dynamics.fisher.eigenvalues import fisher_eigenvectors
+from dynamics.fisher.concentration import captured
 from dynamics.fisher.gradient_null import _batch_noise, effective_batches, matched_gain
+from dynamics.fisher.spectrum import fisher_eigenvectors
 from dynamics.fisher.splits import half_splits
 from tests.dynamics.fisher.simulated import gradients, grams, power_law
 

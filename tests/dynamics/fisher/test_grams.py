@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from dynamics.fisher import grams
+from dynamics.fisher import samples as grams
 
 
 def test_arrays_tensors_mappings_and_grams_are_read_alike():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dynamics.fisher import measured
-from dynamics.fisher.notes import notes
+from dynamics.fisher.findings import notes
 from tests.dynamics.fisher.records import record
 
 

@@ -4,7 +4,7 @@ import xarray as xr
 from matplotlib.collections import FillBetweenPolyCollection, LineCollection
 from matplotlib.figure import Figure
 
-from dynamics.plot.quartiles import draw_band, draw_quartiles, first_and_last, legend_below
+from dynamics.plot.marks import draw_band, draw_quartiles, first_and_last, legend_below
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 import xarray as xr
 
 from dynamics import plot
-from dynamics.checkpoints.score_files import ScoreRow
 from dynamics.plot.figures import figures
-from dynamics.relate.of_runs import UPDATE_HEADLINE, relate
+from dynamics.relate.run_measures import UPDATE_HEADLINE, relate
+from dynamics.relate.score_files import ScoreRow
 from dynamics.report.related import MOST_ROWS, MOST_STATEMENTS, related_sections
 from tests.trees import example_tree
 

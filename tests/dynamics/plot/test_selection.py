@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from dynamics.fisher import grams
+from dynamics.fisher import samples as grams
 from dynamics.plot import selection
 from dynamics.plot.selection import chosen, label_of, name_of, tasks_of
 from dynamics.schema import last_step_with

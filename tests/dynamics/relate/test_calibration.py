@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from dynamics.relate.differences import relabelled_difference, students_test
-from dynamics.relate.pairs import Asked, associations
+from dynamics.relate.pairwise import Asked, associations
 from tests.dynamics.relate.simulated import (
     clustered_walks,
     decided,

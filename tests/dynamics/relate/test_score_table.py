@@ -3,7 +3,7 @@
 import numpy as np
 import xarray as xr
 
-from dynamics.relate.score_table import better
+from dynamics.relate.score_tables import better
 
 
 def scores(values, tasks, directions):

@@ -6,11 +6,11 @@ import torch
 
 from dynamics.checkpoints import open_trajectory
 from dynamics.spectra import pairs, raw
+from dynamics.spectra.findings import notes
 from dynamics.spectra.measured import measured
-from dynamics.spectra.notes import notes
 from dynamics.spectra.over_trajectory import analyse_spectra
 from dynamics.spectra.raw import Place
-from dynamics.stored import open_run
+from dynamics.store import open_run
 from probes import LowRankMatrix
 from tests.captures import write_capture
 from tests.runs import random_factors, write_run

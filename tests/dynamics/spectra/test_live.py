@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynamics.spectra import live
-from dynamics.spectra.live import LiveSpectra, Snapshot
+from dynamics.recording import live
+from dynamics.recording.live import LiveSpectra, Snapshot
 from dynamics.spectra.pairs import MatrixSpectra
 from probes.low_rank import LowRankMatrix
 from probes.watched import Dense, Product, Watched

@@ -5,7 +5,7 @@ import torch
 
 from dynamics.checkpoints import open_trajectory
 from dynamics.spectra.measures import stable_rank
-from dynamics.spectra.of_weights import weights_of
+from dynamics.spectra.weights import weights_of
 from tests.runs import write_run
 from tests.whole_models import MATRICES, model_tensors, write_dense_run, write_model
 

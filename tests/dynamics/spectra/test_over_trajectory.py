@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dynamics.checkpoints import open_trajectory
-from dynamics.spectra import engine
+from dynamics.spectra import walk as engine
 from dynamics.spectra.over_trajectory import analyse_spectra
 from probes import LowRankMatrix
 from tests.matrices import moved

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dynamics.checkpoints.weight_files import TORCH_NAMES
+from dynamics.checkpoints.files import TORCH_NAMES
 from dynamics.spectra import pairs, raw, rounding
 from dynamics.spectra.increments import cores, stack
 from dynamics.spectra.measured import measured

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
+from dynamics.recording.scalars import scalars
 from dynamics.spectra import raw
 from dynamics.spectra.pairs import MatrixSpectra
 from dynamics.spectra.raw import GradientSpectrum, Place
-from dynamics.spectra.scalars import scalars
 
 
 def spectra(total: list[float], increment: list[float] | None) -> MatrixSpectra:

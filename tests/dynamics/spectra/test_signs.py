@@ -5,10 +5,10 @@ import pytest
 import torch
 import xarray as xr
 
+from dynamics.recording.monitor import Signs
 from dynamics.spectra import raw
 from dynamics.spectra.pairs import MatrixSpectra
 from dynamics.spectra.raw import GradientSpectrum, Place
-from dynamics.spectra.signs import Signs
 
 PLACES = {"a": Place(6, 5, 2, "F32"), "b": Place(6, 5, 2, "F32")}
 

@@ -11,7 +11,8 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamics.store import CaptureStore, capture_path, capture_reading, read_capture
+from dynamics.store import CaptureStore, capture_path, read_capture
+from dynamics.store import capture as capture_reading
 
 BAD = "step-000000000100"
 

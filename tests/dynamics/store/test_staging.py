@@ -15,7 +15,7 @@ import pytest
 from dynamics.store import OutputError, staged, write_text, writing
 from dynamics.store.commit import _machine, replace_result
 from dynamics.store.ownership import read_written
-from dynamics.store.staging import complete
+from dynamics.store.replace import complete
 
 GONE = f"{socket.gethostname()}-{_machine()}-{2**22 + 1}-00000000"  # above Linux's largest process id
 ELSEWHERE = f"{socket.gethostname()}-000000000000-1-00000000"  # of the same name
@@ -198,7 +198,8 @@ def test_a_replacement_that_fails_midway_is_undone(old, monkeypatch, failing):
 def test_a_signal_during_the_replacement_waits_for_its_end(old, number):
     script = f"""
         import os, pathlib, signal
-        from dynamics.store import staged, staging
+        from dynamics.store import staged
+from dynamics.store import replace as staging
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
         replace, out = os.replace, pathlib.Path({str(old)!r})
         def replace_and_signal(source, target):

@@ -3,7 +3,7 @@
 import pytest
 import xarray as xr
 
-from dynamics.store.zarr_store import read_tree, write_tree
+from dynamics.store.results import read_tree, write_tree
 from tests.trees import example_runs, example_tree
 
 

@@ -11,8 +11,8 @@ from dynamics import open_run, schema
 from dynamics.measuring import measure
 from dynamics.options import Options
 from dynamics.pipeline import analyze_run
-from dynamics.stored.again import capture_alone, with_capture
-from dynamics.stored.sources import open_source
+from dynamics.store.again import capture_alone, with_capture
+from dynamics.store.sources import open_source
 from tests.captures import drifting, write_capture
 from tests.runs import NAMES, write_run
 

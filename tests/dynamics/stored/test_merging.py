@@ -8,7 +8,7 @@ from dynamics.findings import Finding
 from dynamics.spectra import raw
 from dynamics.spectra.measured import measured
 from dynamics.spectra.raw import Place
-from dynamics.stored.merging import AGREEMENT, merge, raw_of, translated
+from dynamics.store.merge import AGREEMENT, merge, raw_of, translated
 from tests.captures import drifting, records
 from tests.runs import NAMES, random_factors
 

@@ -13,7 +13,7 @@ import xarray as xr
 from dynamics import open_run, schema
 from dynamics.measuring import measure
 from dynamics.store import write_tree
-from dynamics.stored.sources import open_source
+from dynamics.store.sources import open_source
 from tests.captures import drifting, write_capture
 from tests.runs import write_run
 

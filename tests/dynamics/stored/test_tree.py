@@ -8,8 +8,8 @@ import pytest
 from dynamics import schema
 from dynamics.findings import Finding
 from dynamics.spectra import raw
-from dynamics.stored.captured import find_captured
-from dynamics.stored.tree import Parts, quantiles_of_gradients, result_tree
+from dynamics.store.records import find_captured
+from dynamics.store.tree import Parts, quantiles_of_gradients, result_tree
 from tests.captures import drifting, records, write_capture
 from tests.runs import NAMES
 from tests.trees import example_tree
