@@ -155,7 +155,7 @@ def _tell(tree: xr.DataTree, folder: Path, as_json: bool, quiet: bool, fail_on: 
     from rich.console import Console
 
     from dynamics.report import all_findings, finding_lines, summarise, terminal_summary
-    from dynamics.report.lines import one_line
+    from dynamics.text import one_line
 
     summary = summarise(tree)
     _write_any_text()
@@ -235,7 +235,7 @@ def _progress_bar(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from dynamics.report.lines import one_line
+    from dynamics.text import one_line
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -251,7 +251,7 @@ def _progress_bar(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _complain(message: str) -> None:
-    from dynamics.report.lines import one_line
+    from dynamics.text import one_line
 
     typer.echo(one_line(message), err=True)
 

@@ -25,7 +25,7 @@ class Options:
         probe: ``module:function``; called with a checkpoint's folder, it returns the model there and its tasks.
         scores: Score files, beside those that lie in the runs.
         higher, lower: Tasks of which a higher, or a lower, score is better, where names do not tell.
-        headline: The measure named before looking at associations and comparisons; see :mod:`dynamics.relate.run_measures`.
+        headline: The measure named before looking at associations and comparisons; a name in ``run_measures.MEASURES``.
         given: What associations over steps hold equal: ``"loss"`` or ``"trend"``; see :func:`dynamics.associate`.
 
     Raises:

@@ -21,22 +21,13 @@ from dynamics.options import DEFAULTS, Options, Progress
 from dynamics.recording.checkpoint_probe import Loader, load_function
 from dynamics.relating import add_relations
 from dynamics.report import summarise
-from dynamics.report.lines import visible
 from dynamics.spectra.null_models import SEED
 from dynamics.spectra.rank_suggestion import rank_pattern
-from dynamics.store import (
-    FOLDER,
-    RESULT,
-    encodable,
-    provenance,
-    staged,
-    write_text,
-    write_tree,
-    writing,
-)
+from dynamics.store import FOLDER, RESULT, provenance, staged, write_text, write_tree, writing
 from dynamics.store.opening import add_findings, incomplete
 from dynamics.store.sources import Source, open_source, results_folder
 from dynamics.store.tree import as_json
+from dynamics.text import encodable, visible
 
 
 def analyze_run(
@@ -55,7 +46,7 @@ def analyze_run(
         out: Output folder; by default ``RUN/dynamics``, for several runs ``./dynamics``.
         options: See :class:`Options`.
         labels: Name → group of runs it belongs to, kept as the attribute ``label``; for one run its only entry counts.
-        probe: The function that ``options.probe`` would name, itself; see :data:`dynamics.recording.checkpoint_probe.Loader`.
+        probe: The function that ``options.probe`` would name, itself; see ``checkpoint_probe.Loader``.
         progress: See ``Progress``.
 
     Returns:

@@ -10,14 +10,14 @@ from typing import cast
 
 import xarray as xr
 
-from dynamics.checkpoints.errors import one_line
 from dynamics.findings import Finding
 from dynamics.options import Options
 from dynamics.relate.association import Given
 from dynamics.relate.run_measures import Related, relate
 from dynamics.relate.score_files import read_scores, score_files
-from dynamics.store import encodable, encodable_dataset
+from dynamics.store import encodable_dataset
 from dynamics.store.tree import as_json
+from dynamics.text import encodable, first_line
 
 
 def add_relations(
@@ -49,7 +49,7 @@ def add_relations(
         for name, group in related.groups.items():
             tree[name] = xr.DataTree(encodable_dataset(group.assign_attrs(encodable(group.attrs))))
     except Exception as error:
-        problem = f"Scores and groups could not be related: {type(error).__name__}: {one_line(error)}."
+        problem = f"Scores and groups could not be related: {type(error).__name__}: {first_line(error)}."
         failed = [Finding("OD515", problem, "Please report it, with the score files.")]
         related = Related({}, ())
     else:

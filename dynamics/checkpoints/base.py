@@ -11,16 +11,17 @@ from functools import partial
 from pathlib import Path
 
 from dynamics.checkpoints.alignment import aligned, expert_forms
-from dynamics.checkpoints.errors import NotARun, UnreadableFile, one_line
+from dynamics.checkpoints.errors import NotARun, UnreadableFile
 from dynamics.checkpoints.files import Weights
 from dynamics.checkpoints.formats.transformers import DenseWeights, read_dense
 from dynamics.checkpoints.formats.whole_models import read_whole_model, ties_embeddings, whole_model
 from dynamics.checkpoints.matrices import Product, turned, under
-from dynamics.checkpoints.names import shown_path, some
+from dynamics.checkpoints.names import shown_path
 from dynamics.checkpoints.opening import open_matrices
 from dynamics.checkpoints.ties import embedding_of
 from dynamics.checkpoints.trajectory import Checkpoint, MatrixShape, OpenCheckpoint
 from dynamics.findings import Finding
+from dynamics.text import first_line, some
 
 _REMEDY = "Pass the folder that holds the weights of the model before training."
 #: What to do about a base whose weights are quantised.
@@ -83,7 +84,7 @@ def open_base(folder: str | os.PathLike[str]) -> Base:
     try:
         name = whole_model(place, sorted(os.listdir(place)))
     except OSError as error:
-        raise NotARun(f"The base {str(place)!r} cannot be read: {one_line(error)}. {_REMEDY}") from error
+        raise NotARun(f"The base {str(place)!r} cannot be read: {first_line(error)}. {_REMEDY}") from error
     if name is None:
         looked_for = "model.safetensors[.index.json], pytorch_model.bin[.index.json] or .metadata"
         raise NotARun(f"No weights of a whole model in the base {str(place)!r} (looked for {looked_for}). {_REMEDY}")

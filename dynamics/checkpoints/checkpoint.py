@@ -34,13 +34,14 @@ from dynamics.checkpoints.formats.variants import Refusal, Remark
 from dynamics.checkpoints.formats.whole_models import has_stacked_layers, read_whole_model, ties_embeddings
 from dynamics.checkpoints.initial_adapters import InitialAdapter, counted_from_start
 from dynamics.checkpoints.matrices import Product, total, under
-from dynamics.checkpoints.names import natural_order, parse_key, shown, shown_path, some
+from dynamics.checkpoints.names import natural_order, parse_key, shown, shown_path
 from dynamics.checkpoints.opening import open_matrices
 from dynamics.checkpoints.plain_files import read_json
 from dynamics.checkpoints.ties import Tied, tied_matrices
 from dynamics.checkpoints.trajectory import OpenCheckpoint
 from dynamics.checkpoints.unread import MEGATRON, NESTED, remedy_for
 from dynamics.findings import Finding
+from dynamics.text import some
 
 #: Suffixes of files of torch.save, which may hold weights inside something else.
 _TORCH = (".bin", ".pt", ".pth")

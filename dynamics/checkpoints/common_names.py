@@ -17,10 +17,11 @@ from dynamics.checkpoints.checkpoint import Content
 from dynamics.checkpoints.duplicates import same_tensors
 from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.matrices import Product
-from dynamics.checkpoints.names import natural_order, shown, some
+from dynamics.checkpoints.names import natural_order, shown
 from dynamics.checkpoints.ties import Tied, embedding_of, equal_keys, tied_everywhere
 from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.findings import Finding
+from dynamics.text import some
 
 #: Adapters that a training keeps beside the one it trains, or for another model.
 _APART = re.compile(

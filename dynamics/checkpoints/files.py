@@ -25,9 +25,10 @@ from typing import Any, BinaryIO, Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor
 
-from dynamics.checkpoints.errors import UnreadableFile, one_line
+from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.names import shown
 from dynamics.checkpoints.plain_files import read_start
+from dynamics.text import first_line
 
 #: Bits of each dtype, by the name that safetensors gives it.
 _BITS = {
@@ -138,7 +139,7 @@ class WeightFile:
             except FileNotFoundError as error:
                 raise UnreadableFile("OD101", "It is not there any more.", _AGAIN) from error
             except (OSError, ValueError) as error:
-                reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+                reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
                 raise UnreadableFile("OD101", f"It cannot be opened: {reason}.", _AGAIN) from error
             yield _guarded(load, size)
 
@@ -225,7 +226,7 @@ def _read_safetensors(path: Path) -> WeightFile:
     try:
         entries = json.loads(header, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise UnreadableFile("OD101", f"Its header is not valid JSON: {one_line(error)}.", _AGAIN) from error
+        raise UnreadableFile("OD101", f"Its header is not valid JSON: {first_line(error)}.", _AGAIN) from error
     if not isinstance(entries, dict):
         raise UnreadableFile("OD101", "Its header is not a JSON object.", _AGAIN)
     metadata = entries.pop("__metadata__", {})
@@ -340,7 +341,8 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # torch's advice on protocols of pickle is not for who reads the numbers
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise anything at all; nothing in it is executed
-        raise _not_tensors(error) or UnreadableFile("OD101", f"It cannot be read: {one_line(error)}", _AGAIN) from error
+        problem = f"It cannot be read: {first_line(error)}"
+        raise _not_tensors(error) or UnreadableFile("OD101", problem, _AGAIN) from error
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state.items()
     ):

@@ -17,12 +17,13 @@ from dynamics.checkpoints.duplicates import duplicates, same_tensors
 from dynamics.checkpoints.errors import NotARun, UnreadableFile
 from dynamics.checkpoints.folders import RunFolder, find_checkpoints, is_unfinished
 from dynamics.checkpoints.initial_adapters import initial_adapters, without_auxiliary
-from dynamics.checkpoints.names import natural_order, shown_path, some
+from dynamics.checkpoints.names import natural_order, shown_path
 from dynamics.checkpoints.starts import every_shape, has_updates, start_findings
 from dynamics.checkpoints.training_state import TrainingState, read_training_state
 from dynamics.checkpoints.trainings import Clues, find_segments, merged_log
 from dynamics.checkpoints.trajectory import Checkpoint, Trajectory
 from dynamics.findings import Finding, worst_severity
+from dynamics.text import some
 
 _NAMES = (
     "Matrices are named as in the files: no map from the live model's names is in the run. Names can differ "

@@ -7,7 +7,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from dynamics.checkpoints.errors import UnreadableFile, one_line
+from dynamics.checkpoints.errors import UnreadableFile
+from dynamics.text import first_line
 
 _LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 _LFS_REMEDY = "Run `git lfs pull` where the files were cloned, then copy the real file."
@@ -43,7 +44,7 @@ def read_start(path: Path, code: str, count: int = 64) -> tuple[int, bytes]:
     except UnreadableFile:
         raise
     except OSError as error:
-        raise UnreadableFile(code, f"It cannot be read: {one_line(error)}.", "Copy it again.") from error
+        raise UnreadableFile(code, f"It cannot be read: {first_line(error)}.", "Copy it again.") from error
     if status.st_size == 0:
         raise UnreadableFile(code, "It is empty (zero bytes).", "Save or copy it again.")
     if start.startswith(_LFS_HEAD):
@@ -64,9 +65,9 @@ def read_text(path: Path, code: str) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except ValueError as error:
-        raise UnreadableFile(code, f"It is not valid JSON: {one_line(error)}.", "Save or copy it again.") from error
+        raise UnreadableFile(code, f"It is not valid JSON: {first_line(error)}.", "Save or copy it again.") from error
     except OSError as error:
-        raise UnreadableFile(code, f"It cannot be read: {one_line(error)}.", "Copy it again.") from error
+        raise UnreadableFile(code, f"It cannot be read: {first_line(error)}.", "Copy it again.") from error
     # Counted before it is parsed; signs within texts count too, of which a log has few.
     objects, values = text.count("{") + text.count("["), text.count(",")
     if objects > _MOST_OBJECTS or values > _MOST_VALUES:
@@ -88,7 +89,7 @@ def read_json(path: Path, code: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UnreadableFile(code, f"It is not valid JSON: {one_line(error)}.", "Save or copy it again.") from error
+        raise UnreadableFile(code, f"It is not valid JSON: {first_line(error)}.", "Save or copy it again.") from error
     if not isinstance(content, dict):
         problem = f"Expected a JSON object, got {type(content).__name__}."
         raise UnreadableFile(code, problem, "Save or copy it again.")

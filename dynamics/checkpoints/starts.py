@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from dynamics.checkpoints.names import some
 from dynamics.checkpoints.trajectory import Checkpoint, MatrixShape
 from dynamics.findings import Finding
+from dynamics.text import some
 
 _BASE = "Give the weights before training (--base)."
 

@@ -32,10 +32,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dynamics.checkpoints.names import shown, some
+from dynamics.checkpoints.names import shown
 from dynamics.checkpoints.training_state import TrainingState
 from dynamics.checkpoints.trajectory import LogEntry
 from dynamics.findings import Finding
+from dynamics.text import some
 
 _NOT_COMPARED = ("runtime", "_per_second", "total_flos", "train_loss", "num_tokens", "num_input_tokens_seen")
 #: Plans that change together count as one piece of evidence.

@@ -16,9 +16,10 @@ from torch import Tensor
 from dynamics.findings import Finding
 from dynamics.recording.monitor import Signs
 from dynamics.spectra.null_models import SEED
-from dynamics.store import FOLDER, Capture, CaptureExists, CaptureStore, encodable, provenance, read_capture
+from dynamics.store import FOLDER, Capture, CaptureExists, CaptureStore, provenance, read_capture
 from dynamics.store.capture import CAPTURE, is_capture
 from dynamics.store.records import finding_of
+from dynamics.text import encodable
 
 #: Findings about a change in the middle of a training: they stay true of it.
 CHANGES = ("OD313", "OD314", "OD315", "OD316")

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dynamics.checkpoints.errors import UnreadableFile, one_line
+from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.logs import SCORE_PREFIX, is_score
 from dynamics.checkpoints.names import shown
 from dynamics.checkpoints.plain_files import read_json, read_text
 from dynamics.checkpoints.steps import named_step
 from dynamics.checkpoints.training_state import parse_training_state
 from dynamics.findings import Finding
+from dynamics.text import first_line
 
 _CODE = "OD506"
 _LARGEST_STEP = 10**18
@@ -87,7 +88,7 @@ def read_scores(path: str | Path, *, run: str | None = None) -> ScoreFile:
     except UnreadableFile as error:
         return ScoreFile((), (error.to_finding(shown(path.name)),))
     except Exception as error:  # whatever a stranger's file holds, the analysis goes on without it
-        problem = f"It cannot be read as scores: {type(error).__name__}: {one_line(error)}."
+        problem = f"It cannot be read as scores: {type(error).__name__}: {first_line(error)}."
         remedy = "Give scores as a CSV with the columns run, step, task, score."
         return ScoreFile((), (UnreadableFile(_CODE, problem, remedy).to_finding(shown(path.name)),))
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from dynamics.report.plain import number, whole
 from dynamics.schema import ALL, FISHER_GROUPS, GLOBAL, last_step_with
+from dynamics.text import finite, integer
 
 _OF_THE_TEST = ("null_low", "null_high", "p_value")
 _ENDS = {"value": "", "low": "_low", "high": "_high"}
@@ -48,14 +48,14 @@ def fisher_summary(tree: xr.DataTree) -> dict[str, Any] | None:
     between = tasks.sel(block=GLOBAL).load()
     return {
         "step": int(last["step"]),
-        "evaluated_at_step": whole(last["evaluated_at_step"]),
+        "evaluated_at_step": integer(last["evaluated_at_step"]),
         "space": str(fisher.attrs.get("space", "")),
         "fisher": str(fisher.attrs.get("fisher", "")),
-        "samples": whole(of_all["samples"]),
-        "groups": whole(of_all["groups"]),
+        "samples": integer(of_all["samples"]),
+        "groups": integer(of_all["groups"]),
         "spectral_entropy": {
             **_interval(of_all, "spectral_entropy"),
-            "lower_bound": number(of_all["ln_participation_ratio_low"]),
+            "lower_bound": finite(of_all["ln_participation_ratio_low"]),
         },
         "dominant_ratio": _interval(of_all, "dominant_ratio"),
         **_participation(of_all),
@@ -68,7 +68,7 @@ def fisher_summary(tree: xr.DataTree) -> dict[str, Any] | None:
 
 def _number(here: xr.Dataset, name: str) -> float | None:
     """``None`` as well where the result is of a version that did not have it."""
-    return number(here[name]) if name in here else None
+    return finite(here[name]) if name in here else None
 
 
 def _interval(here: xr.Dataset, name: str, suffix: str = "") -> dict[str, float | None]:
@@ -76,7 +76,7 @@ def _interval(here: xr.Dataset, name: str, suffix: str = "") -> dict[str, float 
 
 
 def _of_task(here: xr.Dataset) -> dict[str, Any]:
-    return {**{name: whole(here[name]) for name in ("samples", "groups")}, **_participation(here)}
+    return {**{name: integer(here[name]) for name in ("samples", "groups")}, **_participation(here)}
 
 
 def _participation(here: xr.Dataset) -> dict[str, Any]:
@@ -95,10 +95,10 @@ def _concentration(shares: xr.Dataset) -> dict[str, Any] | None:
     k = known[-1]["k"]
     return {
         "step": int(here["step"]),
-        "evaluated_at_step": whole(here["evaluated_at_step"]),
-        "null_batch": whole(here["null_batch"]),
+        "evaluated_at_step": integer(here["evaluated_at_step"]),
+        "null_batch": integer(here["null_batch"]),
         "null_batch_limit": _number(here, "null_batch_limit"),
-        "share_outside_space": number(here["share_outside_space"]),
+        "share_outside_space": finite(here["share_outside_space"]),
         "rayleigh_ratio": _interval(here, "rayleigh_ratio"),
         "at_k": known[-1],
         "by_k": rows,
@@ -110,8 +110,8 @@ def _concentration(shares: xr.Dataset) -> dict[str, Any] | None:
 def _of_k(here: xr.Dataset) -> dict[str, Any]:
     return {
         "k": int(here["k"]),
-        "captured": number(here["captured"]),
-        "captured_split": number(here["captured_split"]),
+        "captured": finite(here["captured"]),
+        "captured_split": finite(here["captured_split"]),
         "null_isotropic": _interval(here, "null_isotropic"),
         "null_gradient": _interval(here, "null_gradient"),
         "gain": _interval(here, "gain"),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dynamics.report.sentences import counted, number, percent
+from dynamics.text import counted, number, percent
 
 #: More of the blocks or steps than this must be concentrated before it is said of any: so many would be by chance.
 _CHANCE = 0.05

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-#: Control characters but for tabs and line breaks, halves of surrogate pairs, and marks that hide or turn text.
-_UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
-)
+from dynamics.text import one_line
 
 
 def finding_lines(summary: Mapping[str, Any], severities: Collection[str]) -> Iterator[str]:
@@ -45,26 +41,6 @@ def finding_line(finding: Mapping[str, Any], run: str = "") -> str:
     where = ", ".join(_parts(run, finding["file"], finding["matrix"]))
     head = " ".join(_parts(finding["code"], finding["severity"], f"{where}:" if where else ""))
     return one_line(" ".join(_parts(head, finding["message"], finding["remedy"])))
-
-
-def one_line(text: str) -> str:
-    """The same without line breaks, and with what a terminal would obey written out.
-
-    >>> one_line("a\\n  b \\x1b[31m")
-    'a b \\\\x1b[31m'
-    """
-    return "".join(
-        each if each.isprintable() else each.encode("unicode_escape").decode() for each in " ".join(text.split())
-    )
-
-
-def visible(text: str) -> str:
-    """The same text with everything that cannot be seen written out; line breaks and tabs stay.
-
-    >>> visible("a\\n\\x1b[31m")
-    'a\\n\\\\x1b[31m'
-    """
-    return _UNSEEN.sub(lambda sign: sign[0].encode("unicode_escape").decode(), text)
 
 
 def _parts(*parts: str) -> Iterable[str]:

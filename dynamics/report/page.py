@@ -21,10 +21,10 @@ from dynamics.plot.standouts import RULE, standouts
 from dynamics.report import sentences as words
 from dynamics.report.fisher_words import informative_directions
 from dynamics.report.grouped import evidence_words, grouped, place, severities
-from dynamics.report.lines import visible
 from dynamics.report.markup import breakable, formula
 from dynamics.report.related import related_sections
 from dynamics.report.summary import summarise
+from dynamics.text import visible
 
 #: A longer table makes a page that is slow to open; the whole one is in summary.json.
 MOST_ROWS = 1000

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from markupsafe import Markup
 
-from dynamics.report.plain import number
+from dynamics.text import finite
 
 #: Rows of a table and sentences of a part that the page shows; all are in the result.
 MOST_ROWS, MOST_STATEMENTS = 500, 6
@@ -124,7 +124,7 @@ def _cell(name: str, row: Mapping[str, Any]) -> Any:
     if name.startswith("n_"):
         return int(row[name])
     if not name.endswith("low"):
-        return number(row[name])
+        return finite(row[name])
     ends = float(row[name]), float(row[name.replace("low", "high")])
     return f"{ends[0]:.3g} to {ends[1]:.3g}".replace("-", "−") if np.isfinite(ends).all() else "–"
 

@@ -5,44 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-UNKNOWN = "–"
-
-
-def number(value: float | int | None, digits: int = 3) -> str:
-    """A number with so many significant digits, or a dash where there is none.
-
-    >>> number(0.0123456), number(12345.6), number(None), number(2.0), number(3.1e-9)
-    ('0.0123', '12,346', '–', '2.00', '3.10e-09')
-    """
-    if value is None:
-        return UNKNOWN
-    if isinstance(value, int):
-        return f"{value:,}"
-    if value == 0:
-        return "0"
-    if abs(value) >= 10 ** (digits - 1) and abs(value) < 1e7:
-        return f"{value:,.0f}"
-    if not 1e-4 <= abs(value) < 1e7:
-        return f"{value:.{digits - 1}e}"
-    return f"{value:#.{digits}g}".rstrip(".")
-
-
-def percent(share: float | None) -> str:
-    """A share as percent.
-
-    >>> percent(0.1234), percent(None)
-    ('12.3 %', '–')
-    """
-    return UNKNOWN if share is None else f"{100 * share:.1f} %"
-
-
-def counted(count: int, noun: str, plural: str = "") -> str:
-    """A count with its noun.
-
-    >>> counted(1, "checkpoint"), counted(2, "matrix", "matrices")
-    ('1 checkpoint', '2 matrices')
-    """
-    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+from dynamics.text import counted, number, percent
 
 
 def what_was_analysed(summary: Mapping[str, Any]) -> str:

@@ -10,8 +10,8 @@ import numpy as np
 import xarray as xr
 
 from dynamics.report.fisher_summary import fisher_summary
-from dynamics.report.plain import number, whole
 from dynamics.spectra.dataset import parts_of_sums
+from dynamics.text import finite, integer
 
 _TOTALS = (
     "frobenius_norm_all",
@@ -134,8 +134,8 @@ def _gradient(tree: xr.DataTree) -> dict[str, Any] | None:
         "step": int(last["step"]),
         **{
             name: {
-                "median": number(last[f"{name}_quantile"].sel(quantile=0.5)),
-                **({"null_mean": number(last[f"{name}_null"])} if f"{name}_null" in last else {}),
+                "median": finite(last[f"{name}_quantile"].sel(quantile=0.5)),
+                **({"null_mean": finite(last[f"{name}_null"])} if f"{name}_null" in last else {}),
             }
             for name in _OF_GRADIENTS
         },
@@ -162,10 +162,10 @@ def _path(tree: xr.DataTree) -> dict[str, Any] | None:
     own = path.isel(step=path["segment"].values == int(last["training"]))
     return {
         "checkpoints": own.sizes["step"],
-        "straightness": number(own["straightness"][-1]),
-        "participation_ratio": number(last["participation_ratio"]),
-        "component_share": [number(share) for share in last["component_share"].values[:2]],
-        "matrices": whole(last["matrices"]),
+        "straightness": finite(own["straightness"][-1]),
+        "participation_ratio": finite(last["participation_ratio"]),
+        "component_share": [finite(share) for share in last["component_share"].values[:2]],
+        "matrices": integer(last["matrices"]),
     }
 
 
@@ -174,7 +174,7 @@ def _totals(last: xr.Dataset) -> dict[str, Any]:
     separate = bool(_adapters(last))
     names = last["matrix"].values.tolist()
     counted = (last["count"].values > 0) & ~np.array(parts_of_sums(names), dtype=bool)
-    return {**{name: None if separate else number(last[name]) for name in _TOTALS}, "matrices": int(counted.sum())}
+    return {**{name: None if separate else finite(last[name]) for name in _TOTALS}, "matrices": int(counted.sum())}
 
 
 def _adapters(last: xr.Dataset) -> list[dict[str, Any]]:
@@ -189,7 +189,7 @@ def _adapters(last: xr.Dataset) -> list[dict[str, Any]]:
         {
             "adapter": owner,
             "matrices": int(known[members].sum()),
-            "frobenius_norm": number(np.sqrt(np.sum(norm[members][known[members]] ** 2))),
+            "frobenius_norm": finite(np.sqrt(np.sum(norm[members][known[members]] ** 2))),
         }
         for owner, members in rows.items()
     ]
@@ -206,7 +206,7 @@ def _base(tree: xr.DataTree) -> dict[str, Any] | None:
         "k": int(base.attrs["k"]),
         "matrices": int(np.isfinite(last["relative_size"].values).sum()),
         "of": base.sizes["matrix"],
-        **{name: number(last[name].median("matrix")) for name in names},
+        **{name: finite(last[name].median("matrix")) for name in names},
     }
 
 
@@ -216,11 +216,11 @@ def _over_matrices(summary: xr.Dataset) -> dict[str, dict[str, float | None]]:
     return {
         name: {
             **{
-                word: number(last[f"{name}_quantile"].sel(quantile=quantile))
+                word: finite(last[f"{name}_quantile"].sel(quantile=quantile))
                 for word, quantile in (("lower_quartile", 0.25), ("median", 0.5), ("upper_quartile", 0.75))
             },
             **{
-                word: number(last[f"{name}_null{bound}"])
+                word: finite(last[f"{name}_null{bound}"])
                 for word, bound in (("null_mean", ""), ("null_5_percent", "_low"), ("null_95_percent", "_high"))
                 if f"{name}_null{bound}" in last
             },
@@ -235,8 +235,8 @@ def _roles(last: xr.Dataset) -> list[dict[str, Any]]:
         {
             "role": str(role),
             "matrices": members.count(role),
-            "frobenius_norm": number(last["frobenius_norm_by_role"].sel(role_name=role)),
-            "energy_share": number(last["energy_share_by_role"].sel(role_name=role)),
+            "frobenius_norm": finite(last["frobenius_norm_by_role"].sel(role_name=role)),
+            "energy_share": finite(last["energy_share_by_role"].sel(role_name=role)),
         }
         for role in last["role_name"].values
     ]
@@ -253,8 +253,8 @@ def _table(last: xr.Dataset) -> list[dict[str, Any]]:
             "name": coordinates["matrix"][row],
             "layer": coordinates["layer"][row] if coordinates["layer"][row] >= 0 else None,
             **{name: coordinates[name][row] for name in ("role", "out", "in", "adapter_rank")},
-            **{name: number(columns[name][row]) for name in _PER_MATRIX},
-            "suggested_rank": whole(columns["suggested_rank"][row]),
+            **{name: finite(columns[name][row]) for name in _PER_MATRIX},
+            "suggested_rank": integer(columns["suggested_rank"][row]),
             "flags": [
                 *(flag for flag in _FLAGS if columns[flag][row]),
                 *(["not_in_last_checkpoint"] if columns["count"][row] == 0 else []),

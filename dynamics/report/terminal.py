@@ -13,8 +13,8 @@ from rich.text import Text
 
 from dynamics.report.fisher_words import informative_directions
 from dynamics.report.grouped import FindingGroup, grouped, place
-from dynamics.report.lines import one_line
-from dynamics.report.sentences import answers, number, what_was_analysed
+from dynamics.report.sentences import answers, what_was_analysed
+from dynamics.text import number, one_line
 
 #: Rows of the table: what fits a screen together with the findings.
 ROWS = 12

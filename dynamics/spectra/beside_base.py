@@ -18,7 +18,7 @@ from dynamics.spectra.against_base import (
     intruders,
     overlap,
 )
-from dynamics.store.cache import content_key, read_tensors, write_tensors
+from dynamics.spectra.cache import content_key, read_tensors, write_tensors
 
 #: Part of the key under which a decomposition is kept: another algorithm, another number.
 _VERSION = 1
@@ -54,7 +54,7 @@ def beside_base(
         raw_update: Its raw update.
         k: Leading directions that are compared.
         directions: Whether base and update are decomposed: seconds a matrix of a few thousand rows. The base's
-            decomposition is kept (:mod:`dynamics.store.cache`).
+            decomposition is kept (:mod:`dynamics.spectra.cache`).
         progress: Called with the number of matrices just finished.
 
     Returns:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import xarray as xr
 
-from dynamics.checkpoints.names import some
 from dynamics.findings import Finding
 from dynamics.spectra.rank_suggestion import ENERGY
 from dynamics.spectra.rounding import NOISE_LIMIT
+from dynamics.text import some
 
 #: At most so many matrices are named in one finding's evidence.
 NAMED = 8

@@ -8,10 +8,11 @@ from dynamics.store.capture import Capture, capture_path, read_capture
 from dynamics.store.capture_place import CaptureExists
 from dynamics.store.ownership import OutputError
 from dynamics.store.places import FOLDER, RESULT, result_path
-from dynamics.store.plain_text import encodable, encodable_dataset
+from dynamics.store.plain_text import encodable_dataset
 from dynamics.store.provenance import provenance
 from dynamics.store.replace import staged, write_text, writing
 from dynamics.store.results import read_tree, write_tree
+from dynamics.text import encodable
 
 if TYPE_CHECKING:
     from dynamics.store.capture_store import CaptureStore

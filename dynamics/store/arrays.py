@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from dynamics.store.plain_text import encodable
+from dynamics.text import encodable
 
 GROUP = b'{"zarr_format": 2}'
 _DIMENSIONS = "_ARRAY_DIMENSIONS"  # xarray's names for what Zarr has no word for

@@ -23,9 +23,9 @@ import numpy as np
 import xarray as xr
 
 from dynamics import schema
-from dynamics.checkpoints.names import some
 from dynamics.findings import Finding
 from dynamics.spectra import raw
+from dynamics.text import some
 
 #: Spectra of one update that differ by more than this share of its norm are not of one training.
 AGREEMENT = 1e-3

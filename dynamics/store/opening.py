@@ -10,10 +10,11 @@ from pathlib import Path
 import xarray as xr
 
 from dynamics.findings import Finding
-from dynamics.store import FOLDER, RESULT, capture_path, encodable, read_tree, result_path
+from dynamics.store import FOLDER, RESULT, capture_path, read_tree, result_path
 from dynamics.store.capture import CAPTURE
 from dynamics.store.commit import interrupted_elsewhere
 from dynamics.store.ownership import STAGING
+from dynamics.text import encodable
 
 
 def open_run(run: str | PathLike[str]) -> xr.DataTree:

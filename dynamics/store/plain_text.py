@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import xarray as xr
 
-
-def encodable(value: Any) -> Any:
-    """JSON-compatible content with every half of a surrogate pair escaped.
-
-    Folder names that are no UTF-8 and ``"\\ud800"`` in JSON give such halves, which no file can hold.
-
-    >>> encodable({"run": "caf\\udce9"})
-    {'run': 'caf\\\\udce9'}
-    """
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode("utf-8")
-    if isinstance(value, Mapping):
-        return {encodable(key): encodable(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [encodable(each) for each in value]
-    return value
+from dynamics.text import encodable
 
 
 def encodable_dataset(dataset: xr.Dataset) -> xr.Dataset:

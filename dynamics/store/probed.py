@@ -11,7 +11,7 @@ import xarray as xr
 from dynamics import schema
 from dynamics.findings import Finding
 from dynamics.schema import Variable
-from dynamics.store import encodable
+from dynamics.text import encodable
 
 GROUPS: Mapping[str, Mapping[str, Variable]] = {"fisher": schema.FISHER_RECORD, "score": schema.SCORE}
 _COORDINATES = ("step", "block", "evaluated_at_step", *schema.SAMPLE_LABELS)

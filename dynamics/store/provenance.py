@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamics._version import __version__
-from dynamics.store.plain_text import encodable
+from dynamics.text import encodable
 
 _LIBRARIES = ("torch", "numpy", "scipy", "safetensors", "xarray", "zarr")
 

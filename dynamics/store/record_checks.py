@@ -9,7 +9,7 @@ import xarray as xr
 
 from dynamics.schema import DECOMPOSITIONS, KINDS, UPDATE_COORDINATES, WRAPPERS, Variable
 from dynamics.spectra import raw
-from dynamics.store import encodable
+from dynamics.text import encodable
 
 _FORMATS = ("F64", "F32", "BF16", "F16")
 _TEXTS = ("matrix", "role", "stack", "storage")

@@ -13,7 +13,6 @@ from typing import Any
 
 import xarray as xr
 
-from dynamics.checkpoints.names import some
 from dynamics.findings import CATALOGUE, Finding
 from dynamics.schema import WRAPPERS
 from dynamics.spectra import raw
@@ -21,6 +20,7 @@ from dynamics.store import FOLDER, Capture, capture_path, read_capture
 from dynamics.store.capture import CAPTURE, capture_attributes, record_name, record_names
 from dynamics.store.probed import GROUPS, joined_fisher, joined_scores, probe_problems
 from dynamics.store.record_checks import record_problems
+from dynamics.text import some
 
 _REMEDY = "The other records are used; restore it from a copy, or remove it."
 

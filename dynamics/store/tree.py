@@ -19,10 +19,11 @@ from dynamics.spectra import findings as notes
 from dynamics.spectra.measured import measured
 from dynamics.spectra.null_models import SEED
 from dynamics.spectra.quantiles import known_quantiles
-from dynamics.store import encodable, encodable_dataset, provenance
+from dynamics.store import encodable_dataset, provenance
 from dynamics.store.merge import merge, translated
 from dynamics.store.probed import with_probed
 from dynamics.store.records import Captured
+from dynamics.text import encodable
 
 #: Of a gradient, over the steps: its size, and the measures.
 _OF_GRADIENTS = ("norm_before_clip", "norm_after_clip", "frobenius_norm", *schema.MEASURES)

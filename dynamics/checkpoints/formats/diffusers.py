@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dynamics.checkpoints.errors import UnreadableFile, one_line
+from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.formats.patterns import Budget
 from dynamics.checkpoints.formats.peft_config import AdapterConfig, parse_adapter_config
 from dynamics.checkpoints.formats.variants import Refusal
+from dynamics.text import first_line
 
 _KEY = "lora_adapter_metadata"
 _AGAIN = "Save the adapter again with diffusers."
@@ -60,7 +61,7 @@ def read_components(metadata: Mapping[str, str]) -> Components | None:
     try:
         content = json.loads(metadata[_KEY])
     except (ValueError, RecursionError) as error:
-        problem = f"The {_KEY} in its header is not valid JSON: {one_line(error)}."
+        problem = f"The {_KEY} in its header is not valid JSON: {first_line(error)}."
         raise UnreadableFile("OD102", problem, _AGAIN) from error
     if not isinstance(content, dict):
         raise UnreadableFile("OD102", f"The {_KEY} in its header is no JSON object.", _AGAIN)

@@ -22,10 +22,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dynamics.checkpoints.errors import UnreadableFile, one_line
+from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.files import TORCH_NAMES, Loader, TensorInfo
 from dynamics.checkpoints.names import shown
 from dynamics.checkpoints.plain_files import read_start
+from dynamics.text import first_line
 
 METADATA = ".metadata"
 #: Metadata of the largest trainings have some ten megabytes.
@@ -166,7 +167,7 @@ def _read(chunk: _Chunk, dtype: torch.dtype) -> Tensor:
             file.seek(chunk.start)
             tensor = torch.load(io.BytesIO(file.read(chunk.length)), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes can raise anything at all; nothing in them is executed
-        problem = f"A record of {shown(chunk.file.name)} cannot be read: {one_line(error)}"
+        problem = f"A record of {shown(chunk.file.name)} cannot be read: {first_line(error)}"
         raise UnreadableFile("OD101", problem, _AGAIN) from error
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.sizes or tensor.dtype != dtype:
         raise UnreadableFile("OD101", f"A record of {shown(chunk.file.name)} is not the tensor it should be.", _AGAIN)
@@ -188,7 +189,7 @@ def read_distributed(folder: Path) -> DistributedWeights:
     try:
         metadata = _Inert(io.BytesIO(content)).load()
     except Exception as error:  # a damaged pickle can raise anything at all
-        problem = f"It is not the metadata of a distributed checkpoint and was not loaded: {one_line(error)}."
+        problem = f"It is not the metadata of a distributed checkpoint and was not loaded: {first_line(error)}."
         raise UnreadableFile("OD101", problem, _CONVERT) from error
     stored, places, plan = (
         metadata.get(name) if isinstance(metadata, _Record) else None

@@ -24,9 +24,9 @@ from dynamics.checkpoints.names import (
     natural_order,
     parse_key,
     shown,
-    some,
 )
 from dynamics.checkpoints.trajectory import MatrixShape
+from dynamics.text import some
 
 _PAIRS = (("A", "B"), ("embedding_A", "embedding_B"))
 #: Parts beside the factors that leave the product as it is (VeLoRA's buffer, MonteCLoRA's sampler).

@@ -10,11 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dynamics.checkpoints.errors import UnreadableFile, one_line
+from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.formats.patterns import MOST_PATHS, MOST_WORK, Budget, paths
 from dynamics.checkpoints.formats.variants import Refusal, Remark, judge, moved_start
 from dynamics.checkpoints.names import name_fault, shown
 from dynamics.checkpoints.plain_files import read_json
+from dynamics.text import first_line
 
 #: PEFT's defaults for keys that a configuration leaves out (``LoraConfig``, ``AdaLoraConfig``).
 _DEFAULT_RANK = {"LORA": ("r", 8), "ADALORA": ("init_r", 12)}
@@ -277,7 +278,7 @@ def _patterns(content: Mapping[str, Any], name: str) -> Patterns:
         try:
             pattern = re.compile(rf"(.*\.)?({key})$")
         except (re.error, RecursionError, OverflowError) as error:
-            problem = f"Its {name} has the key {shown(key)!r}, which is not a regular expression ({one_line(error)})."
+            problem = f"Its {name} has the key {shown(key)!r}, which is not a regular expression ({first_line(error)})."
             raise UnreadableFile("OD102", problem, f"Correct {name} as PEFT would have to.") from error
         number = _finite(f"{name}[{shown(key)!r}]", value)
         if name == "rank_pattern" and (number <= 0 or number != int(number)):

@@ -18,10 +18,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dynamics.checkpoints.errors import UnreadableFile, one_line
+from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.files import Loader, TensorInfo, WeightFile, read_weight_file
-from dynamics.checkpoints.names import natural_order, shown, some
+from dynamics.checkpoints.names import natural_order, shown
 from dynamics.checkpoints.plain_files import read_text
+from dynamics.text import first_line, some
 
 _SUFFIXES = (".safetensors", ".bin")
 #: The largest models have some hundred shards.
@@ -106,7 +107,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         content = json.loads(read_text(index, "OD101"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise UnreadableFile("OD101", f"It is not a valid JSON index: {one_line(error)}.", _AGAIN) from error
+        raise UnreadableFile("OD101", f"It is not a valid JSON index: {first_line(error)}.", _AGAIN) from error
     listed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(listed, dict) or not listed or not all(isinstance(shard, str) for shard in listed.values()):
         raise UnreadableFile("OD101", "It has no weight_map of tensors to files.", _AGAIN)

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynamics.checkpoints import open_trajectory
-from dynamics.checkpoints.errors import UnreadableFile, one_line
+from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.files import read_weight_file
+from dynamics.text import first_line
 from tests.runs import random_factors, write_adapter, write_run
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
@@ -165,5 +166,5 @@ def test_the_advice_to_load_a_pickle_all_the_same_is_not_passed_on(
     assert "weights_only" not in str(raised.value)
     with pytest.raises(Exception, match="weights_only") as from_torch:
         torch.load(io.BytesIO(content), weights_only=True)
-    assert "weights_only" not in one_line(from_torch.value)
-    assert "torch." not in one_line(from_torch.value)
+    assert "weights_only" not in first_line(from_torch.value)
+    assert "torch." not in first_line(from_torch.value)

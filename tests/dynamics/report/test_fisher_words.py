@@ -4,7 +4,7 @@ import pytest
 
 from dynamics.report.fisher_summary import fisher_summary
 from dynamics.report.fisher_words import informative_directions
-from dynamics.report.sentences import number, percent
+from dynamics.text import number, percent
 from tests.fishers import MEANS, with_fisher
 from tests.trees import example_tree
 

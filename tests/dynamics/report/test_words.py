@@ -3,14 +3,8 @@ import json
 import numpy as np
 
 from dynamics.report import summarise
-from dynamics.report.sentences import (
-    beside_the_base,
-    how_far,
-    how_many_directions,
-    how_steep,
-    number,
-    what_was_analysed,
-)
+from dynamics.report.sentences import beside_the_base, how_far, how_many_directions, how_steep, what_was_analysed
+from dynamics.text import number
 from tests.trees import example_tree, matrix_names
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dynamics.store.cache import cache_folder, content_key, read_tensors, write_tensors
+from dynamics.spectra.cache import cache_folder, content_key, read_tensors, write_tensors
 
 
 @pytest.fixture(autouse=True)
