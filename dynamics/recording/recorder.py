@@ -79,7 +79,7 @@ class Recorder:
         preset: ``"economy"``, ``"standard"`` or ``"full"``: what a record holds, and by default which steps.
         every: Capture every so many steps, instead of the preset's schedule.
         at: Capture these steps.
-        schedule: Capture where ``schedule(step)`` is true, see ``recording.schedules``. Of several wishes each is granted.
+        schedule: Capture where ``schedule(step)`` is true, see ``recording``. Of several wishes each is granted.
         matrices: Regular expression; only matrices whose name it finds are watched.
         resume_from: The step that the training resumes from: the capture goes on, and later records are dropped.
             ``None``: training begins now, and the model's weights are its start.

@@ -12,11 +12,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 import numpy as np
 import torch
 import xarray as xr
@@ -27,6 +22,11 @@ from dynamics.checkpoints.trajectory import Checkpoint, OpenCheckpoint, Trajecto
 from dynamics.spectra.dense import inner_products
 from dynamics.spectra.path import PathShape, path_gram, path_shape
 from probes.low_rank import LowRankMatrix
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 #: Bytes of all open checkpoints' matrices, or of their rows in float64, that are in memory at once.
 BUDGET = 2**26
