@@ -20,7 +20,7 @@ from torch import Tensor
 from probes.sample_gradients import SampleGradient
 
 #: Bytes of S that are made at once.
-BUDGET = 2**26
+PROJECTION_BUDGET = 2**26
 
 
 def projected(gradient: SampleGradient, dimension: int, seed: int, like: Tensor) -> Float[Tensor, "sample k"]:
@@ -41,7 +41,7 @@ def projected(gradient: SampleGradient, dimension: int, seed: int, like: Tensor)
     5.0
     """
     columns = max(1, math.prod(gradient.shape[1:]))
-    step = max(1, BUDGET // (4 * columns * dimension))
+    step = max(1, PROJECTION_BUDGET // (4 * columns * dimension))
     found = like.new_zeros(gradient.samples, dimension, dtype=torch.promote_types(like.dtype, torch.float32))
     generator = torch.Generator(device=like.device).manual_seed(seed)
     for first in range(0, gradient.shape[0] if gradient.terms else 0, step):

@@ -27,7 +27,6 @@ from dynamics.text import some
 _APART = re.compile(
     r"(.*[_-])?(ref|reference|frozen|teacher|critic|value|reward)([_-](policy|model|adapter|head))?", re.IGNORECASE
 )
-Size = tuple[int, int]
 
 
 def with_common_names(

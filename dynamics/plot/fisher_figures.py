@@ -17,7 +17,7 @@ from dynamics.plot.task_matrix import task_matrix
 from dynamics.schema import ALL, FISHER_GROUPS, GLOBAL
 
 #: What is drawn over the steps; tasks only where their numbers of samples do not matter.
-OVER_STEPS = ("ln_participation_ratio", "spectral_entropy", "dominant_ratio")
+FISHER_OVER_STEPS = ("ln_participation_ratio", "spectral_entropy", "dominant_ratio")
 #: Matrices of tasks.
 BETWEEN_TASKS = ("cosine", "overlap", "transfer")
 
@@ -34,7 +34,7 @@ def fisher_figures(tree: xr.DataTree) -> dict[str, Figure]:
     if GLOBAL not in fisher["block"].values:
         return {}
     drawn: dict[str, Figure] = {}
-    for variable in OVER_STEPS:
+    for variable in FISHER_OVER_STEPS:
         if _has_values(fisher, variable):
             several = tasks_of(fisher) if variable.startswith("ln_") else []
             drawn[f"fisher_{variable}"] = fisher_trajectory(tree, variable=variable, tasks=[ALL, *several])

@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from dynamics.plot.style import COLOURS, MARKERS
 
 #: Markers of more points than this would be a thick line.
-_MOST_MARKERS = 40
 
 
 def draw_interval(

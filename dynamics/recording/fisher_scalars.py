@@ -16,7 +16,7 @@ from dynamics.schema import GLOBAL
 LEADING = 16
 
 
-def scalars(record: xr.Dataset | None) -> dict[str, float]:
+def fisher_numbers(record: xr.Dataset | None) -> dict[str, float]:
     """Plug-in SE and ρ of all trainable parameters, and the update's share in 16 directions; unknown ones are left out.
 
     To watch, not to conclude from: intervals and nulls are in the result.

@@ -24,10 +24,10 @@ from dynamics.findings import Finding
 from dynamics.recording import Schedule, preset_named
 from dynamics.recording.changes import BaseWeights, Change, ModelState, change_between
 from dynamics.recording.fisher import FisherProbe, momentum_of
-from dynamics.recording.fisher_scalars import scalars as fisher_scalars
+from dynamics.recording.fisher_scalars import fisher_numbers
 from dynamics.recording.live import LiveSpectra
 from dynamics.recording.presets import schedule_of
-from dynamics.recording.scalars import scalars
+from dynamics.recording.scalars import update_numbers
 from dynamics.recording.watching import notes_on, notes_on_resuming, watched_or_refused
 from dynamics.recording.writer import Records, earlier_capture, refuse_other_weights, store_path
 from dynamics.spectra import raw
@@ -295,9 +295,9 @@ class Recorder:
             if self._records is not None and self._live.places:
                 update = self._update(step, spectra)
                 probed = self._probed(step)
-                numbers = scalars(update, gradient)
+                numbers = update_numbers(update, gradient)
                 with self._forgiven(step):
-                    numbers |= fisher_scalars(probed.get("fisher"))
+                    numbers |= fisher_numbers(probed.get("fisher"))
                 self._records.write(step, update, gradient, probed)
                 written, self.scalars = True, numbers
                 self._advance(step)

@@ -12,7 +12,7 @@ from dynamics.spectra.dataset import parts_of_sums
 from dynamics.spectra.measures import dominant_ratio, effective_rank
 
 
-def scalars(update: xr.Dataset, gradient: xr.Dataset | None = None) -> dict[str, float]:
+def update_numbers(update: xr.Dataset, gradient: xr.Dataset | None = None) -> dict[str, float]:
     """Norms over all matrices as one, and medians over matrices of two measures; what is not known is left out.
 
     Args:

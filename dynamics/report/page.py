@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dynamics import plot, schema
-from dynamics.plot import fisher_figures
+from dynamics.plot.fisher_figures import BETWEEN_TASKS, FISHER_OVER_STEPS
 from dynamics.plot.figures import HEATMAPS, OF_GRADIENTS, OVER_STEPS, figure_name, gradient_name, has_values
 from dynamics.plot.gradient import NORM
 from dynamics.plot.hover_heatmap import fits_a_page
@@ -186,8 +186,8 @@ def _of_the_fisher(tree: xr.DataTree) -> dict[str, str]:
         return {}
     fisher, tasks = tree["fisher"].to_dataset(), tree["tasks"].to_dataset()
     return {
-        **{f"fisher_{name}": _definition(fisher, name) for name in fisher_figures.OVER_STEPS},
-        **{f"tasks_{name}": _definition(tasks, name) for name in fisher_figures.BETWEEN_TASKS},
+        **{f"fisher_{name}": _definition(fisher, name) for name in FISHER_OVER_STEPS},
+        **{f"tasks_{name}": _definition(tasks, name) for name in BETWEEN_TASKS},
     }
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from dynamics.text import finite
 
 #: Rows of a table and sentences of a part that the page shows; all are in the result.
-MOST_ROWS, MOST_STATEMENTS = 500, 6
+MOST_PAIRS, MOST_STATEMENTS = 500, 6
 #: Of reports on data without any effect, how many state something somewhere: python -m tests.benchmarks.calibration.
 FALSE_REPORTS = "7 % (6 runs) to 13 % (12 runs)"
 #: Heading → variable, of the columns after the two names; ``"low"`` stands for the interval.
@@ -108,11 +108,11 @@ def _rows(group: xr.Dataset, dims: Sequence[str], columns: Mapping[str, str]) ->
     tables = {name: group[name].transpose(*dims).values.ravel() for name in variables}
     labels = [group[dim].values.tolist() for dim in dims]
     places = np.arange(len(tables["holds"]))
-    if len(places) > MOST_ROWS:
+    if len(places) > MOST_PAIRS:
         measure = np.array(labels[0])[places // len(labels[1])]
         size = np.nan_to_num(np.abs(tables[next(iter(columns.values()))]), nan=-1.0)
         first = np.lexsort((-size, measure != str(group.attrs["headline"]), ~tables["holds"].astype(bool)))
-        places = np.sort(first[:MOST_ROWS])
+        places = np.sort(first[:MOST_PAIRS])
     for place in places.tolist():
         cells = [_cell(name, {key: table[place] for key, table in tables.items()}) for name in columns.values()]
         yield [labels[0][place // len(labels[1])], labels[1][place % len(labels[1])], *cells]

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dynamics.spectra.dense import gram
 from dynamics.spectra.singular_values import triangle
+from dynamics.checkpoints.trajectory import Matrix
 from probes.low_rank import LowRankMatrix
 
-Matrix = Tensor | LowRankMatrix
 
 #: Directions that are compared by default.
 TOP_K = 10

@@ -6,8 +6,8 @@ import numpy as np
 import xarray as xr
 
 from dynamics import schema
-from dynamics.spectra import dataset as labelled
-from dynamics.spectra import floor
+from dynamics.spectra.dataset import direct_sums, measures_of, null_models_of, quantiles_over_matrices, suggested_rank, variable
+from dynamics.spectra.floor import DEFINITIONS as FLOOR_DEFINITIONS, above_rounding
 from dynamics.spectra.rounding import NOISE_LIMIT
 
 _OF_THE_GRADIENT = (
@@ -35,13 +35,13 @@ def measured(raw_update: xr.Dataset, raw_gradient: xr.Dataset | None = None) -> 
     how = {"flag_values": list(range(len(schema.DECOMPOSITIONS))), "flag_meanings": " ".join(schema.DECOMPOSITIONS)}
     update["decomposition"].attrs |= how
     norms = _norms(update["singular_value"].values)
-    update = update.assign({name: labelled.variable(name, norm) for name, norm in norms.items()})
-    update = update.assign(labelled.measures_of(update, noise))
-    null, against_null = labelled.null_models_of(update)
+    update = update.assign({name: variable(name, norm) for name, norm in norms.items()})
+    update = update.assign(measures_of(update, noise))
+    null, against_null = null_models_of(update)
     update = update.assign(against_null)
     update = update.assign(_rounding(update, noise)).assign(_geometry(update, inner_product))
-    update = update.assign(labelled.direct_sums(update)).assign(labelled.suggested_rank(update))
-    groups = {"update": update, "null": null, "summary": labelled.quantiles_over_matrices(update, null)}
+    update = update.assign(direct_sums(update)).assign(suggested_rank(update))
+    groups = {"update": update, "null": null, "summary": quantiles_over_matrices(update, null)}
     return groups if raw_gradient is None else groups | _gradient_groups(raw_gradient)
 
 
@@ -49,9 +49,9 @@ def _gradient_groups(raw: xr.Dataset) -> dict[str, xr.Dataset]:
     """As an update of one kind, so that both are measured by the same functions."""
     like_update = raw.expand_dims(kind=["gradient"], axis=1)
     norm = _norms(like_update["singular_value"].values)["frobenius_norm"]
-    like_update = like_update.assign(frobenius_norm=labelled.variable("frobenius_norm", norm))
-    like_update = like_update.assign(labelled.measures_of(like_update))
-    null, against_null = labelled.null_models_of(like_update)
+    like_update = like_update.assign(frobenius_norm=variable("frobenius_norm", norm))
+    like_update = like_update.assign(measures_of(like_update))
+    null, against_null = null_models_of(like_update)
     measured_ = like_update.assign(against_null).isel(kind=0, drop=True)
     gradient = measured_[[*schema.GRADIENT, *raw.coords]]
     for name, definition in _GRADIENT_DEFINITIONS.items():
@@ -77,21 +77,21 @@ def _rounding(update: xr.Dataset, noise: np.ndarray) -> dict[str, xr.Variable]:
     """Which updates are zero, which are spoiled by the rounding of their storage, and what is left without it."""
     norm = update["frobenius_norm"].values
     share = np.divide(np.sqrt(noise), norm, out=np.full_like(noise, np.nan), where=norm > 0) ** 2
-    above = floor.above_rounding(
+    above = above_rounding(
         update["singular_value"].values,
         update["rounding_edge"].values,
         noise,
         np.minimum(update["out"].values, update["in"].values).astype(np.float64),
     )
     return {
-        "is_zero": labelled.variable("is_zero", norm == 0),
-        "quantisation_noise_share": labelled.variable(
+        "is_zero": variable("is_zero", norm == 0),
+        "quantisation_noise_share": variable(
             "quantisation_noise_share", share, "Σ ulp²/12 of the stored factors, carried to the product, over ‖·‖_F²"
         ),
-        "quantisation_limited": labelled.variable(
+        "quantisation_limited": variable(
             "quantisation_limited", np.nan_to_num(share) > NOISE_LIMIT, f"quantisation_noise_share > {NOISE_LIMIT}"
         ),
-        **{name: labelled.variable(name, array, floor.DEFINITIONS[name]) for name, array in above.items()},
+        **{name: variable(name, array, FLOOR_DEFINITIONS[name]) for name, array in above.items()},
     }
 
 
@@ -115,12 +115,12 @@ def _geometry(update: xr.Dataset, inner_product: np.ndarray) -> dict[str, xr.Var
         np.divide(inner_product[row], sizes, out=cosine[row], where=moved)
         np.clip(cosine[row], -1, 1, out=cosine[row])
     return {
-        "path_length": labelled.variable(
+        "path_length": variable(
             "path_length",
             path,
             "Σ ‖increment‖_F since the start of the training, or since its first step here where that is unknown",
         ),
-        "increment_cosine": labelled.variable(
+        "increment_cosine": variable(
             "increment_cosine", cosine, "⟨Δ_t, Δ_{t−1}⟩/(‖Δ_t‖_F ‖Δ_{t−1}‖_F), from r×r cross-Grams"
         ),
     }

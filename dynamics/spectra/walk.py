@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dynamics.checkpoints.trajectory import Checkpoint, Matrix, OpenCheckpoint, Trajectory, UnreadableMatrix
 from dynamics.findings import Finding
-from dynamics.spectra import increments, pairs, zero_blocks
+from dynamics.spectra import increments, zero_blocks
 from dynamics.spectra.increments import Cores
-from dynamics.spectra.pairs import MatrixSpectra, Results
+from dynamics.spectra.pairs import Before, MatrixSpectra, Results, solve, solve_dense
 from dynamics.spectra.zero_blocks import ZeroBlock, zero_block_findings
 from probes.low_rank import LowRankMatrix
 
@@ -207,7 +207,7 @@ def _solve(names: Sequence[str], window: _Window, device: torch.device) -> list[
     before = _before(names, window)
     if before is not None and before.matrices[0].shape != (shape.out, shape.in_):
         before = None  # the finding is the reader's: the matrix is another one
-    solved = pairs.solve(now, before, device=device, workspace=_OWN.workspace)
+    solved = solve(now, before, device=device, workspace=_OWN.workspace)
     failures = [_failure(one.is_finite, bool(one.spectra.total.isnan().any())) for one in solved]
     if shape.holds == "state":
         solved = [replace(one, spectra=one.spectra.without_total()) for one in solved]
@@ -224,7 +224,7 @@ def _solve_dense(name: str, window: _Window, device: torch.device) -> _Outcome:
     is_update = window.now.shapes[name].holds == "update"
     start = torch.zeros_like(now) if is_update else _dense(name, window.start, window, device)
     of_base = window.before is window.start and not is_update
-    solved = pairs.solve_dense(now, start if of_base else _dense(name, window.before, window, device), start)
+    solved = solve_dense(now, start if of_base else _dense(name, window.before, window, device), start)
     values = [each for each in (solved.spectra.total, solved.spectra.increment) if each is not None]
     bad = any(bool(each.isnan().any()) for each in values)
     block = zero_blocks.of_dense(now, start, is_update=is_update)
@@ -254,16 +254,16 @@ def _failure(core_is_finite: bool, values_are_bad: bool) -> tuple[str, str]:
     return "", ""
 
 
-def _before(names: Sequence[str], window: _Window) -> pairs.Before | None:
+def _before(names: Sequence[str], window: _Window) -> Before | None:
     matrices = _matrices(names, window.before)
     if matrices is None:
         return None
     noise = [window.solved[name].total_noise if name in window.solved else math.nan for name in names]
     if names[0] not in window.reduced:
-        return pairs.Before(matrices, noise)
+        return Before(matrices, noise)
     earlier = _matrices(names, window.earlier)
     assert earlier is not None, "a step whose triangular factors hold a change has a predecessor"
-    return pairs.Before(matrices, noise, [window.reduced[name] for name in names], earlier)
+    return Before(matrices, noise, [window.reduced[name] for name in names], earlier)
 
 
 def _matrices(names: Sequence[str], checkpoint: OpenCheckpoint | None) -> list[LowRankMatrix] | None:

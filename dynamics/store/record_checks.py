@@ -25,7 +25,6 @@ _LARGEST = 10**12
 #: Chance is drawn from factors of that many columns, at the cost of its square; no adapter comes near.
 _LARGEST_RANK = 4096
 #: Beyond, the energy of a spectrum is no number any more.
-_LARGEST_NUMBER = 1e100
 
 
 def record_problems(record: Mapping[str, xr.Dataset]) -> Iterator[str]:

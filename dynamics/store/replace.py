@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dynamics.store import commit
 from dynamics.store.locking import locked, uninterrupted
+from dynamics.store.commit import PARTIAL, forget, new_owner, recover, replace_result, set_aside
 from dynamics.store.ownership import STAGING, OutputError, refuse_foreign
 
 _LOCK = "lock"
@@ -43,28 +43,28 @@ def staged(out: Path, names: Iterable[str] = (), folders: Iterable[str] = ()) ->
         KeyboardInterrupt: If ^C came while the result took its place; the message says that it did.
     """
     made = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
-    owner = commit.new_owner()
-    partial = out / STAGING / f"{commit.PARTIAL}{owner}"
+    owner = new_owner()
+    partial = out / STAGING / f"{PARTIAL}{owner}"
     try:
         with _output_errors(f"The output folder '{out}' cannot be written (", ").", "Choose another with --out."):
             (out / STAGING).mkdir(parents=True, exist_ok=True)
             refuse_foreign(out, ())
             if any((out / STAGING).glob("*-*")):
                 with locked(out / STAGING / _LOCK), uninterrupted():
-                    commit.recover(out)
+                    recover(out)
             refuse_foreign(out, names, folders)
             partial.mkdir()
         yield partial
         with writing(out), locked(out / STAGING / _LOCK):
             try:
                 with uninterrupted():
-                    commit.recover(out)
-                    commit.replace_result(out, partial, owner)
+                    recover(out)
+                    replace_result(out, partial, owner)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt("the new result is complete and in its place") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        commit.forget(owner)
+        forget(owner)
         _remove_if_empty([out / STAGING, *made])
 
 
@@ -87,7 +87,7 @@ def write_text(path: Path, text: str) -> None:
 
 def complete(path: Path) -> Path:
     """Return where the last complete store is: ``path``, unless a process was killed while replacing it."""
-    return path if os.path.lexists(path) else commit.set_aside(path.parent, path.name) or path
+    return path if os.path.lexists(path) else set_aside(path.parent, path.name) or path
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def test_pieces_are_the_whole(monkeypatch):
     dense = SampleGradient((7, 4), 3, [Materialised(left.mT @ right)])
     whole = projected(dense, 9, 1, LIKE)
     torch.testing.assert_close(projected(outer, 9, 1, LIKE), whole)
-    monkeypatch.setattr(module, "BUDGET", 4 * 4 * 9 * 2)
+    monkeypatch.setattr(module, "PROJECTION_BUDGET", 4 * 4 * 9 * 2)
     torch.testing.assert_close(projected(outer, 9, 1, LIKE), projected(dense, 9, 1, LIKE))
 
 

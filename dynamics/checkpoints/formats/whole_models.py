@@ -22,7 +22,7 @@ WHOLE = (
 _DISTRIBUTED = re.compile(r"pytorch_model(_fsdp)?_[0-9]+")
 _SHARD = re.compile(r".+[-_][0-9]+[-_]of[-_][0-9]+\.(safetensors|bin)", re.DOTALL)
 _STACKED = re.compile(r"(^|\.)layers\.(?![0-9])")
-_INDEX = re.compile(r"(?!adapter_model\.).+\.(safetensors|bin)\.index\.json", re.DOTALL)
+_INDEX_FILE = re.compile(r"(?!adapter_model\.).+\.(safetensors|bin)\.index\.json", re.DOTALL)
 
 
 def whole_model(folder: Path, names: Collection[str]) -> str | None:
@@ -35,7 +35,7 @@ def whole_model(folder: Path, names: Collection[str]) -> str | None:
     for name in WHOLE:
         if name in names:
             return name
-    if index := next(filter(_INDEX.fullmatch, sorted(names)), None):
+    if index := next(filter(_INDEX_FILE.fullmatch, sorted(names)), None):
         return index
     if METADATA in names and any(name.endswith(".distcp") for name in names):
         return METADATA

@@ -10,7 +10,7 @@ from dynamics import plot
 from dynamics.plot.figures import figures
 from dynamics.relate.run_measures import UPDATE_HEADLINE, relate
 from dynamics.relate.score_files import ScoreRow
-from dynamics.report.related import MOST_ROWS, MOST_STATEMENTS, related_sections
+from dynamics.report.related import MOST_PAIRS, MOST_STATEMENTS, related_sections
 from tests.trees import example_tree
 
 RUNS = [f"{group}_s{seed}" for group in ("imax", "$dmax") for seed in range(1, 5)]
@@ -113,9 +113,9 @@ def test_many_tasks_stay_within_a_page():
     assert "4 of 301 tasks" in forest.axes[0].get_title(loc="left")
     tree = xr.DataTree.from_dict({"/association": group})
     part = related_sections(tree, {})["association"]
-    assert len(part["rows"]) == MOST_ROWS
+    assert len(part["rows"]) == MOST_PAIRS
     assert {row[0] for row in part["rows"][:1]} <= set(group["measure"].values.tolist())
-    assert f"{MOST_ROWS} of {301 * group.sizes['measure']:,} (shown" in part["words"]
+    assert f"{MOST_PAIRS} of {301 * group.sizes['measure']:,} (shown" in part["words"]
     assert len(part["statements"]) <= MOST_STATEMENTS
     assert len(part["statements"]) + part["more"] == len(group.attrs["statements"])
 
