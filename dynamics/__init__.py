@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from dynamics import plot
     from dynamics.checkpoints import NotARun, open_trajectory
     from dynamics.fisher import concentration, fisher_measures, task_structure
-    from dynamics.options import Options
-    from dynamics.pipeline import analyze_run
+    from dynamics.pipeline import Options, analyze_run
     from dynamics.recording.callback import DynamicsCallback
     from dynamics.recording.recorder import Recorder
     from dynamics.relate import associate, compare
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 _HOME = {
     "DynamicsCallback": "dynamics.recording.callback",
     "NotARun": "dynamics.checkpoints",
-    "Options": "dynamics.options",
+    "Options": "dynamics.pipeline",
     "Recorder": "dynamics.recording.recorder",
     "analyze_run": "dynamics.pipeline",
     "open_run": "dynamics.store",

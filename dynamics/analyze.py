@@ -122,8 +122,7 @@ def _analyze(
     try:
         # Here, not above: --help must not wait for torch.
         from dynamics.checkpoints import NotARun
-        from dynamics.options import Options
-        from dynamics.pipeline import analyze_run, output_folder
+        from dynamics.pipeline import Options, analyze_run, output_folder
         from dynamics.report import finding_line
 
         try:

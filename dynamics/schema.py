@@ -1,4 +1,7 @@
-"""The contract of the result: groups, variables, dimensions, units. Everything that reads a result relies on it."""
+"""The contract of the result: groups, variables, dimensions, units. Everything that reads a result relies on it.
+
+Variables with their formula and source, and arrays that get them by name: how rooms say what their numbers are.
+"""
 
 from __future__ import annotations
 
@@ -410,3 +413,29 @@ def _spectrum_problems(update: xr.Dataset) -> Iterator[str]:
             yield "/update has measures of an update that is zero"
         if (ratio > 1 + 1e-9).any():
             yield "/update/dominant_ratio is above 1"
+
+
+@dataclass(frozen=True)
+class Described:
+    """A variable of the schema with its formula and source."""
+
+    variable: Variable
+    definition: str
+    reference: str = ""
+
+
+def labelled(known: Mapping[str, Described], arrays: Mapping[str, np.ndarray]) -> dict[str, xr.Variable]:
+    """Arrays with dimensions and attributes by their name.
+
+    >>> known = {"x": Described(Variable(("step",), "1", "a number"), "as it is")}
+    >>> labelled(known, {"x": np.zeros(2)})["x"].attrs
+    {'units': '1', 'long_name': 'a number', 'definition': 'as it is'}
+    """
+    return {
+        name: xr.Variable(
+            known[name].variable.dims,
+            array,
+            attributes(known[name].variable, known[name].definition, known[name].reference),
+        )
+        for name, array in arrays.items()
+    }

@@ -11,26 +11,25 @@ T·(out + in) a sample for T tokens, or out·in where that is less. Without the 
 between batches is known: to bound memory, choose ``blocks`` and call again. In tangent space ∇W is projected from
 gradients of the factors, by r×r solves; where these would amplify rounding, from inputs of A and output gradients of B,
 if the factors belong to layers (not to experts, embeddings).
+
+Inner products of per-sample gradients: what every statistic of a Fisher matrix is a function of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from probes.batches import ProbeBatch, is_text, on_device, one_each
 from probes.blocks import Block, Blocks, find_blocks, trained_parameters
-from probes.grams import GLOBAL, Gram
-from probes.label_sampling import with_sampled_labels
 from probes.layer_rules import adapted_layer
 from probes.losses import token_losses
 from probes.low_rank import LowRankMatrix
 from probes.per_sample import Chain, Recording, owners, recording, sample_gradients
-from probes.projection import projected
 from probes.sample_gradients import (
     Materialised,
     Outer,
@@ -42,10 +41,11 @@ from probes.sample_gradients import (
     compact,
     gram,
     inner_products,
+    projected,
     stacked,
 )
 from probes.spaces import TangentSpace, change_energy
-from probes.tasks import Task, probe_loss
+from probes.tasks import ProbeBatch, Task, is_text, on_device, one_each, probe_loss, with_sampled_labels
 from probes.undisturbed import bare, undisturbed
 from probes.watched import Matrix
 
@@ -89,7 +89,7 @@ def gradient_gram(
             change. What is not named has not changed.
         seed: Of the sampled labels and of the projection.
         projection: k, numbers that each sample's gradient of a block is randomly projected to, so that only N·k are
-            held; K is then an estimate (:mod:`probes.projection`), b is exact. 0 for none.
+            held; K is then an estimate (:mod:`probes.sample_gradients`), b is exact. 0 for none.
         skip_broken: Whether samples whose loss or gradient is not finite are left out and listed, instead of an error.
 
     Raises:
@@ -430,3 +430,43 @@ def _kept(losses: Tensor, whole: Tensor, skip_broken: bool) -> list[int]:
 
 
 __all__ = ["FISHERS", "SPACES", "Gram", "gradient_gram"]
+
+
+#: Name of the block of all trainable parameters together.
+GLOBAL = "global"
+
+
+@dataclass(frozen=True)
+class Gram:
+    """K = GGᵀ of per-sample gradients G ``(N, d)``, unnormalised: the Fisher's eigenvalues are eig(K)/N.
+
+    Args:
+        gram: Block → K ``(N, N)``, float64, on the host. Blocks are the watched matrices by name, every other trainable
+            parameter by name, and ``global``, their sum.
+        update_product: Block → b = Gδ ``(N,)``; empty without an update.
+        update_norm_squared: Block → ‖δ‖² of the part inside the space; empty without an update.
+        share_outside_space: Block → share of ‖δ‖² that the space does not hold; NaN where nothing was changed.
+        dimension: Block → d, the dimension of the space.
+        losses: ``(N,)``, of each sample, in nats.
+        covered_share: Share of the trainable numbers that belong to a block: 1, unless blocks were chosen.
+        uncovered: Names of trainable parameters that belong to none.
+        space: ``"tangent"``, ``"factor"`` or ``"weight"``.
+        fisher: ``"empirical"`` or ``"sampled"``.
+        one_by_one: Names of parameters whose gradients took a backward pass for each sample.
+        projection: k, if gradients were randomly projected to so many numbers: K is an estimate then. 0 if not.
+        left_out: Numbers of samples that were left out, because their loss or gradient was not finite.
+    """
+
+    gram: Mapping[str, Float[Tensor, "n n"]]
+    update_product: Mapping[str, Float[Tensor, " n"]]
+    update_norm_squared: Mapping[str, float]
+    share_outside_space: Mapping[str, float]
+    dimension: Mapping[str, int]
+    losses: Float[Tensor, " n"]
+    covered_share: float
+    uncovered: tuple[str, ...]
+    space: str
+    fisher: str
+    one_by_one: tuple[str, ...] = ()
+    left_out: tuple[int, ...] = field(default=())
+    projection: int = 0

@@ -13,7 +13,7 @@ from dynamics import schema
 from dynamics.findings import Finding
 from dynamics.spectra import dataset as labelled
 from dynamics.spectra import raw
-from dynamics.spectra.measured import measured
+from dynamics.spectra.dataset import measured
 from dynamics.spectra.raw import GradientSpectrum, Place
 from dynamics.store.tree import quantiles_of_gradients
 

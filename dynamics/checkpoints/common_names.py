@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from dynamics.checkpoints.alignment import aligned, expert_forms
+from dynamics.checkpoints.alignment import Size, aligned, expert_forms
 from dynamics.checkpoints.base import Base
 from dynamics.checkpoints.checkpoint import Content
 from dynamics.checkpoints.duplicates import same_tensors

@@ -22,16 +22,18 @@ from dynamics.checkpoints.candidates import (
     entries,
     holds_adapter,
     holds_weights,
+    is_state_folder,
     of_file,
+    remedy_for,
+    unread_format,
 )
 from dynamics.checkpoints.errors import NotARun, UnreadableFile
 from dynamics.checkpoints.formats.mlx import ADAPTERS
-from dynamics.checkpoints.formats.whole_models import lone_shards, whole_model
+from dynamics.checkpoints.formats.transformers import lone_shards, whole_model
 from dynamics.checkpoints.names import natural_order, shown, shown_path
 from dynamics.checkpoints.series import Series, find_series
 from dynamics.checkpoints.steps import NamedStep, is_plain_step, named_step
-from dynamics.checkpoints.training_state import read_training_state
-from dynamics.checkpoints.unread import is_state_folder, remedy_for, unread_format
+from dynamics.checkpoints.trainings import read_training_state
 from dynamics.findings import Finding
 from dynamics.text import first_line, some
 

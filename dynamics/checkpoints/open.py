@@ -9,7 +9,7 @@ from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
-from dynamics.checkpoints.base import base_checkpoint, open_base
+from dynamics.checkpoints.base import base_checkpoint, every_shape, has_updates, open_base, start_findings
 from dynamics.checkpoints.candidates import DEFAULT, STATE, Candidate
 from dynamics.checkpoints.checkpoint import Content, Reader
 from dynamics.checkpoints.common_names import with_common_names
@@ -18,9 +18,7 @@ from dynamics.checkpoints.errors import NotARun, UnreadableFile
 from dynamics.checkpoints.folders import RunFolder, find_checkpoints, is_unfinished
 from dynamics.checkpoints.initial_adapters import initial_adapters, without_auxiliary
 from dynamics.checkpoints.names import natural_order, shown_path
-from dynamics.checkpoints.starts import every_shape, has_updates, start_findings
-from dynamics.checkpoints.training_state import TrainingState, read_training_state
-from dynamics.checkpoints.trainings import Clues, find_segments, merged_log
+from dynamics.checkpoints.trainings import Clues, TrainingState, find_segments, merged_log, read_training_state
 from dynamics.checkpoints.trajectory import Checkpoint, Trajectory
 from dynamics.findings import Finding, worst_severity
 from dynamics.text import some

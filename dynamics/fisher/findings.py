@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.findings import Finding
-from dynamics.fisher.gradient_null import LEAST_GROUPS
+from dynamics.fisher.concentration import LEAST_GROUPS
 from dynamics.schema import ALL, GLOBAL
 
 #: Below this many groups an interval is wide, and its Student's t leans on normality.

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dynamics.described import Described
-from dynamics.schema import Variable
+from dynamics.schema import Described, Variable
 
 _SQUARED = "(loss/weight)²"
 _TASK = ("block", "task")

@@ -13,13 +13,13 @@ from dynamics.plot.style import (
     COLOURS,
     MARKERS,
     canvas,
+    describe,
     figure_of,
     say_nothing_to_draw,
     shorten,
     step_axis,
     without_mathematics,
 )
-from dynamics.plot.svg import describe
 
 
 def comparison(data: xr.DataTree | xr.Dataset, *, measure: str | None = None, ax: Axes | None = None) -> Figure:

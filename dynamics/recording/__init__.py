@@ -1,7 +1,17 @@
 """What is recorded of a training, and when."""
 
-from dynamics.recording.presets import PRESETS, Preset, preset_named
-from dynamics.recording.schedules import Schedule, at, at_no_step, either, every, geometric, logarithmic
+from dynamics.recording.schedules import (
+    PRESETS,
+    Preset,
+    Schedule,
+    at,
+    at_no_step,
+    either,
+    every,
+    geometric,
+    logarithmic,
+    preset_named,
+)
 
 __all__ = [
     "PRESETS",

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from dynamics.findings import Finding
 from probes.low_rank import LowRankMatrix
-from probes.unwrapping import class_names
-from probes.watched import Found, Watched, is_sharded
+from probes.watched import Found, Watched, class_names, is_sharded
 
 #: So many names are given in a message.
 _NAMED = 3

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from probes.unwrapping import base_model, class_names, parents, plain_path
+from probes.watched import base_model, class_names, parents, plain_path
 
 #: From a model and its state dict to the one that is written.
 Conversion: TypeAlias = Callable[[nn.Module, dict[str, Tensor]], Mapping[str, Tensor]]

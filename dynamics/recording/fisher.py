@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from dynamics import schema
 from probes.blocks import trained_parameters
-from probes.gram import gradient_gram
-from probes.grams import Gram
+from probes.gram import Gram, gradient_gram
 from probes.scores import Score, evaluate
-from probes.swapping import swapped
 from probes.tasks import Task, probe_batches, probe_loss
+from probes.undisturbed import swapped
 from probes.watched import Matrix, find, is_sharded
 
 #: The space in which gradients and updates are compared: what a step of LoRA can reach, whatever its gauge.

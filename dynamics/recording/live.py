@@ -23,11 +23,11 @@ from dynamics.recording.snapshots import (
     start_tensors,
     terms_of,
 )
-from dynamics.spectra import pairs, rounding
+from dynamics.spectra import rounding, walk
 from dynamics.spectra.increments import Workspace, difference
-from dynamics.spectra.pairs import Before, MatrixSpectra, Solved
 from dynamics.spectra.raw import Place
 from dynamics.spectra.singular_values import dense_singular_values, singular_values
+from dynamics.spectra.walk import Before, MatrixSpectra, Solved
 from probes.low_rank import LowRankMatrix
 from probes.watched import Matrix, Product, Reading, Watched, is_sharded, whole
 
@@ -351,13 +351,13 @@ class LiveSpectra:
             before, start = (
                 _dense(past.read(each)) if past.holds(each) else None for past in (self._before, self._start)
             )
-            return {each.name: pairs.solve_dense(_dense(now.read(each)), before, start)}
+            return {each.name: walk.solve_dense(_dense(now.read(each)), before, start)}
         matrices = _low_rank(now, batch)
         before = self._linked(batch) if all(map(self._before.holds, batch)) else None
         parts = [part for each in batch if (part := self._start.part(each)) is not None]
         start = _low_rank(self._start, parts) if parts else None
         device = matrices[0].left_factor.device
-        solved = pairs.solve(matrices, before, start, device=device, workspace=workspace)
+        solved = walk.solve(matrices, before, start, device=device, workspace=workspace)
         return {each.name: one for each, one in zip(batch, solved, strict=True)}
 
     def _linked(self, batch: Sequence[Watched]) -> Before:

@@ -24,16 +24,14 @@ from dynamics.findings import Finding
 from dynamics.recording import Schedule, preset_named
 from dynamics.recording.changes import BaseWeights, Change, ModelState, change_between
 from dynamics.recording.fisher import FisherProbe, momentum_of
-from dynamics.recording.fisher_scalars import fisher_numbers
 from dynamics.recording.live import LiveSpectra
-from dynamics.recording.presets import schedule_of
-from dynamics.recording.scalars import update_numbers
-from dynamics.recording.watching import notes_on, notes_on_resuming, watched_or_refused
+from dynamics.recording.monitor import fisher_numbers, notes_on, notes_on_resuming, update_numbers, watched_or_refused
+from dynamics.recording.schedules import schedule_of
 from dynamics.recording.writer import Records, earlier_capture, refuse_other_weights, store_path
 from dynamics.spectra import raw
-from dynamics.spectra.pairs import MatrixSpectra
 from dynamics.spectra.raw import GradientSpectrum
-from dynamics.store.capture_start import read_tensors
+from dynamics.spectra.walk import MatrixSpectra
+from dynamics.store.capture_store import read_tensors
 from dynamics.text import encodable
 from probes.gradients import GradientNorms, loss_scale, norms_of
 from probes.tasks import Task

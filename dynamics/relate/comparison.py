@@ -10,7 +10,6 @@ from itertools import combinations
 import numpy as np
 import xarray as xr
 
-from dynamics.described import labelled
 from dynamics.relate import statements
 from dynamics.relate.differences import (
     Difference,
@@ -19,11 +18,11 @@ from dynamics.relate.differences import (
     students_test,
     unpaired_difference,
 )
-from dynamics.relate.inputs import HEADLINE, as_measures
+from dynamics.relate.inputs import HEADLINE, as_measures, pair_labels
 from dynamics.relate.matched_loss import at_loss, common_levels
 from dynamics.relate.permutations import DRAWS, LEVEL, PermutationTest, false_discovery_rates
-from dynamics.relate.run_names import pair_labels
 from dynamics.relate.variables import COMPARISON
+from dynamics.schema import labelled
 
 #: How differences are tested.
 _PAIRED = "mean of paired differences; p is the larger of exact sign flips of pairs and Student's t test"

@@ -11,11 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dynamics.checkpoints.errors import UnreadableFile
+from dynamics.checkpoints.files import read_json, read_text
 from dynamics.checkpoints.logs import SCORE_PREFIX, is_score
 from dynamics.checkpoints.names import shown
-from dynamics.checkpoints.plain_files import read_json, read_text
 from dynamics.checkpoints.steps import named_step
-from dynamics.checkpoints.training_state import parse_training_state
+from dynamics.checkpoints.trainings import parse_training_state
 from dynamics.findings import Finding
 from dynamics.text import first_line
 

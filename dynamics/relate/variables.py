@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dynamics.described import Described
-from dynamics.schema import Variable
+from dynamics.schema import Described, Variable
 
 
 def _described(dims: tuple[str, ...], rows: Mapping[str, tuple[str, ...]]) -> dict[str, Described]:

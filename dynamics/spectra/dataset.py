@@ -1,8 +1,13 @@
-"""The pure functions of this room, given dimensions and names: datasets in, variables out."""
+"""The pure functions of this room, given dimensions and names: datasets in, variables out.
+
+From raw spectra to the labelled groups of the result: every measure, its null model, and the summaries.
+
+Spectra of a whole trajectory, labelled.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 
 import numpy as np
@@ -10,9 +15,16 @@ import torch
 import xarray as xr
 
 from dynamics import schema
-from dynamics.spectra import aggregate, measures, null_models, rank_suggestion
+from dynamics.checkpoints.trajectory import Checkpoint, Trajectory
+from dynamics.findings import Finding
+from dynamics.spectra import findings as notes
+from dynamics.spectra import measures, null_models, raw
+from dynamics.spectra.measures import known_quantiles
 from dynamics.spectra.null_models import NullModel
-from dynamics.spectra.quantiles import known_quantiles
+from dynamics.spectra.raw import Place
+from dynamics.spectra.rounding import DEFINITIONS as FLOOR_DEFINITIONS
+from dynamics.spectra.rounding import NOISE_LIMIT, above_rounding
+from dynamics.spectra.walk import trajectory_spectra
 
 _DIMS = ("step", "kind", "matrix")
 _EPSILON = {
@@ -231,13 +243,13 @@ def direct_sums(update: xr.Dataset) -> dict[str, xr.Variable]:
     energy = np.where((count > 0) | unknown, update["frobenius_norm"].values ** 2, 0.0)
     energy[..., parts_of_sums(update["matrix"].values.tolist())] = 0.0
     entropy, ratio = update["entropy_energy"].values, update["participation_ratio"].values
-    whole = np.asarray(aggregate.entropy_of_direct_sum(energy, entropy))
+    whole = np.asarray(measures.entropy_of_direct_sum(energy, entropy))
     roles = np.unique(update["role"].values)
     member = [update["role"].values == role for role in roles]
     by_role = np.stack([energy[..., chosen].sum(-1) for chosen in member], -1)
     total = energy.sum(-1, keepdims=True)
     share = np.divide(by_role, total, out=np.full_like(by_role, np.nan), where=total > 0)
-    sums = np.stack([aggregate.entropy_of_direct_sum(energy[..., c], entropy[..., c]) for c in member], -1)
+    sums = np.stack([measures.entropy_of_direct_sum(energy[..., c], entropy[..., c]) for c in member], -1)
     chain = "entropy of the direct sum of all updates, by the chain rule H(w) + Σ w SE, w ∝ ‖ΔW‖_F²"
     # No step has a predecessor: there is no increment, rather than one of norm 0.
     nothing = (update["count"].values == 0).all(-1)
@@ -251,7 +263,7 @@ def direct_sums(update: xr.Dataset) -> dict[str, xr.Variable]:
         ),
         "participation_ratio_block_diagonal": variable(
             "participation_ratio_block_diagonal",
-            np.asarray(aggregate.participation_ratio_of_direct_sum(energy, ratio)),
+            np.asarray(measures.participation_ratio_of_direct_sum(energy, ratio)),
             "1/Σ(w²/PR), w ∝ ‖ΔW‖_F²",
         ),
         "frobenius_norm_by_role": variable(
@@ -271,12 +283,12 @@ def parts_of_sums(names: list[str]) -> list[bool]:
 def suggested_rank(update: xr.Dataset) -> dict[str, xr.Variable]:
     """``suggested_rank`` from each matrix's total at the last step where it has one."""
     values = update["singular_value"].sel(kind="total").values
-    ranks = measures.rank_at_energy(torch.from_numpy(values), rank_suggestion.ENERGY).numpy()
+    ranks = measures.rank_at_energy(torch.from_numpy(values), measures.ENERGY).numpy()
     last = np.full(ranks.shape[1], np.nan)
     for row in ranks:
         last = np.where(np.isnan(row), last, row)
-    words = f"fewest directions that hold {rank_suggestion.ENERGY:.0%} of Σσ² of the newest total"
-    return {"suggested_rank": variable("suggested_rank", last, words, energy=rank_suggestion.ENERGY)}
+    words = f"fewest directions that hold {measures.ENERGY:.0%} of Σσ² of the newest total"
+    return {"suggested_rank": variable("suggested_rank", last, words, energy=measures.ENERGY)}
 
 
 def quantiles_over_matrices(update: xr.Dataset, null: xr.Dataset) -> xr.Dataset:
@@ -306,3 +318,175 @@ def _over_matrices(array: xr.DataArray, quantiles: list[float], words: str) -> x
     coords = {**{dim: array[dim].variable for dim in dims}, "quantile": quantiles}
     attrs = {"units": array.attrs["units"], "long_name": words}
     return xr.DataArray(found, coords, [*dims, "quantile"], attrs=attrs)
+
+
+_OF_THE_GRADIENT = (
+    "of a dense weight ∇W; of a LoRA pair s(∇_B·A + B·∇_A), what a small step along the factors' gradients does to the "
+    "matrix"
+)
+#: Definitions of the gradient's own variables; each number is of the factors or weights as they are trained.
+_GRADIENT_DEFINITIONS = {
+    "norm_before_clip": "√Σ‖∂L/∂p‖² over the matrix's trainable parameters p at the end of the step's last backward "
+    "pass, reduced over processes, summed over accumulation, without the loss scale",
+    "norm_after_clip": "the same as the optimizer takes it, after clipping",
+    "singular_value": f"after clipping, {_OF_THE_GRADIENT}",
+    "frobenius_norm": f"√Σσ² after clipping, {_OF_THE_GRADIENT}",
+}
+
+
+def measured(raw_update: xr.Dataset, raw_gradient: xr.Dataset | None = None) -> dict[str, xr.Dataset]:
+    """Groups of the result: ``update``, ``null``, ``summary``, and of gradients ``gradient``, ``null_gradient``.
+
+    Args:
+        raw_update, raw_gradient: As ``raw`` makes them; without a gradient there are no groups for it.
+    """
+    noise, inner_product = raw_update["noise_energy"].values, raw_update["inner_product"].values
+    update = raw_update.drop_vars(["noise_energy", "inner_product"])
+    how = {"flag_values": list(range(len(schema.DECOMPOSITIONS))), "flag_meanings": " ".join(schema.DECOMPOSITIONS)}
+    update["decomposition"].attrs |= how
+    norms = _norms(update["singular_value"].values)
+    update = update.assign({name: variable(name, norm) for name, norm in norms.items()})
+    update = update.assign(measures_of(update, noise))
+    null, against_null = null_models_of(update)
+    update = update.assign(against_null)
+    update = update.assign(_rounding(update, noise)).assign(_geometry(update, inner_product))
+    update = update.assign(direct_sums(update)).assign(suggested_rank(update))
+    groups = {"update": update, "null": null, "summary": quantiles_over_matrices(update, null)}
+    return groups if raw_gradient is None else groups | _gradient_groups(raw_gradient)
+
+
+def _gradient_groups(raw: xr.Dataset) -> dict[str, xr.Dataset]:
+    """As an update of one kind, so that both are measured by the same functions."""
+    like_update = raw.expand_dims(kind=["gradient"], axis=1)
+    norm = _norms(like_update["singular_value"].values)["frobenius_norm"]
+    like_update = like_update.assign(frobenius_norm=variable("frobenius_norm", norm))
+    like_update = like_update.assign(measures_of(like_update))
+    null, against_null = null_models_of(like_update)
+    measured_ = like_update.assign(against_null).isel(kind=0, drop=True)
+    gradient = measured_[[*schema.GRADIENT, *raw.coords]]
+    for name, definition in _GRADIENT_DEFINITIONS.items():
+        gradient[name].attrs = schema.attributes(schema.GRADIENT[name], definition)
+    gradient.attrs["space"] = "factor"
+    return {"gradient": gradient, "null_gradient": null.isel(kind=0, drop=True)}
+
+
+def _norms(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Of spectra padded with NaN. A failed spectrum is NaN throughout, an absent one has none: neither has a norm."""
+    known = np.isfinite(values).any(-1)
+    largest = np.nan_to_num(values).max(-1, initial=0.0)
+    relative = np.divide(values, largest[..., None], out=np.zeros_like(values), where=largest[..., None] > 0)
+    norms = {
+        "frobenius_norm": largest * np.sqrt(np.nansum(relative**2, -1)),
+        "spectral_norm": largest,
+        "nuclear_norm": np.nansum(values, -1),
+    }
+    return {name: np.where(known, norm, np.nan) for name, norm in norms.items()}
+
+
+def _rounding(update: xr.Dataset, noise: np.ndarray) -> dict[str, xr.Variable]:
+    """Which updates are zero, which are spoiled by the rounding of their storage, and what is left without it."""
+    norm = update["frobenius_norm"].values
+    share = np.divide(np.sqrt(noise), norm, out=np.full_like(noise, np.nan), where=norm > 0) ** 2
+    above = above_rounding(
+        update["singular_value"].values,
+        update["rounding_edge"].values,
+        noise,
+        np.minimum(update["out"].values, update["in"].values).astype(np.float64),
+    )
+    return {
+        "is_zero": variable("is_zero", norm == 0),
+        "quantisation_noise_share": variable(
+            "quantisation_noise_share", share, "Σ ulp²/12 of the stored factors, carried to the product, over ‖·‖_F²"
+        ),
+        "quantisation_limited": variable(
+            "quantisation_limited", np.nan_to_num(share) > NOISE_LIMIT, f"quantisation_noise_share > {NOISE_LIMIT}"
+        ),
+        **{name: variable(name, array, FLOOR_DEFINITIONS[name]) for name, array in above.items()},
+    }
+
+
+def _geometry(update: xr.Dataset, inner_product: np.ndarray) -> dict[str, xr.Variable]:
+    """Length of each matrix's path, and whether it keeps its direction."""
+    steps = update["step"].values.tolist()
+    length = update["frobenius_norm"].sel(kind="increment").values
+    origin = update["from_step"].values.tolist()
+    path, cosine = np.full(length.shape, np.nan), np.full(length.shape, np.nan)
+    for row in range(len(steps)):
+        if origin[row] not in steps:
+            # From a known start the first increment counts; where the start is unknown the path begins here.
+            first = length[row] if origin[row] == 0 else 0.0
+            path[row] = np.where(update["count"].values[row, 0] > 0, first, np.nan)
+            continue
+        before = steps.index(origin[row])
+        path[row] = path[before] + length[row]
+        sizes = length[row] * length[before]
+        with np.errstate(invalid="ignore"):
+            moved = sizes > 0  # a zero increment has no direction, and rounding must not lend it one
+        np.divide(inner_product[row], sizes, out=cosine[row], where=moved)
+        np.clip(cosine[row], -1, 1, out=cosine[row])
+    return {
+        "path_length": variable(
+            "path_length",
+            path,
+            "Σ ‖increment‖_F since the start of the training, or since its first step here where that is unknown",
+        ),
+        "increment_cosine": variable(
+            "increment_cosine", cosine, "⟨Δ_t, Δ_{t−1}⟩/(‖Δ_t‖_F ‖Δ_{t−1}‖_F), from r×r cross-Grams"
+        ),
+    }
+
+
+def raw_spectra(
+    trajectory: Trajectory,
+    *,
+    device: str = "cpu",
+    workers: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[xr.Dataset, list[Finding]]:
+    """The raw update (see ``raw``) of a whole trajectory, and what went wrong.
+
+    Args:
+        trajectory: The run.
+        device: Where the QR decompositions run.
+        workers: Threads; by default one for each core.
+        progress: Called with the number of matrices just finished.
+    """
+    results, findings = trajectory_spectra(trajectory, device=device, workers=workers, progress=progress)
+    return raw.raw_update(_steps(trajectory), _places(trajectory), results), findings
+
+
+def analyse_spectra(
+    trajectory: Trajectory, *, device: str = "cpu", workers: int | None = None
+) -> tuple[dict[str, xr.Dataset], list[Finding]]:
+    """Spectra, measures, null models and their summaries over a whole trajectory, and the findings."""
+    update, findings = raw_spectra(trajectory, device=device, workers=workers)
+    groups = measured(update)
+    return groups, [*findings, *notes.notes(groups["update"])]
+
+
+def _steps(trajectory: Trajectory) -> dict[int, tuple[int, int]]:
+    """Step → (segment, previous step of the same training)."""
+    last: dict[int, int] = {}
+    steps = {}
+    for checkpoint in trajectory.checkpoints:
+        unknown = 0 if _starts_at_base(trajectory, checkpoint) else -1
+        steps[checkpoint.step] = (checkpoint.segment, last.get(checkpoint.segment, unknown))
+        last[checkpoint.segment] = checkpoint.step
+    return steps
+
+
+def _starts_at_base(trajectory: Trajectory, checkpoint: Checkpoint) -> bool:
+    """Whether what dense weights were before training is known."""
+    base = trajectory.base
+    if base is None or checkpoint.step <= base.step:
+        return False
+    return any(shape.holds == "weight" and name in base.shapes for name, shape in checkpoint.shapes.items())
+
+
+def _places(trajectory: Trajectory) -> dict[str, Place]:
+    """One place for each matrix: its newest, with the largest rank it ever had."""
+    places: dict[str, Place] = dict.fromkeys(trajectory.matrices, Place(0, 0, 0, ""))
+    for checkpoint in trajectory.checkpoints:
+        for name, shape in checkpoint.shapes.items():
+            places[name] = Place(shape.out, shape.in_, max(shape.rank, places[name].rank), shape.dtype)
+    return places

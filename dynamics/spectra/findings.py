@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.findings import Finding
-from dynamics.spectra.rank_suggestion import ENERGY
+from dynamics.spectra.measures import ENERGY
 from dynamics.spectra.rounding import NOISE_LIMIT
 from dynamics.text import some
 

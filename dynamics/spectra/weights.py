@@ -13,11 +13,11 @@ from torch import Tensor
 from dynamics import schema
 from dynamics.checkpoints.trajectory import OpenCheckpoint, Trajectory, UnreadableMatrix
 from dynamics.spectra import raw
+from dynamics.spectra.dataset import measured
 from dynamics.spectra.dense import dense_spectrum
-from dynamics.spectra.measured import measured
-from dynamics.spectra.pairs import MatrixSpectra
 from dynamics.spectra.raw import Place
 from dynamics.spectra.rounding import noise_profile
+from dynamics.spectra.walk import MatrixSpectra
 from probes.low_rank import LowRankMatrix
 
 _KEPT = (

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dynamics.store.capture import Capture, capture_path, read_capture
-from dynamics.store.capture_place import CaptureExists
-from dynamics.store.ownership import OutputError
-from dynamics.store.places import FOLDER, RESULT, result_path
-from dynamics.store.plain_text import encodable_dataset
-from dynamics.store.provenance import provenance
-from dynamics.store.replace import staged, write_text, writing
-from dynamics.store.results import read_tree, write_tree
+from dynamics.store.capture import Capture, CaptureExists, capture_path, read_capture
+from dynamics.store.replace import OutputError, staged, write_text, writing
+from dynamics.store.results import FOLDER, RESULT, encodable_dataset, provenance, read_tree, result_path, write_tree
 from dynamics.text import encodable
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ import xarray as xr
 from dynamics.findings import Finding
 from dynamics.store import FOLDER, RESULT, capture_path, read_tree, result_path
 from dynamics.store.capture import CAPTURE
-from dynamics.store.commit import interrupted_elsewhere
-from dynamics.store.ownership import STAGING
+from dynamics.store.replace import STAGING, interrupted_elsewhere
 from dynamics.text import encodable
 
 
@@ -53,7 +52,7 @@ def open_run(run: str | PathLike[str]) -> xr.DataTree:
     if result is not None and (capture is None or result == folder):
         return add_findings(read_tree(result), incomplete(_output_folder(result)))
     # Here, not above: reading a result must not wait for torch.
-    from dynamics.store.again import capture_alone, with_capture
+    from dynamics.store.tree import capture_alone, with_capture
 
     assert capture is not None
     if result is None:

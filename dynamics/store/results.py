@@ -1,16 +1,31 @@
-"""A result tree on disk."""
+"""A result tree on disk.
+
+Where a result comes from: versions, commit, configuration, inputs, time.
+
+Where results lie.
+
+Names from file systems and files as text that can be written: not everything that Python holds is Unicode.
+"""
 
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xarray as xr
 import zarr
 from zarr.storage import MemoryStore
 
+from dynamics._version import __version__
 from dynamics.store.arrays import read_file
+from dynamics.store.replace import complete, is_folder
+from dynamics.text import encodable
 
 if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
@@ -70,3 +85,79 @@ def _refuse_codecs(path: Path) -> None:
             for codec in codecs:
                 if codec is not None and codec["id"] not in _CODECS:
                     raise ValueError(f"'{name}' names the codec {str(codec['id'])[:40]!r}")
+
+
+_LIBRARIES = ("torch", "numpy", "scipy", "safetensors", "xarray", "zarr")
+
+
+def provenance(
+    run: str, configuration: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]], seed: int
+) -> dict[str, Any]:
+    """Root attributes of a result.
+
+    Args:
+        run: The run's name, ``""`` for several.
+        configuration: The resolved options, JSON-compatible.
+        inputs: Fingerprints of the weight files: path, bytes, hash of the header.
+        seed: Seed of everything drawn at random.
+    """
+    return {
+        "run": encodable(run),
+        "toolkit_version": __version__,
+        "library_versions": json.dumps(_library_versions()),
+        "git_commit": _git_commit(),
+        "configuration": json.dumps(encodable(configuration)),
+        "inputs": json.dumps(encodable(inputs)),
+        "seed": seed,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _library_versions() -> dict[str, str]:
+    versions = {}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            versions[library] = "unknown"
+    return versions
+
+
+def _git_commit() -> str:
+    """Commit of the toolkit's own checkout, ``""`` for an installed package."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""  # no git on this machine: the version has to do
+
+
+RESULT = "analysis.zarr"
+FOLDER = "dynamics"
+
+
+def result_path(run: Path) -> Path | None:
+    """Return where an analysis is stored; ``None`` without one. A link in the place of the store is not followed.
+
+    Args:
+        run: A run folder with ``dynamics/analysis.zarr``, a folder with ``analysis.zarr``, or the store.
+    """
+    for store in (run / FOLDER / RESULT, run / RESULT):
+        if is_folder(complete(store)):
+            return complete(store)
+    return complete(run) if run.suffix == ".zarr" and complete(run).exists() else None
+
+
+def encodable_dataset(dataset: xr.Dataset) -> xr.Dataset:
+    """The same with every text in it encodable."""
+    texts = {
+        name: (variable.dims, np.asarray(encodable(variable.values.tolist()), dtype=str), encodable(variable.attrs))
+        for name, variable in dataset.variables.items()
+        if variable.dtype.kind in "UO"
+    }
+    return dataset.assign_coords({k: v for k, v in texts.items() if k in dataset.coords}).assign(
+        {k: v for k, v in texts.items() if k not in dataset.coords}
+    )

@@ -17,7 +17,7 @@ from transformers.trainer_utils import HPSearchBackend
 
 import dynamics
 from dynamics import DynamicsCallback, Recorder, schema
-from dynamics.fisher.gradient_null import effective_batches
+from dynamics.fisher.concentration import effective_batches
 from dynamics.recording.fisher import momentum_of
 from dynamics.store import read_capture
 from probes import Task, gradient_gram, probe_batches, probe_loss

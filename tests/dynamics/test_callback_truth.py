@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 import dynamics
 from dynamics import DynamicsCallback, Recorder
-from dynamics.options import Options
+from dynamics.pipeline import Options
 from tests.trainings import Tokens, llama, lora_llama, trainer
 
 

@@ -19,7 +19,7 @@ import dynamics
 from dynamics import DynamicsCallback, Recorder, analyze_run, schema
 from dynamics.analyze import app
 from dynamics.checkpoints import open_trajectory
-from dynamics.options import Options
+from dynamics.pipeline import Options
 from dynamics.recording.checkpoint_probe import load_function, probe_checkpoints
 from probes import Task
 from tests.trainings import VOCABULARY, llama, lora_llama, trainer

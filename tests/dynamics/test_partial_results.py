@@ -5,14 +5,14 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from dynamics import measuring, open_run, plot
+from dynamics import open_run, pipeline, plot
 from dynamics.analyze import app
 from dynamics.report import page
 from tests.runs import write_run
 
 PARTS = {
-    "/path": (measuring, "path_of"),
-    "/base": (measuring, "beside_base"),
+    "/path": (pipeline, "path_of"),
+    "/base": (pipeline, "beside_base"),
     "figures/": (plot, "figures"),
     "report.html": (page, "page"),
 }

@@ -8,7 +8,7 @@ import xarray as xr
 from dynamics import schema
 from dynamics.checkpoints import open_trajectory
 from dynamics.fisher.variables import CONCENTRATION, FISHER, TASKS
-from dynamics.measuring import measure
+from dynamics.pipeline import measure
 from tests.fishers import with_fisher
 from tests.runs import write_run
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import dynamics
-from dynamics.fisher.participation import without_projection
-from probes import projection as module
+from dynamics.fisher.spectrum import without_projection
+from probes import sample_gradients as module
 from probes.gram import gradient_gram
-from probes.projection import projected
-from probes.sample_gradients import Materialised, Outer, SampleGradient
+from probes.sample_gradients import Materialised, Outer, SampleGradient, projected
 from tests.probes.test_fisher import adapted, tokens
 
 SAMPLES, NUMBERS = 6, 12

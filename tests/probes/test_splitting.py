@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from probes.splitting import split_by_group
+from probes.tasks import split_by_group
 
 
 def test_every_sample_once_and_no_group_in_both_halves() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from probes.swapping import swapped
+from probes.undisturbed import swapped
 
 FORMATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

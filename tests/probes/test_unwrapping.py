@@ -11,8 +11,7 @@ from peft import LoraConfig, PeftMixedModel, get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from probes.unwrapping import base_model, plain_path
-from probes.watched import find, watched_matrices
+from probes.watched import base_model, find, plain_path, watched_matrices
 
 
 def network() -> nn.Module:

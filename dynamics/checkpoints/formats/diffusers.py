@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dynamics.checkpoints.errors import UnreadableFile
-from dynamics.checkpoints.formats.patterns import Budget
-from dynamics.checkpoints.formats.peft_config import AdapterConfig, parse_adapter_config
+from dynamics.checkpoints.formats.peft_config import AdapterConfig, Budget, parse_adapter_config
 from dynamics.checkpoints.formats.variants import Refusal
 from dynamics.text import first_line
 

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from dynamics.checkpoints.errors import UnreadableFile
-from dynamics.checkpoints.files import TORCH_NAMES, Loader, TensorInfo
+from dynamics.checkpoints.files import TORCH_NAMES, Loader, TensorInfo, read_start
 from dynamics.checkpoints.names import shown
-from dynamics.checkpoints.plain_files import read_start
 from dynamics.text import first_line
 
 METADATA = ".metadata"

@@ -1,19 +1,37 @@
-"""Keys and configuration of one PEFT adapter file → its matrices, and what is refused by name."""
+r"""Keys and configuration of one PEFT adapter file → its matrices, and what is refused by name.
+
+DoRA with its base: the whole change of the weight, which is no product of thin factors.
+
+PEFT's merged weight is \(D\,(W_0 + s B A)\) with \(D = \mathrm{diag}(m / \lVert (W_0 + s B A)_{i\cdot} \rVert)\)
+(``DoraLinearVariant.merge_safe``; Liu et al. 2024), so that
+
+\[W' - W_0 = (D - I)\,W_0 + s\,D B A.\]
+
+Modules that are trained whole beside an adapter: dense matrices, where there is a base.
+
+``modules_to_save`` in the adapter's own file, and files beside it, such as LLaVA's ``non_lora_trainables.bin``.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from dynamics.checkpoints.base import UNPACKED, Base, fitted
-from dynamics.checkpoints.files import TensorInfo, Weights
-from dynamics.checkpoints.formats.dora import dora
+from dynamics.checkpoints.files import Loader, TensorInfo, WeightFile, Weights
+from dynamics.checkpoints.formats.distributed import DistributedWeights
 from dynamics.checkpoints.formats.experts import Level, expert_products, targeted
-from dynamics.checkpoints.formats.foreign import describe
-from dynamics.checkpoints.formats.patterns import Budget
-from dynamics.checkpoints.formats.peft_config import NO_SCALE, SET_ALPHA, AdapterConfig
-from dynamics.checkpoints.formats.saved_modules import SAVED, TOKENS, saved_modules
+from dynamics.checkpoints.formats.foreign import describe, is_adapter
+from dynamics.checkpoints.formats.peft_config import NO_SCALE, SET_ALPHA, AdapterConfig, Budget
+from dynamics.checkpoints.formats.transformers import ShardedWeights, sort_tensors
 from dynamics.checkpoints.formats.variants import Refusal, Remark
 from dynamics.checkpoints.matrices import FLOATS, Product, diagonal, plain
 from dynamics.checkpoints.names import (
@@ -27,6 +45,7 @@ from dynamics.checkpoints.names import (
 )
 from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.text import some
+from probes.low_rank import LowRankMatrix
 
 _PAIRS = (("A", "B"), ("embedding_A", "embedding_B"))
 #: Parts beside the factors that leave the product as it is (VeLoRA's buffer, MonteCLoRA's sampler).
@@ -335,3 +354,149 @@ def _adalora(
         reason = f"The configuration's init_r is {config.rank}, its factors have rank {rank}."
         return Refusal("OD104", reason, "Correct init_r in adapter_config.json: the scale depends on it.")
     return diagonal(keys["A"], keys["B"], keys["E"], tensors, config.scale_of(module))
+
+
+#: Rows that are worked on at once; what is needed beside the result stays small.
+_ROWS = 512
+
+
+def dora_update(
+    weight: Float[Tensor, "out in"], matrix: LowRankMatrix, magnitude: Float[Tensor, " out"]
+) -> Float[Tensor, "out in"]:
+    """W' − W₀ in float64, without the cancellation of two almost equal weights.
+
+    Args:
+        weight: The base weight.
+        matrix: s B A.
+        magnitude: DoRA's m, one length a row.
+
+    >>> update = dora_update(torch.eye(2), LowRankMatrix(torch.zeros(2, 1), torch.ones(1, 2)), torch.tensor([1.0, 3.0]))
+    >>> update.tolist()
+    [[0.0, 0.0], [0.0, 2.0]]
+    """
+    update = torch.empty(weight.shape, dtype=torch.float64)
+    left, right = matrix.left, matrix.right
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
+        before, change = weight[rows].to(torch.float64), left[rows] @ right
+        norm = torch.linalg.vector_norm(before + change, dim=1, keepdim=True)
+        wanted = magnitude[rows, None].to(torch.float64)
+        update[rows] = (wanted - norm) / norm * before + wanted / norm * change
+    return update
+
+
+def dora(product: Product, magnitude: str, base: Product) -> Product:
+    """The update of one matrix from its factors, its magnitude and its base weight.
+
+    Args:
+        product: s B A.
+        magnitude: Key of DoRA's magnitude.
+        base: The base weight, of the same shape.
+    """
+    shape = product.shape
+    full = MatrixShape(shape.out, shape.in_, 0, shape.dtype)
+    return Product(full, partial(_load_dora, product, magnitude, base), uses_base=True)
+
+
+def _load_dora(product: Product, magnitude: str, base: Product, load: Loader) -> Tensor:
+    matrix = product.build(load)
+    weight = base.build(lambda key: load(f"\0{key}"))
+    assert isinstance(matrix, LowRankMatrix)
+    assert isinstance(weight, Tensor)
+    return dora_update(weight, matrix, load(magnitude).flatten())
+
+
+#: Kinds of tensors beside the factors that are weights of the model.
+SAVED = ("modules_to_save", "saved weights")
+#: Kind of the trained rows of an embedding.
+TOKENS = "trainable tokens"
+_EMA = re.compile(r"(^|[-_.])ema([-_.]|$)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class SavedModules:
+    """Saved modules as matrices.
+
+    Args:
+        products: Name of the matrix to how it is read.
+        keys: Keys of the tensors that they are read from.
+    """
+
+    products: Mapping[str, Product]
+    keys: frozenset[str]
+
+
+def saved_modules(
+    beside: Mapping[str, Sequence[str]], tensors: Mapping[str, TensorInfo], taken: Collection[str]
+) -> SavedModules:
+    """Of the tensors beside an adapter's factors, those that are trained weights of two or more dimensions.
+
+    PEFT writes ``classifier.weight`` or ``classifier.modules_to_save.weight``, in whole states
+    ``classifier.modules_to_save.default.weight``; what it calls ``original_module`` is the frozen original. A name that
+    two tensors would get is left to neither.
+
+    Args:
+        beside: Kind of tensor to keys, as in ``Adapter.beside``.
+        tensors: Header of the file.
+        taken: Names of the adapter's own matrices: a weight saved beneath its adapter is the frozen one.
+    """
+    keys = [key for kind in SAVED for key in beside.get(kind, ()) if "original_module" not in key.split(".")]
+    adapters = {part.adapter for key in tensors if (part := parse_key(key)) is not None and part.adapter}
+    wrappers = [*(f".modules_to_save.{adapter}" for adapter in sorted(adapters)), ".modules_to_save"]
+    stems = {key: _without(key.removesuffix(".weight"), wrappers) for key in keys}
+    named = matrix_names(stems.values())
+    names = {key: named[stem] for key, stem in stems.items()}
+    # With save_embedding_layers PEFT writes a saved module a second time, under the module's plain name.
+    saved = {names[key] for key, stem in stems.items() if stem != key.removesuffix(".weight")}
+    twice = {key: name for key, name in names.items() if name in saved and stems[key] == key.removesuffix(".weight")}
+    names = {key: name for key, name in names.items() if key not in twice}
+    counted = Counter(names.values())
+    free = {key: name for key, name in names.items() if counted[name] == 1 and name not in taken}
+    sorted_ = {key: sort_tensors({name: (key, tensors[key])}).products for key, name in free.items()}
+    products = {name: product for own in sorted_.values() for name, product in own.items()}
+    read = {*(key for key, own in sorted_.items() if own), *(key for key, name in twice.items() if name in products)}
+    return SavedModules(products, frozenset(read))
+
+
+def _without(stem: str, wrappers: Sequence[str]) -> str:
+    """A stem without what PEFT puts into the name of a saved module; the adapter's name where whole states have it."""
+    words = f"{stem}."
+    wrapper = next((wrapper for wrapper in wrappers if f"{wrapper}." in words), None)
+    return stem if wrapper is None else words.replace(f"{wrapper}.", ".", 1)[:-1]
+
+
+def of_trained(weights: Weights) -> Weights:
+    """Return the weights without what an adapter leaves frozen, where a file holds the whole model with its adapter.
+
+    DeepSpeed's ``zero_to_fp32.py`` and FSDP's full state write such files: ``q_proj.base_layer.weight`` beside
+    ``q_proj.lora_A.default.weight``, for every adapted module. Of the other tensors only ``modules_to_save`` are
+    trained.
+    """
+    stems = {part.stem for key in weights.tensors if (part := parse_key(key)) is not None and part.part == "A"}
+    if not stems or not all(f"{stem}.base_layer.weight" in weights.tensors for stem in stems):
+        return weights
+    assert isinstance(weights, WeightFile | ShardedWeights | DistributedWeights)
+    trained = {
+        key: info
+        for key, info in weights.tensors.items()
+        if ".lora_" in key or ".modules_to_save." in key or ".token_adapter.trainable_tokens" in key
+    }
+    return replace(weights, tensors=trained)
+
+
+def beside_kind(path: Path, tensors: Collection[str], analysed: Collection[str]) -> str | None:
+    """What a file beside the analysed weights is, if it is a copy of them or another form; ``None`` if it was trained.
+
+    Args:
+        path: The file.
+        tensors: Its keys.
+        analysed: Names of the matrices that are analysed.
+    """
+    if is_adapter(tensors):
+        return "an adapter (a further one, or the same in another format)"
+    if _EMA.search(path.name):
+        return "an average of weights (EMA)"
+    stems = {stem.removesuffix(".weight") for stem in matrix_names(tensors)}
+    names = set(matrix_names(stems).values())
+    plain = {name.partition("@")[0] for name in analysed}
+    return "a whole model (merged, in another format, or a further one)" if names & plain else None

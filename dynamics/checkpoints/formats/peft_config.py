@@ -1,20 +1,29 @@
-"""``adapter_config.json``: what kind of adapter it is, and the scale that PEFT gives each module."""
+"""``adapter_config.json``: what kind of adapter it is, and the scale that PEFT gives each module.
+
+Regular expressions that come with a run, and that none of them may keep the reader busy.
+
+``re`` tries the ways in which a pattern can match one by one: ``(a+)+$`` has 2ⁿ of them on n characters,
+and cannot be interrupted. PEFT matches ``rank_pattern`` and ``alpha_pattern`` like that, so what they
+mean is what ``re`` says; here the ways are counted before it is asked.
+
+The scale of adapters whose trainers say it in a configuration that is not PEFT's, or by other keys than PEFT's.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from dynamics.checkpoints.errors import UnreadableFile
-from dynamics.checkpoints.formats.patterns import MOST_PATHS, MOST_WORK, Budget, paths
+from dynamics.checkpoints.files import read_json
+from dynamics.checkpoints.formats.mlx import finite, is_mlx, is_mlx_vlm, mlx_scale, mlx_vlm_scale
 from dynamics.checkpoints.formats.variants import Refusal, Remark, judge, moved_start
 from dynamics.checkpoints.names import name_fault, shown
-from dynamics.checkpoints.plain_files import read_json
 from dynamics.text import first_line
 
 #: PEFT's defaults for keys that a configuration leaves out (``LoraConfig``, ``AdaLoraConfig``).
@@ -286,3 +295,152 @@ def _patterns(content: Mapping[str, Any], name: str) -> Patterns:
             raise UnreadableFile("OD102", problem, _RESAVE)
         patterns.append((key, pattern, number))
     return tuple(patterns)
+
+
+_TOKEN = re.compile(
+    r"""
+      \\.                                             # an escaped character, or a class such as \d
+    | \[\^?\]?(?:\\.|[^\]\\])*\]                      # a set
+    | (?P<open>\((?:\?(?::|=|!|>|<=|<!|P<\w+>))?)     # a group, a look around
+    | (?P<close>\))
+    | (?P<either>\|)
+    | (?P<repeat>[*+?]|\{\d+,?\d*\}|\{,\d*\})[?+]?    # lazy or possessive: the same ways in another order
+    | .                                               # any other character
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+#: Ways that are tried in about a second: of one pattern on one name.
+MOST_PATHS = 10**7
+#: Ways of all patterns on all names that are tried for one run.
+MOST_WORK = 10**8
+
+
+class Budget:
+    """What matching the patterns of one run may cost; the same patterns on the same names cost only once.
+
+    >>> budget = Budget()
+    >>> budget.allows([".*q"], ["a", "b"]), budget.allows(["(a?){12}"] * 600, ["aaaaaaaaaaaa"] * 50)
+    (True, False)
+    """
+
+    def __init__(self) -> None:
+        self._spent: dict[object, float] = {}
+
+    def allows(self, patterns: Sequence[str], names: Sequence[str]) -> bool:
+        """Whether the patterns may be matched against the names, with all that was matched before."""
+        length = max(map(len, names), default=0)
+        work = len(names) * sum(paths(pattern, length) for pattern in patterns)
+        self._spent[tuple(patterns), tuple(names)] = work
+        return sum(self._spent.values()) <= MOST_WORK
+
+
+@lru_cache(maxsize=2**16)  # a run has the same patterns in each checkpoint
+def paths(pattern: str, length: int) -> int | float:
+    """In how many ways at most a pattern can be matched against a text.
+
+    Ways of parts one after another multiply, those of alternatives add up, and a part repeated low to high
+    times has the sum of its powers; no part is repeated more often than the text has characters.
+
+    Args:
+        pattern: A valid regular expression. Groups with flags or conditions count as infinitely many.
+        length: Number of characters of the text.
+
+    >>> paths(r".*layers\\.\\d+\\.q", 30), paths("(a|b)c?", 30)
+    (930, 4)
+    >>> paths("(a+)+", 30)
+    inf
+    """
+    groups = [[0, 1, 1]]  # of each open group: the sum of its alternatives, the product so far, the last part
+    for token in _TOKEN.finditer(pattern):
+        if token["open"]:
+            if token["open"] == "(" and pattern[token.end() : token.end() + 1] == "?":
+                return math.inf
+            groups.append([0, 1, 1])
+        elif token["close"]:
+            alternatives, product, last = groups.pop()
+            groups[-1] = [groups[-1][0], groups[-1][1] * groups[-1][2], alternatives + product * last]
+        elif token["either"]:
+            alternatives, product, last = groups[-1]
+            groups[-1] = [alternatives + product * last, 1, 1]
+        elif token["repeat"]:
+            groups[-1][2] = _repeated(groups[-1][2], *_bounds(token["repeat"], length))
+        else:
+            groups[-1] = [groups[-1][0], groups[-1][1] * groups[-1][2], 1]
+        if max(groups[-1]) > MOST_PATHS:
+            return math.inf
+    ((alternatives, product, last),) = groups
+    return alternatives + product * last
+
+
+def _bounds(repeat: str, length: int) -> tuple[int, int]:
+    if repeat in "*+?":
+        return int(repeat == "+"), 1 if repeat == "?" else length
+    low, comma, high = repeat[1:-1].partition(",")
+    least = int(low or 0)
+    return least, min(int(high), max(length, least)) if high else (max(length, least) if comma else least)
+
+
+def _repeated(ways: int, low: int, high: int) -> int:
+    if ways == 1:
+        return high - low + 1
+    total = 0
+    for times in range(low, high + 1):
+        total += ways ** min(times, 24)  # 2²⁴ is beyond the limit
+        if total > MOST_PATHS:
+            break
+    return total
+
+
+#: mistral-finetune's configuration of the whole model, beside ``lora.safetensors``.
+_PARAMS = "params.json"
+_TORCHTUNE = (".lora_a.weight", ".lora_b.weight")
+
+
+#: The factor of every module, or by the module's rank.
+Scale = float | Callable[[int], float | Refusal | None]
+
+
+def trainer_scale(keys: Collection[str], content: Mapping[str, Any] | None, folder: Path) -> Scale | Refusal | None:
+    """Return the factor before B A that a trainer other than PEFT gave all modules; ``None`` if none did.
+
+    MLX-LM: ``scale``. MLX-VLM: ``alpha``. torchtune: ``lora_alpha / r`` (``LoRALinear.forward``). mistral-finetune:
+    ``scaling`` (``LoRALinear.forward`` of its ``model/lora.py``).
+
+    Args:
+        keys: Of the weight file.
+        content: ``adapter_config.json``; ``None`` if there is none.
+        folder: Where the weight file is.
+
+    Raises:
+        UnreadableFile: ``OD102`` if the scale is missing or no number.
+    """
+    if content is not None and is_mlx(content):
+        return mlx_scale(content)
+    if content is not None and is_mlx_vlm(content):
+        return mlx_vlm_scale(content)
+    if any(key.endswith(_TORCHTUNE) for key in keys):
+        return _torchtune_scale(content)
+    lora = read_json(folder / _PARAMS, "OD102").get("lora") if content is None and (folder / _PARAMS).exists() else None
+    if not isinstance(lora, dict):
+        return None
+    rank, scaling = (finite(lora.get(name), f"lora.{name}", "mistral-finetune") for name in ("rank", "scaling"))
+    return partial(_of_rank, rank, scaling)
+
+
+def _torchtune_scale(content: Mapping[str, Any] | None) -> Scale | Refusal:
+    if content is None:
+        reason = "It is a LoRA file in torchtune's format, and there is no adapter_config.json beside it."
+        return Refusal("OD102", reason, "Copy adapter_config.json from the same training, which says r and lora_alpha.")
+    rank, alpha = (finite(content.get(name), name, "torchtune") for name in ("r", "lora_alpha"))
+    if rank <= 0:
+        raise UnreadableFile(
+            "OD102", f"Its r is {rank:g}; expected a positive number.", "Restore what torchtune wrote."
+        )
+    return partial(_of_rank, rank, alpha / rank)
+
+
+def _of_rank(rank: float, scale: float, stored: int) -> float | Refusal:
+    if stored == rank:
+        return scale
+    reason = f"The configuration gives it rank {rank:g}, its factors have rank {stored}."
+    return Refusal("OD104", reason, "Put the configuration and the weights of one training together.")

@@ -3,7 +3,7 @@ import re
 import pytest
 
 from dynamics.recording import PRESETS, at, preset_named
-from dynamics.recording.presets import schedule_of
+from dynamics.recording.schedules import schedule_of
 
 
 def captured(schedule) -> list[int]:

@@ -3,7 +3,7 @@ import re
 import pytest
 from torch import nn
 
-from dynamics.recording.watching import notes_on, notes_on_resuming, watched_or_refused
+from dynamics.recording.monitor import notes_on, notes_on_resuming, watched_or_refused
 
 
 def test_what_is_watched_and_what_is_left():

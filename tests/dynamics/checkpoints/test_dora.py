@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dynamics.checkpoints import NotARun, open_trajectory
-from dynamics.checkpoints.formats.dora import dora_update
+from dynamics.checkpoints.formats.peft import dora_update
 from probes.low_rank import LowRankMatrix
 from tests.whole_models import write_model
 

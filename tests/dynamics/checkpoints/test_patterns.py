@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dynamics.checkpoints import NotARun, open_trajectory
-from dynamics.checkpoints.formats.patterns import paths
+from dynamics.checkpoints.formats.peft_config import paths
 from tests.runs import NAMES, adapter_config, random_factors, write_adapter
 
 

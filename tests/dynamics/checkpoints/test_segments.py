@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from dynamics.checkpoints import open_trajectory
-from dynamics.checkpoints.training_state import parse_training_state
-from dynamics.checkpoints.trainings import Clues, compare, find_segments
+from dynamics.checkpoints.trainings import Clues, compare, find_segments, parse_training_state
 from tests.runs import adapter_config, log_history, random_factors, write_adapter, write_run, write_state
 
 

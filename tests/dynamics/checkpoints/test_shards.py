@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dynamics.checkpoints import open_trajectory
 from dynamics.checkpoints.errors import UnreadableFile
-from dynamics.checkpoints.formats.shards import read_sharded
+from dynamics.checkpoints.formats.transformers import read_sharded
 from tests.whole_models import MATRICES, model_tensors, write_dense_run, write_model, write_shards
 
 FIRST, SECOND = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dynamics.checkpoints import Trajectory, open_trajectory
-from dynamics.checkpoints.formats.whole_models import read_whole_model
+from dynamics.checkpoints.formats.transformers import read_whole_model
 from dynamics.checkpoints.ties import equal_keys
 from tests.runs import adapter_config, random_factors, write_adapter, write_state
 from tests.whole_models import model_tensors, write_dense_run, write_model

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dynamics.fisher import concentration as captured
-from dynamics.fisher.pairs import Labels
+from dynamics.fisher.samples import Labels
 from dynamics.fisher.spectrum import fisher_eigenvectors
 from tests.dynamics.fisher.simulated import gradients, grams, planted, power_law, within_three_errors
 

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 
-from dynamics.fisher.concentration import captured
-from dynamics.fisher.gradient_null import _batch_noise, effective_batches, matched_gain
+from dynamics.fisher.concentration import _batch_noise, captured, effective_batches, matched_gain
+from dynamics.fisher.samples import half_splits
 from dynamics.fisher.spectrum import fisher_eigenvectors
-from dynamics.fisher.splits import half_splits
 from tests.dynamics.fisher.simulated import gradients, grams, power_law
 
 SETS, SAMPLES, SPECTRUM, K = 150, 64, power_law(300), (1, 4, 16)

@@ -3,7 +3,7 @@ import pytest
 import xarray as xr
 
 from dynamics.fisher import concentration, fisher_measures, measured, task_structure
-from dynamics.fisher.gradient_null import effective_batches
+from dynamics.fisher.concentration import effective_batches
 from tests.dynamics.fisher.records import BLOCKS, record
 
 

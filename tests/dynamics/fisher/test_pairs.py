@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dynamics.fisher.pairs import (
+from dynamics.fisher.samples import (
     Labels,
     counted_groups,
     diagonal_means,

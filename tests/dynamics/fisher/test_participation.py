@@ -2,9 +2,13 @@ import numpy as np
 import pytest
 
 from dynamics.fisher import fisher_measures
-from dynamics.fisher.pairs import Labels, pair_means
-from dynamics.fisher.participation import log_participation_ratio, participation_ratio_plug_in
-from dynamics.fisher.spectrum import directional, fisher_eigenvalues
+from dynamics.fisher.samples import Labels, pair_means
+from dynamics.fisher.spectrum import (
+    directional,
+    fisher_eigenvalues,
+    log_participation_ratio,
+    participation_ratio_plug_in,
+)
 from tests.dynamics.fisher.simulated import NORMS, gradients, grams, norms, power_law, within_three_errors
 
 SPECTRUM = power_law(60)

@@ -1,6 +1,6 @@
 import numpy as np
 
-from dynamics.fisher.ratios import log, ratio, root
+from dynamics.fisher.samples import log, ratio, root
 
 
 def test_what_does_not_exist_is_nan_without_a_warning():

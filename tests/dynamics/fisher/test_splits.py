@@ -1,6 +1,6 @@
 import numpy as np
 
-from dynamics.fisher.splits import half_splits
+from dynamics.fisher.samples import half_splits
 
 
 def test_both_directions_cover_all_samples_and_the_seed_repeats_them():

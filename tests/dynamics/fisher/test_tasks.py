@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dynamics.fisher import task_structure as tasks
-from dynamics.fisher.pairs import Labels
+from dynamics.fisher.samples import Labels
 from tests.dynamics.fisher.simulated import gradients, grams, within_three_errors
 
 

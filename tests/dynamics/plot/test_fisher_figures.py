@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dynamics import plot
-from dynamics.plot.fisher_figures import fisher_figures
+from dynamics.plot.figures import fisher_figures
 from tests.fishers import MEANS, with_fisher
 from tests.trees import example_tree
 

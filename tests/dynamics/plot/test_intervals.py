@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from matplotlib.collections import FillBetweenPolyCollection, LineCollection
 
-from dynamics.plot.intervals import draw_interval
+from dynamics.plot.marks import draw_interval
 from dynamics.plot.style import COLOURS, MARKERS, canvas
 
 AT = np.arange(1.0, 6.0)

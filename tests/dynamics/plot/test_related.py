@@ -10,7 +10,7 @@ from dynamics import plot
 from dynamics.plot.figures import figures
 from dynamics.relate.run_measures import UPDATE_HEADLINE, relate
 from dynamics.relate.score_files import ScoreRow
-from dynamics.report.related import MOST_PAIRS, MOST_STATEMENTS, related_sections
+from dynamics.report.page import MOST_PAIRS, MOST_STATEMENTS, related_sections
 from tests.trees import example_tree
 
 RUNS = [f"{group}_s{seed}" for group in ("imax", "$dmax") for seed in range(1, 5)]

@@ -1,4 +1,4 @@
-from dynamics.plot.rows import row_groups
+from dynamics.plot.select import row_groups
 from tests.trees import example_tree
 
 

@@ -5,8 +5,8 @@ import pytest
 import xarray as xr
 
 from dynamics.fisher import samples as grams
-from dynamics.plot import selection
-from dynamics.plot.selection import chosen, label_of, name_of, tasks_of
+from dynamics.plot import select
+from dynamics.plot.select import chosen, label_of, name_of, tasks_of
 from dynamics.schema import last_step_with
 
 
@@ -18,7 +18,7 @@ def dataset():
 
 
 def test_names_are_those_of_the_fisher():
-    assert (selection.GLOBAL, selection.ALL) == (grams.GLOBAL, grams.ALL)
+    assert (select.GLOBAL, select.ALL) == (grams.GLOBAL, grams.ALL)
 
 
 def test_the_last_step_with_a_number_is_taken(dataset):

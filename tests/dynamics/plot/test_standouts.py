@@ -1,6 +1,6 @@
 import numpy as np
 
-from dynamics.plot.standouts import NAMED_BY_RULE, RULE, standouts
+from dynamics.plot.select import NAMED_BY_RULE, RULE, standouts
 from tests.trees import example_tree, matrix_names
 
 

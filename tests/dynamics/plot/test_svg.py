@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from dynamics import plot
-from dynamics.plot.svg import describe
+from dynamics.plot.style import describe
 from tests.trees import HOSTILE, example_tree
 
 SVG = "{http://www.w3.org/2000/svg}"

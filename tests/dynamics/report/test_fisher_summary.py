@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dynamics.report import summarise
-from dynamics.report.fisher_summary import fisher_summary
+from dynamics.report.summary import fisher_summary
 from dynamics.store import encodable_dataset, read_tree, write_tree
 from tests.fishers import BLOCKS, MEANS, with_fisher
 from tests.trees import example_tree

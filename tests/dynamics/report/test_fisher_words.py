@@ -2,8 +2,8 @@ import copy
 
 import pytest
 
-from dynamics.report.fisher_summary import fisher_summary
-from dynamics.report.fisher_words import informative_directions
+from dynamics.report.sentences import informative_directions
+from dynamics.report.summary import fisher_summary
 from dynamics.text import number, percent
 from tests.fishers import MEANS, with_fisher
 from tests.trees import example_tree

@@ -1,5 +1,4 @@
-from dynamics.findings import Finding
-from dynamics.report.grouped import evidence_words, grouped, place
+from dynamics.findings import Finding, evidence_words, grouped, location
 
 
 def as_dicts(*findings):
@@ -23,14 +22,14 @@ def test_each_remedy_is_said_once():
 
 def test_a_place_is_what_is_known_of_it():
     finding = Finding("OD101", "m", file="checkpoint-5/a.safetensors", matrix="h.0.q", step=5)
-    assert place(finding.to_dict()) == "checkpoint-5/a.safetensors, h.0.q, step 5"
-    assert place(Finding("OD117", "m").to_dict()) == ""
-    assert place(Finding("OD202", "m", step=0).to_dict()) == "step 0"
+    assert location(finding.to_dict()) == "checkpoint-5/a.safetensors, h.0.q, step 5"
+    assert location(Finding("OD117", "m").to_dict()) == ""
+    assert location(Finding("OD202", "m", step=0).to_dict()) == "step 0"
 
 
 def test_a_step_that_the_message_names_is_not_said_twice():
-    assert place(Finding("OD205", "At step 20 it is small.", step=20).to_dict()) == ""
-    assert place(Finding("OD205", "At step 200 it is small.", step=20).to_dict()) == "step 20"
+    assert location(Finding("OD205", "At step 20 it is small.", step=20).to_dict()) == ""
+    assert location(Finding("OD205", "At step 200 it is small.", step=20).to_dict()) == "step 20"
 
 
 def test_long_evidence_is_cut_and_says_so():

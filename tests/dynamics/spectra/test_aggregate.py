@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from dynamics.spectra import measures
-from dynamics.spectra.aggregate import entropy_of_direct_sum, participation_ratio_of_direct_sum
+from dynamics.spectra.measures import entropy_of_direct_sum, participation_ratio_of_direct_sum
 
 
 @pytest.fixture

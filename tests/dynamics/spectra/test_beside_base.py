@@ -6,11 +6,10 @@ import torch
 import xarray as xr
 
 from dynamics.checkpoints import open_trajectory
-from dynamics.spectra import beside_base as module
-from dynamics.spectra.against_base import decompose, intruders, overlap
-from dynamics.spectra.beside_base import beside_base
+from dynamics.spectra import against_base as module
+from dynamics.spectra.against_base import beside_base, decompose, intruders, overlap
 from dynamics.spectra.cache import cache_folder
-from dynamics.spectra.over_trajectory import raw_spectra
+from dynamics.spectra.dataset import raw_spectra
 from tests.runs import write_run
 from tests.whole_models import MATRICES, model_tensors, write_dense_run, write_model
 

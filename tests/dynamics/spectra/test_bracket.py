@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dynamics.spectra import measures
-from dynamics.spectra.bracket import entropy_bracket, moments
+from dynamics.spectra.dense import entropy_bracket, moments
 from tests.dynamics.spectra.test_dense import planted
 
 SPECTRA = {

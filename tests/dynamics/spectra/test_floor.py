@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dynamics.spectra.floor import above_rounding
-from dynamics.spectra.rounding import NoiseProfile, noise_profile
+from dynamics.spectra.rounding import NoiseProfile, above_rounding, noise_profile
 
 
 def above(values, profile, out, in_):

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from dynamics.checkpoints import open_trajectory
-from dynamics.spectra import pairs, raw
+from dynamics.spectra import raw, walk
+from dynamics.spectra.dataset import analyse_spectra, measured
 from dynamics.spectra.findings import notes
-from dynamics.spectra.measured import measured
-from dynamics.spectra.over_trajectory import analyse_spectra
 from dynamics.spectra.raw import Place
 from dynamics.store import open_run
 from probes import LowRankMatrix
@@ -25,8 +24,8 @@ def update_of(steps):
     results, places, before = {}, {}, None
     for step, matrices in enumerate(steps):
         now = list(matrices.values())
-        solved = pairs.solve(now, before)
-        before = pairs.Before(now, [one.noise for one in solved])
+        solved = walk.solve(now, before)
+        before = walk.Before(now, [one.noise for one in solved])
         results |= {(step, name): one.spectra for name, one in zip(matrices, solved, strict=True)}
         places |= {name: Place(*matrix.shape, matrix.rank, "F32") for name, matrix in matrices.items()}
     return measured(raw.raw_update({step: (0, step - 1) for step in range(len(steps))}, places, results))["update"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dynamics.recording import live
 from dynamics.recording.live import LiveSpectra, Snapshot
-from dynamics.spectra.pairs import MatrixSpectra
+from dynamics.spectra.walk import MatrixSpectra
 from probes.low_rank import LowRankMatrix
 from probes.watched import Dense, Product, Watched
 

@@ -8,7 +8,7 @@ import torch
 
 from dynamics.checkpoints import open_trajectory
 from dynamics.spectra import walk as engine
-from dynamics.spectra.over_trajectory import analyse_spectra
+from dynamics.spectra.dataset import analyse_spectra
 from probes import LowRankMatrix
 from tests.matrices import moved
 from tests.runs import NAMES, adapter_config, random_factors, write_adapter, write_run

@@ -3,7 +3,7 @@ import warnings
 import numpy as np
 import pytest
 
-from dynamics.spectra.quantiles import known_quantiles
+from dynamics.spectra.measures import known_quantiles
 
 QUARTILES = [0.25, 0.5, 0.75]
 

@@ -3,7 +3,7 @@ import re
 import pytest
 import xarray as xr
 
-from dynamics.spectra.rank_suggestion import rank_pattern
+from dynamics.spectra.measures import rank_pattern
 
 
 def update(**ranks):

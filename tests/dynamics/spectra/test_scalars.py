@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
-from dynamics.recording.scalars import update_numbers
+from dynamics.recording.monitor import update_numbers
 from dynamics.spectra import raw
-from dynamics.spectra.pairs import MatrixSpectra
 from dynamics.spectra.raw import GradientSpectrum, Place
+from dynamics.spectra.walk import MatrixSpectra
 
 
 def spectra(total: list[float], increment: list[float] | None) -> MatrixSpectra:

@@ -7,8 +7,8 @@ import xarray as xr
 
 from dynamics.recording.monitor import Signs
 from dynamics.spectra import raw
-from dynamics.spectra.pairs import MatrixSpectra
 from dynamics.spectra.raw import GradientSpectrum, Place
+from dynamics.spectra.walk import MatrixSpectra
 
 PLACES = {"a": Place(6, 5, 2, "F32"), "b": Place(6, 5, 2, "F32")}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import xarray as xr
 
-from dynamics.store import CaptureStore, capture_store, durable, read_capture
+from dynamics.store import CaptureStore, arrays, capture_store, read_capture
 from tests.records import assert_holds, files, gradient, hidden, record, update
 
 
@@ -22,7 +22,7 @@ def failing(monkeypatch, call):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(descriptor)
 
-    monkeypatch.setattr(durable.os, "fsync", fsync)
+    monkeypatch.setattr(arrays.os, "fsync", fsync)
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def syncs(store, monkeypatch):
     count = []
     sync = os.fsync
     with monkeypatch.context() as patch:
-        patch.setattr(durable.os, "fsync", lambda descriptor: (count.append(1), sync(descriptor)))
+        patch.setattr(arrays.os, "fsync", lambda descriptor: (count.append(1), sync(descriptor)))
         store.write(1, record(1))
     return len(count)
 

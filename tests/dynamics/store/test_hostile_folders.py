@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from dynamics.store import OutputError, result_path, staged
-from dynamics.store.commit import _machine, interrupted_elsewhere
-from dynamics.store.ownership import is_result
+from dynamics.store.replace import _machine, interrupted_elsewhere, is_result
 
 #: Above Linux's largest process id, so that of no process; of this machine as nobody else can name it, and as anybody.
 GONE = f"{socket.gethostname()}-{_machine()}-{2**22 + 1}-deadbeef"

@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 
 from dynamics.store import OutputError, staged, write_text, writing
-from dynamics.store.commit import _machine, replace_result
-from dynamics.store.ownership import read_written
-from dynamics.store.replace import complete
+from dynamics.store.replace import _machine, complete, read_written, replace_result
 
 GONE = f"{socket.gethostname()}-{_machine()}-{2**22 + 1}-00000000"  # above Linux's largest process id
 ELSEWHERE = f"{socket.gethostname()}-000000000000-1-00000000"  # of the same name
@@ -227,7 +225,6 @@ def killed(old, when):
     script = f"""
         import os, pathlib, signal
         from dynamics.store import staged
-        from dynamics.store import commit
         calls, replace = [], os.replace
         def replace_or_die(source, target):
             if len(calls) == {when}:

@@ -8,11 +8,8 @@ import pytest
 import xarray as xr
 
 from dynamics import open_run, schema
-from dynamics.measuring import measure
-from dynamics.options import Options
-from dynamics.pipeline import analyze_run
-from dynamics.store.again import capture_alone, with_capture
-from dynamics.store.sources import open_source
+from dynamics.pipeline import Options, analyze_run, measure
+from dynamics.store.tree import capture_alone, open_source, with_capture
 from tests.captures import drifting, write_capture
 from tests.runs import NAMES, write_run
 

@@ -6,7 +6,7 @@ import xarray as xr
 
 from dynamics.findings import Finding
 from dynamics.spectra import raw
-from dynamics.spectra.measured import measured
+from dynamics.spectra.dataset import measured
 from dynamics.spectra.raw import Place
 from dynamics.store.merge import AGREEMENT, merge, raw_of, translated
 from tests.captures import drifting, records

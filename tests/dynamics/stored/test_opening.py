@@ -11,9 +11,9 @@ import pytest
 import xarray as xr
 
 from dynamics import open_run, schema
-from dynamics.measuring import measure
+from dynamics.pipeline import measure
 from dynamics.store import write_tree
-from dynamics.store.sources import open_source
+from dynamics.store.tree import open_source
 from tests.captures import drifting, write_capture
 from tests.runs import write_run
 

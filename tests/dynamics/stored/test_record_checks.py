@@ -6,7 +6,7 @@ import xarray as xr
 
 from dynamics.spectra import raw
 from dynamics.spectra.raw import GradientSpectrum, Place
-from dynamics.store.record_checks import record_problems
+from dynamics.store.records import record_problems
 from tests.captures import drifting, records
 from tests.runs import NAMES
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dynamics.checkpoints import NotARun
-from dynamics.store.sources import open_source, results_folder, run_folder, without_checkpoints
+from dynamics.store.tree import open_source, results_folder, run_folder, without_checkpoints
 from tests.captures import drifting, write_capture
 from tests.runs import NAMES, log_history, write_run, write_state
 
