@@ -97,7 +97,7 @@ print("same" if all(state == states[0] for state in states) else "different")
 def test_pythons_random_numbers_are_left_alone(tmp_path):
     """In a process of its own: the checker of types under pytest draws from Python's random numbers itself."""
     command = [sys.executable, "-c", PYTHONS_STATE, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3], check=False)
     assert done.stdout.splitlines()[-1:] == ["same"], done.stderr
 
 

@@ -13,7 +13,7 @@ from dynamics.fisher.spectrum import without_projection
 from probes import sample_gradients as module
 from probes.gram import gradient_gram
 from probes.sample_gradients import Materialised, Outer, SampleGradient, projected
-from tests.probes.test_fisher import adapted, tokens
+from tests.probes.test_gram import adapted, tokens
 
 SAMPLES, NUMBERS = 6, 12
 ROWS = torch.randn(SAMPLES, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -333,7 +333,7 @@ SCRIPT = """
 def test_a_training_killed_twenty_times_loses_the_step_in_flight_alone(tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path)]
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300, check=False
+        command, capture_output=True, text=True, cwd=Path(__file__).parents[3], timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     rounds = [json.loads(line) for line in done.stdout.splitlines()]

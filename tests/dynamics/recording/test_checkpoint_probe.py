@@ -217,7 +217,7 @@ def test_a_function_that_exits_costs_its_checkpoint(run):
 
 def test_command_line(run, tmp_path, monkeypatch):
     (tmp_path / "my_probe.py").write_text(
-        "from tests.dynamics.test_checkpoint_probe import load\ndef broken(folder):\n    return 1 / 0\n"
+        "from tests.dynamics.recording.test_checkpoint_probe import load\ndef broken(folder):\n    return 1 / 0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     good = CliRunner().invoke(app, [str(run), "--probe", "my_probe:load", "--no-report"])

@@ -6,7 +6,7 @@ import pytest
 from dynamics.fisher import fisher_measures
 from dynamics.fisher.samples import per_sample_gram
 from tests.dynamics.fisher.simulated import gradients, grams, power_law
-from tests.dynamics.fisher.test_closed_forms import linear_regression
+from tests.dynamics.fisher.test_spectrum_closed_forms import linear_regression
 
 SPECTRUM = power_law(600)
 
