@@ -19,7 +19,7 @@ def found():
 def test_every_variable_says_what_it_is(found):
     assert set(found) == set(FISHER)
     for name, variable in found.items():
-        assert variable.dims == FISHER[name].variable.dims
+        assert variable.dims == FISHER[name].dims
         assert variable.dtype == np.float64
         assert {"units", "long_name", "definition"} <= set(variable.attrs), name
 

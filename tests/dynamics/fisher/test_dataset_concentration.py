@@ -21,7 +21,7 @@ def test_every_variable_says_what_it_is():
     found = of_update(np.ones(60))
     assert set(found) == set(CONCENTRATION)
     for name, variable in found.items():
-        assert variable.dims == tuple(dim for dim in CONCENTRATION[name].variable.dims if dim != "block")
+        assert variable.dims == tuple(dim for dim in CONCENTRATION[name].dims if dim != "block")
         assert {"units", "long_name", "definition"} <= set(variable.attrs), name
 
 

@@ -29,7 +29,7 @@ def found(gram):
 def test_every_variable_says_what_it_is(found):
     assert set(found) == set(TASKS)
     for name, variable in found.items():
-        assert variable.dims == TASKS[name].variable.dims
+        assert variable.dims == TASKS[name].dims
         assert {"units", "long_name", "definition"} <= set(variable.attrs), name
 
 
