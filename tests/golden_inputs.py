@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 import dynamics
 from probes import Task
 
+#: What is kept in the repository.
+DATA = Path(__file__).parent / "golden_data"
 VOCABULARY = 32
 NAMES = tuple(f"model.layers.{layer}.self_attn.{role}" for layer in range(2) for role in ("q_proj", "v_proj"))
 #: Run to group.
@@ -202,13 +205,13 @@ def make_six_runs(folder: Path) -> None:
 # Trainings
 
 
-def llama() -> nn.Module:
-    """Return a Llama of two layers, always the same."""
+def llama(width: int = 16, layers: int = 2) -> nn.Module:
+    """Return a small Llama, always the same."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, attention_dropout=0.1, **sizes))
+    sizes = {"hidden_size": width, "intermediate_size": width * 3 // 2, "num_hidden_layers": layers}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, attention_dropout=0.1, num_attention_heads=2, **sizes))
 
 
 def _rows(count: int, seed: int) -> list[dict[str, Any]]:
@@ -221,10 +224,10 @@ def largest_logit(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return model(**batch).logits.flatten(1).amax(1)
 
 
-def tasks() -> list[Task]:
+def tasks(count: int = 16) -> list[Task]:
     """Return two tasks of sequences that are not trained on, two of each image."""
     samples = {
-        name: [{**row, "image": f"{name}{number // 2}"} for number, row in enumerate(_rows(16, seed))]
+        name: [{**row, "image": f"{name}{number // 2}"} for number, row in enumerate(_rows(count, seed))]
         for name, seed in (("a", 11), ("b", 12))
     }
     score: dict[str, Any] = {"score": largest_logit, "higher_is_better": False}
@@ -275,14 +278,36 @@ def make_capture_checkpoints(folder: Path) -> None:
 
 def make_capture(folder: Path) -> None:
     """Records alone, of a loop that trains all weights and later freezes some."""
-    model = llama()
+    _loop(folder / "run", llama(), tasks()[:1], (1, 2, 4, 6, 8), frozen="model.embed_tokens.weight")
+
+
+def make_first_format(folder: Path) -> None:
+    """Unpack what the first edition left of ``_small_training``: ``capture.zarr``, with its analysis beside it.
+
+    No later code can make it again. Of the file that notes what was written, the name of the machine was changed.
+    """
+    with tarfile.open(DATA / "first_format.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+
+
+def _small_training(folder: Path) -> None:
+    """Record two matrices and two tasks, few enough to be kept in the repository."""
+    from peft import LoraConfig, get_peft_model
+
+    base = llama(width=8, layers=1)
+    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]))  # type: ignore[arg-type]
+    _loop(folder / "run", model, tasks(8), (1, 2, 4))
+
+
+def _loop(run: Path, model: nn.Module, probed: list[Task], at: Sequence[int], frozen: str | None = None) -> None:
+    """Train as many steps as are recorded, and freeze a parameter before the fifth."""
     torch.manual_seed(7)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
     batches = _rows(64, 1)
-    with dynamics.Recorder(folder / "run", model, preset="full", at=[1, 2, 4, 6, 8], tasks=tasks()[:1]) as recorder:
-        for step in range(1, 9):
-            if step == 5:
-                model.get_parameter("model.embed_tokens.weight").requires_grad_(False)
+    with dynamics.Recorder(run, model, preset="full", at=at, tasks=probed, batch_size=4) as recorder:
+        for step in range(1, at[-1] + 1):
+            if step == 5 and frozen is not None:
+                model.get_parameter(frozen).requires_grad_(False)
             with recorder.step(step, optimizer):
                 rows = batches[4 * step : 4 * step + 4]
                 batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -308,5 +333,6 @@ MAKERS: Mapping[str, Callable[[Path], None]] = {
     "capture_checkpoints": make_capture_checkpoints,
     "two_tasks": make_two_tasks,
     "six_runs": make_six_runs,
+    "first_format": make_first_format,
     "probed": make_probed,
 }
