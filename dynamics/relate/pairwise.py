@@ -66,8 +66,8 @@ def detrended(values: Float[np.ndarray, "*sets step"], degree: int = DEGREE) -> 
 
 
 def effective_steps(
-    x: Float[np.ndarray, "*sets step"], y: Float[np.ndarray, "*sets step"]
-) -> Float[np.ndarray, "*sets"]:
+    x: Float[np.ndarray, "*#sets step"], y: Float[np.ndarray, "*#sets step"]
+) -> Float[np.ndarray, "*#sets"]:
     """Number of independent pairs with as much information: 1/N* = 1/N + (2/N) Σ_j (1 − j/N) ρ_xx(j) ρ_yy(j).
 
     Pyper & Peterman 1998, lags up to N/5, autocorrelations weighted by N/(N − j). Between 1 and N.
@@ -94,7 +94,7 @@ def _autocorrelation(values: np.ndarray, lag: np.ndarray) -> np.ndarray:
     return np.stack(products, axis=-1) / np.where(energy > 0, energy, np.nan)[..., None]
 
 
-def describe_run(x: Float[np.ndarray, "*sets step"], y: Float[np.ndarray, "*sets step"]) -> Described:
+def describe_run(x: Float[np.ndarray, "*#sets step"], y: Float[np.ndarray, "*#sets step"]) -> Described:
     """The detrended association of two series of one run.
 
     The interval is Fisher's with N* − 3 − degree degrees of freedom, NaN where that is below 1, as it is for fewer than
