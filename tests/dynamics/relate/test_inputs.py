@@ -174,7 +174,7 @@ def named(runs):
         (["imax_s1", "imax_s2", "dmax_s1", "dmax_s2"], ["imax_s1, imax_s2", "dmax_s1, dmax_s2"]),
         (["imax-seed1", "imax-seed22", "dmax"], ["imax-seed1, imax-seed22"]),
         (["a.rep1", "a.rep2", "b_v1", "b_v2", "c3"], ["a.rep1, a.rep2", "b_v1, b_v2"]),
-        (["imax_RUN1", "imax_RUN2", "x"], ["imax_RUN1, imax_RUN2"]),
+        (["imax_S1", "imax_s2", "x"], ["imax_S1, imax_s2"]),
         (["run_1", "run_2", "run_3"], []),
         (["imax", "dmax", "base"], []),
         (["qwen-7b", "llama-8b", "gemma-2b"], []),

@@ -124,6 +124,16 @@ def test_rows_that_agree_count_once_with_the_items_and_error_of_the_fullest():
     assert finding(table, "OD503").evidence == {"places": 1, "contradictions": 0}
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "agree"),
+    [(1e6, 1e6 + 1e-4, True), (1e6, 1e6 + 1.0, False), (0.0, 1e-13, True), (0.0, 1e-9, False)],
+)
+def test_rows_agree_up_to_rounding_at_their_own_scale(one, other, agree):
+    table = score_table([ScoreRow("a", 10, "qa/accuracy", value) for value in (one, other)])
+    assert finding(table, "OD503").evidence == {"places": 1, "contradictions": int(not agree)}
+    assert len(cells(table)) == int(agree)
+
+
 def test_rows_that_contradict_are_left_out_and_the_first_is_named():
     rows = [ScoreRow("a", 10, "qa/accuracy", value) for value in (0.5, 0.6)]
     rows += [ScoreRow("a", 20, "qa/accuracy", 0.7)] * 2
