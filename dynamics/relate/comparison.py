@@ -346,6 +346,9 @@ def _statements(
     comparisons: int,
 ) -> np.ndarray:
     least = _least(pairs=units.paired, comparisons=comparisons)
+    could = f"{least} pairs" if units.paired else f"{least // 2} + {least // 2} runs"
+    if int(columns["n_units"][0]) >= least:  # it is the measures beside it, or the data, that stand in the way
+        could = "more pairs" if units.paired else "more runs"
     return np.array(
         [
             statements.difference_statement(
@@ -362,7 +365,7 @@ def _statements(
                 tested=units.tested,
                 units=units.words,
                 count=int(columns["n_units"][place]),
-                least=f"{least} pairs" if units.paired else f"{least // 2} + {least // 2} runs",
+                least=could,
                 steps=int(columns["n_steps"][place]),
             )
             for place, name in enumerate(names)

@@ -1,7 +1,10 @@
 """Which way scores point, by names as evaluation tools and people write them."""
 
+import re
+
 import pytest
 
+from dynamics.relate import score_tables as directions
 from dynamics.relate.score_tables import directions_of, metric_of
 
 HIGHER = """
@@ -64,3 +67,33 @@ def test_what_the_user_says_goes_before_the_file_and_the_name():
         "b/loss": 1,
         "c/loss": -1,
     }
+
+
+@pytest.mark.parametrize("word", ["up", "Higher", "", "higher "])
+def test_another_word_than_higher_or_lower_is_refused(word):
+    message = f"directions['vqa']: expected 'higher' or 'lower' (whichever is better), got {word!r}."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        directions_of(["qa"], {"vqa": word})
+
+
+def test_tasks_keep_their_order_and_only_they_are_told():
+    asked, stated = {"b": "lower", "absent": "higher"}, {"a": True, "missing": False}
+    assert list(directions_of(["c_loss", "b", "a"], asked, stated).items()) == [("c_loss", -1), ("b", -1), ("a", 1)]
+
+
+def test_no_metric_points_both_ways():
+    assert not directions.HIGHER & directions.LOWER
+    assert not directions._EITHER & (directions.HIGHER | directions.LOWER)
+
+
+@pytest.mark.parametrize("split", ["eval_{}", "val_{}", "test/{}", "{}/validation", "{}_epoch", "macro_{}", "{}_mean"])
+def test_every_known_metric_points_its_way_whatever_split_or_mean_it_is_of(split):
+    words = [(word, sign) for words, sign in ((directions.HIGHER, 1), (directions.LOWER, -1)) for word in sorted(words)]
+    wrong = [(word, sign) for word, sign in words if metric_of(split.format(word)).direction != sign]
+    assert wrong == []
+
+
+def test_one_minus_turns_every_known_metric():
+    words = [(word, sign) for words, sign in ((directions.HIGHER, 1), (directions.LOWER, -1)) for word in sorted(words)]
+    wrong = [word for word, sign in words if metric_of(f"one_minus_{word}").direction != -sign]
+    assert wrong == []
