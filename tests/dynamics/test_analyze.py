@@ -15,7 +15,8 @@ import yaml
 from typer.testing import CliRunner
 
 from dynamics import open_run, plot, schema
-from dynamics.analyze import _named_runs, app
+from dynamics.analyze import _labels_and_folders, app
+from dynamics.pipeline import named_runs
 from dynamics.pipeline import analyze_run, resolve_device
 from tests.runs import NAMES, adapter_config, random_factors, write_adapter, write_run, write_state
 
@@ -563,7 +564,7 @@ def test_no_folder_is_not_this_folder(run, monkeypatch, given):
 
 def test_a_link_to_a_run_has_its_own_name(run, tmp_path):
     (tmp_path / "best").symlink_to(run)
-    assert list(_named_runs([str(tmp_path / "best"), str(run)])[0]) == ["best", "run"]
+    assert list(named_runs([("", tmp_path / "best"), ("", run)]).folders) == ["best", "run"]
 
 
 def test_the_root_of_several_runs_says_where_it_comes_from(run, tmp_path):
@@ -613,4 +614,5 @@ def test_interrupted_while_computing(run):
     ],
 )
 def test_labels_and_names(given, names, labels):
-    assert _named_runs(given) == (names, labels)
+    runs = named_runs(_labels_and_folders(given))
+    assert ({name: str(folder) for name, folder in runs.folders.items()}, runs.labels) == (names, labels)
