@@ -101,10 +101,10 @@ def make_kohya(folder: Path) -> None:
     """Files of kohya and LyCORIS, numbered, with kernels, LoHa, LoKr, and a DoRA that is refused."""
     (folder / "run").mkdir(parents=True)
     for step in (10, 20, 30):
-        generator = torch.Generator().manual_seed(step)
+        generator = np.random.default_rng(step)  # torch's normal numbers are not the same on all processors
 
-        def random(*shape: int, generator: torch.Generator = generator) -> Tensor:
-            return torch.randn(*shape, generator=generator)
+        def random(*shape: int, generator: np.random.Generator = generator) -> Tensor:
+            return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
         tensors = {
             "lora_unet_down_blocks_0_q.lora_down.weight": random(4, 10),
@@ -296,15 +296,17 @@ def _small_training(folder: Path) -> None:
 
     base = llama(width=8, layers=1)
     model = get_peft_model(base, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]))  # type: ignore[arg-type]
-    _loop(folder / "run", model, tasks(8), (1, 2, 4))
+    _loop(folder / "run", model, tasks(8), (1, 2, 4), batch_size=4)
 
 
-def _loop(run: Path, model: nn.Module, probed: list[Task], at: Sequence[int], frozen: str | None = None) -> None:
+def _loop(
+    run: Path, model: nn.Module, probed: list[Task], at: Sequence[int], frozen: str | None = None, **how: Any
+) -> None:
     """Train as many steps as are recorded, and freeze a parameter before the fifth."""
     torch.manual_seed(7)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
     batches = _rows(64, 1)
-    with dynamics.Recorder(run, model, preset="full", at=at, tasks=probed, batch_size=4) as recorder:
+    with dynamics.Recorder(run, model, preset="full", at=at, tasks=probed, **how) as recorder:
         for step in range(1, at[-1] + 1):
             if step == 5 and frozen is not None:
                 model.get_parameter(frozen).requires_grad_(False)

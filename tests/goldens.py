@@ -48,6 +48,8 @@ from tests.golden_inputs import (
 
 #: Every difference from the frozen results that is meant.
 INTENDED: tuple[Intended, ...] = ()
+#: Differences of one input that are printed.
+SHOWN = 60
 #: Input to analyses that are compared by a test, too.
 KEPT = {"pydoc_lora": ("some_matrices",), "kohya": ("run",), "first_format": ("analysed", "capture", "stored")}
 
@@ -251,7 +253,9 @@ def compare(folder: Path, names: Sequence[str]) -> bool:
         lines += [f"   {variant}: frozen, and not analysed" for variant in sorted(stems)]
         failed |= bool(lines)
         head = f"{name}: {'differs' if lines else 'equal'} ({count} variables, {time.perf_counter() - start:.1f} s)"
-        print(head + (f"; {texts} descriptions are others" if texts else ""), *lines, sep="\n", flush=True)
+        head += f"; {texts} descriptions are others" if texts else ""
+        more = [f"   and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        print(head, *lines[:SHOWN], *more, sep="\n", flush=True)
     if set(names) == set(CASES):
         for entry in INTENDED:
             if entry not in used:
