@@ -170,7 +170,7 @@ def analyze_run(
             given=given,
         )
     else:
-        _deprecated("options=Options(matrices=…, …)", "analyze_run(run, matrices=…, …)")
+        _deprecated("options=Options(matrices=…, …)", "analyze_run(run, matrices=…, …)", stacklevel=3)
     runs = _runs(run, labels)
     if not runs.folders:
         raise ValueError("Expected at least one run folder, got none.")
@@ -198,7 +198,7 @@ def analyze_runs(
         load = load_function(options.probe)
     configuration = _configuration(runs.folders, folder, options)
 
-    sources, refused = _open_all(runs, options)
+    sources, refused = _open_all(runs.folders, options)
     with staged(folder, _file_names(sources, options), ["figures"] if options.report else []) as stage:
         with writing(folder):
             write_text(stage / "run.yaml", yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True))
@@ -229,7 +229,7 @@ def _runs(
     {'x': 'a', 'x-2': 'b', 'y': 'b'}
     """
     if labels is not None:
-        _deprecated("labels={'run': 'label'}", "analyze_run({'label': ['run']})")
+        _deprecated("labels={'run': 'label'}", "analyze_run({'label': ['run']})", stacklevel=4)
     if isinstance(run, str | PathLike):
         return Runs({"": Path(run)}, {"": label} if (label := next(iter((labels or {}).values()), None)) else {})
     if not isinstance(run, Mapping):
@@ -239,7 +239,7 @@ def _runs(
         pairs = [(label, folder) for label, folders in run.items() for folder in _listed(folders)]
         return named_runs(pairs)
     if texts:
-        _deprecated("analyze_run({'name': 'run'})", "analyze_run(['run']) or analyze_run({'label': ['run']})")
+        _deprecated("analyze_run({'name': 'run'})", "analyze_run(['run']) or analyze_run({'label': ['run']})", stacklevel=4)
     _refuse_names(texts)
     return Runs(texts, {name: label for name, label in (labels or {}).items() if label and name in texts})
 
@@ -282,9 +282,9 @@ def _plain_name(folder: Folder) -> str:
     return name.replace("\\", "_").lstrip(".").encode()[:190].decode(errors="ignore") or "run"
 
 
-def _deprecated(old: str, new: str) -> None:
+def _deprecated(old: str, new: str, stacklevel: int) -> None:
     message = f"{old} is deprecated and will be removed in the next release; use {new}."
-    warnings.warn(message, DeprecationWarning, stacklevel=4)
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
 
 
 def output_folder(runs: Sequence[Path], out: Folder | None = None) -> Path:
