@@ -25,7 +25,13 @@ from dynamics.recording import Schedule, preset_named
 from dynamics.recording.changes import BaseWeights, Change, ModelState, change_between
 from dynamics.recording.fisher import FisherProbe, momentum_of
 from dynamics.recording.live import LiveSpectra
-from dynamics.recording.monitor import fisher_numbers, notes_on, notes_on_resuming, update_numbers, watched_or_refused
+from dynamics.recording.monitor import (
+    findings_on_model,
+    findings_on_resuming,
+    fisher_numbers,
+    update_numbers,
+    watched_or_refused,
+)
 from dynamics.recording.schedules import schedule_of
 from dynamics.recording.writer import Records, earlier_capture, refuse_other_weights, store_path
 from dynamics.spectra import raw
@@ -430,7 +436,9 @@ class Recorder:
                 goes_on = earlier is not None and refuse_other_weights(
                     earlier, self._last, self._update(self._last, spectra)
                 )
-                own = notes_on(found, gradients=self._gradients) + notes_on_resuming(resume_from, goes_on=goes_on)
+                own = findings_on_model(found, gradients=self._gradients) + findings_on_resuming(
+                    resume_from, continues=goes_on
+                )
                 _end_earlier(run, resumes=resume_from is not None)
                 self._records = Records(
                     run,

@@ -14,7 +14,7 @@ import xarray as xr
 from torch import Tensor
 
 from dynamics.findings import Finding
-from dynamics.recording.monitor import Signs
+from dynamics.recording.monitor import TrainingMonitor
 from dynamics.spectra.null_models import SEED
 from dynamics.store import FOLDER, Capture, CaptureExists, CaptureStore, provenance, read_capture
 from dynamics.store.capture import CAPTURE, is_capture
@@ -66,7 +66,7 @@ class Records:
         notes: What is to be said of the whole training, from its beginning.
         attributes: Beside provenance: ``disk_names``, ``covered_share``.
         configuration: How it is recorded, JSON-compatible.
-        warmup_steps: See ``Signs``.
+        warmup_steps: See ``TrainingMonitor``.
         resume_from: The step after which the training goes on, ``None`` if it begins.
         earlier: What was recorded before, where it goes on.
 
@@ -86,7 +86,7 @@ class Records:
         resume_from: int | None,
         earlier: Capture | None,
     ) -> None:
-        self._notes, self._signs = list(notes), Signs(warmup_steps)
+        self._notes, self._monitor = list(notes), TrainingMonitor(warmup_steps)
         self._changes: list[Finding] = []
         self._unmeasured: dict[str, tuple[int, str]] = {}  # matrix -> first step, why
         past = earlier.attributes if earlier is not None and resume_from is not None else {}
@@ -113,7 +113,7 @@ class Records:
                 and (finding.step or 0) <= resume_from
             ]
         for record in kept:
-            self._signs.see(record["update"], record.get("gradient"))
+            self._monitor.observe(record["update"], record.get("gradient"))
         self._noted = self._changing()
         folder = run / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ class Records:
     @property
     def findings(self) -> list[Finding]:
         """What holds now."""
-        return [*self._notes, *self._changes, *self._unmeasured_findings(), *self._signs.findings()]
+        return [*self._notes, *self._changes, *self._unmeasured_findings(), *self._monitor.findings()]
 
     def _unmeasured_findings(self) -> list[Finding]:
         if not self._unmeasured:
@@ -195,7 +195,7 @@ class Records:
         """
         groups = {"update": update, "gradient": gradient, **(probed or {})}
         self._store.write(step, {name: group for name, group in groups.items() if group is not None})
-        self._signs.see(update, gradient)
+        self._monitor.observe(update, gradient)
 
     def gap(self, step: int, reason: str) -> None:
         """Notes that a step could not be recorded, or not all of it, and says so the first time."""
@@ -212,7 +212,7 @@ class Records:
         Raises:
             OSError: If they cannot be written; the next call tries again.
         """
-        for finding in (*self._unmeasured_findings(), *self._signs.findings()):
+        for finding in (*self._unmeasured_findings(), *self._monitor.findings()):
             self._tell(finding.code, str(finding))
         changing = self._changing()
         if changing != self._noted:

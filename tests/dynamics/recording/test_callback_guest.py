@@ -220,7 +220,7 @@ def test_a_compiled_model_is_trained_alike_and_compiled_no_more_often(tmp_path):
 
 def test_nothing_to_watch_is_an_error_when_training_begins(tmp_path):
     callback = DynamicsCallback(tmp_path, matrices="no_such_matrix")
-    message = "Expected at least one matrix to watch whose name 'no_such_matrix' finds, found none among 28 trainable"
+    message = "Expected at least one matrix to watch whose name matches 'no_such_matrix', found none among 28 trainable"
     with pytest.raises(ValueError, match=re.escape(message)):
         trainer(tmp_path, [callback]).train()
     assert not (tmp_path / "dynamics").exists()

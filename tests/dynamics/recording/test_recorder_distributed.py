@@ -242,7 +242,7 @@ def test_zero_3_is_refused(tmp_path):
     weights = nn.Linear(2, 2)
     weights.weight.ds_id = 0
     message = (
-        "Expected parameters that can be read, got those of DeepSpeed ZeRO-3, which are in pieces on all ranks. "
+        "Expected parameters that can be read, got those of DeepSpeed ZeRO-3, which are split over all ranks. "
         "Use FSDP 2, or ZeRO-2 with gradients=False."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

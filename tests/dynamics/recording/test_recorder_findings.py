@@ -78,7 +78,7 @@ def test_a_matrix_that_gets_no_gradient(tmp_path):
     assert train(tmp_path, model, lambda: model(rows())) == ["OD301"]
     assert stored(tmp_path)["OD301"]["matrix"] == "second"
     assert stored(tmp_path)["OD301"]["message"].startswith(
-        "This matrix had no gradient, or one of zero, at any of the 4"
+        "This matrix had no gradient, or a gradient of zero, at each of the 4"
     )
 
 
@@ -95,7 +95,7 @@ def test_an_optimizer_that_steps_within_the_backward_pass(tmp_path, preset):
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(step)
     assert train(tmp_path, model, lambda: model(rows()), preset=preset) == ["OD311"]
-    assert stored(tmp_path)["OD311"]["message"].startswith("2 matrices had no gradient left to be measured, first at")
+    assert stored(tmp_path)["OD311"]["message"].startswith("2 matrices had no gradient left to measure, first at")
     tree = dynamics.open_run(tmp_path)
     for name in ("norm_before_clip", "norm_after_clip", *(["singular_value"] if preset == "full" else [])):
         assert tree["gradient"][name].isnull().all(), name
@@ -168,7 +168,7 @@ def test_a_resumed_training_knows_what_was_seen_before(tmp_path):
     train(tmp_path, model, lambda: model(rows()))
     codes = train(tmp_path, model, lambda: model(rows()), steps=range(5, 7), resume_from=4)
     assert codes == ["OD301"]
-    assert "at any of the 6 steps captured so far" in stored(tmp_path)["OD301"]["message"]
+    assert "at each of the 6 steps captured so far" in stored(tmp_path)["OD301"]["message"]
 
 
 def test_what_was_seen_after_the_step_that_is_resumed_from_is_forgotten(tmp_path):
