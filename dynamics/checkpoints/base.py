@@ -17,13 +17,13 @@ from dynamics.checkpoints.alignment import aligned, expert_forms
 from dynamics.checkpoints.errors import NotARun, UnreadableFile
 from dynamics.checkpoints.files import Weights
 from dynamics.checkpoints.formats.transformers import (
-    DenseWeights,
+    UNPACKED,
     read_dense,
     read_whole_model,
     ties_embeddings,
     whole_model,
 )
-from dynamics.checkpoints.matrices import Product, open_matrices, turned, under
+from dynamics.checkpoints.matrices import FileContent, StoredMatrix, open_matrices, oriented
 from dynamics.checkpoints.names import shown_path
 from dynamics.checkpoints.ties import embedding_of
 from dynamics.checkpoints.trajectory import Checkpoint, MatrixShape, OpenCheckpoint
@@ -31,10 +31,6 @@ from dynamics.findings import Finding
 from dynamics.text import first_line, some
 
 _REMEDY = "Pass the folder that holds the weights of the model before training."
-#: What to do about a base whose weights are quantised.
-UNPACKED = (
-    "Pass the 16-bit original of the base: save it dequantised (model.dequantize()), or take the unquantised model."
-)
 
 
 @dataclass(frozen=True)
@@ -50,22 +46,22 @@ class Base:
 
     folder: Path
     weights: Weights
-    held: DenseWeights
+    held: FileContent
     ties_head: bool | None = None
 
-    def find(self, wanted: Mapping[str, MatrixShape]) -> dict[str, tuple[str, Product]]:
+    def find(self, wanted: Mapping[str, MatrixShape]) -> dict[str, tuple[str, StoredMatrix]]:
         """The base's matrix for each name of the run that it has, under its own name there; see :func:`aligned`.
 
         An output layer that is not saved is the input embedding that it is tied to, unless the configuration says
         that it is tied to none.
         """
         sizes = {name: (shape.out, shape.in_) for name, shape in wanted.items()}
-        forms = expert_forms(self.held.products, sizes)
-        held = {**self.held.products, **{name: form.product for name, form in forms.items()}}
+        forms = expert_forms(self.held.readable, sizes)
+        held = {**self.held.readable, **{name: form.product for name, form in forms.items()}}
         pairs = aligned(sizes, {name: (product.shape.out, product.shape.in_) for name, product in held.items()})
         if self.ties_head is not False:
             for name in wanted.keys() - pairs.keys():
-                embedding = embedding_of(name.partition("@")[0], wanted[name], self.held.products)
+                embedding = embedding_of(name.partition("@")[0], wanted[name], self.held.readable)
                 if embedding is not None:
                     pairs[name] = embedding
         return {name: (pairs[name], held[pairs[name]]) for name in wanted if name in pairs}
@@ -101,7 +97,7 @@ def open_base(folder: str | os.PathLike[str]) -> Base:
         finding = error.to_finding(shown_path(place / name, place))
         raise NotARun(f"The base {str(place)!r} cannot be read: {finding}", [finding]) from error
     held = read_dense(weights)
-    if not held.products:
+    if not held.readable:
         reason, remedy = "", _REMEDY
         if held.refused:
             name, refusal = next(iter(held.refused.items()))
@@ -129,17 +125,15 @@ def base_checkpoint(
     sources = sources or {}
     by_source = base.find({sources.get(name, name): shape for name, shape in shapes.items()})
     found = {name: by_source[one] for name in shapes if (one := sources.get(name, name)) in by_source}
-    products: dict[str, Product] = {}
+    products: dict[str, StoredMatrix] = {}
     other: dict[str, tuple[int, int]] = {}
     for name, (_, product) in found.items():
-        fitting = fitted(product, shapes[name], name in transposed)
+        fitting = oriented(product, shapes[name], name in transposed)
         if fitting is None:
             other[name] = (product.shape.out, product.shape.in_)
         else:
-            products[name] = under("", fitting)
-    files = {"": base.weights}
-    # Products of the base read from the file called "".
-    opened: Callable[[], AbstractContextManager[OpenCheckpoint]] = partial(open_matrices, products, files)
+            products[name] = fitting
+    opened: Callable[[], AbstractContextManager[OpenCheckpoint]] = partial(open_matrices, products, (base.weights,))
     inputs = tuple(
         {"path": part.path.name, "bytes": part.bytes, "header_sha256": part.header_sha256}
         for part in base.weights.parts
@@ -150,21 +144,6 @@ def base_checkpoint(
         *_lacking(base, shapes, found, other),
     )
     return Checkpoint(0, base.folder, -1, own, opened, findings, inputs), list(findings)
-
-
-def fitted(product: Product, shape: MatrixShape, is_transposed: bool) -> Product | None:
-    """The base's matrix with the orientation of the run's; ``None`` if it has another shape.
-
-    Args:
-        product: The base's matrix.
-        shape: The run's.
-        is_transposed: Whether the base is known to store (in, out) where the run has (out, in).
-    """
-    own, wanted = (product.shape.out, product.shape.in_), (shape.out, shape.in_)
-    if own == wanted and not (is_transposed and own[0] == own[1]):
-        return product
-    # A weight has the orientation of its file, whatever training made of it.
-    return turned(product) if own[::-1] == wanted and shape.holds == "update" else None
 
 
 def _renamed(found: Mapping[str, str]) -> Iterable[Finding]:

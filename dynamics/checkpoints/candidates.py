@@ -14,20 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dynamics.checkpoints.formats import diffusers
+from dynamics.checkpoints.formats.peft import WEIGHTS
+from dynamics.checkpoints.formats.peft_config import CONFIG
 from dynamics.checkpoints.formats.transformers import WHOLE, is_distributed, lone_shards, whole_model
 from dynamics.checkpoints.names import natural_order, shown_path
 from dynamics.checkpoints.steps import is_plain_step, named_step
 
-#: In PEFT's own order of preference; the last two where an adapter was sharded.
-WEIGHTS = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "adapter_model.safetensors.index.json",
-    "adapter_model.bin.index.json",
-)
-#: Where diffusers' training scripts save an adapter.
-DIFFUSERS = "pytorch_lora_weights.safetensors"
-CONFIG = "adapter_config.json"
 STATE = "trainer_state.json"
 #: The name PEFT gives an adapter that was given none; it is saved in the folder itself.
 DEFAULT = "default"
@@ -55,7 +48,7 @@ class AdapterFolder:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CheckpointFolder:
     """A folder that may be a checkpoint.
 
     Args:
@@ -87,7 +80,7 @@ class Candidate:
         return self.whole is not None or any(adapter.weights is not None for adapter in self.adapters)
 
 
-def candidate(folder: Path, step: int, names: Sequence[str], *, is_run: bool = False) -> Candidate:
+def candidate(folder: Path, step: int, names: Sequence[str], *, is_run: bool = False) -> CheckpointFolder:
     """Look through a folder, and below it where it holds no weights itself.
 
     Args:
@@ -115,7 +108,7 @@ def candidate(folder: Path, step: int, names: Sequence[str], *, is_run: bool = F
         adapters = [_adapter(DEFAULT, folder, names)]
     config = next((place / CONFIG for place in (holder, folder) if (place / CONFIG).exists()), None)
     first, *beside = [*weights, None]
-    return Candidate(
+    return CheckpointFolder(
         step,
         folder,
         tuple(adapters),
@@ -128,7 +121,7 @@ def candidate(folder: Path, step: int, names: Sequence[str], *, is_run: bool = F
     )
 
 
-def of_file(folder: Path, step: int, path: Path, names: Sequence[str], *, has_state: bool = False) -> Candidate:
+def of_file(folder: Path, step: int, path: Path, names: Sequence[str], *, has_state: bool = False) -> CheckpointFolder:
     """One file as a checkpoint.
 
     Args:
@@ -140,7 +133,7 @@ def of_file(folder: Path, step: int, path: Path, names: Sequence[str], *, has_st
     """
     state = folder / STATE if STATE in names and has_state else None
     config = folder / CONFIG if CONFIG in names else None
-    return Candidate(step, folder, (AdapterFolder(DEFAULT, folder, path, config),), state, tuple(names))
+    return CheckpointFolder(step, folder, (AdapterFolder(DEFAULT, folder, path, config),), state, tuple(names))
 
 
 def holds_weights(folder: Path, names: Sequence[str]) -> bool:
@@ -195,7 +188,7 @@ def _weights(folder: Path, names: Sequence[str]) -> list[Path]:
     whole = whole_model(folder, names)
     shards = set(lone_shards(names))
     other = [name for name in weight_names(names) if name not in (*WEIGHTS, *WHOLE) and name not in shards]
-    other.sort(key=lambda name: (name != DIFFUSERS, bool(_SECONDARY.search(Path(name).stem)), natural_order(name)))
+    other.sort(key=lambda name: (name != diffusers.FILE, bool(_SECONDARY.search(Path(name).stem)), natural_order(name)))
     further = [name for name in WHOLE if name in names and name != whole and not name.endswith(".json")]
     return [folder / name for name in [*([whole] if whole else []), *other, *further]]
 

@@ -11,13 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dynamics.checkpoints.candidates import (
-    CONFIG,
     DEFAULT,
-    DIFFUSERS,
     STATE,
-    WEIGHTS,
     AdapterFolder,
-    Candidate,
+    CheckpointFolder,
     candidate,
     entries,
     holds_adapter,
@@ -28,7 +25,10 @@ from dynamics.checkpoints.candidates import (
     unread_format,
 )
 from dynamics.checkpoints.errors import NotARun, UnreadableFile
+from dynamics.checkpoints.formats import diffusers
 from dynamics.checkpoints.formats.mlx import ADAPTERS
+from dynamics.checkpoints.formats.peft import WEIGHTS
+from dynamics.checkpoints.formats.peft_config import CONFIG
 from dynamics.checkpoints.formats.transformers import lone_shards, whole_model
 from dynamics.checkpoints.names import natural_order, shown, shown_path
 from dynamics.checkpoints.series import Series, find_series
@@ -37,7 +37,7 @@ from dynamics.checkpoints.trainings import read_training_state
 from dynamics.findings import Finding
 from dynamics.text import first_line, some
 
-__all__ = ["CONFIG", "DEFAULT", "STATE", "AdapterFolder", "Candidate", "RunFolder", "find_checkpoints"]
+__all__ = ["CONFIG", "DEFAULT", "STATE", "AdapterFolder", "CheckpointFolder", "RunFolder", "find_checkpoints"]
 
 _LARGEST_STEP = 2**63 - 1
 #: The Trainer's own names; where a folder has others too, these count.
@@ -64,8 +64,8 @@ class RunFolder:
         findings: Folders that were left out.
     """
 
-    numbered: Sequence[Candidate]
-    root: Candidate | None
+    numbered: Sequence[CheckpointFolder]
+    root: CheckpointFolder | None
     findings: Sequence[Finding]
 
 
@@ -184,7 +184,7 @@ def _entries_of_run(run: Path) -> list[str]:
     return names
 
 
-def _numbered(run: Path, top: Path, names: Sequence[str]) -> tuple[list[Candidate], list[Finding]]:
+def _numbered(run: Path, top: Path, names: Sequence[str]) -> tuple[list[CheckpointFolder], list[Finding]]:
     """The checkpoints of the one training whose steps lie in a folder."""
     trainings: dict[str, list[tuple[NamedStep, str]]] = defaultdict(list)
     for step, name in _steps_in(top, names):
@@ -222,7 +222,9 @@ def _numbered(run: Path, top: Path, names: Sequence[str]) -> tuple[list[Candidat
     return held, findings
 
 
-def _candidates(run: Path, top: Path, steps: Sequence[tuple[NamedStep, str]]) -> tuple[list[Candidate], list[Finding]]:
+def _candidates(
+    run: Path, top: Path, steps: Sequence[tuple[NamedStep, str]]
+) -> tuple[list[CheckpointFolder], list[Finding]]:
     findings: list[Finding] = []
     folders: dict[int, str] = {}
     # The canonical name comes first of those that give one step: it is the shortest.
@@ -236,7 +238,7 @@ def _candidates(run: Path, top: Path, steps: Sequence[tuple[NamedStep, str]]) ->
             findings.append(Finding("OD111", message, "Remove one of the two.", file=file, step=step))
         else:
             folders[step] = name
-    candidates: list[Candidate] = []
+    candidates: list[CheckpointFolder] = []
     for step, name in sorted(folders.items()):
         folder = top / name
         problem = _not_a_folder(folder)
@@ -251,7 +253,7 @@ def _candidates(run: Path, top: Path, steps: Sequence[tuple[NamedStep, str]]) ->
     return candidates, findings
 
 
-def _with_config(numbered: Sequence[Candidate], top: Path, names: Sequence[str]) -> list[Candidate]:
+def _with_config(numbered: Sequence[CheckpointFolder], top: Path, names: Sequence[str]) -> list[CheckpointFolder]:
     """Checkpoints of which none has a configuration, with the one beside them, where trainers save it once."""
     configs = [path for one in numbered for path in (one.config, *(place.config for place in one.adapters))]
     if CONFIG not in names or any(configs):
@@ -288,7 +290,7 @@ def _not_a_folder(folder: Path) -> str | None:
     return None if folder.is_dir() else "It is a file, not a folder."
 
 
-def is_unfinished(one: Candidate, numbered: Sequence[Candidate]) -> bool:
+def is_unfinished(one: CheckpointFolder, numbered: Sequence[CheckpointFolder]) -> bool:
     """Return whether the last checkpoint may still be being written.
 
     It was changed lately and lacks the training state, which trainers write last, although others have one.
@@ -317,8 +319,8 @@ def _files(run: Path, names: Sequence[str]) -> Series:
     return find_series(run, [name for name in names if name not in lone_shards(names)])
 
 
-def _of_series(folder: Path, step: int, path: Path, names: Sequence[str]) -> Candidate:
-    return of_file(folder, step, path, names, has_state=path.name in (ADAPTERS, DIFFUSERS))
+def _of_series(folder: Path, step: int, path: Path, names: Sequence[str]) -> CheckpointFolder:
+    return of_file(folder, step, path, names, has_state=path.name in (ADAPTERS, diffusers.FILE))
 
 
 def _state_step(folder: Path) -> int:

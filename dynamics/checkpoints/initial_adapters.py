@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dynamics.checkpoints.candidates import CONFIG, DEFAULT, WEIGHTS, Candidate
+from dynamics.checkpoints.candidates import DEFAULT, CheckpointFolder
 from dynamics.checkpoints.errors import UnreadableFile
-from dynamics.checkpoints.files import WeightFile, read_weight_file
-from dynamics.checkpoints.formats.peft import Adapter, read_adapter
-from dynamics.checkpoints.formats.peft_config import read_adapter_config
-from dynamics.checkpoints.matrices import Product, since, under
+from dynamics.checkpoints.files import WeightFile, read_json, read_weight_file
+from dynamics.checkpoints.formats.peft import WEIGHTS, read_peft
+from dynamics.checkpoints.formats.peft_config import CONFIG, AdapterFile
+from dynamics.checkpoints.matrices import FileContent, StoredMatrix, since
 
 _METHODS = "pissa|olora|corda|loftq|lora[_-]?ga"
 #: Folders that hold the start of a training, and those that trainers keep beside it for conversion.
@@ -33,7 +33,7 @@ class InitialAdapter:
 
     name: str
     file: WeightFile
-    products: Mapping[str, Product]
+    products: Mapping[str, StoredMatrix]
 
     @property
     def is_of_method(self) -> bool:
@@ -46,7 +46,7 @@ class InitialAdapter:
         return f"/{self.name}"
 
 
-def without_auxiliary(candidate: Candidate) -> Candidate:
+def without_auxiliary(candidate: CheckpointFolder) -> CheckpointFolder:
     """The candidate without folders that are the start, a backup or a conversion of the adapter itself."""
     kept = tuple(one for one in candidate.adapters if one.name == DEFAULT or not _AUXILIARY.fullmatch(one.name))
     return replace(candidate, adapters=kept) if kept else candidate
@@ -69,18 +69,18 @@ def initial_adapters(run: Path) -> list[InitialAdapter]:
             continue
         try:
             file = read_weight_file(path)
-            adapter = read_adapter(file, read_adapter_config(folder / CONFIG))
+            adapter = read_peft(AdapterFile(file, read_json(folder / CONFIG, "OD102")))
         except UnreadableFile:
             continue
-        products = {key: one for key, one in adapter.products.items() if one.shape.rank}
+        products = {key: one for key, one in adapter.readable.items() if one.shape.rank}
         if products:
             adapters.append(InitialAdapter(name, file, products))
     return adapters
 
 
 def counted_from_start(
-    adapter: Adapter, initial: Sequence[InitialAdapter]
-) -> tuple[Adapter, InitialAdapter | None, tuple[str, ...]]:
+    adapter: FileContent, initial: Sequence[InitialAdapter]
+) -> tuple[FileContent, InitialAdapter | None, tuple[str, ...]]:
     """The adapter with products that are updates, the initial adapter that was used, and names that have no start.
 
     Args:
@@ -88,23 +88,23 @@ def counted_from_start(
         initial: Of its run.
     """
     usable = [one for one in initial if adapter.moved_start or one.is_of_method]
-    start = next((one for one in usable if _belongs(one, adapter.products)), None)
+    start = next((one for one in usable if _belongs(one, adapter.readable)), None)
     if start is None and not adapter.moved_start:
         return adapter, None, ()
-    products: dict[str, Product] = {}
-    for name, product in adapter.products.items():
+    products: dict[str, StoredMatrix] = {}
+    for name, product in adapter.readable.items():
         before = None if start is None else start.products.get(name)
         if not product.shape.rank:
             products[name] = product
         elif start is None or before is None:
             products[name] = replace(product, shape=replace(product.shape, holds="state"))
         else:
-            products[name] = since(product, under(start.file_name, before))
+            products[name] = since(product, before)
     unknown = tuple(name for name, product in products.items() if product.shape.holds == "state")
-    return replace(adapter, products=products), start, unknown
+    return replace(adapter, matrices={**products, **adapter.refused}), start, unknown
 
 
-def _belongs(initial: InitialAdapter, products: Mapping[str, Product]) -> bool:
+def _belongs(initial: InitialAdapter, products: Mapping[str, StoredMatrix]) -> bool:
     """Whether an initial adapter has matrices of these names, and all that it shares with them are of one size."""
     shared = [(initial.products[name].shape, products[name].shape) for name in initial.products if name in products]
     return bool(shared) and all((one.out, one.in_) == (other.out, other.in_) for one, other in shared)
