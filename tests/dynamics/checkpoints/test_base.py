@@ -53,7 +53,7 @@ def test_what_the_base_lacks_is_named(tmp_path: Path) -> None:
     trajectory = open_trajectory(write_dense_run(tmp_path / "run"), base=write_model(tmp_path / "base", before))
     missing, resized = [finding for finding in trajectory.findings if finding.code == "OD124"]
     assert (missing.severity, missing.matrix) == ("warning", "lm_head")
-    assert missing.message.startswith("The base has no lm_head. Their updates since the start are missing")
+    assert missing.message.startswith("The base has no lm_head. Only updates between checkpoints are analysed, not")
     assert resized.matrix == "model.embed_tokens"
     assert "model.embed_tokens is (19, 8) in the base and (20, 8) in the run" in resized.message
     assert trajectory.base is not None

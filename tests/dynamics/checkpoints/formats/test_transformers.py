@@ -79,12 +79,12 @@ def test_updates_are_counted_from_the_first_checkpoint_without_a_base(tmp_path: 
         "Updates of dense weights are counted from the first checkpoint of training 0, step 10, not from the start of "
         "training."
     )
-    assert note.remedy == "Give the weights before training (--base)."
+    assert note.remedy == "Pass the weights before training (--base)."
 
 
 def test_a_single_checkpoint_needs_a_base(tmp_path: Path) -> None:
     write_dense_run(tmp_path, (10,))
-    with pytest.raises(NotARun, match=r"Its dense weights have no update: .* step 10, and its only one") as raised:
+    with pytest.raises(NotARun, match=r"has one checkpoint \(step 10\): its dense weights have no update") as raised:
         open_trajectory(tmp_path)
     assert "--base" in str(raised.value)
 
