@@ -89,7 +89,7 @@ FORMATS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "litgpt": (_litgpt, "OD127", "`litgpt convert_from_litgpt checkpoint-10 OUT/step-10`"),
     "Lightning": (_lightning, "OD127", "['state_dict'], 'checkpoint-10/pytorch_model.bin')"),
     "a state in a state": (_nested, "OD101", "['state_dict'], 'checkpoint-10/pytorch_model.bin')"),
-    "GGUF": (_gguf, "OD127", "Pass the adapter or model that it was converted from"),
+    "GGUF": (_gguf, "OD127", "Pass the adapter or model it was converted from"),
     "NumPy": (_numpy, "OD127", "dict(numpy.load('checkpoint-10/adapters.npz')), 'checkpoint-10/adapters.safetensors')"),
 }
 

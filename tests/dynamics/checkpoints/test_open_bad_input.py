@@ -75,8 +75,8 @@ def test_folder_without_checkpoints_names_the_runs_inside(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("adapters", "ending"),
     [
-        (("style",), "It holds an adapter in a subfolder of its name: style. Pass that subfolder."),
-        (("legal", "style"), "It holds adapters in subfolders of their names: legal, style. Pass one of them."),
+        (("style",), "An adapter is in its subfolder style. Pass that subfolder."),
+        (("legal", "style"), "Adapters are in its subfolders legal, style. Pass one of them."),
     ],
 )
 def test_folder_with_named_adapters_only(adapters: tuple[str, ...], ending: str, tmp_path: Path) -> None:

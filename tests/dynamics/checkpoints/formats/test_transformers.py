@@ -264,7 +264,7 @@ def test_shards_without_an_index_are_refused_by_name(tmp_path: Path) -> None:
     trajectory = open_trajectory(tmp_path)
     (error,) = [finding for finding in trajectory.findings if finding.code == "OD106"]
     assert error.file == "checkpoint-20/model-00001-of-00003.safetensors"
-    assert error.message == "It is a part of a whole model's weights (3 are here), but their index is not there."
+    assert error.message == "The index of this shard is missing (3 shards in the folder)."
 
 
 def test_a_shard_that_changes_after_opening_costs_its_matrices(tmp_path: Path) -> None:
