@@ -206,7 +206,7 @@ def test_a_merged_model_beside_checkpoints_of_adapters(has_state: bool, tmp_path
     assert worst(trajectory.findings) == "note"
     (note,) = with_code(trajectory.findings, "OD110")
     assert note.message == (
-        "A model is saved beside the checkpoints; it is left out: it is a whole model, the checkpoints are adapters."
+        "The model saved beside the checkpoints is left out: it is a whole model, the checkpoints are adapters."
     )
 
 

@@ -90,7 +90,7 @@ def test_everything_refused_carries_the_findings(tmp_path: Path) -> None:
     write_run(tmp_path, (10, 20), adapter_config(use_dora=True))
     error = refused(tmp_path)
     assert [finding.code for finding in error.findings] == ["OD105", "OD105"]
-    assert "2 problems were found; the first: OD105" in str(error)
+    assert "can be analysed: 2 problems; the first: OD105" in str(error)
 
 
 # --- weight files ------------------------------------------------------------------------------
@@ -692,5 +692,5 @@ def test_regular_expression_that_is_none(tmp_path: Path) -> None:
 
 def test_regular_expression_that_matches_nothing(tmp_path: Path) -> None:
     write_run(tmp_path)
-    with pytest.raises(NotARun, match="matrices='k_proj' is found in none of the 4 matrices"):
+    with pytest.raises(NotARun, match="matrices='k_proj' matches none of 4 matrices"):
         open_trajectory(tmp_path, matrices="k_proj")

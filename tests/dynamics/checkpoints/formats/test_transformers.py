@@ -96,7 +96,7 @@ def test_a_final_model_like_the_last_checkpoint_is_left_out(tmp_path: Path) -> N
     assert trajectory.steps == (10, 20)
     (note,) = [finding for finding in trajectory.findings if finding.code == "OD110"]
     assert note.message == (
-        "A model is saved beside the checkpoints; it is left out: it holds the same weights as the last checkpoint."
+        "The model saved beside the checkpoints is left out: it holds the same weights as the last checkpoint."
     )
     assert note.file == "model.safetensors"
 
