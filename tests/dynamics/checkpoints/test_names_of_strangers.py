@@ -77,7 +77,7 @@ def test_header_that_is_not_unicode(tmp_path: Path) -> None:
 
     assert trajectory.steps == (10,)
     finding = next(finding for finding in trajectory.findings if finding.code == "OD101")
-    assert "the name 'base_model.model.sur\\ud800.lora_A.weight', which is not Unicode" in finding.message
+    assert "a tensor 'base_model.model.sur\\ud800.lora_A.weight', which is not valid Unicode" in finding.message
     assert_can_be_told(finding)
 
 
