@@ -79,10 +79,10 @@ LAYOUTS: dict[str, tuple[Callable[[int], str], tuple[int, int]]] = {
 }
 
 
-@pytest.mark.parametrize(("place", "steps"), LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_steps_have_many_names(place: Callable[[int], str], steps: tuple[int, int], tmp_path: Path) -> None:
-    write_adapter(tmp_path / place(10), FIRST)
-    write_adapter(tmp_path / place(20), LAST)
+@pytest.mark.parametrize(("folder", "steps"), LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_steps_have_many_names(folder: Callable[[int], str], steps: tuple[int, int], tmp_path: Path) -> None:
+    write_adapter(tmp_path / folder(10), FIRST)
+    write_adapter(tmp_path / folder(20), LAST)
     trajectory = open_trajectory(tmp_path)
     assert trajectory.steps == steps
     assert_updates(trajectory.checkpoints[0], FIRST)
@@ -210,11 +210,11 @@ def test_a_merged_model_beside_checkpoints_of_adapters(has_state: bool, tmp_path
     )
 
 
-@pytest.mark.parametrize("place", ["run", "checkpoint"])
+@pytest.mark.parametrize("config_in", ["run", "checkpoint"])
 @pytest.mark.parametrize(
     "style", ["distributed", "gathered", "sharded", "sharded as a model", "with the adapter's name"]
 )
-def test_weights_that_are_all_of_an_adapter_are_one(style: str, place: str, tmp_path: Path) -> None:
+def test_weights_that_are_all_of_an_adapter_are_one(style: str, config_in: str, tmp_path: Path) -> None:
     for step, factors in ((10, FIRST), (20, LAST)):
         folder = tmp_path / f"checkpoint-{step}"
         write_state(folder, step)
@@ -230,7 +230,7 @@ def test_weights_that_are_all_of_an_adapter_are_one(style: str, place: str, tmp_
             index = write_shards(folder, tensors)
             if style == "sharded":
                 index.rename(folder / "adapter_model.safetensors.index.json")
-        config = tmp_path if place == "run" else folder
+        config = tmp_path if config_in == "run" else folder
         (config / "adapter_config.json").write_text(json.dumps(adapter_config()))
     trajectory = open_trajectory(tmp_path)
     assert trajectory.steps == (10, 20)
