@@ -1,8 +1,8 @@
 """One name for one matrix in all checkpoints of a run.
 
-A library that is updated during a training spells names differently afterwards, some ways of saving write tied weights
-twice and others once, and an adapter that is only there to be compared with is no part of any sum. Whatever differs
-between checkpoints is settled here, before they are compared.
+A library updated during a training spells names differently afterwards, some ways of saving write tied weights twice
+and others once, and a reference adapter belongs to no sum. Such differences between checkpoints are removed here,
+before the checkpoints are compared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.findings import Finding
 from dynamics.text import some
 
-#: Adapters that a training keeps beside the one it trains, or for another model.
+#: Names of adapters that are only compared with, or belong to another model.
 _APART = re.compile(
     r"(.*[_-])?(ref|reference|frozen|teacher|critic|value|reward)([_-](policy|model|adapter|head))?", re.IGNORECASE
 )
@@ -32,13 +32,13 @@ _APART = re.compile(
 def with_common_names(
     contents: Sequence[CheckpointContent], steps: Sequence[int], adapters: Sequence[str], base: Base | None
 ) -> tuple[list[CheckpointContent], list[Finding]]:
-    """The contents of a run's checkpoints under common names, each matrix once, and what was settled.
+    """Return the contents of a run's checkpoints under common names, each matrix once, and the findings.
 
     Args:
-        contents: In ascending order of step.
-        steps: Step of each.
+        contents: The contents, in ascending order of step.
+        steps: The step of each.
         adapters: Names of all adapters of the run.
-        base: The weights before training, if they are known.
+        base: The weights before training, if given.
     """
     findings: list[Finding] = []
     spelled = []
@@ -49,15 +49,11 @@ def with_common_names(
         new = [name for name in renamed.matrices if name not in content.matrices]
         if new:
             old = [name for name in content.matrices if name not in renamed.matrices]
-            findings.append(
-                Finding(
-                    "OD136",
-                    f"{some(old)}: called {some(new)} in the last checkpoint. They are taken for the same, by name and "
-                    "shape.",
-                    step=step,
-                    evidence={"matrices": new, "called": old},
-                )
+            message = (
+                f"The last checkpoint calls {some(old)} differently: {some(new)}. By name and shape, these are the "
+                "same matrices."
             )
+            findings.append(Finding("OD136", message, step=step, evidence={"matrices": new, "called": old}))
     untied, ties = _each_once(spelled, base)
     parted, sums = _without_false_sums(untied, steps, adapters)
     return parted, [*findings, *ties, *sums]
@@ -67,7 +63,7 @@ def with_common_names(
 
 
 def _spelled_like(content: CheckpointContent, last: CheckpointContent) -> CheckpointContent:
-    """A checkpoint's matrices under the names of the last checkpoint, where it is clear which is which."""
+    """Return a checkpoint with the names of the last checkpoint, where the match is unambiguous."""
     products = dict(content.matrices)
     names: dict[str, str] = {}
     used: set[str] = set()
@@ -91,7 +87,7 @@ def _spelled_like(content: CheckpointContent, last: CheckpointContent) -> Checkp
                 used |= {f"{part}{suffix}" for part in forms[old].parts}
             else:
                 names[f"{old}{suffix}"] = f"{new}{suffix}"
-    # What stacks or single experts were made of is not there a second time.
+    # The parts of a stack, or the stack of single experts, would count a second time.
     products = {name: product for name, product in products.items() if name not in used}
     if not names and products.keys() == content.matrices.keys():
         return content
@@ -114,7 +110,7 @@ def _suffix(name: str) -> str:
 
 
 def _sizes(content: CheckpointContent, suffix: str) -> dict[str, Size | None]:
-    """Matrices of one adapter without its name, refused ones too, which have no size."""
+    """Return the sizes of one adapter's matrices, by names without the adapter; refused matrices have none."""
     names = [name for name in (*content.matrices, *content.ranks) if _suffix(name) == suffix]
     shapes = {name: content.matrices[name].shape if name in content.matrices else None for name in names}
     return {
@@ -128,7 +124,7 @@ def _sizes(content: CheckpointContent, suffix: str) -> dict[str, Size | None]:
 def _each_once(
     contents: Sequence[CheckpointContent], base: Base | None
 ) -> tuple[list[CheckpointContent], list[Finding]]:
-    """Tied weights once; where training untied them, both wherever they can be told."""
+    """Return the contents with tied weights once, or twice in all checkpoints if training untied them."""
     states: list[tuple[Collection[str], Tied]] = [
         (content.matrices.keys(), content.tied) for content in contents if content.matrices
     ]
@@ -136,33 +132,27 @@ def _each_once(
     if base is not None and pairs:
         shapes = {name: content.matrices[name].shape for content in contents for name in content.matrices}
         states.append(_in_base(base, pairs, shapes))
-    one, untied = tied_everywhere(states)
+    tied, untied = tied_everywhere(states)
     findings = []
-    if one:
-        findings.append(
-            Finding(
-                "OD135",
-                f"{some(one)}: the same numbers as {some(dict.fromkeys(one.values()))} wherever both are saved. Tied "
-                "weights are one matrix and count once.",
-                evidence={"tied": one},
-            )
+    if tied:
+        message = (
+            f"{some(tied)} and {some(dict.fromkeys(tied.values()))} hold the same numbers wherever both are saved. "
+            "Tied weights are one matrix and count once."
         )
+        findings.append(Finding("OD135", message, evidence={"tied": tied}))
     if untied:
-        findings.append(
-            Finding(
-                "OD135",
-                f"{some(untied)}: equal to {some(dict.fromkeys(untied.values()))} in one state, different in another: "
-                "training untied them. They count as two matrices.",
-                evidence={"untied": untied},
-            )
+        message = (
+            f"{some(untied)} and {some(dict.fromkeys(untied.values()))} are equal in one checkpoint and differ in "
+            "another: training untied them. They count as two matrices."
         )
-    return [_with_heads(_merged(content, one), contents, one) for content in contents], findings
+        findings.append(Finding("OD135", message, evidence={"untied": untied}))
+    return [_with_heads(_merged(content, tied), contents, tied) for content in contents], findings
 
 
 def _in_base(
     base: Base, pairs: Mapping[str, str], shapes: Mapping[str, MatrixShape]
 ) -> tuple[set[str], dict[str, str]]:
-    """Names of the pairs that the base has, and which of them repeat another one there."""
+    """Return the names in the pairs that the base has, and the pairs that are tied in it."""
     matrices = base.find({name: shapes[name] for pair in pairs.items() for name in pair})
     keys = {name: product.key for name, (_, product) in matrices.items() if product.key}
     try:
@@ -174,29 +164,27 @@ def _in_base(
     return set(keys), tied
 
 
-def _merged(content: CheckpointContent, one: Mapping[str, str]) -> CheckpointContent:
-    """Each tied matrix under the first of its names."""
-    if not one.keys() & content.matrices.keys():
+def _merged(content: CheckpointContent, tied: Tied) -> CheckpointContent:
+    """Return a checkpoint with each tied matrix once, under the first of its names."""
+    if not tied.keys() & content.matrices.keys():
         return content
     products: dict[str, StoredMatrix] = {}
-    for name in sorted(content.matrices, key=lambda name: name in one):
-        products.setdefault(one.get(name, name), content.matrices[name])
+    for name in sorted(content.matrices, key=lambda name: name in tied):
+        products.setdefault(tied.get(name, name), content.matrices[name])
     ordered = {name: products[name] for name in sorted(products, key=natural_order)}
-    ranks = {name: rank for name, rank in content.ranks.items() if name not in one}
+    ranks = {name: rank for name, rank in content.ranks.items() if name not in tied}
     return replace(content, matrices=ordered, ranks=ranks | dict.fromkeys(ordered.keys() - ranks.keys(), 0))
 
 
-def _with_heads(
-    content: CheckpointContent, contents: Sequence[CheckpointContent], one: Mapping[str, str]
-) -> CheckpointContent:
-    """An output layer that was not saved, since it was still the input embedding, where others have it."""
+def _with_heads(content: CheckpointContent, contents: Sequence[CheckpointContent], tied: Tied) -> CheckpointContent:
+    """Return a checkpoint with an output layer that others have and that was still its input embedding."""
     if content.ties_head is False or not content.matrices:
         return content
     shapes = {
         name: product.shape
         for other in contents
         for name, product in other.matrices.items()
-        if name not in content.matrices and name not in one and product.shape.holds == "weight"
+        if name not in content.matrices and name not in tied and product.shape.holds == "weight"
     }
     heads = {name: embedding_of(name, shape, content.matrices) for name, shape in shapes.items()}
     added = {name: content.matrices[embedding] for name, embedding in heads.items() if embedding is not None}
@@ -213,18 +201,18 @@ def _with_heads(
 def _without_false_sums(
     contents: Sequence[CheckpointContent], steps: Sequence[int], adapters: Sequence[str]
 ) -> tuple[list[CheckpointContent], list[Finding]]:
-    """No sums of adapters where one of them is a reference: they are never active together."""
+    """Return the contents without sums of adapters if one is a reference: they are never active together."""
     apart = dict(_apart(contents, steps, adapters)) if len(adapters) > 1 else {}
     if not apart:
         return list(contents), []
     names = ", ".join(map(shown, adapters))
     why = "; ".join(f"{shown(name)} {reason}" for name, reason in apart.items())
-    message = f"Adapters {names} are given one by one, without their sum: {why}."
+    message = f"The adapters {names} are analysed one by one, not as a sum: {why}."
     parted = [
         replace(
             content,
             matrices={name: product for name, product in content.matrices.items() if _suffix(name)},
-            findings=tuple(one for one in content.findings if not one.evidence.get("sum")),
+            findings=tuple(finding for finding in content.findings if not finding.evidence.get("sum")),
         )
         for content in contents
     ]
@@ -234,15 +222,15 @@ def _without_false_sums(
 def _apart(
     contents: Sequence[CheckpointContent], steps: Sequence[int], adapters: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
+    """Yield each reference adapter, and why it is one."""
     for adapter in adapters:
         if _APART.fullmatch(adapter):
-            yield adapter, "is called like an adapter that is only compared with"
+            yield adapter, "is a reference or another model, going by its name"
             continue
-        held = [
+        files = [
             (step, content.files[adapter])
             for step, content in zip(steps, contents, strict=True)
             if adapter in content.files
         ]
-        first = held[0][1] if held else None
-        if first is not None and len(held) > 1 and all(same_tensors({"": first}, {"": file}) for _, file in held[1:]):
-            yield adapter, f"holds the same weights from step {held[0][0]} to {held[-1][0]}"
+        if len(files) > 1 and all(same_tensors({"": files[0][1]}, {"": file}) for _, file in files[1:]):
+            yield adapter, f"holds the same weights from step {files[0][0]} to {files[-1][0]}"

@@ -1,8 +1,8 @@
-"""Adapters that did not start at zero: what training changed is counted from the initial adapter.
+"""Adapters that did not start at zero: their updates are counted from the initial adapter.
 
-PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA move a part of the base weight into the adapter before training. What training
-changed is then s B A less what it was at the start. The start lies beside the checkpoints where a training kept it
-(``pissa_init/``), or is ``checkpoint-0``. Without it the difference of two checkpoints is still exact.
+PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA move a part of the base weight into the adapter before training. The update is
+then s (B A − B₀ A₀). The initial adapter lies beside the checkpoints if the training kept it (``pissa_init/``), or is
+``checkpoint-0``. Without it, the difference of two checkpoints is still exact.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dynamics.checkpoints.formats.peft_config import CONFIG, AdapterFile
 from dynamics.checkpoints.matrices import FileContent, StoredMatrix, since
 
 _METHODS = "pissa|olora|corda|loftq|lora[_-]?ga"
-#: Folders that hold the start of a training, and those that trainers keep beside it for conversion.
+#: Folders of the initial adapter, and folders that trainers keep beside it for conversion.
 _OF_METHOD = re.compile(rf"({_METHODS})[_-]init(ial)?([_-].*)?", re.IGNORECASE)
 _INITIAL = re.compile(r"(.*[_-])?init(ial)?([_-].*)?|checkpoint-0+", re.IGNORECASE)
 _AUXILIARY = re.compile(rf"({_METHODS})[_-](init(ial)?|backup|converted)([_-].*)?", re.IGNORECASE)
@@ -29,7 +29,7 @@ _AUXILIARY = re.compile(rf"({_METHODS})[_-](init(ial)?|backup|converted)([_-].*)
 
 @dataclass(frozen=True)
 class InitialAdapter:
-    """The adapter at the start of training: its folder's name, its file, and its products."""
+    """The adapter at the start of training: the name of its folder, its file and its matrices."""
 
     name: str
     file: WeightFile
@@ -37,25 +37,30 @@ class InitialAdapter:
 
     @property
     def is_of_method(self) -> bool:
-        """Whether its name says that the training began so, whatever its configuration says."""
+        """Whether its name alone says that the training started from it, whatever its configuration says."""
         return _OF_METHOD.fullmatch(self.name) is not None
 
     @property
     def file_name(self) -> str:
-        """Under what its file is opened beside those of the adapters, whose names are those of folders."""
+        """Key of its file beside the files of the adapters; no adapter has such a name, since folders have none."""
         return f"/{self.name}"
 
 
 def without_auxiliary(candidate: CheckpointFolder) -> CheckpointFolder:
-    """The candidate without folders that are the start, a backup or a conversion of the adapter itself."""
-    kept = tuple(one for one in candidate.adapters if one.name == DEFAULT or not _AUXILIARY.fullmatch(one.name))
+    """Return the folder without subfolders that are the start, a backup or a conversion of its adapter."""
+    kept = tuple(
+        adapter for adapter in candidate.adapters if adapter.name == DEFAULT or not _AUXILIARY.fullmatch(adapter.name)
+    )
     return replace(candidate, adapters=kept) if kept else candidate
 
 
 def initial_adapters(run: Path) -> list[InitialAdapter]:
-    """Adapters in folders of a run that are called like the start of a training; those named after a method first.
+    """Return the adapters in a run's folders that are named like the start of a training, named after a method first.
 
-    What cannot be read is left out: the start then counts as not being there.
+    An adapter that cannot be read is left out, as if it were absent.
+
+    Args:
+        run: The run's folder.
     """
     try:
         names = sorted(name for name in os.listdir(run) if _INITIAL.fullmatch(name))
@@ -72,7 +77,7 @@ def initial_adapters(run: Path) -> list[InitialAdapter]:
             adapter = read_peft(AdapterFile(file, read_json(folder / CONFIG, "OD102")))
         except UnreadableFile:
             continue
-        products = {key: one for key, one in adapter.readable.items() if one.shape.rank}
+        products = {key: product for key, product in adapter.readable.items() if product.shape.rank}
         if products:
             adapters.append(InitialAdapter(name, file, products))
     return adapters
@@ -81,14 +86,14 @@ def initial_adapters(run: Path) -> list[InitialAdapter]:
 def counted_from_start(
     adapter: FileContent, initial: Sequence[InitialAdapter]
 ) -> tuple[FileContent, InitialAdapter | None, tuple[str, ...]]:
-    """The adapter with products that are updates, the initial adapter that was used, and names that have no start.
+    """Return an adapter with its matrices as updates, the initial adapter used, and the matrices without a start.
 
     Args:
-        adapter: As it was read.
-        initial: Of its run.
+        adapter: The adapter as read.
+        initial: The initial adapters of its run.
     """
-    usable = [one for one in initial if adapter.moved_start or one.is_of_method]
-    start = next((one for one in usable if _belongs(one, adapter.readable)), None)
+    usable = [candidate for candidate in initial if adapter.moved_start or candidate.is_of_method]
+    start = next((candidate for candidate in usable if _belongs(candidate, adapter.readable)), None)
     if start is None and not adapter.moved_start:
         return adapter, None, ()
     products: dict[str, StoredMatrix] = {}
@@ -105,6 +110,6 @@ def counted_from_start(
 
 
 def _belongs(initial: InitialAdapter, products: Mapping[str, StoredMatrix]) -> bool:
-    """Whether an initial adapter has matrices of these names, and all that it shares with them are of one size."""
+    """Return whether an initial adapter shares matrices with these, all of equal size."""
     shared = [(initial.products[name].shape, products[name].shape) for name in initial.products if name in products]
-    return bool(shared) and all((one.out, one.in_) == (other.out, other.in_) for one, other in shared)
+    return bool(shared) and all((start.out, start.in_) == (now.out, now.in_) for start, now in shared)

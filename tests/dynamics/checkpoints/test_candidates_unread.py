@@ -89,7 +89,7 @@ FORMATS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "litgpt": (_litgpt, "OD127", "`litgpt convert_from_litgpt checkpoint-10 OUT/step-10`"),
     "Lightning": (_lightning, "OD127", "['state_dict'], 'checkpoint-10/pytorch_model.bin')"),
     "a state in a state": (_nested, "OD101", "['state_dict'], 'checkpoint-10/pytorch_model.bin')"),
-    "GGUF": (_gguf, "OD127", "Pass the adapter or model that it was converted from"),
+    "GGUF": (_gguf, "OD127", "Pass the adapter or model it was converted from"),
     "NumPy": (_numpy, "OD127", "dict(numpy.load('checkpoint-10/adapters.npz')), 'checkpoint-10/adapters.safetensors')"),
 }
 
@@ -299,14 +299,14 @@ def test_torchtune_s_own_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [(None, "there is no adapter_config.json beside it"), ({"r": 8, "lora_alpha": 8}, "gives it rank 8")],
 )
-def test_torchtune_without_its_scale(config: dict[str, int] | None, said: str, tmp_path: Path) -> None:
+def test_torchtune_without_its_scale(config: dict[str, int] | None, message: str, tmp_path: Path) -> None:
     torch.save({"q.lora_a.weight": A, "q.lora_b.weight": B}, tmp_path / "adapter_0.pt")
     if config is not None:
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    assert said in refused(tmp_path).findings[-1].message
+    assert message in refused(tmp_path).findings[-1].message
 
 
 @pytest.mark.parametrize("keys", [(".A", ".B"), (".lora_A.default.weight", ".lora_B.default.weight")])

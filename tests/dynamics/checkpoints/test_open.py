@@ -311,10 +311,9 @@ def test_matrix_that_is_not_in_every_checkpoint(tmp_path: Path) -> None:
     assert finding.matrix == NAMES[3]
     assert finding.evidence == {"matrices": [NAMES[3]], "missing_at": [10]}
     assert finding.message == (
-        f"{NAMES[3]}: not in every checkpoint, missing at step 10. An increment is formed only where the previous "
-        "checkpoint of the same training has the matrix too."
+        f"Missing at step 10: {NAMES[3]}. Increments need the matrix in two consecutive checkpoints of one training."
     )
-    assert finding.remedy == "Check that these checkpoints are of one training, with one choice of matrices."
+    assert finding.remedy == "Check that these checkpoints belong to one training with one choice of matrices."
 
 
 def test_rank_that_changes(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_a_missing_file_costs_one_checkpoint(tmp_path: Path) -> None:
     assert trajectory.steps == (10, 30)
     (error,) = [finding for finding in trajectory.findings if finding.code == "OD101"]
     assert error.file == "checkpoint-20/pytorch_model_fsdp_0/.metadata"
-    assert error.message == "Its file __0_0.distcp: The file is not there."
+    assert error.message == "Its file __0_0.distcp: The file does not exist."
 
 
 def test_a_file_that_goes_after_opening(tmp_path: Path) -> None:
