@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from dynamics.checkpoints.matrices import Product, rows, stacked, turned
+from dynamics.checkpoints.matrices import StoredMatrix, rows, stacked, turned
 
 Size = tuple[int, int]
 
@@ -114,11 +114,11 @@ class Form:
         parts: Names of the stored matrices that it is made of.
     """
 
-    product: Product
+    product: StoredMatrix
     parts: tuple[str, ...]
 
 
-def expert_forms(held: Mapping[str, Product], wanted: Mapping[str, Size]) -> dict[str, Form]:
+def expert_forms(held: Mapping[str, StoredMatrix], wanted: Mapping[str, Size]) -> dict[str, Form]:
     """Return experts in the other form: stacks of single experts, or single experts of stacks, as views if possible.
 
     ``gate_up_proj`` is the gate above the up projection, both (intermediate, hidden); a stack is stored so or
@@ -153,7 +153,7 @@ def expert_forms(held: Mapping[str, Product], wanted: Mapping[str, Size]) -> dic
 
 
 def _joined(
-    stem: str, index: str, names: Mapping[str, str], held: Mapping[str, Product], wanted: Mapping[str, Size]
+    stem: str, index: str, names: Mapping[str, str], held: Mapping[str, StoredMatrix], wanted: Mapping[str, Size]
 ) -> dict[str, Form]:
     """Return ``gate_up_proj[e]`` and ``down_proj[e]`` from the three matrices of one expert, oriented as wanted."""
     gate, up = held[names["gate_proj"]], held[names["up_proj"]]
@@ -172,7 +172,7 @@ def _joined(
     }
 
 
-def _parted(stem: str, index: str, names: Mapping[str, str], held: Mapping[str, Product]) -> dict[str, Form]:
+def _parted(stem: str, index: str, names: Mapping[str, str], held: Mapping[str, StoredMatrix]) -> dict[str, Form]:
     """Return the three matrices of one expert from its slices of two stacks."""
     up, down = held[names["gate_up_proj"]], held[names["down_proj"]]
     if (up.shape.in_, up.shape.out) == (2 * down.shape.out, down.shape.in_):

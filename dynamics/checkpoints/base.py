@@ -17,13 +17,13 @@ from dynamics.checkpoints.alignment import aligned, expert_forms
 from dynamics.checkpoints.errors import NotARun, UnreadableFile
 from dynamics.checkpoints.files import Weights
 from dynamics.checkpoints.formats.transformers import (
-    DenseWeights,
+    UNPACKED,
     read_dense,
     read_whole_model,
     ties_embeddings,
     whole_model,
 )
-from dynamics.checkpoints.matrices import Product, open_matrices, turned, under
+from dynamics.checkpoints.matrices import FileContent, StoredMatrix, open_matrices, oriented
 from dynamics.checkpoints.names import shown_path
 from dynamics.checkpoints.ties import embedding_of
 from dynamics.checkpoints.trajectory import Checkpoint, MatrixShape, OpenCheckpoint, by_training
@@ -31,10 +31,6 @@ from dynamics.findings import Finding
 from dynamics.text import first_line, some
 
 _REMEDY = "Pass the folder that holds the weights of the model before training."
-#: Remedy for a base with quantised weights.
-UNPACKED = (
-    "Pass the 16-bit original of the base: save it dequantised (model.dequantize()), or take the unquantised model."
-)
 
 
 @dataclass(frozen=True)
@@ -50,10 +46,10 @@ class Base:
 
     folder: Path
     weights: Weights
-    held: DenseWeights
+    held: FileContent
     ties_head: bool | None = None
 
-    def find(self, wanted: Mapping[str, MatrixShape]) -> dict[str, tuple[str, Product]]:
+    def find(self, wanted: Mapping[str, MatrixShape]) -> dict[str, tuple[str, StoredMatrix]]:
         """Return name in the run → name in the base and matrix, for each matrix that the base has; see :func:`aligned`.
 
         An output layer that the base does not hold is its input embedding, unless the configuration says that the two
@@ -63,12 +59,12 @@ class Base:
             wanted: Name in the run → shape.
         """
         sizes = {name: (shape.out, shape.in_) for name, shape in wanted.items()}
-        forms = expert_forms(self.held.products, sizes)
-        held = {**self.held.products, **{name: form.product for name, form in forms.items()}}
+        forms = expert_forms(self.held.readable, sizes)
+        held = {**self.held.readable, **{name: form.product for name, form in forms.items()}}
         pairs = aligned(sizes, {name: (product.shape.out, product.shape.in_) for name, product in held.items()})
         if self.ties_head is not False:
             for name in wanted.keys() - pairs.keys():
-                embedding = embedding_of(name.partition("@")[0], wanted[name], self.held.products)
+                embedding = embedding_of(name.partition("@")[0], wanted[name], self.held.readable)
                 if embedding is not None:
                     pairs[name] = embedding
         return {name: (pairs[name], held[pairs[name]]) for name in wanted if name in pairs}
@@ -108,7 +104,7 @@ def open_base(folder: str | os.PathLike[str]) -> Base:
         finding = error.to_finding(shown_path(folder / name, folder))
         raise NotARun(f"The base {str(folder)!r} cannot be read: {finding}", [finding]) from error
     held = read_dense(weights)
-    if not held.products:
+    if not held.readable:
         reason, remedy = "", _REMEDY
         if held.refused:
             name, refusal = next(iter(held.refused.items()))
@@ -136,17 +132,15 @@ def base_checkpoint(
     sources = sources or {}
     by_source = base.find({sources.get(name, name): shape for name, shape in shapes.items()})
     matches = {name: by_source[source] for name in shapes if (source := sources.get(name, name)) in by_source}
-    products: dict[str, Product] = {}
+    products: dict[str, StoredMatrix] = {}
     resized: dict[str, tuple[int, int]] = {}
     for name, (_, product) in matches.items():
-        fitting = fitted(product, shapes[name], name in transposed)
+        fitting = oriented(product, shapes[name], name in transposed)
         if fitting is None:
             resized[name] = (product.shape.out, product.shape.in_)
         else:
-            products[name] = under("", fitting)
-    files = {"": base.weights}
-    # Products of the base read from the file called "".
-    opened: Callable[[], AbstractContextManager[OpenCheckpoint]] = partial(open_matrices, products, files)
+            products[name] = fitting
+    opened: Callable[[], AbstractContextManager[OpenCheckpoint]] = partial(open_matrices, products, (base.weights,))
     inputs = tuple(
         {"path": part.path.name, "bytes": part.bytes, "header_sha256": part.header_sha256}
         for part in base.weights.parts
@@ -157,21 +151,6 @@ def base_checkpoint(
         *_lacking(base, shapes, matches, resized),
     )
     return Checkpoint(0, base.folder, -1, base_shapes, opened, findings, inputs), list(findings)
-
-
-def fitted(product: Product, shape: MatrixShape, is_transposed: bool) -> Product | None:
-    """Return the base's matrix in the orientation of the run's, or ``None`` if its shape differs.
-
-    Args:
-        product: The base's matrix.
-        shape: The run's.
-        is_transposed: Whether the base is known to store (in, out) where the run has (out, in).
-    """
-    size, size_in_run = (product.shape.out, product.shape.in_), (shape.out, shape.in_)
-    if size == size_in_run and not (is_transposed and size[0] == size[1]):
-        return product
-    # A weight has the orientation of its file, also after training.
-    return turned(product) if size[::-1] == size_in_run and shape.holds == "update" else None
 
 
 def _renamed(base_names: Mapping[str, str]) -> Iterable[Finding]:

@@ -12,20 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dynamics.checkpoints.formats import diffusers
+from dynamics.checkpoints.formats.peft import WEIGHTS
+from dynamics.checkpoints.formats.peft_config import CONFIG
 from dynamics.checkpoints.formats.transformers import WHOLE, is_distributed, lone_shards, whole_model
 from dynamics.checkpoints.names import natural_order, shown_path
 from dynamics.checkpoints.steps import is_plain_step, named_step
 
-#: PEFT's names for an adapter's weights, in its order of preference; the last two are of sharded adapters.
-WEIGHTS = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-    "adapter_model.safetensors.index.json",
-    "adapter_model.bin.index.json",
-)
-#: Where diffusers' training scripts save an adapter.
-DIFFUSERS = "pytorch_lora_weights.safetensors"
-CONFIG = "adapter_config.json"
 STATE = "trainer_state.json"
 #: PEFT's name for an adapter without a name; it is saved in the folder itself.
 DEFAULT = "default"
@@ -53,7 +46,7 @@ class AdapterFolder:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CheckpointFolder:
     """A folder that may be a checkpoint.
 
     Args:
@@ -85,7 +78,7 @@ class Candidate:
         return self.whole is not None or any(adapter.weights is not None for adapter in self.adapters)
 
 
-def candidate(folder: Path, step: int, names: Sequence[str], *, is_run: bool = False) -> Candidate:
+def candidate(folder: Path, step: int, names: Sequence[str], *, is_run: bool = False) -> CheckpointFolder:
     """Return the weights in a folder, or below it if it holds none itself.
 
     Args:
@@ -113,7 +106,7 @@ def candidate(folder: Path, step: int, names: Sequence[str], *, is_run: bool = F
         adapters = [_adapter(DEFAULT, folder, names)]
     config = next((parent / CONFIG for parent in (holder, folder) if (parent / CONFIG).exists()), None)
     first, *beside = [*weights, None]
-    return Candidate(
+    return CheckpointFolder(
         step,
         folder,
         tuple(adapters),
@@ -126,7 +119,7 @@ def candidate(folder: Path, step: int, names: Sequence[str], *, is_run: bool = F
     )
 
 
-def of_file(folder: Path, step: int, path: Path, names: Sequence[str], *, has_state: bool = False) -> Candidate:
+def of_file(folder: Path, step: int, path: Path, names: Sequence[str], *, has_state: bool = False) -> CheckpointFolder:
     """Return one file as a checkpoint.
 
     Args:
@@ -138,7 +131,7 @@ def of_file(folder: Path, step: int, path: Path, names: Sequence[str], *, has_st
     """
     state = folder / STATE if STATE in names and has_state else None
     config = folder / CONFIG if CONFIG in names else None
-    return Candidate(step, folder, (AdapterFolder(DEFAULT, folder, path, config),), state, tuple(names))
+    return CheckpointFolder(step, folder, (AdapterFolder(DEFAULT, folder, path, config),), state, tuple(names))
 
 
 def holds_weights(folder: Path, names: Sequence[str]) -> bool:
@@ -194,7 +187,7 @@ def _weights(folder: Path, names: Sequence[str]) -> list[Path]:
     shards = set(lone_shards(names))
     named_freely = [name for name in weight_names(names) if name not in (*WEIGHTS, *WHOLE) and name not in shards]
     named_freely.sort(
-        key=lambda name: (name != DIFFUSERS, bool(_SECONDARY.search(Path(name).stem)), natural_order(name))
+        key=lambda name: (name != diffusers.FILE, bool(_SECONDARY.search(Path(name).stem)), natural_order(name))
     )
     second_models = [name for name in WHOLE if name in names and name != whole and not name.endswith(".json")]
     return [folder / name for name in [*([whole] if whole else []), *named_freely, *second_models]]

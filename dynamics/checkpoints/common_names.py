@@ -13,10 +13,10 @@ from dataclasses import replace
 
 from dynamics.checkpoints.alignment import Size, aligned, expert_forms
 from dynamics.checkpoints.base import Base
-from dynamics.checkpoints.checkpoint import Content
+from dynamics.checkpoints.checkpoint import CheckpointContent
 from dynamics.checkpoints.duplicates import same_tensors
 from dynamics.checkpoints.errors import UnreadableFile
-from dynamics.checkpoints.matrices import Product
+from dynamics.checkpoints.matrices import StoredMatrix
 from dynamics.checkpoints.names import natural_order, shown
 from dynamics.checkpoints.ties import Tied, embedding_of, equal_keys, tied_everywhere
 from dynamics.checkpoints.trajectory import MatrixShape
@@ -30,8 +30,8 @@ _APART = re.compile(
 
 
 def with_common_names(
-    contents: Sequence[Content], steps: Sequence[int], adapters: Sequence[str], base: Base | None
-) -> tuple[list[Content], list[Finding]]:
+    contents: Sequence[CheckpointContent], steps: Sequence[int], adapters: Sequence[str], base: Base | None
+) -> tuple[list[CheckpointContent], list[Finding]]:
     """Return the contents of a run's checkpoints under common names, each matrix once, and the findings.
 
     Args:
@@ -42,13 +42,13 @@ def with_common_names(
     """
     findings: list[Finding] = []
     spelled = []
-    last = next((content for content in reversed(contents) if content.products), None)
+    last = next((content for content in reversed(contents) if content.matrices), None)
     for content, step in zip(contents, steps, strict=True):
         renamed = content if last is None or content is last else _spelled_like(content, last)
         spelled.append(renamed)
-        new = [name for name in renamed.products if name not in content.products]
+        new = [name for name in renamed.matrices if name not in content.matrices]
         if new:
-            old = [name for name in content.products if name not in renamed.products]
+            old = [name for name in content.matrices if name not in renamed.matrices]
             message = (
                 f"The last checkpoint calls {some(old)} differently: {some(new)}. By name and shape, these are the "
                 "same matrices."
@@ -62,12 +62,12 @@ def with_common_names(
 # --- spelling ------------------------------------------------------------------------------------
 
 
-def _spelled_like(content: Content, last: Content) -> Content:
+def _spelled_like(content: CheckpointContent, last: CheckpointContent) -> CheckpointContent:
     """Return a checkpoint with the names of the last checkpoint, where the match is unambiguous."""
-    products = dict(content.products)
+    products = dict(content.matrices)
     names: dict[str, str] = {}
     used: set[str] = set()
-    for suffix in dict.fromkeys(_suffix(name) for name in last.ranks.keys() | last.products.keys()):
+    for suffix in dict.fromkeys(_suffix(name) for name in last.ranks.keys() | last.matrices.keys()):
         wanted, held = _sizes(last, suffix), _sizes(content, suffix)
         missing = {name: size for name, size in wanted.items() if name not in held}
         spare = {name: size for name, size in held.items() if name not in wanted}
@@ -89,15 +89,15 @@ def _spelled_like(content: Content, last: Content) -> Content:
                 names[f"{old}{suffix}"] = f"{new}{suffix}"
     # The parts of a stack, or the stack of single experts, would count a second time.
     products = {name: product for name, product in products.items() if name not in used}
-    if not names and products.keys() == content.products.keys():
+    if not names and products.keys() == content.matrices.keys():
         return content
     renamed = {names.get(name, name): product for name, product in products.items()}
     ranks = {names.get(name, name): rank for name, rank in content.ranks.items()}
-    ranks = {name: rank for name, rank in ranks.items() if name in renamed or name not in content.products}
+    ranks = {name: rank for name, rank in ranks.items() if name in renamed or name not in content.matrices}
     ranks |= {name: 0 for name in renamed if name not in ranks}
     return replace(
         content,
-        products={name: renamed[name] for name in sorted(renamed, key=natural_order)},
+        matrices={name: renamed[name] for name in sorted(renamed, key=natural_order)},
         ranks=ranks,
         tied={names.get(name, name): names.get(first, first) for name, first in content.tied.items()},
         sources={names.get(name, name): source for name, source in content.sources.items()},
@@ -109,10 +109,10 @@ def _suffix(name: str) -> str:
     return f"@{adapter}" if at and stem else ""
 
 
-def _sizes(content: Content, suffix: str) -> dict[str, Size | None]:
+def _sizes(content: CheckpointContent, suffix: str) -> dict[str, Size | None]:
     """Return the sizes of one adapter's matrices, by names without the adapter; refused matrices have none."""
-    names = [name for name in (*content.products, *content.ranks) if _suffix(name) == suffix]
-    shapes = {name: content.products[name].shape if name in content.products else None for name in names}
+    names = [name for name in (*content.matrices, *content.ranks) if _suffix(name) == suffix]
+    shapes = {name: content.matrices[name].shape if name in content.matrices else None for name in names}
     return {
         name.removesuffix(suffix): None if shape is None else (shape.out, shape.in_) for name, shape in shapes.items()
     }
@@ -121,14 +121,16 @@ def _sizes(content: Content, suffix: str) -> dict[str, Size | None]:
 # --- ties ----------------------------------------------------------------------------------------
 
 
-def _each_once(contents: Sequence[Content], base: Base | None) -> tuple[list[Content], list[Finding]]:
+def _each_once(
+    contents: Sequence[CheckpointContent], base: Base | None
+) -> tuple[list[CheckpointContent], list[Finding]]:
     """Return the contents with tied weights once, or twice in all checkpoints if training untied them."""
     states: list[tuple[Collection[str], Tied]] = [
-        (content.products.keys(), content.tied) for content in contents if content.products
+        (content.matrices.keys(), content.tied) for content in contents if content.matrices
     ]
     pairs = {name: first for _, tied in states for name, first in tied.items()}
     if base is not None and pairs:
-        shapes = {name: content.products[name].shape for content in contents for name in content.products}
+        shapes = {name: content.matrices[name].shape for content in contents for name in content.matrices}
         states.append(_in_base(base, pairs, shapes))
     tied, untied = tied_everywhere(states)
     findings = []
@@ -162,43 +164,43 @@ def _in_base(
     return set(keys), tied
 
 
-def _merged(content: Content, tied: Tied) -> Content:
+def _merged(content: CheckpointContent, tied: Tied) -> CheckpointContent:
     """Return a checkpoint with each tied matrix once, under the first of its names."""
-    if not tied.keys() & content.products.keys():
+    if not tied.keys() & content.matrices.keys():
         return content
-    products: dict[str, Product] = {}
-    for name in sorted(content.products, key=lambda name: name in tied):
-        products.setdefault(tied.get(name, name), content.products[name])
+    products: dict[str, StoredMatrix] = {}
+    for name in sorted(content.matrices, key=lambda name: name in tied):
+        products.setdefault(tied.get(name, name), content.matrices[name])
     ordered = {name: products[name] for name in sorted(products, key=natural_order)}
     ranks = {name: rank for name, rank in content.ranks.items() if name not in tied}
-    return replace(content, products=ordered, ranks=ranks | dict.fromkeys(ordered.keys() - ranks.keys(), 0))
+    return replace(content, matrices=ordered, ranks=ranks | dict.fromkeys(ordered.keys() - ranks.keys(), 0))
 
 
-def _with_heads(content: Content, contents: Sequence[Content], tied: Tied) -> Content:
+def _with_heads(content: CheckpointContent, contents: Sequence[CheckpointContent], tied: Tied) -> CheckpointContent:
     """Return a checkpoint with an output layer that others have and that was still its input embedding."""
-    if content.ties_head is False or not content.products:
+    if content.ties_head is False or not content.matrices:
         return content
     shapes = {
         name: product.shape
         for other in contents
-        for name, product in other.products.items()
-        if name not in content.products and name not in tied and product.shape.holds == "weight"
+        for name, product in other.matrices.items()
+        if name not in content.matrices and name not in tied and product.shape.holds == "weight"
     }
-    heads = {name: embedding_of(name, shape, content.products) for name, shape in shapes.items()}
-    added = {name: content.products[embedding] for name, embedding in heads.items() if embedding is not None}
+    heads = {name: embedding_of(name, shape, content.matrices) for name, shape in shapes.items()}
+    added = {name: content.matrices[embedding] for name, embedding in heads.items() if embedding is not None}
     if not added:
         return content
-    products = {**content.products, **added}
+    products = {**content.matrices, **added}
     ordered = {name: products[name] for name in sorted(products, key=natural_order)}
-    return replace(content, products=ordered, ranks={**content.ranks, **dict.fromkeys(added, 0)})
+    return replace(content, matrices=ordered, ranks={**content.ranks, **dict.fromkeys(added, 0)})
 
 
 # --- several adapters ----------------------------------------------------------------------------
 
 
 def _without_false_sums(
-    contents: Sequence[Content], steps: Sequence[int], adapters: Sequence[str]
-) -> tuple[list[Content], list[Finding]]:
+    contents: Sequence[CheckpointContent], steps: Sequence[int], adapters: Sequence[str]
+) -> tuple[list[CheckpointContent], list[Finding]]:
     """Return the contents without sums of adapters if one is a reference: they are never active together."""
     apart = dict(_apart(contents, steps, adapters)) if len(adapters) > 1 else {}
     if not apart:
@@ -209,7 +211,7 @@ def _without_false_sums(
     parted = [
         replace(
             content,
-            products={name: product for name, product in content.products.items() if _suffix(name)},
+            matrices={name: product for name, product in content.matrices.items() if _suffix(name)},
             findings=tuple(finding for finding in content.findings if not finding.evidence.get("sum")),
         )
         for content in contents
@@ -217,7 +219,9 @@ def _without_false_sums(
     return parted, [Finding("OD121", message, evidence={"adapters": list(adapters), "apart": list(apart)})]
 
 
-def _apart(contents: Sequence[Content], steps: Sequence[int], adapters: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _apart(
+    contents: Sequence[CheckpointContent], steps: Sequence[int], adapters: Sequence[str]
+) -> Iterator[tuple[str, str]]:
     """Yield each reference adapter, and why it is one."""
     for adapter in adapters:
         if _APART.fullmatch(adapter):

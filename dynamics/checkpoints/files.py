@@ -138,7 +138,7 @@ TORCH_NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
-_DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
+TORCH_DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 #: Bytes read at once when a checksum is compared.
 _BLOCK = 2**22
 #: The limit of the safetensors format, in bytes.
@@ -270,8 +270,8 @@ def _view(
 ) -> Tensor:
     """Return one tensor as a view of the mapped file; dtypes that are never analysed as bytes."""
     info, (begin, end) = tensors[key], spans[key]
-    dtype = _DTYPES.get(info.dtype, torch.uint8)
-    shape = info.shape if info.dtype in _DTYPES else (end - begin,)
+    dtype = TORCH_DTYPES.get(info.dtype, torch.uint8)
+    shape = info.shape if info.dtype in TORCH_DTYPES else (end - begin,)
     if begin == end:
         return torch.empty(shape, dtype=dtype)
     view = memoryview(content)

@@ -11,11 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dynamics.checkpoints.candidates import (
-    CONFIG,
-    DIFFUSERS,
     STATE,
-    WEIGHTS,
-    Candidate,
+    CheckpointFolder,
     candidate,
     entries,
     holds_adapter,
@@ -26,7 +23,10 @@ from dynamics.checkpoints.candidates import (
     unread_format,
 )
 from dynamics.checkpoints.errors import NotARun, UnreadableFile
+from dynamics.checkpoints.formats import diffusers
 from dynamics.checkpoints.formats.mlx import ADAPTERS
+from dynamics.checkpoints.formats.peft import WEIGHTS
+from dynamics.checkpoints.formats.peft_config import CONFIG
 from dynamics.checkpoints.formats.transformers import lone_shards, whole_model
 from dynamics.checkpoints.names import natural_order, shown, shown_path
 from dynamics.checkpoints.series import Series, find_series
@@ -59,8 +59,8 @@ class RunFolder:
         findings: Findings about the folders, those left out included.
     """
 
-    numbered: Sequence[Candidate]
-    root: Candidate | None
+    numbered: Sequence[CheckpointFolder]
+    root: CheckpointFolder | None
     findings: Sequence[Finding]
 
 
@@ -184,7 +184,7 @@ def _entries_of_run(run: Path) -> list[str]:
     return names
 
 
-def _numbered(run: Path, top: Path, names: Sequence[str]) -> tuple[list[Candidate], list[Finding]]:
+def _numbered(run: Path, top: Path, names: Sequence[str]) -> tuple[list[CheckpointFolder], list[Finding]]:
     """Return the checkpoints in a folder of steps, all of one training, and the findings."""
     trainings: dict[str, list[tuple[NamedStep, str]]] = defaultdict(list)
     for step, name in _steps_in(top, names):
@@ -226,7 +226,9 @@ def _numbered(run: Path, top: Path, names: Sequence[str]) -> tuple[list[Candidat
     return checkpoints, findings
 
 
-def _candidates(run: Path, top: Path, steps: Sequence[tuple[NamedStep, str]]) -> tuple[list[Candidate], list[Finding]]:
+def _candidates(
+    run: Path, top: Path, steps: Sequence[tuple[NamedStep, str]]
+) -> tuple[list[CheckpointFolder], list[Finding]]:
     """Return the checkpoints in the folders of one training, one for each step, ascending."""
     findings: list[Finding] = []
     folders: dict[int, str] = {}
@@ -241,7 +243,7 @@ def _candidates(run: Path, top: Path, steps: Sequence[tuple[NamedStep, str]]) ->
             findings.append(Finding("OD111", message, "Remove one of the two.", file=file, step=step))
         else:
             folders[step] = name
-    candidates: list[Candidate] = []
+    candidates: list[CheckpointFolder] = []
     for step, name in sorted(folders.items()):
         folder = top / name
         problem = _not_a_folder(folder)
@@ -256,7 +258,7 @@ def _candidates(run: Path, top: Path, steps: Sequence[tuple[NamedStep, str]]) ->
     return candidates, findings
 
 
-def _with_config(numbered: Sequence[Candidate], top: Path, names: Sequence[str]) -> list[Candidate]:
+def _with_config(numbered: Sequence[CheckpointFolder], top: Path, names: Sequence[str]) -> list[CheckpointFolder]:
     """Return checkpoints with the configuration beside them if they have none: some trainers save it once."""
     if CONFIG not in names or any(
         checkpoint.config or any(adapter.config for adapter in checkpoint.adapters) for checkpoint in numbered
@@ -297,7 +299,7 @@ def _not_a_folder(folder: Path) -> str | None:
     return None if folder.is_dir() else "It is a file, not a folder."
 
 
-def is_unfinished(checkpoint: Candidate, numbered: Sequence[Candidate]) -> bool:
+def is_unfinished(checkpoint: CheckpointFolder, numbered: Sequence[CheckpointFolder]) -> bool:
     """Return whether a checkpoint may still be being written.
 
     Only the last one may: if it changed lately and lacks the training state, which trainers write last, although other
@@ -324,8 +326,8 @@ def _files(run: Path, names: Sequence[str]) -> Series:
     return find_series(run, [name for name in names if name not in lone_shards(names)])
 
 
-def _of_series(folder: Path, step: int, path: Path, names: Sequence[str]) -> Candidate:
-    return of_file(folder, step, path, names, has_state=path.name in (ADAPTERS, DIFFUSERS))
+def _of_series(folder: Path, step: int, path: Path, names: Sequence[str]) -> CheckpointFolder:
+    return of_file(folder, step, path, names, has_state=path.name in (ADAPTERS, diffusers.FILE))
 
 
 def _state_step(folder: Path) -> int:

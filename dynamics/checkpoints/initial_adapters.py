@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dynamics.checkpoints.candidates import CONFIG, DEFAULT, WEIGHTS, Candidate
+from dynamics.checkpoints.candidates import DEFAULT, CheckpointFolder
 from dynamics.checkpoints.errors import UnreadableFile
-from dynamics.checkpoints.files import WeightFile, read_weight_file
-from dynamics.checkpoints.formats.peft import Adapter, read_adapter
-from dynamics.checkpoints.formats.peft_config import read_adapter_config
-from dynamics.checkpoints.matrices import Product, since, under
+from dynamics.checkpoints.files import WeightFile, read_json, read_weight_file
+from dynamics.checkpoints.formats.peft import WEIGHTS, read_peft
+from dynamics.checkpoints.formats.peft_config import CONFIG, AdapterFile
+from dynamics.checkpoints.matrices import FileContent, StoredMatrix, since
 
 _METHODS = "pissa|olora|corda|loftq|lora[_-]?ga"
 #: Folders of the initial adapter, and folders that trainers keep beside it for conversion.
@@ -33,7 +33,7 @@ class InitialAdapter:
 
     name: str
     file: WeightFile
-    products: Mapping[str, Product]
+    products: Mapping[str, StoredMatrix]
 
     @property
     def is_of_method(self) -> bool:
@@ -46,7 +46,7 @@ class InitialAdapter:
         return f"/{self.name}"
 
 
-def without_auxiliary(candidate: Candidate) -> Candidate:
+def without_auxiliary(candidate: CheckpointFolder) -> CheckpointFolder:
     """Return the folder without subfolders that are the start, a backup or a conversion of its adapter."""
     kept = tuple(
         adapter for adapter in candidate.adapters if adapter.name == DEFAULT or not _AUXILIARY.fullmatch(adapter.name)
@@ -74,18 +74,18 @@ def initial_adapters(run: Path) -> list[InitialAdapter]:
             continue
         try:
             file = read_weight_file(path)
-            adapter = read_adapter(file, read_adapter_config(folder / CONFIG))
+            adapter = read_peft(AdapterFile(file, read_json(folder / CONFIG, "OD102")))
         except UnreadableFile:
             continue
-        products = {key: product for key, product in adapter.products.items() if product.shape.rank}
+        products = {key: product for key, product in adapter.readable.items() if product.shape.rank}
         if products:
             adapters.append(InitialAdapter(name, file, products))
     return adapters
 
 
 def counted_from_start(
-    adapter: Adapter, initial: Sequence[InitialAdapter]
-) -> tuple[Adapter, InitialAdapter | None, tuple[str, ...]]:
+    adapter: FileContent, initial: Sequence[InitialAdapter]
+) -> tuple[FileContent, InitialAdapter | None, tuple[str, ...]]:
     """Return an adapter with its matrices as updates, the initial adapter used, and the matrices without a start.
 
     Args:
@@ -93,23 +93,23 @@ def counted_from_start(
         initial: The initial adapters of its run.
     """
     usable = [candidate for candidate in initial if adapter.moved_start or candidate.is_of_method]
-    start = next((candidate for candidate in usable if _belongs(candidate, adapter.products)), None)
+    start = next((candidate for candidate in usable if _belongs(candidate, adapter.readable)), None)
     if start is None and not adapter.moved_start:
         return adapter, None, ()
-    products: dict[str, Product] = {}
-    for name, product in adapter.products.items():
+    products: dict[str, StoredMatrix] = {}
+    for name, product in adapter.readable.items():
         before = None if start is None else start.products.get(name)
         if not product.shape.rank:
             products[name] = product
         elif start is None or before is None:
             products[name] = replace(product, shape=replace(product.shape, holds="state"))
         else:
-            products[name] = since(product, under(start.file_name, before))
+            products[name] = since(product, before)
     unknown = tuple(name for name, product in products.items() if product.shape.holds == "state")
-    return replace(adapter, products=products), start, unknown
+    return replace(adapter, matrices={**products, **adapter.refused}), start, unknown
 
 
-def _belongs(initial: InitialAdapter, products: Mapping[str, Product]) -> bool:
+def _belongs(initial: InitialAdapter, products: Mapping[str, StoredMatrix]) -> bool:
     """Return whether an initial adapter shares matrices with these, all of equal size."""
     shared = [(initial.products[name].shape, products[name].shape) for name in initial.products if name in products]
     return bool(shared) and all((start.out, start.in_) == (now.out, now.in_) for start, now in shared)

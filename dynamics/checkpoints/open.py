@@ -10,8 +10,8 @@ from os import PathLike
 from pathlib import Path
 
 from dynamics.checkpoints.base import base_checkpoint, every_shape, has_updates, open_base, start_findings
-from dynamics.checkpoints.candidates import DEFAULT, STATE, Candidate
-from dynamics.checkpoints.checkpoint import Content, Reader
+from dynamics.checkpoints.candidates import DEFAULT, STATE, CheckpointFolder
+from dynamics.checkpoints.checkpoint import CheckpointContent, CheckpointReader
 from dynamics.checkpoints.common_names import with_common_names
 from dynamics.checkpoints.duplicates import duplicates, same_tensors
 from dynamics.checkpoints.errors import NotARun, UnreadableFile
@@ -58,7 +58,7 @@ def open_trajectory(
     numbered = run_folder.numbered or [root for root in (run_folder.root,) if root is not None]
     names = _adapter_names(numbered)
     start = None if base is None else open_base(base)
-    reader = Reader(folder, names, watch, start, initial_adapters(folder))
+    reader = CheckpointReader(folder, names, watch, start, initial_adapters(folder))
     contents = [
         reader.read(checkpoint, latest=is_unfinished(checkpoint, run_folder.numbered)) for checkpoint in numbered
     ]
@@ -72,7 +72,7 @@ def open_trajectory(
         *(finding for content in contents for finding in content.findings),
         *naming,
     ]
-    used = [i for i, content in enumerate(contents) if content.products]
+    used = [i for i, content in enumerate(contents) if content.matrices]
     if not used:
         raise _nothing_left(folder, matrices, contents, findings)
     clues = [_clues(candidates[i], states[i], contents[i]) for i in used]
@@ -122,13 +122,13 @@ def _watch(matrices: str | None) -> Callable[[str], bool]:
     return lambda name: pattern.search(name) is not None
 
 
-def _adapter_names(candidates: Iterable[Candidate]) -> list[str]:
+def _adapter_names(candidates: Iterable[CheckpointFolder]) -> list[str]:
     """Return the names of all adapters of a run, the default one first."""
     names = {adapter.name for candidate in candidates for adapter in candidate.adapters if adapter.weights is not None}
     return sorted(names, key=lambda name: (name != DEFAULT, natural_order(name))) or [DEFAULT]
 
 
-def _states(run: Path, candidates: Sequence[Candidate]) -> tuple[list[TrainingState | None], list[Finding]]:
+def _states(run: Path, candidates: Sequence[CheckpointFolder]) -> tuple[list[TrainingState | None], list[Finding]]:
     """Read the training state of each checkpoint that has one."""
     states: list[TrainingState | None] = []
     findings: list[Finding] = []
@@ -149,11 +149,11 @@ def _states(run: Path, candidates: Sequence[Candidate]) -> tuple[list[TrainingSt
 
 def _with_root(
     run_folder: RunFolder,
-    reader: Reader,
-    candidates: list[Candidate],
-    contents: list[Content],
+    reader: CheckpointReader,
+    candidates: list[CheckpointFolder],
+    contents: list[CheckpointContent],
     states: list[TrainingState | None],
-) -> tuple[list[Candidate], list[Content], list[TrainingState | None], list[Finding]]:
+) -> tuple[list[CheckpointFolder], list[CheckpointContent], list[TrainingState | None], list[Finding]]:
     """Return the checkpoints with the adapter or model saved beside them, if it is a further checkpoint."""
     root = run_folder.root
     if root is None or not run_folder.numbered:
@@ -162,16 +162,16 @@ def _with_root(
     message, remedy = f"The {kind} saved beside the checkpoints is left out: ", ""
     content = reader.read(root)
     if {adapter.name for adapter in root.adapters} - set(reader.adapters):
-        content = replace(content, products={})
-    last = next((earlier for earlier in reversed(contents) if earlier.products), None)
+        content = replace(content, matrices={})
+    last = next((earlier for earlier in reversed(contents) if earlier.matrices), None)
     problems = tuple(finding for finding in content.findings if finding.code in ("OD126", "OD128"))
     (state,), _ = _states(reader.run, [root])
-    if last is None and content.products:
+    if last is None and content.matrices:
         step = root.step if state is None or state.step is None else state.step
         note = Finding("OD110", f"Only the {kind} saved beside the checkpoints can be analysed.", step=step)
         problems = [finding for earlier in contents for finding in earlier.findings]
         return [replace(root, step=step)], [content], [state], [note, *problems]
-    if not content.products:
+    if not content.matrices:
         message += "none of its matrices can be analysed."
         problems = tuple(finding for finding in content.findings if finding.severity != "note")
     elif last is not None and _holds(last) != _holds(content):
@@ -195,44 +195,46 @@ def _with_root(
     return candidates, contents, states, [note, *problems]
 
 
-def _holds(content: Content) -> set[str]:
+def _holds(content: CheckpointContent) -> set[str]:
     """Return what the matrices of a checkpoint are, without the modules trained beside an adapter."""
-    holds = {product.shape.holds for product in content.products.values()}
+    holds = {product.shape.holds for product in content.matrices.values()}
     return {"update"} if "update" in holds else holds
 
 
-def _root_file(root: Candidate, run: Path) -> str:
+def _root_file(root: CheckpointFolder, run: Path) -> str:
     adapter = root.adapters[0] if root.adapters else None
     weights = root.whole if adapter is None else adapter.weights or adapter.config
     return shown_path(weights, run) if weights is not None else ""
 
 
-def _clues(candidate: Candidate, state: TrainingState | None, content: Content) -> Clues:
-    sizes = {name: (product.shape.out, product.shape.in_) for name, product in content.products.items()}
+def _clues(candidate: CheckpointFolder, state: TrainingState | None, content: CheckpointContent) -> Clues:
+    sizes = {name: (product.shape.out, product.shape.in_) for name, product in content.matrices.items()}
     return Clues(candidate.step, state, content.ranks, sizes, content.settings)
 
 
-def _checkpoint(run: Path, candidate: Candidate, content: Content, segment: int) -> Checkpoint:
+def _checkpoint(run: Path, candidate: CheckpointFolder, content: CheckpointContent, segment: int) -> Checkpoint:
     inputs = tuple(
         {"path": shown_path(part.path, run), "bytes": part.bytes, "header_sha256": part.header_sha256}
         for file in content.files.values()
         for part in file.parts
     )
-    shapes = {name: product.shape for name, product in content.products.items()}
+    shapes = {name: product.shape for name, product in content.matrices.items()}
     return Checkpoint(candidate.step, candidate.folder, segment, shapes, content.open, content.findings, inputs)
 
 
-def _transposed(contents: Sequence[Content]) -> set[str]:
+def _transposed(contents: Sequence[CheckpointContent]) -> set[str]:
     """Return the matrices of adapters whose configuration says that the base stores (in, out)."""
     return {
         name
         for content in contents
         if any(settings.get("fan_in_fan_out") for settings in content.settings.values())
-        for name in content.products
+        for name in content.matrices
     }
 
 
-def _nothing_left(run: Path, matrices: str | None, contents: Sequence[Content], findings: Sequence[Finding]) -> NotARun:
+def _nothing_left(
+    run: Path, matrices: str | None, contents: Sequence[CheckpointContent], findings: Sequence[Finding]
+) -> NotARun:
     names = sorted({name for content in contents for name in content.ranks}, key=natural_order)
     if matrices is not None and names and worst_severity(findings) != "error":
         listing = f"{counted(len(names), 'matrix', 'matrices')} ({some(names)})"
@@ -244,7 +246,7 @@ def _nothing_left(run: Path, matrices: str | None, contents: Sequence[Content], 
     )
 
 
-def _duplicate_findings(contents: Sequence[Content], checkpoints: Sequence[Checkpoint]) -> list[Finding]:
+def _duplicate_findings(contents: Sequence[CheckpointContent], checkpoints: Sequence[Checkpoint]) -> list[Finding]:
     findings = []
     for earlier, later in duplicates([content.files for content in contents]):
         steps = [checkpoints[earlier].step, checkpoints[later].step]

@@ -17,7 +17,7 @@ from pathlib import Path
 from dynamics.checkpoints.candidates import weight_names
 from dynamics.checkpoints.errors import NotARun, UnreadableFile
 from dynamics.checkpoints.files import read_weight_file
-from dynamics.checkpoints.formats.foreign import describe, is_adapter
+from dynamics.checkpoints.formats import describe, is_adapter
 from dynamics.checkpoints.formats.mlx import ADAPTERS
 from dynamics.checkpoints.names import natural_order, shown
 from dynamics.checkpoints.steps import LARGEST_STEP, is_plain_name, named_step

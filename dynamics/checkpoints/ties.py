@@ -20,7 +20,7 @@ from torch import Tensor
 from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.files import Loader, Weights
 from dynamics.checkpoints.formats.distributed import DistributedWeights
-from dynamics.checkpoints.matrices import Product
+from dynamics.checkpoints.matrices import StoredMatrix
 from dynamics.checkpoints.names import natural_order
 from dynamics.checkpoints.trajectory import MatrixShape
 
@@ -34,7 +34,7 @@ _BLOCK = 2**24
 Tied = Mapping[str, str]
 
 
-def tied_matrices(weights: Weights, products: Mapping[str, Product]) -> Tied:
+def tied_matrices(weights: Weights, products: Mapping[str, StoredMatrix]) -> Tied:
     """Return the name of each dense matrix that repeats another → the other's name.
 
     Args:
@@ -176,7 +176,7 @@ def tied_everywhere(states: Sequence[tuple[Collection[str], Tied]]) -> tuple[dic
     return {name: always.get(first, first) for name, first in always.items()}, untied
 
 
-def embedding_of(head: str, shape: MatrixShape, products: Mapping[str, Product]) -> str | None:
+def embedding_of(head: str, shape: MatrixShape, products: Mapping[str, StoredMatrix]) -> str | None:
     """Return the name of the input embedding that a missing output layer is tied to, or ``None``.
 
     Args:

@@ -190,7 +190,7 @@ def test_a_stray_configuration_makes_no_adapter(style: str, tmp_path: Path) -> N
     trajectory = open_trajectory(run)
     assert (trajectory.steps, trajectory.matrices) == ((10, 20), MATRICES)
     assert worst(trajectory.findings) == "note"
-    assert "the file holds a model, no adapter" in with_code(trajectory.findings, "OD125")[0].message
+    assert "the weights beside it are a model, not an adapter" in with_code(trajectory.findings, "OD125")[0].message
 
 
 @pytest.mark.parametrize("has_state", [False, True])
@@ -265,7 +265,7 @@ def test_a_whole_state_with_its_adapter_gives_the_adapter(tmp_path: Path) -> Non
     assert worst(trajectory.findings) == "note"
     assert "pytorch_model.bin beside it was read instead" in with_code(trajectory.findings, "OD126")[0].message
     frozen = [note.message for note in with_code(trajectory.findings, "OD121")]
-    assert frozen == ["The file holds the whole model: 8 tensors beside the adapter are taken to be frozen."]
+    assert frozen == ["The file holds the whole model: 8 tensors beside the adapter are assumed to be frozen."]
 
 
 def test_a_damaged_adapter_is_not_replaced_by_a_merged_model(tmp_path: Path) -> None:

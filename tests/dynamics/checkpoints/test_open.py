@@ -263,7 +263,7 @@ def test_sum_of_adapters(dtype: torch.dtype, tmp_path: Path) -> None:
     with trajectory.checkpoints[0].open() as matrices:
         expected = matrices["q@default"].to_dense() + matrices["q@style"].to_dense()
         torch.testing.assert_close(matrices["q"].to_dense(), expected, rtol=1e-14, atol=1e-14)
-    assert "right only where all of them are active" in only(trajectory, "OD121").message
+    assert "right only if all of them are active" in only(trajectory, "OD121").message
 
 
 def test_sum_of_adapters_of_one_scale_keeps_the_stored_dtype(tmp_path: Path) -> None:

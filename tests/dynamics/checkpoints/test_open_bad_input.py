@@ -419,7 +419,7 @@ def test_missing_configuration(tmp_path: Path) -> None:
         ({"init_lora_weights": "corda"}, "OD105", "CorDA"),
         ({"init_lora_weights": "loftq"}, "OD105", "LoftQ"),
         ({"init_lora_weights": "lora_ga"}, "OD105", "LoRA-GA"),
-        ({"init_lora_weights": "novel"}, "OD105", "'novel' is not known"),
+        ({"init_lora_weights": "novel"}, "OD105", "'novel' is unknown"),
     ],
 )
 def test_variants_that_are_no_plain_product(change: dict[str, Any], code: str, message: str, tmp_path: Path) -> None:
@@ -436,9 +436,9 @@ def test_variants_that_are_no_plain_product(change: dict[str, Any], code: str, m
     ("change", "code", "message"),
     [
         ({"init_lora_weights": False}, "OD121", "includes that random start"),
-        ({"alora_invocation_tokens": [1, 2]}, "OD121", "only on tokens from the invocation"),
+        ({"alora_invocation_tokens": [1, 2]}, "OD121", "only on the tokens from the invocation"),
         ({"monteclora_config": {"num_samples": 8}}, "OD121", "without the sampled perturbations"),
-        ({"shiny": 3}, "OD119", "not PEFT's and were left aside: shiny"),
+        ({"shiny": 3}, "OD119", "that PEFT does not know; they are ignored: shiny"),
     ],
 )
 def test_variants_that_are_analysed_with_a_note(
@@ -470,7 +470,7 @@ def test_configuration_without_alpha_takes_pefts_default(tmp_path: Path) -> None
     trajectory = open_trajectory(tmp_path)
     with trajectory.checkpoints[0].open() as matrices:
         assert matrices[Q].scale == 2.0
-    assert "lacks lora_alpha: PEFT takes r=4, lora_alpha=8" in only(trajectory, "OD119").message
+    assert "lacks lora_alpha: PEFT assumes r=4, lora_alpha=8" in only(trajectory, "OD119").message
 
 
 # --- matrices ----------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ def test_the_scale_that_diffusers_wrote(content: dict[str, Any], scale: float, t
     ("content", "code", "said"),
     [
         ("{", "OD102", "is not valid JSON"),
-        ("[]", "OD102", "is no JSON object"),
+        ("[]", "OD102", "is not a JSON object"),
         ({"transformer.r": "four"}, "OD102", "Its r is 'four'"),
         ({"transformer.r": 4, "transformer.use_dora": True}, "OD105", "It is DoRA"),
     ],
@@ -272,9 +272,9 @@ def test_mlx_stores_transposed_factors(tmp_path: Path) -> None:
     [
         ({"fine_tune_type": "dora"}, "OD105", "MLX-LM's fine_tune_type 'dora'"),
         ({"fine_tune_type": "full"}, "OD103", "MLX-LM's fine_tune_type 'full'"),
-        ({"lora_parameters": {"rank": 4}}, "OD102", "The scale in its lora_parameters is None; expected a number."),
-        ({"lora_parameters": {"scale": "20"}}, "OD102", "The scale in its lora_parameters is '20'; expected a number."),
-        ({"lora_parameters": []}, "OD102", "The scale in its lora_parameters is None; expected a number."),
+        ({"lora_parameters": {"rank": 4}}, "OD102", "Its lora_parameters.scale is None; expected a number."),
+        ({"lora_parameters": {"scale": "20"}}, "OD102", "Its lora_parameters.scale is '20'; expected a number."),
+        ({"lora_parameters": []}, "OD102", "Its lora_parameters.scale is None; expected a number."),
     ],
 )
 def test_mlx_configurations_that_are_refused(change: dict[str, Any], code: str, said: str, tmp_path: Path) -> None:
