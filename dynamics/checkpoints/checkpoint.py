@@ -35,12 +35,9 @@ from dynamics.checkpoints.trajectory import OpenCheckpoint
 from dynamics.findings import Finding
 from dynamics.text import some
 
-#: Suffixes of files of torch.save, which may hold weights inside something else.
-_TORCH = (".bin", ".pt", ".pth")
 _GIVE_BASE = "Give the base (--base) to analyse those of them that are weight matrices."
+_PUT_ELSEWHERE = "To analyse {}, put it into OTHER/checkpoint-{}, for each step; pass OTHER."
 _MERGE = "To analyse trained tokens, merge the adapter (merge_and_unload) and analyse the merged model with its base."
-
-Watch = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ class CheckpointReader:
 
     run: Path
     adapters: Sequence[str]
-    watch: Watch
+    watch: Callable[[str], bool]
     base: Base | None = None
     initial: Sequence[InitialAdapter] = ()
     budget: Budget = field(default_factory=Budget)
@@ -127,8 +124,6 @@ class CheckpointReader:
             return content
         content = self._read_beside(checkpoint, content, beside)
         return replace(content, findings=(*content.findings, *self._others(checkpoint)))
-
-    # --- adapters -----------------------------------------------------------------------------------------------------
 
     def _read_adapters(self, checkpoint: CheckpointFolder, latest: bool) -> CheckpointContent:
         """Read the adapters that PEFT's names say to be such."""
@@ -173,22 +168,18 @@ class CheckpointReader:
                 sources |= {name_in_run(name): source for name, source in content.sources.items()}
                 sources |= content.sources
         matrices, notes = self._combined({name: contents[name] for name in files}, checkpoint)
-        ranks = {self._matrix(name, key): rank for key, one in contents.items() for name, rank in one.ranks.items()}
+        ranks = {
+            self._matrix(name, adapter): rank
+            for adapter, content in contents.items()
+            for name, rank in content.ranks.items()
+        }
+        settings = {name: content.settings for name, content in contents.items() if content.settings}
         base = None if self.base is None else self.base.weights
-        uses_base = base is not None and any(
-            tensor.file == base.path for matrix in matrices.values() for tensor in matrix.tensors()
-        )
+        if base is not None and not any(matrix.reads(base.path) for matrix in matrices.values()):
+            base = None
+        findings, files = [*findings, *notes], files | starts
         return CheckpointContent(
-            matrices,
-            files | starts,
-            (*findings, *notes),
-            ranks,
-            {name: content.settings for name, content in contents.items() if content.settings},
-            base if uses_base else None,
-            is_empty,
-            tied=tied,
-            sources=sources,
-            moved=moved,
+            matrices, files, tuple(findings), ranks, settings, base, is_empty, tied=tied, sources=sources, moved=moved
         )
 
     def _read_adapter(self, adapter: AdapterFolder, file: Weights, step: int, latest: bool) -> FileContent | Finding:
@@ -208,10 +199,7 @@ class CheckpointReader:
             message = f"There is no {CONFIG} beside it yet: the checkpoint may still be being written."
             return Finding("OD118", message, "Analyse the run again when it is saved.", file=name, step=step)
         message = f"There is no {CONFIG} beside it: rank and scale are unknown."
-        remedy = (
-            f"Copy {CONFIG} from another checkpoint of the same training, or write one with its r and lora_alpha and "
-            '"peft_type": "LORA".'
-        )
+        remedy = f'Copy {CONFIG} of the same training, or write one with its r, its lora_alpha and "peft_type": "LORA".'
         return Finding("OD102", message, remedy, file=name, step=step)
 
     def _combined(
@@ -236,7 +224,7 @@ class CheckpointReader:
             has_sum &= len({(shape.out, shape.in_) for shape in shapes}) == 1
             if has_sum and is_complete and not are_components:
                 matrices[name] = total(parts)
-            matrices |= {_at(name, adapter): part for adapter, part in parts.items()}
+            matrices |= {self._matrix(name, adapter): part for adapter, part in parts.items()}
         adapters = ", ".join(map(shown, self.adapters))
         if are_components:
             message = f"`matrix@part` is a matrix of one part of the pipeline ({adapters})."
@@ -247,15 +235,13 @@ class CheckpointReader:
         note = Finding("OD121", message, step=checkpoint.step, evidence={"sum": is_complete})
         return {name: matrix for name, matrix in matrices.items() if self.watch(name)}, [note]
 
-    # --- whole models -------------------------------------------------------------------------------------------------
-
     def _read_weights(self, checkpoint: CheckpointFolder, path: Path) -> CheckpointContent:
         """Read a file whose name says nothing of adapters: its tensors decide what it is."""
         try:
             weights = read_whole_model(path)
         except UnreadableFile as error:
             finding = error.to_finding(self._name(path), checkpoint.step)
-            if path.suffix in _TORCH and error.code == "OD101":
+            if path.suffix in (".bin", ".pt", ".pth") and error.code == "OD101":
                 finding = replace(finding, remedy=remedy_for(NESTED, path, self.run, checkpoint.step))
             unread = other_weights(checkpoint.folder, self.run, checkpoint.step)
             return CheckpointContent(findings=(finding, *unread))
@@ -294,19 +280,16 @@ class CheckpointReader:
         self, adapters: CheckpointContent, weights: CheckpointContent, checkpoint: CheckpointFolder
     ) -> CheckpointContent:
         """Return what was read in place of an adapter of which nothing can be analysed."""
-        adapter = next((adapter for adapter in checkpoint.adapters if adapter.weights is not None), None)
-        assert checkpoint.whole is not None
-        if adapter is None or adapter.weights is None or not weights.matrices:
+        file = next((adapter.weights for adapter in checkpoint.adapters if adapter.weights is not None), None)
+        if file is None or checkpoint.whole is None or not weights.matrices:
             return replace(weights, findings=(*adapters.findings, *weights.findings))
         problem = next((finding for finding in adapters.findings if finding.severity != "note"), None)
         reason = "it holds no matrix" if problem is None else problem.message.rstrip(".")
         message = (
             f"Nothing in it can be analysed ({reason}); {self._name(checkpoint.whole)} beside it was read instead."
         )
-        note = Finding("OD126", message, file=self._name(adapter.weights), step=checkpoint.step)
+        note = Finding("OD126", message, file=self._name(file), step=checkpoint.step)
         return replace(weights, findings=(note, *weights.findings))
-
-    # --- beside what is analysed --------------------------------------------------------------------------------------
 
     def _read_beside(
         self, checkpoint: CheckpointFolder, content: CheckpointContent, paths: Sequence[Path]
@@ -325,8 +308,7 @@ class CheckpointReader:
             kind = kind_beside(path, weights.tensors, content.matrices)
             if kind is not None:
                 message = f"It is {kind} beside the analysed weights; it is left out."
-                remedy = f"To analyse it, put it into OTHER/checkpoint-{step}, for each step; pass OTHER."
-                findings.append(Finding("OD126", message, remedy, file=file, step=step))
+                findings.append(Finding("OD126", message, _PUT_ELSEWHERE.format("it", step), file=file, step=step))
                 continue
             saved, read = saved_modules(weights, {SAVED[1]: tuple(weights.tensors)}, taken=matrices)
             if needs_base:
@@ -335,8 +317,7 @@ class CheckpointReader:
             findings += self._links(path, step)
             further = {name: matrix for name, matrix in saved.items() if self.watch(name)}
             matrices |= further
-            if further:
-                files[path.name] = weights
+            files |= {path.name: weights} if further else {}
             rest = tuple(key for key in weights.tensors if key not in read)
             if rest:
                 findings.append(_beside({SAVED[1]: rest}, file, step))
@@ -347,15 +328,9 @@ class CheckpointReader:
         if checkpoint.others:
             names = [shown_path(path, checkpoint.folder) for path in checkpoint.others]
             message = f"It holds further weights in {some(names)}, which are left out."
-            remedy = (
-                f"To analyse one of them, put it into OTHER/checkpoint-{checkpoint.step}, for each step; pass OTHER."
-            )
-            evidence = {"folders": names}
-            yield Finding(
-                "OD126", message, remedy, file=self._file_of(checkpoint), step=checkpoint.step, evidence=evidence
-            )
-
-    # --- findings -----------------------------------------------------------------------------------------------------
+            remedy = _PUT_ELSEWHERE.format("one of them", checkpoint.step)
+            file, evidence = self._file_of(checkpoint), {"folders": names}
+            yield Finding("OD126", message, remedy, file=file, step=checkpoint.step, evidence=evidence)
 
     def _name(self, path: Path) -> str:
         return shown_path(path, self.run)
@@ -364,7 +339,8 @@ class CheckpointReader:
         return self._name(checkpoint.folder) if checkpoint.folder != self.run else ""
 
     def _matrix(self, name: str, adapter: str) -> str:
-        return _at(name, adapter) if len(self.adapters) > 1 else name
+        """Return the name in the run of a matrix of one adapter."""
+        return f"{name}@{shown(adapter)}" if len(self.adapters) > 1 else name
 
     def _absences(self, checkpoint: CheckpointFolder, latest: bool) -> Iterator[Finding]:
         """Yield findings about what a checkpoint should hold and does not."""
@@ -436,9 +412,8 @@ def _replaces(weights: CheckpointContent, adapters: CheckpointContent, checkpoin
 def _not_a_model(weights: Weights, content: FileContent) -> Refusal | None:
     """Return why a file's tensors are not those of a whole model, if so."""
     if (title := describe(weights.tensors)) is not None:
-        return Refusal(
-            "OD103", f"It is {title}, which is not analysed.", "Pass a run of PEFT LoRA adapters, or of whole models."
-        )
+        remedy = "Pass a run of PEFT LoRA adapters, or of whole models."
+        return Refusal("OD103", f"It is {title}, which is not analysed.", remedy)
     if any(parse_key(key) for key in weights.tensors):
         reason = "It holds LoRA factors among the weights of a whole model, so its matrices are unknown."
         return Refusal("OD103", reason, "Save the adapter alone (PEFT's save_pretrained), or merge it before saving.")
@@ -464,11 +439,6 @@ def _trained(tensors: int, matrices: Sequence[str], file: str, step: int) -> Fin
     remedy = "Give the base (--base) to analyse the matrices of this file with its checkpoint."
     evidence = {"matrices": list(matrices), "tensors": tensors}
     return Finding("OD128", message, remedy, file=file, step=step, evidence=evidence)
-
-
-def _at(name: str, adapter: str) -> str:
-    """Return the name of a matrix of one adapter among several."""
-    return f"{name}@{shown(adapter)}"
 
 
 def _beside(beside: Mapping[str, Sequence[str]], file: str, step: int, remedy: str = "") -> Finding:

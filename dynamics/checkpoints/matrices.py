@@ -62,17 +62,20 @@ class StoredMatrix:
         }
         return self.build(**loaded)
 
-    def tensors(self) -> Iterator[TensorRef]:
-        """Yield every stored tensor that the matrix is made of."""
-        for source in self.sources.values():
-            yield from source.tensors() if isinstance(source, StoredMatrix) else (source,)
+    def reads(self, file: Path) -> bool:
+        """Return whether the matrix is made of tensors of some weights, given their path."""
+        return any(
+            source.reads(file) if isinstance(source, StoredMatrix) else source.file == file
+            for source in self.sources.values()
+        )
 
     @property
     def key(self) -> str:
-        """Key of the stored tensor that a dense weight is a view of as it is; ``""`` for any other matrix."""
-        first = next(iter(self.sources.values()))
-        is_view = self.shape.holds == "weight" and len(self.sources) == 1 and isinstance(first, TensorRef)
-        return first.key if is_view and isinstance(first, TensorRef) else ""
+        """Key of the stored tensor that a dense weight is a view of; ``""`` for any other matrix."""
+        sources = [*self.sources.values()]
+        if self.shape.holds == "weight" and len(sources) == 1 and isinstance(sources[0], TensorRef):
+            return sources[0].key
+        return ""
 
 
 @dataclass(frozen=True)
