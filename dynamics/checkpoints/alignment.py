@@ -35,7 +35,7 @@ _STACKED = re.compile(r"(?P<stem>(?:.+\.)?experts)\.(?P<role>gate_up_proj|down_p
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def aligned(wanted: Mapping[str, Size | None], held: Mapping[str, Size]) -> dict[str, str]:
+def aligned(wanted: Mapping[str, Size | None], sizes: Mapping[str, Size]) -> dict[str, str]:
     """Return each wanted name → the name that the other model has for it, where it has one.
 
     A name that both models have is the same matrix. Other names are compared by their path within their part of the
@@ -44,16 +44,16 @@ def aligned(wanted: Mapping[str, Size | None], held: Mapping[str, Size]) -> dict
 
     Args:
         wanted: Name → size, ``None`` where unknown.
-        held: Name → size in the other model.
+        sizes: Name → size in the other model.
 
     >>> aligned({"model.language_model.layers.0.q": (4, 4)}, {"model.layers.0.q": (4, 4), "visual.q": (4, 4)})
     {'model.language_model.layers.0.q': 'model.layers.0.q'}
     """
-    plain = {name: name if name in held else name.rpartition("@")[0] or name for name in wanted}
-    pairs = {name: matrix for name, matrix in plain.items() if matrix in held}
+    plain = {name: name if name in sizes else name.rpartition("@")[0] or name for name in wanted}
+    pairs = {name: matrix for name, matrix in plain.items() if matrix in sizes}
     paths = {name: _path(matrix) for name, matrix in plain.items() if name not in pairs}
     free: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for name in held.keys() - set(pairs.values()):
+    for name in sizes.keys() - set(pairs.values()):
         free[_path(name)].append(name)
     by_path: dict[tuple[str, str], set[str]] = defaultdict(set)
     for name, path in paths.items():
@@ -66,7 +66,7 @@ def aligned(wanted: Mapping[str, Size | None], held: Mapping[str, Size]) -> dict
         option = {}
         for name, (part, rest) in paths.items():
             candidates = free.get((part, change(rest)), [])
-            if len(by_path[part, rest]) == 1 and (match := _only(candidates, wanted[name], held)) is not None:
+            if len(by_path[part, rest]) == 1 and (match := _only(candidates, wanted[name], sizes)) is not None:
                 option[name] = match
         claims = Counter(match for match, _ in {(match, plain[name]) for name, match in option.items()})
         options.append({name: match for name, match in option.items() if claims[match] == 1})
@@ -86,8 +86,8 @@ def _path(name: str) -> tuple[str, str]:
     return part, path
 
 
-def _only(candidates: list[str], size: Size | None, held: Mapping[str, Size]) -> str | None:
-    fitting = [name for name in candidates if size in (None, held[name], held[name][::-1])]
+def _only(candidates: list[str], size: Size | None, sizes: Mapping[str, Size]) -> str | None:
+    fitting = [name for name in candidates if size in (None, sizes[name], sizes[name][::-1])]
     chosen = fitting if len(candidates) > 1 else candidates
     return chosen[0] if len(chosen) == 1 else None
 
@@ -110,28 +110,28 @@ class Form:
     """A matrix of an expert in another form than the stored one.
 
     Args:
-        product: The matrix.
+        matrix: The matrix.
         parts: Names of the stored matrices that it is made of.
     """
 
-    product: StoredMatrix
+    matrix: StoredMatrix
     parts: tuple[str, ...]
 
 
-def expert_forms(held: Mapping[str, StoredMatrix], wanted: Mapping[str, Size]) -> dict[str, Form]:
+def expert_forms(matrices: Mapping[str, StoredMatrix], wanted: Mapping[str, Size]) -> dict[str, Form]:
     """Return experts in the other form: stacks of single experts, or single experts of stacks, as views if possible.
 
     ``gate_up_proj`` is the gate above the up projection, both (intermediate, hidden); a stack is stored so or
     transposed, and the shapes of ``gate_up_proj`` and ``down_proj`` together show which.
 
     Args:
-        held: Name → dense matrix.
+        matrices: Name → dense matrix.
         wanted: Name → size of the matrices to find; stacks get their orientation.
     """
     single: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     joint: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
-    for name in held:
-        if held[name].shape.rank:
+    for name in matrices:
+        if matrices[name].shape.rank:
             continue
         if match := _EXPERT.fullmatch(name):
             single[match["stem"], match["index"]][_MIXTRAL.get(match["role"], match["role"])] = name
@@ -145,36 +145,36 @@ def expert_forms(held: Mapping[str, StoredMatrix], wanted: Mapping[str, Size]) -
     for (stem, index), names in single.items():
         size = sizes.get((_path(stem), index))
         if size and names.keys() == {"gate_proj", "up_proj", "down_proj"}:
-            forms |= _joined(stem, index, names, held, size)
+            forms |= _joined(stem, index, names, matrices, size)
     for (stem, index), names in joint.items():
         if names.keys() == {"gate_up_proj", "down_proj"}:
-            forms |= _parted(stem, index, names, held)
-    return {name: form for name, form in forms.items() if name not in held}
+            forms |= _parted(stem, index, names, matrices)
+    return {name: form for name, form in forms.items() if name not in matrices}
 
 
 def _joined(
-    stem: str, index: str, names: Mapping[str, str], held: Mapping[str, StoredMatrix], wanted: Mapping[str, Size]
+    stem: str, index: str, names: Mapping[str, str], matrices: Mapping[str, StoredMatrix], wanted: Mapping[str, Size]
 ) -> dict[str, Form]:
     """Return ``gate_up_proj[e]`` and ``down_proj[e]`` from the three matrices of one expert, oriented as wanted."""
-    gate, up = held[names["gate_proj"]], held[names["up_proj"]]
+    gate, up = matrices[names["gate_proj"]], matrices[names["up_proj"]]
     if gate.shape.in_ != up.shape.in_:
         return {}
-    products = {"gate_up_proj": stacked([gate, up]), "down_proj": held[names["down_proj"]]}
+    by_role = {"gate_up_proj": stacked([gate, up]), "down_proj": matrices[names["down_proj"]]}
     parts = {"gate_up_proj": (names["gate_proj"], names["up_proj"]), "down_proj": (names["down_proj"],)}
-    natural = {role: (product.shape.out, product.shape.in_) for role, product in products.items()}
+    natural = {role: (matrix.shape.out, matrix.shape.in_) for role, matrix in by_role.items()}
     straight = all(natural[role] == size for role, size in wanted.items())
     across = all(natural[role][::-1] == size for role, size in wanted.items())
     if straight == across:
         return {}  # other sizes, or square matrices of unknown orientation
     return {
-        f"{stem}.{role}[{index}]": Form(turned(product) if across else product, parts[role])
-        for role, product in products.items()
+        f"{stem}.{role}[{index}]": Form(turned(matrix) if across else matrix, parts[role])
+        for role, matrix in by_role.items()
     }
 
 
-def _parted(stem: str, index: str, names: Mapping[str, str], held: Mapping[str, StoredMatrix]) -> dict[str, Form]:
+def _parted(stem: str, index: str, names: Mapping[str, str], matrices: Mapping[str, StoredMatrix]) -> dict[str, Form]:
     """Return the three matrices of one expert from its slices of two stacks."""
-    up, down = held[names["gate_up_proj"]], held[names["down_proj"]]
+    up, down = matrices[names["gate_up_proj"]], matrices[names["down_proj"]]
     if (up.shape.in_, up.shape.out) == (2 * down.shape.out, down.shape.in_):
         up, down = turned(up), turned(down)
     if (up.shape.out, up.shape.in_) != (2 * down.shape.in_, down.shape.out):

@@ -40,13 +40,13 @@ class Base:
     Args:
         folder: Their folder.
         weights: Their headers.
-        held: Their matrices, by their names in the base.
+        content: Their matrices, by their names in the base.
         ties_head: Whether the output layer is the input embedding, by the configuration; ``None``: it says nothing.
     """
 
     folder: Path
     weights: Weights
-    held: FileContent
+    content: FileContent
     ties_head: bool | None = None
 
     def find(self, wanted: Mapping[str, MatrixShape]) -> dict[str, tuple[str, StoredMatrix]]:
@@ -59,15 +59,15 @@ class Base:
             wanted: Name in the run → shape.
         """
         sizes = {name: (shape.out, shape.in_) for name, shape in wanted.items()}
-        forms = expert_forms(self.held.readable, sizes)
-        held = {**self.held.readable, **{name: form.product for name, form in forms.items()}}
-        pairs = aligned(sizes, {name: (product.shape.out, product.shape.in_) for name, product in held.items()})
+        forms = expert_forms(self.content.readable, sizes)
+        matrices = {**self.content.readable, **{name: form.matrix for name, form in forms.items()}}
+        pairs = aligned(sizes, {name: (matrix.shape.out, matrix.shape.in_) for name, matrix in matrices.items()})
         if self.ties_head is not False:
             for name in wanted.keys() - pairs.keys():
-                embedding = embedding_of(name.partition("@")[0], wanted[name], self.held.readable)
+                embedding = embedding_of(name.partition("@")[0], wanted[name], self.content.readable)
                 if embedding is not None:
                     pairs[name] = embedding
-        return {name: (pairs[name], held[pairs[name]]) for name in wanted if name in pairs}
+        return {name: (pairs[name], matrices[pairs[name]]) for name in wanted if name in pairs}
 
     def refused(self, names: Iterable[str]) -> dict[str, str]:
         """Return name → why the base's matrix cannot be used, for each of these names that the base refuses.
@@ -76,8 +76,8 @@ class Base:
             names: Names in the run.
         """
         stems = {name: name.partition("@")[0].partition("[")[0] for name in names}
-        pairs = aligned(dict.fromkeys(stems.values()), dict.fromkeys(self.held.refused, (0, 0)))
-        return {name: self.held.refused[pairs[stem]].reason for name, stem in stems.items() if stem in pairs}
+        pairs = aligned(dict.fromkeys(stems.values()), dict.fromkeys(self.content.refused, (0, 0)))
+        return {name: self.content.refused[pairs[stem]].reason for name, stem in stems.items() if stem in pairs}
 
 
 def open_base(folder: str | os.PathLike[str]) -> Base:
@@ -103,15 +103,15 @@ def open_base(folder: str | os.PathLike[str]) -> Base:
     except UnreadableFile as error:
         finding = error.to_finding(shown_path(folder / name, folder))
         raise NotARun(f"The base {str(folder)!r} cannot be read: {finding}", [finding]) from error
-    held = read_dense(weights)
-    if not held.readable:
+    content = read_dense(weights)
+    if not content.readable:
         reason, remedy = "", _REMEDY
-        if held.refused:
-            name, refusal = next(iter(held.refused.items()))
+        if content.refused:
+            name, refusal = next(iter(content.refused.items()))
             reason, remedy = f" {name}: {refusal.reason}", UNPACKED
         raise NotARun(f"The base {str(folder)!r} holds no weight matrix that can be read.{reason} {remedy}")
     configured = [ties_embeddings(parent) for parent in dict.fromkeys((folder, (folder / name).parent))]
-    return Base(folder, weights, held, next((ties for ties in configured if ties is not None), None))
+    return Base(folder, weights, content, next((ties for ties in configured if ties is not None), None))
 
 
 def base_checkpoint(
@@ -132,20 +132,20 @@ def base_checkpoint(
     sources = sources or {}
     by_source = base.find({sources.get(name, name): shape for name, shape in shapes.items()})
     matches = {name: by_source[source] for name in shapes if (source := sources.get(name, name)) in by_source}
-    products: dict[str, StoredMatrix] = {}
+    matrices: dict[str, StoredMatrix] = {}
     resized: dict[str, tuple[int, int]] = {}
-    for name, (_, product) in matches.items():
-        fitting = oriented(product, shapes[name], name in transposed)
+    for name, (_, matrix) in matches.items():
+        fitting = oriented(matrix, shapes[name], name in transposed)
         if fitting is None:
-            resized[name] = (product.shape.out, product.shape.in_)
+            resized[name] = (matrix.shape.out, matrix.shape.in_)
         else:
-            products[name] = fitting
-    opened: Callable[[], AbstractContextManager[OpenCheckpoint]] = partial(open_matrices, products, (base.weights,))
+            matrices[name] = fitting
+    opened: Callable[[], AbstractContextManager[OpenCheckpoint]] = partial(open_matrices, matrices, (base.weights,))
     inputs = tuple(
         {"path": part.path.name, "bytes": part.bytes, "header_sha256": part.header_sha256}
         for part in base.weights.parts
     )
-    base_shapes = {name: product.shape for name, product in products.items()}
+    base_shapes = {name: matrix.shape for name, matrix in matrices.items()}
     findings = (
         *_renamed({sources.get(name, name): base_name for name, (base_name, _) in matches.items()}),
         *_lacking(base, shapes, matches, resized),

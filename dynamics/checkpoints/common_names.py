@@ -64,7 +64,7 @@ def with_common_names(
 
 def _spelled_like(content: CheckpointContent, last: CheckpointContent) -> CheckpointContent:
     """Return a checkpoint with the names of the last checkpoint, where the match is unambiguous."""
-    products = dict(content.matrices)
+    matrices = dict(content.matrices)
     names: dict[str, str] = {}
     used: set[str] = set()
     for suffix in dict.fromkeys(_suffix(name) for name in last.ranks.keys() | last.matrices.keys()):
@@ -75,23 +75,23 @@ def _spelled_like(content: CheckpointContent, last: CheckpointContent) -> Checkp
             continue
         shaped = {name: size for name, size in missing.items() if size is not None}
         forms = expert_forms(
-            {name: products[f"{name}{suffix}"] for name in spare if f"{name}{suffix}" in products}, shaped
+            {name: matrices[f"{name}{suffix}"] for name in spare if f"{name}{suffix}" in matrices}, shaped
         )
         sizes = {name: size or (0, 0) for name, size in spare.items()}
-        sizes |= {name: (form.product.shape.out, form.product.shape.in_) for name, form in forms.items()}
+        sizes |= {name: (form.matrix.shape.out, form.matrix.shape.in_) for name, form in forms.items()}
         for new, old in aligned(missing, sizes).items():
             if missing[new] not in (None, sizes[old]):
                 continue
             if old in forms:
-                products[f"{new}{suffix}"] = forms[old].product
+                matrices[f"{new}{suffix}"] = forms[old].matrix
                 used |= {f"{part}{suffix}" for part in forms[old].parts}
             else:
                 names[f"{old}{suffix}"] = f"{new}{suffix}"
     # The parts of a stack, or the stack of single experts, would count a second time.
-    products = {name: product for name, product in products.items() if name not in used}
-    if not names and products.keys() == content.matrices.keys():
+    matrices = {name: matrix for name, matrix in matrices.items() if name not in used}
+    if not names and matrices.keys() == content.matrices.keys():
         return content
-    renamed = {names.get(name, name): product for name, product in products.items()}
+    renamed = {names.get(name, name): matrix for name, matrix in matrices.items()}
     ranks = {names.get(name, name): rank for name, rank in content.ranks.items()}
     ranks = {name: rank for name, rank in ranks.items() if name in renamed or name not in content.matrices}
     ranks |= {name: 0 for name in renamed if name not in ranks}
@@ -154,7 +154,7 @@ def _in_base(
 ) -> tuple[set[str], dict[str, str]]:
     """Return the names in the pairs that the base has, and the pairs that are tied in it."""
     matrices = base.find({name: shapes[name] for pair in pairs.items() for name in pair})
-    keys = {name: product.key for name, (_, product) in matrices.items() if product.key}
+    keys = {name: matrix.key for name, (_, matrix) in matrices.items() if matrix.key}
     try:
         equal = equal_keys(base.weights, dict.fromkeys(keys.values()))
     except UnreadableFile:  # reported where its matrices are read
@@ -168,10 +168,10 @@ def _merged(content: CheckpointContent, tied: Tied) -> CheckpointContent:
     """Return a checkpoint with each tied matrix once, under the first of its names."""
     if not tied.keys() & content.matrices.keys():
         return content
-    products: dict[str, StoredMatrix] = {}
+    matrices: dict[str, StoredMatrix] = {}
     for name in sorted(content.matrices, key=lambda name: name in tied):
-        products.setdefault(tied.get(name, name), content.matrices[name])
-    ordered = {name: products[name] for name in sorted(products, key=natural_order)}
+        matrices.setdefault(tied.get(name, name), content.matrices[name])
+    ordered = {name: matrices[name] for name in sorted(matrices, key=natural_order)}
     ranks = {name: rank for name, rank in content.ranks.items() if name not in tied}
     return replace(content, matrices=ordered, ranks=ranks | dict.fromkeys(ordered.keys() - ranks.keys(), 0))
 
@@ -181,17 +181,17 @@ def _with_heads(content: CheckpointContent, contents: Sequence[CheckpointContent
     if content.ties_head is False or not content.matrices:
         return content
     shapes = {
-        name: product.shape
+        name: matrix.shape
         for other in contents
-        for name, product in other.matrices.items()
-        if name not in content.matrices and name not in tied and product.shape.holds == "weight"
+        for name, matrix in other.matrices.items()
+        if name not in content.matrices and name not in tied and matrix.shape.holds == "weight"
     }
     heads = {name: embedding_of(name, shape, content.matrices) for name, shape in shapes.items()}
     added = {name: content.matrices[embedding] for name, embedding in heads.items() if embedding is not None}
     if not added:
         return content
-    products = {**content.matrices, **added}
-    ordered = {name: products[name] for name in sorted(products, key=natural_order)}
+    matrices = {**content.matrices, **added}
+    ordered = {name: matrices[name] for name in sorted(matrices, key=natural_order)}
     return replace(content, matrices=ordered, ranks={**content.ranks, **dict.fromkeys(added, 0)})
 
 
@@ -211,7 +211,7 @@ def _without_false_sums(
     parted = [
         replace(
             content,
-            matrices={name: product for name, product in content.matrices.items() if _suffix(name)},
+            matrices={name: matrix for name, matrix in content.matrices.items() if _suffix(name)},
             findings=tuple(finding for finding in content.findings if not finding.evidence.get("sum")),
         )
         for content in contents

@@ -33,7 +33,7 @@ class InitialAdapter:
 
     name: str
     file: WeightFile
-    products: Mapping[str, StoredMatrix]
+    matrices: Mapping[str, StoredMatrix]
 
     @property
     def is_of_method(self) -> bool:
@@ -77,9 +77,9 @@ def initial_adapters(run: Path) -> list[InitialAdapter]:
             adapter = read_peft(AdapterFile(file, read_json(folder / CONFIG, "OD102")))
         except UnreadableFile:
             continue
-        products = {key: product for key, product in adapter.readable.items() if product.shape.rank}
-        if products:
-            adapters.append(InitialAdapter(name, file, products))
+        matrices = {key: matrix for key, matrix in adapter.readable.items() if matrix.shape.rank}
+        if matrices:
+            adapters.append(InitialAdapter(name, file, matrices))
     return adapters
 
 
@@ -96,20 +96,20 @@ def counted_from_start(
     start = next((candidate for candidate in usable if _belongs(candidate, adapter.readable)), None)
     if start is None and not adapter.moved_start:
         return adapter, None, ()
-    products: dict[str, StoredMatrix] = {}
-    for name, product in adapter.readable.items():
-        before = None if start is None else start.products.get(name)
-        if not product.shape.rank:
-            products[name] = product
+    matrices: dict[str, StoredMatrix] = {}
+    for name, matrix in adapter.readable.items():
+        before = None if start is None else start.matrices.get(name)
+        if not matrix.shape.rank:
+            matrices[name] = matrix
         elif start is None or before is None:
-            products[name] = replace(product, shape=replace(product.shape, holds="state"))
+            matrices[name] = replace(matrix, shape=replace(matrix.shape, holds="state"))
         else:
-            products[name] = since(product, before)
-    unknown = tuple(name for name, product in products.items() if product.shape.holds == "state")
-    return replace(adapter, matrices={**products, **adapter.refused}), start, unknown
+            matrices[name] = since(matrix, before)
+    unknown = tuple(name for name, matrix in matrices.items() if matrix.shape.holds == "state")
+    return replace(adapter, matrices={**matrices, **adapter.refused}), start, unknown
 
 
-def _belongs(initial: InitialAdapter, products: Mapping[str, StoredMatrix]) -> bool:
+def _belongs(initial: InitialAdapter, matrices: Mapping[str, StoredMatrix]) -> bool:
     """Return whether an initial adapter shares matrices with these, all of equal size."""
-    shared = [(initial.products[name].shape, products[name].shape) for name in initial.products if name in products]
+    shared = [(initial.matrices[name].shape, matrices[name].shape) for name in initial.matrices if name in matrices]
     return bool(shared) and all((start.out, start.in_) == (now.out, now.in_) for start, now in shared)

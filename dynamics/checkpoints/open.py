@@ -197,7 +197,7 @@ def _with_root(
 
 def _holds(content: CheckpointContent) -> set[str]:
     """Return what the matrices of a checkpoint are, without the modules trained beside an adapter."""
-    holds = {product.shape.holds for product in content.matrices.values()}
+    holds = {matrix.shape.holds for matrix in content.matrices.values()}
     return {"update"} if "update" in holds else holds
 
 
@@ -208,7 +208,7 @@ def _root_file(root: CheckpointFolder, run: Path) -> str:
 
 
 def _clues(candidate: CheckpointFolder, state: TrainingState | None, content: CheckpointContent) -> Clues:
-    sizes = {name: (product.shape.out, product.shape.in_) for name, product in content.matrices.items()}
+    sizes = {name: (matrix.shape.out, matrix.shape.in_) for name, matrix in content.matrices.items()}
     return Clues(candidate.step, state, content.ranks, sizes, content.settings)
 
 
@@ -218,7 +218,7 @@ def _checkpoint(run: Path, candidate: CheckpointFolder, content: CheckpointConte
         for file in content.files.values()
         for part in file.parts
     )
-    shapes = {name: product.shape for name, product in content.matrices.items()}
+    shapes = {name: matrix.shape for name, matrix in content.matrices.items()}
     return Checkpoint(candidate.step, candidate.folder, segment, shapes, content.open, content.findings, inputs)
 
 

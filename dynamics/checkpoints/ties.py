@@ -34,17 +34,17 @@ _BLOCK = 2**24
 Tied = Mapping[str, str]
 
 
-def tied_matrices(weights: Weights, products: Mapping[str, StoredMatrix]) -> Tied:
+def tied_matrices(weights: Weights, matrices: Mapping[str, StoredMatrix]) -> Tied:
     """Return the name of each dense matrix that repeats another → the other's name.
 
     Args:
         weights: Their file.
-        products: The matrices; one that is not the view of a single tensor is tied to none.
+        matrices: The matrices; one that is not the view of a single tensor is tied to none.
     """
     names: dict[str, list[str]] = defaultdict(list)
-    for name, product in products.items():
-        if product.key:
-            names[product.key].append(name)
+    for name, matrix in matrices.items():
+        if matrix.key:
+            names[matrix.key].append(name)
     try:
         pairs = equal_keys(weights, sorted(names, key=lambda key: _rank(names[key][0])))
     except UnreadableFile:  # reported where its matrices are read
@@ -176,20 +176,20 @@ def tied_everywhere(states: Sequence[tuple[Collection[str], Tied]]) -> tuple[dic
     return {name: always.get(first, first) for name, first in always.items()}, untied
 
 
-def embedding_of(head: str, shape: MatrixShape, products: Mapping[str, StoredMatrix]) -> str | None:
+def embedding_of(head: str, shape: MatrixShape, matrices: Mapping[str, StoredMatrix]) -> str | None:
     """Return the name of the input embedding that a missing output layer is tied to, or ``None``.
 
     Args:
         head: Name of the missing matrix; it is an output layer only if its name says so.
         shape: Its shape in other checkpoints.
-        products: The saved matrices.
+        matrices: The saved matrices.
     """
     if not any(_ends(head, end) for end in _HEADS):
         return None
     fitting = [
         name
-        for name, product in products.items()
+        for name, matrix in matrices.items()
         if any(_ends(name, end) for end in _EMBEDDINGS)
-        and (product.shape.out, product.shape.in_) == (shape.out, shape.in_)
+        and (matrix.shape.out, matrix.shape.in_) == (shape.out, shape.in_)
     ]
     return min(fitting, key=_rank, default=None)
