@@ -239,7 +239,9 @@ def _runs(
         pairs = [(label, folder) for label, folders in run.items() for folder in _listed(folders)]
         return named_runs(pairs)
     if texts:
-        _deprecated("analyze_run({'name': 'run'})", "analyze_run(['run']) or analyze_run({'label': ['run']})", stacklevel=4)
+        _deprecated(
+            "analyze_run({'name': 'run'})", "analyze_run(['run']) or analyze_run({'label': ['run']})", stacklevel=4
+        )
     _refuse_names(texts)
     return Runs(texts, {name: label for name, label in (labels or {}).items() if label and name in texts})
 

@@ -11,15 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.checkpoints.base import Base
-from dynamics.checkpoints.candidates import (
-    DEFAULT,
-    MEGATRON,
-    NESTED,
-    AdapterFolder,
-    CheckpointFolder,
-    is_component,
-    remedy_for,
-)
+from dynamics.checkpoints.candidates import DEFAULT, AdapterFolder, CheckpointFolder, is_component
 from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.files import Weights, read_json
 from dynamics.checkpoints.folders import other_weights
@@ -27,6 +19,7 @@ from dynamics.checkpoints.formats import describe, is_adapter, kind_beside, read
 from dynamics.checkpoints.formats.peft import SAVED, TOKENS, WEIGHTS, saved_modules
 from dynamics.checkpoints.formats.peft_config import CONFIG, AdapterFile, Budget
 from dynamics.checkpoints.formats.transformers import has_stacked_layers, read_dense, read_whole_model, ties_embeddings
+from dynamics.checkpoints.formats.unread import MEGATRON, NESTED, remedy_for
 from dynamics.checkpoints.initial_adapters import InitialAdapter, counted_from_start
 from dynamics.checkpoints.matrices import FileContent, Refusal, StoredMatrix, open_matrices, total
 from dynamics.checkpoints.names import natural_order, parse_key, shown, shown_path

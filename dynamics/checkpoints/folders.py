@@ -19,8 +19,6 @@ from dynamics.checkpoints.candidates import (
     holds_weights,
     is_state_folder,
     of_file,
-    remedy_for,
-    unread_format,
 )
 from dynamics.checkpoints.errors import NotARun, UnreadableFile
 from dynamics.checkpoints.formats import diffusers
@@ -28,6 +26,7 @@ from dynamics.checkpoints.formats.mlx import ADAPTERS
 from dynamics.checkpoints.formats.peft import WEIGHTS
 from dynamics.checkpoints.formats.peft_config import CONFIG
 from dynamics.checkpoints.formats.transformers import lone_shards, whole_model
+from dynamics.checkpoints.formats.unread import remedy_for, unread_format
 from dynamics.checkpoints.names import natural_order, shown, shown_path
 from dynamics.checkpoints.series import Series, find_series
 from dynamics.checkpoints.steps import LARGEST_STEP, NamedStep, is_plain_step, named_step

@@ -1,8 +1,9 @@
-"""The formats of weight files, in one list. To add one, write a file that reads it, and list it in ``FORMATS``.
+"""The formats of adapters, in one list. To add one, write a file that reads it, and list it in ``FORMATS``.
 
-Trainers share names of files and of keys, so the particular comes before the general: first the trainers whose own
+The particular comes before the general, as trainers share names of files and of keys: first the trainers whose own
 configuration gives the scale, then libraries that are known by their keys, then PEFT, whose files need its
-configuration, last formats that are known and not read.
+configuration, last those that are known and not analysed. Whole models are in ``transformers`` and ``distributed``,
+formats of files that cannot be opened in ``unread``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Formats that are not read are named, with what makes them readable; what lies beside the weights is never silent."""
+"""Formats that are not read are named, with what makes them readable."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from dynamics.checkpoints import NotARun, open_trajectory
-from tests.dynamics.checkpoints.test_folders import FIRST, LAST, assert_updates, products
-from tests.runs import write_run
+from tests.dynamics.checkpoints.test_folders import products
 from tests.whole_models import write_distributed
 
 A, B = torch.randn(4, 16), torch.randn(24, 4)
@@ -133,15 +132,3 @@ def test_remedies_that_make_a_state_readable_do(tmp_path: Path) -> None:
     for run in (lightning, litgpt):
         assert products(open_trajectory(run).checkpoints[1])["layers.0.q"].unique().tolist() == [2.0]
     assert products(open_trajectory(mlx).checkpoints[0])["q"].unique().tolist() == [20.0]
-
-
-def test_the_trainer_s_state_is_no_weights(tmp_path: Path) -> None:
-    write_run(tmp_path, {10: FIRST, 20: LAST})
-    states = ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin", "optimizer.bin", "scaler.pt")
-    for step in (10, 20):
-        for name in (*states, "random_states_0.pkl", "sampler.bin"):
-            torch.save({"state": torch.ones(3, 3)}, tmp_path / f"checkpoint-{step}" / name)
-        write_distributed(tmp_path / f"checkpoint-{step}" / "optimizer_0", {"state": torch.ones(3, 3)})
-    trajectory = open_trajectory(tmp_path)
-    assert_updates(trajectory.checkpoints[1], LAST)
-    assert {finding.code for finding in trajectory.findings} == {"OD117"}
