@@ -30,6 +30,7 @@ from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.names import shown
 from dynamics.text import first_line
 
+_AGAIN = "Save or copy the file again."
 _LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 _LFS_REMEDY = "Run `git lfs pull` in the clone, then copy the file itself."
 #: Bytes; configurations and training states are smaller.
@@ -66,7 +67,7 @@ def read_start(path: Path, code: str, count: int = 64) -> tuple[int, bytes]:
     except OSError as error:
         raise UnreadableFile(code, f"It cannot be read: {first_line(error)}.", "Copy it again.") from error
     if status.st_size == 0:
-        raise UnreadableFile(code, "It is empty (zero bytes).", "Save or copy it again.")
+        raise UnreadableFile(code, "It is empty (zero bytes).", _AGAIN)
     if start.startswith(_LFS_HEAD):
         problem = f"It is a Git-LFS pointer ({status.st_size} bytes), not the file itself."
         raise UnreadableFile("OD107", problem, _LFS_REMEDY)
@@ -90,7 +91,7 @@ def read_text(path: Path, code: str) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except ValueError as error:
-        raise UnreadableFile(code, f"It is not valid JSON: {first_line(error)}.", "Save or copy it again.") from error
+        raise UnreadableFile(code, f"It is not valid JSON: {first_line(error)}.", _AGAIN) from error
     except OSError as error:
         raise UnreadableFile(code, f"It cannot be read: {first_line(error)}.", "Copy it again.") from error
     # Counted before parsing, so that signs within texts count, too; a log has few.
@@ -118,10 +119,9 @@ def read_json(path: Path, code: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UnreadableFile(code, f"It is not valid JSON: {first_line(error)}.", "Save or copy it again.") from error
+        raise UnreadableFile(code, f"It is not valid JSON: {first_line(error)}.", _AGAIN) from error
     if not isinstance(content, dict):
-        problem = f"Expected a JSON object, got {type(content).__name__}."
-        raise UnreadableFile(code, problem, "Save or copy it again.")
+        raise UnreadableFile(code, f"Expected a JSON object, got {type(content).__name__}.", _AGAIN)
     return content
 
 
@@ -143,7 +143,6 @@ TORCH_DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 _BLOCK = 2**22
 #: The limit of the safetensors format, in bytes.
 _HEADER_LIMIT = 100_000_000
-_AGAIN = "Save or copy the file again."
 #: Torch's words about a pickle that would build an object, as opposed to a damaged one.
 _OBJECTS = re.compile(r"GLOBAL|unrecognized function|Trying to (call|instantiate|load)|Can only (create|build)")
 
