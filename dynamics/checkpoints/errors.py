@@ -48,6 +48,6 @@ class UnreadableFile(OSError):
             step: The step of its checkpoint, if it is in one.
 
         >>> str(UnreadableFile("OD101", "It is empty.").to_finding("checkpoint-5/adapter_model.safetensors"))
-        'checkpoint-5/adapter_model.safetensors: It is empty.'
+        'OD101 checkpoint-5/adapter_model.safetensors: It is empty.'
         """
         return Finding(self.code, self.problem, self.remedy, file=file, step=step)
