@@ -80,7 +80,7 @@ def expert_matrices(
     }
     if len(fitting) != 1:
         why = "more than one order fits the shapes" if fitting else "no order fits the shapes and ranks"
-        reason = f"Its parameters {', '.join(candidates)} cannot be told apart: {why}."
+        reason = f"Its parameters {', '.join(candidates)} cannot be distinguished: {why}."
         return {name: Refusal("OD105", reason, _REMEDY)}
     ((order, count),) = fitting.items()
     matrices: dict[str, StoredMatrix | Refusal] = {}

@@ -288,7 +288,7 @@ def _fault(
         return Refusal("OD103", f"It has only lora_{', lora_'.join(sorted(keys))}: no LoRA factors.", _SAVE)
     for factor, partner in (pair, pair[::-1]):
         if partner not in keys:
-            return Refusal("OD104", f"lora_{factor} is there without lora_{partner}.", _SAVE)
+            return Refusal("OD104", f"It has lora_{factor}, but no lora_{partner}.", _SAVE)
     plain = {*pair, "E"} if config.peft_type == "ADALORA" else {*pair, "magnitude_vector"}
     further = sorted(set(keys) - plain)
     if further:

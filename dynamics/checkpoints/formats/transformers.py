@@ -146,6 +146,8 @@ def _part(index: int, tensor: Tensor) -> Tensor:
     return tensor[index]
 
 
+# --- quantised weights ------------------------------------------------------------------------------------------------
+
 #: What the weight of a module is called once it is quantised: by bitsandbytes, fp8 and torchao (``weight``), GPTQ and
 #: AWQ, compressed-tensors, quanto, HQQ, AQLM, QuIP#, ExLlamaV2, VPTQ.
 _PACKED = frozenset(
@@ -219,6 +221,8 @@ def _is_companion(key: str, tensors: Mapping[str, TensorInfo], packed: Iterable[
     stem = f"{module}.{match['weight']}" if match["weight"] else module
     return any(name in tensors or name in packed for name in (stem, f"{stem}.weight", module, f"{module}.weight"))
 
+
+# --- shards -----------------------------------------------------------------------------------------------------------
 
 _SUFFIXES = (".safetensors", ".bin")
 #: The largest models have some hundred shards.
@@ -345,6 +349,8 @@ def _shard_of_each(shard_names: Mapping[str, str], shards: list[str], parts: tup
             raise UnreadableFile("OD101", problem, _AGAIN)
     return shard_of
 
+
+# --- files of a folder ------------------------------------------------------------------------------------------------
 
 _NAMES = ("model", "pytorch_model", "diffusion_pytorch_model")
 #: In the order of preference of transformers, then of diffusers; last what accelerate gathers under FSDP.

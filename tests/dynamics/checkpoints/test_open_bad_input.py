@@ -490,8 +490,8 @@ def test_rank_unlike_the_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "replacement", "code", "message"),
     [
-        ("lora_B", None, "OD104", "lora_A is there without lora_B"),
-        ("lora_A", None, "OD104", "lora_B is there without lora_A"),
+        ("lora_B", None, "OD104", "It has lora_A, but no lora_B"),
+        ("lora_A", None, "OD104", "It has lora_B, but no lora_A"),
         ("lora_B", torch.zeros(12, 5), "OD104", "lora_A [4, 10] and lora_B [12, 5] do not multiply"),
         ("lora_B", torch.zeros(12), "OD104", "lora_B has shape [12]"),
         ("lora_A", torch.zeros(0, 10), "OD104", "lora_A has shape [0, 10]"),

@@ -91,4 +91,4 @@ def test_parameters_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> Non
     assert trajectory.matrices == ("q_proj",)
     (finding,) = [f for f in trajectory.findings if f.code == "OD105"]
     assert finding.matrix == "experts"
-    assert "first, second cannot be told apart" in finding.message
+    assert "first, second cannot be distinguished" in finding.message
