@@ -136,6 +136,18 @@ UPDATE_COORDINATES: Mapping[str, str] = {
     "storage": "matrix",
 }
 
+#: The Trainer's log, a row for each logged (segment, step).
+TRAINING: Mapping[str, Variable] = {"value": Variable(("log", "metric"), "as logged", "logged number")}
+#: Coordinates of /training, and of /score where the scores are from the Trainer's log.
+LOG_COORDINATES: Mapping[str, Variable] = {
+    "metric": Variable(("metric",), "1", "name of the number in the log"),
+    "log_segment": Variable(("log",), "1", "number of the training"),
+    "log_step": Variable(("log",), "1", "optimizer step"),
+    "step": Variable(("step",), "1", "optimizer step"),
+    "task": Variable(("task",), "1", "name of the score in the log"),
+    "segment": Variable(("step",), "1", "number of the training"),
+}
+
 SCORE: Mapping[str, Variable] = {
     "score": Variable(("step", "task"), "task units", "score"),
     "items": Variable(("step", "task"), "1", "number of items scored"),

@@ -79,9 +79,9 @@ def write_adapters(run: Path, *, frozen: bool, names: tuple[str, str]) -> Path:
 @pytest.mark.parametrize(
     ("names", "frozen", "reason"),
     [
-        (("policy", "reference"), False, "reference is called like an adapter that is only compared with"),
-        (("policy", "ref_model"), False, "ref_model is called like"),
-        (("actor", "critic"), False, "critic is called like"),
+        (("policy", "reference"), False, "reference is a reference or another model, going by its name"),
+        (("policy", "ref_model"), False, "ref_model is a reference or another model"),
+        (("actor", "critic"), False, "critic is a reference or another model"),
         (("train", "start"), True, "start holds the same weights from step 10 to 20"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dynamics.checkpoints import open_trajectory
-from dynamics.checkpoints.checkpoint import Content
+from dynamics.checkpoints.checkpoint import CheckpointContent
 from dynamics.spectra import path as path_module
 from dynamics.spectra.path import path_of, path_shape
 from tests.captures import drifting
@@ -115,8 +115,8 @@ def counted_openings(monkeypatch, trajectory):
             yield matrices
         opened[0] -= 1
 
-    actual = Content.open
-    monkeypatch.setattr(Content, "open", counted)
+    actual = CheckpointContent.open
+    monkeypatch.setattr(CheckpointContent, "open", counted)
     for checkpoint in trajectory.checkpoints:
         object.__setattr__(checkpoint, "open", checkpoint.open.__self__.open)
     return lambda: opened[1]
