@@ -13,7 +13,6 @@ import xarray as xr
 from dynamics.relate import statements
 from dynamics.relate.correlation import common_grid
 from dynamics.relate.inputs import HEADLINE, as_measures, as_scores, cluster_codes, look_like_repeats
-from dynamics.relate.mixed_models import NOT_FITTED, mixed_model
 from dynamics.relate.pairwise import (
     LEAST_STEPS,
     LEAST_UNITS,
@@ -26,12 +25,9 @@ from dynamics.relate.pairwise import (
 )
 from dynamics.relate.permutations import DRAWS, EXACT_UNITS, LEVEL, false_discovery_rates
 from dynamics.relate.score_tables import ALL, better
-from dynamics.relate.variables import ASSOCIATION
-from dynamics.schema import labelled
+from dynamics.schema import ASSOCIATION, labelled
 
 Given = Literal["loss", "trend"]
-#: Tasks whose mixed model is fitted, which takes a tenth of a second each.
-_MIXED = 16
 
 
 def associate(
@@ -85,9 +81,8 @@ def associate(
         Variables over ``(measure, task)``: ``coefficient``, ``low``, ``high`` (the interval that belongs to the
         decision: it excludes 0 exactly where the association is shown), ``p_value``, ``p_familywise`` (max-T),
         ``q_value`` (Benjamini–Hochberg), ``smallest_p``, ``smallest_p_adjusted``, ``decidable``, ``holds``,
-        ``coefficient_given_loss``, ``n_runs``, ``n_units``, ``n_steps``, ``mixed_slope`` and its interval (headline
-        measure, eight runs or more), ``method``, ``reason`` and ``statement``. Attributes: ``question``, ``headline``,
-        ``given``, ``statements``, ``repeats``.
+        ``coefficient_given_loss``, ``n_runs``, ``n_units``, ``n_steps``, ``method``, ``reason`` and ``statement``.
+        Attributes: ``question``, ``headline``, ``given``, ``statements``, ``repeats``.
 
     Raises:
         ValueError: If dimensions or coordinates are missing, the headline is not a measure, no run is in both, a run
@@ -137,7 +132,6 @@ def associate(
         if equal is None or question != "over_steps"
         else coefficients(x.values, y.values, cluster, replace(asked, covariate=equal))
     )
-    columns |= _mixed(x.values, y.values, [(clusters is None) & (measure == headline) for measure, _ in names], shape)
     sign = dict(zip(y["task"].values.tolist(), y["direction"].values.tolist(), strict=True))
     words = statements.Asked(
         question=question,
@@ -254,22 +248,6 @@ def _leading_statements(
             reasons.setdefault(flat["reason"][place], []).append(names[place][1])
     said = [str(flat["statement"][place]) for place in order if not flat["reason"][place]]
     return said + [statements.nothing_said(headline, tasks, reason) for reason, tasks in reasons.items()]
-
-
-def _mixed(x: np.ndarray, y: np.ndarray, fitted: Sequence[bool], shape: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Mixed models of the headline measure with the first tasks; x and y ``[run, step, measure | task]``."""
-    models = []
-    for place, wanted in enumerate(fitted):
-        measure, task = divmod(place, shape[1])
-        both = np.isfinite(x[..., measure]) & np.isfinite(y[..., task])
-        grid = common_grid(both, 2) if wanted and task < _MIXED else None
-        chosen = grid and np.ix_(grid.runs, grid.steps)
-        models.append(mixed_model(x[..., measure][chosen], y[..., task][chosen]) if chosen else NOT_FITTED)
-    rows = [asdict(model) for model in models]
-    return {
-        f"mixed_{name}": np.array([row[name] for row in rows]).reshape(shape)
-        for name in ("slope", "low", "high", "converged")
-    }
 
 
 def _left_out(of_runs: xr.DataArray, turned: xr.DataArray, runs: Sequence[str]) -> list[str]:

@@ -13,16 +13,12 @@ import xarray as xr
 from dynamics.relate import statements
 from dynamics.relate.differences import (
     Difference,
-    paired_difference,
     relabelled_difference,
     students_test,
-    unpaired_difference,
 )
 from dynamics.relate.inputs import HEADLINE, as_measures, pair_labels
-from dynamics.relate.matched_loss import at_loss, common_levels
 from dynamics.relate.permutations import DRAWS, LEVEL, PermutationTest, false_discovery_rates
-from dynamics.relate.variables import COMPARISON
-from dynamics.schema import labelled
+from dynamics.schema import COMPARISON, labelled
 
 #: How differences are tested.
 _PAIRED = "mean of paired differences; p is the larger of exact sign flips of pairs and Student's t test"
@@ -38,7 +34,6 @@ def compare(
     *,
     pairs: Mapping[str, str] | None = None,
     headline: str = HEADLINE,
-    loss: xr.DataArray | None = None,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> xr.Dataset:
@@ -57,7 +52,6 @@ def compare(
             seeds are no reason to pair runs that share neither data order nor initial adapter.
         headline: The measure named before looking: the p-value of its mean over steps is adjusted for the number of
             comparisons only. Everything else is adjusted over measures (and over steps) too.
-        loss: ``(run, step)``, on a common probe set: then differences are also given at equal loss, descriptively.
         draws, seed: Of random relabellings, where there are more than 10 000.
 
     Returns:
@@ -67,8 +61,7 @@ def compare(
         0 exactly where the difference is shown), ``mean_effect_size``, ``mean_p_value``, ``mean_p_familywise``,
         ``mean_q_value``, ``holds``, ``smallest_p``, ``smallest_p_adjusted``, ``decidable``, ``n_units``, ``n_steps``,
         ``statement``. Over ``comparison``: ``method``, ``n_pairs``, ``n_first``, ``n_second``. To draw: ``value(run,
-        step, measure)`` with ``group(run)``, and ``group_median(group, step, measure)``. With ``loss``:
-        ``at_loss_difference``, ``_low``, ``_high`` ``(comparison, measure, loss_level)``. A step counts where every run
+        step, measure)`` with ``group(run)``, and ``group_median(group, step, measure)``. A step counts where every run
         of the two groups has the measure.
 
     Raises:
@@ -89,12 +82,11 @@ def compare(
     if unknown:
         raise ValueError(f"pairs: expected runs of the groups, got {', '.join(map(repr, unknown))}.")
     names = given["measure"].values.tolist()
-    levels = np.empty(0) if loss is None else common_levels(_losses(loss, given, groups))
     contrasts = list(combinations(groups, 2))
     least = 2 if pairs is not None else _least(pairs=True, comparisons=len(contrasts))
     units = [_units(groups, *contrast, labels, least) for contrast in contrasts]
     found = [
-        _compared(given, contrast, of, headline, len(contrasts), draws, seed) | _at_loss(given, of, loss, levels)
+        _compared(given, contrast, of, headline, len(contrasts), draws, seed)
         for contrast, of in zip(contrasts, units, strict=True)
     ]
     paired_runs = {run for of in units if of.paired for run in of.runs}
@@ -110,7 +102,7 @@ def compare(
         "run_group": ("run", [group for group, runs in groups.items() for _ in runs]),
         "run_pair": ("run", [labels.get(run, "") if run in paired_runs else "" for run in members]),
     }
-    dataset = xr.Dataset(labelled(COMPARISON, columns), coords if loss is None else coords | {"loss_level": levels})
+    dataset = xr.Dataset(labelled(COMPARISON, columns), coords)
     place = names.index(headline)
     dataset.attrs = {
         "headline": headline,
@@ -295,34 +287,6 @@ def _means(given: xr.DataArray, units: Sequence[Sequence[str]]) -> np.ndarray:
     """Mean over each unit's runs, ``[unit, measure, step]``."""
     rows = [given.sel(run=list(runs)).transpose("run", "measure", "step").values.mean(0) for runs in units]
     return np.stack(rows)
-
-
-def _losses(loss: xr.DataArray, given: xr.DataArray, groups: Mapping[str, Sequence[str]]) -> np.ndarray:
-    if set(loss.dims) != {"run", "step"}:
-        raise ValueError(f"loss: expected the dimensions ('run', 'step'), got {loss.dims}.")
-    members = [run for runs in groups.values() for run in runs]
-    return loss.transpose("run", "step").reindex(run=members, step=given["step"]).values.astype(np.float64)
-
-
-def _at_loss(
-    given: xr.DataArray, units: _Units, loss: xr.DataArray | None, levels: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Differences and intervals at equal loss, ``[measure, loss_level]``; no tests."""
-    if loss is None:
-        return {}
-    moved = {
-        run: at_loss(given.sel(run=run).values, _losses(loss, given, {"": [run]})[0], levels).T for run in units.runs
-    }
-    sides = [
-        np.stack([np.mean([moved[run] for run in unit], axis=0) for unit in side])
-        for side in (units.first, units.second)
-    ]
-    found = (paired_difference if units.paired else unpaired_difference)(*sides)
-    return {
-        "at_loss_difference": found.difference,
-        "at_loss_low": found.low,
-        "at_loss_high": found.high,
-    }
 
 
 def _to_draw(given: xr.DataArray, groups: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:

@@ -26,7 +26,6 @@ def association_notes(association: xr.Dataset) -> list[Finding]:
         *_undecidable(association, "n_units"),
         *_left_out(association),
         *_repeats(association),
-        *_not_converged(association),
         *_directions(association),
     ]
 
@@ -87,18 +86,6 @@ def _repeats(result: xr.Dataset) -> Iterator[Finding]:
             f"{'; '.join(result.attrs['repeats'])}.",
             "If they share a model or data that others do not, say so with clusters={run: what it shares}.",
             evidence={"sets": list(result.attrs["repeats"])},
-        )
-
-
-def _not_converged(result: xr.Dataset) -> Iterator[Finding]:
-    failed = np.isfinite(result["mixed_slope"].values) & ~result["mixed_converged"].values
-    if failed.any():
-        tasks = [str(task) for task in result["task"].values[failed.any(0)]]
-        yield Finding(
-            "OD510",
-            f"The mixed model of {result.attrs['headline']} did not converge for {', '.join(tasks[:_NAMED])}.",
-            "Read the permutation result instead; it does not depend on the model.",
-            evidence={"tasks": tasks},
         )
 
 

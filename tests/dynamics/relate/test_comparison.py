@@ -121,17 +121,6 @@ def test_runs_without_partners_are_named():
     assert "OD511" in {finding.code for finding in comparison_notes(found)}
 
 
-def test_at_equal_loss():
-    first, second = draws(12, 4), draws(13, 4)
-    values, groups = grouped(first, second)
-    loss = xr.DataArray(np.tile([2.0, 1.0], (8, 1)), {"run": values["run"].values, "step": STEPS}, ("run", "step"))
-    found = compare(values, groups, headline="m", loss=loss).isel(comparison=0, measure=0)
-    at_high, at_low = (first - second).mean(0)
-    levels = found["loss_level"].values
-    assert ((levels >= 1) & (levels <= 2)).all()
-    np.testing.assert_allclose(found["at_loss_difference"], at_low + (levels - 1) * (at_high - at_low), atol=1e-9)
-
-
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
