@@ -28,7 +28,7 @@ from dynamics.checkpoints.logs import log_groups
 from dynamics.findings import Finding
 from dynamics.recording.checkpoint_probe import Loader, load_function, probe_checkpoints
 from dynamics.relate.association import Given
-from dynamics.relate.run_measures import MEASURES, Related, relate
+from dynamics.relate.run_measures import MEASURES, Related, relate_runs
 from dynamics.relate.score_files import read_scores, score_files
 from dynamics.report import summarise
 from dynamics.spectra.against_base import beside_base
@@ -399,7 +399,7 @@ def add_relations(
     rows = [row for file in files for row in file.rows]
     directions = dict.fromkeys(options.higher, "higher") | dict.fromkeys(options.lower, "lower")
     try:
-        related = relate(
+        related = relate_runs(
             named,
             rows,
             headline=options.headline,

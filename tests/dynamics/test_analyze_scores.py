@@ -170,7 +170,7 @@ def test_relations_that_fail_cost_only_themselves(runs, scores, tmp_path, monkey
     def fail(*_, **__):
         raise ZeroDivisionError("no")
 
-    monkeypatch.setattr("dynamics.pipeline.relate", fail)
+    monkeypatch.setattr("dynamics.pipeline.relate_runs", fail)
     found = analyze(*labelled(runs), "--scores", scores, "--out", tmp_path / "o", "--no-report")
     assert found.exit_code == 1
     assert "OD515" in found.stderr

@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 from scipy import stats
 
-from dynamics.relate import associate, association_notes
+from dynamics.relate import associate, findings_of
 from dynamics.relate.correlation import centred_curves
 
 RUNS = [f"r{number}" for number in range(5)]
@@ -105,12 +105,12 @@ def test_with_the_loss_held_equal_a_common_cause_is_gone():
     )
     assert plain["coefficient"] > 0.7
     assert plain["holds"]
-    assert "Runs that learn faster can show both." in plain["statement"].item()
+    assert "Faster learning alone could cause both." in plain["statement"].item()
     assert abs(equal["coefficient"]) < 0.4
     assert not equal["holds"]
     assert "with the training loss held equal" in equal["statement"].item()
     assert beside["coefficient_given_loss"].item() == pytest.approx(equal["coefficient"].item())
-    assert f"with the training loss held equal r = {equal['coefficient']:.2f}" in beside["statement"].item().replace(
+    assert f"With the training loss held equal, r = {equal['coefficient']:.2f}." in beside["statement"].item().replace(
         "−", "-"
     )
 
@@ -208,7 +208,7 @@ def test_too_few_runs_are_not_decided(runs, smallest):
     assert found["smallest_p"].item() >= smallest / 2
     assert not found["decidable"]
     assert not found["holds"]
-    assert f"cannot be decided with n = {runs}; the smallest possible p is" in found["statement"].item()
+    assert found["statement"].item().startswith(f"{runs} runs are too few to decide whether m goes with t/accuracy")
 
 
 def test_one_run_is_described_without_a_p_value():
@@ -217,7 +217,7 @@ def test_one_run_is_described_without_a_p_value():
     found = associate(measures(x, runs=["r"], steps=steps), scores(y, runs=["r"], steps=steps), headline="m")
     assert found.attrs["question"] == "one_run"
     assert np.isnan(found["p_value"]).all()
-    assert "no p-value is given for one run" in found["statement"].values[0, 0]
+    assert "There is no p-value for one run." in found["statement"].values[0, 0]
     assert found["effective_steps"].values[0, 0] <= 20
 
 
@@ -242,13 +242,13 @@ def test_a_constant_measure_has_a_reason():
     found = associate(measures(np.ones((5, 4))), scores(draws(14)), headline="m").isel(measure=0, task=0)
     assert np.isnan(found["coefficient"])
     assert found["reason"].item() == "one of the two does not vary"
-    assert found["statement"].item().startswith("Nothing can be said of m")
+    assert found["statement"].item().startswith("m cannot be related to t/accuracy")
 
 
 def test_repeats_and_left_out_runs_are_noted():
     names = ["a_s1", "a_s2", "b_s1", "b_s2", "c"]
     found = associate(measures(draws(15), runs=names), scores(draws(16)[:4], runs=names[:4]), headline="m")
-    assert {"OD508", "OD509"} <= {finding.code for finding in association_notes(found)}
+    assert {"OD508", "OD509"} <= {finding.code for finding in findings_of(found)}
 
 
 def test_clusters_are_the_units():
