@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.findings import Finding
-from dynamics.relate.score_tables import direction_remedy
+from dynamics.relate.directions import direction_remedy
 from dynamics.text import counted, p_value, some
 
 _NAMED = 8
