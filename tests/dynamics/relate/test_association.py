@@ -9,7 +9,6 @@ import xarray as xr
 from scipy import stats
 
 from dynamics.relate import associate, findings_of
-from dynamics.relate.correlation import centred_curves
 
 RUNS = [f"r{number}" for number in range(5)]
 STEPS = [10, 20, 30, 40]
@@ -113,28 +112,6 @@ def test_with_the_loss_held_equal_a_common_cause_is_gone():
     assert f"With the training loss held equal, r = {equal['coefficient']:.2f}." in beside["statement"].item().replace(
         "−", "-"
     )
-
-
-def test_a_covariate_is_removed_as_by_least_squares_with_dummies_of_runs_and_steps():
-    rng = np.random.default_rng(2)
-    x, loss = rng.standard_normal((2, 6, 9))
-    smooth = loss
-    for _ in range(2):
-        wide = np.concatenate([smooth[:, :1], smooth, smooth[:, -1:]], axis=1)
-        smooth = (wide[:, :-2] + 2 * wide[:, 1:-1] + wide[:, 2:]) / 4
-    dummies = [np.kron(np.eye(6), np.ones((9, 1))), np.kron(np.ones((6, 1)), np.eye(9))]
-    design = np.hstack([*dummies, *(smooth.reshape(-1, 1) ** power for power in (1, 2, 3))])
-    residuals = x.ravel() - design @ np.linalg.lstsq(design, x.ravel(), rcond=None)[0]
-    np.testing.assert_allclose(
-        centred_curves(x, loss).ravel(), residuals / np.linalg.norm(residuals), rtol=1e-8, atol=1e-10
-    )
-
-
-def test_the_trend_of_each_run_is_removed():
-    rng = np.random.default_rng(3)
-    x = rng.standard_normal((6, 8))
-    sloped = x + rng.standard_normal((6, 1)) * np.arange(8)
-    np.testing.assert_allclose(centred_curves(x, slopes=True), centred_curves(sloped, slopes=True), atol=1e-10)
 
 
 def test_pairs_with_other_runs_are_other_families():
