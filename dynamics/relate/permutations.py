@@ -151,8 +151,8 @@ class MaxT:
         unknown = np.isnan(observed)
 
         def share(limit: np.ndarray) -> np.ndarray:
-            reached = 1 - np.searchsorted(largest, limit, side="left") / len(largest)
-            return np.where(unknown, np.nan, np.minimum(1.0, families * reached))
+            reached = len(largest) - np.searchsorted(largest, limit, side="left")  # counted: 1 − 0.95 is more than 0.05
+            return np.where(unknown, np.nan, np.minimum(1.0, families * reached / len(largest)))
 
         over_all = np.where(unknown, np.nan, _critical(largest[:, None], self.level / families))
         return PermutationTest(p_value, share(observed), smallest_p, share(most), critical, over_all)

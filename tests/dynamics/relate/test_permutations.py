@@ -68,6 +68,15 @@ def test_p_values_are_shares_of_relabellings():
     np.testing.assert_allclose(test.smallest_familywise, [(largest >= value).mean() for value in most])
 
 
+def test_a_statistic_exceeds_the_critical_value_exactly_where_its_p_value_is_at_most_the_level():
+    rng = np.random.default_rng(1)
+    statistics = np.abs(rng.standard_normal((400, 300)))
+    statistics[0] *= rng.uniform(0.5, 3, 300)
+    test = permutation_test(statistics)
+    np.testing.assert_array_equal(statistics[0] > test.critical, test.p_value <= 0.05)
+    np.testing.assert_array_equal(statistics[0] > test.critical_familywise, test.p_familywise <= 0.05)
+
+
 def test_ties_up_to_rounding_count():
     statistics = np.array([[1.0], [-1.0 + 1e-13], [1.0 + 1e-13], [0.5]])
     assert permutation_test(statistics).p_value.tolist() == [0.75]
