@@ -22,7 +22,7 @@ from dynamics.checkpoints.logs import log_groups
 from dynamics.findings import Finding
 from dynamics.recording.checkpoint_probe import Loader, load_function, probe_checkpoints
 from dynamics.relate.association import Given
-from dynamics.relate.run_measures import MEASURES, relate
+from dynamics.relate.run_measures import MEASURES, relate_runs
 from dynamics.relate.score_files import read_scores, score_files
 from dynamics.report import summarise
 from dynamics.spectra.against_base import beside_base
@@ -532,7 +532,7 @@ def add_relations(
     directions = dict.fromkeys(options.higher, "higher") | dict.fromkeys(options.lower, "lower")
     findings = [finding for file in files for finding in file.findings]
     try:
-        related = relate(
+        related = relate_runs(
             runs,
             rows,
             headline=options.headline,

@@ -8,7 +8,7 @@ import xarray as xr
 
 from dynamics import plot
 from dynamics.plot.figures import figures
-from dynamics.relate.run_measures import UPDATE_HEADLINE, relate
+from dynamics.relate.run_measures import UPDATE_HEADLINE, relate_runs
 from dynamics.relate.score_files import ScoreRow
 from dynamics.report.page import MOST_PAIRS, MOST_STATEMENTS, related_sections
 from tests.trees import example_tree
@@ -29,7 +29,7 @@ def groups():
         for step in (100, 200, 300, 400)
         for task in ("vqa/accuracy", "$x$/f1")
     ]
-    return relate(trees, rows, labels={run: run[:-3] for run in RUNS}).groups
+    return relate_runs(trees, rows, labels={run: run[:-3] for run in RUNS}).groups
 
 
 def texts(figure):
@@ -105,7 +105,7 @@ def test_many_tasks_stay_within_a_page():
         for step in (100, 200, 300, 400)
         for number in range(300)
     ]
-    group = relate(trees, rows).groups["association"]
+    group = relate_runs(trees, rows).groups["association"]
     assert group.sizes["task"] == 301
     grid, forest = plot.association_grid(group), plot.association(group)
     assert max(*grid.get_size_inches(), *forest.get_size_inches()) <= 30
@@ -123,7 +123,7 @@ def test_many_tasks_stay_within_a_page():
 def test_tasks_with_the_same_reason_share_a_sentence():
     trees = {run: example_tree(run=run, steps=4, matrices=3) for run in RUNS[:2]}
     rows = [ScoreRow(run, 100, f"task{number}/accuracy", 0.5) for run in trees for number in range(100)]
-    group = relate(trees, rows).groups["association"]
+    group = relate_runs(trees, rows).groups["association"]
     assert len(group.attrs["statements"]) == 1
     assert "and 93 more: no run has a step with both." in group.attrs["statements"][0]
 
