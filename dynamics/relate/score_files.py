@@ -14,7 +14,7 @@ from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.files import read_json, read_text
 from dynamics.checkpoints.logs import SCORE_PREFIX, is_score
 from dynamics.checkpoints.names import shown
-from dynamics.checkpoints.steps import named_step
+from dynamics.checkpoints.steps import LARGEST_STEP, named_step
 from dynamics.checkpoints.trainings import parse_training_state
 from dynamics.findings import Finding
 from dynamics.text import first_line
@@ -205,7 +205,7 @@ def _checkpoint_of(content: Mapping[str, Any], path: Path) -> tuple[int, str | N
 def _step_of(name: str) -> int | None:
     """Return the step in the name of a checkpoint's folder."""
     step = named_step(name)
-    return step.number if step is not None and step.is_plain and step.number < 2**63 else None
+    return step.number if step is not None and step.is_plain and step.number <= LARGEST_STEP else None
 
 
 def _numbers_only(pairs: Iterable[tuple[ScoreRow, Any]], path: Path) -> ScoreFile:
@@ -281,7 +281,7 @@ def _table_row(cells: Mapping[str, str], run: str | None) -> tuple[ScoreRow | No
     score, step = _number(cells["score"]), _number(cells["step"] or None)
     quoted = {name: shown(repr(cell), _LONGEST_CELL) for name, cell in cells.items()}
     problems = [] if math.isfinite(score) else [f"score {quoted['score']}"]
-    if cells["step"] and not (math.isfinite(step) and step.is_integer() and 0 <= step < 2**63):
+    if cells["step"] and not (math.isfinite(step) and step.is_integer() and 0 <= step <= LARGEST_STEP):
         problems.append(f"step {quoted['step']}")
     problems += [
         f"{name} {quoted[name]}"
