@@ -6,9 +6,9 @@ import xarray as xr
 
 from dynamics.findings import Finding
 from dynamics.spectra import raw
-from dynamics.spectra.dataset import measured
+from dynamics.spectra.dataset import SAME_SPECTRA, measured
 from dynamics.spectra.raw import Place
-from dynamics.store.merge import AGREEMENT, merge, raw_of, translated
+from dynamics.store.merge import merge, raw_of, translated
 from tests.captures import drifting, records
 from tests.runs import NAMES, random_factors
 
@@ -53,7 +53,7 @@ def assert_same_at(found, expected, step):
 def test_where_both_have_a_step_the_record_wins_with_its_own_from_step():
     checkpoints, training = raw_steps([10, 20]), captured([5, 10, 15, 20])
     # Within what counts as agreement, but not the same: so it shows whose number stands there.
-    checkpoints["singular_value"].values *= 1 + AGREEMENT / 10
+    checkpoints["singular_value"].values *= 1 + SAME_SPECTRA / 10
     merged, findings = merge(checkpoints, training)
     assert findings == []
     assert column(merged, "from_step") == {5: 0, 10: 5, 15: 10, 20: 15}
@@ -143,7 +143,7 @@ def test_if_no_common_step_agrees_they_are_a_training_of_their_own():
     (finding,) = findings
     assert (finding.code, finding.severity, finding.step) == ("OD308", "warning", None)
     assert finding.evidence["steps"] == [10, 20]
-    assert finding.evidence["largest_difference"] > AGREEMENT
+    assert finding.evidence["largest_difference"] > SAME_SPECTRA
     assert "At steps 10, 20" in finding.message
     assert "No common step agrees, so the captured steps are numbered as a training of their own." in finding.message
 
@@ -158,7 +158,7 @@ def test_where_a_step_does_not_agree_nothing_of_the_checkpoint_is_kept():
 def test_a_difference_below_the_threshold_is_none_and_one_above_it_is_named():
     for factor, codes in ((0.9, []), (1.1, ["OD308"])):
         checkpoints = raw_steps([10])
-        checkpoints["singular_value"].values[0, TOTAL, 1] *= 1 / (1 - factor * AGREEMENT)
+        checkpoints["singular_value"].values[0, TOTAL, 1] *= 1 / (1 - factor * SAME_SPECTRA)
         _, findings = merge(checkpoints, captured([10]))
         assert [finding.code for finding in findings] == codes
         assert all(finding.matrix == NAMES[1] for finding in findings)
