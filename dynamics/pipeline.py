@@ -31,12 +31,12 @@ from dynamics.relate.association import Given
 from dynamics.relate.run_measures import MEASURES, Related, relate
 from dynamics.relate.score_files import read_scores, score_files
 from dynamics.report import summarise
-from dynamics.spectra.against_base import beside_base
-from dynamics.spectra.dataset import raw_spectra
+from dynamics.spectra.against_base import compare_with_base
 from dynamics.spectra.measures import rank_pattern
 from dynamics.spectra.null_models import SEED
-from dynamics.spectra.path import path_of
-from dynamics.spectra.weights import weights_of
+from dynamics.spectra.path import training_path
+from dynamics.spectra.trajectory import trajectory_spectra
+from dynamics.spectra.weights import weights
 from dynamics.store import FOLDER, RESULT, encodable_dataset, provenance, staged, write_text, write_tree, writing
 from dynamics.store.opening import add_findings, incomplete
 from dynamics.store.records import Captured, joined_fisher, joined_scores
@@ -326,7 +326,7 @@ def measure(
         done += matrices
         progress(trajectory.name, done, total)
 
-    checkpoints, found = raw_spectra(trajectory, device=device, progress=advance) if total else (None, [])
+    checkpoints, found = trajectory_spectra(trajectory, device=device, progress=advance) if total else (None, [])
     inputs = [{**file, "step": checkpoint.step} for checkpoint in trajectory.checkpoints for file in checkpoint.inputs]
     if trajectory.base is not None:
         inputs += [{**file, "step": trajectory.base.step, "role": "base"} for file in trajectory.base.inputs]
@@ -353,11 +353,11 @@ def _of_checkpoints(
 
     shown = advance if options.intruders else lambda matrices: None
     makers: dict[str, Callable[[], xr.Dataset | None]] = {
-        "path": lambda: path_of(trajectory),
-        "base": lambda: beside_base(trajectory, update, directions=options.intruders, progress=shown),
+        "path": lambda: training_path(trajectory),
+        "base": lambda: compare_with_base(trajectory, update, directions=options.intruders, progress=shown),
     }
     if options.weights:
-        makers["weights"] = lambda: weights_of(trajectory)
+        makers["weights"] = lambda: weights(trajectory)
     failures: list[Finding] = []
     groups = {name: attempt(f"/{name}", make, failures) for name, make in makers.items()}
     return {name: dataset for name, dataset in groups.items() if dataset is not None}, failures

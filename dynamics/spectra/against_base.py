@@ -18,6 +18,7 @@ from jaxtyping import Float
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
+from dynamics import schema
 from dynamics.checkpoints.trajectory import Matrix, OpenCheckpoint, Trajectory, UnreadableMatrix
 from dynamics.spectra.cache import content_key, read_tensors, write_tensors
 from dynamics.spectra.dense import gram
@@ -235,23 +236,8 @@ def _norm(update: Matrix) -> float:
 #: Part of the key under which a decomposition is kept: another algorithm, another number.
 _VERSION = 1
 
-_PER_MATRIX = {
-    "base_norm": ("weight", "Frobenius norm of the base", "‖W⁰‖_F"),
-    "overlap_left": ("1", "overlap of left subspaces", "‖U_kᵀU⁰_k‖_F²/k of update and base; 1: the same subspace"),
-    "overlap_right": ("1", "overlap of right subspaces", "‖V_kᵀV⁰_k‖_F²/k of update and base"),
-    "overlap_left_null": ("1", "overlap of left subspaces by chance", "k/out"),
-    "overlap_right_null": ("1", "overlap of right subspaces by chance", "k/in"),
-    "energy_left": ("1", "energy of the update in the base's leading left directions", "‖U⁰_kᵀΔW‖_F²/‖ΔW‖_F²"),
-    "energy_right": ("1", "energy of the update in the base's leading right directions", "‖ΔW V⁰_k‖_F²/‖ΔW‖_F²"),
-    "intruders": ("1", "intruder dimensions", "of the k leading left directions of W⁰ + ΔW: max_i |⟨u, u⁰_i⟩| < ε"),
-    "intruders_null": ("1", "intruder dimensions by chance", "mean over updates of the same σ, turned at random"),
-    "intruder_energy": ("1", "energy in intruder dimensions", "their share of the k leading σ²"),
-    "intruder_energy_null": ("1", "energy in intruder dimensions by chance", "as for intruders_null"),
-}
-_REFERENCE = "Shuttleworth et al. 2024"
 
-
-def beside_base(
+def compare_with_base(
     trajectory: Trajectory,
     raw_update: xr.Dataset,
     *,
@@ -283,19 +269,14 @@ def beside_base(
             if name in before.shapes:
                 rows[name] = _of_matrix(name, before, after, k if directions else 0)
             progress(1)
-    nothing: dict[str, float] = {}
-    columns = {key: np.array([rows.get(name, nothing).get(key, np.nan) for name in names]) for key in _PER_MATRIX}
-    if not directions:
-        columns = {"base_norm": columns["base_norm"]}
+    per_matrix = [name for name in schema.BASE if name != "relative_size"] if directions else ["base_norm"]
+    arrays = {name: np.array([rows.get(matrix, {}).get(name, np.nan) for matrix in names]) for name in per_matrix}
     values = raw_update["singular_value"].sel(kind="total").values
     norm = np.where(np.isfinite(values).any(-1), np.sqrt(np.nansum(values**2, -1)), np.nan)
-    size = np.divide(norm, columns["base_norm"], out=np.full_like(norm, np.nan), where=columns["base_norm"] > 0)
-    relative = {"units": "1", "long_name": "relative size of the update", "definition": "‖ΔW‖_F/‖W⁰‖_F"}
+    base_norm = arrays["base_norm"]
+    arrays["relative_size"] = np.divide(norm, base_norm, out=np.full_like(norm, np.nan), where=base_norm > 0)
     return xr.Dataset(
-        {
-            "relative_size": (("step", "matrix"), size, relative),
-            **{key: ("matrix", column, _attributes(key)) for key, column in columns.items()},
-        },
+        schema.labelled(schema.BASE, arrays),
         coords={"step": raw_update["step"].variable, "matrix": raw_update["matrix"].variable},
         attrs={"k": k, "cosine": INTRUDER_COSINE, "at_step": last.step, "directions": int(directions)},
     )
@@ -351,9 +332,3 @@ def _decomposition(weight: Tensor, k: int) -> Decomposition:
         kept = {"left": whole.left.float(), "values": whole.values, "right": whole.right[:, :k].float()}
         write_tensors(key, kept)
     return Decomposition(kept["left"].double(), kept["values"].double(), kept["right"].double())
-
-
-def _attributes(name: str) -> dict[str, str]:
-    units, long_name, definition = _PER_MATRIX[name]
-    found = {"units": units, "long_name": long_name, "definition": definition}
-    return found | ({"reference": _REFERENCE} if "intruder" in name else {})

@@ -22,7 +22,7 @@ ABSURD = 1e3
 UNUSED = 0.5
 
 
-def notes(update: xr.Dataset) -> list[Finding]:
+def findings_of(update: xr.Dataset) -> list[Finding]:
     """Findings that follow from the numbers of ``/update`` alone."""
     return [
         *_zero_updates(update),

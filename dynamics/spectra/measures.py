@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -238,49 +238,22 @@ def hoyer(values: Any) -> Tensor:
     return _missing_where(undefined | (root <= 1), (root - ratio) / (root - 1))
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A measure as the result stores it.
-
-    Args:
-        function: Singular values ``[..., rank]`` to ``[...]``.
-        units: As written into the result.
-        definition: The formula in words and signs.
-        reference: Where it comes from.
-    """
-
-    function: Callable[[Tensor], Tensor]
-    units: str
-    definition: str
-    reference: str
-
-
-#: Measures that need nothing but the singular values. Those that need a tolerance or a null model
-#: (numerical_rank, marchenko_pastur_outliers, entropy_deficit, null_percentile) are added where these are known.
-MEASURES: Mapping[str, Measure] = {
-    "entropy_energy": Measure(
-        spectral_entropy, "nat", "−Σ p ln p with p = σ²/Σσ²", "Shannon entropy of the normalised squared spectrum"
-    ),
-    "entropy_amplitude": Measure(
-        lambda values: spectral_entropy(values, "amplitude"), "nat", "−Σ p ln p with p = σ/Σσ", "Roy & Vetterli 2007"
-    ),
-    "effective_rank_energy": Measure(
-        effective_rank, "1", "exp(−Σ p ln p) with p = σ²/Σσ²", "exp of Shannon's entropy of the energies"
-    ),
-    "effective_rank_amplitude": Measure(
-        lambda values: effective_rank(values, "amplitude"), "1", "exp(−Σ p ln p) with p = σ/Σσ", "Roy & Vetterli 2007"
-    ),
-    "participation_ratio": Measure(participation_ratio, "1", "(Σσ²)²/Σσ⁴", "Rényi number of order 2 of the energies"),
-    "stable_rank": Measure(stable_rank, "1", "Σσ²/σ₁²", "Rudelson & Vershynin 2007"),
-    "nuclear_rank": Measure(nuclear_rank, "1", "Σσ/σ₁", "nuclear over spectral norm"),
-    "dominant_ratio": Measure(dominant_ratio, "1", "σ₁²/Σσ²", "1/stable rank"),
-    "energy_top_k": Measure(energy_top_k, "1", f"share of Σσ² in the {TOP_K} largest directions", "explained variance"),
-    "rank_at_energy": Measure(
-        rank_at_energy, "1", f"fewest directions holding {ENERGY_SHARE:.0%} of Σσ²", "explained variance"
-    ),
-    "condition_number": Measure(condition_number, "1", "σ₁ over the smallest of the stored σ", "Golub & Van Loan"),
-    "gini": Measure(gini, "1", "Gini coefficient of σ², zeros counted", "Gini 1912"),
-    "hoyer": Measure(hoyer, "1", "(√r − ‖σ‖₁/‖σ‖₂)/(√r − 1), zeros counted", "Hoyer 2004"),
+#: Measures that need nothing but the singular values, ``[..., rank]`` to ``[...]``; ``schema.MEASURES`` defines them.
+#: Those that need a tolerance or a null model are added where these are known.
+MEASURES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "entropy_energy": spectral_entropy,
+    "entropy_amplitude": partial(spectral_entropy, weights="amplitude"),
+    "effective_rank_energy": effective_rank,
+    "effective_rank_amplitude": partial(effective_rank, weights="amplitude"),
+    "participation_ratio": participation_ratio,
+    "stable_rank": stable_rank,
+    "nuclear_rank": nuclear_rank,
+    "dominant_ratio": dominant_ratio,
+    "energy_top_k": energy_top_k,
+    "rank_at_energy": rank_at_energy,
+    "condition_number": condition_number,
+    "gini": gini,
+    "hoyer": hoyer,
 }
 
 

@@ -294,7 +294,7 @@ def dense_draws(out: int, in_: int) -> int:
 
 
 def _null_model(spectra: Float[Tensor, "*cells draws k"]) -> NullModel:
-    values = {name: measure.function(spectra) for name, measure in measures.MEASURES.items()}
+    values = {name: measure(spectra) for name, measure in measures.MEASURES.items()}
     edge = top_to_median(spectra)
     values["marchenko_pastur_outliers"] = outliers(spectra, edge[..., None])
     low, high = zip(*(_points(value, QUANTILES) for value in values.values()), strict=True)

@@ -134,16 +134,6 @@ def noise_profile(weight: Float[Tensor, "out in"]) -> NoiseProfile:
     return NoiseProfile(squared.sum(1).cpu() / 12, squared.sum(0).cpu() / 12)
 
 
-DEFINITIONS = {
-    "rounding_edge": "√(largest row sum of v) + √(largest column sum of v), v = ulp²/12 of the stored weights; of "
-    "dense matrices, NaN for factors",
-    "rank_above_rounding": "number of σ > rounding_edge; of dense matrices, NaN for factors",
-    "entropy_energy_above_rounding": "−Σ p ln p over σ > rounding_edge, p ∝ σ² − mean v·max(out, in); NaN where "
-    "nothing is left",
-    "effective_rank_energy_above_rounding": "exp(entropy_energy_above_rounding)",
-}
-
-
 def above_rounding(
     values: Float[np.ndarray, "step kind matrix index"],
     edge: Float[np.ndarray, "step kind matrix"],

@@ -92,7 +92,7 @@ def translated(checkpoints: xr.Dataset, names: Mapping[str, str]) -> xr.Dataset:
 
 
 def raw_of(update: xr.Dataset) -> xr.Dataset:
-    """The raw dataset from which a finished ``/update`` was measured; ``measured`` makes the same of it again.
+    """The raw dataset from which a finished ``/update`` was measured; ``measure_update`` makes the same of it again.
 
     Args:
         update: The ``/update`` group of a result.
@@ -109,9 +109,7 @@ def raw_of(update: xr.Dataset) -> xr.Dataset:
     if set(raw.ADDED) <= set(update):
         arrays |= {name: update[name].values for name in raw.ADDED}
     kept = update[["singular_value", "count", "factor_rank", "decomposition"]]
-    kept = kept.assign(
-        {name: (raw.UPDATE[name].dims, array, schema.attributes(raw.UPDATE[name])) for name, array in arrays.items()}
-    )
+    kept = kept.assign(schema.labelled(raw.UPDATE, arrays))
     return raw.completed(kept)
 
 

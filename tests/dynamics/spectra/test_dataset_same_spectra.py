@@ -6,10 +6,10 @@ import pytest
 import torch
 import xarray as xr
 
+from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.spectra import raw
 from dynamics.spectra.dataset import SAME_SPECTRA, same_spectra
-from dynamics.spectra.raw import Place
-from dynamics.spectra.walk import MatrixSpectra, solve
+from dynamics.spectra.walk import MatrixSpectra, solve_batch
 from probes.low_rank import LowRankMatrix
 
 SIZE, RANK = 32, 4
@@ -19,9 +19,9 @@ HALF_PLACES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def update_of(factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> xr.Dataset:
-    solved = solve([LowRankMatrix(left, right, 2.0) for left, right in factors.values()])
+    solved = solve_batch([LowRankMatrix(left, right, 2.0) for left, right in factors.values()])
     results = {(1, name): one.spectra for name, one in zip(factors, solved, strict=True)}
-    return raw.raw_update({1: (0, 0)}, dict.fromkeys(factors, Place(SIZE, SIZE, RANK, "F32")), results)
+    return raw.raw_update({1: (0, 0)}, dict.fromkeys(factors, MatrixShape(SIZE, SIZE, RANK, "F32")), results)
 
 
 def update_with(**totals: list[float]) -> xr.Dataset:
@@ -29,7 +29,7 @@ def update_with(**totals: list[float]) -> xr.Dataset:
         (1, name): MatrixSpectra(torch.tensor(total, dtype=torch.float64), None, 0.0, 0.0, math.nan, (len(total), 0))
         for name, total in totals.items()
     }
-    return raw.raw_update({1: (0, 0)}, dict.fromkeys(totals, Place(3, 3, 3, "F32")), results)
+    return raw.raw_update({1: (0, 0)}, dict.fromkeys(totals, MatrixShape(3, 3, 3, "F32")), results)
 
 
 def trained(seed: int, steps: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
