@@ -50,12 +50,12 @@ from tests.golden_inputs import (
 INTENDED: tuple[Intended, ...] = (
     Intended(
         "*",
-        "/path/segment",
+        "*/path/segment",
         "renamed",
         "a dimension has this name now, so its number at a step has another",
         "step_segment",
     ),
-    Intended("*", "/path/training", "renamed", "one word for a training's number, as everywhere else", "segment"),
+    Intended("*", "*/path/training", "renamed", "one word for a training's number, as everywhere else", "segment"),
 )
 #: Input to analyses that are compared by a test, too.
 KEPT = {"pydoc_lora": ("some_matrices",), "kohya": ("run",), "first_format": ("analysed", "capture", "stored")}
