@@ -19,7 +19,7 @@ singular value of noise with variances v_ij is at most about
 The difference of two stored weights carries the noise of both, so noise alone has singular values up to that edge. What
 lies beyond it is counted. Noise of mean variance ν adds about ν·max(out, in) to each σ², so the entropy above rounding
 is that of σ² − ν·max(out, in) over the σ beyond the edge. The edge is conservative: weak directions can lie below it.
-Where most entries did not change at all the noise is over-predicted. A product of rounded factors has no such edge: NaN.
+Where most entries did not change at all the noise is over-predicted. A product of rounded factors has no edge: NaN.
 """
 
 from __future__ import annotations
