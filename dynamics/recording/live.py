@@ -367,8 +367,9 @@ class LiveSpectra:
 
 def _shape(watched: Watched) -> MatrixShape:
     matrix = watched.read(_shape_only)
+    out, in_ = matrix.shape
     rank = matrix.rank if isinstance(matrix, LowRankMatrix) else 0
-    return MatrixShape(*matrix.shape, rank, _STORAGE.get(matrix.dtype, "F32"))
+    return MatrixShape(out, in_, rank, _STORAGE.get(matrix.dtype, "F32"))
 
 
 def _shape_only(parameter: nn.Parameter) -> Tensor:

@@ -163,14 +163,16 @@ def solve_batch(
         workspace: Buffers to use again, of this thread.
     """
     if isinstance(now[0], Tensor):
-        before, begin = (_dense(past, len(now)) for past in (previous and previous.matrices, start))
-        return [_solve_dense(*ends) for ends in zip(_dense(now, len(now)), before, begin, strict=True)]
+        before, first = (
+            [None] * len(now) if past is None else _dense(past) for past in (previous and previous.matrices, start)
+        )
+        return [_solve_dense(*ends) for ends in zip(_dense(now), before, first, strict=True)]
     begins = None if start is None else factored(start)
     return _solve_factors(factored(now), previous, begins, device, workspace or Workspace())
 
 
-def _dense(matrices: Sequence[Matrix] | None, count: int) -> Sequence[Tensor | None]:
-    return [None] * count if matrices is None else [matrix for matrix in matrices if isinstance(matrix, Tensor)]
+def _dense(matrices: Sequence[Matrix]) -> list[Tensor]:
+    return [matrix for matrix in matrices if isinstance(matrix, Tensor)]
 
 
 def factored(matrices: Sequence[Matrix]) -> list[LowRankMatrix]:
