@@ -25,12 +25,12 @@ from dynamics.relate.association import Given
 from dynamics.relate.run_measures import MEASURES, relate_runs
 from dynamics.relate.score_files import read_scores, score_files
 from dynamics.report import summarise
-from dynamics.spectra.against_base import beside_base
-from dynamics.spectra.dataset import raw_spectra
+from dynamics.spectra.against_base import compare_with_base
 from dynamics.spectra.measures import rank_pattern
 from dynamics.spectra.null_models import SEED
-from dynamics.spectra.path import path_of
-from dynamics.spectra.weights import weights_of
+from dynamics.spectra.path import training_path
+from dynamics.spectra.trajectory import trajectory_spectra
+from dynamics.spectra.weights import weights
 from dynamics.store import RESULT, encodable_dataset, provenance, staged, write_text, write_tree, writing
 from dynamics.store.opening import add_findings, incomplete
 from dynamics.store.records import Captured, joined_fisher, joined_scores
@@ -453,7 +453,7 @@ def measure(
     total = sum(len(checkpoint.shapes) for checkpoint in trajectory.checkpoints)
     advance = _counter(progress, trajectory.name, total)
     device = resolve_device(options.device)
-    spectra, findings = raw_spectra(trajectory, device=device, progress=advance) if total else (None, [])
+    spectra, findings = trajectory_spectra(trajectory, device=device, progress=advance) if total else (None, [])
     inputs = [{**file, "step": checkpoint.step} for checkpoint in trajectory.checkpoints for file in checkpoint.inputs]
     if trajectory.base is not None:
         inputs += [{**file, "step": trajectory.base.step, "role": "base"} for file in trajectory.base.inputs]
@@ -485,11 +485,11 @@ def _groups_of_checkpoints(
     advance = _counter(progress, f"{trajectory.name}: base", update.sizes["matrix"])
     shown = advance if options.intruders else lambda matrices: None
     makers: dict[str, Callable[[], xr.Dataset | None]] = {
-        "path": lambda: path_of(trajectory),
-        "base": lambda: beside_base(trajectory, update, directions=options.intruders, progress=shown),
+        "path": lambda: training_path(trajectory),
+        "base": lambda: compare_with_base(trajectory, update, directions=options.intruders, progress=shown),
     }
     if options.weights:
-        makers["weights"] = lambda: weights_of(trajectory)
+        makers["weights"] = lambda: weights(trajectory)
     failures: list[Finding] = []
     groups = {name: attempt(f"/{name}", make, failures) for name, make in makers.items()}
     return {name: dataset for name, dataset in groups.items() if dataset is not None}, failures

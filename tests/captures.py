@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import xarray as xr
 
+from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.spectra import raw
-from dynamics.spectra.raw import GradientSpectrum, Place
-from dynamics.spectra.walk import Before, solve
+from dynamics.spectra.raw import GradientSpectrum
+from dynamics.spectra.walk import Previous, solve_batch
 from dynamics.store import CaptureStore
 from probes.low_rank import LowRankMatrix
 from tests.runs import Factors, adapter_config, random_factors
@@ -66,10 +67,11 @@ def records(
         now = [LowRankMatrix(left, right, scale) for left, right in factors.values()]
         if before is None and from_start:
             nothing = [LowRankMatrix(torch.zeros_like(left), right, scale) for left, right in factors.values()]
-            before = Before(nothing, [0.0] * len(nothing))
-        solved = solve(now, before)
+            before = Previous(nothing, [0.0] * len(nothing))
+        solved = solve_batch(now, before)
         places = {
-            name: Place(left.shape[0], right.shape[1], left.shape[1], "F32") for name, (left, right) in factors.items()
+            name: MatrixShape(left.shape[0], right.shape[1], left.shape[1], "F32")
+            for name, (left, right) in factors.items()
         }
         results = {(step, name): each.spectra for name, each in zip(factors, solved, strict=True)}
         made[step] = {"update": raw.raw_update({step: (0, previous)}, places, results)}
@@ -78,7 +80,7 @@ def records(
         cores = [each.cores for each in solved]
         known = [core for core in cores if core is not None]
         linked = len(known) == len(cores) and before is not None
-        before = Before(
+        before = Previous(
             now,
             [each.spectra.total_noise for each in solved],
             known if linked else None,
@@ -88,7 +90,7 @@ def records(
     return made
 
 
-def _gradient(step: int, places: Mapping[str, Place], number: int, spectra: bool) -> xr.Dataset:
+def _gradient(step: int, places: Mapping[str, MatrixShape], number: int, spectra: bool) -> xr.Dataset:
     generator = torch.Generator().manual_seed(step)
     gradients = {}
     for name, place in places.items():

@@ -71,6 +71,14 @@ INTENDED: tuple[Intended, ...] = (
         "missing",
         "Mixed models are dropped: under the null their interval excludes 0 in a third of cases.",
     ),
+    Intended(
+        "*",
+        "*/path/segment",
+        "renamed",
+        "a dimension has this name now, so its number at a step has another",
+        "step_segment",
+    ),
+    Intended("*", "*/path/training", "renamed", "one word for a training's number, as everywhere else", "segment"),
 )
 #: Largest number of differences printed for one input.
 SHOWN = 60

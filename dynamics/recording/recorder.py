@@ -296,7 +296,7 @@ class Recorder:
                 self._lost_start |= bool(change.restarted)
                 self._probe_follows(noticed, moved=True)
             spectra = self._live.measure()
-            if self._records is not None and self._live.places:
+            if self._records is not None and self._live.shapes:
                 update = self._update(step, spectra)
                 probed = self._probed(step)
                 numbers = update_numbers(update, gradient)
@@ -472,7 +472,7 @@ class Recorder:
 
     def _update(self, step: int, spectra: Mapping[str, MatrixSpectra]) -> xr.Dataset:
         results = {(step, name): each for name, each in spectra.items()}
-        return raw.raw_update({step: (0, self._from_step)}, self._live.places, results)
+        return raw.raw_update({step: (0, self._from_step)}, self._live.shapes, results)
 
     def _by_matrix(self, squared: Tensor | None, scale: float) -> list[float]:
         """Norm of each matrix's gradient, NaN where there is none to measure."""
@@ -488,7 +488,7 @@ class Recorder:
             # Where the norm is not known, what stands in for the gradient is no gradient of zero.
             spectrum = (None, 0) if math.isnan(norm_after) else spectra.get(name, (None, 0))
             gradients[name] = GradientSpectrum(norm_before, norm_after, *spectrum)
-        places = {name: place for name, place in self._live.places.items() if name in gradients}
+        places = {name: place for name, place in self._live.shapes.items() if name in gradients}
         return raw.raw_gradient(step, places, gradients)
 
     @contextmanager

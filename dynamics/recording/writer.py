@@ -9,12 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 from torch import Tensor
 
 from dynamics.findings import Finding
 from dynamics.recording.monitor import TrainingMonitor
+from dynamics.spectra.dataset import same_spectra
 from dynamics.spectra.null_models import SEED
 from dynamics.store import FOLDER, Capture, CaptureExists, CaptureStore, provenance, read_capture
 from dynamics.store.capture import CAPTURE, is_capture
@@ -23,8 +23,6 @@ from dynamics.text import encodable
 
 #: Findings about a change in the middle of a training: they stay true of it.
 CHANGES = ("OD313", "OD314", "OD315", "OD316")
-#: Up to this relative difference of spectra, a model is the one that a record was taken of.
-AGREES = 1e-2
 
 
 def store_path(run: Path) -> Path:
@@ -40,22 +38,6 @@ def earlier_capture(run: Path) -> Capture | None:
     """
     path = run / FOLDER / CAPTURE
     return read_capture(path) if is_capture(path) else None
-
-
-def agreement(record: xr.Dataset, now: xr.Dataset) -> float:
-    """Largest relative difference of the totals' singular values between two raw updates of one step.
-
-    >>> from dynamics.spectra.raw import raw_update
-    >>> agreement(raw_update({1: (0, -1)}, {}, {}), raw_update({1: (0, -1)}, {}, {}))
-    0.0
-    """
-    names = [name for name in record["matrix"].values.tolist() if name in set(now["matrix"].values.tolist())]
-    both = (each["singular_value"].sel(kind="total", matrix=names).values[0] for each in (record, now))
-    before, after = (np.nan_to_num(values) for values in both)
-    length = min(before.shape[-1], after.shape[-1])
-    largest = np.maximum(before.max(-1, initial=0), after.max(-1, initial=0))
-    apart = np.abs(before[..., :length] - after[..., :length]).max(-1, initial=0)
-    return float(np.divide(apart, largest, out=np.zeros_like(apart), where=largest > 0).max(initial=0.0))
 
 
 class Records:
@@ -242,10 +224,11 @@ def refuse_other_weights(earlier: Capture, step: int, now: xr.Dataset) -> bool:
     record = earlier.records.get(step)
     if record is None:
         return False
-    difference = agreement(record["update"], now)
-    if difference > AGREES:
+    agreement = same_spectra(record["update"], now)
+    if agreement.is_other:
         raise CaptureExists(
-            f"'{earlier.path}' has a record of step {step} whose spectra differ from the model's by {difference:.0%}: "
+            f"'{earlier.path}' has a record of step {step} whose spectra differ from the model's by "
+            f"{agreement.difference:.0%} ({agreement.matrix}): "
             "it is another training's, or the weights come from another checkpoint. "
             "Choose another folder, or move the capture away."
         )

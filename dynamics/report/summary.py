@@ -162,8 +162,8 @@ def _path(tree: xr.DataTree) -> dict[str, Any] | None:
     if "path" not in tree.children:
         return None
     path = tree["path"].to_dataset().load()
-    last = path.isel(training=-1)
-    own = path.isel(step=path["segment"].values == int(last["training"]))
+    last = path.isel(segment=-1)
+    own = path.isel(step=path["step_segment"].values == int(last["segment"]))
     return {
         "checkpoints": own.sizes["step"],
         "straightness": finite(own["straightness"][-1]),

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
@@ -25,21 +24,12 @@ import xarray as xr
 from dynamics import schema
 from dynamics.findings import Finding
 from dynamics.spectra import raw
+from dynamics.spectra.dataset import SAME_SPECTRA, Agreement, same_spectra
 from dynamics.text import some
 
-#: Spectra of one update that differ by more than this share of its norm are not of one training.
-AGREEMENT = 1e-3
 _TOTAL, _INCREMENT = range(len(schema.KINDS))
 _PER_KIND = ("singular_value", "count", "factor_rank", "decomposition", "noise_energy", "rounding_edge")
 _OF_INCREMENTS = ("left_factor_value", "right_factor_value", "left_factor_change", "right_factor_change")
-
-
-@dataclass(frozen=True)
-class _Difference:
-    """By how much record and checkpoint differ at one step, and in which matrix most."""
-
-    size: float
-    matrix: str
 
 
 def merge(checkpoints: xr.Dataset | None, records: xr.Dataset | None) -> tuple[xr.Dataset, list[Finding]]:
@@ -58,18 +48,18 @@ def merge(checkpoints: xr.Dataset | None, records: xr.Dataset | None) -> tuple[x
             raise ValueError("Expected checkpoints or captured steps, got neither.")
         return _without_dangling(raw.completed(one.copy(deep=True))), []
     common = np.intersect1d(checkpoints["step"].values, records["step"].values).tolist()
-    found = {step: _difference(checkpoints.sel(step=step), records.sel(step=step)) for step in common}
-    differences = {step: difference for step, difference in found.items() if difference is not None}
-    segment = _segment(checkpoints, differences)
+    agreements = {step: same_spectra(checkpoints.sel(step=step), records.sel(step=step)) for step in common}
+    segment = _segment(checkpoints, agreements)
     checkpoints, misplaced = _without_false_start(checkpoints, records, segment)
     own = dict(zip(checkpoints["step"].values.tolist(), checkpoints["segment"].values.tolist(), strict=True))
     records = records.assign_coords(segment=records["segment"].copy(data=np.full(records.sizes["step"], segment)))
     merged = raw.concatenate([_beside(checkpoints, records), records])
     for step in common:
-        if differences[step].size <= AGREEMENT if step in differences else own[step] == segment:
+        # Where nothing can be compared, a step belongs to the records' training or to another one.
+        if agreements[step].is_same or (not agreements[step].is_other and own[step] == segment):
             _add_totals(merged, checkpoints, step)
     _drop_inner_products(merged, checkpoints)
-    disagreeing = {step: each for step, each in differences.items() if each.size > AGREEMENT}
+    disagreeing = {step: agreement for step, agreement in agreements.items() if agreement.is_other}
     return _without_dangling(merged), [
         *misplaced,
         *([_finding(disagreeing, segment in own.values())] if disagreeing else []),
@@ -102,7 +92,7 @@ def translated(checkpoints: xr.Dataset, names: Mapping[str, str]) -> xr.Dataset:
 
 
 def raw_of(update: xr.Dataset) -> xr.Dataset:
-    """The raw dataset from which a finished ``/update`` was measured; ``measured`` makes the same of it again.
+    """The raw dataset from which a finished ``/update`` was measured; ``measure_update`` makes the same of it again.
 
     Args:
         update: The ``/update`` group of a result.
@@ -119,42 +109,18 @@ def raw_of(update: xr.Dataset) -> xr.Dataset:
     if set(raw.ADDED) <= set(update):
         arrays |= {name: update[name].values for name in raw.ADDED}
     kept = update[["singular_value", "count", "factor_rank", "decomposition"]]
-    kept = kept.assign(
-        {name: (raw.UPDATE[name].dims, array, schema.attributes(raw.UPDATE[name])) for name, array in arrays.items()}
-    )
+    kept = kept.assign(schema.labelled(raw.UPDATE, arrays))
     return raw.completed(kept)
 
 
-def _difference(checkpoint: xr.Dataset, record: xr.Dataset) -> _Difference | None:
-    """Of the totals at one step; ``None`` where no matrix is known in both."""
-    names, here, there = np.intersect1d(checkpoint["matrix"].values, record["matrix"].values, return_indices=True)
-    one, other = (
-        np.nan_to_num(each["singular_value"].values[_TOTAL, at]) for each, at in ((checkpoint, here), (record, there))
-    )
-    known = np.ones(len(names), dtype=bool)
-    for each, at in ((checkpoint, here), (record, there)):
-        known &= np.isfinite(each["singular_value"].values[_TOTAL, at]).any(-1)
-    if not known.any():
-        return None
-    longest = max(one.shape[-1], other.shape[-1])
-    one, other = (np.pad(each, ((0, 0), (0, longest - each.shape[-1]))) for each in (one, other))
-    largest = np.maximum(one.max(-1), other.max(-1))[:, None]
-    one, other = (np.divide(each, largest, out=np.zeros_like(each), where=largest > 0) for each in (one, other))
-    size = np.maximum(np.linalg.norm(one, axis=-1), np.linalg.norm(other, axis=-1))
-    distance = np.linalg.norm(one - other, axis=-1)
-    relative = np.where(known, np.divide(distance, size, out=np.zeros_like(size), where=size > 0), -1.0)
-    worst = int(relative.argmax())
-    return _Difference(float(relative[worst]), str(names[worst]))
-
-
-def _segment(checkpoints: xr.Dataset, differences: Mapping[int, _Difference]) -> int:
+def _segment(checkpoints: xr.Dataset, agreements: Mapping[int, Agreement]) -> int:
     """Number of the training that the records belong to."""
     own = dict(zip(checkpoints["step"].values.tolist(), checkpoints["segment"].values.tolist(), strict=True))
-    votes = Counter(own[step] for step, difference in differences.items() if difference.size <= AGREEMENT)
+    votes = Counter(own[step] for step, agreement in agreements.items() if agreement.is_same)
     if votes:
         return max(sorted(votes), key=votes.__getitem__)
     newest = max(own.values(), default=0)
-    return newest + 1 if differences else newest
+    return newest + 1 if any(agreement.is_other for agreement in agreements.values()) else newest
 
 
 def _without_false_start(
@@ -223,10 +189,10 @@ def _without_dangling(update: xr.Dataset) -> xr.Dataset:
     return update.assign_coords(from_step=update["from_step"].copy(data=origins))
 
 
-def _finding(differences: Mapping[int, _Difference], has_agreeing: bool) -> Finding:
-    steps = list(differences)
-    worst = max(differences, key=lambda step: differences[step].size)
-    size, matrix = differences[worst].size, differences[worst].matrix
+def _finding(disagreeing: Mapping[int, Agreement], has_agreeing: bool) -> Finding:
+    steps = list(disagreeing)
+    worst = max(disagreeing, key=lambda step: disagreeing[step].difference)
+    size, matrix = disagreeing[worst].difference, disagreeing[worst].matrix
     where = f"step{'s' if len(steps) > 1 else ''} {some(map(str, steps), 5)}"
     kept = (
         "" if has_agreeing else " No common step agrees, so the captured steps are numbered as a training of their own."
@@ -239,5 +205,5 @@ def _finding(differences: Mapping[int, _Difference], has_agreeing: bool) -> Find
         "Keep each training in a folder of its own, with its checkpoints and its capture.",
         matrix=matrix if len(steps) == 1 else "",
         step=steps[0] if len(steps) == 1 else None,
-        evidence={"steps": steps, "largest_difference": size, "matrix": matrix, "threshold": AGREEMENT},
+        evidence={"steps": steps, "largest_difference": size, "matrix": matrix, "threshold": SAME_SPECTRA},
     )

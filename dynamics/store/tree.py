@@ -14,10 +14,8 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
-from dynamics import schema
 from dynamics.checkpoints import LogEntry, NotARun, Trajectory, open_trajectory
 from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.logs import log_groups
@@ -26,19 +24,15 @@ from dynamics.checkpoints.trainings import read_training_state
 from dynamics.findings import Finding
 from dynamics.fisher import measured as measured_fisher
 from dynamics.fisher.findings import notes as fisher_notes
-from dynamics.spectra import findings as notes
-from dynamics.spectra.dataset import measured
-from dynamics.spectra.measures import known_quantiles
+from dynamics.spectra.dataset import measure_update
+from dynamics.spectra.findings import findings_of
 from dynamics.spectra.null_models import SEED
+from dynamics.spectra.path import renamed_path
 from dynamics.store import FOLDER, capture_path, encodable_dataset, provenance, read_capture
 from dynamics.store.capture import CAPTURE
 from dynamics.store.merge import merge, raw_of, translated
 from dynamics.store.records import Captured, captured, find_captured, finding_of, is_current, raw_fisher, with_probed
 from dynamics.text import encodable
-
-#: Of a gradient, over the steps: its size, and the measures.
-_OF_GRADIENTS = ("norm_before_clip", "norm_after_clip", "frobenius_norm", *schema.MEASURES)
-_BOUNDS = ("", "_low", "_high")
 
 
 @dataclass(frozen=True)
@@ -78,16 +72,14 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
     checkpoints, captured = parts.checkpoints, parts.captured
     if captured is None:
         raw_update, found = merge(checkpoints, None)
-        groups = measured(raw_update)
+        groups = measure_update(raw_update)
     else:
         live = None if checkpoints is None else translated(checkpoints, captured.live_names)
         raw_update, found = merge(live, captured.update)
-        groups = measured(raw_update, captured.gradient)
-        if "gradient" in groups:
-            groups["summary_gradient"] = quantiles_of_gradients(groups["gradient"], groups["null_gradient"])
+        groups = measure_update(raw_update, captured.gradient)
         if checkpoints is not None:
             groups["checkpoints"] = checkpoints
-    found += notes.notes(groups["update"])
+    found += findings_of(groups["update"])
     groups |= parts.logs
     if captured is not None and "base" in groups:
         groups["base"] = _live(groups["base"], captured.live_names)
@@ -136,35 +128,6 @@ def _own_findings(parts: Parts) -> list[Finding]:
     """Where the records say what matrices are called on disk, names as on disk need no mention."""
     known = parts.captured is not None and isinstance(parts.captured.attributes.get("disk_names"), dict)
     return [finding for finding in parts.findings if not (known and finding.code == "OD117")]
-
-
-def quantiles_of_gradients(gradient: xr.Dataset, null: xr.Dataset) -> xr.Dataset:
-    """``/summary_gradient``: quartiles over matrices, and medians of the null's mean and band."""
-    quartiles = {
-        f"{name}_quantile": (
-            ("step", "quantile"),
-            _over_matrices(gradient[name].values, schema.QUANTILES),
-            {"units": schema.GRADIENT[name].units, "long_name": f"{name} of the gradient, quartiles over matrices"},
-        )
-        for name in _OF_GRADIENTS
-    }
-    bands = {
-        f"{name}_null{bound}": (
-            "step",
-            _over_matrices(null[f"{name}{bound}"].values, (0.5,))[:, 0],
-            {"units": null[f"{name}{bound}"].attrs["units"], "long_name": f"{name} of the null, median over matrices"},
-        )
-        for name in schema.MEASURES
-        for bound in _BOUNDS
-        if f"{name}{bound}" in null
-    }
-    coords = {"step": gradient["step"].variable, "quantile": list(schema.QUANTILES)}
-    return xr.Dataset({**quartiles, **bands}, coords=coords)
-
-
-def _over_matrices(values: np.ndarray, quantiles: Sequence[float]) -> np.ndarray:
-    """Quantiles of the finite numbers of each step, ``(step, quantile)``; NaN where there are none."""
-    return known_quantiles(np.where(np.isfinite(values), values, np.nan), quantiles)
 
 
 #: Groups that the records do not change.
@@ -220,7 +183,11 @@ def with_capture(stored: xr.DataTree, store: Path) -> xr.DataTree:
         run=str(attributes["run"]),
         checkpoints=_checkpoints(stored),
         captured=records,
-        logs={name: stored[name].to_dataset() for name in _KEPT if name in stored.children},
+        logs={
+            name: renamed_path(stored[name].to_dataset()) if name == "path" else stored[name].to_dataset()
+            for name in _KEPT
+            if name in stored.children
+        },
         findings=[finding for finding in told if finding.code not in _FROM_NUMBERS],
         inputs=[each for each in json.loads(attributes["inputs"]) if "captured_steps" not in each],
         fisher=raw_fisher(stored),

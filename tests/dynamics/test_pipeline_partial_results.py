@@ -11,8 +11,8 @@ from dynamics.report import page
 from tests.runs import write_run
 
 PARTS = {
-    "/path": (pipeline, "path_of"),
-    "/base": (pipeline, "beside_base"),
+    "/path": (pipeline, "training_path"),
+    "/base": (pipeline, "compare_with_base"),
     "figures/": (plot, "figures"),
     "report.html": (page, "page"),
 }

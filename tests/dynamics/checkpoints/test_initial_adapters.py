@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dynamics.checkpoints import open_trajectory
-from dynamics.spectra.dataset import raw_spectra
+from dynamics.spectra.trajectory import trajectory_spectra
 from tests.runs import NAMES, adapter_config, random_factors, write_adapter, write_state
 
 METHODS = {"pissa_niter_16": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
@@ -35,7 +35,7 @@ def dense(step: int, name: str) -> torch.Tensor:
 
 
 def spectra(run: Path) -> dict[tuple[int, str, str], torch.Tensor]:
-    update, findings = raw_spectra(open_trajectory(run))
+    update, findings = trajectory_spectra(open_trajectory(run))
     assert not findings
     values = update["singular_value"]
     return {

@@ -5,12 +5,13 @@ import pytest
 import torch
 import xarray as xr
 
+from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.recording.monitor import TrainingMonitor
 from dynamics.spectra import raw
-from dynamics.spectra.raw import GradientSpectrum, Place
+from dynamics.spectra.raw import GradientSpectrum
 from dynamics.spectra.walk import MatrixSpectra
 
-PLACES = {"a": Place(6, 5, 2, "F32"), "b": Place(6, 5, 2, "F32")}
+PLACES = {"a": MatrixShape(6, 5, 2, "F32"), "b": MatrixShape(6, 5, 2, "F32")}
 
 
 def update(step: int, **totals: list[float]) -> xr.Dataset:

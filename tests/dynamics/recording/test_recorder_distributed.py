@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import dynamics
 from dynamics import DynamicsCallback, Recorder
-from dynamics.recording import live
+from dynamics.spectra import walk
 from dynamics.store import CaptureExists, read_capture
 from dynamics.store.capture import KIND
 from tests.distributed import RANKS, Ranks
@@ -102,7 +102,7 @@ class Gathers:
 
 def with_fsdp(run: Path, build: Callable[[], nn.Module]) -> tuple[int, int]:
     """Records written, and the most numbers that were gathered at once; each batch is one matrix."""
-    live._BATCH_BYTES = {"cpu": 1}
+    walk.BATCH_BYTES = {"cpu": 1}
     with Gathers() as gathers:
         return train(run, sharded(build()), batches()[:, dist.get_rank()]), gathers.peak
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.spectra import raw
-from dynamics.spectra.raw import GradientSpectrum, Place
+from dynamics.spectra.raw import GradientSpectrum
 from dynamics.store.records import record_problems
 from tests.captures import drifting, records
 from tests.runs import NAMES
@@ -129,7 +130,7 @@ def test_a_rank_that_would_fill_the_memory_is_refused():
 
 
 def test_a_dense_matrix_is_good():
-    places = {"a": Place(3, 5, 0, "BF16")}
+    places = {"a": MatrixShape(3, 5, 0, "BF16")}
     values = np.array([3.0, 2.0, 0.0])
     update = raw.raw_update({1: (0, -1)}, places, {})
     gradient = raw.raw_gradient(1, places, {"a": GradientSpectrum(np.inf, np.nan)})

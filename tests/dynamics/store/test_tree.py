@@ -2,17 +2,15 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from dynamics import schema
 from dynamics.findings import Finding
 from dynamics.spectra import raw
 from dynamics.store.records import find_captured
-from dynamics.store.tree import Parts, quantiles_of_gradients, result_tree
+from dynamics.store.tree import Parts, result_tree
 from tests.captures import drifting, records, write_capture
 from tests.runs import NAMES
-from tests.trees import example_tree
 
 
 def checkpoints(steps, seed=0, names=NAMES):
@@ -96,19 +94,3 @@ def test_text_that_no_file_holds_is_escaped(captured):
     tree = result_tree(Parts("caf\udce9", None, captured), {"runs": ["caf\udce9"]})
     assert tree.attrs["run"] == "caf\\udce9"
     json.dumps(tree.attrs, ensure_ascii=False).encode()
-
-
-def test_quartiles_of_gradients_are_those_of_the_finite_numbers():
-    tree = example_tree(gradients=[100, 200], matrices=5)
-    gradient, null = tree["gradient"].to_dataset().copy(deep=True), tree["null_gradient"].to_dataset()
-    gradient["norm_before_clip"].values[0, :2] = np.nan, np.inf
-    gradient["norm_before_clip"].values[1] = np.nan
-    summary = quantiles_of_gradients(gradient, null)
-    for number, quantile in enumerate(schema.QUANTILES):
-        column = summary["norm_before_clip_quantile"].values[:, number]
-        assert column[0] == pytest.approx(np.quantile(gradient["norm_before_clip"].values[0, 2:], quantile), rel=1e-14)
-        assert np.isnan(column[1])
-        found = summary["stable_rank_quantile"].values[:, number]
-        np.testing.assert_allclose(found, np.nanquantile(gradient["stable_rank"].values, quantile, axis=1))
-    np.testing.assert_allclose(summary["stable_rank_null_low"], np.nanmedian(null["stable_rank_low"].values, axis=1))
-    assert summary["norm_before_clip_quantile"].attrs["units"] == "loss/weight"
