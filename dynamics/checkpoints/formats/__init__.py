@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from dynamics.checkpoints.formats import diffusers
@@ -105,17 +105,17 @@ def read_adapter(file: AdapterFile) -> FileContent | None:
     Raises:
         UnreadableFile: ``OD102`` if its configuration cannot be used.
     """
-    keys = file.weights.tensors
-    for form in FORMATS:
-        if form.read is not None and form.recognises(file):
-            content = form.read(file)
-            title = describe(keys)
-            if content.refusal is not None and content.refusal.code == "OD106" and title is not None:
-                reason = f"It is {title}, although its configuration says {(file.config or {}).get('peft_type')}."
-                remedy = "Put the configuration and the weights of one adapter together."
-                return replace(content, refusal=Refusal("OD103", reason, remedy))
-            return content
-    return None
+    form = next((form for form in FORMATS if form.read is not None and form.recognises(file)), None)
+    if form is None or form.read is None:
+        return None
+    content = form.read(file)
+    title = describe(file.weights.tensors)
+    is_refused = content.refusal is not None and content.refusal.code != "OD106"
+    if form.read is not read_peft or content.ranks or is_refused or title is None:
+        return content
+    reason = f"It is {title}, although its configuration says {(file.config or {}).get('peft_type')}."
+    refusal = Refusal("OD103", reason, "Put the configuration and the weights of one adapter together.")
+    return FileContent(refusal=refusal, settings=content.settings)
 
 
 def describe(keys: Collection[str]) -> str | None:
