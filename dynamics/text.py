@@ -134,3 +134,22 @@ def some(names: Iterable[str], limit: int = 3) -> str:
     names = list(names)
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def sentence_case(text: str) -> str:
+    """Return text with its first letter as a capital; Greek symbols stay as they are.
+
+    >>> sentence_case("stable rank"), sentence_case("ρ of the Fisher")
+    ('Stable rank', 'ρ of the Fisher')
+    """
+    return text[:1].upper() + text[1:] if text[:1].isascii() else text
+
+
+def listed(parts: Iterable[str]) -> str:
+    """Return parts as one list in words.
+
+    >>> listed(["a"]), listed(["a", "b", "c"])
+    ('a', 'a, b and c')
+    """
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last

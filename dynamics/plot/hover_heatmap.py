@@ -11,7 +11,8 @@ from matplotlib.colors import Normalize, to_hex
 
 from dynamics.plot.heatmap import colour_range, describe_cells, per_cell, title_of_cells
 from dynamics.plot.select import RowGroup, axis_label, group, row_groups
-from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, sentence_case, shorten
+from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, shorten
+from dynamics.text import sentence_case
 
 #: A page with more cells than this opens slowly and shows the picture instead.
 MOST_CELLS = 12_000

@@ -10,8 +10,8 @@ import numpy as np
 import xarray as xr
 
 from dynamics import schema
-from dynamics.plot.style import sentence_case
 from dynamics.schema import ALL, last_step_with
+from dynamics.text import sentence_case
 
 #: How the units of the result are written on an axis.
 _UNITS = {

@@ -22,6 +22,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from dynamics.schema import GLOBAL
+from dynamics.text import sentence_case
 
 #: Okabe & Ito 2008, without yellow, which vanishes on white: distinguishable with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -125,15 +126,6 @@ def without_mathematics(texts: Iterable[Text]) -> None:
     """Draw texts from files as they are: a ``$`` in a matrix name starts no formula."""
     for text in texts:
         text.set_parse_math(False)
-
-
-def sentence_case(text: str) -> str:
-    """Return text with its first letter as a capital; Greek symbols stay as they are.
-
-    >>> sentence_case("stable rank"), sentence_case("ρ of the Fisher")
-    ('Stable rank', 'ρ of the Fisher')
-    """
-    return text[:1].upper() + text[1:] if text[:1].isascii() else text
 
 
 def shorten(name: str, length: int = 44) -> str:

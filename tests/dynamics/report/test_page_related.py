@@ -115,7 +115,7 @@ def test_many_tasks_stay_within_a_page():
     part = related_sections(tree, {})["association"]
     assert len(part["rows"]) == MOST_PAIRS
     assert {row[0] for row in part["rows"][:1]} <= set(group["measure"].values.tolist())
-    assert f"{MOST_PAIRS} of {301 * group.sizes['measure']:,} (shown" in part["words"]
+    assert f"{MOST_PAIRS} of {301 * group.sizes['measure']:,} rows: the significant ones" in part["caption"]
     assert len(part["statements"]) <= MOST_STATEMENTS
     assert len(part["statements"]) + part["more"] == len(group.attrs["statements"])
 
