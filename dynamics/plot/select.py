@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import fill
 
 import numpy as np
 import xarray as xr
@@ -20,8 +21,10 @@ _UNITS = {
     "loss/weight": "loss per weight unit",
     "(loss/weight)²": "loss²/weight²",
 }
-#: What titles call a variable whose long name is a phrase of its own.
-_SHORT = {"entropy_deficit": "entropy deficit"}
+#: What figures call a variable whose long name is a phrase.
+_SHORT = {"entropy_deficit": "entropy deficit", "path_length": "path length"}
+#: Characters of an axis label to a line.
+_LABEL_WIDTH = 36
 _KINDS = {"total": "of the total update", "increment": "of the increments"}
 #: A number that is a whole part of a name, such as a layer or an expert; not the 1 of fc1.
 _NUMBER = re.compile(r"(?:^|[.\[])(\d+)(?=[.\]]|$)")
@@ -85,7 +88,7 @@ def variable_of(dataset: xr.Dataset, name: str) -> xr.DataArray:
 
 
 def long_name(variable: str | xr.DataArray) -> str:
-    """Return what a variable is called: one of ``/update`` by its name, any other by its own attributes.
+    """Return what figures call a variable: one of ``/update`` by its name, any other by its own attributes.
 
     >>> long_name("effective_rank_energy")
     'effective rank (energy)'
@@ -99,28 +102,29 @@ def title_of(name: str, kind: str = "") -> str:
     >>> title_of("frobenius_norm", "total"), title_of("increment_cosine")
     ('Frobenius norm of the total update', 'cosine with the previous increment')
     """
-    named = _SHORT.get(name, long_name(name))
-    return f"{named.removesuffix(' of the update')} {_KINDS[kind]}" if kind else named
+    return f"{long_name(name)} {_KINDS[kind]}" if kind else long_name(name)
 
 
 def axis_label(variable: str | xr.DataArray) -> str:
     """Return the label of an axis: the quantity and its units.
 
     >>> axis_label("frobenius_norm"), axis_label("entropy_energy"), axis_label("stable_rank")
-    ('Frobenius norm of the update (weight units)', 'Spectral entropy (energy), nat', 'Stable rank')
+    ('Frobenius norm (weight units)', 'Spectral entropy (energy), nat', 'Stable rank')
     """
     name, units = _stated(variable)
     units = _UNITS.get(units, units)
     if units:
         name += f", {units}" if name.endswith(")") else f" ({units})"
-    return sentence_case(name)
+    return fill(sentence_case(name), _LABEL_WIDTH)
 
 
 def _stated(variable: str | xr.DataArray) -> tuple[str, str]:
     """Return long name and units."""
     if isinstance(variable, str):
         stated = schema.UPDATE.get(variable)
-        return (variable.replace("_", " "), "1") if stated is None else (stated.long_name, stated.units)
+        if stated is None:
+            return variable.replace("_", " "), "1"
+        return _SHORT.get(variable, stated.long_name.removesuffix(" of the update")), stated.units
     return str(variable.attrs.get("long_name", variable.name)), str(variable.attrs.get("units", "1"))
 
 

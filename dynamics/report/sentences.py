@@ -163,7 +163,7 @@ def informative_directions(summary: Mapping[str, Any]) -> list[str]:
         summary: Of one run, see ``summarise``.
 
     Returns:
-        Nothing where no Fisher was measured.
+        Nothing where no Fisher was setting.
     """
     fisher = summary["fisher"]
     if fisher is None:
@@ -175,14 +175,14 @@ def informative_directions(summary: Mapping[str, Any]) -> list[str]:
 def _spectrum(fisher: Mapping[str, Any]) -> str:
     name = _FISHERS.get(fisher["fisher"], f"{fisher['fisher']} Fisher".strip())
     samples, groups = fisher["samples"] or 0, fisher["groups"] or 0
-    measured = (
-        f"The {name} was measured at step {fisher['step']:,} with {counted(samples, 'probe sample')} in "
+    setting = (
+        f"The {name} was setting at step {fisher['step']:,} with {counted(samples, 'probe sample')} in "
         f"{counted(groups, 'group')}, in {fisher['space']} space ({_timing(fisher)})."
     )
     if fisher["spectral_entropy"]["value"] is None:
-        return f"{measured} It has no spectrum: see the findings."
+        return f"{setting} It has no spectrum: see the findings."
     ratio, participation = fisher["dominant_ratio"], fisher["participation_ratio"]
-    sentences = [measured, _entropy(fisher["spectral_entropy"], samples)]
+    sentences = [setting, _entropy(fisher["spectral_entropy"], samples)]
     others = []
     if ratio["low"] is not None:
         others.append(
@@ -229,7 +229,7 @@ def _update(concentration: Mapping[str, Any] | None) -> list[str]:
     verb = "hold" if row["k"] > 1 else "holds"
     sentences = [
         f"The {directions} of the Fisher {verb} {percent(row['captured'])} of the squared norm of the update to step "
-        f"{concentration['step']:,}, but {_percents(row['null_isotropic'])} of a random direction."
+        f"{concentration['step']:,} and {_percents(row['null_isotropic'])} of a random direction."
     ]
     if concentration["rayleigh_ratio"]["value"] is not None:
         ratio = _with_interval(concentration["rayleigh_ratio"])

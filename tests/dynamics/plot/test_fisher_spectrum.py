@@ -31,7 +31,7 @@ def test_says_what_it_shows(tree):
     assert axes.get_title(loc="left") == "Eigenvalues of the Fisher, step 300, chart"
     assert (axes.get_xlabel(), axes.get_ylabel()) == (
         "Index, largest first",
-        "Eigenvalue of the Fisher (loss²/weight²)",
+        "Eigenvalue of the Fisher\n(loss²/weight²)",
     )
     assert axes.get_yscale() == "log"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [

@@ -29,7 +29,7 @@ def test_says_what_it_shows(tree):
     figure = plot.heatmap(tree, variable="entropy_deficit", kind="increment")
     axes, bar = figure.axes
     assert axes.get_title(loc="left") == "Entropy deficit of the increments"
-    assert bar.get_ylabel() == "Entropy below the null model's mean (nat)"
+    assert bar.get_ylabel() == "Entropy deficit (nat)"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "200", "300", "400", "500", "600"]
     assert axes.get_yticklabels()[0].get_text() == "self_attn.q_proj\n0 to 2"
 

@@ -49,7 +49,7 @@ def test_says_what_it_shows(tree):
     axes = figure.axes[0]
     assert axes.get_title(loc="left") == "Entropy deficit of the increments"
     assert axes.get_xlabel() == "Optimizer step"
-    assert axes.get_ylabel() == "Entropy below the null model's mean (nat)"
+    assert axes.get_ylabel() == "Entropy deficit (nat)"
     assert labels(figure) == ["median over matrices", "quartiles"]
 
 

@@ -306,7 +306,7 @@ def test_very_many_matrices_are_told_in_part(monkeypatch):
 def test_too_many_cells_for_hover_are_a_picture(monkeypatch):
     monkeypatch.setattr(import_module("dynamics.plot.hover_heatmap"), "MOST_CELLS", 83)
     text = page(example_tree(), figures={"heatmap_frobenius_norm": "<svg><title>it</title></svg>"})
-    assert "There are too many cells for values on hover" in text
+    assert "There are too many cells to show values on hover" in text
     assert "<svg><title>it</title></svg>" in text
     assert 'class="cells"' not in text
 

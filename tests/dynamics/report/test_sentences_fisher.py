@@ -56,7 +56,7 @@ def test_the_update_stands_beside_both_nulls(fisher):
     isotropic, gradient = row["null_isotropic"], row["null_gradient"]
     assert (
         f"The 16 leading directions of the Fisher hold {percent(row['captured'])} of the squared norm of the update to "
-        f"step 300, but {percent(isotropic['value'])} (95 % interval {percent(isotropic['low'])} to "
+        f"step 300 and {percent(isotropic['value'])} (95 % interval {percent(isotropic['low'])} to "
         f"{percent(isotropic['high'])}) of a random direction."
     ) in beside_random
     assert "; a random direction has 1. These gradients cannot reach 4.0 % of the update, which is left out." in (
