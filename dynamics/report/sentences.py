@@ -163,7 +163,7 @@ def informative_directions(summary: Mapping[str, Any]) -> list[str]:
         summary: Of one run, see ``summarise``.
 
     Returns:
-        Nothing where no Fisher was setting.
+        Nothing where no Fisher was measured.
     """
     fisher = summary["fisher"]
     if fisher is None:
@@ -175,14 +175,14 @@ def informative_directions(summary: Mapping[str, Any]) -> list[str]:
 def _spectrum(fisher: Mapping[str, Any]) -> str:
     name = _FISHERS.get(fisher["fisher"], f"{fisher['fisher']} Fisher".strip())
     samples, groups = fisher["samples"] or 0, fisher["groups"] or 0
-    setting = (
-        f"The {name} was setting at step {fisher['step']:,} with {counted(samples, 'probe sample')} in "
+    opening = (
+        f"The {name} was measured at step {fisher['step']:,} with {counted(samples, 'probe sample')} in "
         f"{counted(groups, 'group')}, in {fisher['space']} space ({_timing(fisher)})."
     )
     if fisher["spectral_entropy"]["value"] is None:
-        return f"{setting} It has no spectrum: see the findings."
+        return f"{opening} It has no spectrum: see the findings."
     ratio, participation = fisher["dominant_ratio"], fisher["participation_ratio"]
-    sentences = [setting, _entropy(fisher["spectral_entropy"], samples)]
+    sentences = [opening, _entropy(fisher["spectral_entropy"], samples)]
     others = []
     if ratio["low"] is not None:
         others.append(
