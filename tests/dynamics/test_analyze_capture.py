@@ -64,9 +64,7 @@ def test_a_capture_alone(captured):
     result = analyze(captured)
     assert (result.returncode, result.stderr) == (0, "")
     text = " ".join(result.stdout.split())
-    assert (
-        "captured: Recorded at 4 steps, without checkpoints (steps 5 to 20); 4 weight matrices" in text
-    )
+    assert "captured: Recorded at 4 steps, without checkpoints (steps 5 to 20); 4 weight matrices" in text
     assert "At step 20 the median gradient norm of a matrix is" in text
     assert result.stdout.rstrip().endswith(str(captured / "dynamics" / "report.html"))
     tree = open_run(captured)
