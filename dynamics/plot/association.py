@@ -51,7 +51,7 @@ def association(
     statements = [str(statement) for statement in group.attrs.get("statements", [])]
     description = " ".join(["Points with intervals.", *statements[:1]])
     height = min(_TALLEST, 1.4 + 0.24 * len(measures) * max(1, len(tasks) / 2))
-    with panel(ax, title, description, height=height) as axes:
+    with panel(ax, title, description, width=7.2, height=height) as axes:
         if np.isfinite(rows["coefficient"].values).any():
             _draw(axes, rows, measures, tasks)
             _name_rows(axes, measures, headline)

@@ -46,7 +46,7 @@ def comparison(data: xr.DataTree | xr.Dataset, *, measure: str | None = None, ax
     finite = np.isfinite(one["value"].values)
     statements = [str(statement) for statement in compared.attrs.get("statements", [])]
     description = " ".join([f"{measure}: lines over optimizer steps.", *statements[:1]])
-    with panel(ax, f"groups of runs, {counted(int(finite.any(1).sum()), 'run')}", description) as axes:
+    with panel(ax, "runs by group", description) as axes:
         without_mathematics([axes.set_ylabel(shorten(measure, 44))])
         if not finite.any():
             say_nothing_to_draw(axes, "No run has this measure")

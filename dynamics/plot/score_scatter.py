@@ -44,16 +44,16 @@ def score_scatter(
     values, scores = group["measure_value"].sel(measure=measure), group["score"].sel(scored_task=task)
     both = dict(zip(group["run"].values, np.isfinite(values.values) & np.isfinite(scores.values), strict=True))
     runs = [run for run, steps in both.items() if steps.any()]
-    title = f"{shorten(task, 40)} and the measure, {counted(len(runs), 'run')}"
-    description = f"{task} against {measure}: a line for each of {counted(len(runs), 'run')}, over steps."
-    with panel(ax, title, description) as axes:
+    count = counted(len(runs), "run")
+    description = f"{task} against {measure}: a line for each of {count}, over steps."
+    with panel(ax, f"score and measure, {count}", description) as axes:
         if not runs:
             say_nothing_to_draw(axes, "No step has both")
             return figure_of(axes)
         for number, run in enumerate(runs):
             x, y = values.sel(run=run).values[both[run]], scores.sel(run=run).values[both[run]]
             colour = COLOURS[number % len(COLOURS)] if len(runs) <= _NAMED else COLOURS[0]
-            label = shorten(str(run), 24) if len(runs) <= _NAMED else "_" if number else f"{len(runs)} runs"
+            label = shorten(str(run), 24) if len(runs) <= _NAMED else "_" if number else count
             axes.plot(x, y, color=colour, alpha=0.45, linewidth=1.0)
             axes.plot(x[-1:], y[-1:], "o", color=colour, label=label)
         without_mathematics([axes.set_xlabel(shorten(measure, 50)), axes.set_ylabel(shorten(task, 40))])

@@ -32,6 +32,8 @@ def test_says_what_it_shows(group):
     assert axes.get_xlabel() == "Correlation with the score"
     assert axes.get_yticklabels()[0].get_text() == f"{UPDATE_HEADLINE} (headline)"
     assert plot.to_svg(figure).startswith("<svg")
+    box = axes.get_legend().get_window_extent()
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
 
 
 def test_filled_marks_are_significant(group):

@@ -25,7 +25,7 @@ def test_every_run_and_the_median_of_each_group_have_a_line(group):
 def test_says_what_it_shows(group):
     figure = plot.comparison(group)
     axes = figure.axes[0]
-    assert axes.get_title(loc="left") == "Groups of runs, 8 runs"
+    assert axes.get_title(loc="left") == "Runs by group"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("Optimizer step", group.attrs["headline"])
     assert "$dmax, median of 4 runs" in [text.get_text() for text in axes.get_legend().get_texts()]
     assert plot.to_svg(figure).startswith("<svg")

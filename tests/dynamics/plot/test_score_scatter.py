@@ -23,7 +23,7 @@ def test_each_run_is_a_line_of_the_stored_scores(group):
 def test_says_what_it_shows(group):
     figure = plot.score_scatter(group, task="$x$/f1")
     axes = figure.axes[0]
-    assert axes.get_title(loc="left") == "$x$/f1 and the measure, 8 runs"
+    assert axes.get_title(loc="left") == "Score and measure, 8 runs"
     assert axes.get_ylabel() == "$x$/f1"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["8 runs"]
     assert plot.to_svg(figure).startswith("<svg")
