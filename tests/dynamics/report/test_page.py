@@ -118,7 +118,8 @@ def test_answers_come_under_their_questions(parsed):
 
 def test_findings_have_evidence_and_remedy_and_fold_when_many(text, parsed):
     words = parsed.words()
-    assert "A weight file could not be read OD101" in words
+    title = Finding("OD101", "").title
+    assert f"{title[0].upper()}{title[1:]} OD101" in words
     assert "c-1: Number 1. Evidence: bytes 1." in words
     assert words.count("What to do: Copy it again.") == 1
     assert "2 more" in words
