@@ -176,3 +176,22 @@ def interval(low: float, high: float, write: Callable[[float], str] = signed) ->
     if math.isnan(low) or math.isnan(high):
         return "no interval"
     return f"95 % interval {write(low)} to {write(high)}"
+
+
+def sentence_case(text: str) -> str:
+    """Return text with its first letter as a capital; Greek symbols stay as they are.
+
+    >>> sentence_case("stable rank"), sentence_case("ρ of the Fisher")
+    ('Stable rank', 'ρ of the Fisher')
+    """
+    return text[:1].upper() + text[1:] if text[:1].isascii() else text
+
+
+def listed(parts: Iterable[str]) -> str:
+    """Return parts as one list in words.
+
+    >>> listed(["a"]), listed(["a", "b", "c"])
+    ('a', 'a, b and c')
+    """
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
