@@ -1,6 +1,6 @@
 """What must touch a model: its matrices, its gradients, and what is measured of it on probe samples."""
 
-from probes.gram import Gram, gradient_gram
+from probes.gram import ProbeGram, gradient_gram
 from probes.low_rank import LowRankMatrix
 from probes.scores import Score, evaluate
 from probes.tasks import Task, probe_batches, probe_loss
@@ -9,8 +9,8 @@ from probes.undisturbed import swapped
 from probes.watched import watched_matrices
 
 __all__ = [
-    "Gram",
     "LowRankMatrix",
+    "ProbeGram",
     "Score",
     "Task",
     "Transfer",

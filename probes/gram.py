@@ -1,18 +1,17 @@
-r"""The empirical Fisher of a model on probe samples, as the Gram matrix of per-sample gradients.
+r"""The empirical Fisher of a model on probe samples: the Gram matrix of per-sample gradients.
 
 With G ``(N, d)`` the gradients of N samples' losses, F = GᵀG/N and K = GGᵀ share their spectrum (eigenvalues of K over
-N), and for an update δ the vector b = Gδ holds all that is wanted of it: δᵀFδ = ‖b‖²/N. Neither G nor F is formed.
+N), and for an update δ the vector b = Gδ is enough: δᵀFδ = ‖b‖²/N. Neither G nor F is formed.
 
-One forward and one backward pass a batch, and a second backward pass where it must be found out which sample a row
-belongs to: for the first batch of text, for each batch of images, and for each batch with a loss of the user's. Until K
-is complete, r(out + in) numbers a sample are held for each LoRA matrix in tangent or factor space, in the model's
-precision, single at least; for each dense weight, and in weight space, the inputs and output gradients of its layer,
-T·(out + in) a sample for T tokens, or out·in where that is less. Without the gradients of all samples no inner product
-between batches is known: to bound memory, choose ``blocks`` and call again. In tangent space ∇W is projected from
-gradients of the factors, by r×r solves; where these would amplify rounding, from inputs of A and output gradients of B,
-if the factors belong to layers (not to experts, embeddings).
+Cost: one forward and one backward pass a batch, and a second backward pass where rows have to be matched to samples:
+for the first batch of text, each batch of images, and each batch with a user's loss. Until K is complete, a sample
+takes r(out + in) numbers for each LoRA matrix in tangent or factor space, in the model's precision, single at least.
+For each dense weight, and in weight space, it takes the inputs and output gradients of the layer, T·(out + in) numbers
+for T tokens, or out·in where that is less. Inner products between batches need the gradients of all samples: to bound
+memory, choose ``blocks`` and call again.
 
-Inner products of per-sample gradients: what every statistic of a Fisher matrix is a function of.
+In tangent space ∇W is projected from gradients of the factors, by r×r solves. Where these would amplify rounding, it
+comes from inputs of A and output gradients of B, if the factors belong to layers (not to experts or embeddings).
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -45,62 +45,139 @@ from probes.sample_gradients import (
     stacked,
 )
 from probes.spaces import TangentSpace, change_energy
-from probes.tasks import ProbeBatch, Task, is_text, on_device, one_each, probe_loss, with_sampled_labels
+from probes.tasks import (
+    ProbeBatch,
+    Task,
+    is_text,
+    on_device,
+    one_each,
+    probe_batches,
+    probe_loss,
+    with_sampled_labels,
+)
 from probes.undisturbed import bare, undisturbed
 from probes.watched import Matrix
 
+#: Name of the block of all trainable parameters together.
+GLOBAL = "global"
 SPACES = ("tangent", "factor", "weight")
 FISHERS = ("empirical", "sampled")
 Loss = Callable[[nn.Module, Any], Tensor]
+Array = Tensor | np.ndarray
+Labels = Sequence[Any] | np.ndarray
+
+
+@dataclass(frozen=True)
+class ProbeGram:
+    """K = GGᵀ of per-sample gradients G ``(N, d)``, with all that the statistics of a Fisher depend on.
+
+    K is unnormalised: the Fisher's eigenvalues are eig(K)/N. :func:`gradient_gram` makes one; a K from elsewhere can be
+    put into one by hand, with what is known beside it.
+
+    Args:
+        gram: Block → K ``(N, N)``, in (loss/weight)². Blocks are the watched matrices by name, every other trainable
+            parameter by name, and ``global``, their sum.
+        update_product: Block → b = Gδ ``(N,)``, in units of the loss; empty without an update.
+        update_norm_squared: Block → ‖δ‖² of the part inside the space; empty without an update.
+        share_outside_space: Block → share of ‖δ‖² outside the space; NaN where nothing was changed.
+        dimension: Block → d, the dimension of the space; empty if unknown, which counts as larger than N.
+        losses: ``(N,)``, of each sample, in nats; ``None`` if unknown.
+        tasks: Task of each sample; empty if there is only one.
+        groups: Group of each sample (its image, patient, document); empty if samples are independent.
+        sample_ids: Name of each sample; empty if they have none.
+        batch_size: Training samples behind the update: the optimizer's batch times the steps of the update. With
+            momentum β a single step counts (1 + β)/(1 − β) times. 0 if unknown.
+        covered_share: Share of the trainable numbers that belong to a block: 1, unless blocks were chosen.
+        uncovered: Names of trainable parameters that belong to no block.
+        space: ``"tangent"``, ``"factor"`` or ``"weight"``; empty if unknown.
+        fisher: ``"empirical"`` or ``"sampled"``.
+        one_by_one: Names of parameters whose gradients took one backward pass a sample.
+        left_out: Positions of samples without a finite loss or gradient among those given. They have no row in K.
+        projection: k, if gradients were randomly projected to k numbers: K is an estimate then. 0 if they were not.
+
+    >>> ProbeGram({"global": np.eye(2)}, tasks=("chart", "text")).blocks
+    ('global',)
+    """
+
+    gram: Mapping[str, Array]
+    update_product: Mapping[str, Array] = field(default_factory=dict)
+    update_norm_squared: Mapping[str, float | int] = field(default_factory=dict)
+    share_outside_space: Mapping[str, float | int] = field(default_factory=dict)
+    dimension: Mapping[str, float | int] = field(default_factory=dict)
+    losses: Array | None = None
+    tasks: Labels = ()
+    groups: Labels = ()
+    sample_ids: Labels = ()
+    batch_size: int = 0
+    covered_share: float = 1.0
+    uncovered: tuple[str, ...] = ()
+    space: str = ""
+    fisher: str = "empirical"
+    one_by_one: tuple[str, ...] = ()
+    left_out: tuple[int, ...] = ()
+    projection: int = 0
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks."""
+        return tuple(self.gram)
 
 
 def gradient_gram(
     model: nn.Module,
-    batch: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+    tasks: Task | Sequence[Task] | Mapping[str, Any] | Iterable[Mapping[str, Any]],
     loss: Loss | None = None,
     *,
+    update: Mapping[str, Matrix] | None = None,
+    batch_size: int = 0,
     space: str = "tangent",
     fisher: str = "empirical",
     blocks: Sequence[str] | None = None,
-    update: Mapping[str, Matrix] | None = None,
     seed: int = 0,
     projection: int = 0,
     skip_broken: bool = False,
-) -> Gram:
-    r"""Inner products of per-sample gradients of the trainable parameters, and with an update.
+) -> ProbeGram:
+    r"""Return the inner products of per-sample gradients of the trainable parameters, and those with an update.
 
     The model is in evaluation mode meanwhile, outside DDP and ``torch.compile``; modes, random states, gradients and
-    hooks are as before afterwards. Every trainable number is covered: what no rule can take apart by sample takes a
-    backward pass for each sample (``one_by_one``). The gradient of a sample is that of its own loss within its batch:
-    where samples meet (in-batch negatives, batch statistics), it depends on the batch.
+    hooks are as before afterwards. Every trainable number is covered: where no rule separates the samples, each takes a
+    backward pass of its own (``one_by_one``). The gradient of a sample is that of its own loss within its batch: where
+    samples interact (in-batch negatives, batch statistics), it depends on the batch.
 
     Args:
         model: With adapters, dense trainable weights, or both.
-        batch: One batch, a dict as the model takes it, or an iterable of such, read one at a time.
-        loss: (model, batch) → losses ``[samples]``; by default that of each batch's task
-            (:func:`probes.tasks.probe_batches`), else the model's own cross-entropy summed over a sample's tokens.
+        tasks: Held-out samples: one task or several, whose samples are batched and named here. Or one batch, a dict as
+            the model takes it, or an iterable of batches, read one at a time; their samples have no names.
+        loss: (model, batch) → losses ``[samples]``, for batches; by default the model's own cross-entropy summed over a
+            sample's tokens. Tasks have their own.
+        update: Matrix (or other trainable parameter) → its change; of factors, in factor space, parameter → its
+            change. What is not named has not changed.
+        batch_size: Training samples behind the update, for :func:`dynamics.concentration`; 0 if unknown.
         space: For low-rank matrices: ``"tangent"``, what a step of the factors can reach, the same for every gauge;
             ``"factor"``, the factors as they are; ``"weight"``, the adapted weight itself. Dense parameters are the
             same in all three.
         fisher: ``"empirical"``: gradients for the data's labels. ``"sampled"``: for labels drawn from the model's own
             prediction, whose mean is the true Fisher; only with the model's own loss.
-        blocks: Names of blocks; by default all.
-        update: Matrix (or other trainable parameter) → its change; of factors, in factor space, parameter → its
-            change. What is not named has not changed.
-        seed: Of the sampled labels and of the projection.
-        projection: k, numbers that each sample's gradient of a block is randomly projected to, so that only N·k are
-            held; K is then an estimate (:mod:`probes.sample_gradients`), b is exact. 0 for none.
-        skip_broken: Whether samples whose loss or gradient is not finite are left out and listed, instead of an error.
+        blocks: Names of the blocks to measure; by default all.
+        seed: Seed of the sampled labels and of the projection.
+        projection: k: project each sample's gradient of a block randomly to k numbers, so that only N·k are held. K is
+            then an estimate (:mod:`probes.sample_gradients`), b is exact. 0 for none.
+        skip_broken: Leave out and list samples whose loss or gradient is not finite, instead of raising.
 
     Raises:
-        ValueError: If there is nothing to differentiate, an argument is not one of those named, a loss does not return
-            one number a sample, or a sample's loss or gradient is not finite.
+        ValueError: If there is nothing to differentiate, an argument is invalid, a loss does not return one number a
+            sample, or a sample's loss or gradient is not finite.
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> _ = nn.init.ones_(layer.weight)
-    >>> found = gradient_gram(layer, {"input": torch.eye(2)}, lambda model, batch: model(**batch)[:, 0] ** 2 / 2)
-    >>> found.gram["global"].tolist()  # gradients (1, 0) and (0, 1)
+    >>> def squares(model, batch):
+    ...     return model(batch["x"])[:, 0] ** 2 / 2
+    >>> tasks = [Task("first", [{"x": [1.0, 0.0]}], loss=squares), Task("second", [{"x": [0.0, 1.0]}], loss=squares)]
+    >>> gram = gradient_gram(layer, tasks, update={"weight": torch.tensor([[2.0, 0.0]])})
+    >>> gram.gram["global"].tolist()  # gradients (1, 0) and (0, 1)
     [[1.0, 0.0], [0.0, 1.0]]
+    >>> gram.update_product["global"].tolist(), gram.tasks, gram.sample_ids
+    ([2.0, 0.0], ('first', 'second'), ('first/0', 'second/0'))
     """
     if space not in SPACES:
         raise ValueError(f"Expected space to be one of {', '.join(SPACES)}, got {space!r}.")
@@ -108,15 +185,31 @@ def gradient_gram(
         raise ValueError(f"Expected fisher to be one of {', '.join(FISHERS)}, got {fisher!r}.")
     if projection < 0:
         raise ValueError(f"Expected a projection to at least 1 number, or 0 for none, got {projection}.")
-    found = find_blocks(model, space, blocks)
-    measure = _Measurement(model, found, loss, space, fisher, seed, projection, update)
-    batches: Iterable[Any] = [batch] if isinstance(batch, Mapping) else batch
+    batches, labels = _batches_and_labels(tasks, loss)
+    measurement = _Measurement(model, find_blocks(model, space, blocks), loss, space, fisher, seed, projection, update)
     with undisturbed(model) as quiet, torch.enable_grad():
-        for each in batches:
-            measure.add(quiet, each)
-    if not measure.losses:
+        for batch in batches:
+            measurement.add(quiet, batch)
+    if not measurement.losses:
         raise ValueError("Expected at least one batch of probe samples, got none.")
-    return measure.result(skip_broken)
+    return measurement.result(labels, batch_size, skip_broken)
+
+
+def _batches_and_labels(tasks: Any, loss: Loss | None) -> tuple[Iterable[Any], Sequence[Sequence[str]]]:
+    """Return batches, and task, group and name of each sample in them; no labels of batches."""
+    if isinstance(tasks, Mapping):
+        return [tasks], ((), (), ())
+    tasks = [tasks] if isinstance(tasks, Task) else tasks
+    if not isinstance(tasks, list | tuple) or not any(isinstance(task, Task) for task in tasks):
+        return tasks, ((), (), ())
+    if strange := [type(task).__name__ for task in tasks if not isinstance(task, Task)]:
+        raise ValueError(f"Expected tasks or batches, got tasks and {', '.join(strange)} in one list.")
+    if loss is not None:
+        raise ValueError(
+            "Expected tasks without a loss beside them. Give each its own: Task(name, samples, loss=loss)."
+        )
+    batches, *labels = probe_batches(tasks)
+    return batches, labels
 
 
 class _Measurement:
@@ -242,8 +335,8 @@ class _Measurement:
         parts = self._products[block.name]
         return torch.cat([product for product, _, _ in parts]), *parts[0][1:]
 
-    def result(self, skip_broken: bool) -> Gram:
-        """K and b of all batches."""
+    def result(self, labels: Sequence[Sequence[str]], batch_size: int, skip_broken: bool) -> ProbeGram:
+        """Return K and b of all batches, with the labels of the samples that are kept."""
         update, losses = self._update, torch.cat(self.losses)
         together: list[SampleGradient] = []
         grams: dict[str, Tensor] = {}
@@ -268,15 +361,20 @@ class _Measurement:
         kept = _kept(losses, grams[GLOBAL], skip_broken)
         left_out = tuple(sorted(set(range(len(losses))) - set(kept)))
         dimension = {block.name: block.dimension for block in self._blocks}
-        return Gram(
-            gram={name: each[kept][:, kept] for name, each in grams.items()},
-            update_product={name: each[kept] for name, each in products.items()},
+        tasks, groups, sample_ids = (tuple(names[sample] for sample in kept) if names else () for names in labels)
+        return ProbeGram(
+            gram={name: k[kept][:, kept] for name, k in grams.items()},
+            update_product={name: b[kept] for name, b in products.items()},
             update_norm_squared=inside,
             share_outside_space={
-                name: max(0.0, 1 - inside[name] / each) if each > 0 else float("nan") for name, each in whole.items()
+                name: max(0.0, 1 - inside[name] / norm) if norm > 0 else float("nan") for name, norm in whole.items()
             },
             dimension={**dimension, GLOBAL: sum(dimension.values())},
             losses=losses[kept],
+            tasks=tasks,
+            groups=groups,
+            sample_ids=sample_ids,
+            batch_size=batch_size,
             covered_share=self._found.covered_share,
             uncovered=self._found.uncovered,
             space=self._space,
@@ -427,46 +525,3 @@ def _kept(losses: Tensor, whole: Tensor, skip_broken: bool) -> list[int]:
     if not kept:
         raise ValueError(f"Expected a sample with a finite loss and gradient, got none among {len(losses)}.")
     return kept
-
-
-__all__ = ["FISHERS", "SPACES", "Gram", "gradient_gram"]
-
-
-#: Name of the block of all trainable parameters together.
-GLOBAL = "global"
-
-
-@dataclass(frozen=True)
-class Gram:
-    """K = GGᵀ of per-sample gradients G ``(N, d)``, unnormalised: the Fisher's eigenvalues are eig(K)/N.
-
-    Args:
-        gram: Block → K ``(N, N)``, float64, on the host. Blocks are the watched matrices by name, every other trainable
-            parameter by name, and ``global``, their sum.
-        update_product: Block → b = Gδ ``(N,)``; empty without an update.
-        update_norm_squared: Block → ‖δ‖² of the part inside the space; empty without an update.
-        share_outside_space: Block → share of ‖δ‖² that the space does not hold; NaN where nothing was changed.
-        dimension: Block → d, the dimension of the space.
-        losses: ``(N,)``, of each sample, in nats.
-        covered_share: Share of the trainable numbers that belong to a block: 1, unless blocks were chosen.
-        uncovered: Names of trainable parameters that belong to none.
-        space: ``"tangent"``, ``"factor"`` or ``"weight"``.
-        fisher: ``"empirical"`` or ``"sampled"``.
-        one_by_one: Names of parameters whose gradients took a backward pass for each sample.
-        projection: k, if gradients were randomly projected to so many numbers: K is an estimate then. 0 if not.
-        left_out: Numbers of samples that were left out, because their loss or gradient was not finite.
-    """
-
-    gram: Mapping[str, Float[Tensor, "n n"]]
-    update_product: Mapping[str, Float[Tensor, " n"]]
-    update_norm_squared: Mapping[str, float]
-    share_outside_space: Mapping[str, float]
-    dimension: Mapping[str, int]
-    losses: Float[Tensor, " n"]
-    covered_share: float
-    uncovered: tuple[str, ...]
-    space: str
-    fisher: str
-    one_by_one: tuple[str, ...] = ()
-    left_out: tuple[int, ...] = field(default=())
-    projection: int = 0

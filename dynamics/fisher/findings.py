@@ -28,7 +28,7 @@ _NAMED = 8
 _ROUNDING = 1e-3
 
 
-def notes(groups: Mapping[str, xr.Dataset]) -> list[Finding]:
+def findings_of(groups: Mapping[str, xr.Dataset]) -> list[Finding]:
     """Findings that follow from ``fisher``, ``concentration`` and ``tasks`` alone, as ``measured`` returns them."""
     fisher, concentration, tasks = (groups[name] for name in ("fisher", "concentration", "tasks"))
     return [
