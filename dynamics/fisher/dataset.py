@@ -12,7 +12,6 @@ from dataclasses import astuple, replace
 import numpy as np
 import xarray as xr
 
-from dynamics.fisher import task_structure as structure
 from dynamics.fisher.concentration import (
     DRAWS,
     MOST_TIMES,
@@ -51,6 +50,16 @@ from dynamics.fisher.spectrum import (
     normalised_by_sample_rank,
     participation_ratio_plug_in,
     spectral_entropy_block_diagonal,
+)
+from dynamics.fisher.task_structure import (
+    conflict_rate,
+    cosines,
+    decomposition,
+    divergence_test,
+    first_order_transfer,
+    noise_scale,
+    overlap,
+    purity_gap,
 )
 from dynamics.schema import CONCENTRATION, FISHER, FISHER_RECORD, GLOBAL, SAMPLE_LABELS, TASKS, Variable, labelled
 from probes.gram import ProbeGram
@@ -322,19 +331,19 @@ def _task_dataset(
     """Return :func:`task_structure`, given SE of all samples and of each task, ``[block, task]``."""
     k, labels = gram.gram, gram.labels
     only_tasks = SampleGroups(labels.group, labels.member[:, 1:])
-    cosines = structure.cosines(k, labels)
-    in_conflict, decided = structure.conflict_rate(cosines.cosine.low[:, 1:, 1:], cosines.cosine.high[:, 1:, 1:])
-    parts = structure.decomposition(entropies[:, 0], entropies[:, 1:], gram.norms @ only_tasks.member)
-    gap = structure.purity_gap(k, only_tasks)
+    angles = cosines(k, labels)
+    in_conflict, decided = conflict_rate(angles.cosine.low[:, 1:, 1:], angles.cosine.high[:, 1:, 1:])
+    parts = decomposition(entropies[:, 0], entropies[:, 1:], gram.norms @ only_tasks.member)
+    gap = purity_gap(k, only_tasks)
     arrays = {
-        **_with_ends("cosine", cosines.cosine),
-        "unresolved": cosines.unresolved,
-        "cosine_raw": cosines.raw,
-        "magnitude_similarity": cosines.magnitude_similarity,
+        **_with_ends("cosine", angles.cosine),
+        "unresolved": angles.unresolved,
+        "cosine_raw": angles.raw,
+        "magnitude_similarity": angles.magnitude_similarity,
         "conflict_rate": in_conflict,
         "decided_pairs": decided,
-        **_with_ends("overlap", structure.overlap(k, labels)),
-        **_with_ends("noise_scale", structure.noise_scale(k, labels)),
+        **_with_ends("overlap", overlap(k, labels)),
+        **_with_ends("noise_scale", noise_scale(k, labels)),
         **_with_ends("transfer", _transfer(gram)),
         "spectral_entropy_mixture": parts.mixture,
         "spectral_entropy_within": parts.within,
@@ -355,7 +364,7 @@ def _with_ends(name: str, estimate: Estimate) -> dict[str, np.ndarray]:
 def _transfer(gram: StackedGram) -> Estimate:
     if gram.space != "factor" or np.isnan(gram.losses).all():
         return Estimate(*[np.full((len(gram.blocks), *[len(gram.tasks)] * 2), np.nan)] * 3)
-    return structure.first_order_transfer(gram.gram, gram.labels, gram.losses)
+    return first_order_transfer(gram.gram, gram.labels, gram.losses)
 
 
 def _divergence_test(
@@ -364,7 +373,7 @@ def _divergence_test(
     numbers = np.full((5, len(gram.blocks)), np.nan)
     tested = [row for row, name in enumerate(gram.blocks) if name in permuted and labels.member.shape[1] > 1]
     for row in tested:
-        numbers[:, [row]] = astuple(structure.divergence_test(gram.gram[[row]], labels, seed=seed))
+        numbers[:, [row]] = astuple(divergence_test(gram.gram[[row]], labels, seed=seed))
     names = ("normalised", "normalised_largest", "null_low", "null_high", "p_value")
     return {f"divergence_{name}": row for name, row in zip(names, numbers, strict=True)}
 

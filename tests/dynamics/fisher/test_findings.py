@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
-from dynamics.fisher import measured
-from dynamics.fisher.findings import notes
+from dynamics.fisher import measure_fisher
+from dynamics.fisher.findings import findings_of
 from tests.dynamics.fisher.records import record
 
 
 def codes(raw):
-    return {finding.code: finding for finding in notes(measured(raw))}
+    return {finding.code: finding for finding in findings_of(measure_fisher(raw))}
 
 
 @pytest.fixture(scope="module")

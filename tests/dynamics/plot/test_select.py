@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from dynamics.fisher import samples as grams
+from dynamics import schema
 from dynamics.plot import select
 from dynamics.plot.select import chosen, label_of, name_of, tasks_of
 from dynamics.schema import last_step_with
@@ -18,7 +18,7 @@ def dataset():
 
 
 def test_names_are_those_of_the_fisher():
-    assert (select.GLOBAL, select.ALL) == (grams.GLOBAL, grams.ALL)
+    assert (select.GLOBAL, select.ALL) == (schema.GLOBAL, schema.ALL)
 
 
 def test_the_last_step_with_a_number_is_taken(dataset):
