@@ -407,9 +407,10 @@ def measure_fisher(record: xr.Dataset, *, k: Sequence[int] = LEADING, seed: int 
         name: xr.concat([step[name] for step in by_step], dim=record["step"].variable.to_index(), join="outer")
         for name in ("fisher", "concentration", "tasks")
     }
-    kept = [*(name for name in FISHER_RECORD if name in FISHER), *(name for name in ("momentum",) if name in record)]
-    samples = {name: record[name] for name in SAMPLE_LABELS}
-    groups["fisher"] = xr.merge([record[kept].assign_coords(samples), groups["fisher"]], combine_attrs="drop_conflicts")
+    kept = record[[name for name in (*FISHER_RECORD, "momentum") if name in record and name != "share_outside_space"]]
+    kept = kept.assign({name: kept[name].assign_attrs(FISHER[name].attributes) for name in kept if name in FISHER})
+    kept = kept.assign_coords({name: record[name] for name in SAMPLE_LABELS})
+    groups["fisher"] = xr.merge([kept, groups["fisher"]], combine_attrs="drop_conflicts")
     share = record["share_outside_space"]
     groups["concentration"]["share_outside_space"] = share.assign_attrs(CONCENTRATION["share_outside_space"].attributes)
     for group in groups.values():

@@ -9,9 +9,8 @@ from torch import nn
 import dynamics
 from probes import Task, gradient_gram, probe_batches, probe_loss
 
-SAMPLES = [
-    {"x": row, "image": f"{number // 2}.png"} for number, row in enumerate(torch.randn(6, 4, generator=GENERATOR))
-]
+ROWS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+SAMPLES = [{"x": row, "image": f"{number // 2}.png"} for number, row in enumerate(ROWS)]
 UPDATE = {"weight": torch.ones(3, 4)}
 
 
