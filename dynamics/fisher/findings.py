@@ -126,8 +126,8 @@ def _null(fisher: xr.Dataset, concentration: xr.Dataset) -> Iterator[Finding]:
         yield Finding(
             "OD413",
             f"The gradient null imitates batches of up to {int(batch.max()):,} samples, more than eight times half of "
-            f"the probe samples ({int(limit.min()):,}). Such updates are not called concentrated: up to 9 % would be by "
-            "chance.",
+            f"the probe samples ({int(limit.min()):,}). Such updates are not called concentrated: up to 9 % would be "
+            "by chance.",
             "Probe more samples, or capture more often.",
             evidence={"null_batch": int(batch.max()), "most": int(limit.min()), "steps": int((batch > limit).sum())},
         )
