@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -110,12 +111,8 @@ def _fisher_dataset(gram: StackedGram, spectrum: tuple[np.ndarray, np.ndarray], 
     ]
     arrays = {name: np.stack([measures[name] for measures in by_task], axis=1) for name in by_task[0]}
     for suffix, k in (("", gram.gram), ("_directional", directional(gram.gram))):
-        logarithm = log_participation_ratio(k, labels, gram.projection)
-        for end, value in (("", logarithm.estimate), ("_low", logarithm.low), ("_high", logarithm.high)):
-            arrays |= {
-                f"ln_participation_ratio{suffix}{end}": value,
-                f"participation_ratio{suffix}{end}": np.exp(value),
-            }
+        ends = _with_ends(f"ln_participation_ratio{suffix}", log_participation_ratio(k, labels, gram.projection))
+        arrays |= ends | {name.removeprefix("ln_"): np.exp(value) for name, value in ends.items()}
     weight = weight_of(gram.gram, labels)
     arrays |= {
         "effective_groups": weight.groups,
@@ -125,12 +122,8 @@ def _fisher_dataset(gram: StackedGram, spectrum: tuple[np.ndarray, np.ndarray], 
         "groups": labels.groups.astype(np.float64),
         "spectral_entropy_block_diagonal": _block_diagonal(gram.blocks, arrays),
     }
-    coords = {
-        "block": list(gram.blocks),
-        "task": list(gram.tasks),
-        "index": np.arange(len(labels.group)),
-        "n": curve,
-    }
+    index = np.arange(len(labels.group))
+    coords = {"block": list(gram.blocks), "task": list(gram.tasks), "index": index, "n": curve}
     return xr.Dataset(_at_one_step(FISHER, {name: arrays[name] for name in FISHER if name in arrays}), coords)
 
 
@@ -259,7 +252,6 @@ def _concentration_dataset(
     """Return :func:`concentration` without its check of b and ‖δ‖ against K."""
     product, norm, batch_size = gram.update_product, gram.update_norm, gram.batch_size
     limit = MOST_TIMES * (len(gram.labels.group) // 2)
-    ratio = rayleigh_ratio(gram)
     null, null_low, null_high = isotropic_null(gram.dimension, k)
     arrays = {
         "captured": energy_share(*spectrum, product, norm, k),
@@ -283,9 +275,7 @@ def _concentration_dataset(
         "concentrated": (batch_size <= limit) & (arrays["gain_low"] > 1) & (arrays["gain_low_centred"] > 1),
         "null_batch": np.array(batch_size if batch_size > 0 else np.nan),
         "null_batch_limit": np.array(float(limit)),
-        "rayleigh_ratio": ratio.estimate,
-        "rayleigh_ratio_low": ratio.low,
-        "rayleigh_ratio_high": ratio.high,
+        **_with_ends("rayleigh_ratio", rayleigh_ratio(gram)),
         "relative_rayleigh_ratio": relative_rayleigh_ratio(spectrum[0], product, norm),
         "update_norm": norm,
     }
@@ -407,9 +397,10 @@ def measure_fisher(record: xr.Dataset, *, k: Sequence[int] = LEADING, seed: int 
         name: xr.concat([step[name] for step in by_step], dim=record["step"].variable.to_index(), join="outer")
         for name in ("fisher", "concentration", "tasks")
     }
-    kept = record[[name for name in (*FISHER_RECORD, "momentum") if name in record and name != "share_outside_space"]]
-    kept = kept.assign({name: kept[name].assign_attrs(FISHER[name].attributes) for name in kept if name in FISHER})
-    kept = kept.assign_coords({name: record[name] for name in SAMPLE_LABELS})
+    recorded = {name: record[name] for name in FISHER_RECORD if name in FISHER}
+    kept = {name: array.assign_attrs(FISHER[name].attributes) for name, array in recorded.items()}
+    kept |= {name: record[name] for name in ("momentum",) if name in record}
+    kept = xr.Dataset(kept).assign_coords({name: record[name] for name in SAMPLE_LABELS})
     groups["fisher"] = xr.merge([kept, groups["fisher"]], combine_attrs="drop_conflicts")
     share = record["share_outside_space"]
     groups["concentration"]["share_outside_space"] = share.assign_attrs(CONCENTRATION["share_outside_space"].attributes)
@@ -442,15 +433,20 @@ def gram_of(record: xr.Dataset) -> ProbeGram:
     # If no sample has a gradient, all stay, and the measures are NaN.
     present = finite if finite.any() else np.ones_like(finite)
     step = record.isel(sample=present, sample_=present)
-    by_block = {
-        name: dict(zip(blocks, step[name].values, strict=True)) for name in FISHER_RECORD if "block" in step[name].dims
-    }
+
+    def by_block(name: str) -> dict[str, Any]:
+        return dict(zip(blocks, step[name].values, strict=True))
+
     tasks, groups, sample_ids = (tuple(step[name].values.tolist()) for name in SAMPLE_LABELS)
     before = int(record["evaluated_at_step"])
     momentum = float(record["momentum"]) if "momentum" in record else 0.0
     batches = effective_batches(max(int(record["step"]) - before, 1), before, momentum)
     return ProbeGram(
-        **by_block,
+        gram=by_block("gram"),
+        update_product=by_block("update_product"),
+        update_norm_squared=by_block("update_norm_squared"),
+        share_outside_space=by_block("share_outside_space"),
+        dimension=by_block("dimension"),
         losses=step["loss"].values,
         tasks=tasks,
         groups=groups,

@@ -21,6 +21,8 @@ def accepting(*names: str) -> Callable[[Callable[_Options, xr.Dataset]], Callabl
     """Let a function of a ``ProbeGram`` be called by K and the named arguments too, with a DeprecationWarning."""
 
     def decorate(measure: Callable[_Options, xr.Dataset]) -> Callable[_Options, xr.Dataset]:
+        of_gram: Callable[..., xr.Dataset] = measure
+
         @functools.wraps(measure)
         def wrapper(*arguments: Any, **options: Any) -> xr.Dataset:
             gram, *values = arguments or (options.pop("gram"),)
@@ -36,7 +38,7 @@ def accepting(*names: str) -> Callable[[Callable[_Options, xr.Dataset]], Callabl
                     stacklevel=2,
                 )
                 gram = _probe_gram(gram, stated)
-            return measure(gram, **options)
+            return of_gram(gram, **options)
 
         return wrapper
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dynamics.fisher import fisher_measures
-from dynamics.fisher.samples import per_sample_gram
+from dynamics.fisher.spectrum import per_sample_gram
 from tests.dynamics.fisher.simulated import gradients, grams, power_law, probe_gram
 from tests.dynamics.fisher.test_spectrum_closed_forms import linear_regression
 
