@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import dynamics
-from probes import Task, gradient_gram, probe_batches, probe_loss
+import probes
+from probes import ProbeGram, Task, gradient_gram, probe_batches, probe_loss
 
 ROWS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 SAMPLES = [{"x": row, "image": f"{number // 2}.png"} for number, row in enumerate(ROWS)]
@@ -87,3 +88,10 @@ def test_the_fishers_numbers_take_it_as_it_is(model):
 def test_what_are_no_tasks_is_refused(model, data, loss, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         gradient_gram(model, data(), loss)
+
+
+def test_the_old_name_of_the_class_shows_the_new():
+    with pytest.warns(DeprecationWarning, match=r"probes\.Gram is deprecated; it is called probes\.ProbeGram\."):
+        assert probes.Gram is ProbeGram
+    with pytest.raises(AttributeError, match="module 'probes' has no attribute 'Grams'"):
+        probes.Grams  # noqa: B018
