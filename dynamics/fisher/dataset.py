@@ -122,8 +122,7 @@ def _fisher_dataset(gram: StackedGram, spectrum: tuple[np.ndarray, np.ndarray], 
         "groups": labels.groups.astype(np.float64),
         "spectral_entropy_block_diagonal": _block_diagonal(gram.blocks, arrays),
     }
-    index = np.arange(len(labels.group))
-    coords = {"block": list(gram.blocks), "task": list(gram.tasks), "index": index, "n": curve}
+    coords = {"block": list(gram.blocks), "task": list(gram.tasks), "index": range(len(labels.group)), "n": curve}
     return xr.Dataset(_at_one_step(FISHER, {name: arrays[name] for name in FISHER if name in arrays}), coords)
 
 
@@ -182,8 +181,7 @@ def _block_diagonal(blocks: Sequence[str], arrays: Mapping[str, np.ndarray]) -> 
     parts = np.array([name != GLOBAL for name in blocks])
     if not parts.any():
         return np.full(arrays["trace"].shape[1], np.nan)
-    traces, entropies = arrays["trace"][parts], arrays["spectral_entropy"][parts]
-    return np.asarray(spectral_entropy_block_diagonal(traces.T, entropies.T))
+    return np.asarray(spectral_entropy_block_diagonal(arrays["trace"][parts].T, arrays["spectral_entropy"][parts].T))
 
 
 @accepting("update_product", "update_norm", "groups", "batch_size", "dimension")
@@ -230,7 +228,9 @@ def concentration(
         )
     samples = StackedGram.of(gram)
     samples.require_exact()
-    shares = _concentration_dataset(samples, fisher_eigenvectors(samples.gram), k, splits, draws, seed)
+    shares = _concentration_dataset(
+        samples, fisher_eigenvectors(samples.gram), k, splits=splits, draws=draws, seed=seed
+    )
     largest = np.nan_to_num(shares["captured"].values).max(1)
     if (largest > _SHARE_LIMIT).any():
         block = int(largest.argmax())
@@ -242,25 +242,17 @@ def concentration(
 
 
 def _concentration_dataset(
-    gram: StackedGram,
-    spectrum: tuple[np.ndarray, np.ndarray],
-    k: Sequence[int],
-    splits: int = SPLITS,
-    draws: int = DRAWS,
-    seed: int = 0,
+    gram: StackedGram, spectrum: tuple[np.ndarray, np.ndarray], k: Sequence[int], **sampling: int
 ) -> xr.Dataset:
-    """Return :func:`concentration` without its check of b and ‖δ‖ against K."""
+    """Return :func:`concentration` without its check of b and ‖δ‖ against K; ``sampling`` is for the gradient null."""
     product, norm, batch_size = gram.update_product, gram.update_norm, gram.batch_size
     limit = MOST_TIMES * (len(gram.labels.group) // 2)
-    null, null_low, null_high = isotropic_null(gram.dimension, k)
     arrays = {
         "captured": energy_share(*spectrum, product, norm, k),
-        "null_isotropic": null,
-        "null_isotropic_low": null_low,
-        "null_isotropic_high": null_high,
+        **_with_ends("null_isotropic", Estimate(*isotropic_null(gram.dimension, k))),
     }
     for suffix in ("", "_centred"):
-        gain = matched_gain(gram, k, centre=bool(suffix), splits=splits, draws=draws, seed=seed)
+        gain = matched_gain(gram, k, centre=bool(suffix), **sampling)
         arrays |= {
             f"captured_split{suffix}": gain.captured,
             f"null_gradient{suffix}": gain.null,
@@ -361,9 +353,9 @@ def _divergence_test(
     gram: StackedGram, labels: SampleGroups, permuted: Sequence[str], seed: int
 ) -> dict[str, np.ndarray]:
     numbers = np.full((5, len(gram.blocks)), np.nan)
-    tested = [row for row, name in enumerate(gram.blocks) if name in permuted and labels.member.shape[1] > 1]
-    for row in tested:
-        numbers[:, [row]] = astuple(divergence_test(gram.gram[[row]], labels, seed=seed))
+    for row, name in enumerate(gram.blocks):
+        if name in permuted and labels.member.shape[1] > 1:
+            numbers[:, [row]] = astuple(divergence_test(gram.gram[[row]], labels, seed=seed))
     names = ("normalised", "normalised_largest", "null_low", "null_high", "p_value")
     return {f"divergence_{name}": row for name, row in zip(names, numbers, strict=True)}
 
