@@ -12,8 +12,8 @@ import xarray as xr
 from torch import nn
 
 from dynamics.findings import Finding
-from dynamics.fisher.concentration import captured
-from dynamics.fisher.spectrum import fisher_eigenvectors, spectral_entropy
+from dynamics.fisher.concentration import energy_share
+from dynamics.fisher.spectrum import fisher_eigenvectors, fisher_entropy
 from dynamics.schema import GLOBAL
 from dynamics.spectra.dataset import parts_of_sums
 from dynamics.spectra.findings import NAMED
@@ -306,8 +306,8 @@ def fisher_numbers(record: xr.Dataset | None) -> dict[str, float]:
     norm = np.sqrt(fisher["update_norm_squared"].values)[None]
     total = float(values.sum())
     numbers = {
-        "fisher/spectral_entropy": float(spectral_entropy(values)[0]),
+        "fisher/spectral_entropy": float(fisher_entropy(values)[0]),
         "fisher/dominant_ratio": float(values[0, 0]) / total if total > 0 else math.nan,
-        f"fisher/captured_{LEADING}": float(captured(values, vectors, product, norm, [LEADING])[0, 0]),
+        f"fisher/captured_{LEADING}": float(energy_share(values, vectors, product, norm, [LEADING])[0, 0]),
     }
     return {name: number for name, number in numbers.items() if math.isfinite(number)}

@@ -22,8 +22,8 @@ from dynamics.checkpoints.logs import log_groups
 from dynamics.checkpoints.steps import named_step
 from dynamics.checkpoints.trainings import read_training_state
 from dynamics.findings import Finding
-from dynamics.fisher import measured as measured_fisher
-from dynamics.fisher.findings import notes as fisher_notes
+from dynamics.fisher import measure_fisher
+from dynamics.fisher.findings import findings_of as fisher_findings
 from dynamics.spectra.dataset import measure_update
 from dynamics.spectra.findings import findings_of
 from dynamics.spectra.null_models import SEED
@@ -88,9 +88,9 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
     if captured is not None and parts.fisher is not None:
         groups["probed"] = parts.fisher
     if fisher is not None:
-        probed = measured_fisher(fisher)
+        probed = measure_fisher(fisher)
         groups |= probed
-        found += fisher_notes(probed)
+        found += fisher_findings(probed)
     scores = [each for each in (captured and captured.score, parts.score, parts.logs.get("score")) if each is not None]
     if scores:
         groups["score"] = reduce(_scores, scores)

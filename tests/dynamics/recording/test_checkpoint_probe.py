@@ -164,7 +164,7 @@ def untrained(folder: str):
     ("function", "steps", "words"),
     [
         (failing, [2, 6], r"checkpoint could not be probed (RuntimeError: no such disk, test_checkpoint_probe.py line"),
-        (frozen_otherwise, [2, 4], "expected what is not trained to be as at step 4, got other numbers in ['"),
+        (frozen_otherwise, [2, 4], "expected frozen parameters as at step 4, got other numbers in ['"),
         (untrained, [], "with PEFT, load it with is_trainable=True"),
         (lambda folder: None, [], "expected model, tasks[, batch_size[, momentum]] from the function, got NoneType"),
         (lambda folder: (nn.Linear(1, 1), []), [], "expected probes.Task as tasks, got none"),
