@@ -403,14 +403,17 @@ def _drawn(tree: xr.DataTree) -> dict[str, str]:
     from dynamics.report.page import page
 
     failures: list[Finding] = []
-    drawings = attempt(
-        "figures/", lambda: {name: plot.to_svg(figure) for name, figure in plot.figures(tree).items()}, failures
-    )
+    drawings: dict[str, str] = {}
+    draws = attempt("figures/", lambda: plot.drawings(tree), failures)
+    for name, draw in (draws or {}).items():
+        drawing = attempt(f"figures/{name}.svg", lambda draw=draw: plot.to_svg(draw()), failures)
+        if drawing is not None:
+            drawings[name] = drawing
     add_findings(tree, failures)  # the page tells them
     unwritten: list[Finding] = []
-    text = attempt("report.html", lambda: page(tree, figures=drawings or {}), unwritten)
+    text = attempt("report.html", lambda: page(tree, figures=drawings), unwritten)
     add_findings(tree, unwritten)
-    texts = {f"figures/{name}.svg": visible(drawing) for name, drawing in (drawings or {}).items()}
+    texts = {f"figures/{name}.svg": visible(drawing) for name, drawing in drawings.items()}
     return texts if text is None else texts | {"report.html": text}
 
 

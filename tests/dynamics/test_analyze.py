@@ -372,12 +372,12 @@ def test_what_somebody_else_put_there_is_refused_before_computing(run, tmp_path,
 @pytest.fixture
 def one_figure(monkeypatch):
     """Of the figures only one is written, where what matters is the place of the files."""
-    all_of = plot.figures
+    all_of = plot.drawings
 
     def spectra(tree):
-        return {name: figure for name, figure in all_of(tree).items() if name.endswith("spectra")}
+        return {name: draw for name, draw in all_of(tree).items() if name.endswith("spectra")}
 
-    monkeypatch.setattr(plot, "figures", spectra)
+    monkeypatch.setattr(plot, "drawings", spectra)
 
 
 @pytest.mark.usefixtures("one_figure")

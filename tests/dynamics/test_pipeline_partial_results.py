@@ -13,7 +13,7 @@ from tests.runs import write_run
 PARTS = {
     "/path": (pipeline, "training_path"),
     "/base": (pipeline, "compare_with_base"),
-    "figures/": (plot, "figures"),
+    "figures/": (plot, "drawings"),
     "report.html": (page, "page"),
 }
 
