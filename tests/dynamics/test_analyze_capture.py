@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 from dynamics import open_run, schema
 from dynamics.analyze import app
 from dynamics.findings import Finding
-from tests.captures import drifting, write_capture
-from tests.runs import NAMES, write_run, write_state
+from tests.runs import NAMES, drifting, write_capture, write_run, write_state
 from tests.trees import HOSTILE
 
 STORE = Path("dynamics") / "capture.zarr"

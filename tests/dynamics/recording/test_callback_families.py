@@ -19,7 +19,7 @@ from dynamics import DynamicsCallback
 from dynamics.store import Capture, read_capture
 from dynamics.store.records import captured
 from tests.families import FAMILIES
-from tests.trainings import arguments
+from tests.runs import arguments
 
 #: Family → (recorded matrices, share of the trainable numbers that belong to them).
 RECORDED = {

@@ -14,7 +14,7 @@ import xarray as xr
 import dynamics
 from dynamics import DynamicsCallback, Recorder
 from dynamics.store import CaptureExists, read_capture
-from tests.trainings import lora_llama, trainer
+from tests.runs import lora_llama, trainer
 
 STORE = Path("dynamics") / "capture.zarr"
 

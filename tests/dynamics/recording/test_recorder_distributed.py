@@ -26,7 +26,7 @@ from dynamics.spectra import walk
 from dynamics.store import CaptureExists, read_capture
 from dynamics.store.capture import KIND
 from tests.distributed import RANKS, Ranks
-from tests.trainings import VOCABULARY, arguments, llama, lora_llama, trainer
+from tests.runs import VOCABULARY, arguments, llama, lora_llama, trainer
 
 STEPS = 3
 

@@ -12,8 +12,7 @@ from dynamics.spectra.findings import findings_of
 from dynamics.spectra.trajectory import trajectory_spectra
 from dynamics.store import open_run
 from probes import LowRankMatrix
-from tests.captures import write_capture
-from tests.runs import random_factors, write_run
+from tests.runs import random_factors, write_capture, write_run
 
 
 def gaussian(*shape, seed):

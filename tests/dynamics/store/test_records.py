@@ -10,8 +10,7 @@ import pytest
 from dynamics.findings import Finding
 from dynamics.store import read_capture
 from dynamics.store.records import captured, find_captured, finding_of, is_current
-from tests.captures import write_capture
-from tests.runs import NAMES
+from tests.runs import NAMES, write_capture
 
 BAD = "step-000000000010"
 

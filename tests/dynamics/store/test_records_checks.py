@@ -8,8 +8,7 @@ from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.spectra import raw
 from dynamics.spectra.raw import GradientSpectrum
 from dynamics.store.records import record_problems
-from tests.captures import drifting, records
-from tests.runs import NAMES
+from tests.runs import NAMES, drifting, records
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ from dynamics.findings import Finding
 from dynamics.spectra import raw
 from dynamics.store.records import find_captured
 from dynamics.store.tree import Parts, result_tree
-from tests.captures import drifting, records, write_capture
-from tests.runs import NAMES
+from tests.runs import NAMES, drifting, records, write_capture
 
 
 def checkpoints(steps, seed=0, names=NAMES):

@@ -10,8 +10,7 @@ import xarray as xr
 from dynamics import open_run, schema
 from dynamics.pipeline import analyze_run, measure
 from dynamics.store.tree import capture_alone, open_source, with_capture
-from tests.captures import drifting, write_capture
-from tests.runs import NAMES, write_run
+from tests.runs import NAMES, drifting, write_capture, write_run
 
 
 @pytest.fixture(scope="module")
