@@ -31,7 +31,7 @@ from dynamics.recording.writer import Records, earlier_capture, refuse_other_wei
 from dynamics.spectra import raw
 from dynamics.spectra.raw import GradientSpectrum
 from dynamics.spectra.walk import MatrixSpectra
-from dynamics.store.capture_store import read_tensors
+from dynamics.store.record_writer import read_tensors
 from dynamics.text import encodable
 from probes.gradients import GradientNorms, loss_scale, norms_of
 from probes.tasks import Task

@@ -10,7 +10,7 @@ from dynamics.store.results import FOLDER, RESULT, encodable_dataset, provenance
 from dynamics.text import encodable
 
 if TYPE_CHECKING:
-    from dynamics.store.capture_store import CaptureStore
+    from dynamics.store.record_writer import CaptureStore
     from dynamics.store.opening import open_run
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "CaptureStore":  # the only one that needs torch, which reading a result does not
-        from dynamics.store.capture_store import CaptureStore
+        from dynamics.store.record_writer import CaptureStore
 
         return CaptureStore
     if name == "open_run":

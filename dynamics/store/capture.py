@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import xarray as xr
 
-from dynamics.store.arrays import GROUP, read_attributes, read_groups, sync
+from dynamics.store.files import GROUP, read_attributes, read_groups, sync
 from dynamics.store.results import FOLDER
 
 CAPTURE = "capture.zarr"

@@ -36,7 +36,7 @@ from hashlib import sha256
 from pathlib import Path
 from types import FrameType
 
-from dynamics.store.arrays import read_file
+from dynamics.store.files import read_file
 
 _LOCK = "lock"
 _NO_ROOM = "Make room, or choose another folder with --out."

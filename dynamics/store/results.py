@@ -23,7 +23,7 @@ import zarr
 from zarr.storage import MemoryStore
 
 from dynamics._version import __version__
-from dynamics.store.arrays import read_file
+from dynamics.store.files import read_file
 from dynamics.store.replace import complete, is_folder
 from dynamics.text import encodable
 

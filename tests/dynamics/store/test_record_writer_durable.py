@@ -8,7 +8,7 @@ import pytest
 import torch
 import xarray as xr
 
-from dynamics.store import CaptureStore, arrays, capture_store, read_capture
+from dynamics.store import CaptureStore, files as arrays, record_writer as capture_store, read_capture
 from tests.records import assert_holds, files, gradient, hidden, record, update
 
 

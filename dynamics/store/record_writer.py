@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dynamics.store.arrays import encoded_attributes, encoded_groups, move, sync, write_files
+from dynamics.store.files import encoded_attributes, encoded_groups, move, sync, write_files
 from dynamics.store.capture import (
     CAPTURE,
     FORMAT,
