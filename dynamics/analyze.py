@@ -83,7 +83,7 @@ def analyze(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")] = False,
     report: Annotated[
         bool,
-        typer.Option("--report/--no-report", help="Make figures and report.html. Without, earlier ones are removed."),
+        typer.Option("--report/--no-report", help="Make figures and report.html."),
     ] = True,
     progress: Annotated[
         bool | None, typer.Option("--progress/--no-progress", help="Show progress on stderr. [default: if a terminal]")
@@ -98,7 +98,7 @@ def analyze(
 ) -> None:
     """Measure what a training did to the weights: spectra of its updates, with a null model beside each number.
 
-    Writes analysis.zarr, summary.json, report.html, figures/, rank_pattern.json and run.yaml.
+    Writes OUT/analysis/: analysis.zarr, summary.json, report.html, figures/, rank_pattern.json and run.yaml.
 
     Exit status: 0 analysed; 1 something was refused or not finite (named, the rest is saved); 2 nothing analysed.
     """
@@ -163,8 +163,8 @@ def _tell(tree: xr.DataTree, folder: Path, as_json: bool, quiet: bool, fail_on: 
     elif not quiet:
         Console().print(terminal_summary(summary))
         # A report of an earlier analysis is removed with its result: what is there is new.
-        page = folder / "report.html"
-        typer.echo(one_line(str(page if page.exists() else folder / "summary.json")))
+        page = folder / "analysis" / "report.html"
+        typer.echo(one_line(str(page if page.exists() else page.with_name("summary.json"))))
     for line in finding_lines(summary, _told(quiet)):
         _complain(line)
     counted = _LEVELS[: _LEVELS.index(fail_on) + 1]

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from dynamics.text import one_line
+from dynamics.text import encodable, one_line
 
 Severity = Literal["note", "warning", "error"]
 
@@ -86,6 +86,7 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD316": ("warning", "an adapter that is merged while training goes on"),
     "OD317": ("warning", "a gradient whose spectrum could not be measured"),
     "OD318": ("warning", "a training that may minimise another loss than the one probed"),
+    "OD319": ("note", "records in two formats"),
     # 4xx: the Fisher
     "OD401": ("note", "intervals that rest on few groups"),
     "OD402": ("warning", "a Gram matrix that is not finite"),
@@ -118,7 +119,9 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD514": ("warning", "something that was to be held equal and could not be"),
     "OD515": ("error", "scores and groups that could not be related"),
     # 6xx: results on disk
-    "OD601": ("error", "a result that another machine did not finish replacing"),
+    "OD601": ("error", "a result that was not replaced whole"),
+    "OD602": ("note", "results of an earlier version beside this one"),
+    "OD603": ("note", "an earlier result that could not be removed"),
 }
 
 
@@ -299,3 +302,40 @@ def finding_line(finding: Mapping[str, Any], run: str = "") -> str:
 
 def _parts(*parts: str) -> Iterable[str]:
     return (part for part in parts if part)
+
+
+def to_json(findings: Iterable[Finding]) -> str:
+    """Findings as the attribute ``findings`` of a result holds them: a JSON list.
+
+    >>> to_json([])
+    '[]'
+    """
+    return json.dumps(encodable([finding.to_dict() for finding in findings]), allow_nan=False)
+
+
+def from_json(content: Any) -> list[Finding]:
+    """Findings from JSON text, or from the list that it holds; what this version does not know is left out.
+
+    >>> from_json(to_json([Finding("OD202", "zero", step=3)]))[0].step
+    3
+    >>> from_json('[{"code": "OD999", "message": "from the future"}, 3]')
+    []
+    """
+    entries = json.loads(content) if isinstance(content, str) else content
+    findings = []
+    for entry in entries if isinstance(entries, list) else []:
+        if not (isinstance(entry, dict) and isinstance(entry.get("message"), str)):
+            continue
+        code, step, evidence = (entry.get(key) for key in ("code", "step", "evidence"))
+        if isinstance(code, str) and code in CATALOGUE:
+            texts = {key: value for key in ("remedy", "file", "matrix") if isinstance(value := entry.get(key), str)}
+            findings.append(
+                Finding(
+                    code,
+                    entry["message"],
+                    **texts,
+                    step=step if type(step) is int else None,
+                    evidence=evidence if isinstance(evidence, dict) else {},
+                )
+            )
+    return findings

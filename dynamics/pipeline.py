@@ -25,7 +25,7 @@ import yaml
 from dynamics import schema
 from dynamics.checkpoints import NotARun, Trajectory
 from dynamics.checkpoints.logs import log_groups
-from dynamics.findings import Finding
+from dynamics.findings import Finding, to_json
 from dynamics.recording.checkpoint_probe import Loader, load_function, probe_checkpoints
 from dynamics.relate.association import Given
 from dynamics.relate.run_measures import MEASURES, Related, relate
@@ -37,10 +37,11 @@ from dynamics.spectra.measures import rank_pattern
 from dynamics.spectra.null_models import SEED
 from dynamics.spectra.path import path_of
 from dynamics.spectra.weights import weights_of
-from dynamics.store import FOLDER, RESULT, encodable_dataset, provenance, staged, write_text, write_tree, writing
-from dynamics.store.opening import add_findings, incomplete
-from dynamics.store.records import Captured, joined_fisher, joined_scores
-from dynamics.store.tree import Parts, Source, as_json, open_source, result_tree, results_folder
+from dynamics.store import RESULT, encodable_dataset, provenance, staged, write_text, write_tree, writing
+from dynamics.store.opening import add_findings
+from dynamics.store.records import TrainingRecords, joined_fisher, joined_scores
+from dynamics.store.replace import notes_before
+from dynamics.store.tree import Parts, Source, open_source, result_tree, results_folder
 from dynamics.text import encodable, first_line, visible
 
 #: Called with a run's name, the matrices done (all steps counted) and the matrices in all.
@@ -91,6 +92,8 @@ class Options:
 
 
 DEFAULTS = Options()
+#: Where the result of several runs goes.
+COMPARISON = "dynamics-comparison"
 
 
 def analyze_run(
@@ -106,14 +109,15 @@ def analyze_run(
 
     Args:
         run: Run folder, or name → run folder for several.
-        out: Output folder; by default ``RUN/dynamics``, for several runs ``./dynamics``.
+        out: Folder in which the result becomes ``analysis/``; by default ``RUN/dynamics``, for several runs
+            ``./dynamics-comparison``.
         options: See :class:`Options`.
         labels: Name → group of runs it belongs to, kept as the attribute ``label``; for one run its only entry counts.
         probe: The function that ``options.probe`` would name, itself; see ``checkpoint_probe.Loader``.
         progress: See ``Progress``.
 
     Returns:
-        The result as written to ``analysis.zarr``; several runs stand under ``/runs/<name>``.
+        The result as written to ``analysis/analysis.zarr``; several runs stand under ``/runs/<name>``.
 
     Raises:
         NotARun: If there is nothing in any run that can be analysed.
@@ -132,7 +136,7 @@ def analyze_run(
         _refuse_names(runs)
 
     sources, refused = _open_all(runs, options)
-    with staged(folder, _file_names(sources, options), ["figures"] if options.report else []) as stage:
+    with staged(folder) as stage:
         with writing(folder):
             write_text(stage / "run.yaml", yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True))
         trees = {
@@ -141,7 +145,7 @@ def analyze_run(
         }
         tree = _joined(trees, refused, configuration) if isinstance(run, Mapping) else next(iter(trees.values()))
         add_relations(tree, trees, {name: runs[name] for name in sources}, options, labels or {})
-        add_findings(tree, incomplete(folder))
+        add_findings(tree, notes_before(folder))
         schema.check(tree)
         texts = _drawn(tree) if options.report else {}
         with writing(folder):
@@ -150,13 +154,13 @@ def analyze_run(
 
 
 def output_folder(runs: Sequence[Path], out: str | PathLike[str] | None = None) -> Path:
-    """Return where results go: ``out``, else ``RUN/dynamics`` (of a capture beside it), for several ``./dynamics``.
+    """Return where ``analysis/`` goes: ``out``, else ``RUN/dynamics``, for several runs ``./dynamics-comparison``.
 
     Raises:
         ValueError: If the folder is a Python package, as ``./dynamics`` is in a clone of this project, or a link that
             nobody named: a run may come from somebody else.
     """
-    folder = Path(out) if out is not None else results_folder(runs[0]) if len(runs) == 1 else Path(FOLDER)
+    folder = Path(out) if out is not None else results_folder(runs[0]) if len(runs) == 1 else Path(COMPARISON)
     if out is None and folder.is_symlink() and folder not in runs:
         raise ValueError(
             f"The output folder '{folder}' is a link to '{os.readlink(folder)}', which is not followed. "
@@ -202,11 +206,6 @@ def _refuse_names(names: Iterable[str]) -> None:
             raise ValueError(f"Expected the name of a run to be a plain name of at most 200 bytes, got {name!r}.")
 
 
-def _file_names(runs: Iterable[str], options: Options) -> list[str]:
-    patterns = [_rank_pattern_file(name) for name in runs]
-    return ["run.yaml", RESULT, "summary.json", *patterns, *(["report.html"] if options.report else [])]
-
-
 def _rank_pattern_file(run: str) -> str:
     return f"rank_pattern.{run}.json" if run else "rank_pattern.json"
 
@@ -232,7 +231,7 @@ def _open_all(runs: Mapping[str, Path], options: Options) -> tuple[dict[str, Sou
 def _measure(
     source: Source, options: Options, configuration: Mapping[str, object], progress: Progress, probe: Loader | None
 ) -> xr.DataTree:
-    return measure(source.trajectory, options.device, configuration, progress, source.captured, probe, options)
+    return measure(source.trajectory, options.device, configuration, progress, source.records, probe, options)
 
 
 def _labelled(tree: xr.DataTree, name: str, labels: Mapping[str, str] | None) -> xr.DataTree:
@@ -248,7 +247,7 @@ def _joined(
     tree = xr.DataTree.from_dict({f"/runs/{name}": each for name, each in trees.items()})
     inputs = [{**file, "run": name} for name, each in trees.items() for file in json.loads(each.attrs["inputs"])]
     tree.attrs = provenance("", configuration, inputs, SEED)
-    tree.attrs["findings"] = as_json(refused)
+    tree.attrs["findings"] = to_json(refused)
     return tree
 
 
@@ -313,7 +312,7 @@ def measure(
     device: str = "cpu",
     configuration: Mapping[str, object] | None = None,
     progress: Progress = lambda run, done, total: None,
-    captured: Captured | None = None,
+    records: TrainingRecords | None = None,
     probe: Loader | None = None,
     options: Options = DEFAULTS,
 ) -> xr.DataTree:
@@ -334,7 +333,7 @@ def measure(
     probed, news = _probed(trajectory, probe, options.matrices, progress)
     groups, failures = _of_checkpoints(trajectory, checkpoints, options, progress)
     beside = log_groups(trajectory) | groups
-    parts = Parts(trajectory.name, checkpoints, captured, beside, [*findings, *news, *failures], inputs, **probed)
+    parts = Parts(trajectory.name, checkpoints, records, beside, [*findings, *news, *failures], inputs, **probed)
     return result_tree(parts, configuration or {})
 
 
@@ -417,4 +416,4 @@ def add_relations(
         failed = list(related.findings) if related.groups or rows or options.scores else []
     findings = [*(finding for file in files for finding in file.findings), *failed]
     if findings:
-        tree.attrs["findings"] = json.dumps([*json.loads(tree.attrs["findings"]), *json.loads(as_json(findings))])
+        tree.attrs["findings"] = json.dumps([*json.loads(tree.attrs["findings"]), *json.loads(to_json(findings))])

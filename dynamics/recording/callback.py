@@ -30,7 +30,7 @@ COMPARED = 10_000
 class DynamicsCallback(TrainerCallback):
     """Records what a training does to the weights, at the steps of a schedule and wherever a checkpoint is saved.
 
-    The records go into ``out_dir/dynamics/capture.zarr``; read them with ``dynamics.open_run(out_dir)`` or analyse them
+    The records go into ``out_dir/dynamics/records/``; read them with ``dynamics.open_run(out_dir)`` or analyse them
     with ``python -m dynamics.analyze out_dir``. A summary of each goes into the training log as ``dynamics/…``.
 
     The training is the same, bit for bit, with the callback and without. A failure to record is one warning and a gap.
@@ -51,7 +51,7 @@ class DynamicsCallback(TrainerCallback):
 
     Raises:
         ValueError: If the preset is not one; when training begins, if there is nothing to watch.
-        CaptureExists: When training begins, if the run has records and the training does not resume.
+        RecordsExist: When training begins, if the run has records and the training does not resume.
 
     Example: one line more puts the numbers into every integration of ``report_to`` as well::
 
@@ -118,7 +118,7 @@ class DynamicsCallback(TrainerCallback):
 
         Raises:
             ValueError: If there is nothing to watch.
-            CaptureExists: If the run has records and the training does not resume.
+            RecordsExist: If the run has records and the training does not resume.
         """
         self.close()
         self._waiting = {}

@@ -76,7 +76,7 @@ def merge(checkpoints: xr.Dataset | None, records: xr.Dataset | None) -> tuple[x
     ]
 
 
-def translated(checkpoints: xr.Dataset, names: Mapping[str, str]) -> xr.Dataset:
+def with_live_names(checkpoints: xr.Dataset, names: Mapping[str, str]) -> xr.Dataset:
     """A raw dataset under the names of the live model.
 
     Args:
@@ -101,7 +101,7 @@ def translated(checkpoints: xr.Dataset, names: Mapping[str, str]) -> xr.Dataset:
     )
 
 
-def raw_of(update: xr.Dataset) -> xr.Dataset:
+def unmeasured(update: xr.Dataset) -> xr.Dataset:
     """The raw dataset from which a finished ``/update`` was measured; ``measured`` makes the same of it again.
 
     Args:

@@ -1,127 +1,142 @@
-"""What is captured during a training, on disk: a Zarr group of complete sub-groups, one a step.
+"""The records of a training, written while it runs: ``records/``, one file a step, one writer at a time.
 
-Each record is written under a hidden name, synced and renamed, so whatever ends a process ends at most the record in
-flight. Arrays are never grown. One writer at a time holds a lock on ``.zgroup``, which is made once and never replaced.
-
-What the watched matrices were at the start of a training, beside its records.
+Beside them lie ``run.json``, what is noted about the whole training, and ``start.safetensors``, what the watched
+matrices were at its start. Each file is written under a hidden name, synced and renamed, so whatever ends a process
+ends at most the record in flight.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xarray as xr
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dynamics.store.files import encoded_attributes, encoded_groups, move, sync, write_files
-from dynamics.store.capture import (
-    CAPTURE,
-    FORMAT,
-    KIND,
-    PARTIAL,
-    START,
-    Lock,
-    capture_attributes,
-    check_step,
-    is_capture,
-    read_record,
-    record_name,
-    record_names,
-    record_step,
-    refuse_captured,
-    refuse_foreign,
-    remove,
+from dynamics.store.capture import CAPTURE, CAPTURE_START, capture_attributes, is_capture
+from dynamics.store.files import PARTIAL, encoded_json, lock, replacing, sync_folder, write_file
+from dynamics.store.record_file import encoded_record, record_name, record_step
+from dynamics.store.record_folders import (
+    RECORDS,
+    RECORDS_FORMAT,
+    RECORDS_KIND,
+    RUN,
+    RecordFolders,
+    is_records,
+    record_steps,
+    records_attributes,
 )
-from dynamics.store.replace import forget, new_owner
 
-_NEW = "record"
+START = "start.safetensors"
+#: Made once, held by the writer, never replaced or removed.
+_LOCK = ".lock"
+_ELSEWHERE = "Choose another folder, or move it away."
 
 
-class CaptureStore:
-    """Writes the records of one training; made by ``create`` or ``resume``, given back by ``close`` or ``with``.
+class RecordsExist(OSError):
+    """A folder that a new training may not record into; the message is one line with path and remedy.
+
+    >>> str(RecordsExist("'runs/a/dynamics/records' holds 3 records."))
+    "'runs/a/dynamics/records' holds 3 records."
+    """
+
+
+class RecordWriter:
+    """Write the records of one training; made by ``create`` or ``resume``, given back by ``close`` or ``with``.
 
     Example::
 
-        with CaptureStore.create(Path("runs/a/dynamics"), {"preset": "standard"}) as store:
-            store.write(50, {"update": update, "gradient": gradient})
+        with RecordWriter.create(Path("runs/a/dynamics"), {"preset": "standard"}) as writer:
+            writer.write(50, {"update": update, "gradient": gradient})
     """
 
-    def __init__(self, path: Path, lock: Lock, attributes: dict[str, Any]) -> None:
-        self.path = path
-        self._lock = lock
-        self._attributes = attributes
-        self._owner = new_owner()
-        if lock.exclusive:  # otherwise a left-over may be somebody's who is at work
-            for left in path.glob(f"{PARTIAL}*"):
-                remove(left)
+    def __init__(self, folder: Path, attributes: Mapping[str, Any]) -> None:
+        self.path = folder / RECORDS
+        self._folders = RecordFolders(self.path, folder / CAPTURE if is_capture(folder / CAPTURE) else None)
+        self._lock = _Lock(self.path)
+        self._attributes = dict(attributes)
+        if self._lock.exclusive:  # otherwise what is left over may belong to somebody who is at work
+            for left in self.path.glob(f"{PARTIAL}*"):
+                with suppress(OSError):
+                    left.unlink()
 
     @classmethod
-    def create(cls, folder: Path, attributes: Mapping[str, Any]) -> CaptureStore:
-        """Begins a store in ``folder/capture.zarr``.
+    def create(cls, folder: Path, attributes: Mapping[str, Any]) -> RecordWriter:
+        """Begin the records of a training in ``folder/records``.
 
-        One without records, which a killed start leaves, is begun anew.
+        A folder without records, which a killed start leaves, is begun anew.
 
         Args:
             folder: ``RUN/dynamics``; made if it is not there.
             attributes: About the whole training; JSON-compatible.
 
         Raises:
-            CaptureExists: If a capture is there, somebody is writing it, or something else stands there.
+            RecordsExist: If there are records, somebody is writing some, or something else stands there.
             OSError: If it cannot be written.
         """
-        path = folder / CAPTURE
-        refuse_foreign(path)
-        refuse_captured(path)
-        content = {**attributes, "kind": KIND, "format": FORMAT}
-        encoded_attributes(content)  # refused before anything is made
-        lock = Lock(path)
+        _refuse_foreign(folder / RECORDS)
+        _refuse_recorded(folder)
+        encoded_json(attributes)  # refused before anything is made
+        writer = cls(folder, {})
         try:
-            refuse_captured(path)  # again: another may have written and gone since
-            store = cls(path, lock, {})
-            (path / START).unlink(missing_ok=True)
-            store._replace_attributes(content)
+            _refuse_recorded(folder)  # again: another may have written and gone since
+            (writer.path / START).unlink(missing_ok=True)
+            writer.annotate(attributes)
+            for path in (writer.path, folder, folder.parent):
+                sync_folder(path)
         except BaseException:
-            lock.release()
+            writer.close()
             raise
-        return store
+        return writer
 
     @classmethod
-    def resume(cls, folder: Path, step: int, attributes: Mapping[str, Any]) -> CaptureStore:
-        """Continues the store in ``folder/capture.zarr`` after a step; begins one where there is none.
+    def resume(cls, folder: Path, step: int, attributes: Mapping[str, Any]) -> RecordWriter:
+        """Go on after a step; begin where there is nothing.
+
+        Where there are only records of the first format, they stay as they are, and those up to ``step`` count.
 
         Args:
             folder: ``RUN/dynamics``.
-            step: The last step of the checkpoint that the training resumes from. Records of later steps are dropped,
-                the last one first.
+            step: The last step of the checkpoint that the training resumes from. Later records are removed, the last
+                one first.
             attributes: Replace those of the same name.
 
         Raises:
-            CaptureExists: If somebody is writing it, or something else stands there.
-            ValueError: If it is of a later format.
-            OSError: If it cannot be written.
+            RecordsExist: If somebody is writing them, or something else stands there.
+            ValueError: If they are of a later format.
+            OSError: If they cannot be written.
         """
-        path = folder / CAPTURE
-        refuse_foreign(path)
-        if not is_capture(path):
+        path, capture = folder / RECORDS, folder / CAPTURE
+        _refuse_foreign(path)
+        if not is_records(path) and not is_capture(capture):
             return cls.create(folder, attributes)
-        capture_attributes(path)  # of a later format: refused before anything is touched
-        lock = Lock(path)
+        # Of a later format: refused before anything is touched.
+        earlier = records_attributes(path) if is_records(path) else capture_attributes(capture)
+        writer = cls(folder, earlier)
         try:
-            store = cls(path, lock, capture_attributes(path))
-            for name in reversed(record_names(path)):
-                if record_step(name) > step:
-                    store._drop(name)
-            store.annotate(attributes)
+            if is_records(path):
+                earlier = records_attributes(path)
+                for later in reversed(record_steps(path)):
+                    if later > step:
+                        (path / record_name(later)).unlink()
+            elif start := read_tensors(capture / CAPTURE_START):
+                writer.write_start(start)
+            if is_capture(capture):
+                until = earlier.get("capture_until")
+                earlier["capture_until"] = min(step, until) if isinstance(until, int) else step
+            writer._attributes = earlier
+            writer.annotate(attributes)
+            sync_folder(path)
         except BaseException:
-            lock.release()
+            writer.close()
             raise
-        return store
+        return writer
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -130,135 +145,85 @@ class CaptureStore:
 
     @property
     def steps(self) -> list[int]:
-        """The steps that have a record, ascending."""
-        return [record_step(name) for name in record_names(self.path)]
+        """The steps that have a record, of either format, ascending."""
+        return sorted(self._folders.places(self._attributes))
 
-    def write(self, step: int, groups: Mapping[str, xr.Dataset], *, replace: bool = False) -> None:
-        """Adds the record of one step; when the call returns it is on the disk, whole.
+    def write(self, step: int, groups: Mapping[str, xr.Dataset]) -> None:
+        """Add the record of one step; when the call returns it is on the disk, whole.
 
         Args:
             step: ``global_step`` after the update.
-            groups: Name -> numbers, booleans and texts; a coordinate ``step`` must be this step alone.
-            replace: Whether a record of this step gives way. A process killed in between loses both.
+            groups: Name → numbers, booleans and text; a coordinate ``step`` must be this step alone.
 
         Raises:
-            ValueError: If the step has a record, or a name or an array has no place in a store.
+            ValueError: If the step has a record, or a name or an array cannot be stored.
             OSError: If it cannot be written; all that was there stays.
         """
-        name = record_name(step)
-        check_step(dict(groups), step)
-        files = encoded_groups(groups)
-        there = os.path.lexists(self.path / name)
-        if there and not replace:
-            raise ValueError(f"Step {step} is in '{self.path}' already. Pass replace=True to replace it.")
-        with self._scratch() as scratch:
-            new, old, place = scratch / _NEW, scratch / name, self.path / name
-            write_files(new, files)
-            try:
-                if there:
-                    os.replace(place, old)
-                move(new, place)
-            except BaseException:
-                _put_back(new, old, place)
-                raise
+        self._refuse_closed()
+        content = encoded_record(step, groups)
+        if os.path.lexists(self.path / record_name(step)):
+            raise ValueError(f"Expected a step without a record, but step {step} is in '{self.path}' already.")
+        write_file(self.path / record_name(step), content)
 
     def annotate(self, attributes: Mapping[str, Any]) -> None:
-        """Adds to the attributes of the whole training, replacing those of the same name.
+        """Add to the attributes of the whole training, replacing those of the same name.
 
         Raises:
-            ValueError: If something has no place in JSON.
+            ValueError: If JSON cannot hold something.
             OSError: If they cannot be written; those that were there stay.
         """
-        self._replace_attributes({**self._attributes, **attributes, "kind": KIND, "format": FORMAT})
+        self._refuse_closed()
+        content = {**self._attributes, **attributes, "kind": RECORDS_KIND, "format": RECORDS_FORMAT}
+        write_file(self.path / RUN, encoded_json(content, indent=1).encode())
+        self._attributes = records_attributes(self.path)
 
     def write_start(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps what the watched matrices were at the start, in place of what was kept before.
+        """Keep what the watched matrices were at the start, in place of what was kept before.
 
         Raises:
             OSError: If it cannot be written; what was kept before stays.
         """
-        with self._scratch() as scratch:
-            write_tensors(scratch / START, tensors)
-            move(scratch / START, self.path / START)
+        self._refuse_closed()
+        with replacing(self.path / START) as partial:
+            try:
+                save_file(_separate(tensors), partial)
+            except SafetensorError as error:
+                raise OSError(f"'{self.path / START}' cannot be written ({error}).") from error
 
     def read_start(self) -> dict[str, Tensor]:
-        """What ``write_start`` kept; empty if nothing.
+        """Return what ``write_start`` kept; empty if nothing.
 
         Raises:
             ValueError: If it cannot be read.
         """
         return read_tensors(self.path / START)
 
-    def read(self, step: int) -> dict[str, xr.Dataset]:
-        """The record of one step, in memory.
-
-        Raises:
-            FileNotFoundError: If there is none, or a part of it is missing.
-            ValueError: If it cannot be read.
-        """
-        return read_record(self.path / record_name(step))
-
     def close(self) -> None:
-        """Lets another writer in; once is enough, twice does no harm."""
+        """Let another writer in; once is enough, twice does no harm."""
         self._lock.release()
-        forget(self._owner)
 
-    def __enter__(self) -> CaptureStore:
+    def __enter__(self) -> RecordWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _replace_attributes(self, attributes: Mapping[str, Any]) -> None:
-        content = encoded_attributes(attributes)
-        with self._scratch() as scratch:
-            write_files(scratch, {"attributes": content})
-            move(scratch / "attributes", self.path / ".zattrs")
-        self._attributes = capture_attributes(self.path)
-
-    def _drop(self, name: str) -> None:
-        """Removes a record; to every reader it is there whole or not at all."""
-        with self._scratch() as scratch:
-            os.replace(self.path / name, scratch / name)
-            sync(self.path)
-
-    @contextmanager
-    def _scratch(self) -> Iterator[Path]:
-        """A hidden folder that is gone afterwards, with what is left in it."""
+    def _refuse_closed(self) -> None:
         if not self._lock.held:
-            raise ValueError(f"The capture store '{self.path}' is closed. Open it again with resume().")
-        scratch = self.path / f"{PARTIAL}{self._owner}"
-        remove(scratch)
-        try:
-            scratch.mkdir()
-            yield scratch
-        finally:
-            remove(scratch)
+            raise ValueError(f"The records in '{self.path}' are closed. Open them again with resume().")
 
 
-def _put_back(new: Path, old: Path, place: Path) -> None:
-    """Undoes what was done of replacing ``place`` by ``new``, which set aside ``old``."""
-    if not new.exists():
-        os.replace(place, new)
-    if os.path.lexists(old):
-        os.replace(old, place)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors of any device as one safetensors file, on the disk when the call returns.
+def read_start(folder: Path) -> dict[str, Tensor]:
+    """Return what the watched matrices were at the start of the training in ``RUN/dynamics``; empty if not kept.
 
     Raises:
-        OSError: If it cannot be written.
+        ValueError: If it cannot be read.
     """
-    try:
-        save_file(_separate(tensors), path)
-    except SafetensorError as error:
-        raise OSError(f"'{path}' cannot be written ({error}).") from error
-    sync(path)
+    return read_tensors(folder / RECORDS / START) or read_tensors(folder / CAPTURE / CAPTURE_START)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """What ``write_tensors`` wrote, on the CPU; empty if nothing is there.
+    """Return the tensors of a safetensors file, on the CPU; empty if nothing is there.
 
     Raises:
         ValueError: If it cannot be read.
@@ -267,7 +232,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return {}
     try:
         if path.is_symlink() or not path.is_file():
-            raise OSError("it is no plain file")
+            raise OSError("it is not a regular file")
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(
@@ -277,12 +242,95 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same numbers in memory that no two share, as safetensors asks."""
-    found, seen = {}, set()
+    """Return the same numbers in memory that no two share, as safetensors asks."""
+    separate, seen = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous()
         storage = tensor.untyped_storage()
         shared = storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes
         seen.add(storage.data_ptr())
-        found[name] = tensor.clone() if shared else tensor
-    return found
+        separate[name] = tensor.clone() if shared else tensor
+    return separate
+
+
+class _Lock:
+    """Held by the one writer of a folder of records, on a hidden file in it.
+
+    Attributes:
+        exclusive: Whether no other writer can be at work; unknown, so False, where the file system has no locks.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        self._file: BinaryIO = open(os.open(folder / _LOCK, flags, 0o666), "r+b", buffering=0)  # noqa: SIM115
+        locked = lock(self._file.fileno(), wait=False)
+        if locked is False:
+            self._file.close()
+            raise RecordsExist(
+                f"'{folder}' is being written by another recorder. Close that one first, or choose another folder."
+            )
+        self.exclusive = locked is True
+        _open_locks.add(self._file)
+
+    @property
+    def held(self) -> bool:
+        """Whether it has not been released, nor inherited: a forked process is not the writer."""
+        return not self._file.closed
+
+    def release(self) -> None:
+        self._file.close()
+
+
+_open_locks: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
+
+
+def _close_inherited() -> None:
+    for file in list(_open_locks):
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse what is neither a folder of records nor the beginning of one, and a folder for it that is a link.
+
+    Raises:
+        RecordsExist: Names it.
+    """
+    if path.parent.is_symlink():
+        raise RecordsExist(f"'{path.parent}' is a link, and no records are written through one. {_ELSEWHERE}")
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise RecordsExist(f"'{path}' stands where the records must go, and is not a folder. {_ELSEWHERE}")
+    if not is_records(path):
+        names = [name for name in os.listdir(path) if name not in (_LOCK, START) and not name.startswith(PARTIAL)]
+        if names:
+            raise RecordsExist(
+                f"'{path}' stands where the records must go, and no recorder wrote it: it holds '{min(names)}', "
+                f"and no {RUN} of a recorder. {_ELSEWHERE}"
+            )
+
+
+def _refuse_recorded(folder: Path) -> None:
+    """Refuse records, of either format, that a new training must not add to.
+
+    Raises:
+        RecordsExist: Says how many there are.
+    """
+    path, capture = folder / RECORDS, folder / CAPTURE
+    folders = RecordFolders(path, capture if is_capture(capture) else None)
+    if steps := sorted(folders.places({})):
+        where = path if record_steps(path) else capture
+        count = f"{len(steps)} captured step{'s' * (len(steps) > 1)}, the last of them {steps[-1]}"
+        raise RecordsExist(f"'{where}' holds {count}. Resume that training, or choose another folder.")
+    strange = [
+        name
+        for name in (os.listdir(path) if path.is_dir() else ())
+        if name not in (_LOCK, START, RUN) and not name.startswith(PARTIAL) and record_step(name) is None
+    ]
+    if strange:
+        raise RecordsExist(f"'{path}' holds '{min(strange)}', which no recorder wrote. {_ELSEWHERE}")
