@@ -42,10 +42,11 @@ def read_file(path: Path, limit: int = _JSON_LIMIT) -> bytes:
         if error.errno == errno.ELOOP:
             raise ValueError(f"'{path.name}' is a link, which is not followed") from error
         raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+        os.close(descriptor)
+        raise ValueError(f"'{path.name}' is not a regular file of at most {limit} bytes")
     with open(descriptor, "rb", buffering=0) as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-            raise ValueError(f"'{path.name}' is not a regular file of at most {limit} bytes")
         return file.readall()
 
 

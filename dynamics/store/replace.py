@@ -131,9 +131,10 @@ def is_result(name: str) -> bool:
     return bool(_RESULT.fullmatch(name))
 
 
-def is_our_store(path: Path) -> bool:
-    """Tell whether the root attributes of a result are there; other folders of that name are somebody else's."""
-    if not is_folder(path):
+def holds_result(folder: Path) -> bool:
+    """Tell whether a result is in a folder, neither of them a link: its root attributes say so."""
+    path = folder / RESULT
+    if not (is_folder(folder) and is_folder(path)):
         return False
     try:
         return "findings" in json.loads(read_file(path / ".zattrs", 2**28))
@@ -159,7 +160,7 @@ def notes_before(out: Path) -> list[Finding]:
     findings = []
     names = sorted(os.listdir(out)) if is_folder(out) else []
     first = [name for name in names if name == RESULT or name == "figures" or is_result(name)]
-    if is_our_store(out / RESULT):
+    if holds_result(out):
         findings.append(
             Finding(
                 "OD602",
@@ -196,13 +197,14 @@ def _replace(out: Path, stage: Path) -> None:
             os.rename(previous, analysis)
         raise
     if replaces and first_foreign(previous) is None:
-        _remove(out, previous)
+        with suppress(OSError):  # the new result counts; the next analysis tries again
+            _remove(out, previous)
 
 
 def _repair(out: Path) -> None:
     """Finish or undo what killed processes left; leave alone what may still be at work, and what is not ours."""
     analysis, previous = out / ANALYSIS, out / PREVIOUS
-    if is_our_store(previous / RESULT) and first_foreign(previous) is None:
+    if holds_result(previous) and first_foreign(previous) is None:
         if os.path.lexists(analysis):
             _remove(out, previous)
         else:
@@ -229,7 +231,7 @@ def _refuse_foreign(out: Path) -> None:
         OutputError: Names it.
     """
     analysis, previous = out / ANALYSIS, out / PREVIOUS
-    if os.path.lexists(analysis) and not is_our_store(analysis / RESULT):
+    if os.path.lexists(analysis) and not holds_result(analysis):
         what = "is a link, which is not followed" if analysis.is_symlink() else "was not written by an analysis"
         raise OutputError(
             f"'{analysis}' stands where the result must go, and {what}. "

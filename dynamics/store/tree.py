@@ -278,6 +278,8 @@ def open_source(run: Path, matrices: str | None = None, base: str | None = None)
     """
     records, problems = find_records(run, matrices)
     usable = records is not None and records.update is not None
+    if records is None and _is_folder_of_records(run):  # whose files are not checkpoints
+        raise NotARun(" ".join(problem.message for problem in problems), problems)
     if records is not None and records.path == run:
         if not usable:
             raise NotARun(_nothing_recorded(records, matrices), records.findings)

@@ -14,7 +14,7 @@ from dynamics import open_run, schema
 from dynamics.pipeline import measure
 from dynamics.store import write_tree
 from dynamics.store.tree import open_source
-from tests.captures import drifting, write_capture
+from tests.captures import drifting, write_records
 from tests.runs import write_run
 
 
@@ -104,7 +104,7 @@ def test_an_existing_store_is_not_overwritten(tree, tmp_path):
 
 @pytest.fixture
 def captured(tmp_path):
-    write_capture(tmp_path / "captured")
+    write_records(tmp_path / "captured")
     return tmp_path / "captured"
 
 
@@ -112,7 +112,7 @@ def captured(tmp_path):
 def written(tmp_path_factory):
     """A run whose analysis has the records in it."""
     run = write_run(tmp_path_factory.mktemp("written") / "both", drifting([10, 20, 30]))
-    write_capture(run)
+    write_records(run)
     source = open_source(run)
     write_tree(measure(source.trajectory, captured=source.captured), run / "dynamics" / "analysis.zarr")
     return run
@@ -145,7 +145,7 @@ def test_an_analysis_that_has_the_records_is_opened_as_it_is(both):
 
 
 def test_records_that_came_since_are_merged(both):
-    write_capture(both, [5, 10, 15, 20, 25])
+    write_records(both, [5, 10, 15, 20, 25])
     opened = open_run(both)
     schema.check(opened)
     assert opened["update"]["step"].values.tolist() == [5, 10, 15, 20, 25, 30]
@@ -155,7 +155,7 @@ def test_records_that_came_since_are_merged(both):
 
 
 def test_each_of_both_alone(both):
-    write_capture(both, [5, 10, 15, 20, 25])
+    write_records(both, [5, 10, 15, 20, 25])
     assert open_run(both / "dynamics" / "analysis.zarr")["update"]["step"].values.tolist() == [5, 10, 15, 20, 30]
     assert open_run(both / "dynamics" / "capture.zarr")["update"]["step"].values.tolist() == [5, 10, 15, 20, 25]
 
@@ -178,7 +178,7 @@ def test_a_capture_whose_attributes_are_damaged(captured, place):
 
 
 def test_a_capture_of_no_step_yet(tmp_path):
-    write_capture(tmp_path / "run", [])
+    write_records(tmp_path / "run", [])
     with pytest.raises(FileNotFoundError, match=r"holds no step that can be used\. Wait for the first one, or analyse"):
         open_run(tmp_path / "run")
 

@@ -8,89 +8,78 @@ import pytest
 import torch
 import xarray as xr
 
-from dynamics.store import CaptureStore, files as arrays, record_writer as capture_store, read_capture
-from tests.records import assert_holds, files, gradient, hidden, record, update
-
-
-def failing(monkeypatch, call):
-    """The given call of fsync, counted from 0, finds the disk full."""
-    calls = iter(range(10**6))
-    sync = os.fsync
-
-    def fsync(descriptor):
-        if next(calls) == call:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(descriptor)
-
-    monkeypatch.setattr(arrays.os, "fsync", fsync)
+from dynamics.store import RecordWriter
+from tests.records import assert_holds, files, partial, record, records_of
 
 
 @pytest.fixture
-def syncs(store, monkeypatch):
-    """How many times one record is synced."""
-    count = []
-    sync = os.fsync
+def full_disk(monkeypatch):
+    """No call of ``fsync`` finds room."""
+
+    def refuse(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with monkeypatch.context() as patch:
-        patch.setattr(arrays.os, "fsync", lambda descriptor: (count.append(1), sync(descriptor)))
-        store.write(1, record(1))
-    return len(count)
+        patch.setattr(os, "fsync", refuse)
+        yield patch
 
 
-@pytest.mark.parametrize("replaced", [False, True])
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_a_full_disk_costs_only_the_record_in_flight(store, syncs, monkeypatch, replaced, share):
-    before = files(store.path)
-    step = 50 if replaced else 150
-    new = {"update": update(step).assign_attrs(space="other"), "gradient": gradient(step)}
-    with monkeypatch.context() as patch:
-        failing(patch, round(share * (syncs - 1)))  # the last is that of the store's folder, after the renaming
-        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-            store.write(step, new, replace=replaced)
-    assert files(store.path) == before
-    assert hidden(store.path) == []
-    store.write(150, record(150))
-    assert_holds(store.path, 1, 50, 100, 150)
+def test_a_full_disk_costs_only_the_record_in_flight(writer, full_disk):
+    before = files(writer.path)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        writer.write(150, record(150))
+    assert files(writer.path) == before
+    full_disk.undo()
+    writer.write(150, record(150))
+    assert_holds(writer.path, 50, 100, 150)
 
 
-def test_a_limit_on_the_size_of_files(store):
+def test_a_record_that_cannot_be_renamed_leaves_nothing(writer, monkeypatch):
+    before = files(writer.path)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ESTALE, "Stale file handle")))
+    with pytest.raises(OSError, match="Stale"):
+        writer.write(150, record(150))
+    assert files(writer.path) == before
+
+
+def test_a_limit_on_the_size_of_files(writer):
     resource = pytest.importorskip("resource")
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = files(store.path)
-    large = {"gradient": xr.Dataset({"gram": (("sample", "sample_"), np.zeros((99, 99)))})}
+    before = files(writer.path)
+    large = {"gradient": xr.Dataset({"numbers": (("a", "b"), np.zeros((99, 99)))})}
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
     try:
         with pytest.raises(OSError, match="large"):
-            store.write(150, large)
+            writer.write(150, large)
         with pytest.raises(OSError, match="large"):
-            store.write_start({"a": torch.zeros(4096)})
+            writer.write_start({"a": torch.zeros(4096)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert files(store.path) == before
-    store.write(150, record(150))
-    assert_holds(store.path, 50, 100, 150)
+    assert files(writer.path) == before
+    writer.write(150, record(150))
+    assert_holds(writer.path, 50, 100, 150)
 
 
-def test_attributes_that_do_not_fit_leave_the_old_ones(store, monkeypatch):
+def test_attributes_that_do_not_fit_leave_the_old_ones(writer, full_disk):
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        writer.annotate({"new": 1})
+    assert writer.attributes == records_of(writer.path).attributes
+    assert "new" not in writer.attributes
+    assert partial(writer.path) == []
+
+
+def test_dropping_that_stops_half_way_leaves_the_first_records(writer, monkeypatch):
+    writer.close()
+    unlink = type(writer.path).unlink
+
+    def stop(path, **how):
+        unlink(path, **how)
+        raise SystemExit
+
     with monkeypatch.context() as patch:
-        failing(patch, 0)
-        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-            store.annotate({"new": 1})
-    assert store.attributes == read_capture(store.path).attributes
-    assert "new" not in store.attributes
-
-
-def test_dropping_that_stops_half_way_leaves_the_first_records(store, monkeypatch):
-    store.close()
-    with monkeypatch.context() as patch:
-        patch.setattr(capture_store, "sync", lambda path: exit_at(path, "step-000000000100"))
+        patch.setattr(type(writer.path), "unlink", stop)
         with pytest.raises(SystemExit):
-            CaptureStore.resume(store.path.parent, 10, {})
-    assert_holds(store.path, 50)
-    CaptureStore.resume(store.path.parent, 10, {}).close()
-    assert_holds(store.path)
-
-
-def exit_at(path, name):
-    """The end of the process at the first moment at which a record is gone."""
-    assert not (path / name).exists()
-    raise SystemExit
+            RecordWriter.resume(writer.path.parent, 10, {})
+    assert_holds(writer.path, 50)
+    RecordWriter.resume(writer.path.parent, 10, {}).close()
+    assert_holds(writer.path)

@@ -10,7 +10,7 @@ import pytest
 from dynamics.findings import Finding
 from dynamics.store import read_capture
 from dynamics.store.records import captured, find_captured, finding_of, is_current
-from tests.captures import write_capture
+from tests.captures import write_records
 from tests.runs import NAMES
 
 BAD = "step-000000000010"
@@ -23,7 +23,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def store(run):
-    return write_capture(run)
+    return write_records(run)
 
 
 def read(run, matrices=None):
@@ -61,9 +61,9 @@ def test_without_a_store_there_is_nothing(run):
 
 
 def test_gradients_at_some_steps_or_none(run):
-    write_capture(run, gradients=[10])
+    write_records(run, gradients=[10])
     assert read(run).gradient["step"].values.tolist() == [10]
-    write_capture(run.parent / "other", gradients=[])
+    write_records(run.parent / "other", gradients=[])
     assert read(run.parent / "other").gradient is None
 
 
@@ -144,7 +144,7 @@ def test_a_store_of_a_later_format_has_a_finding(run, store):
 
 
 def live_names(run, disk_names, **how):
-    return dict(captured(read_capture(write_capture(run, attributes={"disk_names": disk_names}, **how))).live_names)
+    return dict(captured(read_capture(write_records(run, attributes={"disk_names": disk_names}, **how))).live_names)
 
 
 def test_names_on_disk_are_turned_round(run):
@@ -172,7 +172,7 @@ def test_what_cannot_be_turned_round_is_not(run, names):
 
 def test_findings_of_the_training_come_first(run):
     own = Finding("OD301", "It gets no gradient.", matrix=NAMES[0], evidence={"steps": [5]})
-    store = write_capture(run, attributes={"findings": [own.to_dict()]})
+    store = write_records(run, attributes={"findings": [own.to_dict()]})
     spoil(store)
     assert [finding.code for finding in read(run).findings] == ["OD301", "OD309"]
     assert read(run).findings[0] == own
@@ -204,18 +204,18 @@ def test_only_what_has_its_type_is_taken_over():
 
 def test_gaps_are_told_once(run):
     gaps = [{"step": 7, "reason": "No space left"}, {"step": 9, "reason": "No space left"}, {"step": "x"}, 3]
-    write_capture(run, attributes={"gaps": gaps})
+    write_records(run, attributes={"gaps": gaps})
     (finding,) = read(run).findings
     assert (finding.code, finding.evidence) == ("OD305", {"steps": [7, 9], "reasons": ["No space left"]})
     assert finding.message == ("Steps that were due could not be captured, or not whole: 7, 9 (No space left).")
     told = Finding("OD305", "Told already.").to_dict()
-    write_capture(run.parent / "other", attributes={"gaps": gaps, "findings": [told]})
+    write_records(run.parent / "other", attributes={"gaps": gaps, "findings": [told]})
     assert [finding.message for finding in read(run.parent / "other").findings] == ["Told already."]
 
 
 @pytest.mark.parametrize("value", [None, "x", 3, {"step": 3}, [[]]])
 def test_attributes_of_another_type_are_no_findings(run, value):
-    write_capture(run, attributes={"gaps": value, "findings": value})
+    write_records(run, attributes={"gaps": value, "findings": value})
     assert read(run).findings == ()
 
 
@@ -225,7 +225,7 @@ def test_attributes_of_another_type_are_no_findings(run, value):
 def test_a_store_is_what_it_was_until_something_changes(run, store):
     stamp = json.loads(json.dumps(read(run).stamp))
     assert is_current(stamp, store)
-    write_capture(run, [5, 10, 15, 20, 25])
+    write_records(run, [5, 10, 15, 20, 25])
     assert not is_current(stamp, store)
 
 

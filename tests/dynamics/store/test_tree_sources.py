@@ -8,7 +8,7 @@ import pytest
 
 from dynamics.checkpoints import NotARun
 from dynamics.store.tree import open_source, results_folder, run_folder, without_checkpoints
-from tests.captures import drifting, write_capture
+from tests.captures import drifting, write_records
 from tests.runs import NAMES, log_history, write_run, write_state
 
 
@@ -16,14 +16,14 @@ from tests.runs import NAMES, log_history, write_run, write_state
 def run(tmp_path):
     """Checkpoints and a capture of one training."""
     run = write_run(tmp_path / "run", drifting([10, 20]))
-    write_capture(run)
+    write_records(run)
     return run
 
 
 @pytest.fixture
 def captured_only(tmp_path):
     run = tmp_path / "captured"
-    write_capture(run)
+    write_records(run)
     return run
 
 
@@ -61,7 +61,7 @@ def test_matrices_are_chosen_in_both(run):
 
 def test_matrices_that_only_one_of_them_has(tmp_path):
     run = write_run(tmp_path / "run", drifting([10], names=NAMES[:1]))
-    write_capture(run, drifting([10], names=NAMES[1:2]))
+    write_records(run, drifting([10], names=NAMES[1:2]))
     assert open_source(run, "v_proj").trajectory.checkpoints == ()
     assert open_source(run, "q_proj").captured.update is None
 
