@@ -119,7 +119,7 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD514": ("warning", "something that was to be held equal and could not be"),
     "OD515": ("error", "scores and groups that could not be related"),
     # 6xx: results on disk
-    "OD601": ("error", "a result that was not replaced whole"),
+    "OD601": ("warning", "an analysis that was stopped while it put its result in place"),
     "OD602": ("note", "results of an earlier version beside this one"),
     "OD603": ("note", "an earlier result that could not be removed"),
 }

@@ -47,7 +47,7 @@ DAMAGES = {
         "is not a regular file of at most 8 bytes",
     ),
     "a named pipe": ("update/from_step/0", lambda path: path.unlink() or os.mkfifo(path), "is not a regular file"),
-    "a folder": ("update/from_step/0", lambda path: path.unlink() or path.mkdir(), "directory"),
+    "a folder": ("update/from_step/0", lambda path: path.unlink() or path.mkdir(), "is not a regular file"),
     "objects": ("update/from_step/.zarray", lambda path: change(path, dtype="|O"), "'from_step' has the type '|O'"),
     "structures": (
         "update/from_step/.zarray",
@@ -117,7 +117,7 @@ DAMAGES = {
     ),
     "another step": (
         "update/step/0",
-        lambda path: path.write_bytes(np.int64(99).tobytes()),
+        lambda path: path.write_bytes((99).to_bytes(8, "little")),
         "'update' is of the steps [99], expected step 2 alone",
     ),
 }
