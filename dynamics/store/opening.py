@@ -41,8 +41,8 @@ def open_run(run: str | PathLike[str]) -> xr.DataTree:
     folders = record_folders(folder)
     result = None if folders is not None and folders.path == folder else result_path(folder)
     if result is None and folders is None:
-        places = [place / name for place in (folder / FOLDER, folder) for name in (ANALYSIS, RESULT)]
-        if linked := [place for place in places if place.is_symlink()]:
+        paths = [parent / name for parent in (folder / FOLDER, folder) for name in (ANALYSIS, RESULT)]
+        if linked := [path for path in paths if path.is_symlink()]:
             raise FileNotFoundError(f"'{linked[0]}' is a link, which is not followed. Open what it points to instead.")
         raise FileNotFoundError(
             f"No stored result for '{folder}' (looked for {ANALYSIS}/, {RECORDS}/, {RESULT} and {CAPTURE}, there and "

@@ -129,10 +129,10 @@ def packed(
     """Return the upper triangle of K, row by row in float32, and tr K in float64 over the samples that have a number.
 
     >>> packed(np.array([[2.0, 1.0], [1.0, 4.0]]))
-    (array([2., 1., 4.], dtype=float32), np.float64(6.0))
+    (array([2., 1., 4.], dtype=float32), array(6.))
     """
     rows, columns = np.triu_indices(gram.shape[-1])
-    trace = np.nansum(np.diagonal(gram, axis1=-2, axis2=-1), axis=-1, dtype=np.float64)
+    trace = np.asarray(np.nansum(np.diagonal(gram, axis1=-2, axis2=-1), axis=-1, dtype=np.float64))
     with np.errstate(over="ignore"):  # becomes infinity, which the reader refuses by name
         return gram[..., rows, columns].astype(np.float32), trace
 

@@ -65,24 +65,24 @@ class RecordFolders:
         assert self.capture is not None, self.path
         return capture_attributes(self.capture)
 
-    def places(self, attributes: Mapping[str, Any]) -> dict[int, Path]:
+    def paths(self, attributes: Mapping[str, Any]) -> dict[int, Path]:
         """Return where the record of each step lies, steps ascending.
 
         Args:
             attributes: Of the training; they say up to which step records of the first format belong to it.
         """
         until = attributes.get("capture_until")
-        places: dict[int, Path] = {}
+        paths: dict[int, Path] = {}
         if self.capture is not None:
             steps = capture_steps(self.capture)
-            places = {
+            paths = {
                 step: capture_record(self.capture, step)
                 for step in steps
                 if self.records is None or not isinstance(until, int) or step <= until
             }
         if self.records is not None:
-            places |= {step: self.records / record_name(step) for step in record_steps(self.records)}
-        return dict(sorted(places.items()))
+            paths |= {step: self.records / record_name(step) for step in record_steps(self.records)}
+        return dict(sorted(paths.items()))
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,14 @@ class StoredRecords:
         attributes: What is noted about the whole training.
         records: Step → name of the group → its numbers, steps ascending; in memory.
         broken: Step → why its record cannot be read.
-        places: Step → its record on the disk.
+        paths: Step → its record on the disk.
     """
 
     folders: RecordFolders
     attributes: Mapping[str, Any]
     records: Mapping[int, Mapping[str, xr.Dataset]]
     broken: Mapping[int, str]
-    places: Mapping[int, Path]
+    paths: Mapping[int, Path]
 
 
 def record_folders(run: Path) -> RecordFolders | None:
@@ -131,16 +131,16 @@ def stored_records(folders: RecordFolders) -> StoredRecords:
         ValueError: If the attributes cannot be read, or are of a later format.
     """
     attributes = folders.attributes()
-    places = folders.places(attributes)
+    paths = folders.paths(attributes)
     records, broken = {}, {}
-    for step, path in places.items():
+    for step, path in paths.items():
         try:
             records[step] = read_record(path) if record_step(path.name) is not None else read_capture_record(path)
         except FileNotFoundError:
             continue
         except ValueError as error:
             broken[step] = str(error)
-    return StoredRecords(folders, attributes, records, broken, places)
+    return StoredRecords(folders, attributes, records, broken, paths)
 
 
 def records_attributes(path: Path) -> dict[str, Any]:

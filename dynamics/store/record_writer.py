@@ -146,7 +146,7 @@ class RecordWriter:
     @property
     def steps(self) -> list[int]:
         """The steps that have a record, of either format, ascending."""
-        return sorted(self._folders.places(self._attributes))
+        return sorted(self._folders.paths(self._attributes))
 
     def write(self, step: int, groups: Mapping[str, xr.Dataset]) -> None:
         """Add the record of one step; when the call returns it is on the disk, whole.
@@ -243,12 +243,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the same numbers in memory that no two share, as safetensors asks."""
-    separate, seen = {}, set()
+    separate, storages = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous()
         storage = tensor.untyped_storage()
-        shared = storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes
-        seen.add(storage.data_ptr())
+        shared = storage.data_ptr() in storages or storage.nbytes() != tensor.nbytes
+        storages.add(storage.data_ptr())
         separate[name] = tensor.clone() if shared else tensor
     return separate
 
@@ -323,7 +323,7 @@ def _refuse_recorded(folder: Path) -> None:
     """
     path, capture = folder / RECORDS, folder / CAPTURE
     folders = RecordFolders(path, capture if is_capture(capture) else None)
-    if steps := sorted(folders.places({})):
+    if steps := sorted(folders.paths({})):
         where = path if record_steps(path) else capture
         count = f"{len(steps)} captured step{'s' * (len(steps) > 1)}, the last of them {steps[-1]}"
         raise RecordsExist(f"'{where}' holds {count}. Resume that training, or choose another folder.")

@@ -105,8 +105,8 @@ def find_records(
     pattern = _pattern(matrices or "")
     folders = folders or record_folders(run)
     if folders is None:
-        places = [folder / name for folder in (run / FOLDER, run) for name in (RECORDS, CAPTURE)]
-        return None, [_foreign(place) for place in places if _is_occupied(place)]
+        paths = [folder / name for folder in (run / FOLDER, run) for name in (RECORDS, CAPTURE)]
+        return None, [_foreign(path) for path in paths if _is_occupied(path)]
     try:
         return read_records(folders, pattern), []
     except ValueError as error:
@@ -133,7 +133,7 @@ def read_records(folders: RecordFolders, keep: re.Pattern[str] | None = None) ->
         if fatal or "update" not in record:
             broken[step] = fatal[0] if fatal else "it has no update"
             continue
-        unusable += [_broken(stored.places[step], f"'{name}' {problem}") for name, problem in problems.items()]
+        unusable += [_broken(stored.paths[step], f"'{name}' {problem}") for name, problem in problems.items()]
         for name, datasets in parts.items():
             if name in record and name not in problems:
                 datasets.append(record[name])
@@ -149,7 +149,7 @@ def read_records(folders: RecordFolders, keep: re.Pattern[str] | None = None) ->
         findings=(
             *_findings_of_training(stored.attributes),
             *_two_formats(stored),
-            *(_broken(stored.places[step], broken[step]) for step in sorted(broken)),
+            *(_broken(stored.paths[step], broken[step]) for step in sorted(broken)),
             *unusable,
             *others,
         ),
@@ -174,9 +174,7 @@ def is_current(stamp: Any, folders: RecordFolders) -> bool:
     try:
         then = sorted([*map(_name, stamp["steps"]), *stamp["broken"]])
         attributes = folders.attributes()
-        return then == [_name(step) for step in folders.places(attributes)] and stamp["attributes"] == digest(
-            attributes
-        )
+        return then == [_name(step) for step in folders.paths(attributes)] and stamp["attributes"] == digest(attributes)
     except (KeyError, TypeError, ValueError):
         return False
 
@@ -213,10 +211,10 @@ def _live_names(disk_names: Any, updates: list[xr.Dataset]) -> dict[str, str]:
 
 
 def _findings_of_training(attributes: Mapping[str, Any]) -> Iterator[Finding]:
-    known = from_json(_list(attributes.get("findings")))
-    yield from known
+    findings = from_json(_list(attributes.get("findings")))
+    yield from findings
     gaps = [gap for gap in _list(attributes.get("gaps")) if isinstance(gap, dict) and type(gap.get("step")) is int]
-    if gaps and all(finding.code != "OD305" for finding in known):
+    if gaps and all(finding.code != "OD305" for finding in findings):
         steps = [gap["step"] for gap in gaps]
         reasons = list(dict.fromkeys(str(gap.get("reason", "unknown")) for gap in gaps))
         yield Finding(
@@ -231,7 +229,7 @@ def _findings_of_training(attributes: Mapping[str, Any]) -> Iterator[Finding]:
 def _two_formats(stored: StoredRecords) -> Iterator[Finding]:
     records, capture = stored.folders.records, stored.folders.capture
     if records is not None and capture is not None:
-        first = [step for step, path in stored.places.items() if path.parent == capture]
+        first = [step for step, path in stored.paths.items() if path.parent == capture]
         left_out = len(capture_steps(capture)) - len(first)
         rest = f"; {left_out} later or doubled ones in it are left out" if left_out else ""
         yield Finding(
@@ -253,12 +251,12 @@ def _broken(path: Path, problem: str) -> Finding:
     return Finding("OD309", f"The captured step cannot be used: {problem}.", _REMEDY, file=where)
 
 
-def _foreign(place: Path) -> Finding:
+def _foreign(path: Path) -> Finding:
     return Finding(
         "OD309",
         "It has the name of a folder of records, and no recorder wrote it; it is left out.",
         "Restore its attributes if it is one, or move it away.",
-        file=_shown(place),
+        file=_shown(path),
     )
 
 
@@ -267,21 +265,21 @@ def _shown(path: Path) -> str:
     return f"{FOLDER}/{path.name}" if path.absolute().parent.name == FOLDER else path.name
 
 
-def _is_occupied(place: Path) -> bool:
+def _is_occupied(path: Path) -> bool:
     """Tell whether there is something that is not the beginning of records."""
     # A folder of that name in the run itself may be anybody's.
-    if place.name == RECORDS and place.absolute().parent.name != FOLDER:
+    if path.name == RECORDS and path.absolute().parent.name != FOLDER:
         return False
-    if place.is_symlink() or place.is_file():
+    if path.is_symlink() or path.is_file():
         return True
     try:
-        return is_folder(place) and any(not entry.name.startswith(".") for entry in place.iterdir())
+        return is_folder(path) and any(not entry.name.startswith(".") for entry in path.iterdir())
     except OSError:
         return True
 
 
 def joined_fisher(parts: Sequence[xr.Dataset], keep: re.Pattern[str]) -> tuple[xr.Dataset | None, list[Finding]]:
-    """K and b of all steps; of those that probed the same samples in the same way as the last one.
+    """Return K and b of all steps; of those that probed the same samples in the same way as the last one.
 
     Args:
         parts: One step each, ascending.
@@ -301,7 +299,7 @@ def joined_fisher(parts: Sequence[xr.Dataset], keep: re.Pattern[str]) -> tuple[x
 
 
 def with_probed(recorded: xr.Dataset | None, probed: xr.Dataset | None) -> tuple[xr.Dataset | None, list[Finding]]:
-    """K and b of the training's own records and of its probed checkpoints; where both have a step, that of the records.
+    """Return K and b of records and probed checkpoints; where both have a step, those of the record.
 
     Probed checkpoints are left out, with a finding, if they were probed in another way than the records.
     """
@@ -320,7 +318,7 @@ def with_probed(recorded: xr.Dataset | None, probed: xr.Dataset | None) -> tuple
 
 
 def unmeasured_fisher(tree: xr.DataTree) -> xr.Dataset | None:
-    """What a stored result keeps of its probed checkpoints: as :data:`dynamics.schema.FISHER_RECORD` has it."""
+    """Return what a stored result keeps of its probed checkpoints, as :data:`dynamics.schema.FISHER_RECORD` has it."""
     if "probed" in tree.children:
         return tree["probed"].to_dataset().load()
     if "captured" in tree.attrs or "fisher" not in tree.children:
@@ -332,7 +330,7 @@ def unmeasured_fisher(tree: xr.DataTree) -> xr.Dataset | None:
 
 
 def joined_scores(parts: Sequence[xr.Dataset]) -> xr.Dataset | None:
-    """Scores of all steps."""
+    """Return the scores of all steps."""
     return xr.concat(parts, "step", data_vars="all", join="outer") if parts else None
 
 

@@ -136,8 +136,8 @@ def _scores(first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
 
 def _findings_of_checkpoints(parts: Parts) -> list[Finding]:
     """Return findings about checkpoints; where the records say what matrices are called on disk, OD117 is dropped."""
-    known = parts.records is not None and isinstance(parts.records.attributes.get("disk_names"), dict)
-    return [finding for finding in parts.findings if not (known and finding.code == "OD117")]
+    mapped = parts.records is not None and isinstance(parts.records.attributes.get("disk_names"), dict)
+    return [finding for finding in parts.findings if not (mapped and finding.code == "OD117")]
 
 
 def quantiles_of_gradients(gradient: xr.Dataset, null: xr.Dataset) -> xr.Dataset:
