@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from dynamics import DynamicsCallback
 from dynamics.store.record_folders import StoredRecords
-from dynamics.store.records import captured
+from dynamics.store.records import read_records
 from tests.families import FAMILIES
 from tests.records import records_of
 from tests.trainings import arguments
@@ -106,7 +106,7 @@ def test_names_on_disk_are_kept_and_lead_back(name: str, tmp_path: Path) -> None
     assert set(disk_names) <= recorded
     weights = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     saved = {key.removesuffix(".weight") for key, tensor in weights.items() if tensor.ndim > 1}
-    live_names = captured(capture).live_names
+    live_names = read_records(capture.folders).live_names
     found = {live_names.get(matrix, matrix) for matrix in saved}
     in_pieces = {live: pieces for live, pieces in disk_names.items() if isinstance(pieces, list)}
     assert recorded - found == set(in_pieces) == {matrix for matrix in recorded if "gate_up_proj" in matrix}

@@ -348,3 +348,16 @@ def test_a_training_killed_twenty_times_loses_the_step_in_flight_alone(tmp_path)
         assert one["worst"] < 1e-4
     assert sum(len(one["reported"]) for one in rounds) >= 20
     assert max(len(one["steps"]) for one in rounds) > 10
+
+
+def test_a_captured_step_is_one_sync(model, tmp_path, monkeypatch):
+    """And one more where it gives cause to a finding."""
+    syncs, notes, sync, annotate = [], [], os.fsync, RecordWriter.annotate
+    with Recorder(tmp_path, model, every=1) as recorder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(recorder, model, steps=1)
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (syncs.append(descriptor), sync(descriptor)))
+        monkeypatch.setattr(RecordWriter, "annotate", lambda *given: (notes.append(given), annotate(*given)))
+        train(recorder, model, steps=6, first=2)
+    assert len(syncs) == 6 + len(notes)
+    assert len(notes) < 6
