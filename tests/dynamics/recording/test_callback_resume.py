@@ -58,11 +58,11 @@ def test_a_resumed_training_has_the_records_of_one_without_a_break(whole, run):
 
 
 def test_later_records_are_dropped_and_earlier_ones_stay_untouched(run):
-    before = {step: (run / STORE / f"step-{step:012d}").stat().st_ino for step in range(1, 9)}
+    before = {step: (run / STORE / f"step-{step:012d}.safetensors").stat().st_ino for step in range(1, 9)}
     callback = DynamicsCallback(run, preset="full", at=[6])
     train(run, resume=run / "checkpoint-4", callback=callback, max_steps=6, save_strategy="no")
     assert list(records_of(run).records) == [1, 2, 3, 4, 6]
-    assert all((run / STORE / f"step-{step:012d}").stat().st_ino == before[step] for step in (1, 2, 3, 4))
+    assert all((run / STORE / f"step-{step:012d}.safetensors").stat().st_ino == before[step] for step in (1, 2, 3, 4))
     assert dynamics.open_run(run)["update"]["from_step"].values.tolist() == [0, 1, 2, 3, 4]
 
 
