@@ -17,8 +17,8 @@ import pytest
 from dynamics.store import OutputError, result_path, staged, write_text, writing
 from dynamics.store.replace import is_result, notes_before
 
-#: How often a process is killed at each place; 20 are asked for where that was changed.
-ROUNDS = int(os.environ.get("DYNAMICS_KILL_ROUNDS", "2"))
+#: How often a process is killed at each place.
+ROUNDS = int(os.environ.get("DYNAMICS_KILL_ROUNDS", "20"))
 ROOT = Path(__file__).parents[3]
 
 
@@ -192,52 +192,70 @@ def test_names_of_results():
 
 # Killed
 
+# One process that has imported everything, and a child for each round: it replaces the result, and is killed at a call
+# that moves or removes a folder, or in the middle of removing one.
 SCRIPT = """
-    import os, pathlib, signal
-    from dynamics.store import replace, staged
-    from tests.dynamics.store.test_replace import fill
-    rename, rmtree, calls = os.rename, replace.shutil.rmtree, []
+    import json, os, pathlib, signal, sys
+    from dynamics.store import replace, result_path, staged
+    from tests.dynamics.store.test_replace import contents, fill, names
 
-    def mortal(call):
+    def mortal(call, calls, when, half):
         def wrapped(*arguments, **how):
-            if calls.append(call) or len(calls) == {when}:
-                if {half} and call is rmtree:  # in the middle of it
+            calls.append(call)
+            if len(calls) == when:
+                if half:
                     (pathlib.Path(arguments[0]) / "summary.json").unlink()
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*arguments, **how)
         return wrapped
 
-    os.rename, replace.shutil.rmtree = mortal(rename), mortal(rmtree)
-    with staged(pathlib.Path({out!r})) as stage:
-        fill(stage, "new")
-        if {when} == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def replace_and_die(out, when, half):
+        calls = []
+        os.rename = mortal(os.rename, calls, when, half)
+        replace.shutil.rmtree = mortal(replace.shutil.rmtree, calls, when, half)
+        with staged(out) as stage:
+            fill(stage, "new")
+            if when == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    folder, rounds = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+    for when, half in [(0, False), (1, False), (2, False), (3, False), (4, False), (4, True)]:
+        for number in range(rounds):
+            out = folder / f"{when}-{half}-{number}"
+            with staged(out) as stage:
+                fill(stage, "old")
+            child = os.fork()
+            if child == 0:
+                try:
+                    replace_and_die(out, when, half)
+                finally:
+                    os._exit(1)
+            killed = os.waitpid(child, 0)[1] == signal.SIGKILL
+            opened = contents(result_path(out).parent)
+            try:
+                with staged(out):
+                    raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                repaired = contents(out / "analysis"), names(out)
+            with staged(out) as stage:
+                fill(stage, "newest")
+            print(json.dumps([when, killed, opened, *repaired, contents(out / "analysis"), names(out)]), flush=True)
 """
 
 
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("when", range(5))
-def test_a_process_that_is_killed_leaves_one_result_whole(tmp_path, when, half):
-    """While making it; before the old one moves, the new one moves, the old one is hidden, and is removed."""
-    if half and when != 4:
-        pytest.skip("only removing takes several steps")
-    for number in range(ROUNDS):
-        out = tmp_path / str(number)
-        replace(out, "old")
-        script = textwrap.dedent(SCRIPT).format(when=when, half=half, out=str(out))
-        done = subprocess.run([sys.executable, "-c", script], check=False, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        expected = ["old" if when < 3 else "new"] * 3
-        opened = result_path(out)
-        assert opened is not None
-        assert contents(opened.parent) == expected
-        with pytest.raises(KeyboardInterrupt), staged(out):
-            raise KeyboardInterrupt
-        assert names(out) == ["analysis"]  # repaired
-        assert contents(out / "analysis") == expected
-        replace(out, "newest")
-        assert names(out) == ["analysis"]
-        assert contents(out / "analysis") == ["newest"] * 3
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+def test_a_process_that_is_killed_leaves_one_result_whole(tmp_path):
+    """While making it; before the old one moves, the new one moves, the old one is hidden, and while it is removed."""
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path), str(ROUNDS)]
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rounds = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rounds) == 6 * ROUNDS
+    for when, killed, opened, repaired, left, final, rest in rounds:
+        assert killed
+        assert opened == repaired == ["old" if when < 3 else "new"] * 3
+        assert left == rest == ["analysis"]
+        assert final == ["newest"] * 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
