@@ -176,7 +176,7 @@ def notes_before(out: Path) -> list[Finding]:
             findings.append(
                 Finding(
                     "OD603",
-                    f"The result before this one is kept in {PREVIOUS}/, since no analysis wrote '{name}' in it.",
+                    f"The result before this one is kept in {PREVIOUS}/: '{name}' in it is not one of its files.",
                     f"Move '{name}' to another place, and remove {PREVIOUS}/.",
                     file=f"{PREVIOUS}/{name}",
                 )
@@ -240,8 +240,8 @@ def _refuse_foreign(out: Path) -> None:
     if os.path.lexists(analysis) and os.path.lexists(previous):
         strange = first_foreign(previous) if is_folder(previous) else None
         raise OutputError(
-            f"'{strange or previous}' was not written by an analysis, and '{PREVIOUS}' is needed for the result that "
-            "is replaced. Move it away, or choose another folder with --out."
+            f"'{strange or previous}' is not a result file of this user, and '{PREVIOUS}' is needed for the result "
+            "that is replaced. Move it away, or choose another folder with --out."
         )
 
 

@@ -117,7 +117,7 @@ def test_a_result_with_a_file_of_the_user_is_kept_and_named(old, name):
     assert contents(old / "analysis") == ["new"] * 3
     assert contents(old / "analysis.previous") == ["old"] * 3
     assert (old / "analysis.previous" / name).read_text() == "mine"
-    with pytest.raises(OutputError, match=r"was not written by an analysis, and 'analysis\.previous' is needed"):
+    with pytest.raises(OutputError, match=r"is not a result file of this user, and 'analysis\.previous' is needed"):
         replace(old, "newer")
     assert contents(old / "analysis") == ["new"] * 3
 
