@@ -86,7 +86,7 @@ def analyze(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON and nothing else.")] = False,
     report: Annotated[
         bool,
-        typer.Option("--report/--no-report", help="Write figures and report.html."),
+        typer.Option("--report/--no-report", help="Write figures and report.html. Without, earlier ones are removed."),
     ] = True,
     progress: Annotated[
         bool | None, typer.Option("--progress/--no-progress", help="Show progress on stderr. [default: on a terminal]")
