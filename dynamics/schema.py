@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import xarray as xr
+
+from dynamics.text import encodable
 
 KINDS = ("total", "increment")
 QUANTILES = (0.25, 0.5, 0.75)
@@ -1310,3 +1312,149 @@ def _spectrum_problems(update: xr.Dataset) -> Iterator[str]:
             yield "/update has measures of an update that is zero"
         if (ratio > 1 + 1e-9).any():
             yield "/update/dominant_ratio is above 1"
+
+
+# Records: the same rules over one step, before anything is computed from what a stranger may have written.
+
+_FORMATS = ("F64", "F32", "BF16", "F16")
+_SPACES = ("tangent", "factor", "weight")
+_COUNTS = ("count", "factor_rank", "decomposition")
+_TEXTS = ("kind", "matrix", "role", "stack", "storage", "block", "task", *SAMPLE_LABELS)
+#: No training has as many steps, no matrix as many rows.
+_LARGEST_INTEGER = 10**12
+#: Chance is drawn from factors of that many columns, at the cost of its square; no adapter comes near.
+_LARGEST_RANK = 4096
+#: Beyond, sums of squares are not numbers any more.
+_LARGEST_NUMBER = 1e100
+_SMALLEST = {"from_step": -1, "layer": -1, "out": 1, "in": 1}
+
+
+def check_record(
+    record: Mapping[str, xr.Dataset], tables: Mapping[str, Mapping[str, Variable]], optional: Collection[str] = ()
+) -> dict[str, str]:
+    """Check one record against the schema.
+
+    Args:
+        record: Name of the group → its numbers.
+        tables: Name of the group → its variables; other groups are not looked at.
+        optional: Variables that a record may lack.
+
+    Returns:
+        Name of the group → the first rule that it breaks, in words that follow its name; empty if all can be used.
+    """
+    problems = {}
+    for name, table in tables.items():
+        if name in record:
+            dataset = record[name]
+            known = {key: variable for key, variable in table.items() if key in dataset or key not in optional}
+            if problem := next(_record_problems(dataset, known), None):
+                problems[name] = problem
+    return problems
+
+
+def _record_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> Iterator[str]:
+    """Yield what is wrong with one group of a record. Each rule relies on those before it: only the first counts."""
+    dims = _record_dimensions(known)
+    for name, expected in dims.items():
+        if name not in dataset.variables or dataset.variables[name].dims != expected:
+            yield f"lacks {name!r} with the dimensions {expected}"
+    for name in dims:
+        text, whole = name in _TEXTS, name in _COUNTS or name not in known
+        wanted = "text" if text else "whole numbers of 64 bits" if whole else "numbers"
+        dtype = dataset.variables[name].dtype
+        if not (dtype.kind == "U" if text else dtype == np.int64 if whole else dtype.kind == "f"):
+            yield f"holds no {wanted} in {name!r}"
+    if dataset.sizes["step"] != 1:
+        yield "is not of one step"
+    if "kind" in dataset.dims and tuple(dataset.variables["kind"].values.tolist()) != KINDS:
+        yield f"is not of the kinds {KINDS}"
+    for name in dims:
+        values = dataset.variables[name].values
+        if values.dtype == np.int64 and values.size:
+            least = _SMALLEST.get(name, 0)
+            if not (least <= int(values.min()) and int(values.max()) < _LARGEST_INTEGER):
+                yield f"has a number in {name!r} that is not from {least} to {_LARGEST_INTEGER - 1}"
+    for axis in ("matrix", "block", "task"):
+        names = dataset.variables[axis].values.tolist() if axis in dims else []
+        if len(set(names)) < len(names):
+            yield f"has two {'matrices' if axis == 'matrix' else axis + 's'} of one name"
+        if names != encodable(names):
+            yield f"has a {axis} whose name is not text"
+        if axis == "matrix" and any(name.startswith(WRAPPERS) for name in names):
+            yield f"has a {axis} whose name begins with a wrapper's prefix"
+    for name in ("from_step", "evaluated_at_step"):
+        if name in dims and bool(dataset.variables[name] >= dataset.variables["step"] + (name != "from_step")):
+            yield "is an increment since a later step" if name == "from_step" else "was evaluated at a later step"
+    if "storage" in dims and not set(dataset.variables["storage"].values.tolist()) <= set(_FORMATS):
+        yield f"is stored in a format that is none of {', '.join(_FORMATS)}"
+    yield from _recorded_spectrum_problems(dataset, known) if "singular_value" in known else ()
+    for name in (name for name in known if name not in _COUNTS):
+        numbers = dataset.variables[name].values.astype(np.float64)
+        least = 0.0 if "singular_value" in known and name != "inner_product" else -_LARGEST_NUMBER
+        # A gradient that is not finite has a norm that says so.
+        allowed = np.isnan(numbers) | (numbers >= least) & (numbers <= _LARGEST_NUMBER)
+        if not (allowed | (np.isposinf(numbers) & name.startswith("norm"))).all():
+            yield f"has a number in {name!r} that is not from {least:g} to {_LARGEST_NUMBER:g}"
+    yield from _recorded_gram_problems(dataset) if "gram" in known else ()
+
+
+def _record_dimensions(known: Mapping[str, Variable]) -> dict[str, tuple[str, ...]]:
+    """Return the coordinates and variables that a group of a record has."""
+    coordinates: dict[str, tuple[str, ...]] = {"step": ("step",)}
+    if "gram" in known:
+        coordinates |= {"block": ("block",), "evaluated_at_step": ("step",)}
+        coordinates |= dict.fromkeys(SAMPLE_LABELS, ("sample",))
+    elif "singular_value" in known:
+        per_kind = "kind" in known["count"].dims
+        coordinates |= {name: (name,) for name in ("matrix", "index", *(["kind"] if per_kind else []))}
+        coordinates |= {name: (dim,) for name, dim in UPDATE_COORDINATES.items() if per_kind or dim != "step"}
+    else:
+        coordinates["task"] = ("task",)
+    return coordinates | {name: variable.dims for name, variable in known.items()}
+
+
+def _recorded_spectrum_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> Iterator[str]:
+    values, count, rank = (dataset.variables[name].values for name in ("singular_value", "count", "factor_rank"))
+    shortest = np.minimum(dataset.variables["out"].values, dataset.variables["in"].values)
+    factored = dataset.variables["adapter_rank"].values > 0
+    # A dense matrix has as many as it is wide, factors as many as they have columns.
+    possible = np.where(rank > 0, np.where(factored, np.minimum(rank, shortest), shortest), 0)
+    if (count != possible).any() or count.max(initial=0) > values.shape[-1]:
+        yield "does not count the singular values that its matrices have"
+    if (rank[..., factored] > _LARGEST_RANK).any():
+        yield f"has factors of more than {_LARGEST_RANK} columns"
+    if "from_step" in dataset.coords and dataset.variables["from_step"].values[0] < 0 and count[:, 1].any():
+        yield "has an increment since nothing"
+    if "decomposition" in known and (dataset.variables["decomposition"].values >= len(DECOMPOSITIONS)).any():
+        yield "has singular values that were found in an unknown way"
+    inside = np.arange(values.shape[-1]) < count[..., None]
+    if not np.isnan(values[~inside]).all():
+        yield "has more singular values than it counts"
+    missing = np.isnan(values) & inside
+    if (missing.any(-1) & (missing.sum(-1) < count)).any():
+        yield "lacks some of its singular values"
+    sides = [np.isfinite(dataset.variables[name].values) for name in known if name.endswith("factor_value")]
+    if any((~side[..., :-1] & side[..., 1:]).any() for side in sides):
+        yield "has a gap in the singular values of its factors"
+    if sides and (sum(side.sum(-1) for side in sides) > np.where(factored, rank[:, 1], 0)).any():
+        yield "has more singular values of factors than its increments have columns"
+    if (values < 0).any() or (values > _LARGEST_NUMBER).any():
+        yield f"has a number in 'singular_value' that is not from 0 to {_LARGEST_NUMBER:g}"
+    if (np.diff(np.where(inside, values, 0.0), axis=-1) > 0).any():
+        yield "has singular values that are not in descending order"
+
+
+def _recorded_gram_problems(dataset: xr.Dataset) -> Iterator[str]:
+    if dataset.sizes["sample"] != dataset.sizes["sample_"] or not dataset.sizes["sample"]:
+        yield "has no square K"
+    if dataset.attrs.get("space") not in _SPACES or not isinstance(dataset.attrs.get("batch_size"), int):
+        yield "does not say its space and its batch size"
+    if not isinstance(dataset.attrs.get("fisher"), str) or not isinstance(dataset.attrs.get("reduction"), str):
+        yield "does not say its kind and its reduction"
+    k = np.nan_to_num(dataset["gram"].values)
+    size = np.abs(k).max((2, 3), initial=0.0)
+    apart = np.abs(k - k.swapaxes(2, 3)).max((2, 3), initial=0.0)
+    if (apart > 1e-4 * size).any() or (np.diagonal(k, axis1=2, axis2=3) < 0).any():
+        yield "has a K that is no Gram matrix"
+    elif (np.linalg.eigvalsh(k) < -1e-4 * size[..., None] * k.shape[-1]).any():
+        yield "has a K with a negative eigenvalue"

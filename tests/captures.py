@@ -1,4 +1,4 @@
-"""Writes capture stores of the shape that a recorder writes, quickly, from given factors and without a model."""
+"""Writes records of the shape that a recorder writes, quickly, from given factors and without a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.spectra import raw
 from dynamics.spectra.raw import GradientSpectrum
 from dynamics.spectra.walk import Previous, solve_batch
-from dynamics.store import CaptureStore
+from dynamics.store import RecordWriter
 from probes.low_rank import LowRankMatrix
 from tests.runs import Factors, adapter_config, random_factors
 
@@ -34,7 +34,7 @@ ATTRIBUTES: Mapping[str, Any] = {
 
 
 def drifting(steps: Sequence[int], seed: int = 0, **shape: Any) -> dict[int, dict[str, tuple]]:
-    """Step to factors that drift, as a training's do; for ``write_run`` and ``write_capture`` alike."""
+    """Step to factors that drift, as a training's do; for ``write_run`` and ``write_records`` alike."""
     start = random_factors(seed=seed, **shape)
     noises = {step: random_factors(seed=seed + 1 + step, **shape) for step in steps}
     return {
@@ -100,7 +100,7 @@ def _gradient(step: int, places: Mapping[str, MatrixShape], number: int, spectra
     return raw.raw_gradient(step, places, gradients)
 
 
-def write_capture(
+def write_records(
     run: Path,
     steps: Sequence[int] | Mapping[int, Factors] = (5, 10, 15, 20),
     *,
@@ -108,7 +108,7 @@ def write_capture(
     attributes: Mapping[str, Any] | None = None,
     **how: Any,
 ) -> Path:
-    """``run/dynamics/capture.zarr``, complete and closed; more steps are added to one that is there.
+    """``run/dynamics/records/``, complete and closed; more steps are added to one that is there.
 
     Args:
         run: The run folder; made if it is not there.
@@ -119,9 +119,9 @@ def write_capture(
     """
     folder = run / "dynamics"
     factors = steps if isinstance(steps, Mapping) else drifting(steps, seed)
-    with CaptureStore.resume(folder, 10**9, {**ATTRIBUTES, **(attributes or {})}) as store:
-        there = store.steps
+    with RecordWriter.resume(folder, 10**9, {**ATTRIBUTES, **(attributes or {})}) as writer:
+        there = writer.steps
         for step, record in records(factors, **how).items():
             if step not in there:
-                store.write(step, record)
-    return folder / "capture.zarr"
+                writer.write(step, record)
+    return folder / "records"

@@ -33,11 +33,12 @@ from dynamics.recording.monitor import (
     watched_or_refused,
 )
 from dynamics.recording.schedules import schedule_of
-from dynamics.recording.writer import Records, earlier_capture, refuse_other_weights, store_path
+from dynamics.recording.writer import Records, earlier_records, refuse_other_weights, store_path
 from dynamics.spectra import raw
 from dynamics.spectra.raw import GradientSpectrum
 from dynamics.spectra.walk import MatrixSpectra
-from dynamics.store.capture_store import read_tensors
+from dynamics.store.record_writer import read_start
+from dynamics.store.results import FOLDER
 from dynamics.text import encodable
 from probes.gradients import GradientNorms, loss_scale, norms_of
 from probes.tasks import Task
@@ -70,7 +71,7 @@ class _Noticed:
 class Recorder:
     """Records what a training does to a model's weights, at the steps of a schedule.
 
-    Each captured step becomes one complete record in ``run/dynamics/capture.zarr``: singular values of every watched
+    Each captured step becomes one file in ``run/dynamics/records/``: singular values of every watched
     matrix's update since the start and since the last captured step, its gradient's norm before and after clipping,
     and by preset the singular values of its gradient and the cosine of consecutive increments.
 
@@ -78,7 +79,7 @@ class Recorder:
     up from the step at which they are noticed, with a finding; what is frozen ends.
 
     Args:
-        run: Run folder; records go into ``run/dynamics/capture.zarr``.
+        run: Run folder; records go into ``run/dynamics/records/``.
         model: The model in training, its adapters in place; in any wrapper (PEFT, DDP, FSDP 2, ``torch.compile``).
         preset: ``"economy"``, ``"standard"`` or ``"full"``: what a record holds, and by default which steps.
         every: Capture every so many steps, instead of the preset's schedule.
@@ -100,7 +101,7 @@ class Recorder:
 
     Raises:
         ValueError: If nothing is to be watched, or the preset, the schedule or the regular expression is not one.
-        CaptureExists: If the run has records already and does not resume, or resumes from other weights than recorded.
+        RecordsExist: If the run has records already and does not resume, or resumes from other weights than recorded.
         OSError: If the store cannot be made; what fails later does not raise, unless ``strict``.
 
     Example: a plain training loop::
@@ -425,8 +426,8 @@ class Recorder:
         earlier, start = None, None
         with _raised_on_all():
             if resume_from is not None and self._leads:
-                earlier = earlier_capture(run)
-                start = {} if earlier is None else read_tensors(earlier.path / ".start.safetensors")
+                earlier = earlier_records(run)
+                start = {} if earlier is None else read_start(run / FOLDER)
         start = {} if resume_from is not None and start is None else start
         cosines = self.preset.increment_cosines
         self._live = LiveSpectra(found.watched, start=start, step=self._last, cosines=cosines, leads=self._leads)
