@@ -164,7 +164,7 @@ def analyze_run(
             intruders=intruders,
             weights=weights,
             probe=probe if isinstance(probe, str) else None,
-            scores=tuple(map(fspath, scores)),
+            scores=tuple(fspath(path) for path in scores),
             higher=tuple(higher),
             lower=tuple(lower),
             headline=headline,

@@ -62,7 +62,7 @@ from dynamics.fisher.task_structure import (
     overlap,
     purity_gap,
 )
-from dynamics.schema import CONCENTRATION, FISHER, FISHER_RECORD, GLOBAL, SAMPLE_LABELS, TASKS, Variable, labelled
+from dynamics.schema import CONCENTRATION, FISHER, FISHER_RECORD, GLOBAL, SAMPLE_LABELS, TASKS, Variable, label_arrays
 from probes.gram import ProbeGram
 
 #: Numbers of leading directions in which the share of an update is measured.
@@ -73,7 +73,7 @@ _SHARE_LIMIT = 1 + 1e-3
 
 def _at_one_step(variables: Mapping[str, Variable], arrays: Mapping[str, np.ndarray]) -> dict[str, xr.Variable]:
     """Label arrays of one step: the schema's dimensions but for ``step``, which comes first."""
-    return labelled({name: replace(variables[name], dims=variables[name].dims[1:]) for name in arrays}, arrays)
+    return label_arrays({name: replace(variables[name], dims=variables[name].dims[1:]) for name in arrays}, arrays)
 
 
 @accepting("tasks", "groups", "dimension")

@@ -1,4 +1,4 @@
-"""The records of one training in progress: where they go, what they give cause to say, and how a training goes on."""
+"""The records of a training in progress: where they go, what users should hear of them, how a training continues."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dynamics.store.capture import CAPTURE, is_capture
 from dynamics.store.record_folders import RECORDS, RecordFolders, StoredRecords, is_records, stored_records
 from dynamics.store.record_writer import RecordsExist, RecordWriter
 from dynamics.store.results import FOLDER, provenance
-from dynamics.text import encodable
+from dynamics.text import counted, encodable
 
 #: Findings about a change in the middle of a training: they stay true of it.
 CHANGES = ("OD313", "OD314", "OD315", "OD316")
@@ -45,16 +45,16 @@ def earlier_records(run: Path) -> StoredRecords | None:
 
 
 class Records:
-    """Writes the records of a training and keeps its root attributes true.
+    """Write the records of a training and keep the attributes beside them true.
 
     Args:
         run: The run folder.
-        notes: What is to be said of the whole training, from its beginning.
+        notes: Findings on the whole training.
         attributes: Beside provenance: ``disk_names``, ``covered_share``.
         configuration: How it is recorded, JSON-compatible.
         warmup_steps: See ``TrainingMonitor``.
-        resume_from: The step after which the training goes on, ``None`` if it begins.
-        earlier: What was recorded before, where it goes on.
+        resume_from: The step after which the training continues, ``None`` if it begins.
+        earlier: What was recorded before, if the training continues.
 
     Raises:
         RecordsExist: If there are records and the training does not resume.
@@ -78,7 +78,7 @@ class Records:
         past = earlier.attributes if earlier is not None and resume_from is not None else {}
         kept = [] if earlier is None else [r for step, r in earlier.records.items() if step <= (resume_from or 0)]
         self._gaps = [gap for gap in _dictionaries(past.get("gaps")) if _step_of(gap) <= (resume_from or 0)]
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         now = datetime.now(UTC).isoformat(timespec="seconds")
         resumptions = _dictionaries(past.get("resumptions"))
         if resume_from is not None:
@@ -109,12 +109,12 @@ class Records:
 
     @property
     def steps(self) -> list[int]:
-        """The steps that have a record."""
+        """The steps with a record."""
         return self._writer.steps
 
     @property
     def findings(self) -> list[Finding]:
-        """What holds now."""
+        """The findings that hold now."""
         return [*self._notes, *self._changes, *self._unmeasured_findings(), *self._monitor.findings()]
 
     def _unmeasured_findings(self) -> list[Finding]:
@@ -124,9 +124,10 @@ class Records:
         return [
             Finding(
                 "OD317",
-                f"The spectrum of the gradient of {len(self._unmeasured)} matrices could not be measured, first at "
-                f"step {step} ({reason}); it is missing there. Norms and all other matrices are recorded.",
-                "Leave these matrices out (matrices=), or record norms alone (preset='economy').",
+                f"The gradient spectra of {counted(len(self._unmeasured), 'matrix', 'matrices')} could not be "
+                f"measured, first at step {step} ({reason}), and are missing. Norms and all other matrices are "
+                "recorded.",
+                "Leave these matrices out (matrices=), or only record norms (preset='economy').",
                 matrix=name if len(self._unmeasured) == 1 else "",
                 step=step,
                 evidence={"names": list(self._unmeasured)[:20]},
@@ -134,22 +135,22 @@ class Records:
         ]
 
     def unmeasured_gradients(self, step: int, reasons: Mapping[str, str]) -> None:
-        """Notes matrices whose gradient has no spectrum at this step, and why."""
+        """Note matrices whose gradient has no spectrum at this step, and why."""
         for name, reason in reasons.items():
             self._unmeasured.setdefault(name, (step, encodable(reason)))
 
     def write_start(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps what the training began with, for when it resumes."""
+        """Keep the initial weights, for when the training resumes."""
         if tensors:
             self._writer.write_start(tensors)
 
     def changed(self, findings: Iterable[Finding], start: Mapping[str, Tensor], disk_names: Mapping[str, Any]) -> None:
-        """Notes that what is trained has changed, says so once of each kind, and keeps what is new as it began.
+        """Note a change of what is trained, warn once of each kind, and keep the initial weights of new matrices.
 
         Args:
-            findings: What is to be said.
-            start: What new matrices began with.
-            disk_names: Of new matrices.
+            findings: Findings on the change.
+            start: Initial weights of new matrices.
+            disk_names: Names on disk of new matrices.
 
         Raises:
             OSError: If it cannot be written.
@@ -172,7 +173,7 @@ class Records:
         gradient: xr.Dataset | None,
         probed: Mapping[str, xr.Dataset | None] | None = None,
     ) -> None:
-        """Adds a record; what is ``None`` was not measured.
+        """Add a record; what is ``None`` was not measured.
 
         Raises:
             OSError: If it cannot be written.
@@ -182,16 +183,16 @@ class Records:
         self._monitor.observe(update, gradient)
 
     def gap(self, step: int, reason: str) -> None:
-        """Notes that a step could not be recorded, or not all of it, and says so the first time."""
+        """Note that a step could not be recorded, or not all of it, and warn the first time."""
         self._gaps.append({"step": step, "reason": encodable(reason)})
         self._tell(
             "OD305",
-            f"optimization-dynamics could not record step {step} ({reason}). Training goes on, and so does the "
-            "recording at the next captured step; this is said once.",
+            f"optimization-dynamics could not record step {step} ({reason}). Training goes on, and so does recording "
+            "at the next captured step. This warning appears once.",
         )
 
     def annotate(self) -> None:
-        """Brings the root attributes up to date, and says once what the records give cause to.
+        """Bring the attributes up to date, and warn once of each new finding.
 
         Raises:
             OSError: If they cannot be written; the next call tries again.
@@ -204,7 +205,7 @@ class Records:
             self._noted = changing
 
     def close(self) -> None:
-        """Gives the store back."""
+        """Close the records."""
         self._writer.close()
 
     def _changing(self) -> dict[str, Any]:
@@ -212,13 +213,13 @@ class Records:
         return {"findings": findings, "gaps": list(self._gaps)}
 
     def _tell(self, code: str, text: str) -> None:
-        if code not in self._told:
-            self._told.add(code)
+        if code not in self._warned:
+            self._warned.add(code)
             warnings.warn(text, UserWarning, stacklevel=2)
 
 
 def refuse_other_weights(earlier: StoredRecords, step: int, now: xr.Dataset) -> bool:
-    """Whether there is a record of this step; refused if it is one of other weights.
+    """Return whether there is a record of this step; refuse a record of other weights.
 
     Raises:
         RecordsExist: If the record does not agree with the model.
@@ -231,14 +232,14 @@ def refuse_other_weights(earlier: StoredRecords, step: int, now: xr.Dataset) -> 
         raise RecordsExist(
             f"'{earlier.folders.path}' has a record of step {step} whose spectra differ from the model's by "
             f"{agreement.difference:.0%} ({agreement.matrix}): "
-            "it is another training's, or the weights come from another checkpoint. "
+            "it belongs to another training, or the weights come from another checkpoint. "
             "Choose another folder, or move the records away."
         )
     return True
 
 
 def _dictionaries(value: Any) -> list[dict[str, Any]]:
-    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def _step_of(gap: Mapping[str, Any]) -> int:

@@ -20,7 +20,7 @@ from dynamics.relate.differences import (
 )
 from dynamics.relate.permutations import DRAWS, LEVEL, PermutationTest, false_discovery_rates
 from dynamics.relate.statements import ComparisonContext, difference_statement
-from dynamics.schema import COMPARISON, labelled
+from dynamics.schema import COMPARISON, label_arrays
 
 #: How differences are tested.
 _PAIRED = "mean of paired differences; p is the larger of exact sign flips of pairs and Student's t test"
@@ -103,7 +103,7 @@ def compare(
         "run_group": ("run", [group for group, runs in groups.items() for _ in runs]),
         "run_pair": ("run", [labels.get(run, "") if run in paired_runs else "" for run in members]),
     }
-    dataset = xr.Dataset(labelled(COMPARISON, columns), coords)
+    dataset = xr.Dataset(label_arrays(COMPARISON, columns), coords)
     leading = coords["measure"].index(headline)
     others = np.argwhere(columns["holds"] & (np.arange(len(coords["measure"])) != leading))
     dataset.attrs = {

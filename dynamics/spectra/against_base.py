@@ -264,7 +264,7 @@ def compare_with_base(
     base_norm = arrays["base_norm"]
     arrays["relative_size"] = np.divide(norm, base_norm, out=np.full_like(norm, np.nan), where=base_norm > 0)
     return xr.Dataset(
-        schema.labelled(schema.BASE, arrays),
+        schema.label_arrays(schema.BASE, arrays),
         coords={"step": raw_update["step"].variable, "matrix": raw_update["matrix"].variable},
         attrs={"k": k, "cosine": INTRUDER_COSINE, "at_step": last.step, "directions": int(directions)},
     )

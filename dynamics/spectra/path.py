@@ -191,7 +191,7 @@ def training_path(trajectory: Trajectory, progress: Callable[[int], None] = lamb
     }
     ordered = np.array(steps, dtype=np.int64)[order]
     return xr.Dataset(
-        schema.labelled(schema.PATH, arrays),
+        schema.label_arrays(schema.PATH, arrays),
         coords={
             "step": ordered,
             "step_": ordered,

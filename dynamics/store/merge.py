@@ -106,7 +106,7 @@ def unmeasured(update: xr.Dataset) -> xr.Dataset:
     if set(raw.ADDED) <= set(update):
         arrays |= {name: update[name].values for name in raw.ADDED}
     kept = update[["singular_value", "count", "factor_rank", "decomposition"]]
-    kept = kept.assign(schema.labelled(raw.UPDATE, arrays))
+    kept = kept.assign(schema.label_arrays(raw.UPDATE, arrays))
     return raw.completed(kept)
 
 

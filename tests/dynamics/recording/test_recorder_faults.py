@@ -60,7 +60,7 @@ def test_a_full_disk_is_one_warning_and_a_gap(model, tmp_path, full_disk):
     told = [str(each.message) for each in caught if "optimization-dynamics" in str(each.message)]
     assert told == [
         "optimization-dynamics could not record step 2 (OSError: [Errno 28] No space left on device). Training goes "
-        "on, and so does the recording at the next captured step; this is said once."
+        "on, and so does recording at the next captured step. This warning appears once."
     ]
     tree = dynamics.open_run(tmp_path)
     assert tree["update"]["step"].values.tolist() == [1, 4, 5]
