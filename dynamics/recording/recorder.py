@@ -42,7 +42,7 @@ from dynamics.store.results import FOLDER
 from dynamics.text import encodable
 from probes.gradients import GradientNorms, loss_scale, norms_of
 from probes.tasks import Task
-from probes.watched import Found, find, is_sharded
+from probes.watched import WatchedModel, find, is_sharded
 
 #: The recorders of this process that have taken a store, by its path.
 _OPEN: WeakValueDictionary[Path, Recorder] = WeakValueDictionary()
@@ -65,7 +65,7 @@ class _Transition:
 
     change: Change
     state: ModelState
-    watched: Found
+    watched: WatchedModel
 
 
 class Recorder:
@@ -321,11 +321,11 @@ class Recorder:
             self._probe.advance()
         self._from_step, self._lost_start = step, False
 
-    def _named(self, watched: Found) -> dict[str, Any]:
+    def _named(self, watched: WatchedModel) -> dict[str, Any]:
         """Return the names on disk of dense matrices."""
         return dict(self._disk_names([matrix.name for matrix in watched.watched if matrix.is_dense]))
 
-    def _take_parameters(self, watched: Found) -> None:
+    def _take_parameters(self, watched: WatchedModel) -> None:
         self._watched = watched
         self._parameters = list({id(p): p for matrix in watched.watched for p in matrix.parameters}.values())
         self._of_matrices = {matrix.name: matrix.parameters for matrix in watched.watched}
@@ -385,7 +385,13 @@ class Recorder:
             )
 
     def _probe_of(
-        self, model: nn.Module, tasks: Sequence[Task] | None, watched: Found, batch_size: int, *, restricted: bool
+        self,
+        model: nn.Module,
+        tasks: Sequence[Task] | None,
+        watched: WatchedModel,
+        batch_size: int,
+        *,
+        restricted: bool,
     ) -> FisherProbe | None:
         if not tasks or not self._takes_part:
             return None

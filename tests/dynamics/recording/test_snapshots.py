@@ -5,13 +5,13 @@ import torch
 from torch import Tensor, nn
 
 from dynamics.recording.snapshots import Snapshot, factors_of, keys_of, read_start, scaled_products, start_tensors
-from probes.watched import Dense, Product, Watched
+from probes.watched import AdapterProduct, Dense, Watched
 
 
-def product(seed: int, scale: float = 2.0) -> Product:
+def product(seed: int, scale: float = 2.0) -> AdapterProduct:
     generator = torch.Generator().manual_seed(seed)
     left, right = torch.randn(5, 2, generator=generator), torch.randn(2, 4, generator=generator)
-    return Product(nn.Parameter(left), nn.Parameter(right), lambda: scale)
+    return AdapterProduct(nn.Parameter(left), nn.Parameter(right), lambda: scale)
 
 
 @pytest.fixture
