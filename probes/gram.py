@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from probes.block_gradients import along, as_matrix, factors, in_tangent_space, part_of, viewed
+from probes.block_gradients import along, factors, gradient_as_matrix, in_tangent_space, part_of, viewed
 from probes.blocks import Block, Blocks, find_blocks, trained_parameters
 from probes.losses import token_losses
 from probes.per_sample import Chain, ForwardCalls, owners, recording, sample_gradients
@@ -284,7 +284,7 @@ class _Measurement:
                 precision = _precision(chain, recorded)
                 part = [in_tangent_space(block, block.tangent, matrix, precision, taken.parameters)]
             elif block.layer is not None:
-                part = [as_matrix(block, block.layer, matrix, taken.parameters, len(losses))]
+                part = [gradient_as_matrix(block, block.layer, matrix, taken.parameters, len(losses))]
             else:
                 part = [viewed(taken.parameters[id(p)], view, p) for p, view in block.parameters]
             block.parts.append(

@@ -30,8 +30,8 @@ from dynamics.fisher.samples import (
     Estimate,
     SampleGroups,
     StackedGram,
+    confidence_interval,
     counted_groups,
-    interval,
     weight_of,
 )
 from dynamics.fisher.spectrum import (
@@ -141,9 +141,9 @@ def _measures_of_task(
     values, vectors = fisher_eigenvectors(k) if spectrum is None else spectrum
     around_mean, of_directions = fisher_eigenvalues(centred(k)), fisher_eigenvalues(directional(k))
     counted = counted_groups(k, labels)
-    low, high = interval(np.zeros_like(values), eigenvalue_errors(values, vectors, membership), counted)
+    low, high = confidence_interval(np.zeros_like(values), eigenvalue_errors(values, vectors, membership), counted)
     entropy = fisher_entropy(values)
-    entropy_low, entropy_high = interval(entropy, entropy_error(values, vectors, membership), counted[:, 0])
+    entropy_low, entropy_high = confidence_interval(entropy, entropy_error(values, vectors, membership), counted[:, 0])
     rarefaction = rarefied(k, group, curve, seed=seed)
     plug_in, split = dominant_ratio_plug_in(values), dominant_ratio_split(k, group, seed=seed)
     error = dominant_ratio_error(values, vectors, membership)

@@ -18,8 +18,8 @@ from dynamics.recording.snapshots import (
     Snapshot,
     factors_of,
     keys_of,
-    read_start,
     scaled_products,
+    start_snapshot,
     start_tensors,
     terms_of,
 )
@@ -70,7 +70,7 @@ class LiveSpectra:
         if start is None:
             self._take_start(watched)
         else:
-            self._start = read_start(start, step, watched, self._keys, self._home)
+            self._start = start_snapshot(start, step, watched, self._keys, self._home)
             self._nonzero = set(self._start.values)
         self._begun = {id(parameter): parameter for parameter in self._keys}
         self._batches = self._in_batches()

@@ -87,7 +87,7 @@ def start_tensors(
     return tensors
 
 
-def read_start(
+def start_snapshot(
     tensors: Mapping[str, Tensor],
     step: int,
     watched: Sequence[Watched],

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from dynamics.store.files import read_file, read_json
+from dynamics.store.files import read_file, read_json_file
 from dynamics.store.record_file import check_step
 
 CAPTURE = "capture.zarr"
@@ -36,7 +36,7 @@ def is_capture(path: Path) -> bool:
     if capture_steps(path):
         return True
     try:
-        return read_json(path / ".zattrs").get("kind") == CAPTURE_KIND
+        return read_json_file(path / ".zattrs").get("kind") == CAPTURE_KIND
     except (OSError, ValueError):
         return False
 
@@ -61,7 +61,7 @@ def capture_attributes(path: Path) -> dict[str, Any]:
         ValueError: If these are not records of the first format.
     """
     try:
-        attributes = read_json(path / ".zattrs")
+        attributes = read_json_file(path / ".zattrs")
         if attributes.get("kind") != CAPTURE_KIND:
             raise ValueError(f"the kind in its .zattrs is {str(attributes.get('kind'))[:80]!r}, not {CAPTURE_KIND!r}")
         if attributes.get("format") != CAPTURE_FORMAT:
@@ -89,7 +89,7 @@ def read_capture_record(path: Path) -> dict[str, xr.Dataset]:
     if path.is_symlink():
         raise ValueError("it is a link")
     try:
-        read_json(path / ".zgroup")
+        read_json_file(path / ".zgroup")
         groups = {name: _dataset(path / name) for name in _folders(path)}
     except FileNotFoundError as error:
         missing = Path(error.filename or path)
@@ -101,15 +101,15 @@ def read_capture_record(path: Path) -> dict[str, xr.Dataset]:
 
 
 def _dataset(folder: Path) -> xr.Dataset:
-    read_json(folder / ".zgroup")
-    attributes = read_json(folder / ".zattrs")
+    read_json_file(folder / ".zgroup")
+    attributes = read_json_file(folder / ".zattrs")
     coordinates = str(attributes.pop(_COORDINATES, "")).split()
     variables = {name: _variable(folder / name) for name in _folders(folder)}
     return xr.Dataset(variables, attrs=attributes).set_coords([name for name in coordinates if name in variables])
 
 
 def _variable(folder: Path) -> xr.Variable:
-    metadata, attributes = read_json(folder / ".zarray"), read_json(folder / ".zattrs")
+    metadata, attributes = read_json_file(folder / ".zarray"), read_json_file(folder / ".zattrs")
     dimensions, shape, dtype = attributes.pop(_DIMENSIONS, None), metadata.get("shape"), metadata.get("dtype")
     if not (isinstance(dtype, str) and _DTYPE.fullmatch(dtype)):
         raise ValueError(f"'{folder.name}' has the type {str(dtype)[:40]!r}, not numbers, booleans or text")

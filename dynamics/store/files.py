@@ -50,7 +50,7 @@ def read_file(path: Path, limit: int = _JSON_LIMIT) -> bytes:
         return file.readall()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_file(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; text encodable, no number that is not finite.
 
     Raises:

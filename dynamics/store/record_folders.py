@@ -24,7 +24,7 @@ from dynamics.store.capture import (
     is_capture,
     read_capture_record,
 )
-from dynamics.store.files import read_json
+from dynamics.store.files import read_json_file
 from dynamics.store.record_file import read_record, record_name, record_step
 from dynamics.store.results import FOLDER
 
@@ -150,7 +150,7 @@ def records_attributes(path: Path) -> dict[str, Any]:
         ValueError: If the folder has none, or one of a later format.
     """
     try:
-        attributes = read_json(path / RUN)
+        attributes = read_json_file(path / RUN)
         if attributes.get("kind") != RECORDS_KIND:
             raise ValueError(f"the kind in its {RUN} is {str(attributes.get('kind'))[:80]!r}, not {RECORDS_KIND!r}")
     except (OSError, ValueError) as error:
@@ -172,7 +172,7 @@ def is_records(path: Path) -> bool:
     if record_steps(path):
         return True
     try:
-        return read_json(path / RUN).get("kind") == RECORDS_KIND
+        return read_json_file(path / RUN).get("kind") == RECORDS_KIND
     except (OSError, ValueError):
         return False
 

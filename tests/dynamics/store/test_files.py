@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from dynamics.store.files import encoded_json, parsed_json, read_file, read_json, write_file
+from dynamics.store.files import encoded_json, parsed_json, read_file, read_json_file, write_file
 
 
 def test_a_file_is_written_with_one_sync_and_nothing_is_left_beside_it(tmp_path, monkeypatch):
@@ -45,7 +45,7 @@ def test_a_link_is_not_read(tmp_path):
 def test_what_is_no_object(tmp_path, content, reason):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path.name}/a.json' {reason}")):
-        read_json(tmp_path / "a.json")
+        read_json_file(tmp_path / "a.json")
 
 
 def test_numbers_that_are_not_finite_are_unknown():
