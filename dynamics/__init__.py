@@ -12,12 +12,11 @@ from dynamics._version import __version__
 
 if TYPE_CHECKING:
     from dynamics import plot
-    from dynamics.callback import DynamicsCallback
     from dynamics.checkpoints import NotARun, open_trajectory
     from dynamics.fisher import concentration, fisher_measures, task_structure
-    from dynamics.options import Options
-    from dynamics.pipeline import analyze_run
-    from dynamics.recorder import Recorder
+    from dynamics.pipeline import Options, analyze_run
+    from dynamics.recording.callback import DynamicsCallback
+    from dynamics.recording.recorder import Recorder
     from dynamics.relate import associate, compare
     from dynamics.spectra.measures import (
         dominant_ratio,
@@ -27,15 +26,15 @@ if TYPE_CHECKING:
         stable_rank,
     )
     from dynamics.spectra.singular_values import singular_values
-    from dynamics.stored import open_run
+    from dynamics.store import open_run
 
 _HOME = {
-    "DynamicsCallback": "dynamics.callback",
+    "DynamicsCallback": "dynamics.recording.callback",
     "NotARun": "dynamics.checkpoints",
-    "Options": "dynamics.options",
-    "Recorder": "dynamics.recorder",
+    "Options": "dynamics.pipeline",
+    "Recorder": "dynamics.recording.recorder",
     "analyze_run": "dynamics.pipeline",
-    "open_run": "dynamics.stored",
+    "open_run": "dynamics.store",
     "open_trajectory": "dynamics.checkpoints",
     "singular_values": "dynamics.spectra.singular_values",
     "effective_rank": "dynamics.spectra.measures",

@@ -122,8 +122,7 @@ def _analyze(
     try:
         # Here, not above: --help must not wait for torch.
         from dynamics.checkpoints import NotARun
-        from dynamics.options import Options
-        from dynamics.pipeline import analyze_run, output_folder
+        from dynamics.pipeline import Options, analyze_run, output_folder
         from dynamics.report import finding_line
 
         try:
@@ -155,7 +154,7 @@ def _tell(tree: xr.DataTree, folder: Path, as_json: bool, quiet: bool, fail_on: 
     from rich.console import Console
 
     from dynamics.report import all_findings, finding_lines, summarise, terminal_summary
-    from dynamics.report.lines import one_line
+    from dynamics.text import one_line
 
     summary = summarise(tree)
     _write_any_text()
@@ -235,7 +234,7 @@ def _progress_bar(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from dynamics.report.lines import one_line
+    from dynamics.text import one_line
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -251,7 +250,7 @@ def _progress_bar(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _complain(message: str) -> None:
-    from dynamics.report.lines import one_line
+    from dynamics.text import one_line
 
     typer.echo(one_line(message), err=True)
 

@@ -2,13 +2,20 @@
 
 A finding has a stable code. Its severity is part of the code's definition, so that the exit status
 of the command line never depends on wording: an ``error`` means that some input was not analysed.
+
+Findings of one code as one thing to read.
+
+Findings as lines of text, one each: for stderr, where programs read along.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from dynamics.text import one_line
 
 Severity = Literal["note", "warning", "error"]
 
@@ -172,3 +179,123 @@ def worst_severity(findings: Iterable[Finding]) -> Severity | None:
     found = {finding.severity for finding in findings}
     order: tuple[Severity, ...] = ("error", "warning", "note")
     return next((severity for severity in order if severity in found), None)
+
+
+_GRAVEST_FIRST = ("error", "warning", "note")
+#: A list in the evidence is told up to so many entries.
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class FindingGroup:
+    """All findings of one code.
+
+    Args:
+        code: E.g. ``"OD204"``.
+        severity: ``"error"``, ``"warning"`` or ``"note"``.
+        title: What the code means.
+        findings: In the order in which they were made.
+    """
+
+    code: str
+    severity: str
+    title: str
+    findings: tuple[Mapping[str, Any], ...]
+
+    @property
+    def remedies(self) -> list[str]:
+        """What to do, each remedy once."""
+        return list(dict.fromkeys(finding["remedy"] for finding in self.findings if finding["remedy"]))
+
+
+def grouped(findings: Iterable[Mapping[str, Any]]) -> list[FindingGroup]:
+    """Findings by code, errors first.
+
+    Args:
+        findings: As ``Finding.to_dict`` gives them.
+    """
+    by_code: dict[str, list[Mapping[str, Any]]] = {}
+    for finding in findings:
+        by_code.setdefault(finding["code"], []).append(finding)
+    groups = [FindingGroup(code, own[0]["severity"], own[0]["title"], tuple(own)) for code, own in by_code.items()]
+    return sorted(groups, key=lambda group: (_GRAVEST_FIRST.index(group.severity), group.code))
+
+
+def severities(findings: Iterable[Mapping[str, Any]]) -> str:
+    """How many of each severity, gravest first.
+
+    >>> severities([{"severity": "note"}, {"severity": "error"}, {"severity": "note"}])
+    '1 error, 2 notes'
+    """
+    found = [finding["severity"] for finding in findings]
+    counts = ((severity, found.count(severity)) for severity in _GRAVEST_FIRST)
+    return ", ".join(f"{count} {severity}{'' if count == 1 else 's'}" for severity, count in counts if count)
+
+
+def location(finding: Mapping[str, Any]) -> str:
+    """Where a finding is: file, matrix, step, as far as known; a step that the message names is left out."""
+    step = "" if finding["step"] is None else f"step {finding['step']}"
+    if f"{step} " in finding["message"].replace(",", " ").lower():
+        step = ""
+    return ", ".join(part for part in (finding["file"], finding["matrix"], step) if part)
+
+
+def evidence_words(evidence: Mapping[str, Any]) -> str:
+    """Evidence in one line.
+
+    >>> evidence_words({"threshold": 0.1, "largest_share": 0.25, "steps": [1, 2]})
+    'threshold 0.1; largest share 0.25; steps 1, 2'
+    """
+    return "; ".join(f"{key.replace('_', ' ')} {_value_words(value)}" for key, value in evidence.items())
+
+
+def _value_words(value: Any) -> str:
+    if value is None:
+        return "unknown"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_value_words(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        rest = f" and {len(value) - _LISTED} more" if len(value) > _LISTED else ""
+        return ", ".join(_value_words(each) for each in value[:_LISTED]) + rest
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def finding_lines(summary: Mapping[str, Any], severities: Collection[str]) -> Iterator[str]:
+    """A line for each finding of these severities, errors first.
+
+    Args:
+        summary: See ``summarise``; of several runs each line names its run.
+        severities: ``"error"``, ``"warning"``, ``"note"``: which to tell.
+    """
+    found = [("", finding) for finding in summary["findings"]]
+    for name, run in summary.get("runs", {}).items():
+        found += [(name, finding) for finding in run["findings"]]
+    for severity in ("error", "warning", "note"):
+        if severity in severities:
+            yield from (finding_line(finding, run) for run, finding in found if finding["severity"] == severity)
+
+
+def finding_line(finding: Mapping[str, Any], run: str = "") -> str:
+    """One finding in one line.
+
+    >>> finding_line(
+    ...     {
+    ...         "code": "OD101",
+    ...         "severity": "error",
+    ...         "file": "checkpoint-2/x.bin",
+    ...         "matrix": "",
+    ...         "message": "It is empty.",
+    ...         "remedy": "Copy it again.",
+    ...     }
+    ... )
+    'OD101 error checkpoint-2/x.bin: It is empty. Copy it again.'
+    """
+    where = ", ".join(_parts(run, finding["file"], finding["matrix"]))
+    head = " ".join(_parts(finding["code"], finding["severity"], f"{where}:" if where else ""))
+    return one_line(" ".join(_parts(head, finding["message"], finding["remedy"])))
+
+
+def _parts(*parts: str) -> Iterable[str]:
+    return (part for part in parts if part)

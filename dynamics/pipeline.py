@@ -1,42 +1,96 @@
-"""The whole path on one screen: open → measure, merge → draw → write."""
+"""The whole path on one screen: open → measure, merge → draw → write.
+
+How a run is analysed: what a user can choose, checked before anything is read.
+
+One run: its checkpoints measured, probed, and merged with what its training recorded.
+
+Several runs, or one with scores: what the root of a result says of how they differ and what goes with scores.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 import xarray as xr
 import yaml
 
 from dynamics import schema
-from dynamics.checkpoint_probe import Loader, load_function
-from dynamics.checkpoints import NotARun
+from dynamics.checkpoints import NotARun, Trajectory
+from dynamics.checkpoints.logs import log_groups
 from dynamics.findings import Finding
-from dynamics.measuring import attempt, measure
-from dynamics.options import DEFAULTS, Options, Progress
-from dynamics.relating import add_relations
+from dynamics.recording.checkpoint_probe import Loader, load_function, probe_checkpoints
+from dynamics.relate.association import Given
+from dynamics.relate.run_measures import MEASURES, Related, relate
+from dynamics.relate.score_files import read_scores, score_files
 from dynamics.report import summarise
-from dynamics.report.lines import visible
+from dynamics.spectra.against_base import beside_base
+from dynamics.spectra.dataset import raw_spectra
+from dynamics.spectra.measures import rank_pattern
 from dynamics.spectra.null_models import SEED
-from dynamics.spectra.rank_suggestion import rank_pattern
-from dynamics.store import (
-    FOLDER,
-    RESULT,
-    encodable,
-    provenance,
-    staged,
-    write_text,
-    write_tree,
-    writing,
-)
-from dynamics.stored.opening import add_findings, incomplete
-from dynamics.stored.sources import Source, open_source, results_folder
-from dynamics.stored.tree import as_json
+from dynamics.spectra.path import path_of
+from dynamics.spectra.weights import weights_of
+from dynamics.store import FOLDER, RESULT, encodable_dataset, provenance, staged, write_text, write_tree, writing
+from dynamics.store.opening import add_findings, incomplete
+from dynamics.store.records import Captured, joined_fisher, joined_scores
+from dynamics.store.tree import Parts, Source, as_json, open_source, result_tree, results_folder
+from dynamics.text import encodable, first_line, visible
+
+#: Called with a run's name, the matrices done (all steps counted) and the matrices in all.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to analyse, as it is written into ``run.yaml`` and into the result.
+
+    Args:
+        matrices: Regular expression; only matrices whose name it finds are watched. ``None`` for all.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda[:i]"``: where the QR decompositions run.
+        report: Whether figures and ``report.html`` are made.
+        base: Folder of the model's weights before training.
+        intruders: Whether directions of the newest update are compared with the base's, which takes seconds a matrix.
+        weights: Whether spectra of the last checkpoint's weights themselves are wanted too.
+        probe: ``module:function``; called with a checkpoint's folder, it returns the model there and its tasks.
+        scores: Score files, beside those that lie in the runs.
+        higher, lower: Tasks of which a higher, or a lower, score is better, where names do not tell.
+        headline: The measure named before looking at associations and comparisons; a name in ``run_measures.MEASURES``.
+        given: What associations over steps hold equal: ``"loss"`` or ``"trend"``; see :func:`dynamics.associate`.
+
+    Raises:
+        ValueError: If a task is in both, the headline is no measure, or ``given`` is none of these.
+    """
+
+    matrices: str | None = None
+    device: str = "auto"
+    report: bool = True
+    base: str | None = None
+    intruders: bool = False
+    weights: bool = False
+    probe: str | None = None
+    scores: tuple[str, ...] = ()
+    higher: tuple[str, ...] = ()
+    lower: tuple[str, ...] = ()
+    headline: str | None = None
+    given: str | None = None
+
+    def __post_init__(self) -> None:
+        if both := sorted(set(self.higher) & set(self.lower)):
+            raise ValueError(f"Expected each task among higher or lower, got {both[0]!r} in both.")
+        if self.headline is not None and self.headline not in MEASURES:
+            raise ValueError(f"headline: expected one of the measures {', '.join(MEASURES)}, got {self.headline!r}.")
+        if self.given not in (None, "loss", "trend"):
+            raise ValueError(f"given: expected 'loss' or 'trend', got {self.given!r}.")
+
+
+DEFAULTS = Options()
 
 
 def analyze_run(
@@ -55,7 +109,7 @@ def analyze_run(
         out: Output folder; by default ``RUN/dynamics``, for several runs ``./dynamics``.
         options: See :class:`Options`.
         labels: Name → group of runs it belongs to, kept as the attribute ``label``; for one run its only entry counts.
-        probe: The function that ``options.probe`` would name, itself; see :data:`dynamics.checkpoint_probe.Loader`.
+        probe: The function that ``options.probe`` would name, itself; see ``checkpoint_probe.Loader``.
         progress: See ``Progress``.
 
     Returns:
@@ -226,3 +280,141 @@ def _drawn(tree: xr.DataTree) -> dict[str, str]:
     add_findings(tree, unwritten)
     texts = {f"figures/{name}.svg": visible(drawing) for name, drawing in (drawings or {}).items()}
     return texts if text is None else texts | {"report.html": text}
+
+
+_Part = TypeVar("_Part")
+
+
+def attempt(what: str, make: Callable[[], _Part], findings: list[Finding]) -> _Part | None:
+    """Make one part of a result; where that fails, the others must not be lost.
+
+    Args:
+        what: The part, as the subject of a sentence.
+        make: Makes it.
+        findings: Gets an OD209 if it fails.
+    """
+    try:
+        return make()
+    except Exception as error:  # whatever it is, what has been measured is worth more
+        reason = " ".join(str(error).split())[:300]
+        findings.append(
+            Finding(
+                "OD209",
+                f"{what} could not be made ({type(error).__name__}{': ' if reason else ''}{reason}). "
+                "The rest of the result is written.",
+                "Correct the input that the message names; if it names none, report this as a bug.",
+            )
+        )
+        return None
+
+
+def measure(
+    trajectory: Trajectory,
+    device: str = "cpu",
+    configuration: Mapping[str, object] | None = None,
+    progress: Progress = lambda run, done, total: None,
+    captured: Captured | None = None,
+    probe: Loader | None = None,
+    options: Options = DEFAULTS,
+) -> xr.DataTree:
+    """The result of one trajectory, merged with what its training captured; not written anywhere."""
+    total = sum(len(checkpoint.shapes) for checkpoint in trajectory.checkpoints)
+    done = 0
+
+    def advance(matrices: int) -> None:
+        nonlocal done
+        done += matrices
+        progress(trajectory.name, done, total)
+
+    checkpoints, found = raw_spectra(trajectory, device=device, progress=advance) if total else (None, [])
+    inputs = [{**file, "step": checkpoint.step} for checkpoint in trajectory.checkpoints for file in checkpoint.inputs]
+    if trajectory.base is not None:
+        inputs += [{**file, "step": trajectory.base.step, "role": "base"} for file in trajectory.base.inputs]
+    findings = [*trajectory.findings, *found]
+    probed, news = _probed(trajectory, probe, options.matrices, progress)
+    groups, failures = _of_checkpoints(trajectory, checkpoints, options, progress)
+    beside = log_groups(trajectory) | groups
+    parts = Parts(trajectory.name, checkpoints, captured, beside, [*findings, *news, *failures], inputs, **probed)
+    return result_tree(parts, configuration or {})
+
+
+def _of_checkpoints(
+    trajectory: Trajectory, update: xr.Dataset | None, options: Options, progress: Progress
+) -> tuple[dict[str, xr.Dataset], list[Finding]]:
+    """``path``, ``base`` and ``weights``, where there is something to tell; and which of them failed."""
+    if update is None:
+        return {}, []
+    done = 0
+
+    def advance(matrices: int) -> None:
+        nonlocal done
+        done += matrices
+        progress(f"{trajectory.name}: base", done, update.sizes["matrix"])
+
+    shown = advance if options.intruders else lambda matrices: None
+    makers: dict[str, Callable[[], xr.Dataset | None]] = {
+        "path": lambda: path_of(trajectory),
+        "base": lambda: beside_base(trajectory, update, directions=options.intruders, progress=shown),
+    }
+    if options.weights:
+        makers["weights"] = lambda: weights_of(trajectory)
+    failures: list[Finding] = []
+    groups = {name: attempt(f"/{name}", make, failures) for name, make in makers.items()}
+    return {name: dataset for name, dataset in groups.items() if dataset is not None}, failures
+
+
+def _probed(
+    trajectory: Trajectory, probe: Loader | None, matrices: str | None, progress: Progress
+) -> tuple[dict[str, xr.Dataset | None], list[Finding]]:
+    """``fisher`` and ``score`` of the checkpoints, joined over steps."""
+    if probe is None:
+        return {}, []
+    if not trajectory.checkpoints:
+        return {}, [Finding("OD411", "There are no checkpoints to probe.", "Keep checkpoints, or probe in training.")]
+    found = probe_checkpoints(
+        trajectory.checkpoints,
+        probe,
+        None if matrices is None else lambda name: re.search(matrices, name) is not None,
+        lambda done, total: progress(f"{trajectory.name}: Fisher", done, total),
+    )
+    fisher, news = joined_fisher(found.fisher, re.compile(""))
+    return {"fisher": fisher, "score": joined_scores(found.score)}, [*found.findings, *news]
+
+
+def add_relations(
+    tree: xr.DataTree,
+    trees: Mapping[str, xr.DataTree],
+    folders: Mapping[str, Path],
+    options: Options,
+    labels: Mapping[str, str],
+) -> None:
+    """Add ``/association`` and ``/comparison`` to the root, where there are scores or groups.
+
+    What fails here is a finding (OD515): it never costs what was measured of the runs.
+    """
+    named = trees if "runs" in tree.children else {Path(os.path.abspath(folders[""])).name: tree}
+    paths = dict(zip(named, folders.values(), strict=True))
+    files = [read_scores(path, run=name) for name, folder in paths.items() for path in score_files(folder)]
+    files += [read_scores(path) for path in options.scores]
+    rows = [row for file in files for row in file.rows]
+    directions = dict.fromkeys(options.higher, "higher") | dict.fromkeys(options.lower, "lower")
+    try:
+        related = relate(
+            named,
+            rows,
+            headline=options.headline,
+            given=cast(Given | None, options.given),
+            directions=directions,
+            labels=labels,
+        )
+        for name, group in related.groups.items():
+            tree[name] = xr.DataTree(encodable_dataset(group.assign_attrs(encodable(group.attrs))))
+    except Exception as error:
+        problem = f"Scores and groups could not be related: {type(error).__name__}: {first_line(error)}."
+        failed = [Finding("OD515", problem, "Please report it, with the score files.")]
+        related = Related({}, ())
+    else:
+        failed = list(related.findings) if related.groups or rows or options.scores else []
+    findings = [*(finding for file in files for finding in file.findings), *failed]
+    if findings:
+        tree.attrs["findings"] = json.dumps([*json.loads(tree.attrs["findings"]), *json.loads(as_json(findings))])

@@ -1,4 +1,7 @@
-"""The contract of the result: groups, variables, dimensions, units. Everything that reads a result relies on it."""
+"""The contract of the result: groups, variables, dimensions, units. Everything that reads a result relies on it.
+
+Variables with their formula and source, and arrays that get them by name: how rooms say what their numbers are.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,31 @@ _PER_MATRIX = ("step", "kind", "matrix")
 
 @dataclass(frozen=True)
 class Variable:
-    """What the schema says of one variable.
+    """One variable of a result: all that is said of it, said once.
 
     Args:
-        dims: Its dimensions, in order.
+        dims: Dimensions, in order.
         units: UDUNITS-like; ``"1"`` for pure numbers.
         long_name: For axis labels.
+        definition: Formula, with what enters it.
+        reference: Source of the formula, or ``""``.
     """
 
     dims: tuple[str, ...]
     units: str
     long_name: str
+    definition: str = ""
+    reference: str = ""
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Units and long name; definition and reference where there are any.
+
+        >>> SCORE["items"].attributes
+        {'units': '1', 'long_name': 'number of items scored'}
+        """
+        stated = {"definition": self.definition, "reference": self.reference}
+        return {"units": self.units, "long_name": self.long_name, **{key: text for key, text in stated.items() if text}}
 
 
 #: The measures of an update's spectrum: dimensions (step, kind, matrix), each with ``definition`` and ``reference``.
@@ -203,6 +220,24 @@ ROOT_ATTRIBUTES = (
 #: Prefixes that wrappers put before the live model's names.
 WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
 _JSON_ATTRIBUTES = ("library_versions", "configuration", "inputs", "findings")
+
+
+def labelled(variables: Mapping[str, Variable], arrays: Mapping[str, np.ndarray]) -> dict[str, xr.Variable]:
+    """Return arrays as labelled variables, with the dimensions and attributes that the schema gives their names.
+
+    Args:
+        variables: One group of the schema, e.g. ``SCORE``.
+        arrays: Name → values.
+
+    Raises:
+        KeyError: If a name is not in the group.
+
+    >>> labelled(SCORE, {"items": np.ones((2, 1))})["items"].dims
+    ('step', 'task')
+    """
+    return {
+        name: xr.Variable(variables[name].dims, array, variables[name].attributes) for name, array in arrays.items()
+    }
 
 
 def attributes(variable: Variable, definition: str = "", reference: str = "") -> dict[str, str]:

@@ -1,12 +1,11 @@
 """What must touch a model: its matrices, its gradients, and what is measured of it on probe samples."""
 
-from probes.fisher import gradient_gram
-from probes.gram import Gram
+from probes.gram import Gram, gradient_gram
 from probes.low_rank import LowRankMatrix
 from probes.scores import Score, evaluate
-from probes.swapping import swapped
 from probes.tasks import Task, probe_batches, probe_loss
 from probes.transfer import Transfer, transfer
+from probes.undisturbed import swapped
 from probes.watched import watched_matrices
 
 __all__ = [

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from probes.sample_gradients import SampleGradient
 from probes.spaces import TangentSpace, tangent_space
 from probes.undisturbed import bare
-from probes.unwrapping import base_model, class_names, plain_path, unique_names
-from probes.watched import Dense, Product, Watched, find, is_sharded
+from probes.watched import Dense, Product, Watched, base_model, class_names, find, is_sharded, plain_path, unique_names
 
 
 @dataclass

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from probes.sample_gradients import Materialised, Outer, Scatter
-from probes.unwrapping import class_names
+from probes.watched import class_names
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from probes.unwrapping import class_names
+from probes.watched import class_names
 
 #: Cross-entropy leaves these labels out.
 IGNORED = -100

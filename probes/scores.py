@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from probes.batches import ProbeBatch, one_each
 from probes.losses import token_losses
-from probes.tasks import Task, require_names
+from probes.tasks import ProbeBatch, Task, one_each, require_names
 from probes.undisturbed import undisturbed
 
 

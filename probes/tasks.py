@@ -2,21 +2,26 @@
 
 A group is what clusters samples: several questions about one image are not independent samples. Equal group names in
 two tasks mean the same group: the same image may carry both tasks' annotations.
+
+Batches of probe samples, and what is measured of each sample in one.
+
+Two halves of probe samples that have nothing to do with each other: to choose on one, to measure on the other.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, groupby
 from typing import Any
 
+import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from probes.batches import PerSample, ProbeBatch, one_each
 from probes.collation import kind, longest, pad_and_stack, tensors
-from probes.losses import token_losses
+from probes.losses import IGNORED, predicts_next, token_losses
 from probes.overlap import overlapping
 
 #: What names a sample, or its group: a key of the sample, one name for each sample, or a function of the sample.
@@ -285,3 +290,156 @@ def _collated(members: Sequence[tuple[Task, int]], lengths: Mapping[str, int] | 
 
 def _text(value: Any) -> str:
     return str(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
+
+
+#: Loss, or score, of each sample in a batch.
+PerSample = Callable[[nn.Module, Any], Tensor]
+
+
+class ProbeBatch(dict[str, Any]):
+    """A batch as the model takes it, which also knows how its samples' losses are measured.
+
+    Args:
+        values: The batch.
+        samples: How many samples it holds.
+        loss: Their losses, a function (model, batch) → ``[samples]``.
+    """
+
+    def __init__(self, values: Mapping[str, Any], samples: int, loss: PerSample) -> None:
+        super().__init__(values)
+        self.samples = samples
+        self.loss = loss
+
+    def to(self, device: torch.device | str) -> ProbeBatch:
+        """The batch with its tensors on a device.
+
+        >>> ProbeBatch({"x": torch.ones(2)}, 2, lambda model, batch: batch["x"]).to("meta")["x"].device.type
+        'meta'
+        """
+        moved = {key: value.to(device) if hasattr(value, "to") else value for key, value in self.items()}
+        return ProbeBatch(moved, self.samples, self.loss)
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device.
+
+    Raises:
+        ValueError: If it is no dict.
+    """
+    if isinstance(batch, ProbeBatch):
+        return batch.to(device)
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"Expected a batch to be a dict as the model takes it, got {type(batch).__name__}.")
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def is_text(batch: Mapping[str, Any], samples: int) -> bool:
+    """Whether all that the model is given is one row of tokens, or one number, a sample.
+
+    >>> is_text({"input_ids": torch.ones(2, 3)}, 2), is_text({"pixel_values": torch.ones(2, 3, 4, 4)}, 2)
+    (True, False)
+    """
+    given = [value for value in batch.values() if isinstance(value, Tensor)]
+    return all(value.ndim in (1, 2) and value.shape[0] == samples for value in given)
+
+
+def one_each(values: Any, samples: int | None, what: str) -> Shaped[Tensor, " sample"]:
+    """The values, if they are one number a sample.
+
+    Args:
+        values: What a user's function returned.
+        samples: How many samples it was given, ``None`` if that is not known.
+        what: The function, for the error.
+
+    Raises:
+        ValueError: If they are anything else: a mean over the batch would go unnoticed.
+
+    >>> one_each(torch.tensor(3.0), 2, "loss(model, batch)")
+    Traceback (most recent call last):
+    ValueError: Expected loss(model, batch) to return one number for each of 2 samples, got a tensor of shape (). \
+Do not average over the batch.
+    """
+    if isinstance(values, Tensor) and values.ndim == 1 and (samples is None or len(values) == samples):
+        return values
+    count = "sample" if samples is None else f"of {samples} samples"
+    got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+    raise ValueError(
+        f"Expected {what} to return one number for each {count}, got {got}. Do not average over the batch."
+    )
+
+
+def split_by_group(groups: Mapping[str, Sequence[str]]) -> dict[str, tuple[list[int], list[int]]]:
+    """Two halves of each task's samples, about equal in size, such that no group is in both, also across tasks.
+
+    Groups are dealt one by one, those with most samples first, to the half in which their tasks have fewer samples.
+
+    Args:
+        groups: By task, the group of each of its samples.
+
+    Returns:
+        By task, the numbers of the samples in each half.
+
+    Raises:
+        ValueError: If a half of a task would be empty.
+
+    >>> split_by_group({"a": ["x", "y", "y"], "b": ["y", "x"]})
+    {'a': ([1, 2], [0]), 'b': ([0], [1])}
+    """
+    sizes = {task: Counter(own) for task, own in groups.items()}
+    total = sum(sizes.values(), Counter())
+    half_of: dict[str, int] = {}
+    filled = {task: [0.0, 0.0] for task in groups}
+    for group, _ in total.most_common():
+        # A task with few groups has little choice: it counts for more.
+        weight = {task: 1 / (len(own) * own.total()) for task, own in sizes.items() if group in own}
+        load = [sum(share * filled[task][half] for task, share in weight.items()) for half in (0, 1)]
+        half_of[group] = int(load[1] < load[0])
+        for task in weight:
+            filled[task][half_of[group]] += sizes[task][group]
+    halves = {
+        task: tuple([number for number, group in enumerate(own) if half_of[group] == half] for half in (0, 1))
+        for task, own in groups.items()
+    }
+    for task, (first, second) in halves.items():
+        if not first or not second:
+            raise ValueError(
+                f"Task {task!r}: expected samples in at least two groups, so that a step on one half can be "
+                f"measured on the other, got {len(sizes[task])} "
+                f"({', '.join(map(repr, list(sizes[task])[:3]))}), all in one half."
+            )
+    return {task: (first, second) for task, (first, second) in halves.items()}
+
+
+@torch.no_grad()
+def with_sampled_labels(model: nn.Module, batch: Any, generator: torch.Generator) -> Any:
+    """The batch with each label that counts replaced by one drawn from the model's softmax at its place.
+
+    Inputs stay as they are: every token is drawn given the data's own prefix, so with losses summed over tokens the
+    mean over draws is the token-level Fisher (Kunstner, Balles & Hennig 2019).
+
+    Args:
+        model: In evaluation mode.
+        batch: With integer ``labels``.
+        generator: On the host; the same seed gives the same labels on every device.
+
+    Raises:
+        ValueError: If the batch has no labels, or a task's own loss, for which nothing can be drawn.
+    """
+    own = getattr(batch, "loss", None)
+    task = getattr(own, "__self__", None)
+    labels = batch.get("labels")
+    if callable(getattr(task, "loss", None)) or not isinstance(labels, Tensor) or labels.is_floating_point():
+        raise ValueError(
+            "Expected integer 'labels' and the model's own loss for fisher='sampled', got a batch without. "
+            "Use fisher='empirical'."
+        )
+    outputs = model(**batch)
+    shift = predicts_next(model, outputs, labels.to(outputs.logits.device))
+    logits = outputs.logits.detach().float()
+    places = torch.softmax(logits[:, :-1] if shift else logits, -1).to("cpu")
+    drawn = torch.multinomial(places.flatten(0, -2), 1, generator=generator).view(places.shape[:-1]).to(labels.device)
+    sampled = labels.clone()
+    target = sampled[:, 1:] if shift else sampled
+    target[target != IGNORED] = drawn[target != IGNORED]
+    values = {**batch, "labels": sampled}
+    return ProbeBatch(values, batch.samples, own) if isinstance(batch, ProbeBatch) and own is not None else values

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from probes.scores import device_of
-from probes.splitting import split_by_group
-from probes.swapping import swapped
-from probes.tasks import Naming, Task, require_names
-from probes.undisturbed import undisturbed
+from probes.tasks import Naming, Task, require_names, split_by_group
+from probes.undisturbed import swapped, undisturbed
 
 
 @dataclass(frozen=True)

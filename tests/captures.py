@@ -10,8 +10,8 @@ import torch
 import xarray as xr
 
 from dynamics.spectra import raw
-from dynamics.spectra.pairs import Before, solve
 from dynamics.spectra.raw import GradientSpectrum, Place
+from dynamics.spectra.walk import Before, solve
 from dynamics.store import CaptureStore
 from probes.low_rank import LowRankMatrix
 from tests.runs import Factors, adapter_config, random_factors

@@ -11,10 +11,11 @@ import xarray as xr
 
 from dynamics import schema
 from dynamics.findings import Finding
-from dynamics.spectra import labelled, raw
-from dynamics.spectra.measured import measured
+from dynamics.spectra import dataset as labelled
+from dynamics.spectra import raw
+from dynamics.spectra.dataset import measured
 from dynamics.spectra.raw import GradientSpectrum, Place
-from dynamics.stored.tree import quantiles_of_gradients
+from dynamics.store.tree import quantiles_of_gradients
 
 ROLES = (
     "self_attn.q_proj",

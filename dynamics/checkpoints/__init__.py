@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dynamics.checkpoints.errors import NotARun
-from dynamics.checkpoints.reader import open_trajectory
+from dynamics.checkpoints.open import open_trajectory
 from dynamics.checkpoints.trajectory import (
     Checkpoint,
     LogEntry,
@@ -13,11 +13,9 @@ from dynamics.checkpoints.trajectory import (
     Trajectory,
     UnreadableMatrix,
 )
-from dynamics.checkpoints.updates import DenseUpdate, update_since
 
 __all__ = [
     "Checkpoint",
-    "DenseUpdate",
     "LogEntry",
     "Matrix",
     "MatrixShape",
@@ -26,5 +24,4 @@ __all__ = [
     "Trajectory",
     "UnreadableMatrix",
     "open_trajectory",
-    "update_since",
 ]

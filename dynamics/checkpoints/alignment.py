@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from dynamics.checkpoints.products import Product, rows, stacked, turned
+from dynamics.checkpoints.matrices import Product, rows, stacked, turned
 
 Size = tuple[int, int]
 

@@ -2,6 +2,8 @@
 
 A folder is what its weights are. A configuration without weights makes no adapter, and whether a file of any other name
 is an adapter or a model, its tensors decide when it is read.
+
+Files of checkpoints that hold no weights; formats of weights that are not read, and what makes them readable.
 """
 
 from __future__ import annotations
@@ -12,10 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynamics.checkpoints.names import natural_order
-from dynamics.checkpoints.steps import is_plain_step
-from dynamics.checkpoints.unread import is_state_folder, weight_names
-from dynamics.checkpoints.whole_models import WHOLE, is_distributed, lone_shards, whole_model
+from dynamics.checkpoints.formats.transformers import WHOLE, is_distributed, lone_shards, whole_model
+from dynamics.checkpoints.names import natural_order, shown_path
+from dynamics.checkpoints.steps import is_plain_step, named_step
 
 #: In PEFT's own order of preference; the last two where an adapter was sharded.
 WEIGHTS = (
@@ -219,3 +220,178 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
             yield inner
         elif depth > 1:
             yield from _below(inner, depth - 1)
+
+
+#: What trainers save beside the weights: optimizer, schedule, random numbers, place in the data, arguments.
+_STATE = re.compile(
+    r"((.*[-_])?optim(izer)?([-_].*)?|(lr_)?scheduler.*|rng_state.*|random_states.*|(grad_)?scaler.*|(training_)?args"
+    r"|custom_checkpoint.*|sampler.*|data|dl_state.*|data_?loader.*|(recipe|train|trainer|training|extra)_state.*"
+    r"|(bf16_)?(zero_pp|mp)_rank_.*|model_world_size.*|model_optim_rng|tokenizer.*|vocab.*|common)"
+    r"\.(bin|pt|pth|pkl|safetensors)",
+    re.IGNORECASE,
+)
+#: Folders of such files.
+_STATE_FOLDER = re.compile(
+    r"\..*|(dist_)?optim(izer)?([-_].*)?|(lr_)?scheduler.*|rng.*|data_?loader.*|tokenizer.*|wandb|logs?|tensorboard"
+    r"|.*\.zarr",
+    re.IGNORECASE,
+)
+_READABLE = (".safetensors", ".bin", ".pt", ".pth")
+#: How deep below a checkpoint files are looked for, and how many.
+_DEPTH = 3
+_MOST_FILES = 5_000
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of weights that is not read.
+
+    Args:
+        title: What it is, with its article.
+        remedy: What makes a checkpoint of it readable; ``FILE`` and ``FOLDER`` stand for where it is, ``STEP`` for its
+            step.
+    """
+
+    title: str
+    remedy: str
+
+
+_DEEPSPEED = "DeepSpeed's sharded state, from which the weights were not gathered"
+_SAVE_STATE = (
+    "Save its weights alone, if you trust the file: torch.save(torch.load('FILE', map_location='cpu', "
+    "weights_only=False)['state_dict'], 'checkpoint-STEP/pytorch_model.bin')"
+)
+MEGATRON = Format(
+    "a checkpoint of Megatron or NeMo, whose layers lie in one tensor",
+    "Convert it to Hugging Face's format: Megatron-Bridge (AutoBridge.export_ckpt, of an adapter export_adapter_ckpt), "
+    "`swift export --to_hf true`, or NeMo (llm.export_ckpt with target='hf', of an adapter 'hf-peft').",
+)
+#: Pattern of the path below the checkpoint → the format; the particular before the general.
+_FORMATS: tuple[tuple[str, Format], ...] = (
+    (
+        r"(^|/)zero_to_fp32\.py$",
+        Format(
+            _DEEPSPEED,
+            "Gather them: run `python zero_to_fp32.py . .` in FOLDER, which writes pytorch_model.bin there "
+            "(DeepSpeed before 0.16: `python zero_to_fp32.py . pytorch_model.bin`).",
+        ),
+    ),
+    (
+        r"(^|/)(bf16_)?(zero_pp_rank_\d+_)?mp_rank_\d+_(model|optim)_states\.pt$",
+        Format(
+            _DEEPSPEED,
+            "Gather them: run `python -m deepspeed.utils.zero_to_fp32 . .` in the folder around FOLDER, which writes "
+            "pytorch_model.bin there.",
+        ),
+    ),
+    (
+        r"(^|/)model_world_size_\d+_rank_\d+\.pt$",
+        Format(
+            "verl's sharded state",
+            "Merge it: python -m verl.model_merger merge --backend fsdp --local_dir FOLDER --target_dir FOLDER.",
+        ),
+    ),
+    (
+        r"(^|/)mp_rank_\d+(_\d+)*/model_optim_rng\.pt$|(^|/)distrib_optim\.pt$",
+        MEGATRON,
+    ),
+    (
+        r"(^|/)lit_model\.pth(\.lora)?$",
+        Format(
+            "a litgpt checkpoint, whose fused factors are no plain products",
+            "Merge and convert it: `litgpt merge_lora FOLDER`, then `litgpt convert_from_litgpt FOLDER OUT/step-STEP`, "
+            "for each checkpoint; analyse OUT with the base (--base).",
+        ),
+    ),
+    (
+        r"\.ckpt$",
+        Format(
+            "a Lightning checkpoint, which holds Python objects beside the weights",
+            f"{_SAVE_STATE}; of an adapter, write its adapter_config.json beside it.",
+        ),
+    ),
+    (
+        r"\.nemo$",
+        Format(
+            "a NeMo archive",
+            "Convert it with NeMo: llm.export_ckpt(path, target='hf', output_path=…), of an adapter target='hf-peft'.",
+        ),
+    ),
+    (
+        r"\.gguf$",
+        Format(
+            "a GGUF file of llama.cpp",
+            "Pass the adapter or model that it was converted from (adapter_model.safetensors, model.safetensors).",
+        ),
+    ),
+    (
+        r"\.npz$",
+        Format(
+            "an archive of NumPy arrays, as early versions of MLX saved adapters",
+            "Convert it: python -c \"import numpy, safetensors.numpy as s; s.save_file(dict(numpy.load('FILE')), "
+            "'FOLDER/adapters.safetensors')\"; and write its scale into FOLDER/adapter_config.json: "
+            '{"lora_parameters": {"scale": 20.0}} (20 was the default of MLX).',
+        ),
+    ),
+    (
+        r"\.(msgpack|h5|keras|onnx|tflite|pb)$",
+        Format("a file of another framework than PyTorch", "Save the model as safetensors (save_pretrained)."),
+    ),
+)
+#: The remedy for a torch file whose weights lie inside something else.
+NESTED = f"{_SAVE_STATE}, and 'state_dict' the key under which the file keeps them ('model', 'module')."
+
+
+def remedy_for(remedy: str, path: Path, run: Path, step: int | None = None) -> str:
+    """Return a remedy with the file, its folder and its step filled in; a step in the file's name goes first."""
+    named = named_step(path.stem) or (named_step(path.parent.name) if step is None else None)
+    step = step if named is None else named.number
+    filled = remedy.replace("FILE", shown_path(path, run)).replace("FOLDER", shown_path(path.parent, run))
+    return filled.replace("STEP", "N (N its step)" if step is None else str(step), 1).replace(
+        "STEP", "N" if step is None else str(step)
+    )
+
+
+def is_state_folder(name: str) -> bool:
+    """Return whether a folder holds a trainer's state, logs, our own results or the like, and no weights.
+
+    >>> is_state_folder("optimizer_0"), is_state_folder("capture.zarr"), is_state_folder("unet")
+    (True, True, False)
+    """
+    return _STATE_FOLDER.fullmatch(name) is not None
+
+
+def weight_names(names: Iterable[str]) -> list[str]:
+    """Return those of a folder's files whose tensors can be read, whatever they are called; not the trainer's state.
+
+    >>> weight_names(["optimizer.pt", "rng_state_0.pth", "training_args.bin", "mm_projector.bin", "README.md"])
+    ['mm_projector.bin']
+    """
+    return [name for name in names if name.endswith(_READABLE) and not _STATE.fullmatch(name)]
+
+
+def unread_format(folder: Path) -> tuple[Path, Format] | None:
+    """Return the first file of a format that is not read, and the format; ``None`` if there is none.
+
+    Args:
+        folder: A checkpoint, or a run that has none.
+    """
+    paths = sorted((path.relative_to(folder).as_posix() for path in files_below(folder)), key=natural_order)
+    for pattern, form in _FORMATS:
+        search = re.compile(pattern).search
+        if path := next(filter(search, paths), None):
+            return folder / path, form
+    return None
+
+
+def files_below(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
+    """Yield the files in a folder and the folders below it; links to folders are not followed."""
+    count = 0
+    for parent, folders, files in os.walk(folder):
+        level = len(Path(parent).relative_to(folder).parts)
+        folders[:] = [] if level >= depth else sorted(folders, key=natural_order)
+        for name in files:
+            count += 1
+            if count > _MOST_FILES:
+                return
+            yield Path(parent) / name

@@ -10,30 +10,44 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.checkpoints.base import Base
-from dynamics.checkpoints.candidates import CONFIG, DEFAULT, DIFFUSERS, WEIGHTS, AdapterFolder, Candidate, is_component
-from dynamics.checkpoints.dense import read_dense
+from dynamics.checkpoints.candidates import (
+    CONFIG,
+    DEFAULT,
+    DIFFUSERS,
+    MEGATRON,
+    NESTED,
+    WEIGHTS,
+    AdapterFolder,
+    Candidate,
+    is_component,
+    remedy_for,
+)
 from dynamics.checkpoints.errors import UnreadableFile
+from dynamics.checkpoints.files import TensorInfo, Weights, read_json
 from dynamics.checkpoints.folders import other_weights
-from dynamics.checkpoints.foreign import describe, is_adapter, is_readable
-from dynamics.checkpoints.foreign_adapter import read_foreign
+from dynamics.checkpoints.formats.foreign import describe, is_adapter, is_readable
+from dynamics.checkpoints.formats.lycoris import read_foreign
+from dynamics.checkpoints.formats.mlx import is_mlx_vlm
+from dynamics.checkpoints.formats.peft import (
+    SAVED,
+    TOKENS,
+    Adapter,
+    SavedModules,
+    beside_kind,
+    of_trained,
+    read_adapter,
+    saved_modules,
+)
+from dynamics.checkpoints.formats.peft_config import AdapterConfig, Budget, read_adapter_config, trainer_scale
+from dynamics.checkpoints.formats.transformers import has_stacked_layers, read_dense, read_whole_model, ties_embeddings
+from dynamics.checkpoints.formats.variants import Refusal, Remark
 from dynamics.checkpoints.initial_adapters import InitialAdapter, counted_from_start
-from dynamics.checkpoints.mlx import is_mlx_vlm
-from dynamics.checkpoints.names import natural_order, parse_key, shown, shown_path, some
-from dynamics.checkpoints.opening import open_matrices
-from dynamics.checkpoints.patterns import Budget
-from dynamics.checkpoints.peft_adapter import Adapter, read_adapter
-from dynamics.checkpoints.peft_config import AdapterConfig, read_adapter_config
-from dynamics.checkpoints.plain_files import read_json
-from dynamics.checkpoints.products import Product, total, under
-from dynamics.checkpoints.saved_modules import SAVED, TOKENS, SavedModules, beside_kind, of_trained, saved_modules
+from dynamics.checkpoints.matrices import Product, open_matrices, total, under
+from dynamics.checkpoints.names import natural_order, parse_key, shown, shown_path
 from dynamics.checkpoints.ties import Tied, tied_matrices
-from dynamics.checkpoints.trainer_scales import trainer_scale
 from dynamics.checkpoints.trajectory import OpenCheckpoint
-from dynamics.checkpoints.unread import MEGATRON, NESTED, remedy_for
-from dynamics.checkpoints.variants import Refusal, Remark
-from dynamics.checkpoints.weight_files import TensorInfo, Weights
-from dynamics.checkpoints.whole_models import has_stacked_layers, read_whole_model, ties_embeddings
 from dynamics.findings import Finding
+from dynamics.text import some
 
 #: Suffixes of files of torch.save, which may hold weights inside something else.
 _TORCH = (".bin", ".pt", ".pth")

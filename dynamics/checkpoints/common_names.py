@@ -11,22 +11,22 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from dynamics.checkpoints.alignment import aligned, expert_forms
+from dynamics.checkpoints.alignment import Size, aligned, expert_forms
 from dynamics.checkpoints.base import Base
 from dynamics.checkpoints.checkpoint import Content
 from dynamics.checkpoints.duplicates import same_tensors
 from dynamics.checkpoints.errors import UnreadableFile
-from dynamics.checkpoints.names import natural_order, shown, some
-from dynamics.checkpoints.products import Product
+from dynamics.checkpoints.matrices import Product
+from dynamics.checkpoints.names import natural_order, shown
 from dynamics.checkpoints.ties import Tied, embedding_of, equal_keys, tied_everywhere
 from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.findings import Finding
+from dynamics.text import some
 
 #: Adapters that a training keeps beside the one it trains, or for another model.
 _APART = re.compile(
     r"(.*[_-])?(ref|reference|frozen|teacher|critic|value|reward)([_-](policy|model|adapter|head))?", re.IGNORECASE
 )
-Size = tuple[int, int]
 
 
 def with_common_names(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dynamics.checkpoints.errors import UnreadableFile
+from dynamics.checkpoints.files import Weights
 from dynamics.checkpoints.names import parse_key
-from dynamics.checkpoints.weight_files import Weights
 
 #: How many tensors, and how much of each, are hashed to rule out most pairs.
 _SAMPLED_TENSORS = 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from dynamics.findings import Finding
@@ -44,21 +43,3 @@ class UnreadableFile(OSError):
     def to_finding(self, file: str, step: int | None = None) -> Finding:
         """The finding it becomes, for a file given relative to the run."""
         return Finding(self.code, self.problem, self.remedy, file=file, step=step)
-
-
-#: Torch's advice to load a pickle all the same that it does not load: it is not passed on.
-_ADVICE = re.compile(
-    r"Weights only load failed.*(WeightsUnpickler error: |trusted source\.\s+)| Please use .torch\.serialization.*",
-    re.DOTALL,
-)
-
-
-def one_line(error: BaseException, limit: int = 160) -> str:
-    """The first line of an error's text, shortened: foreign libraries write paragraphs.
-
-    >>> one_line(ValueError("bad\\nvery bad"))
-    'bad'
-    """
-    text = _ADVICE.sub("", str(error)).strip() or type(error).__name__
-    line = text.splitlines()[0].strip()
-    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -22,17 +22,20 @@ from dynamics.checkpoints.candidates import (
     entries,
     holds_adapter,
     holds_weights,
+    is_state_folder,
     of_file,
+    remedy_for,
+    unread_format,
 )
-from dynamics.checkpoints.errors import NotARun, UnreadableFile, one_line
-from dynamics.checkpoints.mlx import ADAPTERS
-from dynamics.checkpoints.names import natural_order, shown, shown_path, some
+from dynamics.checkpoints.errors import NotARun, UnreadableFile
+from dynamics.checkpoints.formats.mlx import ADAPTERS
+from dynamics.checkpoints.formats.transformers import lone_shards, whole_model
+from dynamics.checkpoints.names import natural_order, shown, shown_path
 from dynamics.checkpoints.series import Series, find_series
 from dynamics.checkpoints.steps import NamedStep, is_plain_step, named_step
-from dynamics.checkpoints.training_state import read_training_state
-from dynamics.checkpoints.unread import is_state_folder, remedy_for, unread_format
-from dynamics.checkpoints.whole_models import lone_shards, whole_model
+from dynamics.checkpoints.trainings import read_training_state
 from dynamics.findings import Finding
+from dynamics.text import first_line, some
 
 __all__ = ["CONFIG", "DEFAULT", "STATE", "AdapterFolder", "Candidate", "RunFolder", "find_checkpoints"]
 
@@ -175,7 +178,7 @@ def _entries_of_run(run: Path) -> list[str]:
     try:
         names = sorted(os.listdir(run), key=natural_order)
     except OSError as error:
-        raise NotARun(f"{str(run)!r} cannot be read: {one_line(error)}. Give yourself read permission.") from error
+        raise NotARun(f"{str(run)!r} cannot be read: {first_line(error)}. Give yourself read permission.") from error
     if not names:
         raise NotARun(f"{str(run)!r} is empty (looked for {_LOOKED_FOR}). {_REMEDY}")
     return names
@@ -242,7 +245,7 @@ def _candidates(run: Path, top: Path, steps: Sequence[tuple[NamedStep, str]]) ->
                 candidates.append(candidate(folder, step, sorted(os.listdir(folder), key=natural_order)))
                 continue
             except OSError as error:
-                problem = f"The folder cannot be read: {one_line(error)}."
+                problem = f"The folder cannot be read: {first_line(error)}."
         file = shown_path(folder, run)
         findings.append(Finding("OD106", problem, "Restore the checkpoint, or remove it.", file=file, step=step))
     return candidates, findings

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from dynamics.checkpoints.candidates import CONFIG, DEFAULT, WEIGHTS, Candidate
 from dynamics.checkpoints.errors import UnreadableFile
-from dynamics.checkpoints.peft_adapter import Adapter, read_adapter
-from dynamics.checkpoints.peft_config import read_adapter_config
-from dynamics.checkpoints.products import Product, since, under
-from dynamics.checkpoints.weight_files import WeightFile, read_weight_file
+from dynamics.checkpoints.files import WeightFile, read_weight_file
+from dynamics.checkpoints.formats.peft import Adapter, read_adapter
+from dynamics.checkpoints.formats.peft_config import read_adapter_config
+from dynamics.checkpoints.matrices import Product, since, under
 
 _METHODS = "pissa|olora|corda|loftq|lora[_-]?ga"
 #: Folders that hold the start of a training, and those that trainers keep beside it for conversion.

@@ -169,14 +169,3 @@ def natural_order(name: str) -> tuple[str | tuple[int, str], ...]:
 def _digits_order(digits: str) -> tuple[int, str]:
     significant = digits.lstrip("0")  # as a number, which Python makes of some thousand digits only
     return len(significant), significant
-
-
-def some(names: Iterable[str], limit: int = 3) -> str:
-    """A few names for a sentence.
-
-    >>> some(["a", "b", "c", "d"])
-    'a, b, c and 1 more'
-    """
-    names = list(names)
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -14,14 +14,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from dynamics.checkpoints.candidates import weight_names
 from dynamics.checkpoints.errors import NotARun, UnreadableFile
-from dynamics.checkpoints.foreign import describe, is_adapter
-from dynamics.checkpoints.mlx import ADAPTERS
-from dynamics.checkpoints.names import natural_order, shown, some
+from dynamics.checkpoints.files import read_weight_file
+from dynamics.checkpoints.formats.foreign import describe, is_adapter
+from dynamics.checkpoints.formats.mlx import ADAPTERS
+from dynamics.checkpoints.names import natural_order, shown
 from dynamics.checkpoints.steps import is_plain_name, named_step
-from dynamics.checkpoints.unread import weight_names
-from dynamics.checkpoints.weight_files import read_weight_file
 from dynamics.findings import Finding
+from dynamics.text import some
 
 _NUMBERED = (
     re.compile(r"(?P<stem>.+?)[-_](?:step|epoch)?(?P<number>[0-9]{6,18})", re.DOTALL),

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dynamics.checkpoints.distributed import DistributedWeights
 from dynamics.checkpoints.errors import UnreadableFile
+from dynamics.checkpoints.files import Loader, Weights
+from dynamics.checkpoints.formats.distributed import DistributedWeights
+from dynamics.checkpoints.matrices import Product
 from dynamics.checkpoints.names import natural_order
-from dynamics.checkpoints.products import Product
 from dynamics.checkpoints.trajectory import MatrixShape
-from dynamics.checkpoints.weight_files import Loader, Weights
 
 #: Ends of the names of input embeddings, those that several share first, and of the output layers tied to them.
 _EMBEDDINGS = ("shared", "embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "token_embedding")

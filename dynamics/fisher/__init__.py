@@ -1,8 +1,5 @@
 """4: K, b and labels → spectral entropy, dominant ratio, concentration, task structure, each with interval or null."""
 
-from dynamics.fisher.labelled_concentration import concentration
-from dynamics.fisher.labelled_fisher import fisher_measures
-from dynamics.fisher.labelled_tasks import task_structure
-from dynamics.fisher.over_steps import measured
+from dynamics.fisher.dataset import concentration, fisher_measures, measured, task_structure
 
 __all__ = ["concentration", "fisher_measures", "measured", "task_structure"]

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from dynamics.fisher.dominance import dominant_ratio_plug_in
-from dynamics.fisher.eigenvalues import fisher_eigenvalues
-from dynamics.fisher.entropy import spectral_entropy
-from dynamics.fisher.pairs import Labels
-from dynamics.fisher.participation import log_participation_ratio, participation_ratio_plug_in
+from dynamics.fisher.samples import Labels
+from dynamics.fisher.spectrum import (
+    dominant_ratio_plug_in,
+    fisher_eigenvalues,
+    log_participation_ratio,
+    participation_ratio_plug_in,
+    spectral_entropy,
+)
 
 #: Random subsets behind each point of a curve.
 DRAWS = 4

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dynamics.described import Described
 from dynamics.schema import Variable
 
 _SQUARED = "(loss/weight)²"
@@ -17,16 +16,16 @@ _CURVE = ("block", "task", "n")
 _K = ("block", "k")
 
 
-def _describe(dims: tuple[str, ...], units: str, long_name: str, definition: str, reference: str = "") -> Described:
-    return Described(Variable(dims, units, long_name), definition, reference)
+def _describe(dims: tuple[str, ...], units: str, long_name: str, definition: str, reference: str = "") -> Variable:
+    return Variable(dims, units, long_name, definition, reference)
 
 
-def _with_interval(name: str, known: Described, how: str) -> dict[str, Described]:
+def _with_interval(name: str, known: Variable, how: str) -> dict[str, Variable]:
     ends = {
         f"{name}_{end}": _describe(
-            known.variable.dims,
-            known.variable.units,
-            f"{known.variable.long_name}, {end} end",
+            known.dims,
+            known.units,
+            f"{known.long_name}, {end} end",
             f"{end} end of the 95 % interval: {how}",
             known.reference,
         )
@@ -51,7 +50,7 @@ _F = "F = GᵀG/N, uncentred, of per-sample gradients G; K = GGᵀ"
 _DIRECTIONS = "the Fisher of directions, of normalised gradients g/‖g‖, in which all samples weigh the same"
 _SE = "Shannon entropy of the normalised spectrum (von Neumann entropy of F/tr F)"
 
-FISHER: Mapping[str, Described] = {
+FISHER: Mapping[str, Variable] = {
     "samples": _describe(("task",), "1", "number of probe samples", "samples of each task"),
     "groups": _describe(("task",), "1", "number of groups of probe samples", "groups with a sample of each task"),
     "trace": _describe(_TASK, _SQUARED, "trace of the Fisher", f"tr K/N; {_F}"),
@@ -188,7 +187,7 @@ _SHARE = "Σ_{j≤k} ⟨δ, v_j⟩²/‖δ‖², v_j the leading eigenvectors of
 _HALVES = "over random halves of the groups: directions from one half, gradients from the other"
 _RATIO = "central 95 % of update over null gradient, over halves and draws"
 
-CONCENTRATION: Mapping[str, Described] = {
+CONCENTRATION: Mapping[str, Variable] = {
     "captured": _describe(_K, "1", "share of the update in k leading directions", f"{_SHARE} Fisher of all samples"),
     "null_isotropic": _describe(_K, "1", "the same share of a random direction", "k/d, mean of Beta(k/2, (d − k)/2)"),
     "null_isotropic_low": _describe(_K, "1", "isotropic null, low end", "2.5 % point of Beta(k/2, (d − k)/2)"),
@@ -253,7 +252,7 @@ CONCENTRATION: Mapping[str, Described] = {
 
 _PAIRS = "over pairs of samples of different groups"
 
-TASKS: Mapping[str, Described] = {
+TASKS: Mapping[str, Variable] = {
     **_with_interval(
         "cosine",
         _describe(

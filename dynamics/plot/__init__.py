@@ -14,7 +14,7 @@ from dynamics.plot.hover_heatmap import hover_heatmap
 from dynamics.plot.rarefaction import rarefaction
 from dynamics.plot.score_scatter import score_scatter
 from dynamics.plot.spectrum import spectrum
-from dynamics.plot.svg import to_svg
+from dynamics.plot.style import to_svg
 from dynamics.plot.task_matrix import task_matrix
 from dynamics.plot.training_log import training_log
 from dynamics.plot.trajectory import trajectory

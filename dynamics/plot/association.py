@@ -9,10 +9,9 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.plot.quartiles import legend_below
-from dynamics.plot.result import related, variable_of
-from dynamics.plot.style import COLOURS, canvas, figure_of, say_nothing_to_draw, shorten, without_mathematics
-from dynamics.plot.svg import describe
+from dynamics.plot.marks import legend_below
+from dynamics.plot.select import related, variable_of
+from dynamics.plot.style import COLOURS, canvas, describe, figure_of, say_nothing_to_draw, shorten, without_mathematics
 from dynamics.schema import ALL
 
 _LONGEST = 34

@@ -10,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics.plot.association import most_telling
-from dynamics.plot.result import related
-from dynamics.plot.style import MISSING_COLOUR, canvas, figure_of, shorten, without_mathematics
-from dynamics.plot.svg import describe
+from dynamics.plot.select import related
+from dynamics.plot.style import MISSING_COLOUR, canvas, describe, figure_of, shorten, without_mathematics
 
 #: Tasks that a grid has at most by default: more cannot be read.
 _MOST_TASKS = 20

@@ -7,19 +7,19 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.plot.quartiles import legend_below
-from dynamics.plot.result import related, variable_of
+from dynamics.plot.marks import legend_below
+from dynamics.plot.select import related, variable_of
 from dynamics.plot.style import (
     COLOURS,
     MARKERS,
     canvas,
+    describe,
     figure_of,
     say_nothing_to_draw,
     shorten,
     step_axis,
     without_mathematics,
 )
-from dynamics.plot.svg import describe
 
 
 def comparison(data: xr.DataTree | xr.Dataset, *, measure: str | None = None, ax: Axes | None = None) -> Figure:

@@ -9,19 +9,17 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.plot.gains import draw_gains
-from dynamics.plot.quartiles import legend_below
-from dynamics.plot.result import group
-from dynamics.plot.selection import chosen, of_block, write_title
+from dynamics.plot.marks import draw_gains, legend_below
+from dynamics.plot.select import chosen, group, of_block, write_title
 from dynamics.plot.style import (
     COLOURS,
     NULL_COLOUR,
     canvas,
+    describe,
     doubling_axis,
     figure_of,
     say_nothing_to_draw,
 )
-from dynamics.plot.svg import describe
 from dynamics.schema import GLOBAL
 
 _UPDATE, _GRADIENT = COLOURS[0], COLOURS[5]

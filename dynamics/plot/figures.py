@@ -1,4 +1,7 @@
-"""The set of figures of a result: what goes to ``figures/`` and into the report."""
+"""The set of figures of a result: what goes to ``figures/`` and into the report.
+
+The figures of the Fisher, where it was measured: what goes to ``figures/`` and into the report.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,20 @@ from matplotlib.figure import Figure
 from dynamics.plot.association import association
 from dynamics.plot.association_grid import association_grid
 from dynamics.plot.comparison import comparison
-from dynamics.plot.fisher_figures import fisher_figures
+from dynamics.plot.concentration import concentration
+from dynamics.plot.fisher_spectrum import fisher_spectrum
+from dynamics.plot.fisher_trajectory import fisher_trajectory
+from dynamics.plot.gain_trajectory import gain_trajectory
 from dynamics.plot.gradient import NORM, gradient
 from dynamics.plot.heatmap import heatmap
-from dynamics.plot.result import group, has_group
+from dynamics.plot.rarefaction import rarefaction
 from dynamics.plot.score_scatter import score_scatter
+from dynamics.plot.select import group, has_group, standouts, tasks_of
 from dynamics.plot.spectrum import spectra_of_standouts
-from dynamics.plot.standouts import standouts
+from dynamics.plot.task_matrix import task_matrix
 from dynamics.plot.training_log import logged_number, training_log
 from dynamics.plot.trajectory import trajectory
+from dynamics.schema import ALL, FISHER_GROUPS, GLOBAL
 
 #: Variable and kind of each figure over the steps.
 OVER_STEPS = (
@@ -112,3 +120,47 @@ def has_values(array: xr.DataArray | None, kind: str = "") -> bool:
     if array is None:
         return False
     return bool(np.isfinite((array.sel(kind=kind) if kind else array).values).any())
+
+
+#: What is drawn over the steps; tasks only where their numbers of samples do not matter.
+FISHER_OVER_STEPS = ("ln_participation_ratio", "spectral_entropy", "dominant_ratio")
+#: Matrices of tasks.
+BETWEEN_TASKS = ("cosine", "overlap", "transfer")
+
+
+def fisher_figures(tree: xr.DataTree) -> dict[str, Figure]:
+    """Every figure of all trainable parameters together that has something to show, by its name; none without a Fisher.
+
+    Args:
+        tree: A result of one run.
+    """
+    if not set(FISHER_GROUPS) <= set(tree.children):
+        return {}
+    fisher, shares, tasks = (group(tree, name) for name in FISHER_GROUPS)
+    if GLOBAL not in fisher["block"].values:
+        return {}
+    drawn: dict[str, Figure] = {}
+    for variable in FISHER_OVER_STEPS:
+        if _has_values(fisher, variable):
+            several = tasks_of(fisher) if variable.startswith("ln_") else []
+            drawn[f"fisher_{variable}"] = fisher_trajectory(tree, variable=variable, tasks=[ALL, *several])
+    if _has_values(fisher, "eigenvalue"):
+        drawn["fisher_spectrum"] = fisher_spectrum(tree)
+    if _has_values(fisher, "rarefied_spectral_entropy"):
+        drawn["rarefaction"] = rarefaction(tree)
+    if _has_values(shares, "captured"):
+        drawn["concentration"] = concentration(tree)
+    if _has_values(shares, "gain"):
+        drawn["concentration_gain"] = concentration(tree, show="gain")
+        if shares.sizes["step"] > 1:
+            drawn["concentration_gain_over_steps"] = gain_trajectory(tree)
+    if tasks_of(tasks):
+        between = tasks.drop_sel(task=ALL, task_=ALL)
+        drawn |= {
+            f"tasks_{name}": task_matrix(tree, variable=name) for name in BETWEEN_TASKS if _has_values(between, name)
+        }
+    return drawn
+
+
+def _has_values(dataset: xr.Dataset, variable: str) -> bool:
+    return bool(np.isfinite(dataset[variable].sel(block=GLOBAL).values).any())

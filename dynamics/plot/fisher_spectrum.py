@@ -8,12 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dynamics.plot.intervals import draw_interval
-from dynamics.plot.quartiles import legend_below
-from dynamics.plot.result import group
-from dynamics.plot.selection import chosen, label_of, of_block, write_title
-from dynamics.plot.style import canvas, figure_of, logarithmic, say_nothing_to_draw, shorten
-from dynamics.plot.svg import describe
+from dynamics.plot.marks import draw_interval, legend_below
+from dynamics.plot.select import chosen, group, label_of, of_block, write_title
+from dynamics.plot.style import canvas, describe, figure_of, logarithmic, say_nothing_to_draw, shorten
 from dynamics.schema import ALL, GLOBAL
 
 

@@ -9,12 +9,17 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.plot.intervals import draw_interval
-from dynamics.plot.quartiles import first_and_last, legend_below
-from dynamics.plot.result import group, variable_of
-from dynamics.plot.selection import chosen, label_of, name_of, of_block, write_title
-from dynamics.plot.style import canvas, figure_of, say_nothing_to_draw, shorten, step_axis, without_mathematics
-from dynamics.plot.svg import describe
+from dynamics.plot.marks import draw_interval, first_and_last, legend_below
+from dynamics.plot.select import chosen, group, label_of, name_of, of_block, variable_of, write_title
+from dynamics.plot.style import (
+    canvas,
+    describe,
+    figure_of,
+    say_nothing_to_draw,
+    shorten,
+    step_axis,
+    without_mathematics,
+)
 from dynamics.schema import ALL, GLOBAL
 
 _INTERVAL = "95 % interval"

@@ -6,12 +6,9 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.plot.gains import draw_gains
-from dynamics.plot.quartiles import first_and_last, legend_below
-from dynamics.plot.result import group, variable_of
-from dynamics.plot.selection import chosen, of_block, write_title
-from dynamics.plot.style import canvas, figure_of, say_nothing_to_draw, step_axis
-from dynamics.plot.svg import describe
+from dynamics.plot.marks import draw_gains, first_and_last, legend_below
+from dynamics.plot.select import chosen, group, of_block, variable_of, write_title
+from dynamics.plot.style import canvas, describe, figure_of, say_nothing_to_draw, step_axis
 from dynamics.schema import GLOBAL
 
 

@@ -8,10 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from dynamics.plot.quartiles import draw_band, draw_quartiles, first_and_last, legend_below
-from dynamics.plot.result import axis_label, group, long_name, variable_of
-from dynamics.plot.style import canvas, figure_of, say_nothing_to_draw, step_axis
-from dynamics.plot.svg import describe
+from dynamics.plot.marks import draw_band, draw_quartiles, first_and_last, legend_below
+from dynamics.plot.select import axis_label, group, long_name, variable_of
+from dynamics.plot.style import canvas, describe, figure_of, say_nothing_to_draw, step_axis
 
 #: Draws the norm before and after clipping together.
 NORM = "norm"

@@ -8,10 +8,8 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.plot.result import axis_label, group, long_name, variable_of
-from dynamics.plot.rows import RowGroup, row_groups
-from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, canvas, figure_of, shorten, without_mathematics
-from dynamics.plot.svg import describe
+from dynamics.plot.select import RowGroup, axis_label, group, long_name, row_groups, variable_of
+from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, canvas, describe, figure_of, shorten, without_mathematics
 
 _DIMS = ("step", "matrix")
 #: Inches for a row, and for the whole figure at most: it has to fit a page.

@@ -10,8 +10,7 @@ import xarray as xr
 from matplotlib.colors import Normalize, to_hex
 
 from dynamics.plot.heatmap import colour_range, kind_words, per_cell, words_of_cells
-from dynamics.plot.result import axis_label, group, long_name
-from dynamics.plot.rows import RowGroup, row_groups
+from dynamics.plot.select import RowGroup, axis_label, group, long_name, row_groups
 from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, shorten
 
 #: A page with more cells than this is slow to open: the picture then has to do, and values are in the table.

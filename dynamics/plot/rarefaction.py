@@ -8,19 +8,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics.plot.fisher_trajectory import words_of_task
-from dynamics.plot.quartiles import legend_below
-from dynamics.plot.result import group, variable_of
-from dynamics.plot.selection import chosen, label_of, name_of, of_block, tasks_of, write_title
+from dynamics.plot.marks import legend_below
+from dynamics.plot.select import chosen, group, label_of, name_of, of_block, tasks_of, variable_of, write_title
 from dynamics.plot.style import (
     COLOURS,
     MARKERS,
     canvas,
+    describe,
     doubling_axis,
     figure_of,
     say_nothing_to_draw,
     without_mathematics,
 )
-from dynamics.plot.svg import describe
 from dynamics.schema import ALL, GLOBAL
 
 _MEASURES = ("spectral_entropy", "dominant_ratio", "participation_ratio")

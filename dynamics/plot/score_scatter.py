@@ -7,10 +7,9 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.plot.quartiles import legend_below
-from dynamics.plot.result import related
-from dynamics.plot.style import COLOURS, canvas, figure_of, say_nothing_to_draw, shorten, without_mathematics
-from dynamics.plot.svg import describe
+from dynamics.plot.marks import legend_below
+from dynamics.plot.select import related
+from dynamics.plot.style import COLOURS, canvas, describe, figure_of, say_nothing_to_draw, shorten, without_mathematics
 
 #: More runs than this share one legend entry.
 _NAMED = 6

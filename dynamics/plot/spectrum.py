@@ -10,19 +10,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from dynamics.plot.result import group, has_group
-from dynamics.plot.standouts import RULE, standouts
+from dynamics.plot.select import RULE, group, has_group, standouts
 from dynamics.plot.style import (
     COLOURS,
     MARKERS,
     NULL_COLOUR,
     canvas,
+    describe,
     figure_of,
     say_nothing_to_draw,
     shorten,
     without_mathematics,
 )
-from dynamics.plot.svg import describe
 
 _NULL = "chance, this size and shape, 5–95 %"
 _LEGEND_LIMIT = 12

@@ -9,10 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dynamics.plot.result import group, variable_of
-from dynamics.plot.selection import chosen, label_of, name_of, of_block, write_title
-from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, canvas, figure_of, shorten, without_mathematics
-from dynamics.plot.svg import describe
+from dynamics.plot.select import chosen, group, label_of, name_of, of_block, variable_of, write_title
+from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, canvas, describe, figure_of, shorten, without_mathematics
 from dynamics.schema import ALL, GLOBAL
 
 _PAIR = ("step", "block", "task", "task_")

@@ -7,9 +7,16 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.plot.result import group
-from dynamics.plot.style import COLOURS, canvas, figure_of, say_nothing_to_draw, step_axis, without_mathematics
-from dynamics.plot.svg import describe
+from dynamics.plot.select import group
+from dynamics.plot.style import (
+    COLOURS,
+    canvas,
+    describe,
+    figure_of,
+    say_nothing_to_draw,
+    step_axis,
+    without_mathematics,
+)
 
 
 def training_log(data: xr.DataTree | xr.Dataset, *, variable: str = "loss", ax: Axes | None = None) -> Figure:

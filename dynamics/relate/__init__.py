@@ -2,8 +2,8 @@
 
 from dynamics.relate.association import associate
 from dynamics.relate.comparison import compare
-from dynamics.relate.notes import association_notes, comparison_notes
-from dynamics.relate.score_table import ScoreTable, rows_of, score_table
+from dynamics.relate.findings import association_notes, comparison_notes
+from dynamics.relate.score_tables import ScoreTable, rows_of, score_table
 
 __all__ = [
     "ScoreTable",

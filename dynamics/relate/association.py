@@ -10,12 +10,11 @@ from typing import Literal
 import numpy as np
 import xarray as xr
 
-from dynamics.described import labelled
 from dynamics.relate import statements
-from dynamics.relate.grids import common_grid
-from dynamics.relate.inputs import HEADLINE, as_measures, as_scores, cluster_codes
+from dynamics.relate.correlation import common_grid
+from dynamics.relate.inputs import HEADLINE, as_measures, as_scores, cluster_codes, look_like_repeats
 from dynamics.relate.mixed_models import NOT_FITTED, mixed_model
-from dynamics.relate.pairs import (
+from dynamics.relate.pairwise import (
     LEAST_STEPS,
     LEAST_UNITS,
     METHODS,
@@ -26,9 +25,9 @@ from dynamics.relate.pairs import (
     coefficients,
 )
 from dynamics.relate.permutations import DRAWS, EXACT_UNITS, LEVEL, false_discovery_rates
-from dynamics.relate.run_names import look_like_repeats
-from dynamics.relate.score_table import ALL, better
+from dynamics.relate.score_tables import ALL, better
 from dynamics.relate.variables import ASSOCIATION
+from dynamics.schema import labelled
 
 Given = Literal["loss", "trend"]
 #: Tasks whose mixed model is fitted, which takes a tenth of a second each.
@@ -67,7 +66,7 @@ def associate(
 
     Args:
         measures: ``(run, step, measure)``, or a dataset of variables ``(run, step)``.
-        scores: ``(run, step, task)``, or :class:`~dynamics.relate.score_table.ScoreTable`'s dataset.
+        scores: ``(run, step, task)``, or :class:`~dynamics.relate.score_tables.ScoreTable`'s dataset.
         headline: The one measure named before looking: with task ``"all"`` (or the only task) its p-value stands as it
             is, everything else is adjusted over measures × tasks.
         question: By default ``"one_run"`` for one run, ``"over_steps"`` where at least half of the runs (and two) share

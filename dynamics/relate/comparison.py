@@ -10,7 +10,6 @@ from itertools import combinations
 import numpy as np
 import xarray as xr
 
-from dynamics.described import labelled
 from dynamics.relate import statements
 from dynamics.relate.differences import (
     Difference,
@@ -19,11 +18,11 @@ from dynamics.relate.differences import (
     students_test,
     unpaired_difference,
 )
-from dynamics.relate.inputs import HEADLINE, as_measures
+from dynamics.relate.inputs import HEADLINE, as_measures, pair_labels
 from dynamics.relate.matched_loss import at_loss, common_levels
 from dynamics.relate.permutations import DRAWS, LEVEL, PermutationTest, false_discovery_rates
-from dynamics.relate.run_names import pair_labels
 from dynamics.relate.variables import COMPARISON
+from dynamics.schema import labelled
 
 #: How differences are tested.
 _PAIRED = "mean of paired differences; p is the larger of exact sign flips of pairs and Student's t test"
@@ -347,6 +346,9 @@ def _statements(
     comparisons: int,
 ) -> np.ndarray:
     least = _least(pairs=units.paired, comparisons=comparisons)
+    could = f"{least} pairs" if units.paired else f"{least // 2} + {least // 2} runs"
+    if int(columns["n_units"][0]) >= least:  # it is the measures beside it, or the data, that stand in the way
+        could = "more pairs" if units.paired else "more runs"
     return np.array(
         [
             statements.difference_statement(
@@ -363,7 +365,7 @@ def _statements(
                 tested=units.tested,
                 units=units.words,
                 count=int(columns["n_units"][place]),
-                least=f"{least} pairs" if units.paired else f"{least // 2} + {least // 2} runs",
+                least=could,
                 steps=int(columns["n_steps"][place]),
             )
             for place, name in enumerate(names)

@@ -2,14 +2,24 @@
 
 Permuting whole units only permutes which rows of two centred arrays meet. So all that is ever needed is the matrix of
 products C_ij = ⟨x_i, y_j⟩/(‖x‖‖y‖): the correlation under a pairing π is r = Σ_i c_i with c_i = C_{i,π(i)}.
+
+What remains of curves when runs and steps have had their say: two-way demeaning, and means over clusters of runs.
+
+Measures and scores both move as training goes on, so over checkpoints nearly any two of them correlate. What all runs
+do together at a step, and where a run lies as a whole, says nothing about whether the two go together; the rest may.
+
+Which runs and steps a pair of variables has in common.
+
+95 % intervals of correlations and differences that rest on few units (runs, or clusters of runs).
 """
 
 from __future__ import annotations
 
-import numpy as np
-from jaxtyping import Float, Int
+from dataclasses import dataclass
 
-from dynamics.relate.demeaning import two_way_demean
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy import special
 
 #: Less than this share of the original size left after centring is rounding: there is nothing to correlate.
 _CONSTANT = 1e-12
@@ -141,3 +151,140 @@ def without_each(
     correlation = shares.sum(0) / inflation
     norm = np.sqrt(np.maximum((1 - of_x) * (1 - of_y), 0.0))
     return np.where(norm > _CONSTANT, (correlation - shares) / np.where(norm > _CONSTANT, norm, 1.0), np.nan)
+
+
+def two_way_demean(values: Float[np.ndarray, "*sets run step"]) -> Float[np.ndarray, "*sets run step"]:
+    """Return curves without their run means and step means: x_rs − x̄_r − x̄_s + x̄.
+
+    Whatever trend the runs share, of any shape, is gone, and so are the differences between whole runs. NaN stays where
+    it makes a mean unknown: give complete grids.
+
+    Args:
+        values: Any number of grids of runs by steps.
+
+    >>> two_way_demean(np.array([[0.0, 1.0], [0.0, 3.0]]))
+    array([[ 0.5, -0.5],
+           [-0.5,  0.5]])
+    >>> two_way_demean(np.array([[5.0, 6.0], [7.0, 8.0]]))  # the two runs differ by a constant: nothing is left
+    array([[0., 0.],
+           [0., 0.]])
+    """
+    rows = values - values.mean(-1, keepdims=True)
+    return rows - rows.mean(-2, keepdims=True)
+
+
+def cluster_means(
+    values: Float[np.ndarray, "*sets run step"], cluster: Int[np.ndarray, " run"]
+) -> Float[np.ndarray, "*sets cluster step"]:
+    """Mean over the runs of each cluster, in the order of their numbers.
+
+    Runs of one model or one data set resemble each other; then clusters, not runs, are what was repeated.
+
+    >>> cluster_means(np.array([[1.0], [3.0], [7.0]]), np.array([0, 0, 1]))
+    array([[2.],
+           [7.]])
+    """
+    return np.stack([values[..., cluster == number, :].mean(-2) for number in np.unique(cluster)], axis=-2)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Places of runs and steps at which every one of these runs has a number at every one of these steps."""
+
+    runs: tuple[int, ...]
+    steps: tuple[int, ...]
+
+
+def common_grid(present: Bool[np.ndarray, "run step"], least_steps: int) -> Grid:
+    """The largest set of runs, by leaving out the sparsest first, that has ``least_steps`` steps in common.
+
+    The run is what was repeated: a run is left out only where keeping it would leave too few steps; steps are left out
+    where a kept run lacks them. Of two runs as sparse, the later one goes.
+
+    Args:
+        present: Where both variables are finite.
+        least_steps: Steps that the question needs.
+
+    Returns:
+        An empty grid where not even one run has so many steps.
+
+    >>> common_grid(np.array([[True, True, False], [True, True, True], [False, False, True]]), 2)
+    Grid(runs=(0, 1), steps=(0, 1))
+    """
+    runs = [run for run in range(len(present)) if present[run].any()]
+    while runs:
+        steps = np.flatnonzero(present[runs].all(0))
+        if len(steps) >= least_steps:
+            return Grid(tuple(runs), tuple(steps.tolist()))
+        runs.remove(min(reversed(runs), key=lambda run: int(present[run].sum())))
+    return Grid((), ())
+
+
+#: Confidence of every interval of this room.
+CONFIDENCE = 0.95
+#: Correlations are kept this far from ±1 before Fisher's z.
+_EDGE = 1e-12
+
+Ends = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def jackknife_interval(estimate: Float[np.ndarray, "*sets"], left_out: Float[np.ndarray, "unit ..."]) -> Ends:
+    """Return low end, high end and p-value of a correlation, by leaving out each unit in turn.
+
+    On Fisher's scale z = artanh r: z ± t·√((n − 1)/n · Σ (z_i − z̄)²), Student's t with n − 1 degrees of freedom
+    (Tukey 1958). Whole runs are left out, so steps of one run may depend on each other in any way. In simulations with
+    4 to 20 runs it covers the truth in 0.94 to 0.97 of cases, where BCa bootstraps over runs reach 0.85 to 0.94; where
+    runs differ much in how far both variables move, in 0.88 to 0.92.
+
+    Args:
+        estimate: Correlation of all units.
+        left_out: Correlation without each unit; NaN where nothing is left. Fewer than three units, or a NaN, give no
+            interval, and p = 1.
+
+    >>> low, high, p = jackknife_interval(np.array(0.5), np.array([0.4, 0.5, 0.6]))
+    >>> bool(low < 0.5 < high), bool(p < 0.05) == bool(low > 0)
+    (True, True)
+    """
+    units = len(left_out)
+    z, without = _z(estimate), _z(left_out)
+    if units < 3:
+        return _no_interval(z)
+    error = np.asarray(np.sqrt((units - 1) / units * np.square(without - without.mean(0)).sum(0)))
+    return _interval(z, error, units - 1.0)
+
+
+def spearman_interval(estimate: Float[np.ndarray, "*sets"], units: int) -> Ends:
+    """Return low end, high end and p-value of a rank correlation (Bonett & Wright 2000).
+
+    z ± 1.96·√((1 + r²/2)/(n − 3)). A correlation of ±1 is taken as the middle of the last step of its scale,
+    1 − 6/(n³ − n), because full agreement of a few ranks does not say that the truth is 1.
+
+    Args:
+        estimate: Spearman's correlation.
+        units: How many units it is of; fewer than four give no interval, and p = 1.
+
+    >>> [round(float(end), 2) for end in spearman_interval(np.array(1.0), 5)[:2]]
+    [0.16, 1.0]
+    """
+    if units < 4:
+        return _no_interval(_z(estimate))
+    most = 1 - 6 / (units**3 - units)
+    shrunk = np.asarray(np.clip(estimate, -most, most))
+    return _interval(_z(shrunk), np.asarray(np.sqrt((1 + shrunk**2 / 2) / (units - 3))), np.inf)
+
+
+def _interval(z: np.ndarray, error: np.ndarray, freedom: float) -> Ends:
+    """Ends z ± t·error, and the p-value that is at most 0.05 exactly where these exclude 0."""
+    error = np.maximum(error, _EDGE)
+    reach = special.stdtrit(freedom, 0.5 + CONFIDENCE / 2) * error
+    tail = 2 * special.stdtr(freedom, -np.abs(z) / error)
+    p_value = np.where(np.isnan(error) & ~np.isnan(z), 1.0, tail)
+    return np.asarray(np.tanh(z - reach)), np.asarray(np.tanh(z + reach)), p_value
+
+
+def _z(correlation: np.ndarray) -> np.ndarray:
+    return np.asarray(np.arctanh(np.clip(correlation, -1 + _EDGE, 1 - _EDGE)))
+
+
+def _no_interval(z: np.ndarray) -> Ends:
+    return np.full_like(z, np.nan), np.full_like(z, np.nan), np.where(np.isnan(z), np.nan, 1.0)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-from dynamics.relate.intervals import CONFIDENCE
+from dynamics.relate.correlation import CONFIDENCE
 from dynamics.relate.permutations import DRAWS, LEVEL, MaxT, PermutationTest, sign_flips, splits
 
 #: A spread below this share of the values is rounding.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dynamics.described import Described
 from dynamics.schema import Variable
 
 
-def _described(dims: tuple[str, ...], rows: Mapping[str, tuple[str, ...]]) -> dict[str, Described]:
-    return {name: Described(Variable(dims, row[0], row[1]), *row[2:]) for name, row in rows.items()}
+def _described(dims: tuple[str, ...], rows: Mapping[str, tuple[str, ...]]) -> dict[str, Variable]:
+    return {name: Variable(dims, *row) for name, row in rows.items()}
 
 
 _PERMUTATION = "share of permutations of whole runs at least as extreme, the observed one among them"
@@ -19,7 +18,7 @@ _INTERVAL = (
     "(ranks: Bonett & Wright); NaN where it cannot be decided"
 )
 
-ASSOCIATION: Mapping[str, Described] = _described(
+ASSOCIATION: Mapping[str, Variable] = _described(
     ("measure", "task"),
     {
         "coefficient": ("1", "correlation with the score", "see method; positive: better scores where it is higher"),
@@ -93,7 +92,7 @@ _DECIDING = (
     "it cannot be decided"
 )
 
-COMPARISON: Mapping[str, Described] = {
+COMPARISON: Mapping[str, Variable] = {
     **_described(
         _STEPS,
         {

@@ -3,8 +3,9 @@
 The page draws, so it is not imported here: a summary must not wait for matplotlib.
 """
 
-from dynamics.report.lines import finding_line, finding_lines, one_line
+from dynamics.findings import finding_line, finding_lines
 from dynamics.report.summary import all_findings, summarise
 from dynamics.report.terminal import terminal_summary
+from dynamics.text import one_line
 
 __all__ = ["all_findings", "finding_line", "finding_lines", "one_line", "summarise", "terminal_summary"]

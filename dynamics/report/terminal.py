@@ -11,10 +11,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from dynamics.report.fisher_words import informative_directions
-from dynamics.report.grouped import FindingGroup, grouped, place
-from dynamics.report.lines import one_line
-from dynamics.report.words import answers, number, what_was_analysed
+from dynamics.findings import FindingGroup, grouped, location
+from dynamics.report.sentences import answers, informative_directions, what_was_analysed
+from dynamics.text import number, one_line
 
 #: Rows of the table: what fits a screen together with the findings.
 ROWS = 12
@@ -113,7 +112,7 @@ def _group(group: FindingGroup) -> list[RenderableType]:
     times = f" ({count} times)" if count > 1 else ""
     code, title = one_line(f"{group.severity} {group.code}"), one_line(f"{group.title}{times}")
     head = Text.assemble((code, _STYLES[group.severity]), " ", title)
-    where = place(first)
+    where = location(first)
     text = f"{where}: {first['message']}" if where else first["message"]
     if count > 1:
         text += f" And {count - 1:,} more."

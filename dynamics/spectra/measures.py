@@ -12,18 +12,33 @@ Conventions shared by all functions of this file: ``values`` is ``[..., rank]``,
 An all-zero spectrum has no distribution: NaN, never 0. NaN *after* the last number is padding, as the stored
 result has it; NaN before a number makes the result NaN. All are unchanged by scale, order and appended zeros
 unless the docstring says otherwise.
+
+Many matrices as one: exact measures of their direct sum, from each matrix's own.
+
+The update of a whole model is the direct sum of its matrices' updates: its spectrum is all spectra together. With
+w_l = ‖ΔW_l‖_F²/Σ‖ΔW‖_F² the chain rule of entropy gives, exactly,
+
+.. math:: SE(\oplus_l) = H(w) + \sum_l w_l\, SE_l, \qquad 1/PR(\oplus_l) = \sum_l w_l^2 / PR_l.
+
+An average of entropies over matrices of different shape and size has no such meaning and is not offered.
+
+Quantiles over matrices of the numbers that are there.
+
+How much rank an update used: a ``rank_pattern`` for the next training.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import xarray as xr
 from jaxtyping import Bool, Float
+from scipy.special import xlogy
 from torch import Tensor
 
 _EXPONENTS = {"energy": 2, "amplitude": 1, "eigenvalue": 1}
@@ -279,3 +294,88 @@ def rank_tolerance(out: int, in_: int, epsilon: float) -> float:
     """
     tolerance = max(out, in_) * epsilon
     return tolerance if tolerance <= 0.1 else math.sqrt(epsilon)
+
+
+def _shares(energy: Float[np.ndarray, "*batch matrix"]) -> Float[np.ndarray, "*batch matrix"]:
+    total = energy.sum(-1, keepdims=True)
+    return np.divide(energy, total, out=np.full_like(energy, np.nan), where=total > 0)
+
+
+def _weighted(share: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """share·value, 0 where the share is 0: a zero update has no entropy, and none to contribute."""
+    return np.where(share == 0, 0.0, share * value)
+
+
+def entropy_of_direct_sum(
+    energy: Float[np.ndarray, "*batch matrix"], entropy: Float[np.ndarray, "*batch matrix"]
+) -> Float[np.ndarray, "*batch"] | np.float64:
+    """H(w) + Σ w_l SE_l in nats.
+
+    Args:
+        energy: ‖ΔW_l‖_F²; 0 for a matrix that is not there, NaN for one that could not be measured.
+        entropy: Energy entropy of each matrix in nats; may be NaN where the energy is 0.
+
+    Returns:
+        NaN where all energies are 0 or one is NaN.
+
+    >>> entropy_of_direct_sum(np.array([2.0, 2.0]), np.array([0.0, np.log(2)])) / np.log(2)
+    np.float64(1.5)
+    """
+    share = _shares(energy)
+    return (-xlogy(share, share) + _weighted(share, entropy)).sum(-1)
+
+
+def participation_ratio_of_direct_sum(
+    energy: Float[np.ndarray, "*batch matrix"], participation_ratio: Float[np.ndarray, "*batch matrix"]
+) -> Float[np.ndarray, "*batch"] | np.float64:
+    """1/Σ(w_l²/PR_l); arguments as in :func:`entropy_of_direct_sum`.
+
+    >>> participation_ratio_of_direct_sum(np.array([1.0, 1.0]), np.array([2.0, 2.0]))
+    np.float64(4.0)
+    """
+    share = _shares(energy)
+    return 1 / _weighted(share, share / participation_ratio).sum(-1)
+
+
+def known_quantiles(
+    values: Float[np.ndarray, "*batch matrix"], quantiles: Sequence[float]
+) -> Float[np.ndarray, "*batch quantile"]:
+    """Quantiles along the last axis of what is not NaN, linear between two numbers; NaN where there is nothing.
+
+    As ``numpy.nanquantile``, which walks the rows one by one in Python: 500 steps of 224 matrices take it seconds.
+
+    >>> known_quantiles(np.array([[1.0, np.nan, 3.0], [np.nan, np.nan, np.nan]]), [0.5])
+    array([[ 2.],
+           [nan]])
+    """
+    if values.size == 0:
+        return np.full((*values.shape[:-1], len(quantiles)), np.nan)
+    wanted = torch.tensor(quantiles, dtype=torch.float64)
+    found = torch.nanquantile(torch.from_numpy(np.array(values, dtype=np.float64)), wanted, dim=-1)
+    return np.moveaxis(found.numpy(), 0, -1)
+
+
+#: Share of an update's energy that the suggested rank holds.
+ENERGY = 0.99
+
+
+def rank_pattern(update: xr.Dataset) -> dict[str, int]:
+    """Suggested ranks as ``peft.LoraConfig(rank_pattern=...)`` takes them: matrix to rank.
+
+    Matrices that ``rank_pattern`` cannot name one by one (single experts, one of several adapters) and those
+    without a suggestion (zero or unreadable throughout) are left out. PEFT takes a key for every module whose name
+    ends in it, so a name that another one ends in is anchored by ``^``. A different rank changes α/r: keep the
+    scale by an ``alpha_pattern`` of scale·rank.
+
+    Args:
+        update: The ``/update`` group of a result.
+    """
+    suggested: Mapping[str, float] = dict(
+        zip(update["matrix"].values.tolist(), update["suggested_rank"].values.tolist(), strict=True)
+    )
+    endings = {name.split(".", start)[start] for name in suggested for start in range(1, name.count(".") + 1)}
+    return {
+        f"^{name}" if name in endings else name: int(rank)
+        for name, rank in suggested.items()
+        if rank == rank and not name.endswith("]") and "@" not in name  # NaN is not itself
+    }

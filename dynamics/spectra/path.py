@@ -6,18 +6,29 @@ With D_t the update at step t, all matrices together, everything is a function o
 
 which is a sum over matrices, so they are read one at a time. For products of factors it takes r×r blocks alone:
 ⟨B₁A₁, B₂A₂⟩ = tr((B₂ᵀB₁)(A₁A₂ᵀ)).
+
+``/path``: in how few directions each training of a run moved, all matrices together.
+
+The Gram matrix of the updates is a sum over matrices, which are read one at a time; of dense ones a few rows of
+several checkpoints at once. Where there are more checkpoints than files may be open, or than fit in memory, it is
+formed block by block: only the Gram matrix itself grows with their number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from dynamics.checkpoints.trajectory import Checkpoint, OpenCheckpoint, Trajectory, UnreadableMatrix
 from dynamics.spectra.dense import inner_products
 from probes.low_rank import LowRankMatrix
 
@@ -125,3 +136,225 @@ def path_shape(gram: Float[np.ndarray, "step step"]) -> PathShape:
     share = energies / total if total > 0 else np.full(steps, np.nan)
     ratio = float(1 / (share**2).sum()) if total > 0 else float("nan")
     return PathShape(distance, length, straightness, share, ratio)
+
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+#: Bytes of all open checkpoints' matrices, or of their rows in float64, that are in memory at once.
+BUDGET = 2**26
+#: The most checkpoints that are open at once: each takes memory beside its map.
+_MOST_OPEN = 128
+#: Files that the process has open anyway and may open meanwhile, and may open in all, where the system does not say.
+_OTHER_FILES, _FILES = 40, 512
+_SPARE_FILES = 16
+
+_WORDS = {
+    "gram": ("weight²", "inner products of the updates", "⟨ΔW_t, ΔW_u⟩ summed over matrices; NaN between trainings"),
+    "distance": ("weight", "distance from the start", "‖ΔW_t‖_F over all matrices"),
+    "length": ("weight", "length of the path", "Σ‖ΔW_s − ΔW_{s−1}‖_F up to t, through checkpoints, from the start"),
+    "straightness": ("1", "straightness", "distance/length: 1 on a straight line"),
+    "component_share": ("1", "share of a principal direction", "eigenvalue of gram over its trace, uncentred"),
+    "participation_ratio": ("1", "directions the path moved in", "1/Σ share²"),
+    "matrices": ("1", "number of matrices", "those that every checkpoint of the training has in one shape"),
+}
+
+
+def path_of(trajectory: Trajectory, progress: Callable[[int], None] = lambda done: None) -> xr.Dataset | None:
+    """The path of each training that has at least two checkpoints; ``None`` if none has.
+
+    Args:
+        trajectory: The run.
+        progress: Called with the number of matrices just finished.
+
+    Returns:
+        ``gram(step, step_)``, ``distance``, ``length``, ``straightness`` ``(step)``, ``component_share(training,
+        component)``, ``participation_ratio`` and ``matrices`` ``(training)``, with ``segment(step)``.
+    """
+    segments = sorted({checkpoint.segment for checkpoint in trajectory.checkpoints})
+    trainings = [[each for each in trajectory.checkpoints if each.segment == segment] for segment in segments]
+    trainings = [training for training in trainings if len(training) > 1]
+    if not trainings:
+        return None
+    found = [_path(training, [trajectory.start_of(each) for each in training], progress) for training in trainings]
+    steps = [checkpoint.step for training in trainings for checkpoint in training]
+    order = np.argsort(steps)
+    gram = np.full((len(steps), len(steps)), np.nan)
+    first = 0
+    for own, _ in found:
+        gram[first : first + len(own), first : first + len(own)] = own
+        first += len(own)
+    shapes = [path_shape(own) if matrices else _nothing(len(own)) for own, matrices in found]
+    longest = max(len(own) for own, _ in found)
+    arrays = {
+        "gram": (("step", "step_"), gram[np.ix_(order, order)]),
+        **{
+            name: ("step", np.concatenate([getattr(shape, name) for shape in shapes])[order])
+            for name in ("distance", "length", "straightness")
+        },
+        "component_share": (
+            ("training", "component"),
+            np.stack([_padded(shape.component_share, longest) for shape in shapes]),
+        ),
+        "participation_ratio": ("training", np.array([shape.participation_ratio for shape in shapes])),
+        "matrices": ("training", np.array([float(matrices) for _, matrices in found])),
+    }
+    numbers = [checkpoint.segment for training in trainings for checkpoint in training]
+    return xr.Dataset(
+        {name: (dims, array, _attributes(name)) for name, (dims, array) in arrays.items()},
+        coords={
+            "step": np.array(steps, dtype=np.int64)[order],
+            "step_": np.array(steps, dtype=np.int64)[order],
+            "segment": ("step", np.array(numbers, dtype=np.int64)[order]),
+            "training": np.array([training[0].segment for training in trainings], dtype=np.int64),
+            "component": np.arange(longest),
+        },
+    )
+
+
+def _path(
+    training: Sequence[Checkpoint], starts: Sequence[Checkpoint | None], progress: Callable[[int], None]
+) -> tuple[Float[np.ndarray, "step step"], int]:
+    """The Gram matrix, and the number of matrices in it."""
+    names = [name for name, shape in training[0].shapes.items() if _is_shared(name, training)]
+    weights = any(training[0].shapes[name].holds == "weight" for name in names)
+    start = next((checkpoint for checkpoint in starts if checkpoint is not None), None) if weights else None
+    blocks = _blocks(names, training, start)
+    gram, count = np.zeros((len(training), len(training))), 0
+    for batch in _batches(names, training, min(len(training), 2 * blocks[0].stop)):
+        grams = {name: np.zeros_like(gram) for name in batch}
+        for position, rows in enumerate(blocks):
+            # Closed after each batch: mapped files that were read count as memory until then.
+            with ExitStack() as stack:
+                beginning = None if start is None else stack.enter_context(start.open())
+                first = [stack.enter_context(checkpoint.open()) for checkpoint in training[rows]]
+                for columns in blocks[position:]:
+                    with ExitStack() as others:
+                        beside = [] if rows == columns else training[columns]
+                        second = [others.enter_context(checkpoint.open()) for checkpoint in beside]
+                        for name, array in grams.items():
+                            block = _of_matrix(name, first, second or None, beginning)
+                            array[rows, columns] = np.nan if block is None else block
+                            array[columns, rows] = np.nan if block is None else block.T
+        finite = [array for array in grams.values() if np.isfinite(array).all()]
+        gram, count = sum(finite, gram), count + len(finite)
+        progress(len(batch))
+    return gram, count
+
+
+def _blocks(names: Sequence[str], training: Sequence[Checkpoint], start: Checkpoint | None) -> list[slice]:
+    """Groups of checkpoints of which two may be open, and have one matrix's factors in memory, at the same time."""
+    files = max(len(checkpoint.inputs) for checkpoint in training) or 1
+    room = max(2, min(_MOST_OPEN, (_allowed_files() - (0 if start is None else len(start.inputs))) // files))
+    largest = max((_numbers(name, training) for name in names if training[0].shapes[name].rank), default=0)
+    if largest:
+        room = max(2, min(room, BUDGET // (4 * largest)))
+    length = len(training) if len(training) <= room else room // 2
+    return [slice(first, min(first + length, len(training))) for first in range(0, len(training), length)]
+
+
+def _allowed_files() -> int:
+    """How many files may be opened beside those that are open."""
+    limit = _FILES if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if resource is not None and limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    try:
+        others = len(os.listdir("/dev/fd")) + _SPARE_FILES
+    except OSError:
+        others = _OTHER_FILES
+    return limit - others
+
+
+def _numbers(name: str, training: Sequence[Checkpoint]) -> int:
+    """The most numbers that a checkpoint holds of a matrix."""
+    shapes = [checkpoint.shapes[name] for checkpoint in training]
+    return max(shape.rank * (shape.out + shape.in_) if shape.rank else shape.out * shape.in_ for shape in shapes)
+
+
+def _batches(names: Sequence[str], training: Sequence[Checkpoint], opened: int) -> Iterator[list[str]]:
+    """Matrices of which all open checkpoints together hold about as much as may be in memory; each at least one."""
+    batch: list[str] = []
+    held = 0
+    for name in names:
+        size = 4 * opened * _numbers(name, training) + 8 * len(training) ** 2
+        if batch and held + size > BUDGET:
+            yield batch
+            batch, held = [], 0
+        batch.append(name)
+        held += size
+    if batch:
+        yield batch
+
+
+def _is_shared(name: str, training: Sequence[Checkpoint]) -> bool:
+    shapes = [checkpoint.shapes.get(name) for checkpoint in training]
+    kinds = {None if shape is None else (shape.out, shape.in_, bool(shape.rank), shape.holds) for shape in shapes}
+    return len(kinds) == 1 and None not in kinds
+
+
+def _of_matrix(
+    name: str,
+    opened: Sequence[OpenCheckpoint],
+    others: Sequence[OpenCheckpoint] | None,
+    beginning: OpenCheckpoint | None,
+) -> Float[np.ndarray, "rows columns"] | None:
+    """Inner products between two groups of checkpoints, or within the first."""
+    shape = opened[0].shapes[name]
+    try:
+        if shape.holds == "state":
+            return None  # its totals are not known
+        if shape.rank:
+            return path_gram(_factored(name, opened), None if others is None else _factored(name, others))
+        start: Tensor | None = None
+        if shape.holds == "weight":
+            if beginning is None or name not in beginning.shapes:
+                return None  # what it is counted from is not known
+            before = beginning[name]
+            start = before if isinstance(before, Tensor) else None
+        return _of_dense(_dense(name, opened), None if others is None else _dense(name, others), start)
+    except UnreadableMatrix:
+        return None  # the engine's finding names it
+
+
+def _factored(name: str, opened: Sequence[OpenCheckpoint]) -> list[LowRankMatrix]:
+    return [matrix for each in opened if isinstance(matrix := each[name], LowRankMatrix)]
+
+
+def _dense(name: str, opened: Sequence[OpenCheckpoint]) -> list[Tensor]:
+    return [matrix for each in opened if isinstance(matrix := each[name], Tensor)]
+
+
+def _of_dense(
+    weights: Sequence[Float[Tensor, "out in"]],
+    others: Sequence[Float[Tensor, "out in"]] | None,
+    start: Float[Tensor, "out in"] | None,
+) -> Float[np.ndarray, "rows columns"]:
+    """Row by row, so that no two whole matrices are in memory in float64."""
+    out, in_ = weights[0].shape
+    gram = np.zeros((len(weights), len(weights if others is None else others)))
+    rows = max(1, BUDGET // (8 * in_ * (len(weights) + len(others or ()) + 1)))
+
+    def updates(group: Sequence[Tensor], part: slice) -> Float[Tensor, "step numbers"]:
+        numbers = torch.stack([weight[part].to(torch.float64).flatten() for weight in group])
+        return numbers if start is None else numbers.sub_(start[part].to(torch.float64).flatten())
+
+    for first in range(0, out, rows):
+        part = slice(first, min(first + rows, out))
+        here = updates(weights, part)
+        gram += (inner_products(here) if others is None else here @ updates(others, part).mT).numpy()
+    return gram
+
+
+def _nothing(steps: int) -> PathShape:
+    return path_shape(np.full((steps, steps), np.nan))
+
+
+def _padded(values: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(values, (0, length - len(values)), constant_values=np.nan)
+
+
+def _attributes(name: str) -> dict[str, str]:
+    units, long_name, definition = _WORDS[name]
+    return {"units": units, "long_name": long_name, "definition": definition}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dynamics import schema
 from dynamics.schema import Variable
-from dynamics.spectra.pairs import Results
+from dynamics.spectra.walk import Results
 
 #: Variables of a raw update that records and results of earlier versions lack: NaN there.
 ADDED = (

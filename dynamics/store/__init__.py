@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dynamics.store.capture_place import CaptureExists
-from dynamics.store.capture_reading import Capture, capture_path, read_capture
-from dynamics.store.ownership import OutputError
-from dynamics.store.places import FOLDER, RESULT, result_path
-from dynamics.store.plain_text import encodable, encodable_dataset
-from dynamics.store.provenance import provenance
-from dynamics.store.staging import staged, write_text, writing
-from dynamics.store.zarr_store import read_tree, write_tree
+from dynamics.store.capture import Capture, CaptureExists, capture_path, read_capture
+from dynamics.store.replace import OutputError, staged, write_text, writing
+from dynamics.store.results import FOLDER, RESULT, encodable_dataset, provenance, read_tree, result_path, write_tree
+from dynamics.text import encodable
 
 if TYPE_CHECKING:
     from dynamics.store.capture_store import CaptureStore
+    from dynamics.store.opening import open_run
 
 __all__ = [
     "FOLDER",
@@ -26,6 +23,7 @@ __all__ = [
     "capture_path",
     "encodable",
     "encodable_dataset",
+    "open_run",
     "provenance",
     "read_capture",
     "read_tree",
@@ -42,4 +40,8 @@ def __getattr__(name: str) -> Any:
         from dynamics.store.capture_store import CaptureStore
 
         return CaptureStore
+    if name == "open_run":
+        from dynamics.store.opening import open_run
+
+        return open_run
     raise AttributeError(f"module 'dynamics.store' has no attribute {name!r}")

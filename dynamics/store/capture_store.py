@@ -2,6 +2,8 @@
 
 Each record is written under a hidden name, synced and renamed, so whatever ends a process ends at most the record in
 flight. Arrays are never grown. One writer at a time holds a lock on ``.zgroup``, which is made once and never replaced.
+
+What the watched matrices were at the start of a training, beside its records.
 """
 
 from __future__ import annotations
@@ -13,13 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import xarray as xr
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dynamics.store.capture_place import PARTIAL, START, Lock, refuse_captured, refuse_foreign, remove
-from dynamics.store.capture_reading import (
+from dynamics.store.arrays import encoded_attributes, encoded_groups, move, sync, write_files
+from dynamics.store.capture import (
     CAPTURE,
     FORMAT,
     KIND,
+    PARTIAL,
+    START,
+    Lock,
     capture_attributes,
     check_step,
     is_capture,
@@ -27,11 +34,11 @@ from dynamics.store.capture_reading import (
     record_name,
     record_names,
     record_step,
+    refuse_captured,
+    refuse_foreign,
+    remove,
 )
-from dynamics.store.capture_start import read_tensors, write_tensors
-from dynamics.store.commit import forget, new_owner
-from dynamics.store.durable import move, sync, write_files
-from dynamics.store.plain_zarr import encoded_attributes, encoded_groups
+from dynamics.store.replace import forget, new_owner
 
 _NEW = "record"
 
@@ -235,3 +242,47 @@ def _put_back(new: Path, old: Path, place: Path) -> None:
         os.replace(place, new)
     if os.path.lexists(old):
         os.replace(old, place)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors of any device as one safetensors file, on the disk when the call returns.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    try:
+        save_file(_separate(tensors), path)
+    except SafetensorError as error:
+        raise OSError(f"'{path}' cannot be written ({error}).") from error
+    sync(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What ``write_tensors`` wrote, on the CPU; empty if nothing is there.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    if not os.path.lexists(path):
+        return {}
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise OSError("it is no plain file")
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"Expected the start of the training in '{path}', but it does not open ({error}). "
+            "Remove it, and increments begin at the next captured step."
+        ) from error
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same numbers in memory that no two share, as safetensors asks."""
+    found, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage()
+        shared = storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes
+        seen.add(storage.data_ptr())
+        found[name] = tensor.clone() if shared else tensor
+    return found

@@ -13,11 +13,10 @@ import numpy as np
 import xarray as xr
 from scipy import stats
 
-from dynamics.fisher.eigenvalues import directional
-from dynamics.fisher.gradient_null import MOST_TIMES, matched_gain
-from dynamics.fisher.pairs import Labels, counted_groups, interval, weight_of
-from dynamics.fisher.participation import log_participation_ratio
-from dynamics.fisher.sharing import divergence_test
+from dynamics.fisher.concentration import MOST_TIMES, matched_gain
+from dynamics.fisher.samples import Labels, counted_groups, interval, weight_of
+from dynamics.fisher.spectrum import directional, log_participation_ratio
+from dynamics.fisher.task_structure import divergence_test
 from dynamics.relate import associate, compare
 from dynamics.relate.differences import relabelled_difference, students_test
 from dynamics.relate.permutations import LEVEL

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from dynamics import DynamicsCallback
-from dynamics.capture import PRESETS
+from dynamics.recording import PRESETS
 from probes.watched import find_watched
 
 RANK, VOCABULARY, WIDTH, LAYERS = 16, 8192, 768, 8

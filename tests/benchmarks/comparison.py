@@ -18,11 +18,12 @@ import numpy as np
 import xarray as xr
 
 from dynamics import plot
-from dynamics.checkpoints.score_files import ScoreRow
-from dynamics.relate.of_runs import relate
+from dynamics.relate.run_measures import relate
+from dynamics.relate.score_files import ScoreRow
 from dynamics.report import summarise
 from dynamics.report.page import page
-from dynamics.store import encodable, encodable_dataset, read_tree, write_tree
+from dynamics.store import encodable_dataset, read_tree, write_tree
+from dynamics.text import encodable
 from tests.trees import example_tree
 
 

@@ -25,7 +25,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from probes.fisher import gradient_gram
+from probes.gram import gradient_gram
 from probes.losses import token_losses
 
 SAMPLES, TOKENS, VOCABULARY, LEADING = 32, 64, 1024, 16

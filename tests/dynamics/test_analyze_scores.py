@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 
 from dynamics import analyze_run, open_run, schema
 from dynamics.analyze import app
-from dynamics.options import Options
-from dynamics.relate.of_runs import UPDATE_HEADLINE, training_loss
+from dynamics.pipeline import Options
+from dynamics.relate.run_measures import UPDATE_HEADLINE, training_loss
 from dynamics.report.page import page as page_of
 from tests.runs import write_run, write_state
 
@@ -170,7 +170,7 @@ def test_relations_that_fail_cost_only_themselves(runs, scores, tmp_path, monkey
     def fail(*_, **__):
         raise ZeroDivisionError("no")
 
-    monkeypatch.setattr("dynamics.relating.relate", fail)
+    monkeypatch.setattr("dynamics.pipeline.relate", fail)
     found = analyze(*labelled(runs), "--scores", scores, "--out", tmp_path / "o", "--no-report")
     assert found.exit_code == 1
     assert "OD515" in found.stderr

@@ -8,7 +8,7 @@ import xarray as xr
 from dynamics import schema
 from dynamics.checkpoints import open_trajectory
 from dynamics.fisher.variables import CONCENTRATION, FISHER, TASKS
-from dynamics.measuring import measure
+from dynamics.pipeline import measure
 from tests.fishers import with_fisher
 from tests.runs import write_run
 
@@ -159,7 +159,7 @@ def test_the_fishers_tables_agree():
     described = {"fisher": FISHER, "concentration": CONCENTRATION, "tasks": TASKS}
     for group, dims in schema.FISHER_GROUPS.items():
         for name in dims.keys() & described[group].keys():
-            assert dims[name] == ("step", *described[group][name].variable.dims), name
+            assert dims[name] == ("step", *described[group][name].dims), name
         recorded = {*schema.FISHER_RECORD, "share_outside_space"}
         assert dims.keys() - recorded <= described[group].keys()
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from probes.batches import ProbeBatch
-from probes.tasks import Task, probe_batches, probe_loss
+from probes.tasks import ProbeBatch, Task, probe_batches, probe_loss
 from tests.families import FAMILIES
 
 

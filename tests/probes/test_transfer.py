@@ -13,8 +13,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from probes.splitting import split_by_group
-from probes.tasks import Task
+from probes.tasks import Task, split_by_group
 from probes.transfer import transfer
 from tests.families import FAMILIES
 

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from dynamics.fisher.eigenvalues import fisher_eigenvalues
-from dynamics.fisher.entropy import spectral_entropy
 from dynamics.fisher.rarefaction import compare_at_equal_size, rarefied, sizes_up_to
+from dynamics.fisher.spectrum import fisher_eigenvalues, spectral_entropy
 from tests.dynamics.fisher.simulated import gradients, grams, power_law
 
 

@@ -3,7 +3,7 @@ import pytest
 from matplotlib.collections import FillBetweenPolyCollection
 
 from dynamics import plot
-from dynamics.plot.svg import words_of
+from dynamics.plot.style import words_of
 from tests.fishers import BLOCKS, with_fisher
 from tests.trees import example_tree
 

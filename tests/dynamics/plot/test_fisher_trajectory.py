@@ -4,7 +4,7 @@ from matplotlib.collections import FillBetweenPolyCollection, LineCollection
 from matplotlib.figure import Figure
 
 from dynamics import plot
-from dynamics.plot.svg import words_of
+from dynamics.plot.style import words_of
 from tests.fishers import BLOCKS, MEANS, with_fisher
 from tests.trees import HOSTILE, example_runs, example_tree
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dynamics import plot
-from dynamics.plot.svg import words_of
+from dynamics.plot.style import words_of
 from tests.fishers import BLOCKS, with_fisher
 from tests.trees import example_tree
 

@@ -6,7 +6,7 @@ from matplotlib.collections import FillBetweenPolyCollection
 from matplotlib.figure import Figure
 
 from dynamics import plot
-from dynamics.plot.svg import words_of
+from dynamics.plot.style import words_of
 from tests.trees import example_runs, example_tree
 
 

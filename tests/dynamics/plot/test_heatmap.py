@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dynamics import plot
-from dynamics.plot.rows import row_groups
+from dynamics.plot.select import row_groups
 from tests.trees import HOSTILE, example_tree, matrix_names
 
 

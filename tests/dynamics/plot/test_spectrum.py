@@ -3,8 +3,8 @@ import pytest
 import xarray as xr
 
 from dynamics import plot
+from dynamics.plot.select import standouts
 from dynamics.plot.spectrum import spectra_of_standouts
-from dynamics.plot.standouts import standouts
 from tests.trees import HOSTILE, example_tree, matrix_names
 
 

@@ -9,9 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dynamics.relate.correlation import centred_curves, paired, standard_error, without_each
-from dynamics.relate.demeaning import cluster_means
-from dynamics.relate.intervals import jackknife_interval
+from dynamics.relate.correlation import (
+    centred_curves,
+    cluster_means,
+    jackknife_interval,
+    paired,
+    standard_error,
+    without_each,
+)
 from dynamics.relate.permutations import MaxT, pairings
 
 Curves = tuple[np.ndarray, np.ndarray]

@@ -327,7 +327,7 @@ def test_figures_that_are_drawn_already_are_used():
 @pytest.mark.parametrize("name", ["pydoc_lora"])
 def test_a_real_run(name):
     from dynamics.checkpoints import open_trajectory
-    from dynamics.measuring import measure
+    from dynamics.pipeline import measure
 
     run = REPOSITORY / "examples" / "runs" / name
     if not run.is_dir():

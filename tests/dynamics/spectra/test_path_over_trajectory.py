@@ -8,9 +8,8 @@ import torch
 
 from dynamics.checkpoints import open_trajectory
 from dynamics.checkpoints.checkpoint import Content
-from dynamics.spectra import path_over_trajectory
-from dynamics.spectra.path import path_shape
-from dynamics.spectra.path_over_trajectory import path_of
+from dynamics.spectra import path as path_module
+from dynamics.spectra.path import path_of, path_shape
 from tests.captures import drifting
 from tests.runs import write_run, write_state
 from tests.whole_models import MATRICES, model_tensors, write_dense_run, write_model
@@ -43,7 +42,7 @@ def test_adapters(tmp_path):
 
 @pytest.mark.parametrize("budget", [2**28, 8 * 8 * 4])
 def test_dense_from_the_base_row_by_row(tmp_path, monkeypatch, budget):
-    monkeypatch.setattr(path_over_trajectory, "BUDGET", budget)
+    monkeypatch.setattr(path_module, "BUDGET", budget)
     run, base = write_dense_run(tmp_path / "run", (10, 20, 30)), write_model(tmp_path / "base")
     found = path_of(open_trajectory(run, base=base))
     start = torch.cat([model_tensors()[f"{name}.weight"].double().flatten() for name in MATRICES])
@@ -97,7 +96,7 @@ def test_block_by_block_it_is_the_same(tmp_path, monkeypatch, files, dense):
     trajectory = open_trajectory(run)
     whole = path_of(trajectory)
     most_open = counted_openings(monkeypatch, trajectory)
-    monkeypatch.setattr(path_over_trajectory, "_allowed_files", lambda: files + dense)
+    monkeypatch.setattr(path_module, "_allowed_files", lambda: files + dense)
     in_blocks = path_of(trajectory)
     assert most_open() <= files + dense
     np.testing.assert_allclose(in_blocks["gram"].values, whole["gram"].values, rtol=1e-12)
@@ -127,7 +126,7 @@ def test_a_matrix_that_is_not_finite_at_one_step_is_left_out_of_every_block(tmp_
     runs = drifting((10, 20, 30, 40, 50))
     name = next(iter(runs[30]))
     runs[30][name][0][0, 0] = torch.nan
-    monkeypatch.setattr(path_over_trajectory, "_allowed_files", lambda: 2)
+    monkeypatch.setattr(path_module, "_allowed_files", lambda: 2)
     trajectory = open_trajectory(write_run(tmp_path / "run", runs))
     path = path_of(trajectory)
     rows = vectors(tmp_path / "run", [other for other in trajectory.matrices if other != name])

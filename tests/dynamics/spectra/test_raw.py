@@ -11,8 +11,8 @@ import torch
 import xarray as xr
 
 from dynamics.spectra import raw
-from dynamics.spectra.pairs import MatrixSpectra
 from dynamics.spectra.raw import GradientSpectrum, Place
+from dynamics.spectra.walk import MatrixSpectra
 
 A, B = Place(6, 5, 2, "F32"), Place(9, 4, 3, "BF16")
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from dynamics.checkpoints.weight_files import TORCH_NAMES
-from dynamics.spectra import pairs, raw, rounding
+from dynamics.checkpoints.files import TORCH_NAMES
+from dynamics.spectra import raw, rounding, walk
+from dynamics.spectra.dataset import measured
 from dynamics.spectra.increments import cores, stack
-from dynamics.spectra.measured import measured
 from dynamics.spectra.raw import Place
 from probes import LowRankMatrix
 from tests.matrices import moved, random_lora
@@ -48,7 +48,7 @@ def test_which_bf16_increments_are_flagged(relative, limited):
 
 
 def numerical_rank(matrix):
-    spectra = pairs.solve([matrix])[0].spectra
+    spectra = walk.solve([matrix])[0].spectra
     place = Place(*matrix.shape, matrix.rank, TORCH_NAMES[matrix.dtype])
     update = measured(raw.raw_update({1: (0, -1)}, {"w": place}, {(1, "w"): spectra}))["update"]
     return update["numerical_rank"].sel(kind="total").item()

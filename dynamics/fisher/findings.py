@@ -1,0 +1,233 @@
+"""What a reader of the Fisher's numbers must know: one finding for each thing, not one for each block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import xarray as xr
+
+from dynamics.findings import Finding
+from dynamics.fisher.concentration import LEAST_GROUPS
+from dynamics.schema import ALL, GLOBAL
+
+#: Below this many groups an interval is wide, and its Student's t leans on normality.
+FEW_GROUPS = 8
+#: More of an update than this share outside the space is worth a warning.
+OUTSIDE = 0.1
+#: Numbers of samples differ if the larger exceeds the smaller by this factor.
+UNEQUAL = 1.1
+#: Cases of which more than this share must be concentrated before the word is used: so many would be by chance.
+CHANCE = 0.05
+#: Fewer effective groups than this share of the groups, and few samples carry the Fisher.
+EFFECTIVE = 0.25
+#: A group with more than this share of tr K, and more than twice its share of the groups, carries the Fisher.
+LARGEST_GROUP = 0.2
+#: At most so many names are given in one finding's evidence.
+_NAMED = 8
+_ROUNDING = 1e-3
+
+
+def notes(groups: Mapping[str, xr.Dataset]) -> list[Finding]:
+    """Findings that follow from ``fisher``, ``concentration`` and ``tasks`` alone, as ``measured`` returns them."""
+    fisher, concentration, tasks = (groups[name] for name in ("fisher", "concentration", "tasks"))
+    return [
+        *_few_groups(fisher),
+        *_not_finite(fisher),
+        *_outside(concentration),
+        *_unresolved(tasks),
+        *_null(fisher, concentration),
+        *_momentum(fisher, concentration),
+        *_concentrated(concentration),
+        *_clustered(fisher),
+        *_unequal(fisher),
+        *_heavy(fisher),
+        *_foreign_product(concentration),
+    ]
+
+
+def _few_groups(fisher: xr.Dataset) -> Iterator[Finding]:
+    smallest = fisher["groups"].min("step")
+    few = {str(task): int(count) for task, count in zip(smallest["task"].values, smallest.values, strict=True)}
+    few = {task: count for task, count in few.items() if count < FEW_GROUPS}
+    if few:
+        yield Finding(
+            "OD401",
+            f"Expected at least {FEW_GROUPS} groups of probe samples, got fewer for {_named(few)}: intervals are wide, "
+            "and missing below three.",
+            "Probe samples of more images, patients or documents.",
+            evidence={"groups": few},
+        )
+
+
+def _not_finite(fisher: xr.Dataset) -> Iterator[Finding]:
+    diagonal = np.diagonal(fisher["gram"].values, axis1=2, axis2=3)
+    absent = np.asarray(~np.isfinite(diagonal).any(1))  # samples that were left out at a step
+    known = ~absent[:, :, None] & ~absent[:, None, :]
+    nothing = np.asarray(absent.all(-1))[:, None]
+    broken = np.asarray((~np.isfinite(fisher["gram"].values) & known[:, None]).any((2, 3)) | nothing)
+    broken &= np.isfinite(fisher["dimension"].values)  # a block that is not trained at a step has no Gram matrix there
+    if broken.any():
+        names = fisher["block"].values[broken.any(0)].tolist()
+        yield Finding(
+            "OD402",
+            f"The Gram matrix of {_named(names)} is not finite at {int(broken.any(1).sum())} of {len(broken)} steps; "
+            "its measures are NaN there.",
+            "Look for samples whose loss is not finite, or for overflow in half precision.",
+            evidence={"blocks": names[:_NAMED]},
+        )
+
+
+def _outside(concentration: xr.Dataset) -> Iterator[Finding]:
+    share = concentration["share_outside_space"].max("step")
+    far = share.values > OUTSIDE
+    if far.any():
+        names = share["block"].values[far].tolist()
+        yield Finding(
+            "OD403",
+            f"Up to {float(np.nanmax(share.values)):.0%} of the squared norm of the update lies outside the space of "
+            f"the gradients, for {_named(names)}: concentration is that of the rest.",
+            "Capture more often: the space is that of one step.",
+            evidence={"largest": float(np.nanmax(share.values)), "blocks": names[:_NAMED]},
+        )
+
+
+def _unresolved(tasks: xr.Dataset) -> Iterator[Finding]:
+    between = tasks["unresolved"].drop_sel(task=ALL, task_=ALL).values
+    apart = ~np.eye(between.shape[-1], dtype=bool)
+    share = float(between[..., apart].mean()) if apart.any() else 0.0
+    if share > 0:
+        yield Finding(
+            "OD404",
+            f"{share:.0%} of the cosines between tasks are not resolved: the mean gradient of a task cannot be told "
+            "from 0 with these samples, and the cosine is NaN.",
+            "Probe more samples of each task.",
+            evidence={"share": share},
+        )
+
+
+def _null(fisher: xr.Dataset, concentration: xr.Dataset) -> Iterator[Finding]:
+    if not np.isfinite(concentration["captured"].values).any():
+        return
+    batch, samples = concentration["null_batch"].values, fisher["samples"].sel(task=ALL).values
+    few = bool((fisher["groups"].sel(task=ALL) < LEAST_GROUPS).any())
+    if np.isnan(batch).any() or few:
+        what = f"there are fewer than {LEAST_GROUPS} groups" if few else "the batch size of the training is not known"
+        yield Finding(
+            "OD406",
+            f"The update has no gradient null, since {what}: its captured share stands beside the isotropic null "
+            "alone, which every gradient exceeds.",
+            "Probe more groups." if few else "State the optimizer's effective batch size.",
+        )
+        return
+    limit = concentration["null_batch_limit"].values
+    if (batch > limit).any():
+        yield Finding(
+            "OD413",
+            f"The null gradients stand for up to {int(batch.max()):,} samples, more than eight times half of the probe "
+            f"samples ({int(limit.min()):,}): such an update is not called concentrated, as up to 9 % would by chance.",
+            "Probe more samples, or capture more often.",
+            evidence={"null_batch": int(batch.max()), "most": int(limit.min()), "steps": int((batch > limit).sum())},
+        )
+    elif (batch > samples / 2).any():
+        yield Finding(
+            "OD405",
+            f"The null gradients stand for up to {int(batch.max())} samples, of which half of {int(samples.min())} "
+            "probe samples give the mean: where they do not resolve it, the null is wider and the gain's "
+            "interval with it.",
+            "Probe more samples, or capture more often, for a sharper comparison.",
+            evidence={"null_batch": int(batch.max()), "samples": int(samples.min())},
+        )
+
+
+def _concentrated(concentration: xr.Dataset) -> Iterator[Finding]:
+    proven = concentration["concentrated"]
+    possible = np.isfinite(concentration["gain_low"]) & np.isfinite(concentration["gain_low_centred"])
+    possible &= concentration["null_batch"] <= concentration["null_batch_limit"]
+    share, cells = float(proven.sum() / max(int(possible.sum()), 1)), int(possible.sum())
+    if share > CHANCE:
+        yield Finding(
+            "OD407",
+            f"In {int(proven.sum())} of {cells} cases (step, block, k) the update is more concentrated along "
+            "informative directions than a plain gradient of as many samples: the gain's 95 % interval lies above 1, "
+            "centred too. Up to 5 % would by chance; cases share samples and draws, and would together or not at all.",
+            evidence={"cases": int(proven.sum()), "of": cells, "share": share},
+        )
+
+
+def _clustered(fisher: xr.Dataset) -> Iterator[Finding]:
+    samples, groups = (float(fisher[name].sel(task=ALL).max()) for name in ("samples", "groups"))
+    if samples > groups:
+        yield Finding(
+            "OD408",
+            f"{int(samples)} probe samples come in {int(groups)} groups: samples of a group resemble each other, which "
+            "lowers the plug-in SE. Participation ratio and rarefied curves count groups.",
+            "Compare ln_participation_ratio, or rarefied_spectral_entropy at the same n.",
+            evidence={"samples": int(samples), "groups": int(groups)},
+        )
+
+
+def _unequal(fisher: xr.Dataset) -> Iterator[Finding]:
+    samples = fisher["samples"].drop_sel(task=ALL)
+    if samples.sizes["task"] > 1 and float(samples.max()) > UNEQUAL * float(samples.min()):
+        yield Finding(
+            "OD409",
+            f"Tasks have {int(samples.min())} to {int(samples.max())} probe samples: plug-in SE and ρ depend on the "
+            "number and do not compare.",
+            "Compare ln_participation_ratio, or rarefied_spectral_entropy at the same n.",
+            evidence={"fewest": int(samples.min()), "most": int(samples.max())},
+        )
+
+
+def _heavy(fisher: xr.Dataset) -> Iterator[Finding]:
+    of_all = fisher.sel(block=GLOBAL) if GLOBAL in fisher["block"].values else fisher
+    groups, effective, largest = (of_all[name] for name in ("groups", "effective_groups", "largest_group_share"))
+    few = effective < EFFECTIVE * groups
+    carried = few | (largest > np.maximum(LARGEST_GROUP, 2 / groups))
+    if carried.any():
+        tasks = carried.any([dim for dim in carried.dims if dim != "task"])
+        names = tasks["task"].values[tasks.values].tolist()
+        here = of_all.isel((effective / groups).where(carried).argmin(...))
+        counts = {name: float(here[name]) for name in ("groups", "effective_groups", "largest_samples_share")}
+        yield Finding(
+            "OD412",
+            f"Few samples carry the Fisher of {_named(names)}. Of {str(here['task'].item())!r} at step "
+            f"{int(here['step'])} the {int(counts['groups'])} groups count as {counts['effective_groups']:.1f} of one "
+            f"size, and the three largest samples hold {counts['largest_samples_share']:.0%} of the trace. Intervals "
+            "assume samples of similar size: those of the noise scale are too short, those of the participation ratio "
+            "may be a little.",
+            "Compare ln_participation_ratio_directional, in which all samples weigh the same; probe more samples, or "
+            "take the mean loss of tokens instead of the sum where long answers dominate.",
+            evidence=counts | {"largest_group_share": float(here["largest_group_share"]), "tasks": names[:_NAMED]},
+            step=int(here["step"]),
+        )
+
+
+def _momentum(fisher: xr.Dataset, concentration: xr.Dataset) -> Iterator[Finding]:
+    batch, gain = concentration["null_batch"].values, concentration["gain"].max(("block", "k")).values
+    momentum = fisher["momentum"].values if "momentum" in fisher else np.full(len(batch), np.nan)
+    if (np.isfinite(batch) & np.isfinite(gain) & np.isnan(momentum)).any():
+        yield Finding(
+            "OD414",
+            "The optimizer's momentum is not known, and the gradient null assumes none. With β = 0.9 the update of one "
+            "step stands for up to 19 batches, so a gain above 1 may be momentum's alone.",
+            "Give Recorder.step the optimizer, or let the --probe function return model, tasks, batch_size, momentum.",
+        )
+
+
+def _foreign_product(concentration: xr.Dataset) -> Iterator[Finding]:
+    share = concentration["captured"].max(("step", "k"))
+    beyond = share.values > 1 + _ROUNDING
+    if beyond.any():
+        names = share["block"].values[beyond].tolist()
+        yield Finding(
+            "OD410",
+            f"The update products of {_named(names)} give shares above 1: b = Gδ is of another update than ‖δ‖, or of "
+            "other gradients than K.",
+            evidence={"largest": float(np.nanmax(share.values)), "blocks": names[:_NAMED]},
+        )
+
+
+def _named(names: Mapping[str, int] | list[str]) -> str:
+    listed = list(names)
+    return ", ".join(repr(name) for name in listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

@@ -1,0 +1,360 @@
+"""Changes in the middle of a training: other parameters trained, other adapters active, scaled, merged or restarted.
+
+Flags and identities are compared, without a tensor operation, so that every step can be looked at. Only whether base
+weights were rewritten, as ReLoRA does when it merges an adapter and starts it again, takes a few of their numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynamics.findings import Finding
+from probes.low_rank import LowRankMatrix
+from probes.watched import Found, Watched, class_names, is_sharded
+
+#: So many names are given in a message.
+_NAMED = 3
+#: Entries of each base weight that are compared.
+_SAMPLES = 128
+#: A base weight that differs by more than this many times its rounding has been rewritten: merging an adapter and
+#: taking it out again differs by once or twice.
+_ROUNDINGS = 64
+#: A base weight that differs by less has been rewritten if this is the correlation of its change with what the adapter
+#: lost: 128 entries of noise reach it about once in 10⁸.
+_CORRELATION = 0.5
+
+
+class ModelState:
+    """What the modules of a model say about its training: parameters and their flags, adapters and their settings.
+
+    It refers to the modules and parameters, so that an identity is never that of a later object.
+
+    >>> model = nn.Linear(2, 2)
+    >>> state = ModelState(model)
+    >>> state.has_changed()
+    False
+    >>> _ = model.bias.requires_grad_(False)
+    >>> state.has_changed()
+    True
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        self._adapters = [module for module in self._modules if hasattr(module, "_active_adapter")]
+        self._parameters = list(model.parameters())
+        # FSDP 2 puts gathered parameters in the place of shards for a while.
+        self._by_identity = not any(is_sharded(parameter) for parameter in self._parameters)
+        self._settings = {id(module): _settings(module) for module in self._adapters}
+        self._flags = self._read()
+        self.trained = {id(parameter) for parameter in self._parameters if parameter.requires_grad}
+
+    def has_changed(self) -> bool:
+        """Whether the model says something else now."""
+        return self._read() != self._flags or any(
+            _settings(module) != self._settings[id(module)] for module in self._adapters
+        )
+
+    @property
+    def parameters(self) -> set[int]:
+        """The model's parameters, by identity."""
+        return {id(parameter) for parameter in self._parameters}
+
+    def rescaled(self, later: ModelState) -> set[int]:
+        """Parameters (by identity) of adapters whose scale is another later."""
+        return self._of_adapters(later, lambda before, after: _other_scales(before.scales, after.scales))
+
+    def merged(self, later: ModelState) -> set[int]:
+        """Parameters (by identity) of adapters that are merged into their base weights later, and are not now."""
+        return self._of_adapters(later, lambda before, after: set(after.merged) - set(before.merged))
+
+    def _of_adapters(self, later: ModelState, names: Callable[[_Settings, _Settings], set[str]]) -> set[int]:
+        parameters: set[int] = set()
+        for module in self._adapters:
+            if id(module) in later._settings:
+                adapters = names(self._settings[id(module)], later._settings[id(module)])
+                parameters |= {
+                    id(parameter)
+                    for path, parameter in (module.named_parameters() if adapters else ())
+                    if adapters & set(path.split("."))
+                }
+        return parameters
+
+    def _read(self) -> list[object]:
+        flags: list[object] = []
+        for module in self._modules:
+            flags += map(id, module._modules.values())
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    flags.append(parameter.requires_grad)
+                    if self._by_identity:
+                        flags.append(id(parameter))
+        return flags
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What an adapter layer (PEFT's) says: active adapters, merged ones, scales by adapter, whether all are off."""
+
+    active: object
+    merged: tuple[str, ...]
+    scales: tuple[tuple[str, float], ...]
+    disabled: bool
+
+
+def _settings(module: Any) -> _Settings:
+    active, scales = module._active_adapter, getattr(module, "scaling", None)
+    return _Settings(
+        tuple(active) if isinstance(active, list) else active,
+        tuple(getattr(module, "merged_adapters", ())),
+        tuple(
+            (name, s) for name, s in (scales.items() if isinstance(scales, dict) else ()) if isinstance(s, int | float)
+        ),
+        bool(getattr(module, "_disable_adapters", False)),
+    )
+
+
+def _other_scales(before: Iterable[tuple[str, float]], after: Iterable[tuple[str, float]]) -> set[str]:
+    later = dict(after)
+    return {name for name, scale in before if name in later and later[name] != scale}
+
+
+@dataclass(frozen=True)
+class Change:
+    """What changed in the watched matrices and beside them, by name.
+
+    Args:
+        began: Matrices that are trained now, and were not.
+        ended: Matrices that were trained, and are not now.
+        switched: Matrices that other adapters add up to now.
+        partly: Matrices of which other factors are trained now.
+        others: Trainable parameters that belong to no watched matrix and began or ended.
+        rescaled: Matrices whose adapters have another scale now.
+        merged: Matrices whose adapters were merged into the base weight.
+        restarted: Matrices whose base weight was rewritten.
+    """
+
+    began: tuple[str, ...] = ()
+    ended: tuple[str, ...] = ()
+    switched: tuple[str, ...] = ()
+    partly: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    rescaled: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
+    restarted: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, part.name) for part in fields(self))
+
+    def findings(self, step: int, recorded: int) -> Iterator[Finding]:
+        """What is to be said of it.
+
+        Args:
+            step: The last step that was done when it was noticed.
+            recorded: The captured step before it, −1 if there is none to count from.
+        """
+        since = f"counts from step {step}, or from when it was trained first"
+        parts = [
+            (self.began, f"{{}} began to be trained, whose total {since}"),
+            (self.switched, f"other adapters add up to {{}}, where the total of each adapter {since}"),
+            (self.partly, "other factors are trained of {}"),
+            (self.ended, "{} ended and will not be in later records"),
+            (self.others, "of parameters in no watched matrix, {} began or ended"),
+        ]
+        told = [text.format(_counted(names)) for names, text in parts if names]
+        if told:
+            yield Finding(
+                "OD313",
+                f"After step {step} something else is trained: {'; '.join(told)}.",
+                "Compare the Fisher of all that is trained (global) only between steps at which the same is trained; "
+                "single matrices can be compared throughout.",
+                step=step,
+                evidence={
+                    name: list(names[:20])
+                    for name in ("began", "ended", "switched", "partly", "others")
+                    if (names := getattr(self, name))
+                }
+                | {"last_record": recorded},
+            )
+        lost = "" if recorded == step else f" Their increment since step {recorded} is not known, and is left out."
+        if self.restarted:
+            yield Finding(
+                "OD314",
+                f"After the record of step {recorded} the base weight of {_counted(self.restarted)} was rewritten, as "
+                "by merging an adapter into it and starting the adapter again (ReLoRA). Totals count from step "
+                f"{step}.{lost}",
+                "Add the totals of all stretches as matrices, not as norms, or capture the steps at which adapters "
+                "are merged.",
+                step=step,
+                evidence={"matrices": len(self.restarted), "names": list(self.restarted[:20])},
+            )
+        if self.rescaled:
+            yield Finding(
+                "OD315",
+                f"After step {step} adapters of {_counted(self.rescaled)} have another scale. Totals contain the "
+                f"change of scale; increments do not.{lost}",
+                "Set the scale before training, or read increments.",
+                step=step,
+                evidence={"matrices": len(self.rescaled), "names": list(self.rescaled[:20])},
+            )
+        if self.merged:
+            yield Finding(
+                "OD316",
+                f"After step {step} adapters of {_counted(self.merged)} are merged into their base weights, where they "
+                "get no gradient. Their updates are still those of their factors.",
+                "Call unmerge_adapter() before the training goes on.",
+                step=step,
+                evidence={"matrices": len(self.merged), "names": list(self.merged[:20])},
+            )
+
+
+def change_between(
+    before: ModelState, after: ModelState, was: Found, now: Found, rewritten: Iterable[str] = ()
+) -> Change:
+    """What changed between two states of a model.
+
+    Args:
+        before, after: The states.
+        was, now: The watched matrices of each.
+        rewritten: Matrices whose base weight was rewritten.
+    """
+    old, new = ({matrix.name: matrix for matrix in found.watched if not matrix.part_of} for found in (was, now))
+    both = [name for name in new if name in old]
+
+    def of(parameters: set[int]) -> tuple[str, ...]:
+        return tuple(name for name, matrix in new.items() if any(id(p) in parameters for p in matrix.sources))
+
+    return Change(
+        began=tuple(name for name in new if name not in old),
+        ended=tuple(name for name in old if name not in new),
+        switched=tuple(name for name in both if _identities(old[name].sources) != _identities(new[name].sources)),
+        partly=tuple(
+            name
+            for name in both
+            if _identities(old[name].sources) == _identities(new[name].sources)
+            and any((id(p) in before.trained) != (id(p) in after.trained) for p in new[name].sources)
+        ),
+        others=tuple(sorted(set(was.uncovered) ^ set(now.uncovered))),
+        rescaled=of(before.rescaled(after)),
+        merged=of(before.merged(after)),
+        restarted=tuple(rewritten),
+    )
+
+
+def _identities(parameters: Iterable[nn.Parameter]) -> list[int]:
+    return [id(parameter) for parameter in parameters]
+
+
+def _counted(names: Sequence[str]) -> str:
+    """How many, and the first of them."""
+    listed = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+    return f"{len(names)} ({listed})"
+
+
+class BaseWeights:
+    """A few entries of the base weight under each adapter, to see whether it was rewritten.
+
+    Weights that are sharded, quantised or on the meta device are not looked at, nor those that an adapter is merged
+    into.
+
+    Args:
+        model: The model in training.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._entries: dict[int, tuple[nn.Module, Tensor]] = {}  # by layer
+        self.take()
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Takes entries of the layers that are new, and lets go of those that are gone."""
+        layers = {id(layer): layer for layer in self._model.modules() if "LoraLayer" in class_names(layer)}
+        kept = {key: entry for key, entry in self._entries.items() if key in layers}
+        new = {key: layer for key, layer in layers.items() if key not in kept and _base_weight(layer) is not None}
+        self._entries = kept | {key: (layer, _entries(_base_weight(layer))) for key, layer in new.items()}
+
+    @torch.no_grad()
+    def rewritten(self, watched: Sequence[Watched], previous: Callable[[], Mapping[str, LowRankMatrix]]) -> list[str]:
+        """Names of the matrices whose base weight is another now; its entries are taken anew.
+
+        Args:
+            watched: The matrices.
+            previous: What the adapters of each matrix added up to at the last captured step.
+        """
+        layers = [(layer, then) for layer, then in self._entries.values() if _base_weight(layer) is not None]
+        now = [_entries(_base_weight(layer)) for layer, _ in layers]
+        if not layers or _equal([then for _, then in layers], now):
+            return []
+        names: list[str] = []
+        products = previous()
+        for (layer, then), entries in zip(layers, now, strict=True):
+            weight = _base_weight(layer)
+            assert weight is not None
+            factors = {id(parameter) for parameter in layer.parameters()}
+            adapted = [each for each in watched if not each.part_of and any(id(p) in factors for p in each.sources)]
+            if adapted and _is_rewritten(layer, weight, then, entries, adapted[0], products.get(adapted[0].name)):
+                names += [each.name for each in adapted]
+                self._entries[id(layer)] = layer, entries
+        return names
+
+
+def _base_weight(layer: Any) -> Tensor | None:
+    """The weight under an adapter as it is, ``None`` where an adapter is merged into it or it is not plain numbers."""
+    weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
+    if not isinstance(weight, Tensor) or is_sharded(weight) or weight.is_meta or getattr(layer, "merged_adapters", ()):
+        return None
+    return weight.detach() if weight.is_floating_point() and weight.numel() else None
+
+
+def _places(weight: Tensor) -> Tensor:
+    """Places of the entries in the flattened weight; the odd stride goes through all rows and columns."""
+    stride = weight.numel() // _SAMPLES | 1
+    return torch.arange(_SAMPLES, device=weight.device) * stride % weight.numel()
+
+
+def _entries(weight: Tensor | None) -> Tensor:
+    assert weight is not None
+    return torch.take(weight, _places(weight))
+
+
+def _equal(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
+    """Whether all entries are the same, waiting for each device and format once."""
+    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for then, entries in zip(before, now, strict=True):
+        if (then.device, then.dtype) != (entries.device, entries.dtype):
+            return False
+        pair = groups.setdefault((entries.device, entries.dtype), ([], []))
+        pair[0].append(then)
+        pair[1].append(entries)
+    return all(torch.equal(torch.cat(then), torch.cat(entries)) for then, entries in groups.values())
+
+
+def _is_rewritten(
+    layer: nn.Module, weight: Tensor, then: Tensor, now: Tensor, matrix: Watched, previous: LowRankMatrix | None
+) -> bool:
+    before, after = then.double().to(now.device), now.double()
+    change = after - before
+    size = float(change.norm())
+    if size > _ROUNDINGS * torch.finfo(now.dtype).eps * float(before.norm()):
+        return True
+    if size == 0 or previous is None or weight.ndim == 3:  # experts in one parameter
+        return False
+    product = matrix.read()
+    assert isinstance(product, LowRankMatrix)
+    lost = _product_entries(layer, weight, previous) - _product_entries(layer, weight, product)
+    return float(change @ lost) > _CORRELATION * size * float(lost.norm())
+
+
+def _product_entries(layer: Any, weight: Tensor, product: LowRankMatrix) -> Tensor:
+    """The product at the places of the entries, float64."""
+    places, columns = _places(weight), weight[0].numel()
+    row, column = places // columns, places % columns
+    if "Embedding" in class_names(layer) or getattr(layer, "fan_in_fan_out", False) is True:
+        row, column = column, row
+    left, right = product.left_factor.detach()[row].double(), product.right_factor.detach()[:, column].double()
+    return (left * product.scales().to(left.device) * right.T).sum(1).to(weight.device)

@@ -1,0 +1,310 @@
+"""The Fisher of a model in training, on held-out probe samples: what a captured step records of it.
+
+Timing is predictive: gradients are taken at the weights at which the increment began, to which all trainable parameters
+are set for the moment, and multiplied with the increment that the optimizer then made. The training does not notice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from dynamics import schema
+from probes.blocks import trained_parameters
+from probes.gram import Gram, gradient_gram
+from probes.scores import Score, evaluate
+from probes.tasks import Task, probe_batches, probe_loss
+from probes.undisturbed import swapped
+from probes.watched import Matrix, find, is_sharded
+
+#: The space in which gradients and updates are compared: what a step of LoRA can reach, whatever its gauge.
+SPACE = "tangent"
+
+
+class FisherProbe:
+    """Probe samples of several tasks, and the model in training that they probe.
+
+    It keeps a copy of every trainable parameter as it was at the last captured step: of factors on their own device, of
+    dense weights on the host.
+
+    Args:
+        model: The model in training, in its wrappers; each process measures its own copy.
+        tasks: Held-out samples, each with its task and group.
+        blocks: Names of the watched matrices, where only some are watched; ``None`` for all that is trained.
+        on_host: Parameters whose copies are kept on the host.
+        batch_size: Samples that the optimizer sees in one step, for the matched null; 0 if that is not known.
+
+    Raises:
+        ValueError: If there are no tasks, their samples cannot be put into batches, or the parameters are sharded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tasks: Sequence[Task],
+        *,
+        blocks: Sequence[str] | None = None,
+        on_host: Sequence[nn.Parameter] = (),
+        batch_size: int = 0,
+    ) -> None:
+        self._batches, *labels = probe_batches(tasks)
+        self._labels: dict[str, list[str]] = dict(zip(schema.SAMPLE_LABELS, labels, strict=True))
+        self._trained = trained_parameters(model)
+        if any(is_sharded(parameter) for parameter in self._trained.values()):
+            raise ValueError(
+                "Expected parameters that are whole on each rank, got FSDP 2's shards, of which per-sample gradients "
+                "are not measured. Leave tasks out, and probe checkpoints: "
+                "python -m dynamics.analyze RUN --probe module:function"
+            )
+        self._model, self._tasks = model, tuple(tasks)
+        self._blocks = None if blocks is None else list(blocks)
+        self._batch_size = batch_size
+        self._host = {id(parameter) for parameter in on_host}
+        self._matrices, self._others = self._of_model()
+        self._before = {name: self._copied(parameter) for name, parameter in self._trained.items()}
+        self._ended: list[tuple[nn.Parameter, Tensor]] = []  # trained until lately, as they were
+        self._unknown: set[str] = set()  # blocks of which it is not known by how much they moved
+
+    def _of_model(self) -> tuple[set[str], list[str]]:
+        """Names of the watched matrices that are blocks, and of trained parameters of which none is made."""
+        watched = find(self._model).watched
+        of_matrices = {id(parameter) for each in watched for parameter in each.parameters}
+        others = [name for name, parameter in self._trained.items() if id(parameter) not in of_matrices]
+        return {each.name for each in watched if not each.part_of and each.parameters}, others
+
+    def _copied(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.detach().to("cpu" if id(parameter) in self._host else parameter.device, copy=True)
+
+    def follow(
+        self,
+        *,
+        blocks: Sequence[str] | None,
+        on_host: Sequence[nn.Parameter] = (),
+        rewritten: Collection[int] = (),
+        moved: bool = False,
+    ) -> None:
+        """Goes on with what is trained now.
+
+        Args:
+            blocks, on_host: As when it was made.
+            rewritten: Parameters (by identity) that begin anew.
+            moved: Whether what is new may have been trained since the last captured step.
+        """
+        before, after = self._trained, trained_parameters(self._model)
+        copies = {id(parameter): self._before[name] for name, parameter in before.items()}
+        copies |= {id(parameter): copy for parameter, copy in self._ended}
+        held = {id(parameter): parameter for parameter in (*before.values(), *(p for p, _ in self._ended))}
+        copies = {key: copy for key, copy in copies.items() if key not in rewritten}
+        self._host |= {id(parameter) for parameter in on_host}
+        self._trained, self._blocks = after, None if blocks is None else list(blocks)
+        self._before = {
+            name: copies[id(p)] if id(p) in copies else self._copied(p) for name, p in self._trained.items()
+        }
+        trained = {id(parameter) for parameter in after.values()}
+        self._ended = [(held[key], copy) for key, copy in copies.items() if key not in trained]
+        self._matrices, self._others = self._of_model()
+        if moved:
+            self._unknown |= {name for name, parameter in after.items() if id(parameter) not in copies}
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Lets the next increment begin at these weights, by the names of :func:`probes.blocks.trained_parameters`."""
+        for name, value in self._before.items():
+            value.copy_(weights[name])
+
+    def at_start(self) -> AbstractContextManager[None]:
+        """The weights where the increment began, in the model, for the moment."""
+        ended = [[*column] for column in zip(*self._ended, strict=True)] or [[], []]
+        return swapped([*self._trained.values(), *ended[0]], [*self._before.values(), *ended[1]])
+
+    def record(
+        self,
+        step: int,
+        evaluated_at: int,
+        increments: Mapping[str, Matrix] | None,
+        momentum: float = math.nan,
+    ) -> xr.Dataset:
+        """K and b of the increment that ends at this step, at the weights where it began.
+
+        Args:
+            step: The captured step.
+            evaluated_at: The captured step before.
+            increments: Watched matrix to its change between the two; ``None`` for K alone.
+            momentum: Of the optimizer, see :func:`momentum_of`; NaN if not known.
+
+        Returns:
+            As :func:`fisher_record`; a sample whose loss or gradient is not finite has NaN, and so has the update of
+            a block whose change is not known.
+        """
+        changes = None if increments is None else self._wanted({**self._changes(), **increments})
+        unknown = self._wanted(dict.fromkeys({*self._matrices, *self._others} - set(changes or ())))
+        with torch.enable_grad(), self.at_start():
+            gram = gradient_gram(
+                self._model,
+                self._batches,
+                probe_loss,
+                space=SPACE,
+                blocks=self._blocks,
+                update=changes,
+                skip_broken=True,
+            )
+        return fisher_record(
+            gram,
+            step,
+            evaluated_at,
+            self._labels,
+            batch_size=self._batch_size,
+            reduction=_reduction(self._tasks),
+            unknown=unknown if increments is not None else (),
+            momentum=momentum,
+        )
+
+    def scores(self, step: int) -> xr.Dataset | None:
+        """Scores of the model as it is now, of the tasks that have a score of their own; ``None`` if none has."""
+        asked = [task for task in self._tasks if task.score is not None]
+        return score_record(step, evaluate(self._model, asked)) if asked else None
+
+    def advance(self) -> None:
+        """The weights as they are now become those where the next increment begins."""
+        self._ended, self._unknown = [], set()
+        for name, parameter in self._trained.items():
+            self._before[name].copy_(parameter.detach())
+
+    def _wanted(self, changes: Mapping[str, Matrix | None]) -> dict[str, Any]:
+        """Those of blocks that are measured."""
+        names = {*self._matrices, *self._others} if self._blocks is None else set(self._blocks)
+        return {name: change for name, change in changes.items() if name in names}
+
+    def _changes(self) -> dict[str, Tensor]:
+        """Of trainable parameters of which no watched matrix is made: biases, norms, the factors of LoHa."""
+        return {
+            name: self._trained[name].detach().double().cpu() - self._before[name].double().cpu()
+            for name in self._others
+            if name not in self._unknown
+        }
+
+
+def momentum_of(optimizer: Any) -> float:
+    """Return β₁ of an optimizer like Adam or the momentum of one like SGD: the largest of its parameter groups.
+
+    Args:
+        optimizer: Any optimizer, or a wrapper that has it as ``.optimizer``.
+
+    Returns:
+        NaN where the optimizer does not say.
+
+    >>> momentum_of(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9))
+    0.9
+    """
+    inner = optimizer if hasattr(optimizer, "param_groups") else getattr(optimizer, "optimizer", None)
+    groups = getattr(inner, "param_groups", ())
+    return max((_momentum_of_group(group) for group in groups), default=math.nan)
+
+
+def _momentum_of_group(group: Mapping[str, Any]) -> float:
+    betas = group.get("betas")
+    stated = (
+        betas[0] if isinstance(betas, tuple | list) and betas else group.get("momentum", group.get("beta1", math.nan))
+    )
+    if stated is None:  # Adafactor without β₁
+        return 0.0
+    return float(stated) if isinstance(stated, int | float | Tensor) else math.nan
+
+
+def fisher_record(
+    gram: Gram,
+    step: int,
+    evaluated_at: int,
+    labels: Mapping[str, Sequence[str]],
+    *,
+    batch_size: int = 0,
+    reduction: str = "sum",
+    unknown: Collection[str] = (),
+    momentum: float = math.nan,
+) -> xr.Dataset:
+    """What is kept of one step: K and b by block, with the labels of the samples.
+
+    Args:
+        gram: With or without an update; samples that it left out are NaN here.
+        step: Of the record.
+        evaluated_at: Step of the weights at which gradients were taken.
+        labels: ``sample_task``, ``sample_group`` and ``sample_id``, one text a sample.
+        batch_size: Samples in an optimizer step; 0 if not known.
+        reduction: Of the losses over a sample's tokens.
+        unknown: Blocks whose update is not known, so that that of all together is not either.
+        momentum: Of the optimizer; NaN if not known.
+
+    Returns:
+        As :data:`dynamics.schema.FISHER_RECORD` has it, one step.
+    """
+    blocks, samples = list(gram.gram), len(labels["sample_id"])
+    kept = [place for place in range(samples) if place not in set(gram.left_out)]
+    k = np.full((1, len(blocks), samples, samples), np.nan)
+    b = np.full((1, len(blocks), samples), np.nan)
+    loss = np.full((1, samples), np.nan)
+    loss[0, kept] = gram.losses.numpy()
+    missing = {*unknown, schema.GLOBAL} if unknown else set()
+    for row, block in enumerate(blocks):
+        k[0, row][np.ix_(kept, kept)] = gram.gram[block].numpy()
+        if block in gram.update_product and block not in missing:
+            b[0, row, kept] = gram.update_product[block].numpy()
+    nothing = dict.fromkeys(blocks, np.nan)
+    numbers = {
+        "update_norm_squared": {**nothing, **gram.update_norm_squared, **dict.fromkeys(missing, np.nan)},
+        "share_outside_space": {**nothing, **gram.share_outside_space, **dict.fromkeys(missing, np.nan)},
+        "dimension": gram.dimension,
+    }
+    arrays = {"gram": k, "update_product": b, "loss": loss, "momentum": np.array([momentum])} | {
+        name: np.array([[float(each[block]) for block in blocks]]) for name, each in numbers.items()
+    }
+    known = {**schema.FISHER_RECORD, "momentum": schema.FISHER_MOMENTUM}
+    coords = {
+        "step": np.array([step], dtype=np.int64),
+        "block": np.asarray(blocks, dtype=str),
+        "evaluated_at_step": ("step", np.array([evaluated_at], dtype=np.int64)),
+        **{name: ("sample", np.asarray(labels[name], dtype=str)) for name in schema.SAMPLE_LABELS},
+    }
+    return xr.Dataset(
+        {name: (known[name].dims, array, schema.attributes(known[name])) for name, array in arrays.items()},
+        coords=coords,
+        attrs={
+            "space": gram.space,
+            "fisher": gram.fisher,
+            "unit": "sequence",
+            "reduction": reduction,
+            "batch_size": batch_size,
+        },
+    )
+
+
+def score_record(step: int, scores: Sequence[Score]) -> xr.Dataset:
+    """Scores of one step, as the group ``score`` has them."""
+    arrays = {
+        "score": [each.score for each in scores],
+        "items": [float(each.items) for each in scores],
+        "standard_error": [each.standard_error for each in scores],
+        "direction": [{True: 1.0, False: -1.0, None: 0.0}[each.higher_is_better] for each in scores],
+    }
+    known = {**schema.SCORE, "direction": schema.SCORE_DIRECTION}
+    return xr.Dataset(
+        {
+            name: (known[name].dims, np.array([values], dtype=np.float64), schema.attributes(known[name]))
+            for name, values in arrays.items()
+        },
+        coords={
+            "step": np.array([step], dtype=np.int64),
+            "task": np.asarray([each.task for each in scores], dtype=str),
+        },
+    )
+
+
+def _reduction(tasks: Sequence[Task]) -> str:
+    """Over a sample's tokens, where all tasks have the same."""
+    found = {task.loss if isinstance(task.loss, str) else "own" if callable(task.loss) else "sum" for task in tasks}
+    return found.pop() if len(found) == 1 else "mixed"

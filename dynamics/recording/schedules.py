@@ -1,0 +1,157 @@
+"""Schedules: which optimizer steps are captured. Each is a function ``step -> bool`` of the step alone.
+
+A schedule knows nothing of the past, so that a resumed training captures the steps that it would have captured.
+
+Presets: what a captured step records, and which steps are captured unless the user says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+#: From an optimizer step (``global_step`` after the update, from 1) to whether it is captured.
+Schedule: TypeAlias = Callable[[int], bool]
+
+
+def every(interval: int, start: int = 0) -> Schedule:
+    """Every ``interval`` steps, counted from ``start``.
+
+    Raises:
+        ValueError: If the interval is not positive.
+
+    >>> [step for step in range(1, 10) if every(4)(step)]
+    [4, 8]
+    """
+    if interval < 1:
+        raise ValueError(f"Expected an interval of at least 1 step, got {interval}.")
+    return lambda step: step >= start and (step - start) % interval == 0
+
+
+def at(*steps: int) -> Schedule:
+    """These steps.
+
+    >>> [step for step in range(1, 10) if at(1, 7)(step)]
+    [1, 7]
+    """
+    chosen = frozenset(steps)
+    return lambda step: step in chosen
+
+
+def at_no_step(step: int) -> bool:
+    """Never."""
+    return False
+
+
+def geometric(ratio: float | int = 2, first: int = 1) -> Schedule:
+    """``first``, and then each step ``ratio`` times as far as the one before, rounded: many early, few late.
+
+    Raises:
+        ValueError: If the ratio is not above 1 or the first step not positive.
+
+    >>> [step for step in range(1, 40) if geometric(2)(step)]
+    [1, 2, 4, 8, 16, 32]
+    >>> [step for step in range(1, 12) if geometric(1.5)(step)]
+    [1, 2, 3, 5, 8, 11]
+    """
+    if not ratio > 1 or first < 1:
+        raise ValueError(f"Expected a ratio above 1 and a first step of at least 1, got {ratio} and {first}.")
+
+    def schedule(step: int) -> bool:
+        place = float(first)
+        while round(place) < step:
+            place *= ratio
+        return round(place) == step
+
+    return schedule
+
+
+def logarithmic(start: float | int, end: float | int, count: int) -> Schedule:
+    """``count`` steps equally spaced in the logarithm between 10**start and 10**end, as cockpit has it.
+
+    Raises:
+        ValueError: If there are no steps, or the end lies before the start.
+
+    >>> [step for step in range(1, 1001) if logarithmic(0, 3, 4)(step)]
+    [1, 10, 100, 1000]
+    """
+    if count < 1 or end < start:
+        raise ValueError(f"Expected a count of at least 1 and start <= end, got {count}, {start} and {end}.")
+    gap = (end - start) / max(1, count - 1)
+    return at(*(round(10 ** (start + gap * index)) for index in range(count)))
+
+
+def either(*schedules: Schedule) -> Schedule:
+    """Whatever one of these captures.
+
+    >>> [step for step in range(1, 12) if either(at(1), every(5))(step)]
+    [1, 5, 10]
+    """
+    return lambda step: any(schedule(step) for schedule in schedules)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What to record.
+
+    Args:
+        name: ``"economy"``, ``"standard"`` or ``"full"``.
+        schedule: The captured steps.
+        gradient_spectra: Whether each matrix's gradient gets singular values, beside its norms.
+        increment_cosines: Whether the cosine of consecutive increments is recorded, which takes a second copy of
+            the watched factors.
+    """
+
+    name: str
+    schedule: Schedule
+    gradient_spectra: bool = False
+    increment_cosines: bool = False
+
+
+#: Every preset records the spectra of totals and increments, and gradient norms before and after clipping.
+PRESETS: Mapping[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("economy", either(geometric(4), every(100))),
+        Preset("standard", either(geometric(2), every(50)), gradient_spectra=True),
+        Preset("full", either(geometric(2), every(10)), gradient_spectra=True, increment_cosines=True),
+    )
+}
+
+
+def preset_named(name: str) -> Preset:
+    """The preset of this name.
+
+    Raises:
+        ValueError: If there is none.
+
+    >>> preset_named("economy").gradient_spectra
+    False
+    """
+    if name not in PRESETS:
+        raise ValueError(f"Expected a preset of {', '.join(PRESETS)}, got {name!r}.")
+    return PRESETS[name]
+
+
+def schedule_of(
+    preset: Preset, *, interval: int | None = None, steps: Sequence[int] | None = None, schedule: Schedule | None = None
+) -> Schedule:
+    """What the user asks for instead of the preset's schedule; of several wishes, each is granted.
+
+    Args:
+        preset: Its schedule holds where nothing is asked for.
+        interval: Every so many steps.
+        steps: These steps.
+        schedule: A schedule.
+
+    >>> asked = schedule_of(PRESETS["full"], interval=4, steps=[1])
+    >>> [step for step in range(1, 10) if asked(step)]
+    [1, 4, 8]
+    """
+    wishes = [
+        *([every(interval)] if interval is not None else []),
+        *([at(*steps)] if steps is not None else []),
+        *([schedule] if schedule is not None else []),
+    ]
+    return either(*wishes) if wishes else preset.schedule

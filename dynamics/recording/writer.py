@@ -1,0 +1,261 @@
+"""The records of one training in progress: where they go, what they give cause to say, and how a training goes on."""
+
+from __future__ import annotations
+
+import secrets
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from torch import Tensor
+
+from dynamics.findings import Finding
+from dynamics.recording.monitor import Signs
+from dynamics.spectra.null_models import SEED
+from dynamics.store import FOLDER, Capture, CaptureExists, CaptureStore, provenance, read_capture
+from dynamics.store.capture import CAPTURE, is_capture
+from dynamics.store.records import finding_of
+from dynamics.text import encodable
+
+#: Findings about a change in the middle of a training: they stay true of it.
+CHANGES = ("OD313", "OD314", "OD315", "OD316")
+#: Up to this relative difference of spectra, a model is the one that a record was taken of.
+AGREES = 1e-2
+
+
+def store_path(run: Path) -> Path:
+    """Where the records of a run go, whatever the run is called."""
+    return (run / FOLDER / CAPTURE).resolve()
+
+
+def earlier_capture(run: Path) -> Capture | None:
+    """What is recorded in a run's folder, ``None`` if nothing is.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    path = run / FOLDER / CAPTURE
+    return read_capture(path) if is_capture(path) else None
+
+
+def agreement(record: xr.Dataset, now: xr.Dataset) -> float:
+    """Largest relative difference of the totals' singular values between two raw updates of one step.
+
+    >>> from dynamics.spectra.raw import raw_update
+    >>> agreement(raw_update({1: (0, -1)}, {}, {}), raw_update({1: (0, -1)}, {}, {}))
+    0.0
+    """
+    names = [name for name in record["matrix"].values.tolist() if name in set(now["matrix"].values.tolist())]
+    both = (each["singular_value"].sel(kind="total", matrix=names).values[0] for each in (record, now))
+    before, after = (np.nan_to_num(values) for values in both)
+    length = min(before.shape[-1], after.shape[-1])
+    largest = np.maximum(before.max(-1, initial=0), after.max(-1, initial=0))
+    apart = np.abs(before[..., :length] - after[..., :length]).max(-1, initial=0)
+    return float(np.divide(apart, largest, out=np.zeros_like(apart), where=largest > 0).max(initial=0.0))
+
+
+class Records:
+    """Writes the records of a training and keeps its root attributes true.
+
+    Args:
+        run: The run folder.
+        notes: What is to be said of the whole training, from its beginning.
+        attributes: Beside provenance: ``disk_names``, ``covered_share``.
+        configuration: How it is recorded, JSON-compatible.
+        warmup_steps: See ``Signs``.
+        resume_from: The step after which the training goes on, ``None`` if it begins.
+        earlier: What was recorded before, where it goes on.
+
+    Raises:
+        CaptureExists: If there are records and the training does not resume.
+        OSError: If they cannot be written.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        notes: Sequence[Finding],
+        attributes: Mapping[str, Any],
+        configuration: Mapping[str, Any],
+        warmup_steps: int,
+        resume_from: int | None,
+        earlier: Capture | None,
+    ) -> None:
+        self._notes, self._signs = list(notes), Signs(warmup_steps)
+        self._changes: list[Finding] = []
+        self._unmeasured: dict[str, tuple[int, str]] = {}  # matrix -> first step, why
+        past = earlier.attributes if earlier is not None and resume_from is not None else {}
+        kept = [] if earlier is None else [r for step, r in earlier.records.items() if step <= (resume_from or 0)]
+        self._gaps = [gap for gap in _dictionaries(past.get("gaps")) if _step_of(gap) <= (resume_from or 0)]
+        self._told: set[str] = set()
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        resumptions = _dictionaries(past.get("resumptions"))
+        if resume_from is not None:
+            resumptions.append({"step": resume_from, "created": now})
+        content = {
+            **provenance(run.absolute().name, configuration, [], SEED),
+            "run_id": past.get("run_id") or secrets.token_hex(8),
+            "created": past.get("created") or now,
+            "resumptions": resumptions,
+            **encodable(dict(attributes)),
+        }
+        if resume_from is not None:
+            self._changes = [
+                finding
+                for content in _dictionaries(past.get("findings"))
+                if content.get("code") in CHANGES
+                and (finding := finding_of(content)) is not None
+                and (finding.step or 0) <= resume_from
+            ]
+        for record in kept:
+            self._signs.see(record["update"], record.get("gradient"))
+        self._noted = self._changing()
+        folder = run / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        content |= self._noted
+        if resume_from is None:
+            self._store = CaptureStore.create(folder, content)
+        else:
+            self._store = CaptureStore.resume(folder, resume_from, content)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that have a record."""
+        return self._store.steps
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What holds now."""
+        return [*self._notes, *self._changes, *self._unmeasured_findings(), *self._signs.findings()]
+
+    def _unmeasured_findings(self) -> list[Finding]:
+        if not self._unmeasured:
+            return []
+        (name, (step, reason)), *_ = self._unmeasured.items()
+        return [
+            Finding(
+                "OD317",
+                f"The spectrum of the gradient of {len(self._unmeasured)} matrices could not be measured, first at "
+                f"step {step} ({reason}); it is missing there. Norms and all other matrices are recorded.",
+                "Leave these matrices out (matrices=), or record norms alone (preset='economy').",
+                matrix=name if len(self._unmeasured) == 1 else "",
+                step=step,
+                evidence={"names": list(self._unmeasured)[:20]},
+            )
+        ]
+
+    def unmeasured_gradients(self, step: int, reasons: Mapping[str, str]) -> None:
+        """Notes matrices whose gradient has no spectrum at this step, and why."""
+        for name, reason in reasons.items():
+            self._unmeasured.setdefault(name, (step, encodable(reason)))
+
+    def write_start(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps what the training began with, for when it resumes."""
+        if tensors:
+            self._store.write_start(tensors)
+
+    def changed(self, findings: Iterable[Finding], start: Mapping[str, Tensor], disk_names: Mapping[str, Any]) -> None:
+        """Notes that what is trained has changed, says so once of each kind, and keeps what is new as it began.
+
+        Args:
+            findings: What is to be said.
+            start: What new matrices began with.
+            disk_names: Of new matrices.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        for finding in findings:
+            self._changes.append(finding)
+            self._tell(finding.code, str(finding))
+        named = self._store.attributes.get("disk_names")
+        self._store.annotate(
+            {"disk_names": {**(named if isinstance(named, dict) else {}), **encodable(dict(disk_names))}}
+        )
+        self.annotate()
+        if start:
+            self._store.write_start({**self._store.read_start(), **start})
+
+    def write(
+        self,
+        step: int,
+        update: xr.Dataset,
+        gradient: xr.Dataset | None,
+        probed: Mapping[str, xr.Dataset | None] | None = None,
+    ) -> None:
+        """Adds a record; what is ``None`` was not measured.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        groups = {"update": update, "gradient": gradient, **(probed or {})}
+        self._store.write(step, {name: group for name, group in groups.items() if group is not None})
+        self._signs.see(update, gradient)
+
+    def gap(self, step: int, reason: str) -> None:
+        """Notes that a step could not be recorded, or not all of it, and says so the first time."""
+        self._gaps.append({"step": step, "reason": encodable(reason)})
+        self._tell(
+            "OD305",
+            f"optimization-dynamics could not record step {step} ({reason}). Training goes on, and so does the "
+            "recording at the next captured step; this is said once.",
+        )
+
+    def annotate(self) -> None:
+        """Brings the root attributes up to date, and says once what the records give cause to.
+
+        Raises:
+            OSError: If they cannot be written; the next call tries again.
+        """
+        for finding in (*self._unmeasured_findings(), *self._signs.findings()):
+            self._tell(finding.code, str(finding))
+        changing = self._changing()
+        if changing != self._noted:
+            self._store.annotate(changing)
+            self._noted = changing
+
+    def close(self) -> None:
+        """Gives the store back."""
+        self._store.close()
+
+    def _changing(self) -> dict[str, Any]:
+        findings = encodable([finding.to_dict() for finding in self.findings])
+        return {"findings": findings, "gaps": list(self._gaps)}
+
+    def _tell(self, code: str, text: str) -> None:
+        if code not in self._told:
+            self._told.add(code)
+            warnings.warn(text, UserWarning, stacklevel=2)
+
+
+def refuse_other_weights(earlier: Capture, step: int, now: xr.Dataset) -> bool:
+    """Whether there is a record of this step; refused if it is one of other weights.
+
+    Raises:
+        CaptureExists: If the record does not agree with the model.
+    """
+    record = earlier.records.get(step)
+    if record is None:
+        return False
+    difference = agreement(record["update"], now)
+    if difference > AGREES:
+        raise CaptureExists(
+            f"'{earlier.path}' has a record of step {step} whose spectra differ from the model's by {difference:.0%}: "
+            "it is another training's, or the weights come from another checkpoint. "
+            "Choose another folder, or move the capture away."
+        )
+    return True
+
+
+def _dictionaries(value: Any) -> list[dict[str, Any]]:
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def _step_of(gap: Mapping[str, Any]) -> int:
+    step = gap.get("step")
+    return step if isinstance(step, int) else 0

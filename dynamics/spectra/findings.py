@@ -1,0 +1,168 @@
+"""What a reader of the spectra must know: one finding for each thing, not one for each matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import xarray as xr
+
+from dynamics.findings import Finding
+from dynamics.spectra.measures import ENERGY
+from dynamics.spectra.rounding import NOISE_LIMIT
+from dynamics.text import some
+
+#: At most so many matrices are named in one finding's evidence.
+NAMED = 8
+#: An update lies below its null if its entropy is under this percentile of the null's draws.
+PERCENTILE = 5.0
+#: Root mean square of an update's entries beyond which it is no training's: weights are about 0.01 to 1.
+ABSURD = 1e3
+#: A rank is called unused if this share of it would hold ``ENERGY`` of the update.
+UNUSED = 0.5
+
+
+def notes(update: xr.Dataset) -> list[Finding]:
+    """Findings that follow from the numbers of ``/update`` alone."""
+    return [
+        *_zero_updates(update),
+        *_absurd(update),
+        *_quantisation(update),
+        *_missing_increments(update),
+        *_against_null(update),
+        *_without_null(update),
+        *_unused_rank(update),
+    ]
+
+
+def _named(names: Sequence[str]) -> dict[str, object]:
+    return {"matrices": len(names), "names": list(names[:NAMED])}
+
+
+def _count(names: Sequence[str], total: int) -> str:
+    return "every matrix" if len(names) == total else f"{len(names)} of {total} matrices"
+
+
+def _zero_updates(update: xr.Dataset) -> Iterator[Finding]:
+    zero = update["is_zero"].sel(kind="total")
+    for step in update["step"].values.tolist():
+        here = zero.sel(step=step)
+        names = here["matrix"].values[here.values].tolist()
+        if names:
+            yield Finding(
+                "OD202",
+                f"At step {step} the update of {_count(names, zero.sizes['matrix'])} is exactly zero, as every "
+                "update is at the start of training, so its measures are NaN.",
+                matrix=names[0] if len(names) == 1 else "",
+                step=step,
+                evidence=_named(names),
+            )
+
+
+def _absurd(update: xr.Dataset) -> Iterator[Finding]:
+    size = np.sqrt(update["out"].values.astype(np.float64) * update["in"].values)
+    entries = update["frobenius_norm"].sel(kind="total").values / np.maximum(size, 1.0)
+    for row, step in enumerate(update["step"].values.tolist()):
+        names = update["matrix"].values[entries[row] > ABSURD].tolist()
+        if names:
+            largest = float(np.nanmax(entries[row]))
+            yield Finding(
+                "OD141",
+                f"At step {step} the update of {_count(names, len(size))} has entries of {largest:.1e} in the root "
+                "mean square; weights are about 0.01 to 1.",
+                remedy="Check that the file is not damaged, and that training had not diverged.",
+                matrix=names[0] if len(names) == 1 else "",
+                step=step,
+                evidence={"threshold": ABSURD, "largest": largest, **_named(names)},
+            )
+
+
+def _quantisation(update: xr.Dataset) -> Iterator[Finding]:
+    for kind in update["kind"].values.tolist():
+        limited = update["quantisation_limited"].sel(kind=kind)
+        cells = int(limited.sum())
+        if not cells:
+            continue
+        worst = float(update["quantisation_noise_share"].sel(kind=kind).max())
+        formats = ", ".join(np.unique(update["storage"].values).tolist())
+        yield Finding(
+            "OD203",
+            f"In {cells} of {limited.size} {kind}s (step × matrix) rounding of the storage format ({formats}) is "
+            f"predicted to make up more than {NOISE_LIMIT:.0%} of the energy, at worst {worst:.0%}: their rank is "
+            "partly noise.",
+            remedy="Save checkpoints in float32, or further apart.",
+            evidence={"kind": kind, "cells": cells, "threshold": NOISE_LIMIT, "largest_share": worst},
+        )
+
+
+def _missing_increments(update: xr.Dataset) -> Iterator[Finding]:
+    first = update["step"].values[update["from_step"].values < 0].tolist()
+    if first:
+        steps = ", ".join(str(step) for step in first)
+        yield Finding(
+            "OD204",
+            f"Step {steps} is the first checkpoint of its training, so it has no increment.",
+            evidence={"steps": first},
+        )
+    count = update["count"]
+    for step, origin in zip(update["step"].values.tolist(), update["from_step"].values.tolist(), strict=True):
+        total, increment = (count.sel(step=step, kind=kind).values > 0 for kind in ("total", "increment"))
+        names = update["matrix"].values[total & ~increment].tolist()
+        if origin >= 0 and names:
+            yield Finding(
+                "OD204",
+                f"At step {step} {_count(names, len(total))} has a total but no increment, since the previous "
+                f"checkpoint, step {origin}, does not hold it; the increment of all matrices together is "
+                "unknown there.",
+                matrix=names[0] if len(names) == 1 else "",
+                step=step,
+                evidence=_named(names),
+            )
+
+
+def _against_null(update: xr.Dataset) -> Iterator[Finding]:
+    last = update.isel(step=-1).sel(kind="total")
+    percentile = last["null_percentile"].values
+    known = ~np.isnan(percentile)
+    below = last["matrix"].values[known & (percentile < PERCENTILE)].tolist()
+    if below:
+        deficit = float(np.nanmedian(last["entropy_deficit"].values))
+        yield Finding(
+            "OD205",
+            f"At step {int(last['step'])} the update of {_count(below, int(known.sum()))} uses fewer directions than a "
+            f"random one of its shape: the median entropy deficit is {deficit:.2f} nat. This is normal after training, "
+            "since gradients are not random. Compare runs by the size of the deficit.",
+            step=int(last["step"]),
+            evidence={"threshold_percentile": PERCENTILE, "median_deficit_nat": deficit, **_named(below)},
+        )
+
+
+def _without_null(update: xr.Dataset) -> Iterator[Finding]:
+    increment = update.sel(kind="increment")
+    unknown = update["left_factor_change"].isnull().values | update["right_factor_change"].isnull().values
+    moved = (increment["frobenius_norm"].values > 0) & (update["adapter_rank"].values > 0)
+    cells = unknown & moved
+    if cells.any():
+        steps = update["step"].values[cells.any(1)].tolist()
+        yield Finding(
+            "OD208",
+            f"{int(cells.sum()):,} of {int(moved.sum()):,} LoRA increments have no null model, so their "
+            f"entropy_deficit is NaN (steps {some(map(str, steps), 5)}): the factors at the previous step are unknown, "
+            "since the rank changed, or since an earlier version recorded or analysed them.",
+            "Analyse the run again where it has checkpoints; records of an earlier version keep their other numbers.",
+            evidence={"increments": int(cells.sum()), "of": int(moved.sum()), "steps": steps},
+        )
+
+
+def _unused_rank(update: xr.Dataset) -> Iterator[Finding]:
+    rank, suggested = update["adapter_rank"].values, update["suggested_rank"].values
+    unused = (rank > 1) & (suggested <= UNUSED * rank)
+    names = update["matrix"].values[unused].tolist()
+    if names:
+        yield Finding(
+            "OD206",
+            f"Half of the adapter's rank or less holds {ENERGY:.0%} of the update's energy in "
+            f"{_count(names, update.sizes['matrix'])}.",
+            remedy="rank_pattern.json has a rank for each matrix; keep α/r by an alpha_pattern.",
+            evidence={"energy": ENERGY, "threshold_share_of_rank": UNUSED, **_named(names)},
+        )

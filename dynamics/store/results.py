@@ -1,0 +1,163 @@
+"""A result tree on disk.
+
+Where a result comes from: versions, commit, configuration, inputs, time.
+
+Where results lie.
+
+Names from file systems and files as text that can be written: not everything that Python holds is Unicode.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from zarr.storage import MemoryStore
+
+from dynamics._version import __version__
+from dynamics.store.arrays import read_file
+from dynamics.store.replace import complete, is_folder
+from dynamics.text import encodable
+
+if TYPE_CHECKING:
+    from zarr.core.buffer import Buffer
+
+#: Zarr format 2: its string and boolean types are specified, so that no reader, old or new, has to warn or guess.
+_ZARR_FORMAT = 2
+#: What a result is decoded by, in the past and now.
+_CODECS = {"blosc", "gzip", "lz4", "vlen-utf8", "zlib", "zstd"}
+_METADATA_LIMIT = 2**28  # bytes; a result of a hundred runs has some ten million
+
+
+def write_tree(tree: xr.DataTree, path: Path) -> None:
+    """Writes a tree as one Zarr store; ``path`` must not exist.
+
+    A result is hundreds of small files, and zarr waits for a thread at each: into memory first, it takes a quarter of
+    the time. What is held beside the tree is the compressed result. Consolidated once, where xarray would read all
+    metadata again at each group.
+    """
+    files: dict[str, Buffer] = {}
+    store = MemoryStore(files)
+    tree.to_zarr(store, mode="w-", zarr_format=_ZARR_FORMAT, consolidated=False)
+    zarr.consolidate_metadata(store, zarr_format=_ZARR_FORMAT)
+    path.mkdir(parents=True)
+    for name, content in files.items():
+        file = path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content.to_bytes())
+
+
+def read_tree(path: Path) -> xr.DataTree:
+    """Open a stored tree; arrays are read when they are used.
+
+    Raises:
+        ValueError: If the folder is not a store that can be opened, or names a codec that no result has.
+    """
+    try:
+        _refuse_codecs(path)
+        return xr.open_datatree(path, engine="zarr", consolidated=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"Expected a result store at '{path}', but it does not open ({reason}). "
+            "Analyse the run again: python -m dynamics.analyze RUN"
+        ) from error
+
+
+def _refuse_codecs(path: Path) -> None:
+    """Refuse a stranger's store that would be decoded by anything but what zarr writes by itself: one codec unpickles.
+
+    Raises:
+        OSError: If the metadata cannot be read.
+        ValueError: Names the codec.
+    """
+    for name, metadata in json.loads(read_file(path / ".zmetadata", _METADATA_LIMIT))["metadata"].items():
+        if name.endswith(".zarray"):
+            codecs = [metadata.get("compressor"), *(metadata.get("filters") or ())]
+            for codec in codecs:
+                if codec is not None and codec["id"] not in _CODECS:
+                    raise ValueError(f"'{name}' names the codec {str(codec['id'])[:40]!r}")
+
+
+_LIBRARIES = ("torch", "numpy", "scipy", "safetensors", "xarray", "zarr")
+
+
+def provenance(
+    run: str, configuration: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]], seed: int
+) -> dict[str, Any]:
+    """Root attributes of a result.
+
+    Args:
+        run: The run's name, ``""`` for several.
+        configuration: The resolved options, JSON-compatible.
+        inputs: Fingerprints of the weight files: path, bytes, hash of the header.
+        seed: Seed of everything drawn at random.
+    """
+    return {
+        "run": encodable(run),
+        "toolkit_version": __version__,
+        "library_versions": json.dumps(_library_versions()),
+        "git_commit": _git_commit(),
+        "configuration": json.dumps(encodable(configuration)),
+        "inputs": json.dumps(encodable(inputs)),
+        "seed": seed,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _library_versions() -> dict[str, str]:
+    versions = {}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            versions[library] = "unknown"
+    return versions
+
+
+def _git_commit() -> str:
+    """Commit of the toolkit's own checkout, ``""`` for an installed package."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""  # no git on this machine: the version has to do
+
+
+RESULT = "analysis.zarr"
+FOLDER = "dynamics"
+
+
+def result_path(run: Path) -> Path | None:
+    """Return where an analysis is stored; ``None`` without one. A link in the place of the store is not followed.
+
+    Args:
+        run: A run folder with ``dynamics/analysis.zarr``, a folder with ``analysis.zarr``, or the store.
+    """
+    for store in (run / FOLDER / RESULT, run / RESULT):
+        if is_folder(complete(store)):
+            return complete(store)
+    return complete(run) if run.suffix == ".zarr" and complete(run).exists() else None
+
+
+def encodable_dataset(dataset: xr.Dataset) -> xr.Dataset:
+    """The same with every text in it encodable."""
+    texts = {
+        name: (variable.dims, np.asarray(encodable(variable.values.tolist()), dtype=str), encodable(variable.attrs))
+        for name, variable in dataset.variables.items()
+        if variable.dtype.kind in "UO"
+    }
+    return dataset.assign_coords({k: v for k, v in texts.items() if k in dataset.coords}).assign(
+        {k: v for k, v in texts.items() if k not in dataset.coords}
+    )

@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+
+from dynamics.fisher import measured
+from dynamics.fisher.findings import notes
+from tests.dynamics.fisher.records import record
+
+
+def codes(raw):
+    return {finding.code: finding for finding in notes(measured(raw))}
+
+
+@pytest.fixture(scope="module")
+def usual():
+    return codes(record(samples=64))
+
+
+def test_what_is_usual(usual):
+    assert "OD408" in usual  # two samples an image
+    assert usual["OD408"].evidence == {"samples": 64, "groups": 32}
+    assert "OD405" in usual  # eight steps' batches against half the probe samples
+    assert not {"OD401", "OD402", "OD403", "OD406", "OD407", "OD409", "OD410"} & set(usual)
+
+
+def test_few_groups():
+    assert codes(record(samples=8))["OD401"].evidence["groups"] == {"all": 4, "caption": 2, "vqa": 2}
+
+
+def test_not_finite():
+    raw = record()
+    raw["gram"][1, 0, 2, 3] = np.nan
+    finding = codes(raw)["OD402"]
+    assert finding.message.startswith("The Gram matrix of 'layers.0' is not finite at 1 of 3 steps")
+
+
+def test_outside_the_space():
+    raw = record()
+    raw["share_outside_space"][2, 1] = 0.4
+    assert codes(raw)["OD403"].message.startswith("Up to 40% of the squared norm of the update")
+
+
+def test_unresolved_cosines():
+    raw = record()
+    raw["gram"].values[:] = np.eye(24)
+    assert codes(raw)["OD404"].evidence["share"] == 1
+
+
+def test_no_null_without_a_batch_size():
+    finding = codes(record(batch_size=0))["OD406"]
+    assert "the batch size of the training is not known" in finding.message
+
+
+def test_concentrated_only_where_most_cases_are():
+    raw = record(samples=64, directions=40, batch_size=1, mean=0.0)
+    for step in (1, 2):
+        for block in range(3):  # the update is the first direction of K itself
+            values, vectors = np.linalg.eigh(raw["gram"].values[step, block])
+            raw["update_product"][step, block] = vectors[:, -1] * values[-1] ** 0.5
+            raw["update_norm_squared"][step, block] = 1.0
+    assert codes(raw)["OD407"].evidence["share"] > 0.3
+
+
+def test_unequal_tasks():
+    raw = record()
+    raw = raw.assign_coords(sample_task=("sample", np.where(np.arange(24) < 6, "caption", "vqa")))
+    assert codes(raw)["OD409"].evidence == {"fewest": 6, "most": 18}
+
+
+def test_product_of_another_update():
+    raw = record()
+    raw["update_product"][2, 1] *= 100
+    assert codes(raw)["OD410"].evidence["blocks"] == ["layers.1"]
+
+
+def test_nothing_is_said_of_a_training_without_updates():
+    raw = record(steps=1)
+    assert not {"OD405", "OD406", "OD407"} & set(codes(raw))
+
+
+def test_few_samples_that_carry_the_fisher():
+    raw = record(samples=48)
+    scale = np.ones(48)
+    scale[30] = 30.0
+    raw["gram"].values[1] *= scale[:, None] * scale
+    finding = codes(raw)["OD412"]
+    assert finding.message.startswith("Few samples carry the Fisher of 'all', 'vqa'. Of 'all' at step 10 the 24 groups")
+    assert finding.evidence["tasks"] == ["all", "vqa"]
+    assert finding.evidence["effective_groups"] < 2
+
+
+def test_a_null_of_too_many_samples_says_that_it_decides_nothing():
+    finding = codes(record(batch_size=40))["OD413"]
+    assert finding.evidence == {"null_batch": 400, "most": 96, "steps": 2}
+    assert "OD405" not in codes(record(batch_size=40))
+
+
+def test_momentum_that_is_not_known():
+    raw = record()
+    assert "OD414" in codes(raw)
+    raw["momentum"] = ("step", [0.9, np.nan, 0.9])
+    assert "OD414" in codes(raw)
+    raw["momentum"] = ("step", [np.nan, 0.9, 0.0])  # the first has no update
+    assert "OD414" not in codes(raw)
+    assert "OD414" not in codes(record(batch_size=0))

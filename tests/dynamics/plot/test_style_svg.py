@@ -1,0 +1,63 @@
+import re
+from xml.etree import ElementTree
+
+import pytest
+from matplotlib.figure import Figure
+
+from dynamics import plot
+from dynamics.plot.style import describe
+from tests.trees import HOSTILE, example_tree
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def tree():
+    return example_tree()
+
+
+def test_equal_figures_give_equal_text(tree):
+    assert plot.to_svg(plot.trajectory(tree)) == plot.to_svg(plot.trajectory(tree))
+
+
+def test_is_one_element_with_title_and_description(tree):
+    root = ElementTree.fromstring(plot.to_svg(plot.trajectory(tree, variable="stable_rank")))
+    assert root.tag == f"{SVG}svg"
+    assert root.get("role") == "img"
+    assert root.find(f"{SVG}title").text == "stable rank, total"
+    assert root.find(f"{SVG}desc").text.startswith("Line over optimizer steps, median and quartiles over matrices.")
+
+
+def test_words_are_text_and_escaped():
+    figure = Figure()
+    describe(figure, HOSTILE, HOSTILE)
+    svg = plot.to_svg(figure)
+    assert "<script" not in svg
+    assert ElementTree.fromstring(svg).find(f"{SVG}title").text == HOSTILE
+
+
+def test_text_stays_text(tree):
+    texts = [text.text for text in ElementTree.fromstring(plot.to_svg(plot.trajectory(tree))).iter(f"{SVG}text")]
+    assert "optimizer step" in texts
+
+
+def test_neither_time_nor_version_is_written(tree):
+    svg = plot.to_svg(plot.trajectory(tree))
+    assert "<metadata>" not in svg
+    assert "Matplotlib v" not in svg
+    assert "<style" not in svg
+
+
+def test_references_point_into_the_same_figure(tree):
+    for figure in plot.figures(tree).values():
+        svg = plot.to_svg(figure)
+        known = set(re.findall(r'\bid="([^"]+)"', svg))
+        used = set(re.findall(r"url\(#([^)]+)\)", svg)) | set(re.findall(r'href="#([^"]+)"', svg))
+        assert used
+        assert used <= known
+
+
+def test_foreign_letters_are_left_to_the_reader():
+    figure = Figure()
+    figure.subplots().set_title("层 0")
+    assert "层 0" in plot.to_svg(figure)

@@ -1,0 +1,205 @@
+import copy
+
+import pytest
+
+from dynamics.report.sentences import informative_directions
+from dynamics.report.summary import fisher_summary
+from dynamics.text import number, percent
+from tests.fishers import MEANS, with_fisher
+from tests.trees import example_tree
+
+
+@pytest.fixture(scope="module")
+def fisher():
+    return fisher_summary(with_fisher(example_tree(3, 2)))
+
+
+@pytest.fixture(scope="module")
+def leading():
+    return fisher_summary(with_fisher(example_tree(3, 2), update="leading"))
+
+
+def said(fisher, **changes):
+    """All paragraphs, after changes to the row at k and to the rest of the concentration."""
+    fisher = copy.deepcopy(fisher)
+    for name, value in changes.items():
+        part = fisher["concentration"]
+        (part if name in part else part["at_k"])[name] = value
+    return " ".join(informative_directions({"fisher": fisher}))
+
+
+def interval(low, high, value=None):
+    return {"value": (low + high) / 2 if value is None else value, "low": low, "high": high}
+
+
+def test_the_spectrum_has_its_intervals_and_says_when_it_was_taken(fisher):
+    entropy, ratio, participation, directional = (
+        [number(fisher[name][end]) for end in ("value", "low", "high")]
+        for name in ("spectral_entropy", "dominant_ratio", "participation_ratio", "participation_ratio_directional")
+    )
+    assert informative_directions({"fisher": fisher})[0] == (
+        "The empirical Fisher of 40 probe samples in 40 groups at step 300, in tangent space (gradients at the weights "
+        f"of step 299, before the update), has a plug-in spectral entropy SE of {entropy[0]} nat at N = 40 (sampling "
+        f"error at this N: {entropy[1]} to {entropy[2]}; the Fisher's own is larger by an unknown amount, and at least "
+        f"{number(fisher['spectral_entropy']['lower_bound'])}, the low end of ln PR), a dominant ratio ρ between "
+        f"{ratio[1]} and {ratio[2]} (95 % interval) and a participation ratio of {participation[0]} (95 % interval "
+        f"{participation[1]} to {participation[2]}). With all gradients normalised to the same length the "
+        f"participation ratio is {directional[0]} (95 % interval {directional[1]} to {directional[2]}). By their share "
+        f"of the trace, the groups count as {number(fisher['effective_groups'])} of one size."
+    )
+
+
+def test_the_update_stands_beside_both_nulls(fisher):
+    row = fisher["concentration"]["at_k"]
+    _, beside_random, beside_gradient, _ = informative_directions({"fisher": fisher})
+    isotropic, gradient = row["null_isotropic"], row["null_gradient"]
+    assert (
+        f"{percent(row['captured'])} lies in the 16 leading directions of the Fisher; of a random direction's it would "
+        f"be {percent(isotropic['value'])} (95 %: {percent(isotropic['low'])} to {percent(isotropic['high'])})."
+    ) in beside_random
+    assert "; a random direction has 1. The space does not hold 4.0 % of the update." in beside_random
+    assert (
+        f"a fresh gradient of 2 samples {percent(gradient['value'])} (95 %: {percent(gradient['low'])} to "
+        f"{percent(gradient['high'])}): a gain of {number(row['gain']['value'])} (95 % interval "
+        f"{number(row['gain']['low'])} to {number(row['gain']['high'])}), centred "
+    ) in beside_gradient
+
+
+def test_concentrated_is_said_where_the_flag_says_so(leading):
+    assert leading["concentration"]["at_k"]["concentrated"]
+    words = said(leading)
+    assert (
+        "So the update is concentrated along informative directions, more than a gradient of its batch, as at 3 of 3 "
+        "steps (up to 1 would be by chance)." in words
+    )
+    assert (
+        "Block by block, 2 of 2 updates are concentrated; about 2.5 % each would be by chance, together or not at all, "
+        "for blocks share samples and draws." in words
+    )
+
+
+def test_a_step_as_rare_as_chance_makes_it_is_not_called_concentrated(leading):
+    words = said(leading, steps={"concentrated": 1, "of": 30}, blocks={"concentrated": 0, "of": 2})
+    assert "at 1 of 30 steps, no more than by chance (up to 2 would be by chance)." in words
+    assert "update is concentrated" not in words
+
+
+def test_more_samples_than_the_null_can_stand_for_are_said(leading):
+    words = said(leading, concentrated=False, null_batch=400, null_batch_limit=160.0)
+    assert "cannot be decided: that takes a gradient of at most 160 samples, eight times half of those probed." in words
+
+
+@pytest.mark.parametrize(
+    "gain", [interval(1.5, 3.0), interval(0.9, 1.2), interval(0.2, 0.5), {"value": 1.5, "low": None, "high": None}]
+)
+def test_concentrated_is_said_nowhere_else(leading, gain):
+    blocks = {"concentrated": 2, "of": 40}  # as many as chance would give
+    words = said(leading, concentrated=False, gain=gain, gain_centred=gain, blocks=blocks)
+    assert "concentrated" not in words
+
+
+def test_a_gain_that_proves_nothing_is_said_to_prove_nothing(leading):
+    words = said(leading, concentrated=False)
+    assert "further along informative directions than a gradient of its batch is not shown." in words
+
+
+def test_less_than_a_gradient_is_said_too(fisher):
+    words = said(fisher, gain=interval(0.2, 0.5))
+    assert (
+        "So less of the update lies along informative directions than of a plain gradient of as many held-out samples; "
+        "Adam's scaling and momentum alone would do this."
+    ) in words
+
+
+def test_one_step_is_not_counted(leading):
+    assert "gradient of its batch. Block" in said(leading, steps={"concentrated": 1, "of": 1})
+
+
+def test_without_a_gradient_null_nothing_is_claimed():
+    words = said(fisher_summary(with_fisher(example_tree([7], 2), steps=(7,), batch_size=0, update="leading")))
+    assert "There is no gradient null (see the findings), and any gradient exceeds a random direction." in words
+    assert "concentrated" not in words
+    assert "gain" not in words
+
+
+def test_without_an_update_nothing_is_said_of_it():
+    paragraphs = informative_directions({"fisher": fisher_summary(with_fisher(example_tree(3, 2), update="none"))})
+    assert paragraphs[1] == "No update beside these gradients is known, so nothing is said of its directions."
+    assert len(paragraphs) == 3
+
+
+def test_without_a_fisher_there_are_no_words():
+    assert informative_directions({"fisher": None}) == []
+
+
+def test_a_fisher_without_a_spectrum_refers_to_the_findings(fisher):
+    broken = {**fisher, "spectral_entropy": {"value": None, "low": None, "high": None, "lower_bound": None}}
+    assert informative_directions({"fisher": broken})[0].endswith("has no spectrum: see the findings.")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fisher": "sampled"}, "The Fisher with sampled labels of 40 probe samples"),
+        ({"evaluated_at_step": 300}, "in tangent space (gradients at the weights of that step), has"),
+        ({"evaluated_at_step": None}, "in tangent space (gradients at the weights of that step), has"),
+        (
+            {"dominant_ratio": {"value": 0.5, "low": None, "high": None}},
+            "a dominant ratio ρ of 0.500 (plug-in, too large in expectation)",
+        ),
+        (
+            {"spectral_entropy": {"value": 2.0, "low": None, "high": None, "lower_bound": None}},
+            "SE of 2.00 nat at N = 40 (the Fisher's own is larger by an unknown amount),",
+        ),
+    ],
+)
+def test_what_differs_is_said(fisher, changes, words):
+    assert words in informative_directions({"fisher": {**fisher, **changes}})[0]
+
+
+def pair(first, second, state, *ends):
+    return {"tasks": [first, second], "state": state, "cosine": dict(zip(("value", "low", "high"), ends, strict=True))}
+
+
+def test_tasks_agree_conflict_or_are_not_known(fisher):
+    pairs = [
+        pair("a", "b", "share", 0.5, 0.25, 0.75),
+        pair("a", "c", "conflict", -0.5, -0.75, -0.25),
+        pair("b", "c", "undecided", 0.125, -0.25, 0.5),
+        pair("a", "d", "unresolved", None, None, None),
+    ]
+    assert informative_directions({"fisher": {**fisher, "pairs": pairs, "mixture": dict.fromkeys(fisher["mixture"])}})[
+        -1
+    ] == (
+        "Tasks whose mean gradients agree: a and b (cosine 0.500, 95 % interval 0.250 to 0.750). "
+        "Tasks in conflict: a and c (cosine -0.500, 95 % interval -0.750 to -0.250). "
+        "Undecided, since the cosine's interval holds 0: b and c (cosine 0.125, 95 % interval -0.250 to 0.500). "
+        "Not resolved, since a mean gradient cannot be told from 0: a and d."
+    )
+
+
+def test_of_many_pairs_the_first_are_named(fisher):
+    pairs = [pair("a", str(number), "unresolved", None, None, None) for number in range(9)]
+    words = informative_directions({"fisher": {**fisher, "pairs": pairs}})[-1]
+    assert "a and 4; 4 more pairs." in words
+    assert "a and 5" not in words
+
+
+def test_the_sharing_term_has_its_band(fisher):
+    words = said(fisher)
+    parts = fisher["mixture"]
+    assert f"χ = {number(parts['divergence'])} nat between them" in words
+    assert (
+        f"χ is {number(parts['normalised_divergence'])} of at most {number(parts['normalised_largest'])} nat;" in words
+    )
+    assert (
+        f"exchanged labels, with traces made 1 under each, give {number(parts['null_low'])} to "
+        f"{number(parts['null_high'])} (p = 0.010)."
+    ) in words
+
+
+def test_a_single_task_has_no_paragraph_of_tasks():
+    alone = with_fisher(example_tree([7], 2), steps=(7,), means={"a": MEANS["chart"]})
+    paragraphs = informative_directions({"fisher": fisher_summary(alone)})
+    assert len(paragraphs) == 3
+    assert not any("Tasks" in paragraph for paragraph in paragraphs)
