@@ -21,8 +21,8 @@ _ROOMS = {
 _HEAD = """# Findings
 
 A finding is one thing that you must know to read a result. Each has a stable code, a severity, a message with its
-evidence and, where something can be done, a remedy. Findings appear in the terminal, in `report.html`, in `summary.json`
-and in the result's attribute `findings`.
+evidence and, where something can be done, a remedy. Findings appear in the terminal, `report.html`, `summary.json`
+and the result's attribute `findings`.
 
 * **error**: an input was not analysed, or a number is not finite. Exit status 1.
 * **warning**: a number may mislead, or something is missing that could be there.
