@@ -146,12 +146,28 @@ def six_runs() -> dict[str, Any]:
     return {"measures": xr.Dataset({"stable_rank": rank}), "scores": score}
 
 
+def results() -> dict[str, Any]:
+    """One result of a recorded training, one of whole models, one of two recipes."""
+    whole_models()
+    six_runs()
+    tasks = [probes.Task(task, samples(task), group="image") for task in ("report", "vqa")]
+    trainer(Path("runs/probed"), [dynamics.DynamicsCallback("runs/probed", tasks)]).train()
+    recipes = {recipe: [f"runs/{recipe}_s{seed}" for seed in (1, 2, 3)] for recipe in ("imax", "dmax")}
+    options = {"intruders": True, "weights": True, "report": False}
+    return {
+        "tree": dynamics.analyze_run("runs/probed", report=False),
+        "full": dynamics.analyze_run("runs/full", base="models/base", **options),
+        "study": dynamics.analyze_run(recipes, scores=["scores.csv"], out="comparison", report=False),
+    }
+
+
 SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": training,
     "recording.md": training,
     "informative-directions.md": probed_run,
     "full-fine-tuning.md": whole_models,
     "comparing-runs.md": six_runs,
+    "measures.md": results,
 }
 
 
@@ -169,7 +185,7 @@ def folder(tmp_path, monkeypatch):
 
 
 #: Pages of the interface that is being rebuilt; empty again when it is there.
-LATER = {"comparing-runs.md", "full-fine-tuning.md", "informative-directions.md", "getting-started.md"}
+LATER = {"comparing-runs.md", "measures.md", "full-fine-tuning.md", "informative-directions.md", "getting-started.md"}
 
 
 @pytest.mark.parametrize("name", [page.relative_to(ROOT).as_posix() for page in PAGES if page.name not in LATER])
