@@ -38,12 +38,13 @@ def findings_page() -> str:
     for code, (severity, title) in CATALOGUE.items():
         if code[2] != room:
             room = code[2]
-            lines.append(f"\n## {_ROOMS[room]}\n")
-        lines.append(f"\n### {code}\n\n**{severity}**: {title}")
+            lines.append(f"## {_ROOMS[room]}\n")
+        lines.append(f"### {code}: {title}\n\n**{severity}**\n")
         for message, remedy in messages[code]:
             advice = f" *What to do:* {remedy}" if remedy else ""
-            lines.append(f"\n> {message}{advice}".replace("<", "&lt;"))
-    return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+            lines.append(f"- {message}{advice}".replace("<", "&lt;"))
+        lines += [""] if messages[code] else []
+    return "\n".join(lines)
 
 
 def _messages() -> dict[str, list[tuple[str, str]]]:
