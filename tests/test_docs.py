@@ -132,18 +132,30 @@ def whole_models() -> dict[str, Any]:
     return {}
 
 
-def six_runs() -> dict[str, Any]:
-    """Two recipes of three seeds each, with scores; and tables as a user has them."""
-    runs = [f"{recipe}_s{seed}" for recipe in ("imax", "dmax") for seed in (1, 2, 3)]
-    for number, run in enumerate(runs):
-        write_run(Path("runs") / run, seed=number)
+def runs_with_scores(*names: str) -> dict[str, Any]:
+    """Runs and their scores, and both as tables of a user's own."""
+    for seed, name in enumerate(names):
+        write_run(Path("runs") / name, seed=seed)
     rng = np.random.default_rng(0)
-    coords = {"run": runs, "step": [10, 20, 30]}
-    score = xr.DataArray(rng.random((6, 3, 1)), {**coords, "task": ["vqa/accuracy"]}, ("run", "step", "task"))
-    table = score.to_series().rename("score").reset_index()
+    coords = {"run": list(names), "step": [10, 20, 30]}
+    shape = (len(names), 3, 1)
+    scores = xr.DataArray(rng.random(shape), {**coords, "task": ["vqa/accuracy"]}, ("run", "step", "task"))
+    table = scores.to_series().rename("score").reset_index()
     table.to_csv("scores.csv", index=False, columns=["run", "step", "task", "score"])
-    rank = xr.DataArray(rng.random((6, 3)), coords, ("run", "step"))
-    return {"measures": xr.Dataset({"stable_rank": rank}), "scores": score}
+    rank = xr.DataArray(rng.random(shape[:2]), coords, ("run", "step"))
+    return {"measures": xr.Dataset({"stable_rank": rank}), "scores": scores}
+
+
+def six_runs() -> dict[str, Any]:
+    """Two recipes of three seeds each."""
+    return runs_with_scores(*(f"{recipe}_s{seed}" for recipe in ("imax", "dmax") for seed in (1, 2, 3)))
+
+
+def readme() -> dict[str, Any]:
+    """A model to train, whole models with their base, and four runs with scores."""
+    whole_models()
+    runs_with_scores("a", "b", "c", "d")
+    return training()
 
 
 def results() -> dict[str, Any]:
@@ -162,7 +174,7 @@ def results() -> dict[str, Any]:
 
 
 SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
-    "README.md": training,
+    "README.md": readme,
     "recording.md": training,
     "informative-directions.md": probed_run,
     "full-fine-tuning.md": whole_models,
