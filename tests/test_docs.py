@@ -146,9 +146,9 @@ def runs_with_scores(*names: str) -> dict[str, Any]:
     return {"measures": xr.Dataset({"stable_rank": rank}), "scores": scores}
 
 
-def six_runs() -> dict[str, Any]:
-    """Two recipes of three seeds each."""
-    return runs_with_scores(*(f"{recipe}_s{seed}" for recipe in ("imax", "dmax") for seed in (1, 2, 3)))
+def two_recipes() -> dict[str, Any]:
+    """Two recipes of two seeds each."""
+    return runs_with_scores("imax_s1", "imax_s2", "dmax_s1", "dmax_s2")
 
 
 def readme() -> dict[str, Any]:
@@ -159,17 +159,20 @@ def readme() -> dict[str, Any]:
 
 
 def results() -> dict[str, Any]:
-    """One result of a recorded training, one of whole models, one of two recipes."""
+    """A result of a recorded training, one of whole models, and relations of two recipes."""
     whole_models()
-    six_runs()
+    tables = two_recipes()
     tasks = [probes.Task(task, samples(task), group="image") for task in ("report", "vqa")]
     trainer(Path("runs/probed"), [dynamics.DynamicsCallback("runs/probed", tasks)]).train()
-    recipes = {recipe: [f"runs/{recipe}_s{seed}" for seed in (1, 2, 3)] for recipe in ("imax", "dmax")}
-    options = {"intruders": True, "weights": True, "report": False}
+    groups = {"imax": ["imax_s1", "imax_s2"], "dmax": ["dmax_s1", "dmax_s2"]}
+    of_runs = {"headline": "stable_rank"}
     return {
-        "tree": dynamics.analyze_run("runs/probed", report=False),
-        "full": dynamics.analyze_run("runs/full", base="models/base", **options),
-        "study": dynamics.analyze_run(recipes, scores=["scores.csv"], out="comparison", report=False),
+        "tree": dynamics.open_run("runs/probed"),
+        "full": dynamics.analyze_run("runs/full", base="models/base", intruders=True, weights=True, report=False),
+        "study": {
+            "association": dynamics.associate(tables["measures"], tables["scores"], **of_runs),
+            "comparison": dynamics.compare(tables["measures"], groups, **of_runs),
+        },
     }
 
 
@@ -178,7 +181,7 @@ SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
     "recording.md": training,
     "informative-directions.md": probed_run,
     "full-fine-tuning.md": whole_models,
-    "comparing-runs.md": six_runs,
+    "comparing-runs.md": two_recipes,
     "measures.md": results,
 }
 
