@@ -1,76 +1,58 @@
-"""What training did to the weights: exact update spectra, a null model beside each number.
+"""What training did to the weights: exact update spectra, with a null model beside each number.
 
 Importing the package is cheap: a name brings in torch or matplotlib when it is first used.
 """
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dynamics._version import __version__
+from dynamics._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from dynamics import plot
-    from dynamics.checkpoints import NotARun, open_trajectory
-    from dynamics.fisher import concentration, fisher_measures, task_structure
-    from dynamics.pipeline import Options, analyze_run
-    from dynamics.recording.callback import DynamicsCallback
-    from dynamics.recording.recorder import Recorder
-    from dynamics.relate import associate, compare
-    from dynamics.spectra.measures import (
-        dominant_ratio,
-        effective_rank,
-        participation_ratio,
-        spectral_entropy,
-        stable_rank,
-    )
-    from dynamics.spectra.singular_values import singular_values
-    from dynamics.store import open_run
+    from dynamics import plot as plot
+    from dynamics.checkpoints import NotARun as NotARun
+    from dynamics.checkpoints import open_trajectory as open_trajectory
+    from dynamics.fisher import concentration as concentration
+    from dynamics.fisher import fisher_measures as fisher_measures
+    from dynamics.fisher import task_structure as task_structure
+    from dynamics.pipeline import analyze_run as analyze_run
+    from dynamics.recording.callback import DynamicsCallback as DynamicsCallback
+    from dynamics.recording.recorder import Recorder as Recorder
+    from dynamics.relate import associate as associate
+    from dynamics.relate import compare as compare
+    from dynamics.spectra.measures import dominant_ratio as dominant_ratio
+    from dynamics.spectra.measures import effective_rank as effective_rank
+    from dynamics.spectra.measures import participation_ratio as participation_ratio
+    from dynamics.spectra.measures import spectral_entropy as spectral_entropy
+    from dynamics.spectra.measures import stable_rank as stable_rank
+    from dynamics.spectra.singular_values import singular_values as singular_values
+    from dynamics.store import open_run as open_run
 
+#: Public name -> the module that it comes from.
 _HOME = {
     "DynamicsCallback": "dynamics.recording.callback",
     "NotARun": "dynamics.checkpoints",
-    "Options": "dynamics.pipeline",
     "Recorder": "dynamics.recording.recorder",
     "analyze_run": "dynamics.pipeline",
-    "open_run": "dynamics.store",
-    "open_trajectory": "dynamics.checkpoints",
-    "singular_values": "dynamics.spectra.singular_values",
-    "effective_rank": "dynamics.spectra.measures",
-    "stable_rank": "dynamics.spectra.measures",
-    "participation_ratio": "dynamics.spectra.measures",
-    "spectral_entropy": "dynamics.spectra.measures",
-    "dominant_ratio": "dynamics.spectra.measures",
-    "fisher_measures": "dynamics.fisher",
     "associate": "dynamics.relate",
     "compare": "dynamics.relate",
     "concentration": "dynamics.fisher",
+    "dominant_ratio": "dynamics.spectra.measures",
+    "effective_rank": "dynamics.spectra.measures",
+    "fisher_measures": "dynamics.fisher",
+    "open_run": "dynamics.store",
+    "open_trajectory": "dynamics.checkpoints",
+    "participation_ratio": "dynamics.spectra.measures",
+    "singular_values": "dynamics.spectra.singular_values",
+    "spectral_entropy": "dynamics.spectra.measures",
+    "stable_rank": "dynamics.spectra.measures",
     "task_structure": "dynamics.fisher",
 }
 
-__all__ = [
-    "DynamicsCallback",
-    "NotARun",
-    "Options",
-    "Recorder",
-    "__version__",
-    "analyze_run",
-    "associate",
-    "compare",
-    "concentration",
-    "dominant_ratio",
-    "effective_rank",
-    "fisher_measures",
-    "open_run",
-    "open_trajectory",
-    "participation_ratio",
-    "plot",
-    "singular_values",
-    "spectral_entropy",
-    "stable_rank",
-    "task_structure",
-]
+__all__ = ["__version__", "plot", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
@@ -78,6 +60,12 @@ def __getattr__(name: str) -> Any:
         return import_module("dynamics.plot")
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
+    if name == "Options":
+        message = (
+            "dynamics.Options is deprecated and will be removed in the next release; pass keywords to analyze_run."
+        )
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return import_module("dynamics.pipeline").Options
     raise AttributeError(f"module 'dynamics' has no attribute {name!r}")
 
 

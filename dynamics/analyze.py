@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,11 +23,11 @@ ANALYSED, INPUT_REFUSED, NOTHING_ANALYSED, INTERRUPTED = 0, 1, 2, 130
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def _show_version(asked: bool) -> bool:
-    if asked:
+def _show_version(requested: bool) -> bool:
+    if requested:
         typer.echo(__version__)
         raise typer.Exit
-    return asked
+    return requested
 
 
 @app.command()
@@ -36,83 +35,88 @@ def analyze(
     runs: Annotated[
         list[str],
         typer.Argument(
-            metavar="[LABEL=]RUN...",
-            help="A Trainer output folder with checkpoints or a capture, one checkpoint or adapter, a capture store.",
+            metavar="[LABEL=]RUN",
+            help="A training's output folder, one checkpoint or adapter, or a folder of records. "
+            "Runs with one label form a group.",
             show_default=False,
         ),
     ],
     base: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The model before training, which dense weights are compared with."),
+        typer.Option(metavar="DIR", help="Folder of the model before training."),
     ] = None,
     intruders: Annotated[
-        bool, typer.Option("--intruders", help="Compare directions with the base's too: seconds a matrix.")
+        bool, typer.Option("--intruders", help="Compare directions with the base's, too; takes seconds a matrix.")
     ] = False,
     weights: Annotated[
-        bool, typer.Option("--weights", help="Measure the last checkpoint's weights themselves too.")
+        bool, typer.Option("--weights", help="Measure the last checkpoint's weights themselves, too.")
     ] = False,
     probe: Annotated[
         str | None,
         typer.Option(
             metavar="MODULE:FUNCTION",
-            help="Measures the Fisher at each checkpoint: the function takes its folder, gives model and tasks.",
+            help="Measure the Fisher at each checkpoint; FUNCTION takes its folder and returns model and tasks.",
         ),
     ] = None,
     matrices: Annotated[
-        str | None, typer.Option(metavar="REGEX", help="Watch only matrices whose name it finds.")
+        str | None, typer.Option(metavar="REGEX", help="Analyse only matrices whose name matches.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where results go. [default: RUN/dynamics]", show_default=False)
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write to DIR/analysis. [default: RUN/dynamics; of several runs ./dynamics-comparison]",
+            show_default=False,
+        ),
     ] = None,
     scores: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Scores: a CSV (run, step, task, score), or results of an evaluation."),
+        typer.Option(metavar="FILE", help="Scores: a CSV with run, step, task, score, or an evaluation's results."),
     ] = None,
-    higher: Annotated[
-        list[str] | None, typer.Option(metavar="TASK", help="Of this task, a higher score is better.")
-    ] = None,
-    lower: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Of this task, a lower score is.")] = None,
+    higher: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Higher scores are better for TASK.")] = None,
+    lower: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Lower scores are better for TASK.")] = None,
     headline: Annotated[
-        str | None, typer.Option(metavar="MEASURE", help="The one measure named before looking at scores.")
+        str | None, typer.Option(metavar="MEASURE", help="The primary measure; choose it before looking at scores.")
     ] = None,
     given: Annotated[
         str | None,
-        typer.Option(metavar="loss|trend", help="Hold the training loss, or each run's trend, equal."),
+        typer.Option(metavar="loss|trend", help="Hold the training loss, or each run's trend, equal in associations."),
     ] = None,
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where to compute.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")] = False,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda[:i]", help="Where the linear algebra runs.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON and nothing else.")] = False,
     report: Annotated[
         bool,
-        typer.Option("--report/--no-report", help="Make figures and report.html. Without, earlier ones are removed."),
+        typer.Option("--report/--no-report", help="Write figures and report.html."),
     ] = True,
     progress: Annotated[
-        bool | None, typer.Option("--progress/--no-progress", help="Show progress on stderr. [default: if a terminal]")
+        bool | None, typer.Option("--progress/--no-progress", help="Show progress on stderr. [default: on a terminal]")
     ] = None,
     fail_on: Annotated[
-        str, typer.Option(metavar="note|warning|error", help="Exit status 1 for findings of this level or above.")
+        str, typer.Option(metavar="note|warning|error", help="Exit with 1 for findings of this level or above.")
     ] = "error",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Measure what a training did to the weights: spectra of its updates, with a null model beside each number.
+    """Measure what training did to the weights: spectra of the updates, with a null model beside each number.
 
-    Writes analysis.zarr, summary.json, report.html, figures/, rank_pattern.json and run.yaml.
+    Writes analysis.zarr, summary.json, report.html, figures/, rank_pattern.json and run.yaml to RUN/dynamics/analysis.
 
-    Exit status: 0 analysed; 1 something was refused or not finite (named, the rest is saved); 2 nothing analysed.
+    Exit status: 0 analysed; 1 an input was refused or a number is not finite (each is named, the rest is saved);
+    2 nothing analysed; 130 interrupted.
     """
-    asked = {"matrices": matrices, "device": device, "report": report, "base": base and str(base)}
-    asked |= {"intruders": intruders, "weights": weights, "probe": probe, "headline": headline, "given": given}
-    asked |= {"scores": tuple(map(str, scores or ())), "higher": tuple(higher or ()), "lower": tuple(lower or ())}
+    choices = {"matrices": matrices, "device": device, "report": report, "base": base and str(base)}
+    choices |= {"intruders": intruders, "weights": weights, "probe": probe, "headline": headline, "given": given}
+    choices |= {"scores": tuple(map(str, scores or ())), "higher": tuple(higher or ()), "lower": tuple(lower or ())}
     if fail_on not in _LEVELS:
         raise typer.BadParameter(f"expected note, warning or error, got {fail_on!r}", param_hint="--fail-on")
-    sys.exit(_analyze(runs, asked, out, as_json, progress, quiet, fail_on))
+    sys.exit(_analyze(runs, choices, out, as_json, progress, quiet, fail_on))
 
 
 def _analyze(
     runs: Sequence[str],
-    asked: Mapping[str, Any],
+    choices: Mapping[str, Any],
     out: Path | None,
     as_json: bool,
     progress: bool | None,
@@ -122,19 +126,20 @@ def _analyze(
     try:
         # Here, not above: --help must not wait for torch.
         from dynamics.checkpoints import NotARun
-        from dynamics.pipeline import Options, analyze_run, output_folder
+        from dynamics.pipeline import Options, analyze_runs, named_runs, output_folder
         from dynamics.report import finding_line
 
         try:
-            named, labels = _named_runs(runs)
-            target: Any = next(iter(named.values())) if len(named) == 1 else named
-            folder = output_folder([Path(run) for run in named.values()], out)
-            options = Options(**asked)
-            with _progress_bar(shown=_wanted(progress, quiet)) as advance:
-                tree = analyze_run(target, out=folder, options=options, labels=labels, progress=advance)
+            named = named_runs(_labels_and_folders(runs))
+            if len(runs) == 1:
+                named = named.unnamed()
+            folder = output_folder(list(named.folders.values()), out)
+            options = Options(**choices)
+            with _progress_bar(shown=_shows_progress(progress, quiet)) as advance:
+                tree = analyze_runs(named, folder, options, progress=advance)
         except NotARun as error:
             for finding in error.findings:
-                if finding.severity in _told(quiet):
+                if finding.severity in _severities(quiet):
                     _complain(finding_line(finding.to_dict()))
             _complain(str(error))
             return NOTHING_ANALYSED
@@ -165,64 +170,43 @@ def _tell(tree: xr.DataTree, folder: Path, as_json: bool, quiet: bool, fail_on: 
         # A report of an earlier analysis is removed with its result: what is there is new.
         page = folder / "report.html"
         typer.echo(one_line(str(page if page.exists() else folder / "summary.json")))
-    for line in finding_lines(summary, _told(quiet)):
+    for line in finding_lines(summary, _severities(quiet)):
         _complain(line)
     counted = _LEVELS[: _LEVELS.index(fail_on) + 1]
     failed = any(finding["severity"] in counted for finding in all_findings(summary))
     return INPUT_REFUSED if failed else ANALYSED
 
 
-def _told(quiet: bool) -> tuple[str, ...]:
-    """Severities that go to stderr."""
+def _severities(quiet: bool) -> tuple[str, ...]:
+    """Return the severities that go to stderr."""
     return ("error",) if quiet else ("error", "warning")
 
 
 def _write_any_text() -> None:
-    """Lets stdout escape what its encoding lacks: names in a result are anybody's."""
+    """Let stdout escape what its encoding lacks: names in a result are anybody's."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _named_runs(runs: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Name → folder, names made unique; and name → label.
+def _labels_and_folders(runs: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the label, ``""`` where there is none, and the folder of each ``[LABEL=]RUN``.
 
     Raises:
         ValueError: If a run is the empty text.
 
-    >>> _named_runs(["a=runs/x", "other/x"])
-    ({'x': 'runs/x', 'x-2': 'other/x'}, {'x': 'a'})
+    >>> list(_labels_and_folders(["a=runs/x", "other/x"]))
+    [('a', 'runs/x'), ('', 'other/x')]
     """
-    named: dict[str, str] = {}
-    labels: dict[str, str] = {}
     for run in runs:
         label, separator, folder = run.partition("=")
         if not separator or Path(run).exists():
             label, folder = "", run
         if not folder:
             raise ValueError(f"Expected [LABEL=]RUN with RUN a folder, got {run!r}. For this folder, pass a dot.")
-        base = name = _plain_name(folder)
-        count = 1
-        while name in named:
-            count += 1
-            name = f"{base}-{count}"
-        named[name] = folder
-        if label:
-            labels[name] = label
-    return named, labels
+        yield label, folder
 
 
-def _plain_name(folder: str) -> str:
-    """The folder's own name, a link's too, as it can name a group and a file.
-
-    >>> _plain_name("runs/a/../b"), _plain_name("/"), _plain_name(".hidden")
-    ('b', 'run', 'hidden')
-    """
-    name = os.path.basename(os.path.abspath(folder)).encode("utf-8", "backslashreplace").decode()
-    # 190 bytes: with what goes before and after it, it is still a file's name.
-    return name.replace("\\", "_").lstrip(".").encode()[:190].decode(errors="ignore") or "run"
-
-
-def _wanted(progress: bool | None, quiet: bool) -> bool:
+def _shows_progress(progress: bool | None, quiet: bool) -> bool:
     return not quiet and (sys.stderr.isatty() if progress is None else progress)
 
 

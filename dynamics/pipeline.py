@@ -1,20 +1,14 @@
-"""The whole path on one screen: open → measure, merge → draw → write.
-
-How a run is analysed: what a user can choose, checked before anything is read.
-
-One run: its checkpoints measured, probed, and merged with what its training recorded.
-
-Several runs, or one with scores: what the root of a result says of how they differ and what goes with scores.
-"""
+"""The whole path: open → measure → relate → draw → write."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -28,7 +22,7 @@ from dynamics.checkpoints.logs import log_groups
 from dynamics.findings import Finding
 from dynamics.recording.checkpoint_probe import Loader, load_function, probe_checkpoints
 from dynamics.relate.association import Given
-from dynamics.relate.run_measures import MEASURES, Related, relate
+from dynamics.relate.run_measures import MEASURES, relate
 from dynamics.relate.score_files import read_scores, score_files
 from dynamics.report import summarise
 from dynamics.spectra.against_base import beside_base
@@ -37,35 +31,26 @@ from dynamics.spectra.measures import rank_pattern
 from dynamics.spectra.null_models import SEED
 from dynamics.spectra.path import path_of
 from dynamics.spectra.weights import weights_of
-from dynamics.store import FOLDER, RESULT, encodable_dataset, provenance, staged, write_text, write_tree, writing
+from dynamics.store import RESULT, encodable_dataset, provenance, staged, write_text, write_tree, writing
 from dynamics.store.opening import add_findings, incomplete
 from dynamics.store.records import Captured, joined_fisher, joined_scores
 from dynamics.store.tree import Parts, Source, as_json, open_source, result_tree, results_folder
 from dynamics.text import encodable, first_line, visible
 
-#: Called with a run's name, the matrices done (all steps counted) and the matrices in all.
+#: Where the result of several runs goes by default.
+COMPARISON = Path("dynamics-comparison")
+#: Called with a run's name, the number of matrices done (all steps counted) and the number of all matrices.
 Progress = Callable[[str, int, int], None]
+Folder = str | PathLike[str]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to analyse, as it is written into ``run.yaml`` and into the result.
-
-    Args:
-        matrices: Regular expression; only matrices whose name it finds are watched. ``None`` for all.
-        device: ``"auto"``, ``"cpu"`` or ``"cuda[:i]"``: where the QR decompositions run.
-        report: Whether figures and ``report.html`` are made.
-        base: Folder of the model's weights before training.
-        intruders: Whether directions of the newest update are compared with the base's, which takes seconds a matrix.
-        weights: Whether spectra of the last checkpoint's weights themselves are wanted too.
-        probe: ``module:function``; called with a checkpoint's folder, it returns the model there and its tasks.
-        scores: Score files, beside those that lie in the runs.
-        higher, lower: Tasks of which a higher, or a lower, score is better, where names do not tell.
-        headline: The measure named before looking at associations and comparisons; a name in ``run_measures.MEASURES``.
-        given: What associations over steps hold equal: ``"loss"`` or ``"trend"``; see :func:`dynamics.associate`.
+    """The choices behind one analysis, as ``run.yaml`` and the result hold them; see :func:`analyze_run`.
 
     Raises:
-        ValueError: If a task is in both, the headline is no measure, or ``given`` is none of these.
+        ValueError: If a task is in both ``higher`` and ``lower``, the headline is not a measure, or ``given`` is
+            neither ``"loss"`` nor ``"trend"``.
     """
 
     matrices: str | None = None
@@ -83,64 +68,149 @@ class Options:
 
     def __post_init__(self) -> None:
         if both := sorted(set(self.higher) & set(self.lower)):
-            raise ValueError(f"Expected each task among higher or lower, got {both[0]!r} in both.")
+            raise ValueError(f"Expected each task in higher or in lower, got {both[0]!r} in both.")
         if self.headline is not None and self.headline not in MEASURES:
             raise ValueError(f"headline: expected one of the measures {', '.join(MEASURES)}, got {self.headline!r}.")
         if self.given not in (None, "loss", "trend"):
             raise ValueError(f"given: expected 'loss' or 'trend', got {self.given!r}.")
 
 
-DEFAULTS = Options()
+@dataclass(frozen=True)
+class Runs:
+    """The runs of one analysis.
+
+    Args:
+        folders: Name → run folder; the only name is ``""`` where one run is analysed by itself.
+        labels: Name → the group of runs that it belongs to, for runs that have one.
+    """
+
+    folders: Mapping[str, Path]
+    labels: Mapping[str, str]
+
+    @property
+    def alone(self) -> bool:
+        """Whether one run is analysed by itself."""
+        return "" in self.folders
+
+    def unnamed(self) -> Runs:
+        """Return the only run as one that is analysed by itself."""
+        (name,) = self.folders
+        return Runs({"": self.folders[name]}, {"": self.labels[name]} if name in self.labels else {})
 
 
 def analyze_run(
-    run: str | PathLike[str] | Mapping[str, str | PathLike[str]],
+    run: Folder | Sequence[Folder] | Mapping[str, Folder | Sequence[Folder]],
     *,
-    out: str | PathLike[str] | None = None,
-    options: Options = DEFAULTS,
-    labels: Mapping[str, str] | None = None,
-    probe: Loader | None = None,
+    out: Folder | None = None,
+    base: Folder | None = None,
+    scores: Sequence[Folder] = (),
+    matrices: str | None = None,
+    probe: str | Loader | None = None,
+    intruders: bool = False,
+    weights: bool = False,
+    higher: Sequence[str] = (),
+    lower: Sequence[str] = (),
+    headline: str | None = None,
+    given: Given | None = None,
+    device: str = "auto",
+    report: bool = True,
     progress: Progress = lambda run, done, total: None,
+    options: Options | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> xr.DataTree:
-    """Analyses a run, or several, and writes the result atomically.
+    """Analyse one run, or compare several, and write the result; an earlier result is replaced as a whole.
 
     Args:
-        run: Run folder, or name → run folder for several.
-        out: Output folder; by default ``RUN/dynamics``, for several runs ``./dynamics``.
-        options: See :class:`Options`.
-        labels: Name → group of runs it belongs to, kept as the attribute ``label``; for one run its only entry counts.
-        probe: The function that ``options.probe`` would name, itself; see ``checkpoint_probe.Loader``.
+        run: Run folder; several of them; or label → the run folders of one group, e.g. of one recipe.
+        out: Output folder; the result goes to ``OUT/analysis``. By default ``RUN/dynamics``, for several runs
+            ``./dynamics-comparison``.
+        base: Folder of the model's weights before training.
+        scores: Score files, beside those that lie in the runs.
+        matrices: Regular expression; only matrices whose name matches are analysed.
+        probe: ``"module:function"`` or the function itself: called with a checkpoint's folder, it returns the model
+            there and its tasks; see ``recording.checkpoint_probe.Loader``.
+        intruders: Compare directions of the newest update with the base's, too; takes seconds a matrix.
+        weights: Measure the spectra of the last checkpoint's weights themselves, too.
+        higher, lower: Tasks for which a higher, or a lower, score is better, where names do not tell.
+        headline: The primary measure of associations and comparisons; choose it before looking at scores.
+        given: What associations over steps hold equal: ``"loss"`` or ``"trend"``; see :func:`dynamics.associate`.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda[:i]"``: where the linear algebra runs.
+        report: Make figures and ``report.html``.
         progress: See ``Progress``.
+        options: Deprecated; pass the keywords.
+        labels: Deprecated; pass label → runs. Name → label.
 
     Returns:
         The result as written to ``analysis.zarr``; several runs stand under ``/runs/<name>``.
 
     Raises:
-        NotARun: If there is nothing in any run that can be analysed.
-        ValueError: If the regular expression, the device, a run's name or the output folder is not one.
+        NotARun: If no run holds anything that can be analysed.
+        ValueError: If an argument, a run's name or the output folder is invalid.
         OutputError: If the output cannot be written; an earlier result is then as it was.
-    """
-    runs = {name: Path(folder) for name, folder in run.items()} if isinstance(run, Mapping) else {"": Path(run)}
-    folder = output_folder(list(runs.values()), out)
-    options = replace(options, device=resolve_device(options.device))
-    if probe is not None:
-        name = getattr(probe, "__qualname__", type(probe).__name__)
-        options = replace(options, probe=f"{getattr(probe, '__module__', '')}:{name}")
-    load = probe if probe is not None or options.probe is None else load_function(options.probe)
-    configuration = _configuration(runs, folder, options)
-    if isinstance(run, Mapping):
-        _refuse_names(runs)
 
-    sources, refused = _open_all(runs, options)
+    Example: two recipes, three seeds each::
+
+        recipes = {name: [f"runs/{name}-{seed}" for seed in range(3)] for name in ("imax", "dmax")}
+        tree = dynamics.analyze_run(recipes, scores=["scores.csv"])
+        tree["comparison"]["difference"].sel(measure="total/effective_rank_energy")
+    """
+    if options is None:
+        options = Options(
+            matrices=matrices,
+            device=device,
+            report=report,
+            base=None if base is None else fspath(base),
+            intruders=intruders,
+            weights=weights,
+            probe=probe if isinstance(probe, str) else None,
+            scores=tuple(map(fspath, scores)),
+            higher=tuple(higher),
+            lower=tuple(lower),
+            headline=headline,
+            given=given,
+        )
+    else:
+        _deprecated("options=Options(matrices=…, …)", "analyze_run(run, matrices=…, …)", stacklevel=3)
+    runs = _runs(run, labels)
+    if not runs.folders:
+        raise ValueError("Expected at least one run folder, got none.")
+    load = None if isinstance(probe, str) else probe
+    return analyze_runs(runs, output_folder(list(runs.folders.values()), out), options, load, progress)
+
+
+def analyze_runs(
+    runs: Runs, folder: Path, options: Options, load: Loader | None = None, progress: Progress = lambda *counts: None
+) -> xr.DataTree:
+    """Analyse named runs with resolved choices, and write the result; see :func:`analyze_run`.
+
+    Args:
+        runs: What to analyse.
+        folder: Output folder, see :func:`output_folder`.
+        options: How.
+        load: The function that ``options.probe`` names, where it is given itself.
+        progress: See ``Progress``.
+    """
+    options = replace(options, device=resolve_device(options.device))
+    if load is not None:
+        name = getattr(load, "__qualname__", type(load).__name__)
+        options = replace(options, probe=f"{getattr(load, '__module__', '')}:{name}")
+    elif options.probe is not None:
+        load = load_function(options.probe)
+    configuration = _configuration(runs.folders, folder, options)
+
+    sources, refused = _open_all(runs.folders, options)
     with staged(folder, _file_names(sources, options), ["figures"] if options.report else []) as stage:
         with writing(folder):
             write_text(stage / "run.yaml", yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True))
         trees = {
-            name: _labelled(_measure(source, options, configuration, progress, load), name, labels)
+            name: measure(source.trajectory, configuration, progress, source.captured, load, options)
             for name, source in sources.items()
         }
-        tree = _joined(trees, refused, configuration) if isinstance(run, Mapping) else next(iter(trees.values()))
-        add_relations(tree, trees, {name: runs[name] for name in sources}, options, labels or {})
+        for name, label in runs.labels.items():
+            if name in trees:
+                trees[name].attrs["label"] = encodable(label)
+        tree = trees[""] if runs.alone else _joined(trees, refused, configuration)
+        add_relations(tree, trees, {name: runs.folders[name] for name in sources}, options, runs.labels)
         add_findings(tree, incomplete(folder))
         schema.check(tree)
         texts = _drawn(tree) if options.report else {}
@@ -149,26 +219,95 @@ def analyze_run(
     return tree
 
 
-def output_folder(runs: Sequence[Path], out: str | PathLike[str] | None = None) -> Path:
-    """Return where results go: ``out``, else ``RUN/dynamics`` (of a capture beside it), for several ``./dynamics``.
+def _runs(
+    run: Folder | Sequence[Folder] | Mapping[str, Folder | Sequence[Folder]], labels: Mapping[str, str] | None = None
+) -> Runs:
+    """Return what the user calls a run, several, or groups of them, with names.
+
+    >>> runs = _runs({"a": ["runs/x"], "b": ["other/x", "y"]})
+    >>> dict(runs.labels)
+    {'x': 'a', 'x-2': 'b', 'y': 'b'}
+    """
+    if labels is not None:
+        _deprecated("labels={'run': 'label'}", "analyze_run({'label': ['run']})", stacklevel=4)
+    if isinstance(run, str | PathLike):
+        return Runs({"": Path(run)}, {"": label} if (label := next(iter((labels or {}).values()), None)) else {})
+    if not isinstance(run, Mapping):
+        return named_runs([("", folder) for folder in run])
+    texts = {name: Path(folder) for name, folder in run.items() if isinstance(folder, str | PathLike)}
+    if len(texts) < len(run):
+        pairs = [(label, folder) for label, folders in run.items() for folder in _listed(folders)]
+        return named_runs(pairs)
+    if texts:
+        _deprecated("analyze_run({'name': 'run'})", "analyze_run(['run']) or analyze_run({'label': ['run']})", stacklevel=4)
+    _refuse_names(texts)
+    return Runs(texts, {name: label for name, label in (labels or {}).items() if label and name in texts})
+
+
+def _listed(folders: Folder | Sequence[Folder]) -> Sequence[Folder]:
+    return [folders] if isinstance(folders, str | PathLike) else folders
+
+
+def named_runs(pairs: Iterable[tuple[str, Folder]]) -> Runs:
+    """Return runs under the names of their folders, made unique.
+
+    Args:
+        pairs: Label, ``""`` where there is none, and folder.
+
+    >>> dict(named_runs([("a", "runs/x"), ("", "other/x")]).folders)
+    {'x': PosixPath('runs/x'), 'x-2': PosixPath('other/x')}
+    """
+    folders: dict[str, Path] = {}
+    labels: dict[str, str] = {}
+    for label, folder in pairs:
+        stem = name = _plain_name(folder)
+        count = 1
+        while name in folders:
+            count += 1
+            name = f"{stem}-{count}"
+        folders[name] = Path(folder)
+        if label:
+            labels[name] = label
+    return Runs(folders, labels)
+
+
+def _plain_name(folder: Folder) -> str:
+    """Return a folder's own name, a link's too, so that it can name a group and a file.
+
+    >>> _plain_name("runs/a/../b"), _plain_name("/"), _plain_name(".hidden")
+    ('b', 'run', 'hidden')
+    """
+    name = os.path.basename(os.path.abspath(folder)).encode("utf-8", "backslashreplace").decode()
+    # 190 bytes: with what goes before and after it, it is still a file's name.
+    return name.replace("\\", "_").lstrip(".").encode()[:190].decode(errors="ignore") or "run"
+
+
+def _deprecated(old: str, new: str, stacklevel: int) -> None:
+    message = f"{old} is deprecated and will be removed in the next release; use {new}."
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+
+
+def output_folder(runs: Sequence[Path], out: Folder | None = None) -> Path:
+    """Return the folder of a result: ``out``, else ``RUN/dynamics``, of several runs ``./dynamics-comparison``.
 
     Raises:
-        ValueError: If the folder is a Python package, as ``./dynamics`` is in a clone of this project, or a link that
-            nobody named: a run may come from somebody else.
+        ValueError: If ``RUN/dynamics`` is a link, which is followed only where ``out`` names it: a run may come from
+            somebody else.
     """
-    folder = Path(out) if out is not None else results_folder(runs[0]) if len(runs) == 1 else Path(FOLDER)
+    folder = Path(out) if out is not None else results_folder(runs[0]) if len(runs) == 1 else COMPARISON
     if out is None and folder.is_symlink() and folder not in runs:
         raise ValueError(
             f"The output folder '{folder}' is a link to '{os.readlink(folder)}', which is not followed. "
             "If results belong there, name that folder with --out."
         )
-    if (folder / "__init__.py").exists():
-        raise ValueError(f"The output folder '{folder}' is a Python package. Choose another with --out.")
     return folder
 
 
 def resolve_device(device: str) -> str:
-    """``auto`` to a device; a name that is not one, or is not there, is refused.
+    """Return the device for ``auto``, or the named one.
+
+    Raises:
+        ValueError: If the name is not a device, or torch does not see it.
 
     >>> resolve_device("cpu")
     'cpu'
@@ -182,21 +321,21 @@ def resolve_device(device: str) -> str:
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"Expected the device to be auto, cpu, cuda or cuda:i, got {device!r}.")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"The device {device!r} is asked for, but torch sees no CUDA device. Use --device cpu.")
+        raise ValueError(f"Torch sees no CUDA device, so {device!r} cannot be used. Use --device cpu.")
     if kind == "cuda" and index >= torch.cuda.device_count():
         last = torch.cuda.device_count() - 1
-        raise ValueError(f"The device {device!r} is asked for, but the last one is cuda:{last}. Use --device auto.")
+        raise ValueError(f"The device {device!r} does not exist; the last one is cuda:{last}. Use --device auto.")
     return device
 
 
 def _configuration(runs: Mapping[str, Path], folder: Path, options: Options) -> dict[str, object]:
-    """The resolved options; paths are absolute, since the result may be read from anywhere."""
+    """Return the resolved choices; paths are absolute, since the result may be read from anywhere."""
     paths = {"runs": [str(run.absolute()) for run in runs.values()], "out": str(folder.absolute())}
     return encodable({**paths, **asdict(options)})
 
 
 def _refuse_names(names: Iterable[str]) -> None:
-    """Names of several runs are those of groups and of files."""
+    """Refuse names that cannot name a group of the result and a file."""
     for name in names:
         if not name or name.startswith(".") or set(name) & {"/", "\\", "\0"} or len(name.encode()) > 200:
             raise ValueError(f"Expected the name of a run to be a plain name of at most 200 bytes, got {name!r}.")
@@ -212,7 +351,11 @@ def _rank_pattern_file(run: str) -> str:
 
 
 def _open_all(runs: Mapping[str, Path], options: Options) -> tuple[dict[str, Source], list[Finding]]:
-    """Every run that can be opened; the last refusal is raised if none can."""
+    """Open every run that can be opened.
+
+    Raises:
+        NotARun: If none can.
+    """
     sources: dict[str, Source] = {}
     refused: list[Finding] = []
     for name, folder in runs.items():
@@ -229,24 +372,11 @@ def _open_all(runs: Mapping[str, Path], options: Options) -> tuple[dict[str, Sou
     return sources, refused
 
 
-def _measure(
-    source: Source, options: Options, configuration: Mapping[str, object], progress: Progress, probe: Loader | None
-) -> xr.DataTree:
-    return measure(source.trajectory, options.device, configuration, progress, source.captured, probe, options)
-
-
-def _labelled(tree: xr.DataTree, name: str, labels: Mapping[str, str] | None) -> xr.DataTree:
-    label = (labels or {}).get(name) if name else next(iter((labels or {}).values()), None)
-    if label:
-        tree.attrs["label"] = encodable(label)
-    return tree
-
-
 def _joined(
     trees: Mapping[str, xr.DataTree], refused: Sequence[Finding], configuration: Mapping[str, object]
 ) -> xr.DataTree:
-    tree = xr.DataTree.from_dict({f"/runs/{name}": each for name, each in trees.items()})
-    inputs = [{**file, "run": name} for name, each in trees.items() for file in json.loads(each.attrs["inputs"])]
+    tree = xr.DataTree.from_dict({f"/runs/{name}": run for name, run in trees.items()})
+    inputs = [{**file, "run": name} for name, run in trees.items() for file in json.loads(run.attrs["inputs"])]
     tree.attrs = provenance("", configuration, inputs, SEED)
     tree.attrs["findings"] = as_json(refused)
     return tree
@@ -265,7 +395,7 @@ def _write(tree: xr.DataTree, stage: Path, texts: Mapping[str, str]) -> None:
 
 
 def _drawn(tree: xr.DataTree) -> dict[str, str]:
-    """The page and its figures, by file; where one of the two fails the tree gets a finding."""
+    """Return the page and its figures by file name; what fails becomes a finding of the tree."""
     # Here, not above: an analysis without figures must not wait for matplotlib.
     from dynamics import plot
     from dynamics.report.page import page
@@ -285,11 +415,11 @@ def _drawn(tree: xr.DataTree) -> dict[str, str]:
 _Part = TypeVar("_Part")
 
 
-def attempt(what: str, make: Callable[[], _Part], findings: list[Finding]) -> _Part | None:
-    """Make one part of a result; where that fails, the others must not be lost.
+def attempt(part: str, make: Callable[[], _Part], findings: list[Finding]) -> _Part | None:
+    """Make one part of a result; if that fails, the others are kept.
 
     Args:
-        what: The part, as the subject of a sentence.
+        part: The part, as the subject of a sentence.
         make: Makes it.
         findings: Gets an OD209 if it fails.
     """
@@ -300,9 +430,9 @@ def attempt(what: str, make: Callable[[], _Part], findings: list[Finding]) -> _P
         findings.append(
             Finding(
                 "OD209",
-                f"{what} could not be made ({type(error).__name__}{': ' if reason else ''}{reason}). "
+                f"{part} could not be made ({type(error).__name__}{': ' if reason else ''}{reason}). "
                 "The rest of the result is written.",
-                "Correct the input that the message names; if it names none, report this as a bug.",
+                "Correct the input that the message names. If it names none, please report this as a bug.",
             )
         )
         return None
@@ -310,47 +440,47 @@ def attempt(what: str, make: Callable[[], _Part], findings: list[Finding]) -> _P
 
 def measure(
     trajectory: Trajectory,
-    device: str = "cpu",
     configuration: Mapping[str, object] | None = None,
     progress: Progress = lambda run, done, total: None,
     captured: Captured | None = None,
-    probe: Loader | None = None,
-    options: Options = DEFAULTS,
+    load: Loader | None = None,
+    options: Options | None = None,
 ) -> xr.DataTree:
-    """The result of one trajectory, merged with what its training captured; not written anywhere."""
+    """Return the result of one trajectory, merged with the records of its training; nothing is written."""
+    options = options or Options()
     total = sum(len(checkpoint.shapes) for checkpoint in trajectory.checkpoints)
-    done = 0
-
-    def advance(matrices: int) -> None:
-        nonlocal done
-        done += matrices
-        progress(trajectory.name, done, total)
-
-    checkpoints, found = raw_spectra(trajectory, device=device, progress=advance) if total else (None, [])
+    advance = _counter(progress, trajectory.name, total)
+    device = resolve_device(options.device)
+    spectra, findings = raw_spectra(trajectory, device=device, progress=advance) if total else (None, [])
     inputs = [{**file, "step": checkpoint.step} for checkpoint in trajectory.checkpoints for file in checkpoint.inputs]
     if trajectory.base is not None:
         inputs += [{**file, "step": trajectory.base.step, "role": "base"} for file in trajectory.base.inputs]
-    findings = [*trajectory.findings, *found]
-    probed, news = _probed(trajectory, probe, options.matrices, progress)
-    groups, failures = _of_checkpoints(trajectory, checkpoints, options, progress)
-    beside = log_groups(trajectory) | groups
-    parts = Parts(trajectory.name, checkpoints, captured, beside, [*findings, *news, *failures], inputs, **probed)
+    probed, probe_findings = _probed(trajectory, load, options.matrices, progress)
+    groups, failures = _groups_of_checkpoints(trajectory, spectra, options, progress)
+    findings = [*trajectory.findings, *findings, *probe_findings, *failures]
+    parts = Parts(trajectory.name, spectra, captured, log_groups(trajectory) | groups, findings, inputs, **probed)
     return result_tree(parts, configuration or {})
 
 
-def _of_checkpoints(
-    trajectory: Trajectory, update: xr.Dataset | None, options: Options, progress: Progress
-) -> tuple[dict[str, xr.Dataset], list[Finding]]:
-    """``path``, ``base`` and ``weights``, where there is something to tell; and which of them failed."""
-    if update is None:
-        return {}, []
+def _counter(progress: Progress, name: str, total: int) -> Callable[[int], None]:
+    """Return a function that adds up what is done and passes it on."""
     done = 0
 
     def advance(matrices: int) -> None:
         nonlocal done
         done += matrices
-        progress(f"{trajectory.name}: base", done, update.sizes["matrix"])
+        progress(name, done, total)
 
+    return advance
+
+
+def _groups_of_checkpoints(
+    trajectory: Trajectory, update: xr.Dataset | None, options: Options, progress: Progress
+) -> tuple[dict[str, xr.Dataset], list[Finding]]:
+    """Return the groups ``path``, ``base`` and ``weights`` as far as there are any, and a finding for each failure."""
+    if update is None:
+        return {}, []
+    advance = _counter(progress, f"{trajectory.name}: base", update.sizes["matrix"])
     shown = advance if options.intruders else lambda matrices: None
     makers: dict[str, Callable[[], xr.Dataset | None]] = {
         "path": lambda: path_of(trajectory),
@@ -364,21 +494,21 @@ def _of_checkpoints(
 
 
 def _probed(
-    trajectory: Trajectory, probe: Loader | None, matrices: str | None, progress: Progress
+    trajectory: Trajectory, load: Loader | None, matrices: str | None, progress: Progress
 ) -> tuple[dict[str, xr.Dataset | None], list[Finding]]:
-    """``fisher`` and ``score`` of the checkpoints, joined over steps."""
-    if probe is None:
+    """Return ``fisher`` and ``score`` of the checkpoints, joined over steps, and findings."""
+    if load is None:
         return {}, []
     if not trajectory.checkpoints:
         return {}, [Finding("OD411", "There are no checkpoints to probe.", "Keep checkpoints, or probe in training.")]
-    found = probe_checkpoints(
+    probes = probe_checkpoints(
         trajectory.checkpoints,
-        probe,
+        load,
         None if matrices is None else lambda name: re.search(matrices, name) is not None,
         lambda done, total: progress(f"{trajectory.name}: Fisher", done, total),
     )
-    fisher, news = joined_fisher(found.fisher, re.compile(""))
-    return {"fisher": fisher, "score": joined_scores(found.score)}, [*found.findings, *news]
+    fisher, findings = joined_fisher(probes.fisher, re.compile(""))
+    return {"fisher": fisher, "score": joined_scores(probes.score)}, [*probes.findings, *findings]
 
 
 def add_relations(
@@ -390,17 +520,18 @@ def add_relations(
 ) -> None:
     """Add ``/association`` and ``/comparison`` to the root, where there are scores or groups.
 
-    What fails here is a finding (OD515): it never costs what was measured of the runs.
+    A failure becomes a finding (OD515) and costs nothing of what was measured of the runs.
     """
-    named = trees if "runs" in tree.children else {Path(os.path.abspath(folders[""])).name: tree}
-    paths = dict(zip(named, folders.values(), strict=True))
+    runs = trees if "runs" in tree.children else {Path(os.path.abspath(folders[""])).name: tree}
+    paths = dict(zip(runs, folders.values(), strict=True))
     files = [read_scores(path, run=name) for name, folder in paths.items() for path in score_files(folder)]
     files += [read_scores(path) for path in options.scores]
     rows = [row for file in files for row in file.rows]
     directions = dict.fromkeys(options.higher, "higher") | dict.fromkeys(options.lower, "lower")
+    findings = [finding for file in files for finding in file.findings]
     try:
         related = relate(
-            named,
+            runs,
             rows,
             headline=options.headline,
             given=cast(Given | None, options.given),
@@ -409,12 +540,10 @@ def add_relations(
         )
         for name, group in related.groups.items():
             tree[name] = xr.DataTree(encodable_dataset(group.assign_attrs(encodable(group.attrs))))
-    except Exception as error:
+    except Exception as error:  # whatever it is, what has been measured is worth more
         problem = f"Scores and groups could not be related: {type(error).__name__}: {first_line(error)}."
-        failed = [Finding("OD515", problem, "Please report it, with the score files.")]
-        related = Related({}, ())
+        findings.append(Finding("OD515", problem, "Please report it, with the score files."))
     else:
-        failed = list(related.findings) if related.groups or rows or options.scores else []
-    findings = [*(finding for file in files for finding in file.findings), *failed]
-    if findings:
-        tree.attrs["findings"] = json.dumps([*json.loads(tree.attrs["findings"]), *json.loads(as_json(findings))])
+        if related.groups or rows or options.scores:
+            findings += related.findings
+    add_findings(tree, findings)

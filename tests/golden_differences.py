@@ -18,7 +18,7 @@ _KINDS = {"b": "bool", "U": "str", "T": "str", "O": "str"}
 
 
 class Intended(NamedTuple):
-    """A difference that is meant.
+    """An intended difference.
 
     Args:
         inputs: Pattern of ``input/variant``.
@@ -53,7 +53,7 @@ class Dump:
         dims: ``/group/variable`` to names of dimensions.
         findings: Code, severity, place, evidence, in the order of the result.
         numbers: Numbers of the JSON files, by path.
-        texts: Attributes that describe variables and groups: told, not compared.
+        texts: Attributes that describe variables and groups: reported, never a failure.
     """
 
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
@@ -81,11 +81,11 @@ class Dump:
 
 
 def dump(tree: xr.DataTree, folder: Path, files: Sequence[Path] = ()) -> Dump:
-    """Take from a result what is compared.
+    """Return what is compared of a result.
 
     Args:
         tree: The result.
-        folder: The temporary folder of this analysis, which is no part of any evidence.
+        folder: The temporary folder of this analysis, which evidence may name.
         files: JSON files written beside it.
     """
     result = Dump()
@@ -125,7 +125,7 @@ def _kind(dtype: np.dtype) -> str:
 
 
 def _portable(value: Any, folder: Path) -> Any:
-    """Return the same without the temporary folder in it."""
+    """Return a JSON value with "…" in place of the temporary folder."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     for name in sorted({str(folder), str(folder.resolve())}, key=len, reverse=True):
         text = text.replace(json.dumps(name, ensure_ascii=False)[1:-1], "…")
@@ -148,8 +148,8 @@ def differences(old: Dump, new: Dump, rtol: float = 0.0) -> list[Difference]:
 
     Args:
         old, new: The two.
-        rtol: Relative tolerance of real numbers, in units of the largest number of a variable's last axis; 0 compares
-            bits, except that NaN is NaN.
+        rtol: Relative tolerance of real numbers, relative to the largest number along the last axis; 0 compares bits,
+            except that all NaN are equal.
     """
     results = []
     for path in sorted(old.arrays.keys() | new.arrays.keys()):
@@ -175,7 +175,7 @@ def differences(old: Dump, new: Dump, rtol: float = 0.0) -> list[Difference]:
 
 
 def _unequal(before: np.ndarray, after: np.ndarray, rtol: float) -> str:
-    """Return how many values differ, and by how much; nothing if none does."""
+    """Return how many values differ and by how much, or an empty text."""
     if before.dtype.kind not in "fc" or after.dtype.kind not in "fc":
         different = before != after
         return f"{different.sum()} of {before.size}" if different.any() else ""
@@ -210,12 +210,12 @@ def _findings(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], rtol
 
 
 def _by_place(findings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Return evidence by everything else; the order of findings is prose."""
-    places: dict[str, list[Any]] = {}
+    """Return evidence by all other fields; the order of findings does not count."""
+    evidence: dict[str, list[Any]] = {}
     for finding in sorted(findings, key=lambda finding: json.dumps(finding, sort_keys=True)):
         key = json.dumps({name: value for name, value in finding.items() if name != "evidence"}, sort_keys=True)
-        places.setdefault(key, []).append(finding["evidence"])
-    return places
+        evidence.setdefault(key, []).append(finding["evidence"])
+    return evidence
 
 
 def _alike(before: Any, after: Any, rtol: float) -> bool:
@@ -229,12 +229,12 @@ def _alike(before: Any, after: Any, rtol: float) -> bool:
     return type(before) is type(after) and before == after
 
 
-def judged(
-    name: str, found: Sequence[Difference], intended: Sequence[Intended], used: set[Intended]
+def unintended(
+    name: str, changes: Sequence[Difference], intended: Sequence[Intended], used: set[Intended]
 ) -> list[Difference]:
-    """Return the differences that nobody intended; those that match an entry are added to ``used``."""
+    """Return the unintended differences, and add the entries that match others to ``used``."""
     kept = []
-    for difference in found:
+    for difference in changes:
         entries = [
             entry
             for entry in intended
@@ -248,7 +248,7 @@ def judged(
 
 
 def renamed(name: str, old: Dump, intended: Sequence[Intended], used: set[Intended]) -> Dump:
-    """Return a frozen result with the names of today."""
+    """Return a frozen result under its new names, and add the entries that apply to ``used``."""
     for entry in intended:
         if entry.kind != "renamed" or not fnmatchcase(name, entry.inputs):
             continue

@@ -1,6 +1,6 @@
-"""Makes the inputs of ``tests.goldens``: runs of many kinds, small, and the same whenever they are made.
+"""The inputs of ``tests.goldens``: small runs of many kinds, made with fixed seeds.
 
-They are made by code of their own, not by the tests' other makers: these may change, and the inputs must not.
+This module imports no other maker of the tests, because those may change and the inputs must not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GROUPS = {f"{group}_s{seed}": group for group in ("imax", "dmax") for seed in (1
 
 
 def factors(seed: int, rank: int = 4, names: Sequence[str] = NAMES, size: tuple[int, int] = (12, 10)) -> dict[str, Any]:
-    """Return gaussian factors ``B [out, rank]``, ``A [rank, in]`` of each name."""
+    """Return Gaussian factors ``B [out, rank]`` and ``A [rank, in]`` for each name."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (torch.randn(size[0], rank, generator=generator), torch.randn(rank, size[1], generator=generator))
@@ -74,12 +74,12 @@ def _drifting(steps: Sequence[int], seed: int, **shape: Any) -> dict[int, dict[s
 
 
 def make_pydoc_lora(folder: Path) -> None:
-    """The run of the examples."""
+    """Copy the run that comes with the examples."""
     shutil.copytree(Path(dynamics.__file__).parents[1] / "examples" / "runs" / "pydoc_lora", folder / "run")
 
 
 def make_multi_adapter(folder: Path) -> None:
-    """Two adapters in each checkpoint, with other scalings; a matrix that never moves, one that ends, a broken file."""
+    """Write two adapters a checkpoint, a matrix that stays zero, one that disappears, and a broken checkpoint."""
     for step, policy in _drifting((10, 20, 30, 40), seed=1).items():
         checkpoint = folder / "run" / f"checkpoint-{step}"
         policy[NAMES[0]] = (torch.zeros_like(policy[NAMES[0]][0]), policy[NAMES[0]][1])
@@ -98,13 +98,13 @@ def make_multi_adapter(folder: Path) -> None:
 
 
 def make_kohya(folder: Path) -> None:
-    """Files of kohya and LyCORIS, numbered, with kernels, LoHa, LoKr, and a DoRA that is refused."""
+    """Write numbered files of kohya and LyCORIS: kernels, LoHa, LoKr, and a DoRA that is refused."""
     (folder / "run").mkdir(parents=True)
     for step in (10, 20, 30):
-        generator = torch.Generator().manual_seed(step)
+        generator = np.random.default_rng(step)  # torch's normal numbers are not the same on all processors
 
-        def random(*shape: int, generator: torch.Generator = generator) -> Tensor:
-            return torch.randn(*shape, generator=generator)
+        def random(*shape: int, generator: np.random.Generator = generator) -> Tensor:
+            return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
         tensors = {
             "lora_unet_down_blocks_0_q.lora_down.weight": random(4, 10),
@@ -133,7 +133,7 @@ def make_kohya(folder: Path) -> None:
 
 
 def _model_tensors(seed: int, step: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """Return a small language model with stacked experts, that moves by a few directions as steps go by."""
+    """Return a small language model with stacked experts, changed by a rank-2 update that grows with the step."""
     generator, drift = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + step)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (40, 16), "lm_head.weight": (40, 16)}
     for layer in range(2):
@@ -154,7 +154,7 @@ def _model_tensors(seed: int, step: int = 0, dtype: torch.dtype = torch.bfloat16
 
 
 def make_dense_base(folder: Path) -> None:
-    """Whole models in bfloat16, in shards or one file, and the model before training."""
+    """Write whole models in bfloat16 shards, and the model before training."""
     _model(folder / "base", _model_tensors(3))
     for step in (10, 20, 30):
         _model(folder / "run" / f"checkpoint-{step}", _model_tensors(3, step))
@@ -175,7 +175,7 @@ def _model(folder: Path, tensors: Mapping[str, Tensor], shards: int = 2) -> None
 
 
 def make_distributed(folder: Path) -> None:
-    """Distributed checkpoints as the Trainer writes them under FSDP, and a base in one file."""
+    """Write distributed checkpoints as the Trainer does under FSDP, and a base in one file."""
     import torch.distributed.checkpoint as distributed  # slow to import, and seldom needed
 
     _model(folder / "base", _model_tensors(5, dtype=torch.float32), shards=1)
@@ -189,7 +189,7 @@ def make_distributed(folder: Path) -> None:
 
 
 def make_six_runs(folder: Path) -> None:
-    """Six runs of two groups, with losses, and scores in a file."""
+    """Write six runs in two groups, with training losses, and a file of scores."""
     steps = (10, 20, 30, 40, 50)
     rng = np.random.default_rng(0)
     lines = ["run,step,task,score"]
@@ -206,7 +206,7 @@ def make_six_runs(folder: Path) -> None:
 
 
 def llama(width: int = 16, layers: int = 2) -> nn.Module:
-    """Return a small Llama, always the same."""
+    """Return a small Llama; equal arguments give equal weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -220,12 +220,12 @@ def _rows(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def largest_logit(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Score samples by something that is no loss."""
+    """Return the largest logit of each sample, as a score that is not the loss."""
     return model(**batch).logits.flatten(1).amax(1)
 
 
 def tasks(count: int = 16) -> list[Task]:
-    """Return two tasks of sequences that are not trained on, two of each image."""
+    """Return two tasks of held-out sequences, two sequences an image."""
     samples = {
         name: [{**row, "image": f"{name}{number // 2}"} for number, row in enumerate(_rows(count, seed))]
         for name, seed in (("a", 11), ("b", 12))
@@ -235,7 +235,7 @@ def tasks(count: int = 16) -> list[Task]:
 
 
 def load(folder: str) -> tuple[Any, ...]:
-    """Return model, tasks, samples of an optimizer step, and momentum at a checkpoint."""
+    """Return model, tasks, samples per optimizer step, and momentum for a checkpoint."""
     from peft import PeftModel
     from transformers import LlamaForCausalLM
 
@@ -244,7 +244,7 @@ def load(folder: str) -> tuple[Any, ...]:
 
 
 def _train(folder: Path, probed: list[Task] | None, **when: Any) -> None:
-    """Train LoRA for eight steps of two accumulated batches, and record it."""
+    """Train LoRA for eight steps of two accumulated batches, with a callback that records."""
     from peft import LoraConfig, get_peft_model
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
@@ -267,44 +267,46 @@ def _train(folder: Path, probed: list[Task] | None, **when: Any) -> None:
 
 
 def make_two_tasks(folder: Path) -> None:
-    """Checkpoints, and records of a training with two tasks."""
+    """Train with checkpoints, and with records of two tasks."""
     _train(folder, tasks(), at=[1, 2, 4, 6, 8])
 
 
 def make_capture_checkpoints(folder: Path) -> None:
-    """Checkpoints, and records of a training without tasks."""
+    """Train with checkpoints, and with records without tasks."""
     _train(folder, None, every=2)
 
 
 def make_capture(folder: Path) -> None:
-    """Records alone, of a loop that trains all weights and later freezes some."""
+    """Record a loop that trains all weights and later freezes the embedding; no checkpoints."""
     _loop(folder / "run", llama(), tasks()[:1], (1, 2, 4, 6, 8), frozen="model.embed_tokens.weight")
 
 
 def make_first_format(folder: Path) -> None:
-    """Unpack what the first edition left of ``_small_training``: ``capture.zarr``, with its analysis beside it.
+    """Unpack records and an analysis of the first edition, which it wrote for ``_small_training``.
 
-    No later code can make it again. Of the file that notes what was written, the name of the machine was changed.
+    Later code cannot write them. In ``.staging/written.json`` the host name was replaced.
     """
     with tarfile.open(DATA / "first_format.tar.xz") as archive:
         archive.extractall(folder, filter="data")
 
 
 def _small_training(folder: Path) -> None:
-    """Record two matrices and two tasks, few enough to be kept in the repository."""
+    """Record two matrices and two tasks: small enough for the repository."""
     from peft import LoraConfig, get_peft_model
 
     base = llama(width=8, layers=1)
     model = get_peft_model(base, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"]))  # type: ignore[arg-type]
-    _loop(folder / "run", model, tasks(8), (1, 2, 4))
+    _loop(folder / "run", model, tasks(8), (1, 2, 4), batch_size=4)
 
 
-def _loop(run: Path, model: nn.Module, probed: list[Task], at: Sequence[int], frozen: str | None = None) -> None:
-    """Train as many steps as are recorded, and freeze a parameter before the fifth."""
+def _loop(
+    run: Path, model: nn.Module, probed: list[Task], at: Sequence[int], frozen: str | None = None, **how: Any
+) -> None:
+    """Train until the last recorded step; freeze a parameter before step 5."""
     torch.manual_seed(7)
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-2)
     batches = _rows(64, 1)
-    with dynamics.Recorder(run, model, preset="full", at=at, tasks=probed, batch_size=4) as recorder:
+    with dynamics.Recorder(run, model, preset="full", at=at, tasks=probed, **how) as recorder:
         for step in range(1, at[-1] + 1):
             if step == 5 and frozen is not None:
                 model.get_parameter(frozen).requires_grad_(False)
@@ -318,7 +320,7 @@ def _loop(run: Path, model: nn.Module, probed: list[Task], at: Sequence[int], fr
 
 
 def make_probed(folder: Path) -> None:
-    """Checkpoints of a training with two tasks, without its records."""
+    """Train as ``make_two_tasks`` does, and remove the records."""
     make_two_tasks(folder)
     shutil.rmtree(folder / "run" / "dynamics")
 

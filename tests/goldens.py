@@ -1,16 +1,16 @@
-"""Freeze what analyses give, and compare later results with it bit for bit: for changes that must change no number.
+"""Freeze the results of analyses, and compare later results with them bit for bit.
 
-    python -m tests.goldens freeze DIR              # by the code that is believed: inputs, and their results
-    python -m tests.goldens compare DIR [NAME ...]  # by the code in question: exit status 1 if a number differs
-    python -m tests.goldens keep                    # by the code that is believed: what test_goldens.py compares with
+    python -m tests.goldens freeze DIR              # with trusted code: writes inputs and results
+    python -m tests.goldens compare DIR [NAME ...]  # with the code in question: exit status 1 if a number differs
+    python -m tests.goldens keep                    # with trusted code: writes what test_goldens.py compares with
 
-An input is made once, with fixed seeds, and is never written to: each analysis gets a copy. Compared are names,
-dimensions, dtypes, coordinates and values of all variables, codes, severities, places and evidence of findings, and the
-numbers of ``summary.json`` and ``rank_pattern.json``. Prose and provenance are not. Two inputs, ``recorded`` and
-``probed``, train or run a model anew, so that they tell what the recorder and the probes do, too; they are equal to the
-last bit on one machine and one thread.
+Each input is made once, with fixed seeds; analyses work on copies. The comparison covers names, dimensions, dtypes,
+coordinates and values of all variables; code, severity, place and evidence of all findings; and the numbers in
+``summary.json`` and ``rank_pattern.json``. It ignores prose and provenance. The inputs ``recorded`` and ``probed``
+train or run a model with the code in question, so they also cover the recorder and the probes. Equal bits are expected
+on one machine with one thread.
 
-It uses the public interface alone, so that it outlives the rooms behind it.
+Only the public interface is used, so the comparison survives changes of the rooms behind it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import torch
 import xarray as xr
 
 import dynamics
-from tests.golden_differences import Dump, Intended, differences, dump, judged, renamed
+from tests.golden_differences import Dump, Intended, differences, dump, renamed, unintended
 from tests.golden_inputs import (
     DATA,
     GROUPS,
@@ -46,22 +46,24 @@ from tests.golden_inputs import (
     make_two_tasks,
 )
 
-#: Every difference from the frozen results that is meant.
+#: Every intended difference from the frozen results, with its reason.
 INTENDED: tuple[Intended, ...] = ()
-#: Input to analyses that are compared by a test, too.
+#: Largest number of differences printed for one input.
+SHOWN = 60
+#: Input to the analyses that a test compares, too.
 KEPT = {"pydoc_lora": ("some_matrices",), "kohya": ("run",), "first_format": ("analysed", "capture", "stored")}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one analysis gave: the tree it returned, what is opened afterwards, and its folder."""
+    """An analysis: the tree it returned, the tree that opens afterwards, and the folder it wrote."""
 
     tree: xr.DataTree
     opened: xr.DataTree
     written: Path
 
 
-def analysed(
+def analyse(
     run: Path | Mapping[str, Path],
     *,
     out: Path | None = None,
@@ -69,12 +71,12 @@ def analysed(
     probe: Any = None,
     **options: Any,
 ) -> Result:
-    """Analyse by the public interface, whether it takes keywords, or ``options`` and ``labels`` as it did first."""
+    """Call ``analyze_run`` with keywords, or with ``options`` and ``labels`` where it takes those."""
     parameters = inspect.signature(dynamics.analyze_run).parameters
     chosen: dict[str, Any] = {"device": "cpu", "report": False, **options}
     keywords: dict[str, Any] = {"out": out} if out is not None else {}
     keywords |= {"probe": probe} if probe is not None else {}
-    if "base" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+    if "base" in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         keywords |= chosen
     else:
         keywords["options"] = dynamics.Options(**chosen)  # type: ignore[attr-defined]
@@ -94,28 +96,28 @@ def analysed(
 
 
 def opened(path: Path) -> Result:
-    """Open what lies there, and analyse nothing."""
+    """Open a stored result without an analysis."""
     tree = dynamics.open_run(path)
     return Result(tree, tree, path)
 
 
 def _pydoc_lora(folder: Path) -> dict[str, Callable[[], Result]]:
     return {
-        "run": lambda: analysed(folder / "run"),
-        "one_checkpoint": lambda: analysed(folder / "run" / "checkpoint-200", out=folder / "one"),
-        "some_matrices": lambda: analysed(folder / "run", out=folder / "some", matrices=r"layers\.1.*q_proj"),
+        "run": lambda: analyse(folder / "run"),
+        "one_checkpoint": lambda: analyse(folder / "run" / "checkpoint-200", out=folder / "one"),
+        "some_matrices": lambda: analyse(folder / "run", out=folder / "some", matrices=r"layers\.1.*q_proj"),
     }
 
 
 def _one(folder: Path) -> dict[str, Callable[[], Result]]:
-    return {"run": lambda: analysed(folder / "run")}
+    return {"run": lambda: analyse(folder / "run")}
 
 
 def _with_base(folder: Path) -> dict[str, Callable[[], Result]]:
     base = str(folder / "base")
     return {
-        "base": lambda: analysed(folder / "run", base=base, intruders=True, weights=True),
-        "no_base": lambda: analysed(folder / "run", out=folder / "alone"),
+        "base": lambda: analyse(folder / "run", base=base, intruders=True, weights=True),
+        "no_base": lambda: analyse(folder / "run", out=folder / "alone"),
     }
 
 
@@ -124,9 +126,9 @@ def _six_runs(folder: Path) -> dict[str, Callable[[], Result]]:
     scores = (str(folder / "scores.csv"),)
     several = {"labels": GROUPS, "scores": scores}
     return {
-        "groups": lambda: analysed(runs, out=folder / "groups", **several),
-        "given_loss": lambda: analysed(runs, out=folder / "loss", given="loss", matrices=r"layers\.1", **several),
-        "given_trend": lambda: analysed(
+        "groups": lambda: analyse(runs, out=folder / "groups", **several),
+        "given_loss": lambda: analyse(runs, out=folder / "loss", given="loss", matrices=r"layers\.1", **several),
+        "given_trend": lambda: analyse(
             runs,
             out=folder / "trend",
             given="trend",
@@ -135,36 +137,36 @@ def _six_runs(folder: Path) -> dict[str, Callable[[], Result]]:
             matrices="q_proj",
             **several,
         ),
-        "one_run": lambda: analysed(folder / "imax_s1", out=folder / "single", scores=scores),
+        "one_run": lambda: analyse(folder / "imax_s1", out=folder / "single", scores=scores),
     }
 
 
 def _first_format(folder: Path) -> dict[str, Callable[[], Result]]:
-    """Records, and an analysis of them, as the first edition left them in ``RUN/dynamics``."""
+    """Analyse and open what the first edition left in ``RUN/dynamics``."""
     return {
-        "analysed": lambda: analysed(folder / "run", out=folder / "out"),
+        "analysed": lambda: analyse(folder / "run", out=folder / "out"),
         "stored": lambda: opened(folder / "run"),
         "capture": lambda: opened(folder / "run" / "dynamics" / "capture.zarr"),
     }
 
 
 def _probed(folder: Path) -> dict[str, Callable[[], Result]]:
-    return {"run": lambda: analysed(folder / "run", probe=load)}
+    return {"run": lambda: analyse(folder / "run", probe=load)}
 
 
 def _recorded(folder: Path) -> dict[str, Callable[[], Result]]:
-    """Train anew by the code in question, and analyse what it recorded."""
+    """Train with the code in question, and analyse its records."""
     make_two_tasks(folder / "tasks")
     make_capture(folder / "dense")
     make_capture_checkpoints(folder / "plain")
     return {
-        "tasks": lambda: analysed(folder / "tasks" / "run"),
-        "dense": lambda: analysed(folder / "dense" / "run"),
-        "plain": lambda: analysed(folder / "plain" / "run"),
+        "tasks": lambda: analyse(folder / "tasks" / "run"),
+        "dense": lambda: analyse(folder / "dense" / "run"),
+        "plain": lambda: analyse(folder / "plain" / "run"),
     }
 
 
-#: Name of an input to its analyses: the function gets a folder that holds a copy of the input.
+#: Input to its analyses; the function gets a folder with a copy of the input.
 CASES: Mapping[str, Callable[[Path], dict[str, Callable[[], Result]]]] = {
     "pydoc_lora": _pydoc_lora,
     "multi_adapter": _one,
@@ -182,15 +184,15 @@ CASES: Mapping[str, Callable[[Path], dict[str, Callable[[], Result]]]] = {
 
 
 def results(name: str, inputs: Path, variants: Collection[str] = ()) -> Iterator[tuple[str, Dump]]:
-    """Analyse a copy of one input: each analysis, or some, as it was returned and as it is opened afterwards."""
+    """Yield each analysis of one input, or those named, as returned and as opened afterwards."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / name
         if (inputs / name).is_dir():
             shutil.copytree(inputs / name, folder)
-        for variant, analyse in CASES[name](folder).items():
+        for variant, analysis in CASES[name](folder).items():
             if variants and variant not in variants:
                 continue
-            result = analyse()
+            result = analysis()
             files = [*result.written.rglob("summary.json"), *result.written.rglob("rank_pattern*.json")]
             yield variant, dump(result.tree, folder, files)
             yield f"{variant}.opened", dump(result.opened, folder)
@@ -200,14 +202,14 @@ def results(name: str, inputs: Path, variants: Collection[str] = ()) -> Iterator
 
 
 def freeze(folder: Path, names: Sequence[str]) -> None:
-    """Make the inputs that are not there, and the results of all.
+    """Make missing inputs, and write the results of all.
 
     Raises:
-        FileExistsError: If there are results of one already: they are of the code that was believed.
+        FileExistsError: If an input has frozen results already.
     """
     for name in names:
         if (folder / "results" / name).exists():
-            raise FileExistsError(f"There are results of {name} in '{folder}'. Remove them to freeze this code's.")
+            raise FileExistsError(f"'{folder}' holds results of {name} already. Remove them to freeze new ones.")
         if name in MAKERS and not (folder / "inputs" / name).exists():
             MAKERS[name](folder / "inputs" / name)
         start = time.perf_counter()
@@ -217,7 +219,7 @@ def freeze(folder: Path, names: Sequence[str]) -> None:
 
 
 def keep() -> None:
-    """Pack the results of the inputs that a test compares: of what ``freeze`` writes all but descriptions."""
+    """Pack the results that a test compares; descriptions are left out."""
     with tempfile.TemporaryDirectory() as temporary:
         for name, variants in KEPT.items():
             MAKERS[name](Path(temporary) / "inputs" / name)
@@ -234,37 +236,44 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
-def compare(folder: Path, names: Sequence[str]) -> bool:
-    """Print how today's results differ from the frozen ones; return whether anything differs that is not intended."""
+def compare(folder: Path, names: Sequence[str], *, descriptions: bool = False) -> bool:
+    """Print differences from the frozen results, on request of descriptions too; return whether any is unintended."""
     used: set[Intended] = set()
     failed = False
     for name in names:
-        start, count, texts, lines = time.perf_counter(), 0, 0, []
+        start, count, texts, lines = time.perf_counter(), 0, [], []
         stems = {path.name.removesuffix(".npz") for path in (folder / "results" / name).glob("*.npz")}
         for variant, new in results(name, folder / "inputs"):
             stems.discard(variant)
             old = renamed(f"{name}/{variant}", Dump.read(folder / "results" / name / variant), INTENDED, used)
             count += len(new.arrays)
-            bad = judged(f"{name}/{variant}", differences(old, new), INTENDED, used)
-            lines += [f"   {variant} {each.path}: {each.kind} {each.what}" for each in bad]
-            texts += sum(old.texts[path] != new.texts.get(path) for path in old.texts)
+            bad = unintended(f"{name}/{variant}", differences(old, new), INTENDED, used)
+            lines += [f"   {variant} {difference.path}: {difference.kind} {difference.what}" for difference in bad]
+            texts += [
+                f"   {variant} {path}: {text} → {new.texts.get(path)}"
+                for path, text in old.texts.items()
+                if text != new.texts.get(path)
+            ]
         lines += [f"   {variant}: frozen, and not analysed" for variant in sorted(stems)]
         failed |= bool(lines)
         head = f"{name}: {'differs' if lines else 'equal'} ({count} variables, {time.perf_counter() - start:.1f} s)"
-        print(head + (f"; {texts} descriptions are others" if texts else ""), *lines, sep="\n", flush=True)
+        head += f"; {len(texts)} descriptions changed" if texts else ""
+        more = [f"   and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        print(head, *lines[:SHOWN], *more, *(texts if descriptions else ()), sep="\n", flush=True)
     if set(names) == set(CASES):
         for entry in INTENDED:
             if entry not in used:
-                print(f"An intended difference is in no input: {entry}")
+                print(f"This intended difference occurs in no input; remove it: {entry}")
     return failed
 
 
 def main() -> int:
-    """Read the command line."""
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("freeze", "compare", "keep"))
     parser.add_argument("folder", type=Path, nargs="?", help="where inputs and results lie")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CASES)}; all by default")
+    parser.add_argument("--descriptions", action="store_true", help="print changed descriptions, too")
     arguments = parser.parse_args()
     names = arguments.names or list(CASES)
     if unknown := sorted(set(names) - set(CASES)):
@@ -279,7 +288,7 @@ def main() -> int:
     if arguments.action == "freeze":
         freeze(arguments.folder, names)
         return 0
-    return int(compare(arguments.folder, names))
+    return int(compare(arguments.folder, names, descriptions=arguments.descriptions))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import yaml
 from typer.testing import CliRunner
 
 from dynamics import open_run, plot, schema
-from dynamics.analyze import _named_runs, app
-from dynamics.pipeline import analyze_run, resolve_device
+from dynamics.analyze import _labels_and_folders, app
+from dynamics.pipeline import analyze_run, named_runs, resolve_device
 from tests.runs import NAMES, adapter_config, random_factors, write_adapter, write_run, write_state
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def test_several_runs(run, tmp_path, monkeypatch):
     write_run(tmp_path / "other" / "run", seed=5)
     result = analyze(f"imax={run}", f"dmax={tmp_path / 'other' / 'run'}", "--no-report")
     assert result.returncode == 0, result.stderr
-    tree = open_run(tmp_path)
+    tree = open_run(tmp_path / "dynamics-comparison")
     schema.check(tree)
     assert {name: child.attrs["label"] for name, child in tree["runs"].children.items()} == {
         "run": "imax",
@@ -423,7 +423,7 @@ def test_a_device_beyond_the_last_one(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device("cuda:1") == "cuda:1"
-    message = "The device 'cuda:2' is asked for, but the last one is cuda:1. Use --device auto.\n"
+    message = "The device 'cuda:2' does not exist; the last one is cuda:1. Use --device auto.\n"
     assert analyze(run, "--device", "cuda:2").stderr == message
 
 
@@ -495,15 +495,12 @@ def test_of_several_runs_each_line_names_its_run(tmp_path):
     assert [line.partition(": ")[0] for line in lines] == ["OD101 error run, checkpoint-20/adapter_model.safetensors"]
 
 
-@pytest.mark.parametrize("explicit", [False, True])
-def test_a_python_package_is_no_output_folder(run, tmp_path, monkeypatch, explicit):
+def test_several_runs_go_to_a_folder_of_their_own(run, tmp_path, monkeypatch):
     (tmp_path / "clone" / "dynamics").mkdir(parents=True)
-    (tmp_path / "clone" / "dynamics" / "__init__.py").write_text("")
     monkeypatch.chdir(tmp_path / "clone")
-    arguments = [run, "--out", "dynamics"] if explicit else [run, write_run(tmp_path / "other", [1])]
-    message = "The output folder 'dynamics' is a Python package. Choose another with --out.\n"
-    assert analyze(*arguments).stderr == message
-    assert names_of(tmp_path / "clone" / "dynamics") == ["__init__.py"]
+    assert analyze(run, write_run(tmp_path / "other", [1]), "--no-report", "--quiet").returncode == 0
+    assert names_of(tmp_path / "clone" / "dynamics") == []
+    assert list(open_run("dynamics-comparison")["runs"].children) == ["other", "run"]
 
 
 def test_the_label_of_a_single_run(run):
@@ -563,7 +560,7 @@ def test_no_folder_is_not_this_folder(run, monkeypatch, given):
 
 def test_a_link_to_a_run_has_its_own_name(run, tmp_path):
     (tmp_path / "best").symlink_to(run)
-    assert list(_named_runs([str(tmp_path / "best"), str(run)])[0]) == ["best", "run"]
+    assert list(named_runs([("", tmp_path / "best"), ("", run)]).folders) == ["best", "run"]
 
 
 def test_the_root_of_several_runs_says_where_it_comes_from(run, tmp_path):
@@ -613,4 +610,5 @@ def test_interrupted_while_computing(run):
     ],
 )
 def test_labels_and_names(given, names, labels):
-    assert _named_runs(given) == (names, labels)
+    runs = named_runs(_labels_and_folders(given))
+    assert ({name: str(folder) for name, folder in runs.folders.items()}, runs.labels) == (names, labels)

@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 
 from dynamics import analyze_run, open_run, schema
 from dynamics.analyze import app
-from dynamics.pipeline import Options
 from dynamics.relate.run_measures import UPDATE_HEADLINE, training_loss
 from dynamics.report.page import page as page_of
 from tests.runs import write_run, write_state
@@ -103,14 +102,12 @@ def test_scores_of_the_trainers_log_are_found(tmp_path):
         run = write_run(tmp_path / f"run_{number}", steps=STEPS, seed=number)
         log = [{"step": step, "eval_vqa_accuracy": step / 100 + number} for step in STEPS]
         write_state(run / f"checkpoint-{STEPS[-1]}", STEPS[-1], log)
-    tree = analyze_run(
-        {f"run_{n}": tmp_path / f"run_{n}" for n in range(3)}, out=tmp_path / "out", options=Options(report=False)
-    )
+    tree = analyze_run([tmp_path / f"run_{n}" for n in range(3)], out=tmp_path / "out", report=False)
     assert tree["association"]["task"].values.tolist() == ["eval_vqa_accuracy"]
 
 
 def test_without_scores_or_groups_nothing_is_added(runs, tmp_path):
-    tree = analyze_run({"a": runs / "imax_s1", "b": runs / "imax_s2"}, out=tmp_path, options=Options(report=False))
+    tree = analyze_run([runs / "imax_s1", runs / "imax_s2"], out=tmp_path, report=False)
     assert set(tree.children) == {"runs"}
     assert codes(tree) == set()
 
@@ -140,13 +137,13 @@ def logged(tmp_path, count=6, loss=True):
         log += [{"step": step, "loss": 3.0 - step / 20 + number % 3 * step / 50} for step in range(5, 41, 5) if loss]
         for step in STEPS:
             write_state(run / f"checkpoint-{step}", step, [entry for entry in log if entry["step"] <= step])
-    return {name: tmp_path / name for name in names}
+    return [tmp_path / name for name in names]
 
 
 def test_the_logged_loss_is_held_equal(tmp_path):
     runs = logged(tmp_path)
-    plain = analyze_run(runs, out=tmp_path / "o", options=Options(report=False))
-    equal = analyze_run(runs, out=tmp_path / "p", options=Options(report=False, given="loss"))
+    plain = analyze_run(runs, out=tmp_path / "o", report=False)
+    equal = analyze_run(runs, out=tmp_path / "p", report=False, given="loss")
     assert [tree["association"].attrs["given"] for tree in (plain, equal)] == ["", "loss"]
     both = (tree["association"].sel(measure=UPDATE_HEADLINE) for tree in (plain, equal))
     beside, held = (group["coefficient_given_loss"].values for group in both)
@@ -159,7 +156,7 @@ def test_the_logged_loss_is_held_equal(tmp_path):
 
 
 def test_a_loss_that_was_not_logged_is_not_held_equal_and_said(tmp_path):
-    tree = analyze_run(logged(tmp_path, 3, loss=False), out=tmp_path / "o", options=Options(report=False, given="loss"))
+    tree = analyze_run(logged(tmp_path, 3, loss=False), out=tmp_path / "o", report=False, given="loss")
     assert tree["association"].attrs["given"] == ""
     told = [finding for finding in json.loads(tree.attrs["findings"]) if finding["code"] == "OD514"]
     assert "expected the training loss of these runs at these steps" in told[0]["message"]
@@ -188,10 +185,9 @@ def test_a_score_file_that_is_none_is_named_and_the_rest_is_saved(runs, tmp_path
 def test_directions_can_be_said(runs, tmp_path):
     path = tmp_path / "scores.csv"
     path.write_text("\n".join(["run,step,task,score", *(f"imax_s1,{step},oddity,{step}" for step in STEPS)]))
-    options = Options(report=False, scores=(str(path),), lower=("oddity",))
-    tree = analyze_run(runs / "imax_s1", out=tmp_path / "o", options=options)
+    tree = analyze_run(runs / "imax_s1", out=tmp_path / "o", report=False, scores=[path], lower=["oddity"])
     assert tree["association"]["direction"].values.tolist() == [-1]
-    undirected = analyze_run(runs / "imax_s1", out=tmp_path / "p", options=Options(report=False, scores=(str(path),)))
+    undirected = analyze_run(runs / "imax_s1", out=tmp_path / "p", report=False, scores=[path])
     assert "OD505" in codes(undirected)
 
 
@@ -202,8 +198,8 @@ def test_findings_can_fail_a_build(runs, tmp_path, level, status):
 
 
 def test_a_headline_that_no_run_has_is_replaced_and_said(runs, scores, tmp_path):
-    options = Options(report=False, scores=(str(scores),), headline="ln_gain_16")
-    tree = analyze_run(runs / "imax_s1", out=tmp_path / "o", options=options)
+    choices = {"report": False, "scores": [scores], "headline": "ln_gain_16"}
+    tree = analyze_run(runs / "imax_s1", out=tmp_path / "o", **choices)
     assert tree["association"].attrs["headline"] == UPDATE_HEADLINE
     told = [finding for finding in json.loads(tree.attrs["findings"]) if finding["code"] == "OD513"]
     assert told[0]["message"].startswith("No run has ln_gain_16, so the headline measure is")

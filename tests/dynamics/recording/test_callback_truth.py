@@ -15,14 +15,13 @@ from transformers import TrainerCallback
 
 import dynamics
 from dynamics import DynamicsCallback, Recorder
-from dynamics.pipeline import Options
 from tests.trainings import Tokens, llama, lora_llama, trainer
 
 
 def analysed_without_records(run, out) -> xr.Dataset:
     """What the checkpoints alone say."""
     shutil.copytree(run, out, ignore=shutil.ignore_patterns("dynamics"))
-    return dynamics.analyze_run(out, options=Options(report=False))["update"].to_dataset().load()
+    return dynamics.analyze_run(out, report=False)["update"].to_dataset().load()
 
 
 def relative_difference(one: xr.DataArray, other: xr.DataArray) -> float:

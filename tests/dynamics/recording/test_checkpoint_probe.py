@@ -19,7 +19,6 @@ import dynamics
 from dynamics import DynamicsCallback, Recorder, analyze_run, schema
 from dynamics.analyze import app
 from dynamics.checkpoints import open_trajectory
-from dynamics.pipeline import Options
 from dynamics.recording.checkpoint_probe import load_function, probe_checkpoints
 from probes import Task
 from tests.trainings import VOCABULARY, llama, lora_llama, trainer
@@ -61,7 +60,7 @@ def run(captured, tmp_path) -> Path:
 def probed(captured, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone") / "run"
     shutil.copytree(captured, folder, ignore=shutil.ignore_patterns("dynamics"))
-    analyze_run(folder, probe=load, options=Options(report=False))
+    analyze_run(folder, probe=load, report=False)
     return dynamics.open_run(folder).load()
 
 
@@ -113,7 +112,7 @@ def test_one_model_whose_weights_are_exchanged(run, probed):
 
 
 def test_only_matrices_that_are_asked_for(run):
-    tree = analyze_run(run, probe=load, options=Options(report=False, matrices="layers.0.*q_proj"))
+    tree = analyze_run(run, probe=load, report=False, matrices="layers.0.*q_proj")
     blocks = tree["fisher"]["block"].values.tolist()
     assert blocks == ["model.layers.0.self_attn.q_proj", "global"]
     assert np.isfinite(tree["fisher"]["update_product"].sel(step=6)).all()
@@ -125,7 +124,7 @@ def test_records_of_the_training_win_and_come_again(captured, tmp_path):
     store = folder / "dynamics" / "capture.zarr"
     for record in sorted(store.glob("step-*"))[1:]:
         shutil.move(record, tmp_path / record.name)
-    tree = analyze_run(folder, probe=load, options=Options(report=False))
+    tree = analyze_run(folder, probe=load, report=False)
     assert tree["fisher"]["evaluated_at_step"].values.tolist() == [0, 2, 4]  # that of step 2 is the training's own
     for name in ("step-000000000004", "step-000000000006"):  # the training goes on
         shutil.move(tmp_path / name, store / name)
@@ -138,7 +137,7 @@ def test_records_of_the_training_win_and_come_again(captured, tmp_path):
 def test_other_samples_than_the_records_are_left_out(captured, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(captured, folder)
-    tree = analyze_run(folder, probe=lambda path: (*load(path)[:1], tasks()[:1]), options=Options(report=False))
+    tree = analyze_run(folder, probe=lambda path: (*load(path)[:1], tasks()[:1]), report=False)
     codes = [finding["code"] for finding in json.loads(tree.attrs["findings"])]
     assert "OD312" in codes
     assert tree["fisher"]["task"].values.tolist() == ["all", "a", "b"]
@@ -174,7 +173,7 @@ def untrained(folder: str):
     ],
 )
 def test_a_checkpoint_that_fails_costs_itself(run, function, steps, words):
-    tree = analyze_run(run, probe=function, options=Options(report=False))
+    tree = analyze_run(run, probe=function, report=False)
     told = [finding for finding in json.loads(tree.attrs["findings"]) if finding["code"] == "OD411"]
     assert len(told) == 3 - len(steps)
     assert words in told[0]["message"]
@@ -238,7 +237,7 @@ def test_without_checkpoints_there_is_nothing_to_probe(tmp_path):
     with Recorder(tmp_path, model, every=1) as recorder, recorder.step(1, optimizer):
         model(torch.randn(5, 3)).square().sum().backward()
         optimizer.step()
-    tree = analyze_run(tmp_path, probe=load, options=Options(report=False))
+    tree = analyze_run(tmp_path, probe=load, report=False)
     assert any(finding["code"] == "OD411" for finding in json.loads(tree.attrs["findings"]))
 
 

@@ -8,12 +8,10 @@ import pytest
 import xarray as xr
 
 from dynamics import open_run, schema
-from dynamics.pipeline import Options, analyze_run, measure
+from dynamics.pipeline import analyze_run, measure
 from dynamics.store.tree import capture_alone, open_source, with_capture
 from tests.captures import drifting, write_capture
 from tests.runs import NAMES, write_run
-
-NO_REPORT = Options(report=False)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +19,8 @@ def analysed(tmp_path_factory):
     """Checkpoints and a capture of one training, analysed while it was at step 15."""
     run = write_run(tmp_path_factory.mktemp("analysed") / "run", drifting([10, 20, 30]))
     write_capture(run, [5, 10, 15])
-    analyze_run(run, options=NO_REPORT, labels={"": "imax"})
+    with pytest.warns(DeprecationWarning, match="use analyze_run"):
+        analyze_run(run, report=False, labels={"": "imax"})
     return run
 
 
@@ -58,7 +57,7 @@ def fresh(run, matrices=None):
 def test_a_capture_that_has_gone_on_is_merged_as_a_fresh_analysis_would(run, analysed_with):
     if analysed_with == "no capture":
         shutil.rmtree(run / "dynamics")
-        analyze_run(run, options=NO_REPORT)
+        analyze_run(run, report=False)
     write_capture(run, [5, 10, 15, 20, 25])
     opened = open_run(run)
     schema.check(opened)
@@ -70,7 +69,7 @@ def test_a_capture_that_has_gone_on_is_merged_as_a_fresh_analysis_would(run, ana
 def test_what_was_found_of_scores_stays_with_the_association(run, tmp_path):
     rows = "".join(f"run,{step},vqa,{0.1 * place}\n" for place, step in enumerate((10, 20, 30), 1))
     (tmp_path / "scores.csv").write_text(f"run,step,task,score\n{rows}")
-    analyze_run(run, options=Options(report=False, scores=(str(tmp_path / "scores.csv"),)))
+    analyze_run(run, report=False, scores=[tmp_path / "scores.csv"])
     write_capture(run, [5, 10, 15, 20, 25])
     opened = open_run(run)
     assert "association" in opened.children
@@ -79,7 +78,7 @@ def test_what_was_found_of_scores_stays_with_the_association(run, tmp_path):
 
 def test_a_capture_that_went_on_without_checkpoints(tmp_path):
     write_capture(tmp_path / "run", [5, 10])
-    analyze_run(tmp_path / "run", options=NO_REPORT)
+    analyze_run(tmp_path / "run", report=False)
     write_capture(tmp_path / "run", [5, 10, 15])
     opened = open_run(tmp_path / "run")
     assert opened["update"]["step"].values.tolist() == [5, 10, 15]
@@ -99,7 +98,7 @@ def test_what_is_current_is_not_merged_again(run):
 
 
 def test_the_matrices_of_the_analysis_are_those_of_the_merge(run):
-    analyze_run(run, options=Options(report=False, matrices="q_proj"))
+    analyze_run(run, report=False, matrices="q_proj")
     write_capture(run, [5, 10, 15, 20])
     opened = open_run(run)
     assert opened["update"]["matrix"].values.tolist() == [NAMES[0], NAMES[2]]
@@ -143,7 +142,7 @@ def test_a_capture_that_cannot_be_used_any_more_leaves_the_analysis_and_a_findin
 
 
 def test_several_runs_are_left_as_they_are(run):
-    analyze_run({"a": run}, options=NO_REPORT)
+    analyze_run([run], report=False)
     write_capture(run, [5, 10, 15, 20])
     assert open_run(run)["runs/a/update"]["step"].values.tolist() == [5, 10, 15, 20, 30]
 
