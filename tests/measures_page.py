@@ -80,7 +80,8 @@ GROUPS: Mapping[str, Group] = {
         'tree["tasks"]["overlap"].sel(block="global").isel(step=-1)',
     ),
     "score": Group(
-        "Given by the user, the Trainer's log or the tasks.", 'full["score"]["score"].sel(task="vqa/accuracy")'
+        "Measured on the probe samples of tasks that have a `score`. Score files are used where they are.",
+        'tree["score"]["score"].sel(task="vqa")',
     ),
     "association": Group(
         "Measured from measures and scores of several runs. `measure` and `task` name the pair.",
