@@ -19,22 +19,23 @@ import yaml
 from dynamics import schema
 from dynamics.checkpoints import NotARun, Trajectory
 from dynamics.checkpoints.logs import log_groups
-from dynamics.findings import Finding
+from dynamics.findings import Finding, to_json
 from dynamics.recording.checkpoint_probe import Loader, load_function, probe_checkpoints
 from dynamics.relate.association import Given
-from dynamics.relate.run_measures import MEASURES, relate
+from dynamics.relate.run_measures import MEASURES, relate_runs
 from dynamics.relate.score_files import read_scores, score_files
 from dynamics.report import summarise
-from dynamics.spectra.against_base import beside_base
-from dynamics.spectra.dataset import raw_spectra
+from dynamics.spectra.against_base import compare_with_base
 from dynamics.spectra.measures import rank_pattern
 from dynamics.spectra.null_models import SEED
-from dynamics.spectra.path import path_of
-from dynamics.spectra.weights import weights_of
+from dynamics.spectra.path import training_path
+from dynamics.spectra.trajectory import trajectory_spectra
+from dynamics.spectra.weights import weights
 from dynamics.store import RESULT, encodable_dataset, provenance, staged, write_text, write_tree, writing
-from dynamics.store.opening import add_findings, incomplete
-from dynamics.store.records import Captured, joined_fisher, joined_scores
-from dynamics.store.tree import Parts, Source, as_json, open_source, result_tree, results_folder
+from dynamics.store.opening import add_findings
+from dynamics.store.records import TrainingRecords, joined_fisher, joined_scores
+from dynamics.store.replace import notes_before
+from dynamics.store.tree import Parts, Source, open_source, result_tree, results_folder
 from dynamics.text import encodable, first_line, visible
 
 #: Where the result of several runs goes by default.
@@ -199,11 +200,11 @@ def analyze_runs(
     configuration = _configuration(runs.folders, folder, options)
 
     sources, refused = _open_all(runs.folders, options)
-    with staged(folder, _file_names(sources, options), ["figures"] if options.report else []) as stage:
+    with staged(folder) as stage:
         with writing(folder):
             write_text(stage / "run.yaml", yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True))
         trees = {
-            name: measure(source.trajectory, configuration, progress, source.captured, load, options)
+            name: measure(source.trajectory, configuration, progress, source.records, load, options)
             for name, source in sources.items()
         }
         for name, label in runs.labels.items():
@@ -211,7 +212,7 @@ def analyze_runs(
                 trees[name].attrs["label"] = encodable(label)
         tree = trees[""] if runs.alone else _joined(trees, refused, configuration)
         add_relations(tree, trees, {name: runs.folders[name] for name in sources}, options, runs.labels)
-        add_findings(tree, incomplete(folder))
+        add_findings(tree, notes_before(folder))
         schema.check(tree)
         texts = _drawn(tree) if options.report else {}
         with writing(folder):
@@ -239,7 +240,9 @@ def _runs(
         pairs = [(label, folder) for label, folders in run.items() for folder in _listed(folders)]
         return named_runs(pairs)
     if texts:
-        _deprecated("analyze_run({'name': 'run'})", "analyze_run(['run']) or analyze_run({'label': ['run']})", stacklevel=4)
+        _deprecated(
+            "analyze_run({'name': 'run'})", "analyze_run(['run']) or analyze_run({'label': ['run']})", stacklevel=4
+        )
     _refuse_names(texts)
     return Runs(texts, {name: label for name, label in (labels or {}).items() if label and name in texts})
 
@@ -341,11 +344,6 @@ def _refuse_names(names: Iterable[str]) -> None:
             raise ValueError(f"Expected the name of a run to be a plain name of at most 200 bytes, got {name!r}.")
 
 
-def _file_names(runs: Iterable[str], options: Options) -> list[str]:
-    patterns = [_rank_pattern_file(name) for name in runs]
-    return ["run.yaml", RESULT, "summary.json", *patterns, *(["report.html"] if options.report else [])]
-
-
 def _rank_pattern_file(run: str) -> str:
     return f"rank_pattern.{run}.json" if run else "rank_pattern.json"
 
@@ -378,7 +376,7 @@ def _joined(
     tree = xr.DataTree.from_dict({f"/runs/{name}": run for name, run in trees.items()})
     inputs = [{**file, "run": name} for name, run in trees.items() for file in json.loads(run.attrs["inputs"])]
     tree.attrs = provenance("", configuration, inputs, SEED)
-    tree.attrs["findings"] = as_json(refused)
+    tree.attrs["findings"] = to_json(refused)
     return tree
 
 
@@ -401,14 +399,17 @@ def _drawn(tree: xr.DataTree) -> dict[str, str]:
     from dynamics.report.page import page
 
     failures: list[Finding] = []
-    drawings = attempt(
-        "figures/", lambda: {name: plot.to_svg(figure) for name, figure in plot.figures(tree).items()}, failures
-    )
+    drawings: dict[str, str] = {}
+    draws = attempt("figures/", lambda: plot.drawings(tree), failures)
+    for name, draw in (draws or {}).items():
+        drawing = attempt(f"figures/{name}.svg", lambda draw=draw: plot.to_svg(draw()), failures)
+        if drawing is not None:
+            drawings[name] = drawing
     add_findings(tree, failures)  # the page tells them
     unwritten: list[Finding] = []
-    text = attempt("report.html", lambda: page(tree, figures=drawings or {}), unwritten)
+    text = attempt("report.html", lambda: page(tree, figures=drawings), unwritten)
     add_findings(tree, unwritten)
-    texts = {f"figures/{name}.svg": visible(drawing) for name, drawing in (drawings or {}).items()}
+    texts = {f"figures/{name}.svg": visible(drawing) for name, drawing in drawings.items()}
     return texts if text is None else texts | {"report.html": text}
 
 
@@ -442,7 +443,7 @@ def measure(
     trajectory: Trajectory,
     configuration: Mapping[str, object] | None = None,
     progress: Progress = lambda run, done, total: None,
-    captured: Captured | None = None,
+    records: TrainingRecords | None = None,
     load: Loader | None = None,
     options: Options | None = None,
 ) -> xr.DataTree:
@@ -451,14 +452,14 @@ def measure(
     total = sum(len(checkpoint.shapes) for checkpoint in trajectory.checkpoints)
     advance = _counter(progress, trajectory.name, total)
     device = resolve_device(options.device)
-    spectra, findings = raw_spectra(trajectory, device=device, progress=advance) if total else (None, [])
+    spectra, findings = trajectory_spectra(trajectory, device=device, progress=advance) if total else (None, [])
     inputs = [{**file, "step": checkpoint.step} for checkpoint in trajectory.checkpoints for file in checkpoint.inputs]
     if trajectory.base is not None:
         inputs += [{**file, "step": trajectory.base.step, "role": "base"} for file in trajectory.base.inputs]
     probed, probe_findings = _probed(trajectory, load, options.matrices, progress)
     groups, failures = _groups_of_checkpoints(trajectory, spectra, options, progress)
     findings = [*trajectory.findings, *findings, *probe_findings, *failures]
-    parts = Parts(trajectory.name, spectra, captured, log_groups(trajectory) | groups, findings, inputs, **probed)
+    parts = Parts(trajectory.name, spectra, records, log_groups(trajectory) | groups, findings, inputs, **probed)
     return result_tree(parts, configuration or {})
 
 
@@ -483,11 +484,11 @@ def _groups_of_checkpoints(
     advance = _counter(progress, f"{trajectory.name}: base", update.sizes["matrix"])
     shown = advance if options.intruders else lambda matrices: None
     makers: dict[str, Callable[[], xr.Dataset | None]] = {
-        "path": lambda: path_of(trajectory),
-        "base": lambda: beside_base(trajectory, update, directions=options.intruders, progress=shown),
+        "path": lambda: training_path(trajectory),
+        "base": lambda: compare_with_base(trajectory, update, directions=options.intruders, progress=shown),
     }
     if options.weights:
-        makers["weights"] = lambda: weights_of(trajectory)
+        makers["weights"] = lambda: weights(trajectory)
     failures: list[Finding] = []
     groups = {name: attempt(f"/{name}", make, failures) for name, make in makers.items()}
     return {name: dataset for name, dataset in groups.items() if dataset is not None}, failures
@@ -530,7 +531,7 @@ def add_relations(
     directions = dict.fromkeys(options.higher, "higher") | dict.fromkeys(options.lower, "lower")
     findings = [finding for file in files for finding in file.findings]
     try:
-        related = relate(
+        related = relate_runs(
             runs,
             rows,
             headline=options.headline,

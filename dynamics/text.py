@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 UNKNOWN = "–"
@@ -134,3 +134,64 @@ def some(names: Iterable[str], limit: int = 3) -> str:
     names = list(names)
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def with_minus(text: str) -> str:
+    """Return a number's text with a minus sign in place of a leading hyphen.
+
+    >>> with_minus(number(-0.00123456)), with_minus("3.10e-09")
+    ('−0.00123', '3.10e-09')
+    """
+    return f"−{text[1:]}" if text.startswith("-") else text
+
+
+def signed(value: float) -> str:
+    """Return a number of order 1, such as a correlation, with two decimals.
+
+    >>> signed(-0.314), signed(-0.001)
+    ('−0.31', '0.00')
+    """
+    return with_minus(f"{value:z.2f}")
+
+
+def p_value(value: float) -> str:
+    """Return a p-value with two significant digits.
+
+    >>> p_value(0.25), p_value(0.00012)
+    ('0.25', '0.00012')
+    """
+    return f"{value:.2g}" if value >= 1e-5 else f"{value:.1e}"
+
+
+def interval(low: float, high: float, write: Callable[[float], str] = signed) -> str:
+    """Return a 95 % interval in words, or that there is none.
+
+    Args:
+        low, high: Its ends; NaN for none.
+        write: Writes one end.
+
+    >>> interval(-0.1, 0.4), interval(math.nan, math.nan)
+    ('95 % interval −0.10 to 0.40', 'no interval')
+    """
+    if math.isnan(low) or math.isnan(high):
+        return "no interval"
+    return f"95 % interval {write(low)} to {write(high)}"
+
+
+def sentence_case(text: str) -> str:
+    """Return text with its first letter as a capital; Greek symbols stay as they are.
+
+    >>> sentence_case("stable rank"), sentence_case("ρ of the Fisher")
+    ('Stable rank', 'ρ of the Fisher')
+    """
+    return text[:1].upper() + text[1:] if text[:1].isascii() else text
+
+
+def listed(parts: Iterable[str]) -> str:
+    """Return parts as one list in words.
+
+    >>> listed(["a"]), listed(["a", "b", "c"])
+    ('a', 'a, b and c')
+    """
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last

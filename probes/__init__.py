@@ -1,6 +1,9 @@
 """What must touch a model: its matrices, its gradients, and what is measured of it on probe samples."""
 
-from probes.gram import Gram, gradient_gram
+import warnings
+from typing import Any
+
+from probes.gram import ProbeGram, gradient_gram
 from probes.low_rank import LowRankMatrix
 from probes.scores import Score, evaluate
 from probes.tasks import Task, probe_batches, probe_loss
@@ -9,8 +12,8 @@ from probes.undisturbed import swapped
 from probes.watched import watched_matrices
 
 __all__ = [
-    "Gram",
     "LowRankMatrix",
+    "ProbeGram",
     "Score",
     "Task",
     "Transfer",
@@ -22,3 +25,10 @@ __all__ = [
     "transfer",
     "watched_matrices",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Gram":
+        warnings.warn("probes.Gram is deprecated; it is called probes.ProbeGram.", DeprecationWarning, stacklevel=2)
+        return ProbeGram
+    raise AttributeError(f"module 'probes' has no attribute {name!r}")

@@ -15,7 +15,7 @@ from probes.watched import Dense, Product, Watched, base_model, class_names, fin
 
 @dataclass
 class Block:
-    """What one block takes of each batch, until K is formed.
+    """What one block keeps of each batch until K is formed.
 
     Args:
         name: Of the block.
@@ -52,22 +52,24 @@ class Blocks:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by name: in the base model without its wrappers, beside it (soft prompts) as they are.
+    """Return trainable parameters by name.
+
+    In the base model without its wrappers, beside it (soft prompts) as they are.
 
     >>> list(trained_parameters(nn.Linear(2, 2)))
     ['weight', 'bias']
     """
     base, whole = base_model(model), bare(model)
     inside = {path: parameter for path, parameter in base.named_parameters() if parameter.requires_grad}
-    known = {id(parameter) for parameter in inside.values()}
-    beside = {path: p for path, p in whole.named_parameters() if p.requires_grad and id(p) not in known}
+    inner = {id(parameter) for parameter in inside.values()}
+    outer = {path: p for path, p in whole.named_parameters() if p.requires_grad and id(p) not in inner}
     names = {path: plain_path(base, path) for path in inside}
     unique = unique_names(names, names)
-    return {unique[path]: parameter for path, parameter in inside.items()} | beside
+    return {unique[path]: parameter for path, parameter in inside.items()} | outer
 
 
 def find_blocks(model: nn.Module, space: str, names: Sequence[str] | None = None) -> Blocks:
-    """The blocks of a model in a space.
+    """Return the blocks of a model in a space.
 
     Args:
         model: With trainable parameters.
@@ -89,19 +91,19 @@ def find_blocks(model: nn.Module, space: str, names: Sequence[str] | None = None
             "Expected parameters that are whole on each rank, got FSDP 2's shards. Gather the model first."
         )
     watched = find(model).watched
-    taken = {id(parameter) for each in watched for parameter in each.parameters}
-    matrices = [each for each in watched if not each.part_of and each.parameters]
+    taken = {id(parameter) for matrix in watched for parameter in matrix.parameters}
+    matrices = [matrix for matrix in watched if not matrix.part_of and matrix.parameters]
     others = {name: parameter for name, parameter in trained.items() if id(parameter) not in taken}
     if names is not None:
         if not names:
             raise ValueError("Expected names of blocks, got none. Leave blocks out to measure all.")
-        known = {*(each.name for each in matrices), *others}
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"Expected names of blocks, such as {sorted(known)[:3]}, got {unknown[:3]}.")
-        matrices = [each for each in matrices if each.name in set(names)]
+        available = {*(matrix.name for matrix in matrices), *others}
+        if unknown := [name for name in names if name not in available]:
+            raise ValueError(f"Expected names of blocks, such as {sorted(available)[:3]}, got {unknown[:3]}.")
+        matrices = [matrix for matrix in matrices if matrix.name in set(names)]
         others = {name: parameter for name, parameter in others.items() if name in set(names)}
     adapted = _adapted_layers(base_model(model)) if space == "weight" else {}
-    blocks = [_block(each, space, adapted) for each in matrices]
+    blocks = [_block(matrix, space, adapted) for matrix in matrices]
     blocks += [Block(name, parameters=((p, None),), dimension=p.numel()) for name, p in others.items()]
     covered = {id(parameter) for block in blocks for parameter, _ in block.parameters}
     uncovered = tuple(name for name, parameter in trained.items() if id(parameter) not in covered)
@@ -116,15 +118,21 @@ def _block(watched: Watched, space: str, adapted: Mapping[int, nn.Module]) -> Bl
         matrix = view(parameter.detach())
         return Block(watched.name, parameters=((parameter, view),), dimension=matrix.numel())
     products = watched.terms
-    parameters = tuple({id(p): (p, None) for each in products for p in each.parameters if p.requires_grad}.values())
+    parameters = tuple(
+        {id(p): (p, None) for product in products for p in product.parameters if p.requires_grad}.values()
+    )
     if space == "tangent":
         tangent = tangent_space(products)
         return Block(watched.name, products, parameters, tangent.dimension, tangent)
     if space == "factor":
         views = tuple(
             (p, view)
-            for each in products
-            for p, view in ((each.left, each.left_view), (each.right, each.right_view), (each.diagonal, None))
+            for product in products
+            for p, view in (
+                (product.left, product.left_view),
+                (product.right, product.right_view),
+                (product.diagonal, None),
+            )
             if p is not None and p.requires_grad
         )
         size = sum((view(p.detach()) if view else p).numel() for p, view in views)
@@ -140,7 +148,7 @@ def _block(watched: Watched, space: str, adapted: Mapping[int, nn.Module]) -> Bl
 
 
 def _adapted_layers(base: nn.Module) -> dict[int, nn.Module]:
-    """Parameter of an adapter (by identity) → the one layer that it adapts; none if there are several.
+    """Map each adapter parameter (by identity) to the one layer that it adapts; none if there are several.
 
     Nor if a variant of LoRA does more in between than multiply, such as aLoRA, which leaves tokens out.
     """
@@ -149,4 +157,8 @@ def _adapted_layers(base: nn.Module) -> dict[int, nn.Module]:
         if "BaseTunerLayer" in class_names(module):
             for parameter in module.parameters():
                 layers.setdefault(id(parameter), []).append(module)
-    return {key: each[0] for key, each in layers.items() if len(each) == 1 and not getattr(each[0], "lora_variant", {})}
+    return {
+        key: modules[0]
+        for key, modules in layers.items()
+        if len(modules) == 1 and not getattr(modules[0], "lora_variant", {})
+    }

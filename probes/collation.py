@@ -20,7 +20,7 @@ _REMEDY = (
 
 
 def tensors(sample: Any, leave_out: Collection[str] = ()) -> dict[str, Tensor]:
-    """The values of a sample that a model can take, as tensors.
+    """Return the values of a sample that a model can take, as tensors.
 
     Text is left out, for no model takes it, and so is ``None``, which stands for a value that the sample lacks: data
     sets that join several sources have it where a column comes from another source.
@@ -51,7 +51,7 @@ def tensors(sample: Any, leave_out: Collection[str] = ()) -> dict[str, Tensor]:
 
 
 def longest(samples: Iterable[Mapping[str, Tensor]]) -> dict[str, int]:
-    """Length of the longest sequence under each key; a sequence is a vector of integers.
+    """Return the length of the longest sequence under each key; a sequence is a vector of integers.
 
     >>> longest([{"input_ids": torch.tensor([1, 2])}, {"input_ids": torch.tensor([1, 2, 3])}])
     {'input_ids': 3}
@@ -65,7 +65,9 @@ def longest(samples: Iterable[Mapping[str, Tensor]]) -> dict[str, int]:
 
 
 def kind(sample: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...] | None]]:
-    """What must agree for samples to fit into one batch: keys, formats, and shapes but for the length of sequences.
+    """Return what must agree for samples to fit into one batch.
+
+    Keys, formats, and shapes but for the length of sequences.
 
     >>> kind({"input_ids": torch.tensor([1, 2]), "label": torch.tensor(0)})
     {'input_ids': (torch.int64, None), 'label': (torch.int64, ())}
@@ -76,7 +78,7 @@ def kind(sample: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int
 def pad_and_stack(
     samples: Sequence[Mapping[str, Tensor]], lengths: Mapping[str, int] | None = None
 ) -> dict[str, Tensor]:
-    """One batch of samples: sequences padded at the end, all other values stacked as they are.
+    """Return one batch of samples: sequences padded at the end, all other values stacked as they are.
 
     ``labels`` are padded with −100, everything else with 0. Where ``input_ids`` need padding and there is no
     ``attention_mask``, one is made.
@@ -105,7 +107,7 @@ def pad_and_stack(
 
 
 def require_same_keys(samples: Iterable[Mapping[str, Any]]) -> None:
-    """Raises ``ValueError`` naming the first sample whose keys are not those of the first one.
+    """Raise ``ValueError`` naming the first sample whose keys differ from those of the first one.
 
     >>> require_same_keys([{"a": 1}, {}])
     Traceback (most recent call last):

@@ -61,7 +61,7 @@ class GradientNorms:
         self._failure: Exception | None = None
 
     def arm(self) -> None:
-        """Measures from now on; what was measured before is forgotten."""
+        """Start measuring; forget what was measured before."""
         self.disarm()
         self._latest = self._failure = None
         self._reached.clear()
@@ -71,14 +71,16 @@ class GradientNorms:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(self._ask))
 
     def disarm(self) -> None:
-        """Removes the hooks; what was measured stays."""
+        """Remove the hooks; what was measured stays."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._backwards.clear()
 
     def before_clipping(self) -> Float[Tensor, " parameter"] | None:
-        """Squared norms at the end of the last backward pass, ``None`` if there was none; see :func:`squared_norms`.
+        """Return squared norms at the end of the last backward pass, ``None`` if there was none.
+
+        See :func:`squared_norms`.
 
         Raises:
             Exception: What went wrong at that moment, which was no place to disturb the backward pass.
@@ -88,11 +90,11 @@ class GradientNorms:
         return None if self._latest is None else self._reduced(self._latest)
 
     def after_clipping(self) -> Float[Tensor, " parameter"]:
-        """Squared norms of the gradients as they are now; see :func:`squared_norms`."""
+        """Return squared norms of the gradients as they are now; see :func:`squared_norms`."""
         return self._reduced(squared_norms(self._parameters))
 
     def _reduced(self, local: Float[Tensor, " parameter"]) -> Float[Tensor, " parameter"]:
-        """Over all ranks; what was taken is marked so."""
+        """Return squared norms over all ranks; gradients that were taken are marked."""
         result = reduced(local, self._parameters)
         if not self._taken:
             return result
@@ -101,8 +103,8 @@ class GradientNorms:
         return result.masked_fill(taken & (result == NONE), TAKEN)
 
     def _ask(self, *reached: Any) -> None:
-        """Asks, once a backward pass, to be called at its end; called by each parameter that gets a gradient."""
-        self._reached.update(id(each) for each in reached if isinstance(each, nn.Parameter))
+        """Ask, once a backward pass, to be called at its end; called by each parameter that gets a gradient."""
+        self._reached.update(id(parameter) for parameter in reached if isinstance(parameter, nn.Parameter))
         backward = torch._C._current_graph_task_id()
         if self._handles and backward not in self._backwards:
             # By its number: a pass that raises never ends, and must not keep the next one from asking.
@@ -110,7 +112,7 @@ class GradientNorms:
             _at_end_of_backward(lambda: self._end(backward))
 
     def _end(self, backward: int) -> None:
-        """Measures, unless the pass that has ended ran inside another one (reentrant checkpointing)."""
+        """Measure, unless the pass that has ended ran inside another one (reentrant checkpointing)."""
         self._backwards.discard(backward)
         if not self._handles:  # disarmed in the meantime: inert
             return
@@ -135,7 +137,7 @@ class GradientNorms:
 
 
 def _at_end_of_backward(function: Callable[[], None], rounds: int = 1) -> None:
-    """Calls a function once the running backward pass is over, after whatever else waits for that."""
+    """Call a function once the running backward pass is over, after whatever else waits for that."""
     # torch.distributed itself uses this; there is no public name for it.
     queue = Variable._execution_engine.queue_callback  # pyright: ignore[reportAttributeAccessIssue]
     queue(function if rounds == 1 else lambda: _at_end_of_backward(function, rounds - 1))
@@ -143,7 +145,9 @@ def _at_end_of_backward(function: Callable[[], None], rounds: int = 1) -> None:
 
 @torch.no_grad()
 def squared_norms(parameters: Sequence[nn.Parameter]) -> Float[Tensor, " parameter"]:
-    """‖∂L/∂p‖² of each parameter in float64, on the device, without waiting for it; −1 where there is no gradient.
+    """Return ‖∂L/∂p‖² of each parameter in float64, on the device, without waiting for it.
+
+    −1 where there is no gradient.
 
     :class:`GradientNorms` puts −2 where there was one that was taken within the backward pass. Of a DTensor, the norm
     of what this rank holds: see :func:`reduced`.
@@ -166,7 +170,7 @@ def squared_norms(parameters: Sequence[nn.Parameter]) -> Float[Tensor, " paramet
 
 
 def _entries(gradient: Tensor) -> Tensor:
-    """The numbers of a gradient on this rank."""
+    """Return the numbers of a gradient on this rank."""
     gradient = gradient.detach()
     if hasattr(gradient, "to_local"):
         return gradient.to_local()  # pyright: ignore[reportAttributeAccessIssue]
@@ -176,7 +180,7 @@ def _entries(gradient: Tensor) -> Tensor:
 
 
 def reduced(local: Float[Tensor, " parameter"], parameters: Sequence[nn.Parameter]) -> Float[Tensor, " parameter"]:
-    """Squared norms over all ranks that hold a piece of a parameter; all of them must call this together."""
+    """Return squared norms over all ranks that hold a piece of a parameter; all of them must call this together."""
     groups: dict[Any, list[int]] = {}
     for index, parameter in enumerate(parameters):
         for dimension in _sharded_dimensions(parameter):
@@ -193,7 +197,7 @@ def reduced(local: Float[Tensor, " parameter"], parameters: Sequence[nn.Paramete
 
 
 def _sharded_dimensions(parameter: nn.Parameter) -> list[int]:
-    """Dimensions of its device mesh over which a DTensor is split; none for a plain tensor."""
+    """Return the dimensions of the device mesh over which a DTensor is split; none for a plain tensor."""
     placements = getattr(parameter, "placements", ())
     return [dimension for dimension, placement in enumerate(placements) if placement.is_shard()]
 
@@ -201,7 +205,9 @@ def _sharded_dimensions(parameter: nn.Parameter) -> list[int]:
 def norms_of(
     squared: Float[Tensor, " parameter"], parameters: Sequence[nn.Parameter], matrices: Sequence[Sequence[nn.Parameter]]
 ) -> list[float]:
-    """Norm over the parameters of each matrix: 0 where none has a gradient, infinite where one is not finite.
+    """Return the norm over the parameters of each matrix.
+
+    0 where none has a gradient, infinite where one is not finite.
 
     NaN where the gradient of one was taken within the backward pass: what it was is not known.
 
@@ -214,9 +220,9 @@ def norms_of(
     >>> norms_of(torch.tensor([9.0, 16.0, -1.0], dtype=torch.float64), [a, b, c], [[a], [a, b], [c]])
     [3.0, 5.0, 0.0]
     """
-    place = {id(parameter): index for index, parameter in enumerate(parameters)}
+    position = {id(parameter): index for index, parameter in enumerate(parameters)}
     numbers = squared.tolist()  # the one moment at which the host waits for the device
-    return [_norm([numbers[place[id(parameter)]] for parameter in own]) for own in matrices]
+    return [_norm([numbers[position[id(parameter)]] for parameter in members]) for members in matrices]
 
 
 def _norm(squared: Sequence[float]) -> float:
@@ -227,7 +233,7 @@ def _norm(squared: Sequence[float]) -> float:
 
 
 def loss_scale(scaler: Any, optimizer: Any) -> float:
-    """By how much the gradients in ``.grad`` exceed the loss's own, now: AMP's scale, 1 once they are unscaled.
+    """Return by how much the gradients in ``.grad`` exceed the loss's own now: AMP's scale, 1 once they are unscaled.
 
     Args:
         scaler: A ``torch.amp.GradScaler`` or ``None``.

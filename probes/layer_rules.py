@@ -1,10 +1,9 @@
 """Which layers' gradients can be taken apart by sample, and how: from what went in and the gradient of what came out.
 
 For a module y = W x, ∇_W of sample i is Σ_t δ_it x_itᵀ, with x its inputs and δ the gradients of its outputs. The same
-holds for convolutions (inputs unfolded) and embeddings; normalisations and biases have vectors. A layer is known by its
-class and its forward function, a normalisation by what it computes. Inputs and gradients are rows, one for each place
-at which the layer is applied; which rows are a sample's, :mod:`probes.ownership` finds out.
-"""
+holds for convolutions (inputs unfolded) and embeddings; normalisations and biases have vectors. A layer is recognised
+by its class and its forward function, a normalisation by what it computes. Inputs and gradients are rows, one for each
+application of the layer; :mod:`probes.ownership` finds out which rows belong to which sample."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ class Call:
 
 
 def has_rule(call: Call, name: str) -> bool:
-    """Whether one call's part in the gradient of the module's parameter ``name`` can be taken apart by rows.
+    """Return whether one call's part in the gradient of the module's parameter ``name`` can be taken apart by rows.
 
     Args:
         call: One of all calls of a module in a batch.
@@ -61,7 +60,7 @@ def has_rule(call: Call, name: str) -> bool:
 
 
 def follows(first: Call, last: Call) -> bool:
-    """Whether two calls are one, or the second takes just what the first gave, place by place."""
+    """Return whether two calls are one, or the second takes just what the first gave, row by row."""
     if not (first.plain and last.plain) or any(call.output._version != call.version for call in (first, last)):
         return False
     if first is last:
@@ -71,7 +70,7 @@ def follows(first: Call, last: Call) -> bool:
         _is_linear(module)
         or (
             is_convolution(module)
-            and all(each == 1 for each in (*module.kernel_size, *module.stride))  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
+            and all(size == 1 for size in (*module.kernel_size, *module.stride))  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
             and last.output.shape[2:] == last.input.shape[2:]
         )
     )
@@ -80,13 +79,13 @@ def follows(first: Call, last: Call) -> bool:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    """Whether the gradient of the module's weight, or of the weight it adapts, is Σ δ xᵀ."""
+    """Return whether the gradient of the module's weight, or of the weight it adapts, is Σ δ xᵀ."""
     base = adapted_layer(module)
     return isinstance(base, nn.Linear) or _is_conv1d(base) or is_convolution(base) or _is_embedding(base)
 
 
 def adapted_layer(module: nn.Module) -> nn.Module:
-    """The layer that a PEFT layer adapts, else the module itself."""
+    """Return the layer that a PEFT layer adapts, else the module itself."""
     return module.get_base_layer() if "BaseTunerLayer" in class_names(module) else module  # pyright: ignore[reportCallIssue]
 
 
@@ -95,12 +94,15 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer, whose weight is (in, out)."""
+    """Return whether a module is GPT-2's linear layer, whose weight is (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """Whether it is a convolution whose inputs can be unfolded: neither dilated, grouped, nor padded but by zeros."""
+    """Return whether a module is a convolution whose inputs can be unfolded.
+
+    Neither dilated, grouped, nor padded but by zeros.
+    """
     plain = next((c for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, c)), None)
     return bool(
         plain is not None
@@ -108,7 +110,7 @@ def is_convolution(module: nn.Module) -> bool:
         and module.groups == 1  # pyright: ignore[reportAttributeAccessIssue]
         and module.padding_mode == "zeros"  # pyright: ignore[reportAttributeAccessIssue]
         and module.padding != "same"  # pyright: ignore[reportAttributeAccessIssue]
-        and all(each == 1 for each in module.dilation)  # pyright: ignore[reportAttributeAccessIssue, reportGeneralTypeIssues]
+        and all(size == 1 for size in module.dilation)  # pyright: ignore[reportAttributeAccessIssue, reportGeneralTypeIssues]
     )
 
 
@@ -122,7 +124,7 @@ def _is_embedding(module: nn.Module) -> bool:
 
 
 def _is_elementwise(call: Call, name: str) -> bool:
-    """Whether a one-dimensional parameter only scales, or shifts, the last dimension of what comes out.
+    """Return whether a one-dimensional parameter only scales, or shifts, the last dimension of what comes out.
 
     Judged by its gradient for random gradients of the output, which autograd gives too: that a parameter is still
     constant, as at initialisation, or a non-linear gate at 0 or 1, says nothing about what it does.
@@ -148,13 +150,16 @@ def _is_elementwise(call: Call, name: str) -> bool:
 
 @torch.no_grad()
 def _slope(call: Call, name: str) -> Tensor:
-    """∂output/∂parameter, elementwise, of an output that is affine in the parameter."""
+    """Return ∂output/∂parameter, elementwise, of an output that is affine in the parameter."""
     parameter = getattr(call.module, name)
     return _output_at(call, name, torch.ones_like(parameter)) - _output_at(call, name, torch.zeros_like(parameter))
 
 
 def _output_at(call: Call, name: str, value: Tensor) -> Tensor:
-    """The call's output at another value of a parameter; the module, its hooks and its buffers are not touched."""
+    """Return the call's output at another value of a parameter.
+
+    The module, its hooks and its buffers are not touched.
+    """
     twin = copy.copy(call.module)
     twin.__dict__["_parameters"] = {**call.module._parameters, name: value}
     twin.__dict__["_buffers"] = {key: b if b is None else b.clone() for key, b in call.module._buffers.items()}
@@ -162,7 +167,7 @@ def _output_at(call: Call, name: str, value: Tensor) -> Tensor:
 
 
 def gradient_rows(call: Call, gradient: Tensor) -> Float[Tensor, "row feature"]:
-    """The gradient of a call's output, or any tensor of its shape, with one row for each place."""
+    """Return the gradient of a call's output, or any tensor of its shape, with one row for each application."""
     base = adapted_layer(call.module)
     if isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d) and gradient.ndim == _dimensions(base) + 2:
         gradient = gradient.flatten(2).mT
@@ -170,7 +175,7 @@ def gradient_rows(call: Call, gradient: Tensor) -> Float[Tensor, "row feature"]:
 
 
 def _input_rows(call: Call) -> Tensor:
-    """What went in, one row for each place: ``(row, feature)``, or of an embedding ``(row,)``."""
+    """Return the inputs, one row for each application: ``(row, feature)``, or of an embedding ``(row,)``."""
     base = adapted_layer(call.module)
     if isinstance(base, nn.Embedding):
         return call.input.reshape(-1)
@@ -185,7 +190,7 @@ def term(
     rows: Sequence[Float[Tensor, "row feature"]],
     by_sample: Callable[[Sequence[Tensor]], Tensor],
 ) -> Outer | Scatter | Materialised:
-    """What calls of one module add to the gradient of one of its parameters, in the parameter's own shape.
+    """Return what calls of one module add to the gradient of one of its parameters, in the parameter's own shape.
 
     Args:
         calls: Of the module.
@@ -210,7 +215,9 @@ def matrix_term(
     rows: Sequence[Float[Tensor, "row feature"]],
     by_sample: Callable[[Sequence[Tensor]], Tensor],
 ) -> Outer | Scatter:
-    """Σ δ xᵀ as (out, in), of an embedding as (in, out): by the kind of the module, or of the layer that it adapts.
+    """Return Σ δ xᵀ as (out, in), of an embedding as (in, out).
+
+    By the kind of the module, or of the layer that it adapts.
 
     Args:
         calls: Whose inputs x are.
@@ -227,12 +234,15 @@ def matrix_term(
 
 
 def _dimensions(module: nn.Module) -> int:
-    """Of the images that a convolution takes."""
+    """Return the number of dimensions of the images that a convolution takes."""
     return len(module.kernel_size)  # pyright: ignore[reportArgumentType]
 
 
 def _unfolded(inputs: Tensor, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Float[Tensor, "sample place feature"]:
-    """What each place of the output sees of the input: channels, then the kernel's dimensions, as in the weight."""
+    """Return what each position of the output sees of the input.
+
+    Channels, then the kernel's dimensions, as in the weight.
+    """
     paddings = [0] * len(module.kernel_size) if isinstance(module.padding, str) else list(module.padding)  # "valid"
     sides = [side for padding in reversed(paddings) for side in (padding, padding)]
     patches = nn.functional.pad(inputs, sides)
@@ -240,6 +250,6 @@ def _unfolded(inputs: Tensor, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Floa
     for dimension, (size, stride) in enumerate(zip(module.kernel_size, module.stride, strict=True)):
         patches = patches.unfold(2 + dimension, size, stride)
     # (sample, channel, places…, kernel…) → (sample, place, channel · kernel)
-    places = list(range(2, 2 + dimensions))
-    order = [0, *places, 1, *range(2 + dimensions, 2 + 2 * dimensions)]
+    positions = list(range(2, 2 + dimensions))
+    order = [0, *positions, 1, *range(2 + dimensions, 2 + 2 * dimensions)]
     return patches.permute(order).flatten(1, dimensions).flatten(2)

@@ -20,7 +20,7 @@ _OF_MEAN, _OF_TOKEN = 8, 4
 
 
 def token_losses(model: nn.Module, batch: Mapping[str, Any], reduction: str = "sum") -> Float[Tensor, " sample"]:
-    """The model's own cross-entropy of each sample: over its tokens, or of its class.
+    """Return the model's own cross-entropy of each sample: over its tokens, or of its class.
 
     Models predict either the next label (decoders) or the label at the same place (encoder-decoders, masked language
     models, token classification). Which it is, is not guessed: it is the one whose mean over the batch is the loss
@@ -50,8 +50,8 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any], reduction: str = "s
     # A cache of keys and values serves generation only, and keeps the memory of every layer.
     config = getattr(model, "config", None)
     outputs = model(**batch, **({"use_cache": False} if getattr(config, "use_cache", False) else {}))
-    logits, own = getattr(outputs, "logits", None), getattr(outputs, "loss", None)
-    if not isinstance(logits, Tensor) or not isinstance(own, Tensor):
+    logits, model_loss = getattr(outputs, "logits", None), getattr(outputs, "loss", None)
+    if not isinstance(logits, Tensor) or not isinstance(model_loss, Tensor):
         raise ValueError(
             f"Expected {type(model).__name__} to return loss and logits, got {type(outputs).__name__}. Pass loss=, a "
             "function (model, batch) that returns one loss a sample."
@@ -68,7 +68,7 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any], reduction: str = "s
 
 
 def predicts_next(model: nn.Module, outputs: Any, labels: Tensor) -> bool:
-    """Whether logits predict the next label or the one at the same place: as the model's own loss has it.
+    """Return whether logits predict the next label or the one at the same position, as the model's own loss tells.
 
     Args:
         model: That gave the outputs.
@@ -83,7 +83,10 @@ def predicts_next(model: nn.Module, outputs: Any, labels: Tensor) -> bool:
 
 
 def _readings(model: nn.Module, logits: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """What the logits may predict, the likelier first: ``[sample, token, class]`` and labels ``[sample, token]``."""
+    """Return what the logits may predict, the likelier first.
+
+    ``[sample, token, class]`` and labels ``[sample, token]``.
+    """
     if labels.ndim == 1:
         return {"the labels": (logits[:, None], labels[:, None])}
     readings = {"the next labels": (logits[:, :-1], labels[:, 1:]), "the labels": (logits, labels)}
@@ -91,7 +94,7 @@ def _readings(model: nn.Module, logits: Tensor, labels: Tensor) -> dict[str, tup
 
 
 def _predicts_next(model: nn.Module) -> bool:
-    """What its class says; only the model's own loss decides."""
+    """Return what the model's class suggests; only its own loss decides."""
     names = {name for module in model.modules() for name in class_names(module)}
     encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return not encoder_decoder and not any(name.endswith(("MaskedLM", "TokenClassification")) for name in names)
@@ -100,9 +103,9 @@ def _predicts_next(model: nn.Module) -> bool:
 def _as_the_model(
     readings: Mapping[str, tuple[Tensor, Tensor]], outputs: Any
 ) -> tuple[Float[Tensor, "sample token"], Bool[Tensor, "sample token"]]:
-    """Cross-entropies whose mean is the model's own loss, and which of them count."""
-    own = outputs.loss.detach()
-    loss = own.double().mean().item()
+    """Return the cross-entropies whose mean is the model's own loss, and which of them count."""
+    model_loss = outputs.loss.detach()
+    loss = model_loss.double().mean().item()
     means: dict[str, float] = {}
     sizes: dict[str, float] = {}
     results = {}
@@ -119,7 +122,7 @@ def _as_the_model(
     best = min(means, key=lambda name: abs(means[name] - loss))
     tokens, auxiliary = int(results[best][1].sum()), _auxiliary(outputs)
     # A model that names an auxiliary loss has added it; no rounding explains the difference then.
-    allowed = _half_precision(own, readings[best][0], sizes[best] / math.sqrt(max(tokens, 1)))
+    allowed = _half_precision(model_loss, readings[best][0], sizes[best] / math.sqrt(max(tokens, 1)))
     if not auxiliary and abs(means[best] - loss) <= allowed:
         return results[best]
     listed = ", ".join(f"{mean:.6g} for {name}" for name, mean in means.items())
@@ -137,28 +140,31 @@ def _as_the_model(
 
 
 def _auxiliary(outputs: Any) -> list[str]:
-    """Names of auxiliary losses that the outputs hold, such as those of routers."""
+    """Return the names of auxiliary losses in the outputs, such as those of routers."""
     given = outputs if isinstance(outputs, Mapping) else vars(outputs)
     return [name for name, value in given.items() if name.endswith(("aux_loss", "z_loss")) and value is not None]
 
 
-def _half_precision(own: Tensor, logits: Tensor, size: float) -> float:
-    """By how much two means may differ where something was rounded to half precision.
+def _half_precision(loss: Tensor, logits: Tensor, size: float) -> float:
+    """Return by how much two means may differ where something was rounded to half precision.
 
     Args:
-        own: The model's own loss; if half precision, it is rounded as such.
+        loss: The model's own loss; if half precision, it is rounded as such.
         logits: Errors of tokens are independent, so that they average out.
         size: Of what is rounded for a token, over the square root of the number of tokens.
     """
-    half = [tensor.dtype for tensor in (own, logits) if tensor.dtype.itemsize < 4]
+    half = [tensor.dtype for tensor in (loss, logits) if tensor.dtype.itemsize < 4]
     rounding = max((torch.finfo(kind).eps for kind in half), default=0.0)
-    return rounding * (_OF_TOKEN * size + (abs(own.double().mean().item()) if own.dtype in half else 0.0))
+    return rounding * (_OF_TOKEN * size + (abs(loss.double().mean().item()) if loss.dtype in half else 0.0))
 
 
 def _cross_entropies(
     logits: Float[Tensor, "sample token class"], labels: Int[Tensor, "sample token"]
 ) -> Float[Tensor, "sample token"]:
-    """In single precision at least: half precision has too few digits for a sum over a vocabulary."""
+    """Return cross-entropies in at least single precision.
+
+    Half precision has too few digits for a sum over a vocabulary.
+    """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"

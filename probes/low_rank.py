@@ -90,7 +90,7 @@ class LowRankMatrix:
         return max(self.left_factor.dtype, self.right_factor.dtype, key=lambda dtype: torch.finfo(dtype).eps)
 
     def to_dense(self) -> Float[Tensor, "out in"]:
-        """The product, in float64. For tests and small matrices: everything else works on the factors."""
+        """Return the product in float64. For tests and small matrices: everything else works on the factors."""
         return self.left @ self.right
 
     def __repr__(self) -> str:

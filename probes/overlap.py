@@ -17,8 +17,8 @@ _MASK = "attention_mask"
 _LABELS = frozenset({"labels", "label", "label_ids"})
 
 
-def each(dataset: Any) -> Iterator[Any]:
-    """The samples of a data set, map-style (by number) or iterable (a stream).
+def samples_of(dataset: Any) -> Iterator[Any]:
+    """Yield the samples of a data set, map-style (by number) or iterable (a stream).
 
     >>> list(each(torch.utils.data.TensorDataset(torch.tensor([3]))))
     [(tensor(3),)]
@@ -30,7 +30,7 @@ def each(dataset: Any) -> Iterator[Any]:
 
 
 def content(sample: Any) -> dict[str, Any]:
-    """What there is to compare in a sample, by key: items of a tuple by their place.
+    """Return what can be compared in a sample, by key; items of a tuple by position.
 
     Left out are padding masks, and labels that repeat ``input_ids``: which of them are masked (−100) is a choice of the
     loss, and does not make another sample.
@@ -46,12 +46,12 @@ def content(sample: Any) -> dict[str, Any]:
             del values["labels"]
         return values
     if isinstance(sample, tuple | list):
-        return {str(place): value for place, value in enumerate(sample)}
+        return {str(position): value for position, value in enumerate(sample)}
     return {"0": sample}
 
 
 def comparable(keys: Collection[str], others: Collection[str]) -> frozenset[str]:
-    """Keys by which two samples can be compared: those both have; none if these are only labels.
+    """Return the keys by which two samples can be compared: those both have; none if these are only labels.
 
     >>> sorted(comparable({"input_ids", "labels", "image"}, {"input_ids", "labels"}))
     ['input_ids', 'labels']
@@ -63,7 +63,7 @@ def comparable(keys: Collection[str], others: Collection[str]) -> frozenset[str]
 
 
 def content_hash(sample: Any, keys: Collection[str]) -> bytes:
-    """A hash (BLAKE2b, 16 bytes) of a sample's values under ``keys``.
+    """Return a hash (BLAKE2b, 16 bytes) of a sample's values under ``keys``.
 
     Numbers are compared by value, whatever holds them (list, array, tensor; any width of integers and floats), without
     the places that ``attention_mask`` masks: padded and unpadded samples are the same.
@@ -108,7 +108,7 @@ def _array(value: Any) -> np.ndarray:
 
 
 def overlapping(samples: Any, training: Any, leave_out: Collection[str] = ()) -> tuple[dict[int, int], int]:
-    """Which samples are also in the training set, reading it once and keeping nothing of it.
+    """Return which samples are also in the training set, reading it once and keeping nothing of it.
 
     Args:
         samples: The probe samples, map-style.
@@ -122,19 +122,19 @@ def overlapping(samples: Any, training: Any, leave_out: Collection[str] = ()) ->
     >>> overlapping([{"input_ids": [1]}, {"input_ids": [2]}], [{"input_ids": [3]}, {"input_ids": [2]}])
     ({1: 1}, 2)
     """
-    own_keys = set.intersection(*(set(content(sample)) for sample in each(samples))) - set(leave_out)
-    known: dict[frozenset[str], dict[bytes, list[int]]] = {}  # by the keys compared, which samples may differ in
-    found: dict[int, int] = {}
+    probe_keys = set.intersection(*(set(content(sample)) for sample in samples_of(samples))) - set(leave_out)
+    hashes: dict[frozenset[str], dict[bytes, list[int]]] = {}  # by the keys compared, which samples may differ in
+    matches: dict[int, int] = {}
     compared = 0
-    for number, sample in enumerate(each(training)):
-        keys = comparable(own_keys, content(sample))
+    for number, sample in enumerate(samples_of(training)):
+        keys = comparable(probe_keys, content(sample))
         if not keys:
             continue
         compared += 1
-        if keys not in known:
-            known[keys] = {}
-            for own, probe in enumerate(each(samples)):
-                known[keys].setdefault(content_hash(probe, keys), []).append(own)
-        for own in known[keys].get(content_hash(sample, keys), ()):
-            found.setdefault(own, number)
-    return dict(sorted(found.items())), compared
+        if keys not in hashes:
+            hashes[keys] = {}
+            for index, probe in enumerate(samples_of(samples)):
+                hashes[keys].setdefault(content_hash(probe, keys), []).append(index)
+        for index in hashes[keys].get(content_hash(sample, keys), ()):
+            matches.setdefault(index, number)
+    return dict(sorted(matches.items())), compared

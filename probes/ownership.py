@@ -49,7 +49,7 @@ class Split:
     index: Int[Tensor, "sample token"] | None = None
 
     def __call__(self, rows: Sequence[Tensor]) -> Tensor:
-        """Rows of one or several calls, ``(row, …)``, as ``(sample, token, …)``."""
+        """Return rows of one or several calls, ``(row, …)``, as ``(sample, token, …)``."""
         if self.index is None:
             parts = [part.reshape(self.samples, len(part) // self.samples, *part.shape[1:]) for part in rows]
             return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -57,7 +57,7 @@ class Split:
 
 
 def split_by(samples: int, sample_of_row: Sequence[Int[Tensor, " row"] | None], lengths: Sequence[int]) -> Split:
-    """How the rows of several calls together are taken apart.
+    """Return how the rows of several calls together are taken apart.
 
     Args:
         samples: N.
@@ -87,7 +87,7 @@ def split_by(samples: int, sample_of_row: Sequence[Int[Tensor, " row"] | None], 
 def samples_of_rows(
     losses: Float[Tensor, " sample"], calls: Sequence[Call], rows: Mapping[int, Float[Tensor, "row feature"]]
 ) -> dict[int, Int[Tensor, " row"] | None]:
-    """The sample of each row of the calls' outputs, by one to three more backward passes.
+    """Return the sample of each row of the calls' outputs, by one to three more backward passes.
 
     Args:
         losses: With their graph; at least two.
@@ -119,7 +119,7 @@ def _place(
     samples: int,
     repeated: Mapping[int, Tensor] | None = None,
 ) -> list[Call]:
-    """Adds the calls whose rows are of one sample each, as far as the passes tell; returns the others."""
+    """Add the calls whose rows are of one sample each, as far as the passes tell, and return the others."""
     left = []
     for call in calls:
         gradients = rows[id(call)]
@@ -143,7 +143,7 @@ def _place(
 
 
 def _exponents(samples: int, calls: Sequence[Call], rows: Mapping[int, Tensor]) -> Float[Tensor, "pass sample"]:
-    """Logarithms of the weights of two passes, which together name each sample.
+    """Return logarithms of the weights of two passes, which together name each sample.
 
     Those of the first grow as gradients get smaller, by more than these do. How large a sample's gradients are, is
     known where rows are in order; elsewhere any weights will do.
@@ -164,7 +164,7 @@ def _exponents(samples: int, calls: Sequence[Call], rows: Mapping[int, Tensor]) 
 
 
 def _weighted(losses: Tensor, calls: Sequence[Call], exponents: Float[Tensor, " sample"]) -> dict[int, Tensor]:
-    """Gradients of the weighted sum of losses, as rows, by the call's identity."""
+    """Return gradients of the weighted sum of losses, as rows, by the call's identity."""
     outputs = [call.output for call in calls]
     weights = torch.exp2(exponents).to(losses)
     gradients = torch.autograd.grad(losses, outputs, weights, retain_graph=True, allow_unused=True)
@@ -177,7 +177,10 @@ def _weighted(losses: Tensor, calls: Sequence[Call], exponents: Float[Tensor, " 
 
 
 def _decoded(rows: Tensor, passes: Sequence[tuple[Tensor, Tensor]]) -> Int[Tensor, " row"]:
-    """The sample of each row by the ratio of its gradients: −1 for rows of zeros, −2 where there is no such sample."""
+    """Return the sample of each row by the ratio of its gradients.
+
+    −1 for rows of zeros, −2 where there is no such sample.
+    """
     largest = rows.abs().amax(1, keepdim=True)
     unit = (rows / largest).double()
     ratios = [(unit * (weighted / largest)).sum(1) / unit.square().sum(1) for _, weighted in passes]
@@ -194,7 +197,7 @@ def _decoded(rows: Tensor, passes: Sequence[tuple[Tensor, Tensor]]) -> Int[Tenso
 def _holds(
     rows: Tensor, numbers: Tensor, passes: Sequence[tuple[Tensor, Tensor]], noise: Float[Tensor, " row"] | None
 ) -> bool:
-    """Whether weighted gradients are the weight of the row's sample times the unweighted ones, up to the noise."""
+    """Return whether weighted gradients are the sample's weight times the unweighted ones, up to the noise."""
     if bool((numbers == -2).any()):
         return False
     for exponents, weighted in passes:

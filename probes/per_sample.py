@@ -40,18 +40,18 @@ class Recording:
 
 @contextmanager
 def recording(modules: Sequence[nn.Module]) -> Iterator[Recording]:
-    """Records calls of modules; their hooks are gone afterwards."""
-    found = Recording()
+    """Record calls of modules; their hooks are gone afterwards."""
+    forward = Recording()
 
     def keep(module: nn.Module, inputs: tuple, keywords: dict, output: object) -> None:
         if len(inputs) >= 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
             plain = len(inputs) == 1 and not keywords
             call = Call(module, inputs[0].detach(), output, output._version, plain)
-            found.calls.setdefault(module, []).append(call)
+            forward.calls.setdefault(module, []).append(call)
         else:
-            found.strange.add(module)
-        if not any(each.requires_grad for each in _tensors(output)):
-            found.without_graph.add(module)
+            forward.strange.add(module)
+        if not any(tensor.requires_grad for tensor in _tensors(output)):
+            forward.without_graph.add(module)
 
     # First of all hooks, to see the output as the layer made it. Scripted modules take none.
     handles = [
@@ -60,7 +60,7 @@ def recording(modules: Sequence[nn.Module]) -> Iterator[Recording]:
         if not isinstance(module, torch.jit.ScriptModule)
     ]
     try:
-        yield found
+        yield forward
     finally:
         for handle in handles:
             handle.remove()
@@ -70,19 +70,19 @@ def _tensors(output: object) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, tuple | list | Mapping):
-        for each in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(each)
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)
 
 
 def owners(model: nn.Module, parameters: Sequence[nn.Parameter]) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Parameter (by identity) → the modules whose own it is, each with its name there; several for tied weights."""
+    """Map each parameter (by identity) to the modules that own it, with its name there; several for tied weights."""
     wanted = {id(parameter) for parameter in parameters}
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    modules: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in dict.fromkeys(model.modules()):
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in wanted:
-                found.setdefault(id(parameter), []).append((module, name))
-    return found
+                modules.setdefault(id(parameter), []).append((module, name))
+    return modules
 
 
 @dataclass(frozen=True)
@@ -106,18 +106,18 @@ class SampleGradients:
 def sample_gradients(
     losses: Float[Tensor, " sample"],
     parameters: Sequence[nn.Parameter],
-    own: Mapping[int, Sequence[tuple[nn.Module, str]]],
+    owners_of: Mapping[int, Sequence[tuple[nn.Module, str]]],
     recorded: Recording,
     *,
     chains: Sequence[Chain] = (),
     trusted: bool = False,
 ) -> SampleGradients:
-    """Gradient of each sample's loss with respect to each parameter.
+    """Return the gradient of each sample's loss with respect to each parameter.
 
     Args:
         losses: With their graph.
         parameters: Whose gradients are wanted.
-        own: As :func:`owners` gives them.
+        owners_of: As :func:`owners` gives them.
         recorded: The forward pass that gave the losses.
         trusted: Whether rows are known to be of one sample each, one sample's after the other's, unless their shape
             leaves that open. Otherwise it is found out.
@@ -128,8 +128,8 @@ def sample_gradients(
         ValueError: If a layer ran inside an operation that hides its graph.
     """
     samples, uses = len(losses), _uses(losses, parameters)
-    _require_seen(parameters, own, recorded, uses)
-    ways = {id(p): _ways(p, own.get(id(p), ()), recorded) for p in parameters}
+    _require_seen(parameters, owners_of, recorded, uses)
+    ways = {id(p): _ways(p, owners_of.get(id(p), ()), recorded) for p in parameters}
     steps = {chain: pairs for chain in chains if (pairs := _steps(chain, recorded))}
     calls = {id(call): call for way in ways.values() for call, _ in way or ()}
     calls |= {id(last): last for pairs in steps.values() for _, last in pairs}
@@ -147,7 +147,7 @@ def sample_gradients(
         reached = [(call, name) for call, name in way or () if id(call) in rows]
         # More uses than calls that got a gradient: something besides the modules uses it, or hides what they do.
         if used and (way is None or used > len(reached)):
-            beyond |= {module for module, _ in own.get(id(parameter), ())}
+            beyond |= {module for module, _ in owners_of.get(id(parameter), ())}
             slow.append(parameter)
         elif any(id(call) not in placed for call, _ in reached):
             slow.append(parameter)
@@ -177,7 +177,7 @@ def _taken_apart(
     placed: Mapping[int, Tensor | None],
     samples: int,
 ) -> SampleGradient:
-    """The sum of what calls of one or several modules, by the parameter's name there, add to its gradient."""
+    """Return the sum of what calls of one or several modules, by the parameter's name there, add to its gradient."""
     terms = []
     for module, name in dict.fromkeys((call.module, name) for call, name in way):
         calls = [call for call, other in way if call.module is module and other == name]
@@ -192,7 +192,7 @@ def _split(
 
 
 def _steps(chain: Chain, recorded: Recording) -> list[tuple[Call, Call]]:
-    """Calls of the first and of the second module that follow each other; none if any does not."""
+    """Return calls of the first and of the second module that follow each other; none if any does not."""
     first, last = (recorded.calls.get(module, []) for module in chain)
     if len(first) != len(last) or not all(follows(*step) for step in zip(first, last, strict=True)):
         return []
@@ -200,23 +200,23 @@ def _steps(chain: Chain, recorded: Recording) -> list[tuple[Call, Call]]:
 
 
 def _ways(
-    parameter: nn.Parameter, own: Sequence[tuple[nn.Module, str]], recorded: Recording
+    parameter: nn.Parameter, owners_of: Sequence[tuple[nn.Module, str]], recorded: Recording
 ) -> list[tuple[Call, str]] | None:
-    """The calls that a parameter's gradient is the sum of; ``None`` if no rule says it."""
-    found = []
-    for module, name in own:
+    """Return the calls that a parameter's gradient is the sum of; ``None`` if no rule covers it."""
+    ways = []
+    for module, name in owners_of:
         if module in recorded.strange:
             return None
         for call in recorded.calls.get(module, ()):
             if not has_rule(call, name):
                 return None
-            found.append((call, name))
-    return found if own else None
+            ways.append((call, name))
+    return ways if owners_of else None
 
 
 @dataclass(frozen=True)
 class _Uses:
-    """What the graph says.
+    """How often the graph uses each parameter, and its custom operations.
 
     Args:
         counts: By a parameter's identity, how many operations take it.
@@ -231,39 +231,39 @@ def _uses(losses: Tensor, parameters: Sequence[nn.Parameter]) -> _Uses:
     takers: dict[Node, list[Node]] = {}
     start = losses.grad_fn
     stack = [start] if start is not None else []
-    seen = set(stack)
+    nodes = set(stack)
     while stack:
         node = stack.pop()
         for following, _ in node.next_functions:
             if following is None:
                 continue
             takers.setdefault(following, []).append(node)
-            if following not in seen:
-                seen.add(following)
+            if following not in nodes:
+                nodes.add(following)
                 stack.append(following)
 
     wanted = {id(parameter) for parameter in parameters}
     leaves = {id(getattr(node, "variable", None)): node for node in takers}
-    custom = sorted({node.name() for node in seen if isinstance(node, BackwardCFunction)})
+    custom = sorted({node.name() for node in nodes if isinstance(node, BackwardCFunction)})
     return _Uses({key: _count(node, takers) for key, node in leaves.items() if key in wanted}, tuple(custom))
 
 
 def _count(node: Node, takers: Mapping[Node, Sequence[Node]]) -> int:
-    """Operations that take what a node gives; one cast may serve several: autocast keeps it."""
-    return sum(_count(each, takers) if each.name() == "ToCopyBackward0" else 1 for each in takers[node])
+    """Return the number of operations that take a node's output; one cast may serve several: autocast keeps it."""
+    return sum(_count(taker, takers) if taker.name() == "ToCopyBackward0" else 1 for taker in takers[node])
 
 
 def _require_seen(
     parameters: Sequence[nn.Parameter],
-    own: Mapping[int, Sequence[tuple[nn.Module, str]]],
+    owners_of: Mapping[int, Sequence[tuple[nn.Module, str]]],
     recorded: Recording,
     uses: _Uses,
 ) -> None:
-    """Refuses what would come out as zero: layers that ran without a graph, inside an operation that makes its own."""
+    """Refuse what would come out as zero: layers that ran without a graph, inside an operation that makes its own."""
     if not uses.custom:
         return
     unused = [p for p in parameters if not uses.counts.get(id(p))]
-    modules = [module for p in unused for module, _ in own.get(id(p), ())]
+    modules = [module for p in unused for module, _ in owners_of.get(id(p), ())]
     hidden = next((module for module in modules if module in recorded.without_graph), None)
     if hidden is not None:
         raise ValueError(
@@ -291,7 +291,7 @@ def _gradient_rows(losses: Tensor, calls: Sequence[Call]) -> dict[int, Float[Ten
 
 
 def _is_open(call: Call, samples: int) -> bool:
-    """Whether a shape leaves open which of its dimensions counts samples."""
+    """Return whether a shape leaves open which of its dimensions counts samples."""
     shape = call.output.shape
     return shape[0] != samples or len(shape) == 2 or samples in shape[1:-1] or is_convolution(call.module)
 
@@ -299,7 +299,10 @@ def _is_open(call: Call, samples: int) -> bool:
 def _one_by_one(
     losses: Tensor, parameters: Sequence[nn.Parameter], chains: Mapping[Chain, Sequence[tuple[Call, Call]]]
 ) -> tuple[dict[int, SampleGradient], dict[Chain, Term]]:
-    """A backward pass for each sample: slow, and right whatever the parameters do and whichever samples share a row."""
+    """Run a backward pass for each sample.
+
+    Slow, and right whatever the parameters do and whichever samples share a row.
+    """
     outputs = [last.output for steps in chains.values() for _, last in steps]
     if not parameters and not outputs:
         return {}, {}

@@ -4,9 +4,8 @@ A linear layer's is Σ_t δ_it x_itᵀ: two matrices of N·T rows hold N gradien
 from these directly (Σ_tt' (x_it·x_jt')(δ_it·δ_jt')) or from gradients multiplied out a few rows at a time, whichever
 takes fewer operations.
 
-A seeded random projection of per-sample gradients to k numbers, where N·d would not fit into memory.
-
-With S ``(d, k)`` of independent normal entries of variance 1/k, Ĝ = GS has
+Where N·d would not fit into memory, a seeded random projection keeps k numbers of each gradient. With S ``(d, k)`` of
+independent normal entries of variance 1/k, Ĝ = GS has
 
 .. math:: E\,\hat K_{ij} = K_{ij}, \qquad E\,\hat K_{ij}^2 = K_{ij}^2 + (K_{ii} K_{jj} + K_{ij}^2)/k :
 
@@ -32,7 +31,7 @@ BUDGET = 2**28
 
 
 def at_least_single(tensor: Tensor) -> Tensor:
-    """A tensor in its own precision, half precision in single: sums over tokens and samples would round.
+    """Return a tensor in its own precision, half precision in single: sums over tokens and samples would round.
 
     >>> at_least_single(torch.ones(1, dtype=torch.bfloat16)).dtype
     torch.float32
@@ -48,11 +47,11 @@ class Materialised:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one gradient."""
+        """Shape of one gradient."""
         return tuple(self.values.shape[1:])
 
     def rows(self, first: int, last: int) -> Float[Tensor, "sample row column"]:
-        """Rows of the gradients as matrices."""
+        """Return rows of the gradients as matrices."""
         return self.values[:, first:last].flatten(2) if self.values.ndim > 2 else self.values[:, first:last, None]
 
 
@@ -65,11 +64,11 @@ class Outer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one gradient."""
+        """Shape of one gradient."""
         return self.left.shape[-1], self.right.shape[-1]
 
     def rows(self, first: int, last: int) -> Float[Tensor, "sample row column"]:
-        """Rows of the gradients as matrices."""
+        """Return rows of the gradients as matrices."""
         left = self.left[:, :, first:last]
         # The longer side last: half the time where the other one is a factor's rank.
         return (self.right.mT @ left).mT if last - first > self.right.shape[-1] else left.mT @ self.right
@@ -85,15 +84,15 @@ class Scatter:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one gradient."""
+        """Shape of one gradient."""
         return self.count, self.right.shape[-1]
 
     def rows(self, first: int, last: int) -> Float[Tensor, "sample row column"]:
-        """Rows of the gradients as matrices."""
-        here = (self.places >= first) & (self.places < last)
-        found = self.right.new_zeros(len(self.right), last - first, self.right.shape[-1])
-        places = torch.where(here, self.places - first, 0)[..., None].expand_as(self.right)
-        return found.scatter_add_(1, places, self.right * here[..., None])
+        """Return rows of the gradients as matrices."""
+        inside = (self.places >= first) & (self.places < last)
+        rows = self.right.new_zeros(len(self.right), last - first, self.right.shape[-1])
+        targets = torch.where(inside, self.places - first, 0)[..., None].expand_as(self.right)
+        return rows.scatter_add_(1, targets, self.right * inside[..., None])
 
 
 Term = Materialised | Outer | Scatter
@@ -114,14 +113,14 @@ class SampleGradient:
     terms: Sequence[Term]
 
     def dense(self, like: Tensor) -> Float[Tensor, "sample ..."]:
-        """The gradients multiplied out, ``(sample, *shape)``."""
+        """Return the gradients multiplied out, ``(sample, *shape)``."""
         if not self.terms:
             return at_least_single(like.new_zeros(self.samples, *self.shape))
         return sum(term.rows(0, self.shape[0]) for term in self.terms).reshape(self.samples, *self.shape)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def stacked(parts: Sequence[SampleGradient]) -> SampleGradient:
-    """The gradients of several batches as those of one; shorter sequences are filled up with zeros.
+    """Return the gradients of several batches as those of one; shorter sequences are filled up with zeros.
 
     Raises:
         Nothing: where batches differ in how their gradients are made, they are multiplied out.
@@ -138,13 +137,13 @@ def stacked(parts: Sequence[SampleGradient]) -> SampleGradient:
 
 
 def added(parts: Sequence[SampleGradient]) -> SampleGradient:
-    """Sums of gradients that are multiplied out, of one shape."""
+    """Return sums of gradients that are multiplied out, of one shape."""
     values = torch.stack([_tensor(part.terms[0]) for part in parts]).sum(0)
     return SampleGradient(parts[0].shape, parts[0].samples, [Materialised(values)])
 
 
 def compact(gradient: SampleGradient) -> SampleGradient:
-    """The gradients multiplied out, if that takes less memory than the products they are made of."""
+    """Return the gradients multiplied out, if that takes less memory than the products they are made of."""
     if not gradient.terms or all(isinstance(term, Materialised) for term in gradient.terms):
         return gradient
     numbers = sum(
@@ -160,7 +159,7 @@ def compact(gradient: SampleGradient) -> SampleGradient:
 
 
 def gram(gradient: SampleGradient) -> Float[Tensor, "n n"]:
-    """Inner products of the gradients, ``(N, N)``, float64 on the host."""
+    """Return inner products of the gradients, ``(N, N)``, float64 on the host."""
     total = torch.zeros(gradient.samples, gradient.samples, dtype=torch.float64)
     if not gradient.terms:
         return total
@@ -178,7 +177,7 @@ def gram(gradient: SampleGradient) -> Float[Tensor, "n n"]:
 
 
 def inner_products(gradient: SampleGradient, change: Tensor | LowRankMatrix) -> Float[Tensor, " n"]:
-    """Inner product of each gradient with a change of the parameter, float64 on the host.
+    """Return the inner product of each gradient with a change of the parameter, float64 on the host.
 
     Args:
         gradient: Of N samples.
@@ -196,7 +195,7 @@ def _inner_products(term: Term, change: Tensor | LowRankMatrix, shape: tuple[int
         return term.values.flatten(1).to(torch.float64) @ dense.to(term.values.device, torch.float64).flatten()
     right = term.right.to(torch.float64)
     if isinstance(change, LowRankMatrix):
-        left_factor, right_factor = (each.detach().to(right.device) for each in (change.left, change.right))
+        left_factor, right_factor = (factor.detach().to(right.device) for factor in (change.left, change.right))
         moved = right @ right_factor.mT  # (sample, token, rank)
         if isinstance(term, Scatter):
             return (moved * left_factor[term.places]).sum((1, 2))
@@ -208,7 +207,7 @@ def _inner_products(term: Term, change: Tensor | LowRankMatrix, shape: tuple[int
 
 
 def _token_by_token_is_cheaper(term: Term) -> bool:
-    """Multiplications for all pairs of tokens, against those for gradients multiplied out and then paired."""
+    """Compare multiplications for all pairs of tokens with those for gradients multiplied out and then paired."""
     if isinstance(term, Materialised):
         return False
     samples, tokens, columns = term.right.shape
@@ -261,7 +260,7 @@ PROJECTION_BUDGET = 2**26
 
 
 def projected(gradient: SampleGradient, dimension: int, seed: int, like: Tensor) -> Float[Tensor, "sample k"]:
-    """Gradients of one parameter, projected.
+    """Return the gradients of one parameter, projected.
 
     Args:
         gradient: Of N samples.
@@ -279,11 +278,11 @@ def projected(gradient: SampleGradient, dimension: int, seed: int, like: Tensor)
     """
     columns = max(1, math.prod(gradient.shape[1:]))
     step = max(1, PROJECTION_BUDGET // (4 * columns * dimension))
-    found = like.new_zeros(gradient.samples, dimension, dtype=torch.promote_types(like.dtype, torch.float32))
+    projection = like.new_zeros(gradient.samples, dimension, dtype=torch.promote_types(like.dtype, torch.float32))
     generator = torch.Generator(device=like.device).manual_seed(seed)
     for first in range(0, gradient.shape[0] if gradient.terms else 0, step):
         last = min(first + step, gradient.shape[0])
         rows = sum(term.rows(first, last) for term in gradient.terms).flatten(1)  # pyright: ignore[reportAttributeAccessIssue]
-        part = torch.randn(rows.shape[1], dimension, generator=generator, dtype=found.dtype, device=like.device)
-        found += rows.to(found.dtype) @ part
-    return found / dimension**0.5
+        part = torch.randn(rows.shape[1], dimension, generator=generator, dtype=projection.dtype, device=like.device)
+        projection += rows.to(projection.dtype) @ part
+    return projection / dimension**0.5

@@ -37,7 +37,7 @@ class Score:
 
 
 def evaluate(model: nn.Module, tasks: Sequence[Task], *, device: torch.device | str | None = None) -> list[Score]:
-    """Scores of a model on each task; the model, its modes and all random states stay as they are.
+    """Return the scores of a model on each task; the model, its modes and all random states stay as they are.
 
     The model is in evaluation mode meanwhile, without gradients, outside DDP and ``torch.compile``.
 
@@ -70,7 +70,7 @@ def evaluate(model: nn.Module, tasks: Sequence[Task], *, device: torch.device | 
 
 
 def mean_and_standard_error(values: Float[Tensor, " sample"], groups: Sequence[str]) -> tuple[float, float]:
-    """Mean, and its standard error when samples of one group depend on each other.
+    """Return the mean, and its standard error when samples of one group depend on each other.
 
     With G groups and residuals e = x − mean, the standard error is √(G/(G − 1) · Σ_g (Σ_{i∈g} e_i)²) / N, the
     cluster-robust one of a mean (Liang & Zeger 1986); where every sample is a group of its own it is s/√N. NaN for one
@@ -97,7 +97,7 @@ def mean_and_standard_error(values: Float[Tensor, " sample"], groups: Sequence[s
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's first parameter is; the host for a model without any.
+    """Return the device of a model's first parameter; the host for a model without any.
 
     >>> device_of(nn.Identity())
     device(type='cpu')

@@ -33,7 +33,7 @@ _LOST = 1e-5
 
 @dataclass(frozen=True)
 class TangentSpace:
-    """What a step of the factors can reach at first order: {X A + B Y}.
+    """The changes that a step of the factors can reach to first order: {X A + B Y}.
 
     Args:
         left: Q_B ``(out, b)``; b = 0 while B is zero, as LoRA begins: then only X A can be reached.
@@ -67,37 +67,37 @@ class TangentSpace:
         return self.left_condition * rounding <= _LOST, self.right_condition * rounding <= _LOST
 
     def solved_left(self, gradient: Float[Tensor, "sample q in"]) -> Float[Tensor, "sample b in"]:
-        """Q_Bᵀ∇W from ∇_A, of the adapters whose A is trained, below each other."""
+        """Return Q_Bᵀ∇W from ∇_A, of the adapters whose A is trained, below each other."""
         return self.from_right.to(gradient.dtype) @ gradient
 
     def solved_right(self, gradient: Float[Tensor, "sample out r"]) -> Float[Tensor, "sample out a"]:
-        """∇W Q_A from ∇_B, of the adapters whose B is trained, beside each other."""
+        """Return ∇W Q_A from ∇_B, of the adapters whose B is trained, beside each other."""
         return gradient @ self.from_left.to(gradient.dtype)
 
     def projected_left(
         self, left: Float[Tensor, "sample token out"], right: Float[Tensor, "sample token in"]
     ) -> Float[Tensor, "sample b in"]:
-        """Q_Bᵀ∇W of ∇W = Σ_t left_t right_tᵀ: twice the operations, and as exact as these are."""
+        """Return Q_Bᵀ∇W of ∇W = Σ_t left_t right_tᵀ: twice the operations, and as exact as these are."""
         return (left @ self.left.to(left.dtype)).mT @ right
 
     def projected_right(
         self, left: Float[Tensor, "sample token out"], right: Float[Tensor, "sample token in"]
     ) -> Float[Tensor, "sample out a"]:
-        """∇W Q_A of ∇W = Σ_t left_t right_tᵀ."""
+        """Return ∇W Q_A of ∇W = Σ_t left_t right_tᵀ."""
         return left.mT @ (right @ self.right.to(right.dtype))
 
     def coordinates(
         self, along: Float[Tensor, "sample b in"], beside: Float[Tensor, "sample out a"]
     ) -> Float[Tensor, "sample number"]:
-        """Of X, from Q_BᵀX and X Q_A: the one, and what the other has more."""
+        """Return the coordinates of X from Q_BᵀX and X Q_A: the one, and what the other adds to it."""
         basis = self.left.to(beside.dtype)
         beside = beside - basis @ (basis.mT @ beside)
         return torch.cat([along.flatten(1), beside.flatten(1)], 1)
 
     def of_change(self, change: Matrix) -> Float[Tensor, " number"]:
-        """Coordinates of a change of the matrix, in float64."""
+        """Return the coordinates of a change of the matrix, in float64."""
         if isinstance(change, LowRankMatrix):
-            left, right = (each.detach().to(self.left.device) for each in (change.left, change.right))
+            left, right = (factor.detach().to(self.left.device) for factor in (change.left, change.right))
             along, beside = (self.left.mT @ left) @ right, left @ (right @ self.right)
         else:
             dense = change.detach().to(self.left.device, torch.float64)
@@ -106,7 +106,7 @@ class TangentSpace:
 
 
 def tangent_space(products: Sequence[Product]) -> TangentSpace:
-    """The tangent space of one matrix's adapters together, at their present values.
+    """Return the tangent space of one matrix's adapters together, at their present values.
 
     Several adapters on one matrix are one with all their columns; AdaLoRA's diagonal is folded into the factor that it
     is not the gradient of. A factor that is not trained opens no directions. Where columns depend on each other, the
@@ -128,7 +128,7 @@ def tangent_space(products: Sequence[Product]) -> TangentSpace:
 
 
 def _basis(tall: Float[Tensor, "side r"]) -> tuple[Float[Tensor, "side k"], Float[Tensor, "r k"], float]:
-    """Orthonormal basis Q of what the columns of X span, M with Q = X M, and X's condition number."""
+    """Return an orthonormal basis Q of what the columns of X span, M with Q = X M, and X's condition number."""
     vectors, values, turned = torch.linalg.svd(tall, full_matrices=False)
     kept = values > max(tall.shape) * _EPSILON * (values[:1] if len(values) else values)
     # Rank by the factor's own storage would depend on its format; float64's keeps whatever is not exactly dependent.
@@ -138,7 +138,7 @@ def _basis(tall: Float[Tensor, "side r"]) -> tuple[Float[Tensor, "side k"], Floa
 
 
 def change_energy(change: Matrix) -> float:
-    """‖δ‖² of a change, a product of factors never multiplied out.
+    """Return ‖δ‖² of a change, a product of factors never multiplied out.
 
     >>> change_energy(LowRankMatrix(torch.ones(2, 1), torch.ones(1, 3), 2.0))
     24.0

@@ -3,9 +3,8 @@
 A group is what clusters samples: several questions about one image are not independent samples. Equal group names in
 two tasks mean the same group: the same image may carry both tasks' annotations.
 
-Batches of probe samples, and what is measured of each sample in one.
-
-Two halves of probe samples that have nothing to do with each other: to choose on one, to measure on the other.
+Batches know how the losses of their samples are measured; halves of the samples share no group, so that a choice on one
+can be measured on the other.
 """
 
 from __future__ import annotations
@@ -98,19 +97,19 @@ class Task:
         return f"Task {self.name!r}"
 
     def __len__(self) -> int:
-        """Number of samples."""
+        """Return the number of samples."""
         return len(self.samples)
 
     def sample_ids(self) -> list[str]:
-        """Name of each sample."""
+        """Return the name of each sample."""
         return self._names("sample_id", self.sample_id, [f"{self.name}/{number}" for number in range(len(self))])
 
     def groups(self) -> list[str]:
-        """Name of each sample's group."""
+        """Return the name of each sample's group."""
         return self._names("group", self.group, None)
 
     def batches(self) -> Iterator[ProbeBatch]:
-        """The samples in order, on the host.
+        """Yield the samples in order, on the host.
 
         Raises:
             ValueError: If samples cannot be put into a batch.
@@ -118,7 +117,7 @@ class Task:
         return _batches((self,), None)
 
     def losses(self, model: nn.Module, batch: Any) -> Shaped[Tensor, " sample"]:
-        """Loss of each sample in a batch.
+        """Return the loss of each sample in a batch.
 
         Raises:
             ValueError: If the task's own function returns anything but one number a sample.
@@ -128,7 +127,7 @@ class Task:
         return token_losses(model, batch, reduction=self.loss or "sum")
 
     def refuse_overlap(self, training: Any) -> int:
-        """Raises if probe samples are also in the training set, as far as their content tells.
+        """Raise if probe samples are also in the training set, as far as their content tells.
 
         Samples are compared under the keys that both sides have. Gradients of samples that were trained on are not
         those of the population: an update lies along them by construction.
@@ -142,18 +141,18 @@ class Task:
         Raises:
             ValueError: How many samples overlap, and which is the first.
         """
-        found, compared = overlapping(self.samples, training, leave_out=self._keys_not_for_the_model())
-        if found:
-            first = next(iter(found))
+        matches, compared = overlapping(self.samples, training, leave_out=self._keys_not_for_the_model())
+        if matches:
+            first = next(iter(matches))
             raise ValueError(
-                f"{self}: expected held-out samples, got {len(found)} of {len(self)} that are also in the "
+                f"{self}: expected held-out samples, got {len(matches)} of {len(self)} that are also in the "
                 f"training set, first {self.sample_ids()[first]!r} "
-                f"(training sample {found[first]}). Probe samples not trained on."
+                f"(training sample {matches[first]}). Probe samples that are not trained on."
             )
         return compared
 
     def tensors(self, number: int) -> dict[str, Tensor]:
-        """One sample as the default collation takes it.
+        """Return one sample as the default collation takes it.
 
         Raises:
             ValueError: If the sample is no dict of numbers and text.
@@ -185,7 +184,7 @@ class Task:
 
 @dataclass(frozen=True)
 class ProbeBatches:
-    """The samples of several tasks in batches; can be iterated over again and again, and reads them each time.
+    """The samples of several tasks in batches; each iteration reads them anew.
 
     Args:
         parts: Tasks whose samples may share a batch, and the lengths to which their sequences are padded.
@@ -194,12 +193,12 @@ class ProbeBatches:
     parts: tuple[tuple[tuple[Task, ...], dict[str, int] | None], ...]
 
     def __iter__(self) -> Iterator[ProbeBatch]:
-        """The batches, on the host."""
+        """Yield the batches, on the host."""
         return chain.from_iterable(_batches(tasks, lengths) for tasks, lengths in self.parts)
 
 
 def probe_batches(tasks: Sequence[Task]) -> tuple[ProbeBatches, list[str], list[str], list[str]]:
-    """The samples of all tasks as one stream of batches, and what each sample is.
+    """Return the samples of all tasks as one stream of batches, and what each sample is.
 
     Neighbouring tasks share batches where they have the default collation, the same loss and samples of the same kind
     (keys, formats, shapes; sequences of any length); their sequences are padded to one length. All other tasks have
@@ -230,7 +229,7 @@ def probe_batches(tasks: Sequence[Task]) -> tuple[ProbeBatches, list[str], list[
 
 
 def probe_loss(model: nn.Module, batch: ProbeBatch) -> Shaped[Tensor, " sample"]:
-    """Loss of each sample in a batch of :func:`probe_batches`, as its task measures it.
+    """Return the loss of each sample in a batch of :func:`probe_batches`, as its task measures it.
 
     >>> task = Task("x", [{"x": 2.0}], loss=lambda model, batch: model(batch["x"]))
     >>> [probe_loss(nn.Identity(), batch) for batch in probe_batches([task])[0]]
@@ -240,7 +239,7 @@ def probe_loss(model: nn.Module, batch: ProbeBatch) -> Shaped[Tensor, " sample"]
 
 
 def require_names(tasks: Sequence[Task]) -> None:
-    """Raises ``ValueError`` if there are no tasks, or two of them have one name.
+    """Raise ``ValueError`` if there are no tasks, or two of them have one name.
 
     >>> require_names([])
     Traceback (most recent call last):
@@ -250,11 +249,11 @@ def require_names(tasks: Sequence[Task]) -> None:
         raise ValueError("Expected at least one task, got none.")
     names = [task.name for task in tasks]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"Expected tasks with names of their own, got several named {', '.join(map(repr, twice))}.")
+        raise ValueError(f"Expected tasks with different names, got several named {', '.join(map(repr, twice))}.")
 
 
 def _kind(task: Task) -> object:
-    """Equal for tasks whose samples may share a batch."""
+    """Return a value that is equal for tasks whose samples may share a batch."""
     if task.collate is not None:
         return id(task)
     return task.loss or "sum", kind(task.tensors(0))
@@ -321,7 +320,7 @@ class ProbeBatch(dict[str, Any]):
 
 
 def on_device(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on a device.
+    """Return a batch with its tensors on a device.
 
     Raises:
         ValueError: If it is no dict.
@@ -334,7 +333,7 @@ def on_device(batch: Any, device: torch.device) -> Any:
 
 
 def is_text(batch: Mapping[str, Any], samples: int) -> bool:
-    """Whether all that the model is given is one row of tokens, or one number, a sample.
+    """Return whether all that the model is given is one row of tokens, or one number, a sample.
 
     >>> is_text({"input_ids": torch.ones(2, 3)}, 2), is_text({"pixel_values": torch.ones(2, 3, 4, 4)}, 2)
     (True, False)
@@ -344,11 +343,11 @@ def is_text(batch: Mapping[str, Any], samples: int) -> bool:
 
 
 def one_each(values: Any, samples: int | None, what: str) -> Shaped[Tensor, " sample"]:
-    """The values, if they are one number a sample.
+    """Return the values, if they are one number a sample.
 
     Args:
         values: What a user's function returned.
-        samples: How many samples it was given, ``None`` if that is not known.
+        samples: How many samples it was given, ``None`` if unknown.
         what: The function, for the error.
 
     Raises:
@@ -369,7 +368,7 @@ Do not average over the batch.
 
 
 def split_by_group(groups: Mapping[str, Sequence[str]]) -> dict[str, tuple[list[int], list[int]]]:
-    """Two halves of each task's samples, about equal in size, such that no group is in both, also across tasks.
+    """Return two halves of each task's samples, about equal in size, such that no group is in both, also across tasks.
 
     Groups are dealt one by one, those with most samples first, to the half in which their tasks have fewer samples.
 
@@ -385,20 +384,20 @@ def split_by_group(groups: Mapping[str, Sequence[str]]) -> dict[str, tuple[list[
     >>> split_by_group({"a": ["x", "y", "y"], "b": ["y", "x"]})
     {'a': ([1, 2], [0]), 'b': ([0], [1])}
     """
-    sizes = {task: Counter(own) for task, own in groups.items()}
+    sizes = {task: Counter(names) for task, names in groups.items()}
     total = sum(sizes.values(), Counter())
     half_of: dict[str, int] = {}
     filled = {task: [0.0, 0.0] for task in groups}
     for group, _ in total.most_common():
         # A task with few groups has little choice: it counts for more.
-        weight = {task: 1 / (len(own) * own.total()) for task, own in sizes.items() if group in own}
+        weight = {task: 1 / (len(names) * names.total()) for task, names in sizes.items() if group in names}
         load = [sum(share * filled[task][half] for task, share in weight.items()) for half in (0, 1)]
         half_of[group] = int(load[1] < load[0])
         for task in weight:
             filled[task][half_of[group]] += sizes[task][group]
     halves = {
-        task: tuple([number for number, group in enumerate(own) if half_of[group] == half] for half in (0, 1))
-        for task, own in groups.items()
+        task: tuple([number for number, group in enumerate(names) if half_of[group] == half] for half in (0, 1))
+        for task, names in groups.items()
     }
     for task, (first, second) in halves.items():
         if not first or not second:
@@ -412,7 +411,7 @@ def split_by_group(groups: Mapping[str, Sequence[str]]) -> dict[str, tuple[list[
 
 @torch.no_grad()
 def with_sampled_labels(model: nn.Module, batch: Any, generator: torch.Generator) -> Any:
-    """The batch with each label that counts replaced by one drawn from the model's softmax at its place.
+    """Return the batch with each label that counts replaced by a draw from the model's softmax at its position.
 
     Inputs stay as they are: every token is drawn given the data's own prefix, so with losses summed over tokens the
     mean over draws is the token-level Fisher (Kunstner, Balles & Hennig 2019).
@@ -425,8 +424,8 @@ def with_sampled_labels(model: nn.Module, batch: Any, generator: torch.Generator
     Raises:
         ValueError: If the batch has no labels, or a task's own loss, for which nothing can be drawn.
     """
-    own = getattr(batch, "loss", None)
-    task = getattr(own, "__self__", None)
+    loss = getattr(batch, "loss", None)
+    task = getattr(loss, "__self__", None)
     labels = batch.get("labels")
     if callable(getattr(task, "loss", None)) or not isinstance(labels, Tensor) or labels.is_floating_point():
         raise ValueError(
@@ -436,10 +435,14 @@ def with_sampled_labels(model: nn.Module, batch: Any, generator: torch.Generator
     outputs = model(**batch)
     shift = predicts_next(model, outputs, labels.to(outputs.logits.device))
     logits = outputs.logits.detach().float()
-    places = torch.softmax(logits[:, :-1] if shift else logits, -1).to("cpu")
-    drawn = torch.multinomial(places.flatten(0, -2), 1, generator=generator).view(places.shape[:-1]).to(labels.device)
+    probabilities = torch.softmax(logits[:, :-1] if shift else logits, -1).to("cpu")
+    drawn = (
+        torch.multinomial(probabilities.flatten(0, -2), 1, generator=generator)
+        .view(probabilities.shape[:-1])
+        .to(labels.device)
+    )
     sampled = labels.clone()
     target = sampled[:, 1:] if shift else sampled
     target[target != IGNORED] = drawn[target != IGNORED]
     values = {**batch, "labels": sampled}
-    return ProbeBatch(values, batch.samples, own) if isinstance(batch, ProbeBatch) and own is not None else values
+    return ProbeBatch(values, batch.samples, loss) if isinstance(batch, ProbeBatch) and loss is not None else values

@@ -1,7 +1,7 @@
 """What a step on one task does to the loss of another: to first order, and by making the step.
 
-The step is made on half of each task's samples, its effect measured on the other half; a group is in one half in all
-tasks. On the same samples a task would seem to help itself by the noise in its own gradient.
+The step is made on half of each task's samples and its effect measured on the other half; a group is in the same half
+for all tasks. On the same samples a task would seem to help itself by the noise in its own gradient.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Transfer:
 def transfer(
     model: nn.Module, tasks: Sequence[Task], *, lr: float, optimizer: str | torch.optim.Optimizer = "sgd"
 ) -> Transfer:
-    """Transfer between all pairs of tasks, as one step of size ``lr`` at the current weights would bring it about.
+    """Return the transfer between all pairs of tasks that one step of size ``lr`` at the current weights would cause.
 
     First-order transfer and the look-ahead affinity of Fifty et al. 2021 ("Efficiently Identifying Task Groupings for
     Multi-Task Learning", TAG). Gradients are those of the trainable parameters as they are, LoRA's factors for LoRA:
@@ -82,8 +82,8 @@ def transfer(
             raise ValueError("Expected a model with trainable parameters, got one whose parameters are all frozen.")
         inverse = _inverse_preconditioner(parameters, optimizer)
         halves = split_by_group({task.name: task.groups() for task in tasks})
-        stepped, measured = ([_subset(task, halves[task.name][half]) for task in tasks] for half in (0, 1))
-        means = [_mean_loss_and_gradient(bare, task, parameters) for task in measured]
+        stepped, held_out = ([_subset(task, halves[task.name][half]) for task in tasks] for half in (0, 1))
+        means = [_mean_loss_and_gradient(bare, task, parameters) for task in held_out]
         loss = _shareable([value for value, _ in means], tasks)
         first_order, look_ahead, kept = [], [], []
         for task in stepped:
@@ -93,7 +93,7 @@ def transfer(
             kept.append(_kept(parameters, values, step))
             first_order.append([_inner(step, other) for _, other in means])
             with swapped(parameters, values), torch.no_grad():
-                look_ahead.append([_mean_loss(bare, other) for other in measured])
+                look_ahead.append([_mean_loss(bare, other) for other in held_out])
         names = tuple(task.name for task in tasks)
         first, after, share = (torch.tensor(rows, dtype=torch.float64) for rows in (first_order, look_ahead, kept))
         return Transfer(names, first / loss, (loss - after) / loss, loss, share)
@@ -118,7 +118,7 @@ def _mean_loss(model: nn.Module, task: Task) -> float:
 def _mean_loss_and_gradient(
     model: nn.Module, task: Task, parameters: Sequence[nn.Parameter]
 ) -> tuple[float, list[Tensor]]:
-    """Mean loss of a sample and its gradient, accumulated over batches in float64."""
+    """Return the mean loss of a sample and its gradient, accumulated over batches in float64."""
     device = device_of(model)
     total, gradient = 0.0, [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
     for batch in task.batches():
@@ -145,7 +145,7 @@ def _kept(parameters: Sequence[nn.Parameter], values: Sequence[Tensor], step: Se
 def _inverse_preconditioner(
     parameters: Sequence[nn.Parameter], optimizer: str | torch.optim.Optimizer
 ) -> list[Tensor | float]:
-    """D⁻¹ of each parameter."""
+    """Return D⁻¹ of each parameter."""
     if optimizer == "sgd":
         return [1.0] * len(parameters)
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
@@ -171,7 +171,7 @@ def _inverse_preconditioner(
 
 
 def _shareable(losses: Sequence[float], tasks: Sequence[Task]) -> Float[Tensor, " task"]:
-    """The losses, if a share of each can be taken."""
+    """Return the losses, if a share of each can be taken."""
     for task, value in zip(tasks, losses, strict=True):
         if not math.isfinite(value) or value == 0:
             raise ValueError(f"{task}: expected a finite loss other than zero, of which to take a share, got {value}.")

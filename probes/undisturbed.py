@@ -1,7 +1,4 @@
-"""A model measured in the middle of its training, which must not notice.
-
-Other weights in a model for a moment, its own back afterwards, bit for bit.
-"""
+"""A model measured in the middle of its training, which must not notice; other weights in it for a moment."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ _WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "Opt
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The model inside DDP and ``torch.compile``, adapters included: it computes the same and keeps no books.
+    """Return the model inside DDP and ``torch.compile``, adapters included: it computes the same and keeps no state.
 
     >>> inner = nn.Linear(2, 2)
     >>> bare(nn.DataParallel(inner)) is inner
@@ -34,7 +31,7 @@ def bare(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
-    """The bare model in evaluation mode; the modes of all modules and all random states are as before afterwards.
+    """Give the bare model in evaluation mode; the modes of all modules and all random states are as before afterwards.
 
     Whatever torch.compile has compiled (regions of the model, ``model.compile()``, a loss) runs eagerly meanwhile: a
     compiled graph calls no hooks, and allows no second backward pass. Nothing is compiled again for that afterwards.
@@ -58,8 +55,8 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         for kind in sorted({device.type for device in devices} - {"cpu", "meta"}):
-            own = [device for device in devices if device.type == kind]
-            stack.enter_context(torch.random.fork_rng(devices=own, device_type=kind))
+            members = [device for device in devices if device.type == kind]
+            stack.enter_context(torch.random.fork_rng(devices=members, device_type=kind))
         try:
             for module, _ in modes:
                 module.training = False
@@ -73,7 +70,7 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def swapped(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
-    """Gives parameters other values inside the ``with`` block, and their own back after it, whatever happens there.
+    """Give parameters other values inside the ``with`` block, and their own back after it, whatever happens there.
 
     Their own values are kept as exact copies in their own format on their own device (θ is not recovered as θ' + δ,
     which rounds), and copied back in place: addresses, ``.grad``, hooks, the state of the optimizer and a graph that is
@@ -94,12 +91,12 @@ def swapped(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Ite
     1.0
     """
     _require_fitting(parameters, values)
-    own = [parameter.detach().clone() for parameter in parameters]
+    originals = [parameter.detach().clone() for parameter in parameters]
     try:
         _copy(parameters, values)
         yield
     finally:
-        _copy(parameters, own)
+        _copy(parameters, originals)
 
 
 @torch.no_grad()

@@ -1,12 +1,9 @@
 """Which matrices of a live model are watched: adapters as factors, other trainable weights as they are.
 
-Nothing is copied and nothing is left on the model: what is found refers to the model's own parameters, so that it
-follows the training, whose optimizer changes them in place.
-
-From a model as it is trained to the model as it was built: what wraps it, and its names without the wrappers.
-
-Wrappers are recognised by what they are, not by what they are called: a model may have a submodule ``module`` itself.
-"""
+Nothing is copied and nothing is left on the model: watched matrices refer to the model's own parameters, so that they
+follow the training, whose optimizer changes them in place. Their names are those of the model as it was built, without
+the wrappers around it. Wrappers are recognised by what they are, not by what they are called: a model may have a
+submodule ``module`` itself."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ _PLAIN_VARIANTS = ("ALora", "Monteclora", "Velora", "MiCA")
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """A parameter's value; that of a DTensor is gathered, which all ranks must do together.
+    """Return a parameter's value; that of a DTensor is gathered, which all ranks must do together.
 
     >>> whole(nn.Parameter(torch.ones(2)))
     tensor([1., 1.])
@@ -41,7 +38,7 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether a parameter is a DTensor, of which this rank holds a piece."""
+    """Return whether a parameter is a DTensor, of which this rank holds a piece."""
     return hasattr(parameter, "full_tensor")
 
 
@@ -89,13 +86,13 @@ class Product:
         return (self.left, self.right) if self.diagonal is None else (self.left, self.right, self.diagonal)
 
     def matrix(self, reading: Reading, scale: float | None = None) -> LowRankMatrix:
-        """The product, of parameters as they are read, with its scale as it is now or as given."""
+        """Return the product, with its scale as it is now or as given."""
         column_scale = None if self.diagonal is None else reading(self.diagonal).flatten()
         left, right = self.left_view(reading(self.left)), self.right_view(reading(self.right))
         return LowRankMatrix(left, right, self.scale() if scale is None else scale, column_scale=column_scale)
 
     def derivative(self, reading: Reading, direction: Reading) -> LowRankMatrix:
-        """First-order change of the product as each parameter changes along ``direction``, of rank at most 2r (3r)."""
+        """Return the first-order change of the product along ``direction``, of rank at most 2r (3r)."""
         left, right = self.left_view(reading(self.left)), self.right_view(reading(self.right))
         left_change, right_change = self.left_view(direction(self.left)), self.right_view(direction(self.right))
         if self.diagonal is None:
@@ -157,11 +154,13 @@ class Watched:
         return tuple(parameter for parameter in self.sources if parameter.requires_grad)
 
     def scales(self) -> tuple[float, ...]:
-        """The scale of each adapter as it is now (AdaLoRA's changes); empty for a dense weight."""
+        """Return the scale of each adapter as it is now (AdaLoRA's changes); empty for a dense weight."""
         return () if isinstance(self.terms, Dense) else tuple(term.scale() for term in self.terms)
 
     def read(self, reading: Reading = whole, scales: Sequence[float] | None = None) -> Matrix:
-        """The matrix as it is now; by reference, except for the sum of several adapters and for gathered parameters.
+        """Return the matrix as it is now.
+
+        By reference, except for the sum of several adapters and for gathered parameters.
 
         Args:
             reading: From a parameter to the tensor to take for it, by default its value.
@@ -169,11 +168,11 @@ class Watched:
         """
         if isinstance(self.terms, Dense):
             return self.terms.view(reading(self.terms.parameter))
-        known = self.scales() if scales is None else scales
-        return _sum([term.matrix(reading, scale) for term, scale in zip(self.terms, known, strict=True)])
+        scales_now = self.scales() if scales is None else scales
+        return _sum([term.matrix(reading, scale) for term, scale in zip(self.terms, scales_now, strict=True)])
 
     def gradient(self, gradients: Reading, reading: Reading = whole) -> Matrix:
-        """Gradient of a dense weight; of a product the change of the matrix along its factors' gradients.
+        """Return the gradient of a dense weight; of a product the change of the matrix along its factors' gradients.
 
         That is s(∇_B A + B ∇_A): what a step of gradient descent on the factors does to the matrix, to first order and
         per unit of learning rate.
@@ -197,7 +196,7 @@ def _sum(products: list[LowRankMatrix]) -> LowRankMatrix:
 
 @dataclass(frozen=True)
 class Found:
-    """What a model's trainable parameters turned out to be.
+    """What of a model is watched, and what is not.
 
     Args:
         watched: The watched matrices, in the model's order.
@@ -213,7 +212,7 @@ class Found:
 
 
 def watched_matrices(model: nn.Module, matrices: str | None = None) -> dict[str, Matrix]:
-    """The matrices that training changes, by name, referring to the model's own parameters.
+    """Return the matrices that training changes, by name, referring to the model's own parameters.
 
     Low-rank adapters (LoRA, rsLoRA, AdaLoRA; on linear, convolution, embedding and attention layers and on fused
     experts) come as :class:`LowRankMatrix` with PEFT's scale, all active adapters of a matrix together, and each as
@@ -222,10 +221,10 @@ def watched_matrices(model: nn.Module, matrices: str | None = None) -> dict[str,
 
     Args:
         model: Any module; wrapped by PEFT, DDP, ``torch.compile`` or with FSDP 2's parameters or not.
-        matrices: Regular expression; only matrices whose name it finds.
+        matrices: Regular expression; only matrices whose name matches.
 
     Raises:
-        ValueError: For a regular expression that is not one, and for models wrapped by FSDP 1.
+        ValueError: If the regular expression is invalid, and for models wrapped by FSDP 1.
 
     >>> list(watched_matrices(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))))
     ['0']
@@ -234,12 +233,12 @@ def watched_matrices(model: nn.Module, matrices: str | None = None) -> dict[str,
 
 
 def find_watched(model: nn.Module, matrices: str | None = None) -> list[Watched]:
-    """As :func:`watched_matrices`, each with its parameters, to be read again later."""
+    """Return what :func:`watched_matrices` does, with the parameters, to be read again later."""
     return list(find(model, matrices).watched)
 
 
 def find(model: nn.Module, matrices: str | None = None) -> Found:
-    """As :func:`find_watched`, with what is not watched, and why."""
+    """Return what :func:`find_watched` does, with what is not watched, and why."""
     pattern = _compiled(matrices)
     base = base_model(model)
     adapted: dict[str, dict[str, dict[str, Product]]] = {}
@@ -249,17 +248,17 @@ def find(model: nn.Module, matrices: str | None = None) -> Found:
         if not _is_lora(module):
             continue
         try:
-            own = dict(_adapters(module))
+            adapters = dict(_adapters(module))
         except _NotAProduct as reason:
             skipped[plain_path(base, path)] = str(reason)
             continue
-        parameters = [p for parts in own.values() for product in parts.values() for p in product.parameters]
+        parameters = [p for parts in adapters.values() for product in parts.values() for p in product.parameters]
         if not any(parameter.requires_grad for parameter in parameters):
             continue
         if all(id(parameter) in claimed for parameter in parameters):
             continue  # the same factors on a tied weight
         claimed |= {id(parameter) for parameter in parameters}
-        adapted[path] = own
+        adapted[path] = adapters
     dense = {
         path: parameter
         for path, parameter in base.named_parameters()
@@ -283,11 +282,11 @@ def _is_lora(module: nn.Module) -> bool:
 
 
 class _NotAProduct(Exception):
-    """An active adapter is no product, so that what the layer's adapters add up to is none either."""
+    """An active adapter is not a product, so neither is the sum of the layer's adapters."""
 
 
 def _adapters(module: nn.Module) -> Iterator[tuple[str, dict[str, Product]]]:
-    """Active adapters of one layer, each as products by what to add to the matrix's name."""
+    """Yield the active adapters of one layer, each as products by what to add to the matrix's name."""
     for adapter in module.active_adapters:  # pyright: ignore[reportGeneralTypeIssues]
         pair = _pair(module, adapter)
         if pair is None:
@@ -381,7 +380,7 @@ def _weights(base: nn.Module, dense: Mapping[str, nn.Parameter], names: Mapping[
         owner = list(parents(base, path))[-1][0]
         if parameter.ndim == 2:
             yield Watched(name, Dense(parameter))
-        elif parameter.ndim > 3 or any("Conv" in each for each in class_names(owner)):
+        elif parameter.ndim > 3 or any("Conv" in name_of_class for name_of_class in class_names(owner)):
             yield Watched(name, Dense(parameter, _flat))
         elif parameter.shape[0] == 1:
             yield Watched(name, Dense(parameter, partial(_part, 0)))
@@ -391,7 +390,7 @@ def _weights(base: nn.Module, dense: Mapping[str, nn.Parameter], names: Mapping[
 
 
 def _name(base: nn.Module, path: str) -> str:
-    """Name of a matrix, from the path of its layer (an adapter) or of its parameter."""
+    """Return the name of a matrix, from the path of its layer (an adapter) or of its parameter."""
     *_, (owner, word) = parents(base, path)
     layer = getattr(owner, word)
     name = plain_path(base, path)
@@ -404,13 +403,13 @@ def _name(base: nn.Module, path: str) -> str:
 
 
 def _in_order(everything: list[Watched], base: nn.Module) -> list[Watched]:
-    """As the model's parameters stand."""
-    place = {id(parameter): position for position, parameter in enumerate(base.parameters())}
-    return sorted(everything, key=lambda watched: min(place[id(parameter)] for parameter in watched.sources))
+    """Return matrices in the order of the model's parameters."""
+    positions = {id(parameter): position for position, parameter in enumerate(base.parameters())}
+    return sorted(everything, key=lambda watched: min(positions[id(parameter)] for parameter in watched.sources))
 
 
 def _coverage(base: nn.Module, chosen: list[Watched]) -> tuple[tuple[str, ...], float]:
-    watched = {id(parameter) for each in chosen for parameter in each.parameters}
+    watched = {id(parameter) for matrix in chosen for parameter in matrix.parameters}
     trained = [(path, parameter) for path, parameter in base.named_parameters() if parameter.requires_grad]
     uncovered = tuple(plain_path(base, path) for path, parameter in trained if id(parameter) not in watched)
     total = sum(parameter.numel() for _, parameter in trained)
@@ -424,12 +423,12 @@ _INSIDE = {**_AROUND, "CheckpointWrapper": "_checkpoint_wrapped_module"}
 
 
 def class_names(module: nn.Module) -> set[str]:
-    """Names of a module's classes, base classes included."""
+    """Return the names of a module's classes, base classes included."""
     return {parent.__name__ for parent in type(module).__mro__}
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The model inside DDP, ``torch.compile`` and PEFT, whose names are the live base model's.
+    """Return the model inside DDP, ``torch.compile`` and PEFT, whose names are the live base model's.
 
     Raises:
         ValueError: For FSDP 1, which keeps flattened pieces of parameters instead of matrices.
@@ -458,7 +457,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def parents(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
-    """Each module on the way to ``path``, with the next word of the path.
+    """Yield each module on the way to ``path``, with the next word of the path.
 
     >>> [word for _, word in parents(nn.Sequential(nn.Linear(1, 1)), "0.weight")]
     ['0', 'weight']
@@ -472,7 +471,7 @@ def parents(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, str]]:
 
 
 def plain_path(model: nn.Module, path: str) -> str:
-    """A path inside the base model without the words that wrappers put there.
+    """Return a path inside the base model without the words that wrappers put there.
 
     Left out are ``_orig_mod`` (``torch.compile`` of a submodule), checkpoint wrappers, PEFT's ``base_layer``, and
     ``modules_to_save.<adapter>``.
@@ -498,7 +497,7 @@ def plain_path(model: nn.Module, path: str) -> str:
 
 
 def unique_names(paths: Iterable[str], names: Mapping[str, str]) -> dict[str, str]:
-    """Name of each path; two paths whose names coincide keep their paths.
+    """Return the name of each path; two paths whose names coincide keep their paths.
 
     >>> unique_names(["a.x", "b.x", "c"], {"a.x": "x", "b.x": "x", "c": "c"})
     {'a.x': 'a.x', 'b.x': 'b.x', 'c': 'c'}

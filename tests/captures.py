@@ -1,4 +1,4 @@
-"""Writes capture stores of the shape that a recorder writes, quickly, from given factors and without a model."""
+"""Writes records of the shape that a recorder writes, quickly, from given factors and without a model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import xarray as xr
 
+from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.spectra import raw
-from dynamics.spectra.raw import GradientSpectrum, Place
-from dynamics.spectra.walk import Before, solve
-from dynamics.store import CaptureStore
+from dynamics.spectra.raw import GradientSpectrum
+from dynamics.spectra.walk import Previous, solve_batch
+from dynamics.store import RecordWriter
 from probes.low_rank import LowRankMatrix
 from tests.runs import Factors, adapter_config, random_factors
 
@@ -33,7 +34,7 @@ ATTRIBUTES: Mapping[str, Any] = {
 
 
 def drifting(steps: Sequence[int], seed: int = 0, **shape: Any) -> dict[int, dict[str, tuple]]:
-    """Step to factors that drift, as a training's do; for ``write_run`` and ``write_capture`` alike."""
+    """Step to factors that drift, as a training's do; for ``write_run`` and ``write_records`` alike."""
     start = random_factors(seed=seed, **shape)
     noises = {step: random_factors(seed=seed + 1 + step, **shape) for step in steps}
     return {
@@ -66,10 +67,11 @@ def records(
         now = [LowRankMatrix(left, right, scale) for left, right in factors.values()]
         if before is None and from_start:
             nothing = [LowRankMatrix(torch.zeros_like(left), right, scale) for left, right in factors.values()]
-            before = Before(nothing, [0.0] * len(nothing))
-        solved = solve(now, before)
+            before = Previous(nothing, [0.0] * len(nothing))
+        solved = solve_batch(now, before)
         places = {
-            name: Place(left.shape[0], right.shape[1], left.shape[1], "F32") for name, (left, right) in factors.items()
+            name: MatrixShape(left.shape[0], right.shape[1], left.shape[1], "F32")
+            for name, (left, right) in factors.items()
         }
         results = {(step, name): each.spectra for name, each in zip(factors, solved, strict=True)}
         made[step] = {"update": raw.raw_update({step: (0, previous)}, places, results)}
@@ -78,7 +80,7 @@ def records(
         cores = [each.cores for each in solved]
         known = [core for core in cores if core is not None]
         linked = len(known) == len(cores) and before is not None
-        before = Before(
+        before = Previous(
             now,
             [each.spectra.total_noise for each in solved],
             known if linked else None,
@@ -88,7 +90,7 @@ def records(
     return made
 
 
-def _gradient(step: int, places: Mapping[str, Place], number: int, spectra: bool) -> xr.Dataset:
+def _gradient(step: int, places: Mapping[str, MatrixShape], number: int, spectra: bool) -> xr.Dataset:
     generator = torch.Generator().manual_seed(step)
     gradients = {}
     for name, place in places.items():
@@ -98,7 +100,7 @@ def _gradient(step: int, places: Mapping[str, Place], number: int, spectra: bool
     return raw.raw_gradient(step, places, gradients)
 
 
-def write_capture(
+def write_records(
     run: Path,
     steps: Sequence[int] | Mapping[int, Factors] = (5, 10, 15, 20),
     *,
@@ -106,7 +108,7 @@ def write_capture(
     attributes: Mapping[str, Any] | None = None,
     **how: Any,
 ) -> Path:
-    """``run/dynamics/capture.zarr``, complete and closed; more steps are added to one that is there.
+    """``run/dynamics/records/``, complete and closed; more steps are added to one that is there.
 
     Args:
         run: The run folder; made if it is not there.
@@ -117,9 +119,9 @@ def write_capture(
     """
     folder = run / "dynamics"
     factors = steps if isinstance(steps, Mapping) else drifting(steps, seed)
-    with CaptureStore.resume(folder, 10**9, {**ATTRIBUTES, **(attributes or {})}) as store:
-        there = store.steps
+    with RecordWriter.resume(folder, 10**9, {**ATTRIBUTES, **(attributes or {})}) as writer:
+        there = writer.steps
         for step, record in records(factors, **how).items():
             if step not in there:
-                store.write(step, record)
-    return folder / "capture.zarr"
+                writer.write(step, record)
+    return folder / "records"

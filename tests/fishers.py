@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from dynamics.fisher import measured
+from dynamics.fisher import measure_fisher
 
 #: Mean gradient of each task in four common directions: two that share, one that contests, one without a mean.
 MEANS: Mapping[str, Sequence[float]] = {
@@ -119,7 +119,7 @@ def with_fisher(tree: xr.DataTree, **changes: Any) -> xr.DataTree:
     """
     key = repr(sorted(changes.items()))
     if key not in _MEASURED:
-        _MEASURED[key] = measured(fisher_record(**changes))
+        _MEASURED[key] = measure_fisher(fisher_record(**changes))
     groups = {f"/{name}": group.copy(deep=True) for name, group in _MEASURED[key].items()}
     whole = xr.DataTree.from_dict({**tree.to_dict(), **groups})
     whole.attrs = dict(tree.attrs)

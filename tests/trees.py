@@ -10,12 +10,18 @@ import torch
 import xarray as xr
 
 from dynamics import schema
+from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.findings import Finding
-from dynamics.spectra import dataset as labelled
 from dynamics.spectra import raw
-from dynamics.spectra.dataset import measured
-from dynamics.spectra.raw import GradientSpectrum, Place
-from dynamics.store.tree import quantiles_of_gradients
+from dynamics.spectra.dataset import (
+    direct_sums,
+    measure_update,
+    measures_of,
+    null_models_of,
+    quantiles_over_matrices,
+    suggested_rank,
+)
+from dynamics.spectra.raw import GradientSpectrum
 
 ROLES = (
     "self_attn.q_proj",
@@ -67,11 +73,11 @@ def example_tree(
     names = matrix_names(matrices) if isinstance(matrices, int) else list(matrices)
     segments = [0] * len(numbers) if segment is None else list(segment)
     update = _spectra(numbers, names, segments, rank, seed, zero or (), missing)
-    update = update.assign(labelled.measures_of(update))
-    null, against_null = labelled.null_models_of(update)
+    update = update.assign(measures_of(update))
+    null, against_null = null_models_of(update)
     update = update.assign(against_null).assign(_flags(update)).assign(_geometry(update, seed))
-    update = update.assign(labelled.direct_sums(update)).assign(labelled.suggested_rank(update))
-    summary = labelled.quantiles_over_matrices(update, null)
+    update = update.assign(direct_sums(update)).assign(suggested_rank(update))
+    summary = quantiles_over_matrices(update, null)
     groups = {"/update": update, "/null": null, "/summary": summary, "/training": _training(numbers, segments)}
     if gradients is not None:
         groups |= _gradients(gradients, names, rank, seed, gradient_spectra)
@@ -141,19 +147,22 @@ def _spectra(
     factors[..., :rank] = moved[..., None]
     same = {"out": 256, "in": 128, "adapter_rank": rank}
     return xr.Dataset(
-        {
-            "singular_value": labelled.variable("singular_value", values),
-            "count": labelled.variable("count", count),
-            "factor_rank": labelled.variable("factor_rank", count),
-            "frobenius_norm": labelled.variable("frobenius_norm", norm),
-            "spectral_norm": labelled.variable("spectral_norm", values[..., 0]),
-            "nuclear_norm": labelled.variable("nuclear_norm", np.where(known, np.nansum(values, -1), np.nan)),
-            **{
-                f"{side}_factor_{part}": labelled.variable(f"{side}_factor_{part}", array)
-                for side in ("left", "right")
-                for part, array in (("value", factors), ("change", 0.1 * moved))
+        schema.labelled(
+            schema.UPDATE,
+            {
+                "singular_value": values,
+                "count": count,
+                "factor_rank": count,
+                "frobenius_norm": norm,
+                "spectral_norm": values[..., 0],
+                "nuclear_norm": np.where(known, np.nansum(values, -1), np.nan),
+                **{
+                    f"{side}_factor_{part}": array
+                    for side in ("left", "right")
+                    for part, array in (("value", factors), ("change", 0.1 * moved))
+                },
             },
-        },
+        ),
         coords={
             "step": np.asarray(steps, dtype=np.int64),
             "kind": list(schema.KINDS),
@@ -175,7 +184,7 @@ def _gradients(
 ) -> dict[str, xr.Dataset]:
     """Gradients that shrink over the steps, clipped at a norm of 1."""
     generator = np.random.default_rng(seed)
-    places = {name: Place(256, 128, rank, "F32") for name in names}
+    places = {name: MatrixShape(256, 128, rank, "F32") for name in names}
     parts = []
     for number, step in enumerate(steps):
         found = {}
@@ -186,13 +195,8 @@ def _gradients(
             found[name] = GradientSpectrum(norm, min(norm, 1.0), *spectrum)
         parts.append(raw.raw_gradient(step, places, found))
     update = raw.raw_update(dict.fromkeys(steps, (0, -1)), places, {})
-    groups = measured(update, raw.concatenate(parts))
-    gradient, null = groups["gradient"], groups["null_gradient"]
-    return {
-        "/gradient": gradient,
-        "/null_gradient": null,
-        "/summary_gradient": quantiles_of_gradients(gradient, null),
-    }
+    groups = measure_update(update, raw.concatenate(parts))
+    return {f"/{name}": groups[name] for name in ("gradient", "null_gradient", "summary_gradient")}
 
 
 def _previous(steps: list[int], segments: list[int], row: int) -> int:
@@ -202,20 +206,22 @@ def _previous(steps: list[int], segments: list[int], row: int) -> int:
 def _flags(update: xr.Dataset) -> dict[str, xr.Variable]:
     norm = update["frobenius_norm"].values
     share = np.where(norm > 0, 1e-9, np.nan)
-    return {
-        "is_zero": labelled.variable("is_zero", norm == 0),
-        "quantisation_limited": labelled.variable("quantisation_limited", np.zeros(norm.shape, dtype=bool)),
-        "quantisation_noise_share": labelled.variable("quantisation_noise_share", share),
+    arrays = {
+        "is_zero": norm == 0,
+        "quantisation_limited": np.zeros(norm.shape, dtype=bool),
+        "quantisation_noise_share": share,
     }
+    return schema.labelled(schema.UPDATE, arrays)
 
 
 def _geometry(update: xr.Dataset, seed: int) -> dict[str, xr.Variable]:
     length = update["frobenius_norm"].sel(kind="increment").values
     cosine = np.random.default_rng(seed).uniform(-0.2, 0.8, length.shape)
-    return {
-        "path_length": labelled.variable("path_length", np.nan_to_num(length).cumsum(0)),
-        "increment_cosine": labelled.variable("increment_cosine", np.where(length > 0, cosine, np.nan)),
+    arrays = {
+        "path_length": np.nan_to_num(length).cumsum(0),
+        "increment_cosine": np.where(length > 0, cosine, np.nan),
     }
+    return schema.labelled(schema.UPDATE, arrays)
 
 
 def _training(steps: list[int], segments: list[int]) -> xr.Dataset:

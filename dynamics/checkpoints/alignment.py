@@ -1,9 +1,9 @@
-"""Which matrix of one model is which of another: the same weights under the names of another library or version.
+"""Match the matrices of two models that hold the same weights under names of different libraries or versions.
 
-A name is compared as its path within the part of the model that it belongs to. The weights of a vision-language model
-are ``model.layers.0`` and ``visual`` on the hub, ``model.language_model.layers.0`` and ``model.visual`` in memory, and
-``language_model.model.layers.0`` and ``vision_tower`` in older libraries; experts are one matrix each
-(``experts.3.gate_proj``) or a stack (``experts.gate_up_proj[3]``). Where two matrices could be meant, none is.
+Names are compared by their path within one part of the model. The weights of a vision-language model are
+``model.layers.0`` and ``visual`` on the hub, ``model.language_model.layers.0`` and ``model.visual`` in memory, and
+``language_model.model.layers.0`` and ``vision_tower`` in older libraries; experts are single matrices
+(``experts.3.gate_proj``) or stacks (``experts.gate_up_proj[3]``). An ambiguous name is matched to nothing.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from dynamics.checkpoints.matrices import Product, rows, stacked, turned
+from dynamics.checkpoints.matrices import StoredMatrix, rows, stacked, turned
 
 Size = tuple[int, int]
 
-#: Words before a name that only say what the model is wrapped in.
+#: Words before a name that only wrap the model.
 _WRAPPERS = frozenset(("model", "language_model", "text_model", "llm", "thinker", "base_model"))
-#: Words before a name that say which part of the model it belongs to.
+#: Words before a name → the part of the model that they name.
 _PARTS = {
     **dict.fromkeys(
         ("visual", "vision_tower", "vision_model", "vision_encoder", "vision_backbone", "image_encoder", "vit", "vpm"),
@@ -28,53 +28,53 @@ _PARTS = {
     ),
     **dict.fromkeys(("audio_tower", "audio_model", "audio_encoder", "speech_encoder"), "audio"),
 }
-#: Names on how many first words are tried: models have one or two.
+#: How many first words are tried; models have one or two.
 _PREFIXES = 4
 _EXPERT = re.compile(r"(?P<stem>(?:.+\.)?experts)\.(?P<index>[0-9]+)\.(?P<role>gate_proj|up_proj|down_proj|w1|w2|w3)")
 _STACKED = re.compile(r"(?P<stem>(?:.+\.)?experts)\.(?P<role>gate_up_proj|down_proj)\[(?P<index>[0-9]+)\]")
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def aligned(wanted: Mapping[str, Size | None], held: Mapping[str, Size]) -> dict[str, str]:
-    """Name that is wanted to the name under which it is held, where it is held at all.
+def aligned(wanted: Mapping[str, Size | None], sizes: Mapping[str, Size]) -> dict[str, str]:
+    """Return each wanted name → the name that the other model has for it, where it has one.
 
-    A name that is held as it is means that matrix. The others are compared by their path within their part of the
-    model, then without, or with, one first word that most of them have in common (``transformer.h.0.attn``). Of two
-    candidates the one of the wanted size is meant, or none. ``name@adapter`` is the matrix ``name``.
+    A name that both models have is the same matrix. Other names are compared by their path within their part of the
+    model, then without, or with, one first word that most of them share (``transformer.h.0.attn``). Of two candidates
+    the one of the wanted size is chosen, or none. ``name@adapter`` is the matrix ``name``.
 
     Args:
-        wanted: Name to size, ``None`` where it is not known.
-        held: Name to size.
+        wanted: Name → size, ``None`` where unknown.
+        sizes: Name → size in the other model.
 
     >>> aligned({"model.language_model.layers.0.q": (4, 4)}, {"model.layers.0.q": (4, 4), "visual.q": (4, 4)})
     {'model.language_model.layers.0.q': 'model.layers.0.q'}
     """
-    plain = {name: name if name in held else name.rpartition("@")[0] or name for name in wanted}
-    pairs = {name: one for name, one in plain.items() if one in held}
-    left = {name: _path(one) for name, one in plain.items() if name not in pairs}
+    plain = {name: name if name in sizes else name.rpartition("@")[0] or name for name in wanted}
+    pairs = {name: matrix for name, matrix in plain.items() if matrix in sizes}
+    paths = {name: _path(matrix) for name, matrix in plain.items() if name not in pairs}
     free: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for name in held.keys() - set(pairs.values()):
+    for name in sizes.keys() - set(pairs.values()):
         free[_path(name)].append(name)
-    meant: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for name, path in left.items():
-        meant[path].add(plain[name])
+    by_path: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for name, path in paths.items():
+        by_path[path].add(plain[name])
     changes: list[Callable[[str], str]] = [str]
-    changes += [partial(_without, word) for word in _first_words(rest for _, rest in left.values())]
+    changes += [partial(_without, word) for word in _first_words(rest for _, rest in paths.values())]
     changes += [partial(_with, word) for word in _first_words(rest for _, rest in free)]
     options = []
     for change in changes:
         option = {}
-        for name, (part, rest) in left.items():
+        for name, (part, rest) in paths.items():
             candidates = free.get((part, change(rest)), [])
-            if len(meant[part, rest]) == 1 and (one := _only(candidates, wanted[name], held)) is not None:
-                option[name] = one
-        claims = Counter(one for one, _ in {(one, plain[name]) for name, one in option.items()})
-        options.append({name: one for name, one in option.items() if claims[one] == 1})
-    return {**pairs, **max(options, key=len)}  # the first of those that find as many
+            if len(by_path[part, rest]) == 1 and (match := _only(candidates, wanted[name], sizes)) is not None:
+                option[name] = match
+        claims = Counter(match for match, _ in {(match, plain[name]) for name, match in option.items()})
+        options.append({name: match for name, match in option.items() if claims[match] == 1})
+    return {**pairs, **max(options, key=len)}  # the first of those that match most
 
 
 def _path(name: str) -> tuple[str, str]:
-    """The part of the model, and the path in it."""
+    """Return the part of the model that a name belongs to, and its path there."""
     words, part = name.split("."), ""
     while len(words) > 1 and (words[0] in _WRAPPERS or words[0] in _PARTS):
         part = _PARTS.get(words[0], part)
@@ -86,8 +86,8 @@ def _path(name: str) -> tuple[str, str]:
     return part, path
 
 
-def _only(candidates: list[str], size: Size | None, held: Mapping[str, Size]) -> str | None:
-    fitting = [name for name in candidates if size in (None, held[name], held[name][::-1])]
+def _only(candidates: list[str], size: Size | None, sizes: Mapping[str, Size]) -> str | None:
+    fitting = [name for name in candidates if size in (None, sizes[name], sizes[name][::-1])]
     chosen = fitting if len(candidates) > 1 else candidates
     return chosen[0] if len(chosen) == 1 else None
 
@@ -107,31 +107,31 @@ def _with(prefix: str, path: str) -> str:
 
 @dataclass(frozen=True)
 class Form:
-    """Experts in another form than they are stored in.
+    """A matrix of an expert in another form than the stored one.
 
     Args:
-        product: How the matrix is made.
-        parts: Names of the matrices that it is made of.
+        matrix: The matrix.
+        parts: Names of the stored matrices that it is made of.
     """
 
-    product: Product
+    matrix: StoredMatrix
     parts: tuple[str, ...]
 
 
-def expert_forms(held: Mapping[str, Product], wanted: Mapping[str, Size]) -> dict[str, Form]:
-    """Experts in the other form: stacks of single experts, or single experts of stacks, as views where possible.
+def expert_forms(matrices: Mapping[str, StoredMatrix], wanted: Mapping[str, Size]) -> dict[str, Form]:
+    """Return experts in the other form: stacks of single experts, or single experts of stacks, as views if possible.
 
-    ``gate_up_proj`` is the gate above the projection up, both (intermediate, hidden), and a stack is stored as that or
-    transposed. Which of the two is told by the shapes of ``gate_up_proj`` and ``down_proj`` together.
+    ``gate_up_proj`` is the gate above the up projection, both (intermediate, hidden); a stack is stored so or
+    transposed, and the shapes of ``gate_up_proj`` and ``down_proj`` together show which.
 
     Args:
-        held: Name to dense matrix.
-        wanted: Name to size of the matrices that are looked for; stacks are oriented like these.
+        matrices: Name → dense matrix.
+        wanted: Name → size of the matrices to find; stacks get their orientation.
     """
     single: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     joint: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
-    for name in held:
-        if held[name].shape.rank:
+    for name in matrices:
+        if matrices[name].shape.rank:
             continue
         if match := _EXPERT.fullmatch(name):
             single[match["stem"], match["index"]][_MIXTRAL.get(match["role"], match["role"])] = name
@@ -145,36 +145,36 @@ def expert_forms(held: Mapping[str, Product], wanted: Mapping[str, Size]) -> dic
     for (stem, index), names in single.items():
         size = sizes.get((_path(stem), index))
         if size and names.keys() == {"gate_proj", "up_proj", "down_proj"}:
-            forms |= _joined(stem, index, names, held, size)
+            forms |= _joined(stem, index, names, matrices, size)
     for (stem, index), names in joint.items():
         if names.keys() == {"gate_up_proj", "down_proj"}:
-            forms |= _parted(stem, index, names, held)
-    return {name: form for name, form in forms.items() if name not in held}
+            forms |= _parted(stem, index, names, matrices)
+    return {name: form for name, form in forms.items() if name not in matrices}
 
 
 def _joined(
-    stem: str, index: str, names: Mapping[str, str], held: Mapping[str, Product], wanted: Mapping[str, Size]
+    stem: str, index: str, names: Mapping[str, str], matrices: Mapping[str, StoredMatrix], wanted: Mapping[str, Size]
 ) -> dict[str, Form]:
-    """``gate_up_proj[e]`` and ``down_proj[e]`` of the three matrices of one expert, oriented like those wanted."""
-    gate, up = held[names["gate_proj"]], held[names["up_proj"]]
+    """Return ``gate_up_proj[e]`` and ``down_proj[e]`` from the three matrices of one expert, oriented as wanted."""
+    gate, up = matrices[names["gate_proj"]], matrices[names["up_proj"]]
     if gate.shape.in_ != up.shape.in_:
         return {}
-    products = {"gate_up_proj": stacked([gate, up]), "down_proj": held[names["down_proj"]]}
+    by_role = {"gate_up_proj": stacked([gate, up]), "down_proj": matrices[names["down_proj"]]}
     parts = {"gate_up_proj": (names["gate_proj"], names["up_proj"]), "down_proj": (names["down_proj"],)}
-    natural = {role: (product.shape.out, product.shape.in_) for role, product in products.items()}
+    natural = {role: (matrix.shape.out, matrix.shape.in_) for role, matrix in by_role.items()}
     straight = all(natural[role] == size for role, size in wanted.items())
     across = all(natural[role][::-1] == size for role, size in wanted.items())
     if straight == across:
-        return {}  # other sizes, or square ones, of which the orientation is not known
+        return {}  # other sizes, or square matrices of unknown orientation
     return {
-        f"{stem}.{role}[{index}]": Form(turned(product) if across else product, parts[role])
-        for role, product in products.items()
+        f"{stem}.{role}[{index}]": Form(turned(matrix) if across else matrix, parts[role])
+        for role, matrix in by_role.items()
     }
 
 
-def _parted(stem: str, index: str, names: Mapping[str, str], held: Mapping[str, Product]) -> dict[str, Form]:
-    """The three matrices of one expert of its part of two stacks."""
-    up, down = held[names["gate_up_proj"]], held[names["down_proj"]]
+def _parted(stem: str, index: str, names: Mapping[str, str], matrices: Mapping[str, StoredMatrix]) -> dict[str, Form]:
+    """Return the three matrices of one expert from its slices of two stacks."""
+    up, down = matrices[names["gate_up_proj"]], matrices[names["down_proj"]]
     if (up.shape.in_, up.shape.out) == (2 * down.shape.out, down.shape.in_):
         up, down = turned(up), turned(down)
     if (up.shape.out, up.shape.in_) != (2 * down.shape.in_, down.shape.out):

@@ -1,6 +1,6 @@
-"""The weights before training: what totals of dense weights are counted from, and what DoRA rescales.
+"""The weights before training, and what the updates of each training are counted from.
 
-What the updates of matrices that did not start at zero are counted from, and whether there are any.
+Totals of dense weights are counted from the base, or without it from the first checkpoint; DoRA rescales the base.
 """
 
 from __future__ import annotations
@@ -17,24 +17,20 @@ from dynamics.checkpoints.alignment import aligned, expert_forms
 from dynamics.checkpoints.errors import NotARun, UnreadableFile
 from dynamics.checkpoints.files import Weights
 from dynamics.checkpoints.formats.transformers import (
-    DenseWeights,
+    UNPACKED,
     read_dense,
     read_whole_model,
     ties_embeddings,
     whole_model,
 )
-from dynamics.checkpoints.matrices import Product, open_matrices, turned, under
+from dynamics.checkpoints.matrices import FileContent, StoredMatrix, open_matrices, oriented
 from dynamics.checkpoints.names import shown_path
 from dynamics.checkpoints.ties import embedding_of
-from dynamics.checkpoints.trajectory import Checkpoint, MatrixShape, OpenCheckpoint
+from dynamics.checkpoints.trajectory import Checkpoint, MatrixShape, OpenCheckpoint, by_training
 from dynamics.findings import Finding
 from dynamics.text import first_line, some
 
 _REMEDY = "Pass the folder that holds the weights of the model before training."
-#: What to do about a base whose weights are quantised.
-UNPACKED = (
-    "Pass the 16-bit original of the base: save it dequantised (model.dequantize()), or take the unquantised model."
-)
 
 
 @dataclass(frozen=True)
@@ -42,43 +38,50 @@ class Base:
     """The weights of a model before training.
 
     Args:
-        folder: Where they are.
-        weights: Their header.
-        held: Their matrices, by their own names.
-        ties_head: Whether its configuration says that the output layer is the input embedding; ``None``: not said.
+        folder: Their folder.
+        weights: Their headers.
+        content: Their matrices, by their names in the base.
+        ties_head: Whether the output layer is the input embedding, by the configuration; ``None``: it says nothing.
     """
 
     folder: Path
     weights: Weights
-    held: DenseWeights
+    content: FileContent
     ties_head: bool | None = None
 
-    def find(self, wanted: Mapping[str, MatrixShape]) -> dict[str, tuple[str, Product]]:
-        """The base's matrix for each name of the run that it has, under its own name there; see :func:`aligned`.
+    def find(self, wanted: Mapping[str, MatrixShape]) -> dict[str, tuple[str, StoredMatrix]]:
+        """Return name in the run → name in the base and matrix, for each matrix that the base has; see :func:`aligned`.
 
-        An output layer that is not saved is the input embedding that it is tied to, unless the configuration says
-        that it is tied to none.
+        An output layer that the base does not hold is its input embedding, unless the configuration says that the two
+        are not tied.
+
+        Args:
+            wanted: Name in the run → shape.
         """
         sizes = {name: (shape.out, shape.in_) for name, shape in wanted.items()}
-        forms = expert_forms(self.held.products, sizes)
-        held = {**self.held.products, **{name: form.product for name, form in forms.items()}}
-        pairs = aligned(sizes, {name: (product.shape.out, product.shape.in_) for name, product in held.items()})
+        forms = expert_forms(self.content.readable, sizes)
+        matrices = {**self.content.readable, **{name: form.matrix for name, form in forms.items()}}
+        pairs = aligned(sizes, {name: (matrix.shape.out, matrix.shape.in_) for name, matrix in matrices.items()})
         if self.ties_head is not False:
             for name in wanted.keys() - pairs.keys():
-                embedding = embedding_of(name.partition("@")[0], wanted[name], self.held.products)
+                embedding = embedding_of(name.partition("@")[0], wanted[name], self.content.readable)
                 if embedding is not None:
                     pairs[name] = embedding
-        return {name: (pairs[name], held[pairs[name]]) for name in wanted if name in pairs}
+        return {name: (pairs[name], matrices[pairs[name]]) for name in wanted if name in pairs}
 
     def refused(self, names: Iterable[str]) -> dict[str, str]:
-        """Why the base's matrix cannot be used, for each of these names that the base has but does not give."""
+        """Return name → why the base's matrix cannot be used, for each of these names that the base refuses.
+
+        Args:
+            names: Names in the run.
+        """
         stems = {name: name.partition("@")[0].partition("[")[0] for name in names}
-        pairs = aligned(dict.fromkeys(stems.values()), dict.fromkeys(self.held.refused, (0, 0)))
-        return {name: self.held.refused[pairs[stem]].reason for name, stem in stems.items() if stem in pairs}
+        pairs = aligned(dict.fromkeys(stems.values()), dict.fromkeys(self.content.refused, (0, 0)))
+        return {name: self.content.refused[pairs[stem]].reason for name, stem in stems.items() if stem in pairs}
 
 
 def open_base(folder: str | os.PathLike[str]) -> Base:
-    """Reads the headers of a model's weights.
+    """Read the headers of a model's weights.
 
     Args:
         folder: A folder with ``model.safetensors``, shards and their index, ``pytorch_model.bin``, or a distributed
@@ -87,28 +90,28 @@ def open_base(folder: str | os.PathLike[str]) -> Base:
     Raises:
         NotARun: If there is no such folder, or no whole model in it that can be read.
     """
-    place = Path(folder)
+    folder = Path(folder)
     try:
-        name = whole_model(place, sorted(os.listdir(place)))
+        name = whole_model(folder, sorted(os.listdir(folder)))
     except OSError as error:
-        raise NotARun(f"The base {str(place)!r} cannot be read: {first_line(error)}. {_REMEDY}") from error
+        raise NotARun(f"The base {str(folder)!r} cannot be read: {first_line(error)}. {_REMEDY}") from error
     if name is None:
         looked_for = "model.safetensors[.index.json], pytorch_model.bin[.index.json] or .metadata"
-        raise NotARun(f"No weights of a whole model in the base {str(place)!r} (looked for {looked_for}). {_REMEDY}")
+        raise NotARun(f"No weights of a whole model in the base {str(folder)!r} (looked for {looked_for}). {_REMEDY}")
     try:
-        weights = read_whole_model(place / name)
+        weights = read_whole_model(folder / name)
     except UnreadableFile as error:
-        finding = error.to_finding(shown_path(place / name, place))
-        raise NotARun(f"The base {str(place)!r} cannot be read: {finding}", [finding]) from error
-    held = read_dense(weights)
-    if not held.products:
+        finding = error.to_finding(shown_path(folder / name, folder))
+        raise NotARun(f"The base {str(folder)!r} cannot be read: {finding}", [finding]) from error
+    content = read_dense(weights)
+    if not content.readable:
         reason, remedy = "", _REMEDY
-        if held.refused:
-            name, refusal = next(iter(held.refused.items()))
+        if content.refused:
+            name, refusal = next(iter(content.refused.items()))
             reason, remedy = f" {name}: {refusal.reason}", UNPACKED
-        raise NotARun(f"The base {str(place)!r} holds no weight matrix that can be read.{reason} {remedy}")
-    said = [ties_embeddings(one) for one in dict.fromkeys((place, (place / name).parent))]
-    return Base(place, weights, held, next((one for one in said if one is not None), None))
+        raise NotARun(f"The base {str(folder)!r} holds no weight matrix that can be read.{reason} {remedy}")
+    configured = [ties_embeddings(parent) for parent in dict.fromkeys((folder, (folder / name).parent))]
+    return Base(folder, weights, content, next((ties for ties in configured if ties is not None), None))
 
 
 def base_checkpoint(
@@ -117,97 +120,80 @@ def base_checkpoint(
     transposed: Collection[str] = (),
     sources: Mapping[str, str] | None = None,
 ) -> tuple[Checkpoint, list[Finding]]:
-    """The base as the checkpoint of step 0, under the names of the run, and what it lacks.
+    """Return the base as the checkpoint of step 0, under the names of the run, and findings about what it lacks.
 
     Args:
         base: The base.
         shapes: Every matrix of the run.
         transposed: Names of matrices that the base stores as (in, out) although the run has them as (out, in): adapters
             of GPT-2's Conv1D.
-        sources: Name in the run to the name of what it was copied from, where an adapter repeats layers.
+        sources: Name in the run → name of the matrix it was copied from, where an adapter repeats layers.
     """
     sources = sources or {}
     by_source = base.find({sources.get(name, name): shape for name, shape in shapes.items()})
-    found = {name: by_source[one] for name in shapes if (one := sources.get(name, name)) in by_source}
-    products: dict[str, Product] = {}
-    other: dict[str, tuple[int, int]] = {}
-    for name, (_, product) in found.items():
-        fitting = fitted(product, shapes[name], name in transposed)
+    matches = {name: by_source[source] for name in shapes if (source := sources.get(name, name)) in by_source}
+    matrices: dict[str, StoredMatrix] = {}
+    resized: dict[str, tuple[int, int]] = {}
+    for name, (_, matrix) in matches.items():
+        fitting = oriented(matrix, shapes[name], name in transposed)
         if fitting is None:
-            other[name] = (product.shape.out, product.shape.in_)
+            resized[name] = (matrix.shape.out, matrix.shape.in_)
         else:
-            products[name] = under("", fitting)
-    files = {"": base.weights}
-    # Products of the base read from the file called "".
-    opened: Callable[[], AbstractContextManager[OpenCheckpoint]] = partial(open_matrices, products, files)
+            matrices[name] = fitting
+    opened: Callable[[], AbstractContextManager[OpenCheckpoint]] = partial(open_matrices, matrices, (base.weights,))
     inputs = tuple(
         {"path": part.path.name, "bytes": part.bytes, "header_sha256": part.header_sha256}
         for part in base.weights.parts
     )
-    own = {name: product.shape for name, product in products.items()}
+    base_shapes = {name: matrix.shape for name, matrix in matrices.items()}
     findings = (
-        *_renamed({sources.get(name, name): one for name, (one, _) in found.items()}),
-        *_lacking(base, shapes, found, other),
+        *_renamed({sources.get(name, name): base_name for name, (base_name, _) in matches.items()}),
+        *_lacking(base, shapes, matches, resized),
     )
-    return Checkpoint(0, base.folder, -1, own, opened, findings, inputs), list(findings)
+    return Checkpoint(0, base.folder, -1, base_shapes, opened, findings, inputs), list(findings)
 
 
-def fitted(product: Product, shape: MatrixShape, is_transposed: bool) -> Product | None:
-    """The base's matrix with the orientation of the run's; ``None`` if it has another shape.
-
-    Args:
-        product: The base's matrix.
-        shape: The run's.
-        is_transposed: Whether the base is known to store (in, out) where the run has (out, in).
-    """
-    own, wanted = (product.shape.out, product.shape.in_), (shape.out, shape.in_)
-    if own == wanted and not (is_transposed and own[0] == own[1]):
-        return product
-    # A weight has the orientation of its file, whatever training made of it.
-    return turned(product) if own[::-1] == wanted and shape.holds == "update" else None
-
-
-def _renamed(found: Mapping[str, str]) -> Iterable[Finding]:
-    called = {name: one for name, one in found.items() if name.partition("@")[0] != one}
-    if called:
-        yield Finding(
-            "OD136",
-            f"The base calls {len(called)} of {len(found)} matrices differently: "
-            f"{some(f'{name} is {one} there' for name, one in called.items())}. They are taken for the same, by name "
-            "and shape.",
-            step=0,
-            evidence={"matrices": list(called), "called": list(called.values())},
+def _renamed(base_names: Mapping[str, str]) -> Iterable[Finding]:
+    """Yield a finding about the matrices that the base calls differently, by name in the run → name in the base."""
+    renamed = {name: base_name for name, base_name in base_names.items() if name.partition("@")[0] != base_name}
+    if renamed:
+        pairs = some(f"{name} is {base_name} there" for name, base_name in renamed.items())
+        message = (
+            f"The base calls {len(renamed)} of {len(base_names)} matrices differently: {pairs}. By name and shape, "
+            "these are the same matrices."
         )
+        evidence = {"matrices": list(renamed), "called": list(renamed.values())}
+        yield Finding("OD136", message, step=0, evidence=evidence)
 
 
 def _lacking(
-    base: Base, shapes: Mapping[str, MatrixShape], found: Collection[str], other: Mapping[str, tuple[int, int]]
+    base: Base, shapes: Mapping[str, MatrixShape], matches: Collection[str], resized: Mapping[str, tuple[int, int]]
 ) -> Iterable[Finding]:
-    """One finding for each reason why matrices of the run are not compared with the base."""
-    missing = [name for name in shapes if name not in found]
+    """Yield one finding for each reason why matrices of the run are not compared with the base."""
+    missing = [name for name in shapes if name not in matches]
     refused = base.refused(missing)
     groups: dict[tuple[str, str, bool], list[str]] = defaultdict(list)
     for name in missing:
         is_weight = shapes[name].holds == "weight"
         if name in refused:
-            groups[f"The base does not give {{}}. {refused[name]}", UNPACKED, is_weight].append(name)
+            groups[f"The base's {{}} cannot be used. {refused[name]}", UNPACKED, is_weight].append(name)
         else:
-            remedy = "Pass the base that training started from; new layers have none."
+            remedy = "Pass the base that training started from; new layers are in no base."
             groups["The base has no {}.", remedy, is_weight].append(name)
     for is_weight in (True, False):
-        resized = {name: size for name, size in other.items() if (shapes[name].holds == "weight") == is_weight}
-        sizes = "; ".join(
-            f"{name} is {size} in the base and {(shapes[name].out, shapes[name].in_)} in the run"
-            for name, size in list(resized.items())[:3]
+        names = [name for name in resized if (shapes[name].holds == "weight") == is_weight]
+        sizes = some(
+            f"{name} is {resized[name]} in the base and {(shapes[name].out, shapes[name].in_)} in the run"
+            for name in names
         )
-        remedy = "Pass the base that training started from; resized embeddings have none."
-        if resized:
-            message = f"The base has {len(resized)} matrices of another shape: {sizes}."
-            groups[message, remedy, is_weight] = list(resized)
-    compared = len(shapes) - len(missing) - len(other)
+        remedy = "Pass the base that training started from; resized embeddings are in no base."
+        if names:
+            message = f"Shapes differ between base and run: {sizes}."
+            groups[message, remedy, is_weight] = names
+    compared = len(shapes) - len(missing) - len(resized)
     for (reason, remedy, is_weight), names in groups.items():
         consequence = (
-            "Their updates since the start are missing; those between checkpoints are not."
+            "Only updates between checkpoints are analysed, not those since the start."
             if is_weight
             else "Their updates are analysed, but not compared with the base."
         )
@@ -218,33 +204,33 @@ def _lacking(
         yield Finding("OD124", message, remedy, matrix=matrix, step=0, evidence=evidence)
 
 
-_BASE = "Give the weights before training (--base)."
+_BASE = "Pass the weights before training (--base)."
 
 
 def every_shape(checkpoints: Sequence[Checkpoint]) -> dict[str, MatrixShape]:
-    """Each matrix that occurs in some checkpoint, with its newest shape."""
+    """Return each matrix that occurs in some checkpoint → its newest shape."""
     return {name: shape for checkpoint in checkpoints for name, shape in checkpoint.shapes.items()}
 
 
 def has_updates(checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -> bool:
-    """Whether anything is an update, or two states of one weight differ by one."""
+    """Return whether there are updates: as such, as differences of two checkpoints, or as differences from the base."""
     shapes = every_shape(checkpoints)
     if any(shape.holds == "update" for shape in shapes.values()):
         return True
-    trainings = _trainings(checkpoints)
-    from_base = base is not None and any(name in base.shapes for name, one in shapes.items() if one.holds == "weight")
-    return from_base or any(len(own) > 1 for own in trainings)
+    if base is not None and any(name in base.shapes for name, shape in shapes.items() if shape.holds == "weight"):
+        return True
+    return any(len(training) > 1 for training in by_training(checkpoints))
 
 
 def start_findings(
     checkpoints: Sequence[Checkpoint], base: Checkpoint | None, moved: Mapping[str, str]
 ) -> Iterator[Finding]:
-    """How totals are to be read; nothing where all matrices are updates already.
+    """Yield findings that say what totals are counted from; none if all matrices are updates already.
 
     Args:
-        checkpoints: Of all trainings.
-        base: The weights before training, if they were given.
-        moved: Name of each matrix of an adapter whose start is not known to the initialisation that it had.
+        checkpoints: The checkpoints of all trainings.
+        base: The weights before training, if given.
+        moved: Name of each adapter matrix with an unknown start → its initialisation.
     """
     yield from _unknown_starts(checkpoints, moved)
     if not any(shape.holds == "weight" for shape in every_shape(checkpoints).values()):
@@ -253,20 +239,24 @@ def start_findings(
         message = f"Updates of dense weights are counted from the base {base.folder.name!r}."
         yield Finding("OD123", message, evidence={"base": base.folder.name})
         return
-    for own in _trainings(checkpoints):
-        first = own[0]
-        where = f"the first checkpoint of training {first.segment}, step {first.step}"
-        if len(own) == 1:
-            message = f"Its dense weights have no update: it is {where}, and its only one."
+    for training in by_training(checkpoints):
+        first = training[0]
+        if len(training) == 1:
+            message = (
+                f"Training {first.segment} has one checkpoint (step {first.step}): its dense weights have no update."
+            )
             yield Finding("OD105", message, _BASE, file=first.folder.name, step=first.step)
         else:
-            message = f"Updates of dense weights are counted from {where}, not from the start of training."
+            message = (
+                f"Updates of dense weights are counted from the first checkpoint of training {first.segment}, step "
+                f"{first.step}, not from the start of training."
+            )
             yield Finding("OD123", message, _BASE, step=first.step, evidence={"segment": first.segment})
 
 
 def _unknown_starts(checkpoints: Sequence[Checkpoint], moved: Mapping[str, str]) -> Iterator[Finding]:
-    """What can be said of adapters that began with a part of the base weight, and what cannot."""
-    for training in _trainings(checkpoints):
+    """Yield findings about adapters that started with a part of the base weight and have no initial adapter."""
+    for training in by_training(checkpoints):
         names = [name for name, shape in training[-1].shapes.items() if shape.holds == "state"]
         if not names:
             continue
@@ -278,23 +268,11 @@ def _unknown_starts(checkpoints: Sequence[Checkpoint], moved: Mapping[str, str])
         )
         matrices = f"{len(names)} matrices: {some(names)}" if len(names) > 1 else names[0]
         remedy = f"Put the initial adapter into the run's folder as {folder}."
+        step, evidence = training[-1].step, {"matrices": names}
         if len(training) > 1:
-            yield Finding(
-                "OD138",
-                f"{reason} Increments between checkpoints are known, totals since the start are not: {matrices}.",
-                remedy,
-                step=training[-1].step,
-                evidence={"matrices": names},
-            )
+            message = f"{reason} Increments between checkpoints are known, totals since the start are not: {matrices}."
+            yield Finding("OD138", message, remedy, step=step, evidence=evidence)
         else:
-            convert = " Or convert it: save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL_ADAPTER)."
-            message = f"{reason} {matrices}."
-            evidence = {"matrices": names}
-            yield Finding(
-                "OD105", message, remedy + convert, training[0].folder.name, step=training[0].step, evidence=evidence
-            )
-
-
-def _trainings(checkpoints: Sequence[Checkpoint]) -> list[list[Checkpoint]]:
-    numbers = sorted({checkpoint.segment for checkpoint in checkpoints})
-    return [[checkpoint for checkpoint in checkpoints if checkpoint.segment == number] for number in numbers]
+            remedy += " Or convert it: save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL_ADAPTER)."
+            file = training[0].folder.name
+            yield Finding("OD105", f"{reason} {matrices}.", remedy, file, step=step, evidence=evidence)

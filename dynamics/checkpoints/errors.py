@@ -1,4 +1,4 @@
-"""What reading a run can raise."""
+"""Errors of reading a run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dynamics.findings import Finding
 
 
 class NotARun(ValueError):
-    """Nothing at all could be read.
+    """Nothing in the folder can be analysed.
 
-    The message is one line: the path, what was looked for, what to do. ``findings`` says what was
-    wrong with each input that was there.
+    The message is one line: the path, what was expected, what to do. ``findings`` names the problem of each file that
+    was there.
 
     >>> NotARun("No such folder: 'runs/a'.").findings
     ()
@@ -23,12 +23,12 @@ class NotARun(ValueError):
 
 
 class UnreadableFile(OSError):
-    """One file that cannot be used; becomes a finding.
+    """One file cannot be used; it becomes a finding.
 
     Args:
         code: Code of the finding.
-        problem: One sentence: what was expected, what came.
-        remedy: What the user can do.
+        problem: One sentence: what was expected and what came.
+        remedy: What to do.
 
     >>> str(UnreadableFile("OD101", "It is empty.", "Copy it again."))
     'It is empty. Copy it again.'
@@ -41,5 +41,13 @@ class UnreadableFile(OSError):
         self.remedy = remedy
 
     def to_finding(self, file: str, step: int | None = None) -> Finding:
-        """The finding it becomes, for a file given relative to the run."""
+        """Return the finding about the file.
+
+        Args:
+            file: Its path relative to the run.
+            step: The step of its checkpoint, if it is in one.
+
+        >>> str(UnreadableFile("OD101", "It is empty.").to_finding("checkpoint-5/adapter_model.safetensors"))
+        'OD101 checkpoint-5/adapter_model.safetensors: It is empty.'
+        """
         return Finding(self.code, self.problem, self.remedy, file=file, step=step)

@@ -1,9 +1,7 @@
-"""Weight files: what is in them, without loading them, and how to load one tensor at a time.
+"""Read files from runs, whatever is wrong with them: weight files one tensor at a time, and JSON files.
 
-safetensors headers are checked here, so that each defect gets its own sentence, and the file is then mapped: it may be
+safetensors headers are checked here, so that each defect has its own message, and the file is then mapped: it may be
 larger than memory. ``.bin`` files are read with ``weights_only=True``: no object in them is ever built.
-
-Opening files that may be anything: absent, a pointer text, a pipe, forbidden, not JSON.
 """
 
 from __future__ import annotations
@@ -32,7 +30,104 @@ from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.names import shown
 from dynamics.text import first_line
 
-#: Bits of each dtype, by the name that safetensors gives it.
+_AGAIN = "Save or copy the file again."
+_LFS_HEAD = b"version https://git-lfs.github.com/spec/"
+_LFS_REMEDY = "Run `git lfs pull` in the clone, then copy the file itself."
+#: Bytes; configurations and training states are smaller.
+_JSON_LIMIT = 256 * 2**20
+#: Limits to the memory that a parsed JSON file takes: a log has one object for each entry, so these allow a million
+#: entries of ten numbers.
+_MOST_OBJECTS = 1_000_000
+_MOST_VALUES = 10_000_000
+
+
+def read_start(path: Path, code: str, count: int = 64) -> tuple[int, bytes]:
+    """Return the size and the first bytes of a regular file that is not a Git-LFS pointer.
+
+    Args:
+        path: The file; links are followed.
+        code: Code of the finding if it cannot be read (a pointer is always ``OD107``).
+        count: How many bytes to return.
+
+    Raises:
+        UnreadableFile: If it is absent, not a regular file, unreadable, empty or a Git-LFS pointer.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableFile(code, "It is not a regular file.", "Replace it by the file itself.")
+        with path.open("rb") as file:
+            start = file.read(max(count, len(_LFS_HEAD)))
+    except FileNotFoundError:
+        raise UnreadableFile(code, "The file does not exist.", "Copy it again.") from None
+    except PermissionError:
+        raise UnreadableFile(code, "Permission denied.", "Make it readable (chmod u+r) and run again.") from None
+    except UnreadableFile:
+        raise
+    except OSError as error:
+        raise UnreadableFile(code, f"It cannot be read: {first_line(error)}.", "Copy it again.") from error
+    if status.st_size == 0:
+        raise UnreadableFile(code, "It is empty (zero bytes).", _AGAIN)
+    if start.startswith(_LFS_HEAD):
+        problem = f"It is a Git-LFS pointer ({status.st_size} bytes), not the file itself."
+        raise UnreadableFile("OD107", problem, _LFS_REMEDY)
+    return status.st_size, start[:count]
+
+
+def read_text(path: Path, code: str) -> str:
+    """Read the text of a JSON file without its byte-order mark.
+
+    Args:
+        path: The file.
+        code: Code of the finding if it cannot be read.
+
+    Raises:
+        UnreadableFile: With ``code`` if it is too large, not UTF-8 or cannot be read; ``OD107`` for a Git-LFS pointer.
+    """
+    size, _ = read_start(path, code)
+    if size > _JSON_LIMIT:
+        problem = f"It is too large for a JSON file of its kind: {size:,} bytes, at most {_JSON_LIMIT:,}."
+        raise UnreadableFile(code, problem, "Check the file.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except ValueError as error:
+        raise UnreadableFile(code, f"It is not valid JSON: {first_line(error)}.", _AGAIN) from error
+    except OSError as error:
+        raise UnreadableFile(code, f"It cannot be read: {first_line(error)}.", "Copy it again.") from error
+    # Counted before parsing, so that signs within texts count, too; a log has few.
+    objects, values = text.count("{") + text.count("["), text.count(",")
+    if objects > _MOST_OBJECTS or values > _MOST_VALUES:
+        problem = (
+            f"It has about {objects:,} objects and lists and {values:,} values; expected at most {_MOST_OBJECTS:,} "
+            f"objects and lists and {_MOST_VALUES:,} values."
+        )
+        raise UnreadableFile(code, problem, "Check the file.")
+    return text
+
+
+def read_json(path: Path, code: str) -> dict[str, Any]:
+    """Read a JSON object from a file; bare ``NaN`` and ``Infinity``, as Python writes them, are accepted.
+
+    Args:
+        path: The file.
+        code: Code of the finding if it cannot be read.
+
+    Raises:
+        UnreadableFile: With ``code`` if it is not a JSON object, ``OD107`` if it is a Git-LFS pointer.
+    """
+    text = read_text(path, code)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableFile(code, f"It is not valid JSON: {first_line(error)}.", _AGAIN) from error
+    if not isinstance(content, dict):
+        raise UnreadableFile(code, f"Expected a JSON object, got {type(content).__name__}.", _AGAIN)
+    return content
+
+
+# --- weight files --------------------------------------------------------------------------------
+
+#: Bits of each dtype, by its name in safetensors.
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -43,13 +138,12 @@ TORCH_NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
-_DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
-#: Bytes that are read at once to compare a checksum.
+TORCH_DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
+#: Bytes read at once when a checksum is compared.
 _BLOCK = 2**22
-#: The format's own limit.
+#: The limit of the safetensors format, in bytes.
 _HEADER_LIMIT = 100_000_000
-_AGAIN = "Save or copy the file again."
-#: What torch says of a pickle that would build an object, as opposed to a damaged one.
+#: Torch's words about a pickle that would build an object, as opposed to a damaged one.
 _OBJECTS = re.compile(r"GLOBAL|unrecognized function|Trying to (call|instantiate|load)|Can only (create|build)")
 
 Loader = Callable[[str], Tensor]
@@ -70,9 +164,9 @@ class TensorInfo:
 
 @runtime_checkable
 class Weights(Protocol):
-    """Named tensors on disk, not yet opened: one file, the shards of an index, a distributed checkpoint.
+    """Named tensors on disk, not yet opened: one file, the shards of an index, or a distributed checkpoint.
 
-    ``path`` is the file that names them, ``parts`` the files that hold them; the rest is as in :class:`WeightFile`.
+    ``path`` is the file that lists them, ``parts`` are the files that hold them; for the rest see :class:`WeightFile`.
     """
 
     @property
@@ -98,10 +192,10 @@ class WeightFile:
         path: The file.
         bytes: Its size.
         header_sha256: Hash of its header (safetensors) or of its list of tensors (``.bin``).
-        tensors: Key to dtype and shape.
-        metadata: What a safetensors file says about itself.
-        tied: Key to the first key that has the same tensor in the same memory (``.bin``).
-        spans: Key to its first byte and the one after its last, counted from the end of the header (safetensors).
+        tensors: Key → dtype and shape.
+        metadata: The ``__metadata__`` of a safetensors file.
+        tied: Key → first key with the same tensor in the same memory (``.bin``).
+        spans: Key → first byte and the byte after the last, counted from the end of the header (safetensors).
     """
 
     path: Path
@@ -114,16 +208,16 @@ class WeightFile:
 
     @property
     def parts(self) -> tuple[WeightFile]:
-        """The files that hold its tensors: itself."""
+        """The files that hold its tensors: the file itself."""
         return (self,)
 
     @contextmanager
     def open(self) -> Iterator[Loader]:
-        """Maps the file into memory; the loader gives tensors that are views of the mapping.
+        """Map the file into memory, and yield a loader of tensors that are views of the mapping.
 
         Raises:
-            UnreadableFile: If the file has gone or changed since its header was read. The loader raises it too,
-                if the size of the file has changed since it was opened.
+            UnreadableFile: If the file has gone or changed since its header was read. The loader raises it, too, if
+                the size of the file has changed since it was opened.
         """
         with ExitStack() as stack:
             try:
@@ -139,14 +233,14 @@ class WeightFile:
             except UnreadableFile:
                 raise
             except FileNotFoundError as error:
-                raise UnreadableFile("OD101", "It is not there any more.", _AGAIN) from error
+                raise UnreadableFile("OD101", "It was removed after its header was read.", _AGAIN) from error
             except (OSError, ValueError) as error:
                 reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
                 raise UnreadableFile("OD101", f"It cannot be opened: {reason}.", _AGAIN) from error
             yield _guarded(load, size)
 
     def _mapped(self, file: BinaryIO) -> tuple[mmap.mmap, int]:
-        """The file's bytes, and where its numbers begin."""
+        """Return the bytes of the file, and the position of its first number."""
         length = int.from_bytes(file.read(8), "little")
         same_size = os.fstat(file.fileno()).st_size == self.bytes and 8 + length <= self.bytes
         if not same_size or hashlib.sha256(file.read(length)).hexdigest() != self.header_sha256:
@@ -156,10 +250,10 @@ class WeightFile:
 
 
 def _map(descriptor: int) -> mmap.mmap:
-    """The bytes of a file that may be larger than memory; writing to them changes neither the file nor other views.
+    """Return the bytes of a file that may be larger than memory; writing to them does not change the file.
 
-    A private mapping that can be written to counts as memory that may be needed, and is refused beyond what there is;
-    ``MAP_NORESERVE`` says that it will not be, and a mapping that can only be read needs none.
+    A private writable mapping counts as memory that may be needed, and is refused beyond the memory there is;
+    ``MAP_NORESERVE`` declares that it will not be needed, and a read-only mapping needs none.
     """
     if hasattr(mmap, "MAP_PRIVATE"):
         reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -173,14 +267,14 @@ def _map(descriptor: int) -> mmap.mmap:
 def _view(
     content: mmap.mmap, start: int, tensors: Mapping[str, TensorInfo], spans: Mapping[str, tuple[int, int]], key: str
 ) -> Tensor:
-    """One tensor as a view of the mapped file; dtypes that are never analysed come as their bytes."""
+    """Return one tensor as a view of the mapped file; dtypes that are never analysed as bytes."""
     info, (begin, end) = tensors[key], spans[key]
-    dtype = _DTYPES.get(info.dtype, torch.uint8)
-    shape = info.shape if info.dtype in _DTYPES else (end - begin,)
+    dtype = TORCH_DTYPES.get(info.dtype, torch.uint8)
+    shape = info.shape if info.dtype in TORCH_DTYPES else (end - begin,)
     if begin == end:
         return torch.empty(shape, dtype=dtype)
     view = memoryview(content)
-    if view.readonly or (start + begin) % dtype.itemsize:  # torch writes to what it may not, and reads what is aligned
+    if view.readonly or (start + begin) % dtype.itemsize:  # torch may write, and needs alignment
         return torch.frombuffer(bytearray(view[start + begin : start + end]), dtype=dtype).reshape(shape)
     return torch.frombuffer(content, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=start + begin).reshape(
         shape
@@ -192,13 +286,13 @@ def _size(descriptor: int) -> int:
 
 
 def _guarded(load: Loader, size_now: Callable[[], int]) -> Loader:
-    """The loader, asking for the size of its file first: reading a mapping behind the file's end kills the process."""
+    """Return a loader that checks the file's size first: reading a mapping beyond the file's end kills the process."""
     size = size_now()
 
     def load_checked(key: str) -> Tensor:
         now = size_now()
         if now != size:
-            problem = f"It had {size} bytes when it was opened and has {now} now."
+            problem = f"Its size changed from {size} to {now} bytes after it was opened."
             raise UnreadableFile("OD101", problem, "Analyse the run again when it is saved.")
         return load(key)
 
@@ -206,7 +300,10 @@ def _guarded(load: Loader, size_now: Callable[[], int]) -> Loader:
 
 
 def read_weight_file(path: Path) -> WeightFile:
-    """Reads the header of a ``.safetensors`` file, or the list of tensors of a ``.bin`` file.
+    """Read the header of a ``.safetensors`` file, or the list of tensors of a ``.bin`` file.
+
+    Args:
+        path: The file.
 
     Raises:
         UnreadableFile: ``OD101`` or ``OD107``, with what is wrong with it.
@@ -218,7 +315,7 @@ def _read_safetensors(path: Path) -> WeightFile:
     size, start = read_start(path, "OD101", count=8)
     length = int.from_bytes(start, "little")
     if size < 8 or length > _HEADER_LIMIT:
-        raise UnreadableFile("OD101", "It does not begin like a safetensors file.", _AGAIN)
+        raise UnreadableFile("OD101", "Expected a safetensors file; its first bytes are not those of one.", _AGAIN)
     if 8 + length > size:
         problem = f"It is truncated: its header alone needs {8 + length} bytes, the file has {size}."
         raise UnreadableFile("OD101", problem, _AGAIN)
@@ -233,7 +330,7 @@ def _read_safetensors(path: Path) -> WeightFile:
         raise UnreadableFile("OD101", "Its header is not a JSON object.", _AGAIN)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        problem = f"Its header's __metadata__ is {shown(repr(metadata))}; expected an object of names and texts."
+        problem = f"Its header's __metadata__ is {shown(repr(metadata))}; expected an object with text values."
         raise UnreadableFile("OD101", problem, _AGAIN)
     tensors, spans = _checked(entries, size - 8 - length)
     return WeightFile(path, size, hashlib.sha256(header).hexdigest(), tensors, metadata, spans=spans)
@@ -247,39 +344,41 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _checked(entries: Mapping[str, Any], room: int) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
-    """Entries of a header, and their offsets, which must tile the ``room`` bytes of data exactly."""
+    """Return the entries of a header and their offsets, which must tile the ``room`` bytes of data exactly."""
     tensors: dict[str, TensorInfo] = {}
     spans: dict[str, tuple[int, int]] = {}
     for key, entry in entries.items():
         try:
             key.encode()
         except UnicodeEncodeError as error:  # a lone surrogate: JSON can write it, safetensors refuses the file
-            problem = f"Its header gives a tensor the name {key!r}, which is not Unicode."
+            problem = f"Its header names a tensor {key!r}, which is not valid Unicode."
             raise UnreadableFile("OD101", problem, _AGAIN) from error
         dtype, shape, (begin, end) = _fields(key, entry)
         tensors[key] = TensorInfo(dtype, shape)
         if not 0 <= begin <= end:
-            raise UnreadableFile("OD101", f"Its header gives {key!r} the bytes {begin} to {end}.", _AGAIN)
+            raise UnreadableFile(
+                "OD101", f"Its header places {key!r} at the impossible bytes {begin} to {end}.", _AGAIN
+            )
         if end > room:
-            problem = f"It is truncated or its header lies: {key!r} ends at byte {end} of its data, which has {room}."
+            problem = f"It is truncated or its header is wrong: {key!r} ends at byte {end} of {room} bytes of data."
             raise UnreadableFile("OD101", problem, _AGAIN)
         if (end - begin) * 8 != tensors[key].count * _BITS[dtype]:
-            problem = f"Its header lies: {key!r}, {dtype} of shape {list(shape)}, does not take {end - begin} bytes."
+            problem = f"Its header is wrong: {key!r}, {dtype} of shape {list(shape)}, cannot take {end - begin} bytes."
             raise UnreadableFile("OD101", problem, _AGAIN)
         spans[key] = (begin, end)
     position = 0
     for begin, end in sorted(spans.values()):
         if begin != position:
-            raise UnreadableFile("OD101", "Its header lies: tensors overlap or leave gaps.", _AGAIN)
+            raise UnreadableFile("OD101", "Its header is wrong: tensors overlap or leave gaps.", _AGAIN)
         position = end
     if position != room:
-        problem = f"Its header lies: the tensors take {position} bytes, the file has {room} bytes of data."
+        problem = f"Its header is wrong: the tensors take {position} bytes, the file has {room} bytes of data."
         raise UnreadableFile("OD101", problem, _AGAIN)
     return tensors, spans
 
 
 def _whole(numbers: object) -> TypeGuard[list[int]]:
-    return isinstance(numbers, list) and all(type(number) is int for number in numbers)  # a bool is no size
+    return isinstance(numbers, list) and all(type(number) is int for number in numbers)  # a bool is not a size
 
 
 def _fields(key: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
@@ -305,7 +404,7 @@ def _read_pickle(path: Path) -> WeightFile:
 
 
 def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Key to the first key with the same view of the same memory; where nothing is stored nothing is shared."""
+    """Return each repeated key → the first key with the same view of the same memory; empty tensors share none."""
     first: dict[object, str] = {}
     tied = {}
     for key, tensor in state.items():
@@ -316,12 +415,12 @@ def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _verify(path: Path, size: int) -> None:
-    """Compares the numbers of a ``.bin`` file with its checksums, which torch does not; some files have none."""
+    """Compare the numbers of a ``.bin`` file with its checksums, which torch does not do; some files have none."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > size:
-                return  # not as torch writes it, so that reading could take any time: torch decides
+                return  # not written by torch, so that reading may take any time: leave it to torch
             for entry in entries:
                 if entry.CRC:
                     with archive.open(entry) as record:
@@ -329,10 +428,10 @@ def _verify(path: Path, size: int) -> None:
                             pass
     except zipfile.BadZipFile as error:
         if "CRC" in str(error):
-            problem = "Its numbers are not those that were saved: a checksum in it is wrong."
+            problem = "It is damaged: its numbers do not match a checksum in it."
             raise UnreadableFile("OD101", problem, _AGAIN) from error
     except (OSError, ValueError, RuntimeError, NotImplementedError, EOFError):
-        pass  # what else is wrong with it is found, and said, when torch reads it
+        pass  # other defects are reported when torch reads the file
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
@@ -340,7 +439,7 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
     mapped = zipfile.is_zipfile(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice on protocols of pickle is not for who reads the numbers
+            warnings.simplefilter("ignore")  # torch's advice about pickle protocols
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise anything at all; nothing in it is executed
         problem = f"It cannot be read: {first_line(error)}"
@@ -353,95 +452,9 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _not_tensors(error: Exception) -> UnreadableFile | None:
-    """The refusal of a pickle with objects in it, which torch did not load."""
+    """Return the refusal of a pickle with objects in it, which torch did not load; ``None`` for other errors."""
     if not _OBJECTS.search(str(error)):
         return None
-    problem = "It holds Python objects, not only tensors; they could run code and were not loaded."
+    problem = "It holds Python objects, not only tensors. They could run code and were not loaded."
     remedy = "Save it as safetensors (save_pretrained(..., safe_serialization=True))."
     return UnreadableFile("OD101", problem, remedy)
-
-
-_LFS_HEAD = b"version https://git-lfs.github.com/spec/"
-_LFS_REMEDY = "Run `git lfs pull` where the files were cloned, then copy the real file."
-#: Configurations and training states are small; anything larger is not one of them.
-_JSON_LIMIT = 256 * 2**20
-#: Objects, lists and values beyond which a JSON file takes more memory than its text by far: a log has one object an
-#: entry, so that this is a training of a million entries of ten numbers.
-_MOST_OBJECTS = 1_000_000
-_MOST_VALUES = 10_000_000
-
-
-def read_start(path: Path, code: str, count: int = 64) -> tuple[int, bytes]:
-    """Size and first bytes of a regular file that is not a Git-LFS pointer.
-
-    Args:
-        path: The file; links are followed.
-        code: Code of the finding when it cannot be read (a pointer is always ``OD107``).
-        count: How many bytes to return.
-
-    Raises:
-        UnreadableFile: If it is absent, no regular file, forbidden, empty or a Git-LFS pointer.
-    """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableFile(code, "It is not a regular file.", "Put the file itself there.")
-        with path.open("rb") as file:
-            start = file.read(max(count, len(_LFS_HEAD)))
-    except FileNotFoundError:
-        raise UnreadableFile(code, "The file is not there.", "Copy it again.") from None
-    except PermissionError:
-        raise UnreadableFile(code, "It may not be read.", "Give yourself read permission (chmod u+r).") from None
-    except UnreadableFile:
-        raise
-    except OSError as error:
-        raise UnreadableFile(code, f"It cannot be read: {first_line(error)}.", "Copy it again.") from error
-    if status.st_size == 0:
-        raise UnreadableFile(code, "It is empty (zero bytes).", "Save or copy it again.")
-    if start.startswith(_LFS_HEAD):
-        problem = f"It is a Git-LFS pointer ({status.st_size} bytes of text), not the file itself."
-        raise UnreadableFile("OD107", problem, _LFS_REMEDY)
-    return status.st_size, start[:count]
-
-
-def read_text(path: Path, code: str) -> str:
-    """The text of a JSON file, not parsed; a byte-order mark is left out.
-
-    Raises:
-        UnreadableFile: With ``code`` if it is too large, not UTF-8 or cannot be read; ``OD107`` for a Git-LFS pointer.
-    """
-    size, _ = read_start(path, code)
-    if size > _JSON_LIMIT:
-        raise UnreadableFile(code, f"It has {size} bytes: too large for a JSON file of its kind.", "Check the file.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except ValueError as error:
-        raise UnreadableFile(code, f"It is not valid JSON: {first_line(error)}.", "Save or copy it again.") from error
-    except OSError as error:
-        raise UnreadableFile(code, f"It cannot be read: {first_line(error)}.", "Copy it again.") from error
-    # Counted before it is parsed; signs within texts count too, of which a log has few.
-    objects, values = text.count("{") + text.count("["), text.count(",")
-    if objects > _MOST_OBJECTS or values > _MOST_VALUES:
-        problem = (
-            f"It has about {objects:,} objects and lists and {values:,} values; expected at most {_MOST_OBJECTS:,} and "
-            f"{_MOST_VALUES:,}."
-        )
-        raise UnreadableFile(code, problem, "Check the file.")
-    return text
-
-
-def read_json(path: Path, code: str) -> dict[str, Any]:
-    """A JSON object from a file; bare ``NaN`` and ``Infinity``, as Python writes them, are accepted.
-
-    Raises:
-        UnreadableFile: With ``code`` if it is not a JSON object, ``OD107`` if it is a Git-LFS pointer.
-    """
-    text = read_text(path, code)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UnreadableFile(code, f"It is not valid JSON: {first_line(error)}.", "Save or copy it again.") from error
-    if not isinstance(content, dict):
-        problem = f"Expected a JSON object, got {type(content).__name__}."
-        raise UnreadableFile(code, problem, "Save or copy it again.")
-    return content

@@ -8,14 +8,15 @@ import xarray as xr
 from dynamics import schema
 from dynamics.checkpoints.names import shown
 from dynamics.checkpoints.trajectory import LogEntry, Trajectory
+from dynamics.schema import labelled
 
-#: The Trainer writes scores under this prefix; the rest of its entries is about training.
+#: The Trainer logs scores under this prefix; its other entries are about training.
 SCORE_PREFIX = "eval_"
-#: What a capture logs for those who watch the training: all of it is in its records.
+#: Numbers that our recorder logs; its records hold all of them.
 _RECORDED_PREFIXES = ("dynamics/", "train/dynamics/")
-#: Characters of a name that are kept.
+#: Characters of a name that are stored.
 _LONGEST_NAME = 1000
-#: Scores of no task: how long the evaluation took, and over how much.
+#: Entries about the evaluation itself: its duration and its size.
 _ABOUT_THE_EVALUATION = (
     "runtime",
     "samples_per_second",
@@ -27,7 +28,11 @@ _ABOUT_THE_EVALUATION = (
 
 
 def log_groups(trajectory: Trajectory) -> dict[str, xr.Dataset]:
-    """``"training"`` and ``"score"``, each only if the log has something for it."""
+    """Return the groups ``"training"`` and ``"score"`` of a result, each only if the log has entries for it.
+
+    Args:
+        trajectory: The run.
+    """
     training = [entry for entry in trajectory.log if not entry.name.startswith((SCORE_PREFIX, *_RECORDED_PREFIXES))]
     scores = [entry for entry in trajectory.log if is_score(entry.name)]
     groups = {}
@@ -39,7 +44,7 @@ def log_groups(trajectory: Trajectory) -> dict[str, xr.Dataset]:
 
 
 def is_score(name: str) -> bool:
-    """Whether a number in the Trainer's log says how good the model is.
+    """Return whether an entry of the Trainer's log measures how good the model is.
 
     >>> is_score("eval_vqa_loss"), is_score("eval_runtime"), is_score("loss")
     (True, False, False)
@@ -48,40 +53,33 @@ def is_score(name: str) -> bool:
 
 
 def _training(entries: list[LogEntry]) -> xr.Dataset:
-    """``value(log, metric)``, a row for each logged (segment, step).
+    """Return ``value(log, metric)``, with a row for each logged (segment, step).
 
-    Metrics are a coordinate: their names are anybody's, and those of variables are paths in the store.
+    Metrics are a coordinate, not variables: their names are free text, and names of variables are paths in the store.
     """
     rows = sorted({(entry.segment, entry.step) for entry in entries})
     metrics = list(dict.fromkeys(entry.name for entry in entries))
-    row = {place: index for index, place in enumerate(rows)}
+    row = {segment_and_step: index for index, segment_and_step in enumerate(rows)}
     column = {name: index for index, name in enumerate(metrics)}
     values = np.full((len(rows), len(metrics)), np.nan)
     for entry in entries:
         values[row[entry.segment, entry.step], column[entry.name]] = entry.value
     segments, steps = np.asarray(rows, dtype=np.int64).T
-    attributes = {
-        "units": "as logged",
-        "long_name": "logged number",
-        "missing": "not logged at this step, or logged as NaN",
-    }
-    return xr.Dataset(
-        {"value": (("log", "metric"), values, attributes)},
-        coords={
-            "metric": ("metric", _names(metrics), {"units": "1", "long_name": "name of the number in the log"}),
-            "log_segment": ("log", segments, {"units": "1", "long_name": "number of the training"}),
-            "log_step": ("log", steps, {"units": "1", "long_name": "optimizer step"}),
-        },
+    coordinates = {"metric": _names(metrics), "log_segment": segments, "log_step": steps}
+    dataset = xr.Dataset(
+        labelled(schema.TRAINING, {"value": values}), coords=labelled(schema.LOG_COORDINATES, coordinates)
     )
+    dataset["value"].attrs["missing"] = "not logged at this step, or logged as NaN"
+    return dataset
 
 
 def _names(names: list[str]) -> np.ndarray:
-    """Names as an array of text, control characters (also a NUL at the end, which numpy would drop) escaped."""
+    """Return names as an array of text, control characters escaped (numpy would drop a NUL at the end)."""
     return np.asarray([shown(name, _LONGEST_NAME) for name in names], dtype=str)
 
 
 def _scores(entries: list[LogEntry], trajectory: Trajectory) -> xr.Dataset:
-    """``score(step, task)``; of several trainings that evaluated at one step, that of the checkpoint there."""
+    """Return ``score(step, task)``; of several trainings evaluated at one step, that with a checkpoint there wins."""
     owner = {checkpoint.step: checkpoint.segment for checkpoint in trajectory.checkpoints}
     chosen = {}
     for entry in sorted(entries, key=lambda entry: entry.segment):
@@ -96,17 +94,8 @@ def _scores(entries: list[LogEntry], trajectory: Trajectory) -> xr.Dataset:
         segment[steps.index(step)] = entry.segment
     unknown = np.full_like(values, np.nan)
     arrays = {"score": values, "items": unknown, "standard_error": unknown.copy()}
-    dataset = xr.Dataset(
-        {
-            name: (schema.SCORE[name].dims, array, schema.attributes(schema.SCORE[name]))
-            for name, array in arrays.items()
-        },
-        coords={
-            "step": ("step", np.asarray(steps, dtype=np.int64), {"units": "1", "long_name": "optimizer step"}),
-            "task": ("task", _names(tasks), {"units": "1", "long_name": "name of the score in the log"}),
-            "segment": ("step", segment, {"units": "1", "long_name": "number of the training"}),
-        },
-    )
+    coordinates = {"step": np.asarray(steps, dtype=np.int64), "task": _names(tasks), "segment": segment}
+    dataset = xr.Dataset(labelled(schema.SCORE, arrays), coords=labelled(schema.LOG_COORDINATES, coordinates))
     for name in ("items", "standard_error"):
-        dataset[name].attrs["missing"] = "the Trainer's log does not say it"
+        dataset[name].attrs["missing"] = "the Trainer's log does not give it"
     return dataset

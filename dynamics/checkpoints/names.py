@@ -1,4 +1,4 @@
-"""From keys in a weight file to names of matrices."""
+"""Names of matrices, from the keys in a weight file; text from files as it may stand in a message."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 _KEY = re.compile(r"(?P<stem>.+)\.lora_(?P<part>[A-Za-z0-9_]+)(?P<rest>(?:\..+)?)", re.DOTALL)
-#: PEFT's own prefix; what may stand before it are wrappers around the whole model.
+#: PEFT's prefix; only wrappers around the whole model may stand before it.
 _PEFT_PREFIX = "base_model.model."
 _OUTER_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.")
-#: Names that libraries reserve for wrappers around a submodule; no model calls a submodule so.
+#: Names that libraries reserve for wrappers around a submodule; no model uses them for a submodule.
 _INNER_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
-#: Far beyond any model's names; whoever stores, draws or prints a name may rely on it.
+#: Far beyond any model's names; what stores, draws or prints a name relies on it.
 _LONGEST_NAME = 1000
 _LARGEST_NUMBER = 2**63 - 1
-#: So many wrappers are taken off a whole model; nobody nests more.
+#: How many wrappers are removed from a whole model; nobody nests more.
 _DEEPEST = 8
 
 
 @dataclass(frozen=True)
 class AdapterKey:
-    """One key of an adapter file, taken apart.
+    """One key of an adapter file in its parts.
 
     Args:
         stem: The adapted module as the file writes it, wrappers included.
-        part: What of the adapter it is: ``A``, ``B``, ``embedding_A``, ``magnitude_vector``, ...
+        part: The part of the adapter: ``A``, ``B``, ``embedding_A``, ``magnitude_vector``, …
         leaf: ``weight``, ``bias``, or ``""`` for a bare parameter.
-        adapter: Name of the adapter if the key carries one (``lora_A.default.weight``), else ``""``.
+        adapter: Name of the adapter if the key holds one (``lora_A.default.weight``), else ``""``.
     """
 
     stem: str
@@ -39,7 +39,7 @@ class AdapterKey:
 
 
 def parse_key(key: str) -> AdapterKey | None:
-    """Takes an adapter key apart; ``None`` if it is none.
+    """Return the parts of an adapter's key, or ``None`` for any other key.
 
     >>> parse_key("base_model.model.layers.0.q_proj.lora_A.weight")
     AdapterKey(stem='base_model.model.layers.0.q_proj', part='A', leaf='weight', adapter='')
@@ -57,10 +57,10 @@ def parse_key(key: str) -> AdapterKey | None:
 
 
 def module_name(stem: str) -> str:
-    """The module's name inside the adapted model, as PEFT's patterns see it.
+    """Return the module's name inside the adapted model, which PEFT's patterns match.
 
-    Wrappers are taken off in the order in which they nest: what surrounds the whole model, then
-    PEFT's ``base_model.model.`` once. A module of the model that happens to be called ``module`` stays.
+    Wrappers are removed from the outside in: those around the whole model, then PEFT's ``base_model.model.`` once.
+    A module of the model that happens to be called ``module`` stays.
 
     >>> module_name("module.base_model.model.model.layers.0.q_proj")
     'model.layers.0.q_proj'
@@ -68,15 +68,15 @@ def module_name(stem: str) -> str:
     'module.encoder'
     """
     rest = stem
-    while rest.startswith(_OUTER_WRAPPERS) and len(stem) < 2 * _LONGEST_NAME:  # a longer one is not analysed anyway
+    while rest.startswith(_OUTER_WRAPPERS) and len(stem) < 2 * _LONGEST_NAME:  # longer names are refused anyway
         rest = rest.split(".", 1)[1]
     return rest.removeprefix(_PEFT_PREFIX) if rest.startswith(_PEFT_PREFIX) else stem
 
 
 def matrix_names(stems: Iterable[str]) -> dict[str, str]:
-    """Name of the matrix for each stem; two stems never get one name.
+    """Return the name of the matrix of each stem; no two stems share a name.
 
-    Stems whose names would coincide keep everything that tells them apart.
+    Stems whose names would coincide keep their full text.
 
     >>> matrix_names(["base_model.model.attn.base_layer.out_proj"])
     {'base_model.model.attn.base_layer.out_proj': 'attn.out_proj'}
@@ -95,9 +95,9 @@ def _without_inner_wrappers(name: str) -> str:
 
 
 def without_wrappers(keys: Iterable[str]) -> dict[str, str]:
-    """Each key of a whole model's weights without wrappers.
+    """Return each key of a whole model's weights without wrappers.
 
-    What surrounds the whole model stands before all of its keys; a module of the model that happens to be called
+    A wrapper around the whole model stands before all of its keys; a module of the model that happens to be called
     ``module`` does not.
 
     >>> without_wrappers(["module.a", "module._orig_mod.b"])
@@ -118,7 +118,7 @@ def _common_wrapper(names: Iterable[str]) -> str:
 
 
 def name_fault(name: str) -> str | None:
-    """What keeps the name of a matrix from being stored and shown, as a sentence; ``None`` if nothing does.
+    """Return a sentence that says why a matrix's name cannot be stored or shown, or ``None`` if it can.
 
     >>> name_fault("model.layers.0.q_proj") is None
     True
@@ -137,7 +137,7 @@ def name_fault(name: str) -> str | None:
 
 
 def shown(text: str, limit: int = 120) -> str:
-    r"""Text that may be anything, as it can stand in a message: on one line, escaped as Python would, shortened.
+    r"""Return text of unknown content as it may stand in a message: on one line, escaped as in Python, shortened.
 
     >>> shown("a\nb"), shown("x" * 300, limit=5)
     ('a\\nb', 'xxxxx… (300 characters)')
@@ -148,7 +148,7 @@ def shown(text: str, limit: int = 120) -> str:
 
 
 def shown_path(path: PurePath, folder: PurePath) -> str:
-    """A file's path relative to a folder, with slashes, as it can stand in a message.
+    """Return a file's path relative to a folder, with slashes, as it may stand in a message.
 
     >>> shown_path(PurePath("run/checkpoint-1/x.bin"), PurePath("run"))
     'checkpoint-1/x.bin'
@@ -157,7 +157,7 @@ def shown_path(path: PurePath, folder: PurePath) -> str:
 
 
 def natural_order(name: str) -> tuple[str | tuple[int, str], ...]:
-    """Sort key that puts layer 2 before layer 10, as the model does.
+    """Return a sort key that puts layer 2 before layer 10, as the model does.
 
     >>> sorted(["h.10.q", "h.2.q"], key=natural_order)
     ['h.2.q', 'h.10.q']
@@ -167,5 +167,5 @@ def natural_order(name: str) -> tuple[str | tuple[int, str], ...]:
 
 
 def _digits_order(digits: str) -> tuple[int, str]:
-    significant = digits.lstrip("0")  # as a number, which Python makes of some thousand digits only
+    significant = digits.lstrip("0")  # not int(): Python refuses more than some thousand digits
     return len(significant), significant

@@ -1,4 +1,4 @@
-"""The step in the name of a folder or file, as trainers write it.
+"""Steps in the names of folders and files, as trainers write them.
 
 ``checkpoint-100`` (transformers), ``step_100`` (accelerate), ``step-100`` (torchtitan, litgpt), ``epoch_3``
 (torchtune), ``iter_0000100`` (Megatron), ``global_step_100`` (verl, DeepSpeed), ``epoch=0-step=100`` (Lightning),
@@ -10,35 +10,37 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-#: What the number counts: words of optimizer steps, of checkpoints, of epochs. Plurals (``epochs_3``) say how long a
-#: training was, not how far it had come.
+#: Words beside a number and their rank: optimizer steps, checkpoints, epochs. Plurals (``epochs_3``) give the length of
+#: a training, not its progress.
 _COUNTERS = {
     **dict.fromkeys(("step", "globalstep", "iter", "iteration", "update", "ba", "batch"), 0),
     **dict.fromkeys(("checkpoint", "ckpt", "chkpt"), 1),
     **dict.fromkeys(("epoch", "ep", "epochstep"), 2),
 }
-#: Words beside a counter that tell nothing of which training it is.
+#: Words beside a counter that do not name a training.
 _PLAIN = frozenset(_COUNTERS) | {
     *("global", "model", "adapter", "lora", "hf", "weights", "state", "save", "last", "latest", "best", "final"),
     *("train", "training", "consumed", "samples", "val", "eval", "loss", "unsharded", "consolidated", "finetrainers"),
 }
-#: Folders that hold steps whose names are bare numbers, by their own names.
+#: Names of folders in which a bare number is a step.
 _OF_NUMBERS = re.compile(r"checkpoints?|ckpts?|steps?|epochs?|saves?|(lora_)?weights", re.IGNORECASE)
 _TOKEN = re.compile(r"[^\W\d_]+|[0-9]+|[\W_]+")
 _METRIC = re.compile(r"(?<==)[0-9]+(\.[0-9]+)?(e-?[0-9]+)?")
-#: What is said of a step, not of the training: ``step=100-last`` is one more name of a step.
+#: Words about the step, not about the training: ``step=100-last`` is another name of step 100.
 _MARK = re.compile(r"[-_](last|latest|best|final)$", re.IGNORECASE)
+#: Steps are stored as 64-bit integers; no larger number is a step.
+LARGEST_STEP = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class NamedStep:
-    """A step, as a name tells it.
+    """A step read from a name.
 
     Args:
-        number: The number.
-        template: The name without its numbers; one training uses one template.
-        is_plain: Whether the name holds nothing but the step, so that nothing in it can name a training.
-        is_epoch: Whether epochs are counted.
+        number: The step; it may exceed :data:`LARGEST_STEP`.
+        template: The name with ``N`` for its numbers; one training uses one template.
+        is_plain: Whether the name holds only the step, and no name of a training.
+        is_epoch: Whether the number counts epochs.
     """
 
     number: int
@@ -48,11 +50,11 @@ class NamedStep:
 
 
 def named_step(name: str, parent: str = "") -> NamedStep | None:
-    """Return the step that a name tells; ``None`` if it tells none.
+    """Return the step in a name, or ``None`` if there is none.
 
     Args:
-        name: Of a folder, or of a file without its suffix.
-        parent: Name of the folder around it: in ``checkpoints/`` a bare number is a step.
+        name: The name of a folder, or of a file without its suffix.
+        parent: The name of the folder around it: in ``checkpoints/`` a bare number is a step.
 
     >>> (
     ...     named_step("global_step_100").number,
@@ -82,7 +84,7 @@ def named_step(name: str, parent: str = "") -> NamedStep | None:
 
 
 def is_plain_name(name: str) -> bool:
-    """Return whether no word of a name can be that of a training.
+    """Return whether no word of a name can be the name of a training.
 
     >>> is_plain_name("final_model"), is_plain_name("style")
     (True, False)
@@ -91,7 +93,7 @@ def is_plain_name(name: str) -> bool:
 
 
 def is_plain_step(name: str) -> bool:
-    """Return whether a name is that of a step, and of nothing else.
+    """Return whether a name holds a step and nothing else.
 
     >>> is_plain_step("checkpoint-100"), is_plain_step("imax-step-100")
     (True, False)
@@ -101,25 +103,25 @@ def is_plain_step(name: str) -> bool:
 
 
 def _numbers_by_word(tokens: list[str]) -> dict[int, int]:
-    """Position of each number beside a counter → rank of the counter; the word before a number goes first."""
+    """Return the position of each number beside a counter → the counter's rank; a word before the number goes first."""
     numbers: dict[int, int] = {}
     used: set[int] = set()
     for direction in (-1, 1):
         for position in range(len(tokens)):
             if not _is_number(tokens, position) or position in numbers:
                 continue
-            beside = position + direction
-            if 0 <= beside < len(tokens) and tokens[beside] in ("-", "_", "=", " "):
-                beside += direction
-            word = tokens[beside].lower() if 0 <= beside < len(tokens) else ""
-            if word in _COUNTERS and beside not in used:
+            neighbour = position + direction
+            if 0 <= neighbour < len(tokens) and tokens[neighbour] in ("-", "_", "=", " "):
+                neighbour += direction
+            word = tokens[neighbour].lower() if 0 <= neighbour < len(tokens) else ""
+            if word in _COUNTERS and neighbour not in used:
                 numbers[position] = _COUNTERS[word]
-                used.add(beside)
+                used.add(neighbour)
     return numbers
 
 
 def _is_number(tokens: list[str], position: int) -> bool:
-    """Whether a token is a whole number, and no part of a decimal one."""
+    """Return whether a token is a whole number and not part of a decimal one."""
     if not tokens[position].isascii() or not tokens[position].isdigit():
         return False
     before, after = "".join(tokens[max(position - 2, 0) : position]), "".join(tokens[position + 1 : position + 3])

@@ -1,9 +1,9 @@
-"""Tied weights: one matrix under two names, told by the tensors.
+"""Tied weights: one matrix under two names, recognised by the tensors.
 
-A model saved by its state dictionary (FSDP, DeepSpeed's ``zero_to_fp32``) has tied weights twice, one saved by
-transformers once, and ``config.json`` says which, says nothing, or is wrong. Two names are one matrix if they hold the
-same numbers, bit by bit, wherever both occur: in each checkpoint of the run, and in the base. Where they differ once,
-training untied them, and they are two.
+A model saved by its state dictionary (FSDP, DeepSpeed's ``zero_to_fp32``) holds tied weights twice, a model saved by
+transformers once, and ``config.json`` says so, says nothing, or is wrong. Two names are one matrix if they hold the
+same numbers, bit by bit, wherever both occur: in each checkpoint of the run and in the base. If they differ anywhere,
+training untied them, and they are two matrices.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from torch import Tensor
 from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.files import Loader, Weights
 from dynamics.checkpoints.formats.distributed import DistributedWeights
-from dynamics.checkpoints.matrices import Product
+from dynamics.checkpoints.matrices import StoredMatrix
 from dynamics.checkpoints.names import natural_order
 from dynamics.checkpoints.trajectory import MatrixShape
 
-#: Ends of the names of input embeddings, those that several share first, and of the output layers tied to them.
+#: Ends of the names of input embeddings, those shared by several layers first, and of the output layers tied to them.
 _EMBEDDINGS = ("shared", "embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "token_embedding")
 _HEADS = ("lm_head", "embed_out", "proj_out", "output_layer", "predictions.decoder", "lm_head.decoder")
-#: Numbers of each tensor that are hashed to rule out most pairs, and that are compared at once.
+#: How many numbers of each tensor are hashed to rule out most pairs, and how many are compared at once.
 _SAMPLE = 1024
 _BLOCK = 2**24
 
 Tied = Mapping[str, str]
 
 
-def tied_matrices(weights: Weights, products: Mapping[str, Product]) -> Tied:
-    """Name of each dense matrix that repeats another one, to that other one's name.
+def tied_matrices(weights: Weights, matrices: Mapping[str, StoredMatrix]) -> Tied:
+    """Return the name of each dense matrix that repeats another → the other's name.
 
     Args:
-        weights: The file that they are read from.
-        products: The matrices; those that are no view of one tensor are tied to none.
+        weights: Their file.
+        matrices: The matrices; one that is not the view of a single tensor is tied to none.
     """
     names: dict[str, list[str]] = defaultdict(list)
-    for name, product in products.items():
-        if product.key:
-            names[product.key].append(name)
+    for name, matrix in matrices.items():
+        if matrix.key:
+            names[matrix.key].append(name)
     try:
         pairs = equal_keys(weights, sorted(names, key=lambda key: _rank(names[key][0])))
     except UnreadableFile:  # reported where its matrices are read
@@ -54,7 +54,11 @@ def tied_matrices(weights: Weights, products: Mapping[str, Product]) -> Tied:
 
 
 def equal_keys(weights: Weights, keys: Iterable[str]) -> dict[str, str]:
-    """Key to the first of the keys that holds the same numbers; tensors of one repeated number tell nothing.
+    """Return each repeated key → the first key with the same numbers; constant tensors are no evidence of a tie.
+
+    Args:
+        weights: The file.
+        keys: Keys of tensors in it, in order of preference.
 
     Raises:
         UnreadableFile: If the file has gone or changed.
@@ -82,7 +86,7 @@ def _pairs(groups: Iterable[Sequence[str]], equal: Mapping[str, str]) -> Iterato
 
 
 def _fingerprint(weights: Weights, key: str, load: Loader) -> object:
-    """What equal tensors have in common, without reading all of them."""
+    """Return a value that equal tensors share, without reading them whole."""
     if isinstance(weights, DistributedWeights):
         sums = [_checksum(chunk.file, chunk.start, chunk.length) for chunk in weights.chunks[key]]
         if all(sums):
@@ -93,16 +97,16 @@ def _fingerprint(weights: Weights, key: str, load: Loader) -> object:
 
 
 def _checksum(path: Path, start: int, length: int) -> int:
-    """The checksum that ``torch.save`` keeps of the numbers of one record, read from its end; 0: it kept none."""
+    """Return the checksum that ``torch.save`` stored at the end of one record; 0 if it stored none."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(_Record(file, start, length)) as archive:
             return next((entry.CRC for entry in archive.infolist() if "/data/" in entry.filename), 0)
     except (OSError, zipfile.BadZipFile, ValueError):
-        return 0  # what is wrong is said where the matrix is read
+        return 0  # reported where the matrix is read
 
 
 class _Record(io.RawIOBase):
-    """A part of a file as a file of its own."""
+    """A part of a file, readable as a file."""
 
     def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
         self._file, self._start, self._length, self._position = file, start, length, 0
@@ -141,7 +145,7 @@ def _bits(numbers: Tensor) -> Tensor:
 
 
 def _rank(name: str) -> tuple[object, ...]:
-    """Order in which names are preferred: an embedding before the layers that are tied to it, a head last."""
+    """Return the sort key of preferred names: an embedding before the layers tied to it, an output layer last."""
     kind = next((i for i, end in enumerate(_EMBEDDINGS) if _ends(name, end)), len(_EMBEDDINGS))
     return (any(_ends(name, end) for end in _HEADS), kind, natural_order(name))
 
@@ -151,10 +155,10 @@ def _ends(name: str, end: str) -> bool:
 
 
 def tied_everywhere(states: Sequence[tuple[Collection[str], Tied]]) -> tuple[dict[str, str], dict[str, str]]:
-    """Pairs of names that are one matrix, and pairs that are equal in some states and differ in others.
+    """Return the pairs of names that are one matrix, and the pairs that are equal in some states and differ in others.
 
     Args:
-        states: Of each checkpoint, and of the base: the names of its matrices, and those that repeat another.
+        states: For each checkpoint and the base: the names of its matrices, and the names that repeat another.
 
     >>> tied_everywhere([({"embed", "head"}, {"head": "embed"}), ({"embed"}, {})])
     ({'head': 'embed'}, {})
@@ -162,29 +166,30 @@ def tied_everywhere(states: Sequence[tuple[Collection[str], Tied]]) -> tuple[dic
     ({}, {'head': 'embed'})
     """
     pairs = {name: first for _, tied in states for name, first in tied.items()}
-    one: dict[str, str] = {}
+    always: dict[str, str] = {}
     untied: dict[str, str] = {}
     for name, first in pairs.items():
         both = [tied for names, tied in states if name in names and first in names]
         if both:
-            (one if all(tied.get(name, name) == tied.get(first, first) for tied in both) else untied)[name] = first
-    return {name: one.get(first, first) for name, first in one.items()}, untied
+            is_tied = all(tied.get(name, name) == tied.get(first, first) for tied in both)
+            (always if is_tied else untied)[name] = first
+    return {name: always.get(first, first) for name, first in always.items()}, untied
 
 
-def embedding_of(head: str, shape: MatrixShape, products: Mapping[str, Product]) -> str | None:
-    """Name of the input embedding that an output layer is tied to where it is not saved itself; ``None`` if none is.
+def embedding_of(head: str, shape: MatrixShape, matrices: Mapping[str, StoredMatrix]) -> str | None:
+    """Return the name of the input embedding that a missing output layer is tied to, or ``None``.
 
     Args:
-        head: Name of the matrix that is missing.
-        shape: What it has elsewhere.
-        products: The matrices that are there.
+        head: Name of the missing matrix; it is an output layer only if its name says so.
+        shape: Its shape in other checkpoints.
+        matrices: The saved matrices.
     """
     if not any(_ends(head, end) for end in _HEADS):
         return None
     fitting = [
         name
-        for name, product in products.items()
+        for name, matrix in matrices.items()
         if any(_ends(name, end) for end in _EMBEDDINGS)
-        and (product.shape.out, product.shape.in_) == (shape.out, shape.in_)
+        and (matrix.shape.out, matrix.shape.in_) == (shape.out, shape.in_)
     ]
     return min(fitting, key=_rank, default=None)

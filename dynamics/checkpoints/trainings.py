@@ -1,30 +1,25 @@
-"""Several trainings in one folder, told apart by evidence.
+"""Several trainings in one folder, separated by evidence in ``trainer_state.json`` and in the adapters.
 
-A rerun into the same output folder leaves checkpoints of two trainings interleaved by number.
-Sorting them by step would invent dynamics, so each checkpoint is placed in a training (segment) by
-what it says of itself, in ascending order of step:
+A rerun into the same output folder leaves checkpoints of two trainings interleaved by number. Sorting them by step
+would invent dynamics, so each checkpoint is assigned to a training (segment) by evidence, in ascending order of step:
 
-1. **The log decides where it can.** The Trainer carries its whole ``log_history`` along, over resumes
-   too. A checkpoint *continues* an earlier one if every entry of the earlier log comes back with the
-   same values (step and metric; times are left aside). It is *another training* if one value differs,
-   or if entries of the earlier log are missing although the later log is not empty (it started over).
-   A continued log outweighs everything below: a training may be extended or have its plan changed.
-   Only where the scale of the adapter changes in it (alpha, rsLoRA), what comes after is set apart: the
-   difference of two checkpoints would be that of two scales.
-   Learning rates alone do not make a continuation: two trainings of one schedule share them.
-2. **Where the logs are silent**, one of these is enough: floating-point operations so far that go
-   down although the step goes up; other ranks in every shared matrix, if the matrices are not the same
-   or one of the two has a log; matrices that only the one has and matrices that only the other has.
-   Otherwise two of these: other ranks in every matrix (alone, a rank that grows or is pruned); another
-   ``max_steps`` or ``num_train_epochs``; another ``train_batch_size``; other logging, evaluation or
-   save intervals; another alpha, rsLoRA or ``target_modules``.
-3. **Where evidence is left over that does not decide**, nothing is split, and a warning says so. A
-   checkpoint without any evidence goes with the training of the checkpoint before it.
+1. **The log decides where it can.** The Trainer keeps its whole ``log_history``, also over resumes. A checkpoint
+   *continues* an earlier one if every entry of the earlier log returns with the same value (by step and metric; timings
+   are ignored). It belongs to *another training* if one value differs, or if entries of the earlier log are missing
+   although the later log is not empty (it started over). A continued log outweighs everything below: a training may be
+   extended, or its plan changed. Only where the adapter's scale changes within it (alpha, rsLoRA) do later checkpoints
+   count as another training: the difference of two checkpoints would mix two scales. Learning rates alone do not make a
+   continuation: two trainings with one schedule share them.
+2. **Where the logs are silent**, one of these is enough: the floating-point operations so far go down although the step
+   goes up; the rank of every shared matrix differs, if the matrices are not the same or one of the two has a log; each
+   of the two has matrices that the other lacks. Otherwise two of these are needed: the rank of every matrix differs
+   (alone, a rank that grows or is pruned); another ``max_steps`` or ``num_train_epochs``; another
+   ``train_batch_size``; other logging, evaluation or save intervals; another alpha, rsLoRA or ``target_modules``.
+3. **Where the evidence does not decide**, nothing is split, and a warning says so. A checkpoint without any evidence
+   joins the training of the checkpoint before it.
 
-Weights are not compared: two trainings from one seed can share A almost exactly, and one large step
-can turn an update, so likeness would decide wrongly exactly where it is needed.
-
-``trainer_state.json``: the step, the training log, and what a training calls itself.
+Weights are not compared: two trainings from one seed can share A almost exactly, and one large step can turn an update,
+so similarity would fail exactly where it is needed.
 """
 
 from __future__ import annotations
@@ -37,9 +32,85 @@ from typing import Any, Literal
 
 from dynamics.checkpoints.files import read_json
 from dynamics.checkpoints.names import shown
+from dynamics.checkpoints.steps import LARGEST_STEP
 from dynamics.checkpoints.trajectory import LogEntry
 from dynamics.findings import Finding
 from dynamics.text import some
+
+#: Settings of the Trainer; two trainings often differ in one of them.
+_PLAN = ("max_steps", "num_train_epochs", "train_batch_size", "logging_steps", "eval_steps", "save_steps")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """The parts of a ``trainer_state.json`` that are used; paths in it (``best_model_checkpoint``) are never followed.
+
+    Args:
+        step: ``global_step``, or ``None`` if it is not a whole number.
+        log: Step, name and value of each scalar in ``log_history``, in its order.
+        plan: ``max_steps``, ``num_train_epochs``, ``train_batch_size`` and the like, where present.
+        total_flos: Floating-point operations so far, accumulated over resumes; NaN if absent.
+    """
+
+    step: int | None
+    log: tuple[tuple[int, str, float], ...]
+    plan: dict[str, float]
+    total_flos: float = math.nan
+
+
+def read_training_state(path: Path) -> TrainingState:
+    """Read a ``trainer_state.json``; a bare ``NaN`` is a value like any other.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UnreadableFile: ``OD108`` if it is not a JSON object, ``OD107`` if it is a Git-LFS pointer.
+    """
+    return parse_training_state(read_json(path, "OD108"))
+
+
+def parse_training_state(content: dict[str, Any]) -> TrainingState:
+    """Return the training state in a JSON object.
+
+    Args:
+        content: The object.
+
+    >>> parse_training_state({"global_step": 5, "log_history": [{"step": 5, "loss": 1.5, "epoch": 0.1}]}).log
+    ((5, 'loss', 1.5),)
+    """
+    history = content.get("log_history")
+    entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+    log = tuple(scalar for entry in entries for scalar in _scalars(entry))
+    plan = {key: value for key in _PLAN if (value := _number(content.get(key))) is not None}
+    flos = _number(content.get("total_flos"))
+    return TrainingState(_whole(content.get("global_step")), log, plan, math.nan if flos is None else flos)
+
+
+def _scalars(entry: dict[str, Any]) -> list[tuple[int, str, float]]:
+    step = _whole(entry.get("step"))
+    if step is None:
+        return []
+    named = ((name, _number(value)) for name, value in entry.items() if name not in ("step", "epoch"))
+    return [(step, name, value) for name, value in named if value is not None]
+
+
+def _number(value: Any) -> float | None:
+    """Return a JSON number as a float; ``None`` for anything else (booleans, integers beyond any float)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
+
+
+def _whole(value: Any) -> int | None:
+    number = _number(value)
+    return int(value) if number is not None and number.is_integer() and 0 <= number <= LARGEST_STEP else None
+
+
+# --- evidence ------------------------------------------------------------------------------------
 
 _NOT_COMPARED = ("runtime", "_per_second", "total_flos", "train_loss", "num_tokens", "num_input_tokens_seen")
 #: Plans that change together count as one piece of evidence.
@@ -48,20 +119,20 @@ _PLANS = (
     ("train_batch_size",),
     ("logging_steps", "eval_steps", "save_steps"),
 )
-#: Settings of an adapter that its scale follows from, beside its rank.
+#: Settings that, with the rank, determine an adapter's scale.
 _SCALE = ("lora_alpha", "use_rslora", "alpha_pattern")
 
 
 @dataclass(frozen=True)
 class Clues:
-    """What one checkpoint says about the training it belongs to.
+    """Evidence of one checkpoint about its training.
 
     Args:
         step: Its optimizer step.
         state: Its training state, if it could be read.
-        ranks: Rank of each of its matrices.
-        sizes: Output and input dimension of each that is analysed.
-        settings: Its adapters' configurations.
+        ranks: Matrix → rank.
+        sizes: Analysed matrix → output and input dimension.
+        settings: Adapter → configuration.
     """
 
     step: int
@@ -73,7 +144,7 @@ class Clues:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a checkpoint continues an earlier one, and why."""
+    """Whether a checkpoint continues an earlier one, the evidence, and the number of log entries that agree."""
 
     answer: Literal["continues", "another", "unknown"]
     evidence: tuple[str, ...] = ()
@@ -81,7 +152,11 @@ class Verdict:
 
 
 def compare(earlier: Clues, later: Clues) -> Verdict:
-    """Whether the later checkpoint is of the earlier one's training, by the rule above.
+    """Return whether the later checkpoint belongs to the training of the earlier one, by the rules above.
+
+    Args:
+        earlier: Evidence of a checkpoint.
+        later: Evidence of a checkpoint at a later step.
 
     >>> old = TrainingState(10, ((5, "loss", 2.0), (10, "loss", 1.5)), {})
     >>> new = TrainingState(20, ((5, "loss", 2.0), (10, "loss", 1.5), (15, "loss", 1.2)), {})
@@ -113,16 +188,16 @@ def _compare_logs(earlier: Clues, later: Clues) -> Verdict:
             step, name = key
             text = (
                 f"{name} at step {step} is {before[key]:g} in the log of step {earlier.step} "
-                f"and {after[key]:g} in that of step {later.step}"
+                f"and {after[key]:g} in the log of step {later.step}"
             )
             return Verdict("another", (text,))
     missing = [key for key in before if key not in after]
     if missing:
-        # Names can be dropped on the way (another version); a step with none of its entries cannot.
+        # Another version may drop a name, but not every entry of a step.
         steps = {step for step, _ in after}
         lost = sorted({step for step, _ in missing} - steps)
         if lost:
-            text = f"the log of step {later.step} lacks step {lost[0]}, which the log of step {earlier.step} holds"
+            text = f"the log of step {later.step} lacks step {lost[0]}, which the log of step {earlier.step} has"
             return Verdict("another", (text,))
     agreeing = sum(key in after and key[1] != "learning_rate" for key in before)
     return Verdict("continues" if agreeing else "unknown", (), agreeing)
@@ -155,10 +230,10 @@ def _other_matrices(earlier: Clues, later: Clues) -> Iterable[str]:
             f"{some(sorted(only_before), 1)} only at step {earlier.step}, "
             f"{some(sorted(only_after), 1)} only at step {later.step}"
         )
-    known = earlier.sizes.keys() & later.sizes.keys()
-    resized = sorted(name for name in known if earlier.sizes[name] != later.sizes[name])
+    sized = earlier.sizes.keys() & later.sizes.keys()
+    resized = sorted(name for name in sized if earlier.sizes[name] != later.sizes[name])
     if resized:
-        before, after = ("×".join(map(str, one.sizes[resized[0]])) for one in (earlier, later))
+        before, after = ("×".join(map(str, clues.sizes[resized[0]])) for clues in (earlier, later))
         yield f"{some(resized, 1)} has size {before} at step {earlier.step} and {after} at step {later.step}"
 
 
@@ -194,17 +269,20 @@ def _other_settings(earlier: Clues, later: Clues) -> Iterable[str]:
 
 @dataclass(frozen=True)
 class Segments:
-    """Segment of each checkpoint, in the order given, and the findings about them."""
+    """The segment of each checkpoint, in the order given, and the findings."""
 
     numbers: tuple[int, ...]
     findings: tuple[Finding, ...]
 
 
 def find_segments(clues: Sequence[Clues]) -> Segments:
-    """Places each checkpoint in a training.
+    """Return the training (segment) of each checkpoint.
 
     Args:
-        clues: One for each checkpoint, in ascending order of step.
+        clues: Evidence of each checkpoint, in ascending order of step.
+
+    >>> find_segments([Clues(5, ranks={"q": 8}), Clues(10, ranks={"v": 4})]).numbers
+    (0, 1)
     """
     members: list[list[int]] = []
     numbers: list[int] = []
@@ -212,7 +290,7 @@ def find_segments(clues: Sequence[Clues]) -> Segments:
     doubts: list[str] = []
     for index, clue in enumerate(clues):
         verdicts = [_against(clues, segment, clue) for segment in members]
-        number, undecided = _place(verdicts, numbers[-1] if numbers else 0)
+        number, undecided = _assign(verdicts, numbers[-1] if numbers else 0)
         if number == len(members):
             members.append([])
             reasons[number] = verdicts[-1].evidence if verdicts else ()
@@ -226,14 +304,16 @@ def find_segments(clues: Sequence[Clues]) -> Segments:
     findings += changes
     doubts = [doubt for doubt in doubts if not (changes and doubt.startswith(_SCALE))]
     if doubts:
-        message = f"Some checkpoints may be of another training, but the evidence does not decide: {some(doubts, 2)}."
-        remedy = "Keep each training in a folder of its own; no increment was left out because of this."
+        message = (
+            f"Some checkpoints may belong to another training, but the evidence does not decide: {some(doubts, 2)}."
+        )
+        remedy = "Keep each training in its own folder; no increment is left out because of this."
         findings.append(Finding("OD113", message, remedy, evidence={"doubts": doubts}))
     return Segments(tuple(numbers), tuple(findings))
 
 
 def _apart_by_scale(clues: Sequence[Clues], numbers: Sequence[int]) -> tuple[list[int], list[Finding]]:
-    """The numbers of the trainings where each change of an adapter's scale begins a new one, and the changes."""
+    """Return the segments with a new one at each change of an adapter's scale, and a finding for each change."""
     stretch: dict[int, int] = {}
     settings: dict[tuple[int, str], tuple[int, Mapping[str, Any]]] = {}
     stretches: list[tuple[int, int]] = []
@@ -247,26 +327,21 @@ def _apart_by_scale(clues: Sequence[Clues], numbers: Sequence[int]) -> tuple[lis
         if changed:
             stretch[number] = stretch.get(number, 0) + 1
             adapter, name, step, before = changed[0]
-            was, now = (shown(str(one.get(name)), 60) for one in (before, clue.settings[adapter]))
+            old, new = (shown(str(values.get(name)), 60) for values in (before, clue.settings[adapter]))
+            message = (
+                f"{name} is {old} at step {step} and {new} at step {clue.step} of one training: the scale of its "
+                "updates changes. No increment crosses the change; later checkpoints count as another training."
+            )
             remedy = "Correct adapter_config.json if only one of the two is right."
             evidence = {"setting": name, "adapter": adapter, "from_step": step}
-            findings.append(
-                Finding(
-                    "OD140",
-                    f"{name} is {was} at step {step} and {now} at step {clue.step} of one training: the scale of its "
-                    "updates changes. No increment crosses the change; what follows counts as another training.",
-                    remedy,
-                    step=clue.step,
-                    evidence=evidence,
-                )
-            )
+            findings.append(Finding("OD140", message, remedy, step=clue.step, evidence=evidence))
         stretches.append((number, stretch.get(number, 0)))
-    order = {one: position for position, one in enumerate(dict.fromkeys(stretches))}
-    return [order[one] for one in stretches] if findings else list(numbers), findings
+    order = {key: position for position, key in enumerate(dict.fromkeys(stretches))}
+    return [order[key] for key in stretches] if findings else list(numbers), findings
 
 
 def _against(clues: Sequence[Clues], segment: Sequence[int], clue: Clues) -> Verdict:
-    """Verdict against the last member of a segment, or the last one with a log if that says more."""
+    """Return the verdict against the last checkpoint of a segment, or the last one with a log if that decides more."""
     last = compare(clues[segment[-1]], clue)
     if last.answer != "unknown":
         return last
@@ -277,8 +352,8 @@ def _against(clues: Sequence[Clues], segment: Sequence[int], clue: Clues) -> Ver
     return last
 
 
-def _place(verdicts: Sequence[Verdict], previous: int) -> tuple[int, list[str]]:
-    """Number of the segment (a new one if it is their count), and doubts that remain."""
+def _assign(verdicts: Sequence[Verdict], previous: int) -> tuple[int, list[str]]:
+    """Return the segment (a new one if it equals the number of verdicts) and the doubts that remain."""
     continued = [number for number, verdict in enumerate(verdicts) if verdict.answer == "continues"]
     if continued:
         return max(continued, key=lambda number: verdicts[number].agreeing), []
@@ -290,26 +365,24 @@ def _place(verdicts: Sequence[Verdict], previous: int) -> tuple[int, list[str]]:
 
 
 def _several(steps: Sequence[Sequence[int]], reasons: Mapping[int, tuple[str, ...]]) -> Finding:
-    count = len(steps)
-    parts = "; ".join(f"training {i} at steps {', '.join(map(str, own))}" for i, own in enumerate(steps))
+    """Return the finding about several trainings, from the steps of each and the reasons for each split."""
+    listing = "; ".join(f"training {i} at steps {', '.join(map(str, members))}" for i, members in enumerate(steps))
     why = "; ".join(reason for number in sorted(reasons) for reason in reasons[number][:1])
-    return Finding(
-        "OD112",
-        f"The folder holds checkpoints of {count} trainings ({parts}), because {why}.",
-        "Increments are formed within each training only; keep each training in a folder of its own.",
-        evidence={
-            "steps": {str(number): list(own) for number, own in enumerate(steps)},
-            "reasons": {str(number): list(reason) for number, reason in reasons.items() if reason},
-        },
-    )
+    message = f"The folder holds checkpoints of {len(steps)} trainings ({listing}): {why}."
+    remedy = "Increments are formed within each training only. Keep each training in its own folder."
+    evidence = {
+        "steps": {str(number): list(members) for number, members in enumerate(steps)},
+        "reasons": {str(number): list(reason) for number, reason in reasons.items() if reason},
+    }
+    return Finding("OD112", message, remedy, evidence=evidence)
 
 
 def merged_log(numbers: Sequence[int], clues: Sequence[Clues]) -> list[LogEntry]:
-    """The training log: each scalar once, by segment and step, in the order of the logs.
+    """Return the training log: each scalar once, by segment and step, in the order of the logs.
 
     Args:
-        numbers: Segment of each checkpoint.
-        clues: The checkpoints, in ascending order of step.
+        numbers: The segment of each checkpoint.
+        clues: Evidence of each checkpoint, in ascending order of step.
     """
     values: dict[tuple[int, int, str], float] = {}
     for number, clue in zip(numbers, clues, strict=True):
@@ -317,72 +390,3 @@ def merged_log(numbers: Sequence[int], clues: Sequence[Clues]) -> list[LogEntry]
             values[number, step, name] = value
     entries = [LogEntry(number, step, name, value) for (number, step, name), value in values.items()]
     return sorted(entries, key=lambda entry: (entry.segment, entry.step))
-
-
-#: What the Trainer was set to; two trainings often differ in one of them.
-_PLAN = ("max_steps", "num_train_epochs", "train_batch_size", "logging_steps", "eval_steps", "save_steps")
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """What is used of one ``trainer_state.json``.
-
-    Paths in it (``best_model_checkpoint``) are never followed.
-
-    Args:
-        step: ``global_step``, or ``None`` if it is not a whole number.
-        log: Step, name and value of each scalar in ``log_history``, in its order.
-        plan: ``max_steps``, ``num_train_epochs``, ``train_batch_size`` and the like, where present.
-        total_flos: Floating-point operations so far, accumulated over resumes; NaN if not there.
-    """
-
-    step: int | None
-    log: tuple[tuple[int, str, float], ...]
-    plan: dict[str, float]
-    total_flos: float = math.nan
-
-
-def read_training_state(path: Path) -> TrainingState:
-    """Reads ``trainer_state.json``; bare ``NaN`` is a value like any other.
-
-    Raises:
-        UnreadableFile: ``OD108`` if it is not a JSON object, ``OD107`` if it is a Git-LFS pointer.
-    """
-    return parse_training_state(read_json(path, "OD108"))
-
-
-def parse_training_state(content: dict[str, Any]) -> TrainingState:
-    """The state from its JSON object.
-
-    >>> parse_training_state({"global_step": 5, "log_history": [{"step": 5, "loss": 1.5, "epoch": 0.1}]}).log
-    ((5, 'loss', 1.5),)
-    """
-    history = content.get("log_history")
-    entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
-    log = tuple(scalar for entry in entries for scalar in _scalars(entry))
-    plan = {key: value for key in _PLAN if (value := _number(content.get(key))) is not None}
-    flos = _number(content.get("total_flos"))
-    return TrainingState(_whole(content.get("global_step")), log, plan, math.nan if flos is None else flos)
-
-
-def _scalars(entry: dict[str, Any]) -> list[tuple[int, str, float]]:
-    step = _whole(entry.get("step"))
-    if step is None:
-        return []
-    named = ((name, _number(value)) for name, value in entry.items() if name not in ("step", "epoch"))
-    return [(step, name, value) for name, value in named if value is not None]
-
-
-def _number(value: Any) -> float | None:
-    """A JSON number as a float; ``None`` for anything else (booleans, integers beyond any float)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
-
-
-def _whole(value: Any) -> int | None:
-    number = _number(value)
-    return int(value) if number is not None and number.is_integer() and 0 <= number < 2**63 else None

@@ -1,9 +1,10 @@
-"""What a run folder becomes: matrices over steps, opened one checkpoint at a time."""
+"""A run in memory: checkpoints in order of step, whose matrices are loaded when asked for."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,26 +15,26 @@ from torch import Tensor
 from dynamics.findings import Finding
 from probes.low_rank import LowRankMatrix
 
-#: A low-rank update as its factors; a dense weight, or a dense update, as it is.
+#: A low-rank update as its factors; a dense weight or a dense update as a tensor.
 Matrix: TypeAlias = LowRankMatrix | Tensor
 
 
 class UnreadableMatrix(ValueError):
-    """A matrix that the header promised could not be read (raised by an :class:`OpenCheckpoint`); one line."""
+    """A matrix of an :class:`OpenCheckpoint` could not be read although its file's header names it; one line."""
 
 
 @dataclass(frozen=True)
 class MatrixShape:
-    """Shape of one watched matrix in one checkpoint, known from the file's header alone.
+    """Everything the headers of a checkpoint say about one watched matrix.
 
     Args:
         out: Output dimension (rows).
         in_: Input dimension (columns).
         rank: Adapter rank, 0 for a dense matrix.
         dtype: Storage dtype of the factors or of the weight, as safetensors writes it (``F32``, ``BF16``, ...).
-        holds: ``"update"`` where the matrix is the change since the start, ``"weight"`` where it is the weight
-            itself, of which the start must be subtracted, ``"state"`` where it is factors whose start is not known, so
-            that only differences between checkpoints are updates (PiSSA without its initial adapter).
+        holds: ``"update"``: the change since the start. ``"weight"``: the weight itself, from which the start must be
+            subtracted. ``"state"``: factors with an unknown start (PiSSA without its initial adapter), so that only
+            differences between checkpoints are updates.
     """
 
     out: int
@@ -46,11 +47,11 @@ class MatrixShape:
 class OpenCheckpoint(Mapping[str, Matrix]):
     """The matrices of one checkpoint, loaded when asked for; valid until it is closed.
 
-    Low-rank updates come as :class:`LowRankMatrix`; everything dense as a tensor ``(out, in)``, a view of the file
-    where it is stored as such.
+    Low-rank updates are :class:`LowRankMatrix`; dense matrices are tensors ``(out, in)``, views of the file where it
+    stores them so.
 
     Args:
-        shapes: Name to shape, in the model's order.
+        shapes: Name → shape, in the model's order.
         load: Reads one matrix by name.
 
     Raises:
@@ -79,11 +80,11 @@ class Checkpoint:
 
     Args:
         step: Optimizer step.
-        folder: Where its files are.
+        folder: The folder of its files.
         segment: Number of the training it belongs to, from 0.
-        shapes: Name to shape, in the model's order.
+        shapes: Name → shape, in the model's order.
         open: Opens the weight files; ``with checkpoint.open() as matrices: matrices[name]``.
-        findings: What reading its headers and configuration brought up.
+        findings: Findings about its headers and configuration.
         inputs: Fingerprints of its weight files: ``{"path", "bytes", "header_sha256"}``.
     """
 
@@ -103,8 +104,8 @@ class LogEntry:
     Args:
         segment: The training it belongs to.
         step: Optimizer step.
-        name: As the Trainer wrote it, e.g. ``loss``, ``grad_norm``, ``eval_accuracy``.
-        value: The number; NaN where the log says NaN.
+        name: The Trainer's name for it, e.g. ``loss``, ``grad_norm``, ``eval_accuracy``.
+        value: The number; NaN where the log has NaN.
     """
 
     segment: int
@@ -115,14 +116,14 @@ class LogEntry:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A run: its checkpoints in step order, its training log, and what was found while reading it.
+    """A run: its checkpoints in order of step, its training log, and the findings of reading it.
 
     Args:
         folder: The run folder.
         checkpoints: In ascending order of step; steps are unique.
         log: Scalars of the training log (loss, learning rate, ``eval_*``), by segment and step.
-        findings: Everything found while reading, those of the checkpoints included.
-        base: The weights before training under the names of the run, if they were given; step 0.
+        findings: All findings, those of the checkpoints included.
+        base: The weights before training, if they were given, under the names of the run; step 0.
 
     Example: the largest singular value of each matrix in the last checkpoint::
 
@@ -139,18 +140,25 @@ class Trajectory:
     base: Checkpoint | None = None
 
     def start_of(self, checkpoint: Checkpoint) -> Checkpoint | None:
-        """What totals of dense weights are counted from: the base, or the first checkpoint of the same training.
+        """Return what totals of dense weights are counted from: the base, else the first checkpoint of the training.
 
-        ``None`` for that first checkpoint itself: without a base it has no total.
+        Args:
+            checkpoint: One of the run's checkpoints. Without a base the first checkpoint of a training has no total:
+                for it the start is ``None``.
         """
         if self.base is not None:
             return self.base
-        first = next(one for one in self.checkpoints if one.segment == checkpoint.segment)
+        first = next(earlier for earlier in self.checkpoints if earlier.segment == checkpoint.segment)
         return None if first is checkpoint else first
 
     @property
+    def trainings(self) -> list[list[Checkpoint]]:
+        """The checkpoints of each training, in order of segment and step."""
+        return by_training(self.checkpoints)
+
+    @property
     def name(self) -> str:
-        """The folder's own name; that of the link, where it is one."""
+        """The folder's name; of a link, the link's name."""
         return Path(os.path.abspath(self.folder)).name
 
     @property
@@ -162,3 +170,19 @@ class Trajectory:
     def matrices(self) -> tuple[str, ...]:
         """Every matrix that occurs in some checkpoint, in the model's order."""
         return tuple(dict.fromkeys(name for checkpoint in self.checkpoints for name in checkpoint.shapes))
+
+
+def by_training(checkpoints: Iterable[Checkpoint]) -> list[list[Checkpoint]]:
+    """Return the checkpoints of each training in their order, the trainings by segment.
+
+    >>> from contextlib import nullcontext
+    >>> a, b, c = (
+    ...     Checkpoint(step, Path("run"), segment, {}, nullcontext) for step, segment in ((5, 0), (6, 1), (10, 0))
+    ... )
+    >>> [[checkpoint.step for checkpoint in training] for training in by_training([a, b, c])]
+    [[5, 10], [6]]
+    """
+    trainings: dict[int, list[Checkpoint]] = defaultdict(list)
+    for checkpoint in checkpoints:
+        trainings[checkpoint.segment].append(checkpoint)
+    return [trainings[segment] for segment in sorted(trainings)]

@@ -1,5 +1,5 @@
-"""4: K, b and labels → spectral entropy, dominant ratio, concentration, task structure, each with interval or null."""
+"""Gram matrices of per-sample gradients → spectral entropy, dominant ratio, concentration and task structure."""
 
-from dynamics.fisher.dataset import concentration, fisher_measures, measured, task_structure
+from dynamics.fisher.dataset import concentration, fisher_measures, measure_fisher, task_structure
 
-__all__ = ["concentration", "fisher_measures", "measured", "task_structure"]
+__all__ = ["concentration", "fisher_measures", "measure_fisher", "task_structure"]

@@ -1,4 +1,4 @@
-r"""How much of an update lies along the informative directions, from K and b = Gδ alone.
+r"""How much of an update lies along the informative directions, from K and b = Gδ alone, beside two nulls.
 
 With K u_j = eig_j u_j the unit direction v_j = Gᵀu_j/√eig_j is never formed, but
 
@@ -7,23 +7,22 @@ With K u_j = eig_j u_j the unit direction v_j = Gᵀu_j/√eig_j is never formed
 
 The probe samples must not have taken part in the steps that made δ: their own gradients would be found in it.
 
-The matched null of concentration: what a fresh gradient of the optimizer's batch would have in the same directions.
+**The gradient null.** Gradients themselves lie along the Fisher's leading directions, more so the larger the batch:
+beside an isotropic null every update looks concentrated. So the groups are split in half. Directions come from half A;
+from half B fresh mean gradients of m samples are drawn, and their share in A's directions is compared with the
+update's.
 
-Gradients themselves lie along the Fisher's leading directions, more so the larger the batch: beside an isotropic null
-every update looks concentrated. Here the groups are split in half. Directions come from half A; from half B fresh mean
-gradients of m samples are drawn, and their share in A's directions is compared with the update's.
+A draw is μ̂ + ε. ε is the noise of a batch: m samples resampled from B, minus their mean, of covariance Σ/m; normal of
+the same covariance where m is at least the number of groups. The mean ḡ_B contains noise of its own, which would pass
+for signal. Its part inside the directions and its part outside are each shrunk by b = ‖μ‖²_U/‖ḡ_B‖², where ‖μ‖²_U comes
+from pairs of different groups and has no such noise. The uncertainty of μ is added to ε as variance (b/n_eff)Σ: the
+predictive distribution of a fresh batch under a normal prior for μ of the estimated size. So E‖draw‖² is right, m may
+exceed B, and a mean that B cannot resolve widens the null instead of shifting it. Checked by simulation for
+m = 1 … 512 at N = 64 and 128: the 95 % interval of a fresh gradient's gain contains 1 in 91–100 % of cases; it is
+conservative where the mean dominates.
 
-**A draw** is μ̂ + ε. ε is the noise of a batch: m samples resampled from B, minus their mean, of covariance Σ/m; normal
-of the same covariance where m is at least the number of groups. The
-mean ḡ_B holds noise of its own, which would pass for signal. Its part inside the directions and its part outside are
-each shrunk by b = ‖μ‖²_U/‖ḡ_B‖², where ‖μ‖²_U comes from pairs of different groups and has no such noise, and what is
-not known of μ is added to ε as variance (b/n_eff)Σ: the predictive distribution of a fresh batch under a normal prior
-for μ of the estimated size. So E‖draw‖² is right, m may exceed B, and a mean that B cannot resolve widens the null
-instead of shifting it. Checked by simulation for m = 1 … 512 at N = 64 and 128: a fresh gradient's gain has 1 in its
-95 % interval in 91–100 % of cases; conservative where the mean dominates.
-
-The null is a plain gradient's. An update made by Adam is one passed through a preconditioner, which this null does not
-know: its gain is then against SGD. Decoupled weight decay is not taken out of δ: over an increment it adds −Σ η λ θ.
+The null is a plain gradient's. Adam passes a gradient through a preconditioner that the null does not know, so its gain
+is relative to SGD. Decoupled weight decay is not taken out of δ: over an increment it adds −Σ η λ θ.
 """
 
 from __future__ import annotations
@@ -32,13 +31,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy import special
 
 from dynamics.fisher.samples import (
     SPLITS,
     Estimate,
-    Labels,
+    SampleGroups,
+    StackedGram,
     counted_groups,
     diagonal_means,
     half_splits,
@@ -48,18 +48,26 @@ from dynamics.fisher.samples import (
 )
 from dynamics.fisher.spectrum import centred, fisher_eigenvectors, inverse_roots
 
+#: Null gradients drawn for each half.
+DRAWS = 25
+#: Fewer groups than this cannot be split into halves that each have pairs.
+LEAST_GROUPS = 4
+#: The flag "concentrated" needs null gradients of at most so many times the samples they are drawn from: beyond, draws
+#: are nearly one vector, that of the samples' own mean. Simulated at 128 times, the flag came by chance in 9 %.
+MOST_TIMES = 8
 
-def captured(
+
+def energy_share(
     eigenvalues: Float[np.ndarray, "block sample"],
     vectors: Float[np.ndarray, "block sample sample"],
     update_product: Float[np.ndarray, "block sample"],
     update_norm: Float[np.ndarray, " block"],
     k: Sequence[int],
 ) -> Float[np.ndarray, "block k"]:
-    """Share of ‖δ‖² in the k leading directions, Σ_{j≤k} ⟨δ, v_j⟩²/‖δ‖².
+    """Return the share of ‖δ‖² in the k leading directions, Σ_{j≤k} ⟨δ, v_j⟩²/‖δ‖².
 
     Directions beyond the rank of K add nothing. Held-out samples estimate directions with error, which lowers the
-    share: judge it against the null gradients' share in the same directions, not against 1.
+    share: compare it with the null gradients' share in the same directions, not with 1.
 
     Args:
         eigenvalues, vectors: Of K/N, as ``fisher_eigenvectors`` returns them.
@@ -70,7 +78,7 @@ def captured(
     Returns:
         NaN for k above the number of samples, a zero update, or a zero K.
 
-    >>> captured(np.array([[2.0, 1.0]]), np.eye(2)[None], np.array([[2.0, 0.0]]), np.array([2.0]), [1, 2])
+    >>> energy_share(np.array([[2.0, 1.0]]), np.eye(2)[None], np.array([[2.0, 0.0]]), np.array([2.0]), [1, 2])
     array([[0.25, 0.25]])
     """
     samples = eigenvalues.shape[-1]
@@ -80,27 +88,22 @@ def captured(
     return np.stack([shares[:, n - 1] if n <= samples else np.full(len(shares), np.nan) for n in k], axis=-1)
 
 
-def rayleigh_ratio(
-    gram: Float[np.ndarray, "block sample sample"],
-    update_product: Float[np.ndarray, "block sample"],
-    update_norm: Float[np.ndarray, " block"],
-    dimension: Float[np.ndarray, " block"],
-    labels: Labels,
-) -> Estimate:
-    """(δᵀFδ/‖δ‖²)/(tr F/d) with its 95 % interval: 1 for an update of no particular direction, at most d·ρ.
+def rayleigh_ratio(gram: StackedGram) -> Estimate:
+    """Return (δᵀFδ/‖δ‖²)/(tr F/d) with its 95 % interval: 1 for an update of no particular direction, at most d·ρ.
 
     Numerator and denominator are unbiased for held-out samples; their ratio's logarithm is corrected for its bias, and
     its interval made, by the delete-one-group jackknife.
 
     Returns:
-        Each ``[block]``; NaN where the dimension is not known or the update is zero.
+        Each ``[block]``; NaN where the dimension is unknown or the update is zero.
     """
-    scale = ratio(dimension, update_norm**2)
-    squares, squares_without = diagonal_means(update_product**2, labels)
-    norms, norms_without = diagonal_means(np.diagonal(gram, axis1=1, axis2=2), labels)
-    estimate, groups = log(ratio(squares, norms)), counted_groups(gram, labels)
-    found = jackknifed(estimate, log(ratio(squares_without, norms_without)), labels.holds, groups)
-    return Estimate(*(np.exp(part[:, 0]) * scale for part in (found.estimate, found.low, found.high)))
+    labels = SampleGroups.of_one_task(gram.labels.group)
+    scale = ratio(gram.dimension, gram.update_norm**2)
+    squares, squares_without = diagonal_means(gram.update_product**2, labels)
+    norms, norms_without = diagonal_means(gram.norms, labels)
+    estimate, groups = log(ratio(squares, norms)), counted_groups(gram.gram, labels)
+    logarithm = jackknifed(estimate, log(ratio(squares_without, norms_without)), labels.holds, groups)
+    return Estimate(*(np.exp(end[:, 0]) * scale for end in (logarithm.estimate, logarithm.low, logarithm.high)))
 
 
 def relative_rayleigh_ratio(
@@ -108,7 +111,7 @@ def relative_rayleigh_ratio(
     update_product: Float[np.ndarray, "block sample"],
     update_norm: Float[np.ndarray, " block"],
 ) -> Float[np.ndarray, " block"]:
-    """(δᵀFδ/‖δ‖²)/λ_1, from 0 to 1: 1 if the update is the leading direction of these samples.
+    """Return (δᵀFδ/‖δ‖²)/λ_1, from 0 to 1: 1 if the update is the leading direction of these samples.
 
     >>> relative_rayleigh_ratio(np.array([[2.0, 1.0]]), np.array([[2.0, 0.0]]), np.array([1.0]))
     array([1.])
@@ -119,51 +122,47 @@ def relative_rayleigh_ratio(
 def isotropic_null(
     dimension: Float[np.ndarray, " block"], k: Sequence[int], level: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Share of a vector of random direction in k given ones: mean k/d and band, Beta(k/2, (d − k)/2).
+    """Return the share of a random direction in k given ones: mean k/d and band, of Beta(k/2, (d − k)/2).
 
     Returns:
-        Mean, low, high, each ``[block, k]``; 1 where k reaches d, NaN where d is not known.
+        Mean, low, high, each ``[block, k]``; 1 where k reaches d, NaN where d is unknown.
 
     >>> isotropic_null(np.array([100.0]), [10])[0]
     array([[0.1]])
     """
     size, count = np.broadcast_arrays(dimension[:, None], np.asarray(k, dtype=np.float64)[None])
     inside = size > count
-    whole = np.where(np.isnan(size), np.nan, 1.0)
+    outside = np.where(np.isnan(size), np.nan, 1.0)
     first, second = count / 2, np.where(inside, size - count, 1.0) / 2
-    bounds = [np.where(inside, special.betaincinv(first, second, q), whole) for q in ((1 - level) / 2, (1 + level) / 2)]
-    return np.where(inside, ratio(count, size), whole), bounds[0], bounds[1]
-
-
-#: Null gradients drawn for each half.
-DRAWS = 25
-#: Fewer groups than this cannot be split into halves that each have pairs.
-LEAST_GROUPS = 4
-#: Null gradients stand for at most so many times the samples that draw them, or the flag "concentrated" is not given:
-#: beyond, draws are nearly one vector, that of the samples' own mean. Simulated at 128 times, it came by chance in 9 %.
-MOST_TIMES = 8
+    bounds = [
+        np.where(inside, special.betaincinv(first, second, q), outside) for q in ((1 - level) / 2, (1 + level) / 2)
+    ]
+    return np.where(inside, ratio(count, size), outside), bounds[0], bounds[1]
 
 
 @dataclass(frozen=True)
 class Gain:
-    """The update's share over a null gradient's, for each block and k; all NaN where there is no null."""
+    """The update's share over a null gradient's, for each block and k; all NaN where there is no null.
 
-    captured: Float[np.ndarray, "block k"]  # mean over halves of the update's share
-    null: Float[np.ndarray, "block k"]  # mean of the null's share in the same directions
-    null_low: Float[np.ndarray, "block k"]  # and its central 95 %
+    Args:
+        captured: The update's share, mean over halves.
+        null, null_low, null_high: The null gradients' share in the same directions: mean and central 95 %.
+        gain, low, high: captured/null, and the central 95 % of update over null gradient.
+        ln_gain: Median of ln(update/null gradient), the middle of the interval.
+    """
+
+    captured: Float[np.ndarray, "block k"]
+    null: Float[np.ndarray, "block k"]
+    null_low: Float[np.ndarray, "block k"]
     null_high: Float[np.ndarray, "block k"]
     gain: Float[np.ndarray, "block k"]
-    ln_gain: Float[np.ndarray, "block k"]  # median of ln(update/null), the middle of the interval
+    ln_gain: Float[np.ndarray, "block k"]
     low: Float[np.ndarray, "block k"]
     high: Float[np.ndarray, "block k"]
 
 
 def matched_gain(
-    gram: Float[np.ndarray, "block sample sample"],
-    update_product: Float[np.ndarray, "block sample"],
-    update_norm: Float[np.ndarray, " block"],
-    group: Int[np.ndarray, " sample"],
-    batch_size: int,
+    gram: StackedGram,
     k: Sequence[int],
     *,
     centre: bool = False,
@@ -172,42 +171,42 @@ def matched_gain(
     seed: int = 0,
     level: float = 0.95,
 ) -> Gain:
-    """Share of the update in the k leading directions over that of gradients of ``batch_size`` fresh samples.
+    """Return the update's share in the k leading directions over that of gradients of ``batch_size`` fresh samples.
 
-    The interval holds the central ``level`` of update over null gradient, over halves and draws. It covers 1 for an
-    update that is itself such a gradient, and its low end exceeds 1 only if the update's share exceeds what such
-    gradients reach.
+    The interval is the central ``level`` of update over null gradient, over halves and draws. It covers 1 for an update
+    that is itself such a gradient, and its low end exceeds 1 only if the update's share exceeds what such gradients
+    reach.
 
     Args:
-        gram, update_product, update_norm: K, b = Gδ and ‖δ‖.
-        group: Number of each sample's group; groups are never divided.
-        batch_size: Samples behind the update; 0 if that is not known.
+        gram: K, b, ‖δ‖, groups and the number of samples behind the update. Groups are never divided.
         k: Numbers of directions; NaN where a half has fewer.
-        centre: Take the directions of the centred Fisher F − ḡḡᵀ, of which the mean gradient is no part.
-        splits, draws, seed: Of the random halves and null gradients.
-        level: Of the interval.
+        centre: Take the directions of the centred Fisher F − ḡḡᵀ, without the mean gradient.
+        splits, draws: Number of random splits, and of null gradients for each half.
+        seed: Seed of both.
+        level: Level of the interval.
 
     Returns:
         NaN where the batch size is 0, there are fewer than four groups, or K or the update is zero.
     """
-    missing = np.full((len(gram), len(k)), np.nan)
-    if batch_size < 1 or len(np.unique(group)) < LEAST_GROUPS:
+    products, group = gram.gram, gram.labels.group
+    missing = np.full((len(products), len(k)), np.nan)
+    if gram.batch_size < 1 or len(np.unique(group)) < LEAST_GROUPS:
         return Gain(*[missing] * 8)
     generator = np.random.default_rng(seed)
     halves = list(half_splits(group, splits, seed))
     columns, exists = _columns(k, min(len(first) for first, _ in halves))
     updates, nulls = [], []
     for first, second in halves:
-        directions = _directions(gram[:, first[:, None], first], int(columns.max()) + 1, centre)
-        along = np.einsum("bn,bnj->bj", update_product[:, first], directions)
-        updates.append(ratio(np.cumsum(along**2, -1)[:, columns], update_norm[:, None] ** 2))
-        projections = gram[:, second[:, None], first] @ directions
-        noise = _batch_noise(generator, batch_size, group[second], draws)
-        other = gram[:, second[:, None], second]
-        nulls.append(_null_shares(other, projections, group[second], batch_size, noise, columns))
+        directions = _directions(products[:, first[:, None], first], int(columns.max()) + 1, centre)
+        along = np.einsum("bn,bnj->bj", gram.update_product[:, first], directions)
+        updates.append(ratio(np.cumsum(along**2, -1)[:, columns], gram.update_norm[:, None] ** 2))
+        projections = products[:, second[:, None], first] @ directions
+        noise = _batch_noise(generator, gram.batch_size, group[second], draws)
+        of_second = products[:, second[:, None], second]
+        nulls.append(_null_shares(of_second, projections, group[second], gram.batch_size, noise, columns))
     update = np.where(exists, np.stack(updates, 1), np.nan)  # block, half, k
     null = np.where(exists, np.stack(nulls, 1), np.nan)  # block, half, draw, k
-    ratios = (log(update)[:, :, None] - log(null)).reshape(len(gram), -1, len(k))
+    ratios = (log(update)[:, :, None] - log(null)).reshape(len(products), -1, len(k))
     tails = ((1 - level) / 2, (1 + level) / 2)
     low, middle, high = np.quantile(ratios, (tails[0], 0.5, tails[1]), axis=1)
     null_low, null_high = np.quantile(null.reshape(ratios.shape), tails, axis=1)
@@ -216,17 +215,17 @@ def matched_gain(
 
 
 def effective_batches(steps: int, before: int, momentum: float) -> float:
-    r"""Number of equally weighted batches whose mean is as noisy as an increment, :math:`(\sum_j w_j)^2/\sum_j w_j^2`.
+    r"""Return how many equally weighted batches have a mean as noisy as an increment, :math:`(\sum w_j)^2/\sum w_j^2`.
 
-    With momentum each step is an average of past gradients, v_t = β v_{t−1} + g_t, so that batch j counts
+    With momentum each step is an average of past gradients, v_t = β v_{t−1} + g_t, so that batch j has the weight
     w_j = Σ_t β^{t−j} over the increment's steps t ≥ j: a single step stands for up to (1 + β)/(1 − β) batches, many
-    steps for hardly more than their number, and none for more than were taken. It is at least the number of steps,
-    which early in a training is on the safe side. The learning rate is taken as constant, Nesterov's variant and Adam's
-    bias correction as plain momentum.
+    steps for hardly more than their number, and none for more than were taken. The result is at least the number of
+    steps, which early in a training is on the safe side. The learning rate is taken as constant, Nesterov's variant and
+    Adam's bias correction as plain momentum.
 
     Args:
         steps: Steps of the increment.
-        before: Steps taken before it.
+        before: Steps before the increment.
         momentum: β of SGD, β₁ of Adam.
 
     >>> round(effective_batches(1, 10_000, 0.9), 6), effective_batches(1, 0, 0.9), effective_batches(20, 100, 0.0)
@@ -234,7 +233,7 @@ def effective_batches(steps: int, before: int, momentum: float) -> float:
     """
     if not 0 < momentum < 1:
         return float(steps)
-    before = min(before, int(40 / (1 - momentum)))  # what is older weighs e⁻⁴⁰
+    before = min(before, int(40 / (1 - momentum)))  # older batches weigh less than e⁻⁴⁰
     batch, last = np.arange(1, before + steps + 1), before + steps
     first = np.maximum(batch, before + 1)
     weight = momentum ** (first - batch) - momentum ** (last - batch + 1.0)
@@ -242,7 +241,7 @@ def effective_batches(steps: int, before: int, momentum: float) -> float:
 
 
 def _directions(gram: np.ndarray, most: int, centre: bool) -> np.ndarray:
-    """U/√eig, with which K_BA and b_A become projections on the half's leading directions: [block, sample, index]."""
+    """Return U/√eig, by which K_BA and b_A become projections on the half's leading directions: [block, sample, j]."""
     values, vectors = fisher_eigenvectors(centred(gram) if centre else gram)
     leading = vectors[:, :, :most] * inverse_roots(values * gram.shape[-1])[:, None, :most]
     # The direction is (HG)ᵀu/√eig = Gᵀ(Hu)/√eig.
@@ -250,10 +249,10 @@ def _directions(gram: np.ndarray, most: int, centre: bool) -> np.ndarray:
 
 
 def _batch_noise(generator: np.random.Generator, batch_size: int, group: np.ndarray, draws: int) -> np.ndarray:
-    """Weights of B's samples that make noise of covariance Σ: [draw, sample], rows sum to 0.
+    """Return weights of B's samples that make noise of covariance Σ: [draw, sample], rows sum to 0.
 
-    Of a batch smaller than the number of groups, whose few samples the noise resembles, by drawing samples. Of a larger
-    one normal: drawn samples may be as many of each group, and the noise 0.
+    A batch smaller than the number of groups looks like its few samples, so its noise comes from drawn samples. That of
+    a larger batch is normal: a draw could take equally many of each group, and the noise would be 0.
     """
     samples = len(group)
     if batch_size >= len(np.unique(group)):
@@ -271,24 +270,24 @@ def _null_shares(
     noise: np.ndarray,
     columns: np.ndarray,
 ) -> np.ndarray:
-    """Share of each drawn gradient in the first directions up to each of ``columns``: [block, draw, k]."""
+    """Return the share of each drawn gradient in the directions up to each of ``columns``: [block, draw, k]."""
     samples = len(group)
     apart = group[:, None] != group[None]
     pairs = apart.sum()
     membership = (group[:, None] == np.unique(group)[None]).astype(np.float64)
-    # ‖ḡ‖², ‖μ‖² without bias, and tr Σ: inside the first j directions, and in the whole space.
+    # ‖ḡ‖², unbiased ‖μ‖², and tr Σ: inside the first j directions, and in all of the space.
     mean = projections.mean(1)
     by_group = membership.T @ projections
     mean_inside = np.cumsum(mean**2, -1)[..., columns]
     signal_inside = np.cumsum(((samples * mean) ** 2 - (by_group**2).sum(1)) / pairs, -1)[..., columns]
     spread_inside = np.cumsum(projections.var(1, ddof=1), -1)[..., columns]
-    mean_whole = gram.mean((1, 2))[:, None]
-    signal_whole = np.where(apart, gram, 0.0).sum((1, 2))[:, None] / pairs
-    spread_whole = (np.trace(gram, axis1=1, axis2=2)[:, None] - samples * mean_whole) / (samples - 1)
-    mean_outside = np.maximum(mean_whole - mean_inside, 0.0)
+    mean_norm = gram.mean((1, 2))[:, None]
+    signal_norm = np.where(apart, gram, 0.0).sum((1, 2))[:, None] / pairs
+    spread_norm = (np.trace(gram, axis1=1, axis2=2)[:, None] - samples * mean_norm) / (samples - 1)
+    mean_outside = np.maximum(mean_norm - mean_inside, 0.0)
     shrunk_in, scale_in = _predictive(mean_inside, signal_inside, spread_inside, batch_size)
     shrunk_out, scale_out = _predictive(
-        mean_outside, signal_whole - signal_inside, spread_whole - spread_inside, batch_size
+        mean_outside, signal_norm - signal_inside, spread_norm - spread_inside, batch_size
     )
     # The draws' noise: its projections, its squared norm, its product with ḡ.
     projected = noise @ projections
@@ -310,13 +309,16 @@ def _null_shares(
 def _predictive(
     mean: np.ndarray, signal: np.ndarray, spread: np.ndarray, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Factor b of ḡ, scale √(1/m + b/n_eff) of the noise; 1/n_eff is the noise in ‖ḡ‖² over tr Σ. [block, 1, k]."""
+    """Return the factor b of ḡ and the scale √(1/m + b/n_eff) of the noise, each [block, 1, k].
+
+    1/n_eff is the noise in ‖ḡ‖² over tr Σ.
+    """
     shrunk = np.clip(np.nan_to_num(ratio(signal, mean)), 0.0, 1.0)
     unknown = np.nan_to_num(ratio(np.maximum(mean - signal, 0.0), spread))
     return shrunk[:, None], np.sqrt(1 / batch_size + shrunk * unknown)[:, None]
 
 
 def _columns(k: Sequence[int], directions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Index of each k among cumulated shares, and whether every half has so many directions."""
-    wanted = np.asarray(k)
-    return np.minimum(wanted, directions) - 1, wanted <= directions
+    """Return the index of each k among cumulated shares, and whether every half has so many directions."""
+    counts = np.asarray(k)
+    return np.minimum(counts, directions) - 1, counts <= directions

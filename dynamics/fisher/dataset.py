@@ -1,46 +1,37 @@
-"""The Fisher's spectrum and what follows from it, by block and task: Gram matrices in, a dataset out.
+"""The Fisher's numbers as labelled datasets: of one Gram matrix, and of the records of all steps.
 
-Concentration of an update along informative directions, by block and k: K and b in, a dataset out.
-
-How tasks share or contest directions, by block and pair of tasks: the labelled K in, a dataset out.
-
-Raw Fisher records, of a training or of probed checkpoints → the groups ``fisher``, ``concentration``, ``tasks``.
+The groups of a result are ``fisher`` (spectrum and what follows from it), ``concentration`` (the update along
+informative directions) and ``tasks`` (how tasks share or contest directions).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from dynamics.fisher import task_structure as structure
 from dynamics.fisher.concentration import (
     DRAWS,
     MOST_TIMES,
-    captured,
     effective_batches,
+    energy_share,
     isotropic_null,
     matched_gain,
     rayleigh_ratio,
     relative_rayleigh_ratio,
 )
+from dynamics.fisher.deprecated import accepting
 from dynamics.fisher.rarefaction import rarefied, sizes_up_to
 from dynamics.fisher.samples import (
     SPLITS,
     Estimate,
-    Labels,
-    blocks_of,
-    codes_of,
+    SampleGroups,
+    StackedGram,
     counted_groups,
     interval,
-    members_of,
-    numbers_of,
-    own,
-    require_exact,
-    vectors_of,
     weight_of,
 )
 from dynamics.fisher.spectrum import (
@@ -55,34 +46,45 @@ from dynamics.fisher.spectrum import (
     entropy_error,
     fisher_eigenvalues,
     fisher_eigenvectors,
+    fisher_entropy,
     log_participation_ratio,
     normalised_by_sample_rank,
     participation_ratio_plug_in,
-    spectral_entropy,
     spectral_entropy_block_diagonal,
 )
-from dynamics.fisher.variables import CONCENTRATION, FISHER, TASKS
-from dynamics.schema import GLOBAL, labelled
+from dynamics.fisher.task_structure import (
+    conflict_rate,
+    cosines,
+    decomposition,
+    divergence_test,
+    first_order_transfer,
+    noise_scale,
+    overlap,
+    purity_gap,
+)
+from dynamics.schema import CONCENTRATION, FISHER, FISHER_RECORD, GLOBAL, SAMPLE_LABELS, TASKS, Variable, labelled
+from probes.gram import ProbeGram
+
+#: Numbers of leading directions in which the share of an update is measured.
+LEADING = (1, 2, 4, 8, 16)
+#: A share above 1 by more than rounding means that b, ‖δ‖ and K do not belong together.
+_SHARE_LIMIT = 1 + 1e-3
 
 
-def fisher_measures(
-    gram: Any,
-    tasks: Sequence[str] | np.ndarray | None = None,
-    groups: Sequence[Any] | np.ndarray | None = None,
-    *,
-    dimension: Mapping[str, Any] | float | int | None = None,
-    seed: int = 0,
-) -> xr.Dataset:
-    """Spectrum, SE, ρ and participation ratio of the Fisher, for all samples and for each task.
+def _at_one_step(variables: Mapping[str, Variable], arrays: Mapping[str, np.ndarray]) -> dict[str, xr.Variable]:
+    """Label arrays of one step: the schema's dimensions but for ``step``, which comes first."""
+    return labelled({name: replace(variables[name], dims=variables[name].dims[1:]) for name in arrays}, arrays)
+
+
+@accepting("tasks", "groups", "dimension")
+def fisher_measures(gram: ProbeGram, *, seed: int = 0) -> xr.Dataset:
+    """Return spectrum, SE, ρ and participation ratio of the Fisher, for all samples and for each task.
 
     Args:
-        gram: K = GGᵀ, unnormalised: ``[sample, sample]``, a mapping of block to such, or what ``gradient_gram``
-            returns. Of gradients that were randomly projected, the participation ratio is corrected for that; other
-            measures are those of the projected gradients.
-        tasks: Task of each sample; without it there is only ``"all"``.
-        groups: What samples belong to (an image, a patient); without it each is taken to be independent.
-        dimension: d, numbers that the gradient of a block has; by default the Gram's own, else larger than N.
-        seed: Of random halves and subsets.
+        gram: K with the tasks and groups of its samples, as :func:`probes.gradient_gram` returns it. For gradients that
+            were randomly projected, the participation ratio is corrected for that; other measures are those of the
+            projected gradients.
+        seed: Seed of random halves and subsets.
 
     Returns:
         Variables over ``block``, ``task`` (with ``"all"``), ``index`` and ``n``, each with its definition. NaN where a
@@ -91,221 +93,166 @@ def fisher_measures(
     Raises:
         ValueError: If K is not square, symmetric and positive semi-definite, or labels do not fit the samples.
 
-    >>> found = fisher_measures(np.diag([2.0, 1.0, 1.0]))
-    >>> found["dominant_ratio"].sel(block="global", task="all").item()
+    >>> from probes import ProbeGram
+    >>> measures = fisher_measures(ProbeGram({"global": np.diag([2.0, 1.0, 1.0])}))
+    >>> measures["dominant_ratio"].sel(block="global", task="all").item()
     0.5
     """
-    names, stacked = blocks_of(gram)
-    samples = stacked.shape[-1]
-    group, members = codes_of(groups, samples, "group"), members_of(tasks, samples)
-    size = numbers_of(own(dimension, gram, "dimension"), names, "dimension")
-    projection = getattr(gram, "projection", 0)
-    return fisher_dataset(names, stacked, fisher_eigenvectors(stacked), group, members, size, seed, projection)
+    samples = StackedGram.of(gram)
+    return _fisher_dataset(samples, fisher_eigenvectors(samples.gram), seed)
 
 
-def fisher_dataset(
-    names: Sequence[str],
-    stacked: np.ndarray,
-    spectrum: tuple[np.ndarray, np.ndarray],
-    group: np.ndarray,
-    members: Mapping[str, np.ndarray],
-    size: np.ndarray,
-    seed: int,
-    projection: int = 0,
-) -> xr.Dataset:
-    """:func:`fisher_measures` of blocks already stacked, with the eigenvectors of all samples together."""
-    samples = stacked.shape[-1]
-    curve = sizes_up_to(len(np.unique(group)))
-    each = [
-        _of_task(stacked, spectrum if member.all() else None, group, member, size, curve, seed)
-        for member in members.values()
+def _fisher_dataset(gram: StackedGram, spectrum: tuple[np.ndarray, np.ndarray], seed: int) -> xr.Dataset:
+    """Return :func:`fisher_measures`, given the eigenvalues and eigenvectors of all samples together."""
+    labels = gram.labels
+    curve = sizes_up_to(len(np.unique(labels.group)))
+    by_task = [
+        _measures_of_task(gram, spectrum if member.all() else None, member, curve, seed) for member in labels.member.T
     ]
-    arrays = {name: np.stack([part[name] for part in each], axis=1) for name in each[0]}
-    labels = Labels(group, np.stack(list(members.values()), axis=1))
-    for suffix, gram in (("", stacked), ("_directional", directional(stacked))):
-        ratio = log_participation_ratio(gram, labels, projection)
-        for end, part in (("", ratio.estimate), ("_low", ratio.low), ("_high", ratio.high)):
-            arrays |= {f"ln_participation_ratio{suffix}{end}": part, f"participation_ratio{suffix}{end}": np.exp(part)}
-    weight = weight_of(stacked, labels)
+    arrays = {name: np.stack([measures[name] for measures in by_task], axis=1) for name in by_task[0]}
+    for suffix, k in (("", gram.gram), ("_directional", directional(gram.gram))):
+        ends = _with_ends(f"ln_participation_ratio{suffix}", log_participation_ratio(k, labels, gram.projection))
+        arrays |= ends | {name.removeprefix("ln_"): np.exp(value) for name, value in ends.items()}
+    weight = weight_of(gram.gram, labels)
     arrays |= {
         "effective_groups": weight.groups,
         "largest_group_share": weight.largest_group,
         "largest_samples_share": weight.largest_samples,
+        "samples": labels.samples.astype(np.float64),
+        "groups": labels.groups.astype(np.float64),
+        "spectral_entropy_block_diagonal": _block_diagonal(gram.blocks, arrays),
     }
-    arrays |= {"samples": labels.samples.astype(np.float64), "groups": labels.groups.astype(np.float64)}
-    arrays["spectral_entropy_block_diagonal"] = _block_diagonal(names, arrays)
-    coords = {"block": names, "task": list(members), "index": np.arange(samples), "n": curve}
-    return xr.Dataset(labelled(FISHER, {name: arrays[name] for name in FISHER}), coords)
+    coords = {"block": list(gram.blocks), "task": list(gram.tasks), "index": range(len(labels.group)), "n": curve}
+    return xr.Dataset(_at_one_step(FISHER, {name: arrays[name] for name in FISHER if name in arrays}), coords)
 
 
-def _of_task(
-    stacked: np.ndarray,
+def _measures_of_task(
+    gram: StackedGram,
     spectrum: tuple[np.ndarray, np.ndarray] | None,
-    group: np.ndarray,
     member: np.ndarray,
-    size: np.ndarray,
     curve: Sequence[int],
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Measures of some of the samples, each ``[block, …]``, the spectrum padded with NaN."""
-    places = np.flatnonzero(member)
-    gram, groups = stacked[:, places[:, None], places], group[places]
-    own = Labels(groups, np.ones((len(places), 1), dtype=bool))
-    values, vectors = fisher_eigenvectors(gram) if spectrum is None else spectrum
-    around_mean, of_directions = fisher_eigenvalues(centred(gram)), fisher_eigenvalues(directional(gram))
-    counted = counted_groups(gram, own)
-    low, high = interval(np.zeros_like(values), eigenvalue_errors(values, vectors, own.membership), counted)
-    spectral = spectral_entropy(values)
-    reach = interval(spectral, entropy_error(values, vectors, own.membership), counted[:, 0])
-    few = rarefied(gram, groups, curve, seed=seed)
-    plug_in, split = dominant_ratio_plug_in(values), dominant_ratio_split(gram, groups, seed=seed)
-    error = dominant_ratio_error(values, vectors, own.membership)
-    ends = dominant_ratio_interval(split, plug_in, error, own.membership.shape[1])
-    padding = ((0, 0), (0, len(member) - len(places)))
+    """Return measures of one task's samples, each ``[block, …]``, the spectrum padded with NaN."""
+    samples = np.flatnonzero(member)
+    k, group = gram.gram[:, samples[:, None], samples], gram.labels.group[samples]
+    labels = SampleGroups.of_one_task(group)
+    membership = labels.membership
+    values, vectors = fisher_eigenvectors(k) if spectrum is None else spectrum
+    around_mean, of_directions = fisher_eigenvalues(centred(k)), fisher_eigenvalues(directional(k))
+    counted = counted_groups(k, labels)
+    low, high = interval(np.zeros_like(values), eigenvalue_errors(values, vectors, membership), counted)
+    entropy = fisher_entropy(values)
+    entropy_low, entropy_high = interval(entropy, entropy_error(values, vectors, membership), counted[:, 0])
+    rarefaction = rarefied(k, group, curve, seed=seed)
+    plug_in, split = dominant_ratio_plug_in(values), dominant_ratio_split(k, group, seed=seed)
+    error = dominant_ratio_error(values, vectors, membership)
+    ratio_low, ratio_high = dominant_ratio_interval(split, plug_in, error, membership.shape[1])
+    padding = ((0, 0), (0, len(member) - len(samples)))
     return {
-        "trace": np.trace(gram, axis1=1, axis2=2) / len(places),
+        "trace": np.trace(k, axis1=1, axis2=2) / len(samples),
         "eigenvalue": np.pad(values, padding, constant_values=np.nan),
         "eigenvalue_low": np.pad(values * np.exp(low), padding, constant_values=np.nan),
         "eigenvalue_high": np.pad(values * np.exp(high), padding, constant_values=np.nan),
-        "spectral_entropy": spectral,
-        "spectral_entropy_low": reach[0],
-        "spectral_entropy_high": reach[1],
-        "spectral_entropy_normalised": normalised_by_sample_rank(spectral, len(places), size),
-        "spectral_entropy_centred": spectral_entropy(around_mean),
-        "spectral_entropy_directional": spectral_entropy(of_directions),
+        "spectral_entropy": entropy,
+        "spectral_entropy_low": entropy_low,
+        "spectral_entropy_high": entropy_high,
+        "spectral_entropy_normalised": normalised_by_sample_rank(entropy, len(samples), gram.dimension),
+        "spectral_entropy_centred": fisher_entropy(around_mean),
+        "spectral_entropy_directional": fisher_entropy(of_directions),
         "dominant_ratio": plug_in,
-        "dominant_ratio_low": ends[0],
-        "dominant_ratio_high": ends[1],
+        "dominant_ratio_low": ratio_low,
+        "dominant_ratio_high": ratio_high,
         "dominant_ratio_split": split,
         "dominant_ratio_noise_reduced": dominant_ratio_noise_reduced(values),
         "dominant_ratio_centred": dominant_ratio_plug_in(around_mean),
         "dominant_ratio_directional": dominant_ratio_plug_in(of_directions),
         "participation_ratio_plug_in": participation_ratio_plug_in(values),
         "participation_ratio_centred": participation_ratio_plug_in(around_mean),
-        "rarefied_spectral_entropy": few.spectral_entropy,
-        "rarefied_spectral_entropy_deviation": few.spectral_entropy_deviation,
-        "rarefied_dominant_ratio": few.dominant_ratio,
-        "rarefied_participation_ratio": few.participation_ratio,
+        "rarefied_spectral_entropy": rarefaction.spectral_entropy,
+        "rarefied_spectral_entropy_deviation": rarefaction.spectral_entropy_deviation,
+        "rarefied_dominant_ratio": rarefaction.dominant_ratio,
+        "rarefied_participation_ratio": rarefaction.participation_ratio,
     }
 
 
-def _block_diagonal(names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """By the chain rule over all blocks that are parts; NaN where there is only the whole."""
-    parts = np.array([name != GLOBAL for name in names])
+def _block_diagonal(blocks: Sequence[str], arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return SE of the block-diagonal Fisher, over all blocks but the global one; NaN where there is no other."""
+    parts = np.array([name != GLOBAL for name in blocks])
     if not parts.any():
         return np.full(arrays["trace"].shape[1], np.nan)
-    traces, entropies = arrays["trace"][parts], arrays["spectral_entropy"][parts]
-    return np.asarray(spectral_entropy_block_diagonal(traces.T, entropies.T))
+    return np.asarray(spectral_entropy_block_diagonal(arrays["trace"][parts].T, arrays["spectral_entropy"][parts].T))
 
 
-#: Numbers of leading directions in which the share of an update is measured.
-LEADING = (1, 2, 4, 8, 16)
-#: A share above 1 by more than rounding means that b, ‖δ‖ and K do not belong together.
-_SHARE_LIMIT = 1 + 1e-3
-
-
+@accepting("update_product", "update_norm", "groups", "batch_size", "dimension")
 def concentration(
-    gram: Any,
-    update_product: Any = None,
-    update_norm: Mapping[str, Any] | float | int | None = None,
-    *,
-    groups: Sequence[Any] | np.ndarray | None = None,
-    batch_size: int | None = None,
-    dimension: Mapping[str, Any] | float | int | None = None,
-    k: Sequence[int] = LEADING,
-    splits: int = SPLITS,
-    draws: int = DRAWS,
-    seed: int = 0,
+    gram: ProbeGram, *, k: Sequence[int] = LEADING, splits: int = SPLITS, draws: int = DRAWS, seed: int = 0
 ) -> xr.Dataset:
-    """Share of an update inside the Fisher's leading directions, beside an isotropic and a gradient null.
+    """Return the share of an update in the Fisher's leading directions, beside an isotropic and a gradient null.
 
     Args:
-        gram: K = GGᵀ of probe samples that took no part in the update; as in :func:`fisher_measures`.
-        update_product: b = Gδ: ``[sample]``, a mapping of block to such, or left out where the Gram has its own.
-        update_norm: ‖δ‖, not squared, inside the space in which gradients live; or left out likewise.
-        groups: What samples belong to; without it each is taken to be independent.
-        batch_size: Samples behind the update: the optimizer's batch times the steps; with momentum β the batch of a
-            single step counts (1 + β)/(1 − β) times. Without it there is no gradient null, and nothing is called
+        gram: K, b and ‖δ‖² of held-out samples and an update, as ``probes.gradient_gram(model, tasks, update=change,
+            batch_size=…)`` returns them. Without ``batch_size`` there is no gradient null, and nothing is called
             concentrated.
-        dimension: d, for the isotropic null; by default the Gram's own.
         k: Numbers of leading directions.
-        splits, draws, seed: Of random halves and null gradients.
+        splits, draws: Number of random halves, and of null gradients for each.
+        seed: Seed of both.
 
     Returns:
-        Variables over ``block`` and ``k``, each with its definition. ``captured`` has directions from all samples, and
-        belongs beside ``null_isotropic``; ``captured_split`` has those of half of them, and belongs beside
-        ``null_gradient``. ``concentrated`` only where both gains, centred and not, are above 1 with their intervals,
-        and ``batch_size`` is at most ``null_batch_limit``. Decoupled weight decay is part of the update as given.
+        Variables over ``block`` and ``k``, each with its definition. ``captured`` is the share in directions from all
+        samples; compare it with ``null_isotropic``. ``captured_split`` has directions from half of the samples; compare
+        it with ``null_gradient``. ``concentrated`` is true only where both gains, centred and not, are above 1 with
+        their intervals, and ``batch_size`` is at most ``null_batch_limit``. Decoupled weight decay is part of the
+        update.
 
     Raises:
-        ValueError: If shapes or blocks do not fit, or b and ‖δ‖ cannot belong to K.
+        ValueError: If shapes or blocks do not fit, there is no update, or b and ‖δ‖ cannot belong to K.
 
-    >>> found = concentration(np.diag([4.0, 1.0]), np.array([2.0, 0.0]), 1.0, dimension=10, k=[1, 2])
-    >>> found["captured"].values.tolist(), found["null_isotropic"].values.tolist()
+    >>> from probes import ProbeGram
+    >>> gram = ProbeGram(
+    ...     {"global": np.diag([4.0, 1.0])},
+    ...     update_product={"global": np.array([2.0, 0.0])},
+    ...     update_norm_squared={"global": 1.0},
+    ...     dimension={"global": 10},
+    ... )
+    >>> shares = concentration(gram, k=[1, 2])
+    >>> shares["captured"].values.tolist(), shares["null_isotropic"].values.tolist()
     ([[1.0, 1.0]], [[0.1, 0.2]])
     """
-    require_exact(gram)
-    names, stacked = blocks_of(gram)
-    samples = stacked.shape[-1]
     if not len(k) or min(k) < 1:
         raise ValueError(f"Expected numbers of leading directions of at least 1, got {list(k)}.")
-    group = codes_of(groups, samples, "group")
-    norm = _norm_of(gram, update_norm, names)
-    product = vectors_of(own(update_product, gram, "update_product"), names, samples, "an update product b = Gδ")
-    size = numbers_of(own(dimension, gram, "dimension"), names, "dimension")
-    spectrum = fisher_eigenvectors(stacked)
-    found = concentration_dataset(
-        names, stacked, spectrum, product, norm, group, batch_size or 0, size, k, splits=splits, draws=draws, seed=seed
-    )
-    share = np.nan_to_num(found["captured"].values).max(1)
-    if (share > _SHARE_LIMIT).any():
-        place = int(share.argmax())
+    if not gram.update_product or not gram.update_norm_squared:
         raise ValueError(
-            f"Expected b = Gδ and ‖δ‖ of one update, got a share of {share[place]:.3g} of "
-            f"block {names[place]!r} in its directions, above 1. Give K unnormalised, and ‖δ‖, not its square."
+            "Expected a Gram with update_product = Gδ and update_norm_squared = ‖δ‖² of an update, got none. "
+            "Measure it with probes.gradient_gram(model, tasks, update=change)."
         )
-    return found
+    samples = StackedGram.of(gram)
+    samples.require_exact()
+    shares = _concentration_dataset(
+        samples, fisher_eigenvectors(samples.gram), k, splits=splits, draws=draws, seed=seed
+    )
+    largest = np.nan_to_num(shares["captured"].values).max(1)
+    if (largest > _SHARE_LIMIT).any():
+        block = int(largest.argmax())
+        raise ValueError(
+            f"Expected b = Gδ and ‖δ‖² of one update, got a share of {largest[block]:.3g} of block "
+            f"{gram.blocks[block]!r} in its directions, above 1. Give K unnormalised, and the square of ‖δ‖."
+        )
+    return shares
 
 
-def _norm_of(gram: Any, update_norm: Any, names: Sequence[str]) -> np.ndarray:
-    if update_norm is None:
-        update_norm = {name: value**0.5 for name, value in getattr(gram, "update_norm_squared", {}).items()}
-        if not update_norm:
-            raise ValueError("Expected update_norm = ‖δ‖ of each block, got none, and the Gram has no update.")
-    return numbers_of(update_norm, names, "update norm ‖δ‖")
-
-
-def concentration_dataset(
-    names: Sequence[str],
-    stacked: np.ndarray,
-    spectrum: tuple[np.ndarray, np.ndarray],
-    product: np.ndarray,
-    norm: np.ndarray,
-    group: np.ndarray,
-    batch_size: int,
-    size: np.ndarray,
-    k: Sequence[int],
-    *,
-    splits: int = SPLITS,
-    draws: int = DRAWS,
-    seed: int = 0,
+def _concentration_dataset(
+    gram: StackedGram, spectrum: tuple[np.ndarray, np.ndarray], k: Sequence[int], **sampling: int
 ) -> xr.Dataset:
-    """:func:`concentration` of blocks already stacked, without its check of b and ‖δ‖ against K."""
-    values, vectors = spectrum
-    labels = Labels(group, np.ones((len(group), 1), dtype=bool))
-    most = MOST_TIMES * (len(group) // 2)
-    ratio = rayleigh_ratio(stacked, product, norm, size, labels)
-    null, null_low, null_high = isotropic_null(size, k)
+    """Return :func:`concentration` without its check of b and ‖δ‖ against K; ``sampling`` is for the gradient null."""
+    product, norm, batch_size = gram.update_product, gram.update_norm, gram.batch_size
+    limit = MOST_TIMES * (len(gram.labels.group) // 2)
     arrays = {
-        "captured": captured(values, vectors, product, norm, k),
-        "null_isotropic": null,
-        "null_isotropic_low": null_low,
-        "null_isotropic_high": null_high,
+        "captured": energy_share(*spectrum, product, norm, k),
+        **_with_ends("null_isotropic", Estimate(*isotropic_null(gram.dimension, k))),
     }
     for suffix in ("", "_centred"):
-        gain = matched_gain(
-            stacked, product, norm, group, batch_size, k, centre=bool(suffix), splits=splits, draws=draws, seed=seed
-        )
+        gain = matched_gain(gram, k, centre=bool(suffix), **sampling)
         arrays |= {
             f"captured_split{suffix}": gain.captured,
             f"null_gradient{suffix}": gain.null,
@@ -317,231 +264,187 @@ def concentration_dataset(
             f"gain_high{suffix}": gain.high,
         }
     arrays |= {
-        "concentrated": (batch_size <= most) & (arrays["gain_low"] > 1) & (arrays["gain_low_centred"] > 1),
+        "concentrated": (batch_size <= limit) & (arrays["gain_low"] > 1) & (arrays["gain_low_centred"] > 1),
         "null_batch": np.array(batch_size if batch_size > 0 else np.nan),
-        "null_batch_limit": np.array(float(most)),
-        "rayleigh_ratio": ratio.estimate,
-        "rayleigh_ratio_low": ratio.low,
-        "rayleigh_ratio_high": ratio.high,
-        "relative_rayleigh_ratio": relative_rayleigh_ratio(values, product, norm),
+        "null_batch_limit": np.array(float(limit)),
+        **_with_ends("rayleigh_ratio", rayleigh_ratio(gram)),
+        "relative_rayleigh_ratio": relative_rayleigh_ratio(spectrum[0], product, norm),
         "update_norm": norm,
     }
-    return xr.Dataset(labelled(CONCENTRATION, arrays), {"block": list(names), "k": list(k)})
+    return xr.Dataset(_at_one_step(CONCENTRATION, arrays), {"block": list(gram.blocks), "k": list(k)})
 
 
-def task_structure(
-    gram: Any,
-    tasks: Sequence[str] | np.ndarray,
-    groups: Sequence[Any] | np.ndarray | None = None,
-    *,
-    losses: Sequence[float] | np.ndarray | None = None,
-    space: str | None = None,
-    permuted: Sequence[str] = (GLOBAL,),
-    seed: int = 0,
-) -> xr.Dataset:
-    """How tasks share or contest directions: cosines, overlap, noise scale, transfer, and the parts of SE.
+@accepting("tasks", "groups", "losses", "space")
+def task_structure(gram: ProbeGram, *, permuted: Sequence[str] = (GLOBAL,), seed: int = 0) -> xr.Dataset:
+    """Return how tasks share or contest directions: cosines, overlap, noise scale, transfer, and the parts of SE.
 
     Args:
-        gram: K = GGᵀ; as in :func:`fisher_measures`.
-        tasks, groups: Task and group of each sample; without groups each is taken to be independent.
-        losses: Loss of each sample, for the transfer.
-        space: Space of the gradients; transfer is NaN in every other than ``"factor"``. By default the Gram's own.
+        gram: K with the task of each sample, as :func:`probes.gradient_gram` returns it. Transfer needs losses and
+            ``space="factor"``; it is NaN otherwise.
         permuted: Blocks whose χ is tested by permutations, which is costly; the rest have NaN.
-        seed: Of the permutations.
+        seed: Seed of the permutations.
 
     Returns:
         Variables over ``block``, ``task`` and ``task_``, each with its definition. ``"all"`` is among the tasks (how a
-        task's gradient stands to the pooled one), but not in the conflict rate and the parts of SE.
+        task's gradient relates to the pooled one), but not in the conflict rate and the parts of SE.
 
     Raises:
-        ValueError: If K or the labels do not fit.
+        ValueError: If there are no tasks, or K or the labels do not fit.
 
-    >>> found = task_structure(np.eye(4), ["x", "x", "y", "y"])
-    >>> found["divergence"].item() == found["divergence_largest"].item()  # nothing is shared
+    >>> from probes import ProbeGram
+    >>> shared = task_structure(ProbeGram({"global": np.eye(4)}, tasks=["x", "x", "y", "y"]))
+    >>> shared["divergence"].item() == shared["divergence_largest"].item()  # no direction is shared
     True
     """
-    require_exact(gram)
-    names, stacked = blocks_of(gram)
-    samples = stacked.shape[-1]
-    group, members = codes_of(groups, samples, "group"), members_of(tasks, samples)
-    entropies = [
-        spectral_entropy(fisher_eigenvalues(stacked[:, places[:, None], places]))
-        for places in map(np.flatnonzero, members.values())
-    ]
-    return task_dataset(
-        names,
-        stacked,
-        np.stack(entropies, axis=1),
-        group,
-        members,
-        losses=losses,
-        space=own(space, gram, "space"),
-        permuted=permuted,
-        seed=seed,
-    )
+    if not len(gram.tasks):
+        raise ValueError(
+            "Expected a Gram with the task of each sample, got none. Measure it with Tasks, or state tasks."
+        )
+    samples = StackedGram.of(gram)
+    samples.require_exact()
+    by_task = map(np.flatnonzero, samples.labels.member.T)
+    entropies = [fisher_entropy(fisher_eigenvalues(samples.gram[:, task[:, None], task])) for task in by_task]
+    return _task_dataset(samples, np.stack(entropies, axis=1), permuted, seed)
 
 
-def task_dataset(
-    names: Sequence[str],
-    stacked: np.ndarray,
-    entropies: np.ndarray,
-    group: np.ndarray,
-    members: Mapping[str, np.ndarray],
-    *,
-    losses: Any,
-    space: str | None,
-    permuted: Sequence[str] = (GLOBAL,),
-    seed: int = 0,
+def _task_dataset(
+    gram: StackedGram, entropies: np.ndarray, permuted: Sequence[str] = (GLOBAL,), seed: int = 0
 ) -> xr.Dataset:
-    """:func:`task_structure` of blocks already stacked, with SE of all samples and of each task, ``[block, task]``."""
-    member = np.stack(list(members.values()), axis=1)
-    labels, only = Labels(group, member), Labels(group, member[:, 1:])
-    cosines = structure.cosines(stacked, labels)
-    in_conflict, decided = structure.conflict_rate(cosines.cosine.low[:, 1:, 1:], cosines.cosine.high[:, 1:, 1:])
-    traces = np.diagonal(stacked, axis1=1, axis2=2) @ only.member
-    parts = structure.decomposition(entropies[:, 0], entropies[:, 1:], traces)
-    gap = structure.purity_gap(stacked, only)
+    """Return :func:`task_structure`, given SE of all samples and of each task, ``[block, task]``."""
+    k, labels = gram.gram, gram.labels
+    only_tasks = SampleGroups(labels.group, labels.member[:, 1:])
+    angles = cosines(k, labels)
+    in_conflict, decided = conflict_rate(angles.cosine.low[:, 1:, 1:], angles.cosine.high[:, 1:, 1:])
+    parts = decomposition(entropies[:, 0], entropies[:, 1:], gram.norms @ only_tasks.member)
+    gap = purity_gap(k, only_tasks)
     arrays = {
-        **_ends("cosine", cosines.cosine),
-        "unresolved": cosines.unresolved,
-        "cosine_raw": cosines.raw,
-        "magnitude_similarity": cosines.magnitude_similarity,
+        **_with_ends("cosine", angles.cosine),
+        "unresolved": angles.unresolved,
+        "cosine_raw": angles.raw,
+        "magnitude_similarity": angles.magnitude_similarity,
         "conflict_rate": in_conflict,
         "decided_pairs": decided,
-        **_ends("overlap", structure.overlap(stacked, labels)),
-        **_ends("noise_scale", structure.noise_scale(stacked, labels)),
-        **_ends("transfer", _transfer(stacked, labels, losses, space)),
+        **_with_ends("overlap", overlap(k, labels)),
+        **_with_ends("noise_scale", noise_scale(k, labels)),
+        **_with_ends("transfer", _transfer(gram)),
         "spectral_entropy_mixture": parts.mixture,
         "spectral_entropy_within": parts.within,
         "divergence": parts.divergence,
         "divergence_largest": parts.largest,
-        **_divergence_test(names, stacked, only, permuted, seed),
-        **_ends("purity_gap", gap.gap),
+        **_divergence_test(gram, only_tasks, permuted, seed),
+        **_with_ends("purity_gap", gap.gap),
         "sharing": gap.sharing,
     }
-    coords = {"block": names, "task": list(members), "task_": list(members)}
-    return xr.Dataset(labelled(TASKS, {name: arrays[name] for name in TASKS}), coords)
+    coords = {"block": list(gram.blocks), "task": list(gram.tasks), "task_": list(gram.tasks)}
+    return xr.Dataset(_at_one_step(TASKS, {name: arrays[name] for name in TASKS}), coords)
 
 
-def _ends(name: str, found: Estimate) -> dict[str, np.ndarray]:
-    return {name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high}
+def _with_ends(name: str, estimate: Estimate) -> dict[str, np.ndarray]:
+    return {name: estimate.estimate, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
 
 
-def _transfer(stacked: np.ndarray, labels: Labels, losses: Any, space: str | None) -> Estimate:
-    if losses is None or space != "factor":
-        return Estimate(*[np.full((len(stacked), *[labels.member.shape[1]] * 2), np.nan)] * 3)
-    loss = np.asarray(losses, dtype=np.float64)
-    if loss.shape != labels.group.shape:
-        raise ValueError(f"Expected one loss for each of {len(labels.group)} samples, got shape {loss.shape}.")
-    return structure.first_order_transfer(stacked, labels, loss)
+def _transfer(gram: StackedGram) -> Estimate:
+    if gram.space != "factor" or np.isnan(gram.losses).all():
+        return Estimate(*[np.full((len(gram.blocks), *[len(gram.tasks)] * 2), np.nan)] * 3)
+    return first_order_transfer(gram.gram, gram.labels, gram.losses)
 
 
 def _divergence_test(
-    names: Sequence[str], stacked: np.ndarray, labels: Labels, permuted: Sequence[str], seed: int
+    gram: StackedGram, labels: SampleGroups, permuted: Sequence[str], seed: int
 ) -> dict[str, np.ndarray]:
-    found = np.full((5, len(names)), np.nan)
-    tested = [place for place, name in enumerate(names) if name in permuted and labels.member.shape[1] > 1]
-    for place in tested:
-        found[:, [place]] = astuple(structure.divergence_test(stacked[[place]], labels, seed=seed))
-    known = ("normalised", "normalised_largest", "null_low", "null_high", "p_value")
-    return {f"divergence_{name}": row for name, row in zip(known, found, strict=True)}
+    numbers = np.full((5, len(gram.blocks)), np.nan)
+    for row, name in enumerate(gram.blocks):
+        if name in permuted and labels.member.shape[1] > 1:
+            numbers[:, [row]] = astuple(divergence_test(gram.gram[[row]], labels, seed=seed))
+    names = ("normalised", "normalised_largest", "null_low", "null_high", "p_value")
+    return {f"divergence_{name}": row for name, row in zip(names, numbers, strict=True)}
 
 
-#: Variables of the record that the result keeps, so that everything else can be computed again.
-_KEPT = ("gram", "update_product", "update_norm_squared", "dimension", "loss")
-#: And what older records lack.
-_STATED = ("momentum",)
-_LABELS = ("sample_task", "sample_group", "sample_id")
-_SHARE_OUTSIDE = {
-    "units": "1",
-    "long_name": "share of the update outside the space",
-    "definition": "share of ‖δ‖² that no gradient in this space can produce",
-}
+def measure_fisher(record: xr.Dataset, *, k: Sequence[int] = LEADING, seed: int = 0) -> dict[str, xr.Dataset]:
+    """Return the groups of a result that follow from the Fisher's records of all steps.
 
-
-def measured(record: xr.Dataset, *, k: Sequence[int] = LEADING, seed: int = 0) -> dict[str, xr.Dataset]:
-    """Groups of the result from the raw records of all steps.
-
-    Timing is the record's: gradients at the start of the increment (``evaluated_at_step``) if it is a capture's. The
-    null gradient's batch is the optimizer's, times the :func:`effective_batches` of the steps between that and ``step``
-    and of the momentum: what one batch of all those samples would give, which is the most concentrated that plain
-    gradient descent could be. Unknown momentum counts as none, which a finding says.
+    Gradients are those at ``evaluated_at_step``, for a recorded training the start of the increment. The batch of the
+    null gradients is the optimizer's times the :func:`effective_batches` of the steps since then and of the momentum.
+    That is what one batch of all those samples would give, the most concentrated that plain gradient descent could be.
+    Unknown momentum counts as none; a finding says so.
 
     Args:
-        record: ``gram(step, block, sample, sample_)``, ``update_product(step, block, sample)``,
-            ``update_norm_squared``, ``share_outside_space``, ``dimension`` ``(step, block)``, ``loss(step, sample)``;
-            task, group and id of each ``sample``; ``evaluated_at_step(step)``; attributes ``space``, ``fisher``,
-            ``unit``, ``reduction``, ``batch_size`` (0 if not known). ``momentum(step)`` where it is known.
+        record: As :data:`dynamics.schema.FISHER_RECORD` has it, with the task, group and id of each ``sample``;
+            ``evaluated_at_step(step)``; attributes ``space``, ``fisher``, ``unit``, ``reduction``, ``batch_size`` of
+            one step (0 if unknown); ``momentum(step)`` where it is known.
         k: Numbers of leading directions.
-        seed: Of random halves, subsets, null gradients and permutations; the same at every step.
+        seed: Seed of random halves, subsets, null gradients and permutations; the same at every step.
 
     Returns:
-        ``fisher`` (with K and b themselves), ``concentration`` and ``tasks``, each with ``step`` in front. What is not
-        known is NaN; a sample without gradients in every block at a step is left out there.
+        ``fisher`` (with K and b themselves), ``concentration`` and ``tasks``, each with ``step`` in front. Unknown
+        numbers are NaN; a sample without gradients in every block at a step is left out there.
 
     Raises:
         ValueError: If a K is not a Gram matrix, or there is no step.
     """
     if not record.sizes["step"]:
         raise ValueError("Expected at least one record of the Fisher, got none.")
-    found = [_of_step(record.isel(step=place), k, seed) for place in range(record.sizes["step"])]
+    by_step = [_at_step(record.isel(step=number), k, seed) for number in range(record.sizes["step"])]
     groups = {
-        name: xr.concat([step[name] for step in found], dim=record["step"].variable.to_index(), join="outer")
+        name: xr.concat([step[name] for step in by_step], dim=record["step"].variable.to_index(), join="outer")
         for name in ("fisher", "concentration", "tasks")
     }
-    kept = record[[*_KEPT, *(name for name in _STATED if name in record)]].assign_coords(
-        {name: record[name] for name in _LABELS}
-    )
+    recorded = {name: record[name] for name in FISHER_RECORD if name in FISHER}
+    kept = {name: array.assign_attrs(FISHER[name].attributes) for name, array in recorded.items()}
+    kept |= {name: record[name] for name in ("momentum",) if name in record}
+    kept = xr.Dataset(kept).assign_coords({name: record[name] for name in SAMPLE_LABELS})
     groups["fisher"] = xr.merge([kept, groups["fisher"]], combine_attrs="drop_conflicts")
-    groups["concentration"]["share_outside_space"] = record["share_outside_space"].assign_attrs(_SHARE_OUTSIDE)
+    share = record["share_outside_space"]
+    groups["concentration"]["share_outside_space"] = share.assign_attrs(CONCENTRATION["share_outside_space"].attributes)
     for group in groups.values():
         group.coords["evaluated_at_step"] = record["evaluated_at_step"]
         group.attrs = dict(record.attrs)
     return groups
 
 
-def _of_step(record: xr.Dataset, k: Sequence[int], seed: int) -> dict[str, xr.Dataset]:
-    names = record["block"].values.tolist()
-    diagonal = np.diagonal(record["gram"].values, axis1=1, axis2=2)
-    known = np.asarray(np.isfinite(diagonal).any(0))
-    # No gradient at all: nothing is known of any sample.
-    present = known if known.any() else np.ones_like(known)
-    here = record.isel(sample=present, sample_=present)
-    _, stacked = blocks_of(dict(zip(names, here["gram"].values, strict=True)))
-    spectrum = fisher_eigenvectors(stacked)
-    members = members_of(here["sample_task"].values, len(stacked[0]))
-    group = codes_of(here["sample_group"].values, len(stacked[0]), "group")
-    dimension = here["dimension"].values
-    fisher = fisher_dataset(names, stacked, spectrum, group, members, dimension, seed)
-    tasks = task_dataset(
-        names,
-        stacked,
-        fisher["spectral_entropy"].values,
-        group,
-        members,
-        losses=here["loss"].values,
-        space=here.attrs["space"],
-        seed=seed,
-    )
-    concentration = concentration_dataset(
-        names,
-        stacked,
-        spectrum,
-        here["update_product"].values,
-        np.sqrt(here["update_norm_squared"].values),
-        group,
-        _batch_of(here),
-        dimension,
-        k,
-        seed=seed,
-    )
-    return {"fisher": fisher, "concentration": concentration, "tasks": tasks}
+def _at_step(record: xr.Dataset, k: Sequence[int], seed: int) -> dict[str, xr.Dataset]:
+    """Return the three groups of one step."""
+    gram = StackedGram.of(gram_of(record))
+    spectrum = fisher_eigenvectors(gram.gram)
+    fisher = _fisher_dataset(gram, spectrum, seed)
+    return {
+        "fisher": fisher,
+        "concentration": _concentration_dataset(gram, spectrum, k, seed=seed),
+        "tasks": _task_dataset(gram, fisher["spectral_entropy"].values, seed=seed),
+    }
 
 
-def _batch_of(record: xr.Dataset) -> int:
-    """Samples behind the update."""
+def gram_of(record: xr.Dataset) -> ProbeGram:
+    """Return the ``ProbeGram`` of one step's record, without the samples that have no gradient in any block.
+
+    Args:
+        record: As in :func:`measure_fisher`, at one step.
+    """
+    blocks = record["block"].values.tolist()
+    finite = np.asarray(np.isfinite(np.diagonal(record["gram"].values, axis1=1, axis2=2)).any(0))
+    # If no sample has a gradient, all stay, and the measures are NaN.
+    present = finite if finite.any() else np.ones_like(finite)
+    step = record.isel(sample=present, sample_=present)
+
+    def by_block(name: str) -> dict[str, Any]:
+        return dict(zip(blocks, step[name].values, strict=True))
+
+    tasks, groups, sample_ids = (tuple(step[name].values.tolist()) for name in SAMPLE_LABELS)
     before = int(record["evaluated_at_step"])
     momentum = float(record["momentum"]) if "momentum" in record else 0.0
-    return round(
-        int(record.attrs["batch_size"]) * effective_batches(max(int(record["step"]) - before, 1), before, momentum)
+    batches = effective_batches(max(int(record["step"]) - before, 1), before, momentum)
+    return ProbeGram(
+        gram=by_block("gram"),
+        update_product=by_block("update_product"),
+        update_norm_squared=by_block("update_norm_squared"),
+        share_outside_space=by_block("share_outside_space"),
+        dimension=by_block("dimension"),
+        losses=step["loss"].values,
+        tasks=tasks,
+        groups=groups,
+        sample_ids=sample_ids,
+        batch_size=round(int(record.attrs["batch_size"]) * batches),
+        space=record.attrs["space"],
+        fisher=record.attrs["fisher"],
+        left_out=tuple(np.flatnonzero(~present).tolist()),
     )

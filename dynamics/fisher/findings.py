@@ -1,4 +1,4 @@
-"""What a reader of the Fisher's numbers must know: one finding for each thing, not one for each block."""
+"""Findings about the Fisher's numbers: one for each subject, not one for each block."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ import xarray as xr
 from dynamics.findings import Finding
 from dynamics.fisher.concentration import LEAST_GROUPS
 from dynamics.schema import ALL, GLOBAL
+from dynamics.text import percent, some
 
 #: Below this many groups an interval is wide, and its Student's t leans on normality.
 FEW_GROUPS = 8
 #: More of an update than this share outside the space is worth a warning.
 OUTSIDE = 0.1
-#: Numbers of samples differ if the larger exceeds the smaller by this factor.
+#: Tasks differ in their number of samples if the largest exceeds the smallest by more than this factor.
 UNEQUAL = 1.1
-#: Cases of which more than this share must be concentrated before the word is used: so many would be by chance.
+#: The update is called concentrated if more than this share of cases is: so many would be by chance.
 CHANCE = 0.05
-#: Fewer effective groups than this share of the groups, and few samples carry the Fisher.
+#: With fewer effective groups than this share of the groups, few samples dominate the Fisher.
 EFFECTIVE = 0.25
-#: A group with more than this share of tr K, and more than twice its share of the groups, carries the Fisher.
+#: A group with more than this share of tr K, and more than twice its share of the groups, dominates the Fisher.
 LARGEST_GROUP = 0.2
-#: At most so many names are given in one finding's evidence.
+#: Largest number of names in one finding's evidence.
 _NAMED = 8
 _ROUNDING = 1e-3
 
 
-def notes(groups: Mapping[str, xr.Dataset]) -> list[Finding]:
-    """Findings that follow from ``fisher``, ``concentration`` and ``tasks`` alone, as ``measured`` returns them."""
+def findings_of(groups: Mapping[str, xr.Dataset]) -> list[Finding]:
+    """Return the findings about the groups ``fisher``, ``concentration`` and ``tasks`` of ``measure_fisher``."""
     fisher, concentration, tasks = (groups[name] for name in ("fisher", "concentration", "tasks"))
     return [
         *_few_groups(fisher),
@@ -54,7 +55,7 @@ def _few_groups(fisher: xr.Dataset) -> Iterator[Finding]:
         yield Finding(
             "OD401",
             f"Expected at least {FEW_GROUPS} groups of probe samples, got fewer for {_named(few)}: intervals are wide, "
-            "and missing below three.",
+            "and below three groups there are none.",
             "Probe samples of more images, patients or documents.",
             evidence={"groups": few},
         )
@@ -63,9 +64,9 @@ def _few_groups(fisher: xr.Dataset) -> Iterator[Finding]:
 def _not_finite(fisher: xr.Dataset) -> Iterator[Finding]:
     diagonal = np.diagonal(fisher["gram"].values, axis1=2, axis2=3)
     absent = np.asarray(~np.isfinite(diagonal).any(1))  # samples that were left out at a step
-    known = ~absent[:, :, None] & ~absent[:, None, :]
-    nothing = np.asarray(absent.all(-1))[:, None]
-    broken = np.asarray((~np.isfinite(fisher["gram"].values) & known[:, None]).any((2, 3)) | nothing)
+    pairs = ~absent[:, :, None] & ~absent[:, None, :]
+    empty = np.asarray(absent.all(-1))[:, None]
+    broken = np.asarray((~np.isfinite(fisher["gram"].values) & pairs[:, None]).any((2, 3)) | empty)
     broken &= np.isfinite(fisher["dimension"].values)  # a block that is not trained at a step has no Gram matrix there
     if broken.any():
         names = fisher["block"].values[broken.any(0)].tolist()
@@ -73,7 +74,7 @@ def _not_finite(fisher: xr.Dataset) -> Iterator[Finding]:
             "OD402",
             f"The Gram matrix of {_named(names)} is not finite at {int(broken.any(1).sum())} of {len(broken)} steps; "
             "its measures are NaN there.",
-            "Look for samples whose loss is not finite, or for overflow in half precision.",
+            "Look for samples with an infinite or NaN loss, or for overflow in half precision.",
             evidence={"blocks": names[:_NAMED]},
         )
 
@@ -85,9 +86,9 @@ def _outside(concentration: xr.Dataset) -> Iterator[Finding]:
         names = share["block"].values[far].tolist()
         yield Finding(
             "OD403",
-            f"Up to {float(np.nanmax(share.values)):.0%} of the squared norm of the update lies outside the space of "
-            f"the gradients, for {_named(names)}: concentration is that of the rest.",
-            "Capture more often: the space is that of one step.",
+            f"Up to {percent(float(np.nanmax(share.values)))} of the update of {_named(names)} cannot be reached by "
+            "one step's gradients and is left out of the concentration.",
+            "Capture more often to reduce this.",
             evidence={"largest": float(np.nanmax(share.values)), "blocks": names[:_NAMED]},
         )
 
@@ -99,8 +100,8 @@ def _unresolved(tasks: xr.Dataset) -> Iterator[Finding]:
     if share > 0:
         yield Finding(
             "OD404",
-            f"{share:.0%} of the cosines between tasks are not resolved: the mean gradient of a task cannot be told "
-            "from 0 with these samples, and the cosine is NaN.",
+            f"{percent(share)} of the cosines between tasks are undecided (NaN): with these samples the mean gradient "
+            "of one of the tasks is indistinguishable from zero.",
             "Probe more samples of each task.",
             evidence={"share": share},
         )
@@ -112,11 +113,11 @@ def _null(fisher: xr.Dataset, concentration: xr.Dataset) -> Iterator[Finding]:
     batch, samples = concentration["null_batch"].values, fisher["samples"].sel(task=ALL).values
     few = bool((fisher["groups"].sel(task=ALL) < LEAST_GROUPS).any())
     if np.isnan(batch).any() or few:
-        what = f"there are fewer than {LEAST_GROUPS} groups" if few else "the batch size of the training is not known"
+        reason = f"there are fewer than {LEAST_GROUPS} groups" if few else "the batch size of the training is unknown"
         yield Finding(
             "OD406",
-            f"The update has no gradient null, since {what}: its captured share stands beside the isotropic null "
-            "alone, which every gradient exceeds.",
+            f"The update has no gradient null, since {reason}. Its captured share can only be compared with the "
+            "isotropic null, which every gradient exceeds.",
             "Probe more groups." if few else "State the optimizer's effective batch size.",
         )
         return
@@ -124,34 +125,35 @@ def _null(fisher: xr.Dataset, concentration: xr.Dataset) -> Iterator[Finding]:
     if (batch > limit).any():
         yield Finding(
             "OD413",
-            f"The null gradients stand for up to {int(batch.max()):,} samples, more than eight times half of the probe "
-            f"samples ({int(limit.min()):,}): such an update is not called concentrated, as up to 9 % would by chance.",
+            f"The gradient null imitates batches of up to {int(batch.max()):,} samples, more than eight times half of "
+            f"the probe samples ({int(limit.min()):,}). Such updates are not called concentrated: up to 9 % would be "
+            "by chance.",
             "Probe more samples, or capture more often.",
             evidence={"null_batch": int(batch.max()), "most": int(limit.min()), "steps": int((batch > limit).sum())},
         )
     elif (batch > samples / 2).any():
         yield Finding(
             "OD405",
-            f"The null gradients stand for up to {int(batch.max())} samples, of which half of {int(samples.min())} "
-            "probe samples give the mean: where they do not resolve it, the null is wider and the gain's "
-            "interval with it.",
-            "Probe more samples, or capture more often, for a sharper comparison.",
+            f"The gradient null imitates batches of {int(batch.max()):,} samples but rests on "
+            f"{int(samples.min()) // 2:,} probe samples, so its interval is wide.",
+            "Probe more samples, or capture more often.",
             evidence={"null_batch": int(batch.max()), "samples": int(samples.min())},
         )
 
 
 def _concentrated(concentration: xr.Dataset) -> Iterator[Finding]:
-    proven = concentration["concentrated"]
+    concentrated = concentration["concentrated"]
     possible = np.isfinite(concentration["gain_low"]) & np.isfinite(concentration["gain_low_centred"])
     possible &= concentration["null_batch"] <= concentration["null_batch_limit"]
-    share, cells = float(proven.sum() / max(int(possible.sum()), 1)), int(possible.sum())
+    share, cases = float(concentrated.sum() / max(int(possible.sum()), 1)), int(possible.sum())
     if share > CHANCE:
         yield Finding(
             "OD407",
-            f"In {int(proven.sum())} of {cells} cases (step, block, k) the update is more concentrated along "
-            "informative directions than a plain gradient of as many samples: the gain's 95 % interval lies above 1, "
-            "centred too. Up to 5 % would by chance; cases share samples and draws, and would together or not at all.",
-            evidence={"cases": int(proven.sum()), "of": cells, "share": share},
+            f"In {int(concentrated.sum())} of {cases} cases (step, block, k) the update is more concentrated along "
+            "informative directions than a plain gradient of as many samples: the 95 % interval of the gain lies above "
+            "1, also for centred gradients. Up to 5 % of cases would be by chance; cases share samples, so they would "
+            "be so together.",
+            evidence={"cases": int(concentrated.sum()), "of": cases, "share": share},
         )
 
 
@@ -160,8 +162,8 @@ def _clustered(fisher: xr.Dataset) -> Iterator[Finding]:
     if samples > groups:
         yield Finding(
             "OD408",
-            f"{int(samples)} probe samples come in {int(groups)} groups: samples of a group resemble each other, which "
-            "lowers the plug-in SE. Participation ratio and rarefied curves count groups.",
+            f"The {int(samples)} probe samples come in {int(groups)} groups. Samples of a group resemble each other, "
+            "which lowers the plug-in SE. Participation ratio and rarefied curves count groups.",
             "Compare ln_participation_ratio, or rarefied_spectral_entropy at the same n.",
             evidence={"samples": int(samples), "groups": int(groups)},
         )
@@ -172,8 +174,8 @@ def _unequal(fisher: xr.Dataset) -> Iterator[Finding]:
     if samples.sizes["task"] > 1 and float(samples.max()) > UNEQUAL * float(samples.min()):
         yield Finding(
             "OD409",
-            f"Tasks have {int(samples.min())} to {int(samples.max())} probe samples: plug-in SE and ρ depend on the "
-            "number and do not compare.",
+            f"Tasks have {int(samples.min())} to {int(samples.max())} probe samples. Plug-in SE and ρ depend on that "
+            "number and cannot be compared between them.",
             "Compare ln_participation_ratio, or rarefied_spectral_entropy at the same n.",
             evidence={"fewest": int(samples.min()), "most": int(samples.max())},
         )
@@ -183,23 +185,23 @@ def _heavy(fisher: xr.Dataset) -> Iterator[Finding]:
     of_all = fisher.sel(block=GLOBAL) if GLOBAL in fisher["block"].values else fisher
     groups, effective, largest = (of_all[name] for name in ("groups", "effective_groups", "largest_group_share"))
     few = effective < EFFECTIVE * groups
-    carried = few | (largest > np.maximum(LARGEST_GROUP, 2 / groups))
-    if carried.any():
-        tasks = carried.any([dim for dim in carried.dims if dim != "task"])
+    dominated = few | (largest > np.maximum(LARGEST_GROUP, 2 / groups))
+    if dominated.any():
+        tasks = dominated.any([dim for dim in dominated.dims if dim != "task"])
         names = tasks["task"].values[tasks.values].tolist()
-        here = of_all.isel((effective / groups).where(carried).argmin(...))
-        counts = {name: float(here[name]) for name in ("groups", "effective_groups", "largest_samples_share")}
+        worst = of_all.isel((effective / groups).where(dominated).argmin(...))
+        counts = {name: float(worst[name]) for name in ("groups", "effective_groups", "largest_samples_share")}
         yield Finding(
             "OD412",
-            f"Few samples carry the Fisher of {_named(names)}. Of {str(here['task'].item())!r} at step "
-            f"{int(here['step'])} the {int(counts['groups'])} groups count as {counts['effective_groups']:.1f} of one "
-            f"size, and the three largest samples hold {counts['largest_samples_share']:.0%} of the trace. Intervals "
-            "assume samples of similar size: those of the noise scale are too short, those of the participation ratio "
-            "may be a little.",
-            "Compare ln_participation_ratio_directional, in which all samples weigh the same; probe more samples, or "
-            "take the mean loss of tokens instead of the sum where long answers dominate.",
-            evidence=counts | {"largest_group_share": float(here["largest_group_share"]), "tasks": names[:_NAMED]},
-            step=int(here["step"]),
+            f"Few samples dominate the Fisher of {_named(names)}. For {str(worst['task'].item())!r} at step "
+            f"{int(worst['step'])} the {int(counts['groups'])} groups are worth {counts['effective_groups']:.1f} of "
+            f"equal size, and the three largest samples hold {percent(counts['largest_samples_share'])} of the trace. "
+            "Intervals assume samples of similar size: those of the noise scale are too short, those of the "
+            "participation ratio may be slightly too short.",
+            "Compare ln_participation_ratio_directional, in which all samples weigh the same. Probe more samples, or "
+            "use the mean loss over tokens instead of the sum where long answers dominate.",
+            evidence=counts | {"largest_group_share": float(worst["largest_group_share"]), "tasks": names[:_NAMED]},
+            step=int(worst["step"]),
         )
 
 
@@ -209,8 +211,8 @@ def _momentum(fisher: xr.Dataset, concentration: xr.Dataset) -> Iterator[Finding
     if (np.isfinite(batch) & np.isfinite(gain) & np.isnan(momentum)).any():
         yield Finding(
             "OD414",
-            "The optimizer's momentum is not known, and the gradient null assumes none. With β = 0.9 the update of one "
-            "step stands for up to 19 batches, so a gain above 1 may be momentum's alone.",
+            "The optimizer's momentum is unknown, and the gradient null assumes none. With β = 0.9 the update of one "
+            "step averages up to 19 batches, so momentum alone may explain a gain above 1.",
             "Give Recorder.step the optimizer, or let the --probe function return model, tasks, batch_size, momentum.",
         )
 
@@ -222,12 +224,11 @@ def _foreign_product(concentration: xr.Dataset) -> Iterator[Finding]:
         names = share["block"].values[beyond].tolist()
         yield Finding(
             "OD410",
-            f"The update products of {_named(names)} give shares above 1: b = Gδ is of another update than ‖δ‖, or of "
-            "other gradients than K.",
+            f"The update products of {_named(names)} give shares above 1: b = Gδ and ‖δ‖ are of different updates, or "
+            "b and K of different gradients.",
             evidence={"largest": float(np.nanmax(share.values)), "blocks": names[:_NAMED]},
         )
 
 
 def _named(names: Mapping[str, int] | list[str]) -> str:
-    listed = list(names)
-    return ", ".join(repr(name) for name in listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+    return some(map(repr, names))

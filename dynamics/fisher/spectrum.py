@@ -1,25 +1,24 @@
-r"""Eigenvalues of the Fisher matrix F = GᵀG/N from K = GGᵀ: both have the same, but for zeros and the factor N.
+r"""Spectrum of the Fisher F = GᵀG/N from K = GGᵀ, which has the same eigenvalues but for zeros and the factor N.
 
-Spectral entropy SE of the Fisher and its variants, each under its own name.
+**Spectral entropy**, in nats: von Neumann's entropy of F/tr F,
 
-.. math:: SE(F) = -\sum_j p_j \ln p_j, \qquad p_j = \lambda_j / \operatorname{tr} F
+.. math:: SE(F) = -\sum_j p_j \ln p_j, \qquad p_j = \lambda_j / \operatorname{tr} F .
 
-in nats: von Neumann's entropy of F/tr F. The plug-in value from N samples lies below the truth in expectation, and
-never above ln N; no upper bound without assumptions exists from N ≪ d samples. Compare at equal N (``rarefaction``).
+From N samples the plug-in value is too small in expectation, and never above ln N; no upper bound without assumptions
+exists from N ≪ d samples. Compare at equal N (:mod:`dynamics.fisher.rarefaction`).
 
-The dominant ratio ρ = λ_1/tr F: an interval that holds, and a point estimate for independent samples.
+**Dominant ratio** ρ = λ_1/tr F. The plug-in is too large, and ρ of directions judged on other samples too small, both
+in expectation. In one data set noise moves both the same way: simulated, the two alone hold the truth in 25–99 % of
+cases. The interval is therefore widened by the sampling error of the plug-in, and then holds it in at least 95 %.
 
-Plug-in ρ is too large and ρ of directions judged on other samples too small, both in expectation. In one data set noise
-moves both the same way: simulated, the two alone hold the truth in 25–99 % of cases. The interval is therefore widened
-by the sampling error of the plug-in, and then holds it in at least 95 %.
-
-Participation ratio PR = (tr F)²/tr F² of the Fisher: from pairs of different groups, and its interval.
-
-ln PR is Rényi's entropy of order 2 and the primary statistic for comparing conditions: unlike SE and ρ it can be
-estimated with hardly any bias from few samples, and SE ≥ ln PR.
+**Participation ratio** PR = (tr F)²/tr F², from pairs of different groups. ln PR is Rényi's entropy of order 2 and the
+primary statistic for comparing conditions: unlike SE and ρ it can be estimated with hardly any bias from few samples,
+and SE ≥ ln PR.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from scipy.special import xlogy
 from dynamics.fisher.samples import (
     SPLITS,
     Estimate,
-    Labels,
+    SampleGroups,
     counted_groups,
     half_splits,
     interval,
@@ -48,7 +47,7 @@ RESOLVED = 1e-10
 
 
 def centred(gram: Float[np.ndarray, "block sample sample"]) -> Float[np.ndarray, "block sample sample"]:
-    """HKH with H = I − 11ᵀ/N: the Gram matrix of the gradients minus their mean, so that eig/N are those of F − ḡḡᵀ.
+    """Return HKH with H = I − 11ᵀ/N, the Gram matrix of the gradients minus their mean ḡ: eig/N are those of F − ḡḡᵀ.
 
     >>> centred(np.array([[[1.0, 1.0], [1.0, 1.0]]])).tolist()
     [[[0.0, 0.0], [0.0, 0.0]]]
@@ -58,7 +57,7 @@ def centred(gram: Float[np.ndarray, "block sample sample"]) -> Float[np.ndarray,
 
 
 def directional(gram: Float[np.ndarray, "block sample sample"]) -> Float[np.ndarray, "block sample sample"]:
-    """K_ij/√(K_ii K_jj), the cosines: the Gram matrix of gradients g/‖g‖. A sample without gradient stays without.
+    """Return the cosines K_ij/√(K_ii K_jj), the Gram matrix of gradients g/‖g‖; 0 for a sample without gradient.
 
     >>> directional(np.array([[[4.0, 1.0], [1.0, 1.0]]]))[0].tolist()
     [[1.0, 0.5], [0.5, 1.0]]
@@ -68,11 +67,38 @@ def directional(gram: Float[np.ndarray, "block sample sample"]) -> Float[np.ndar
     return gram * scale[:, :, None] * scale[:, None, :]
 
 
-def fisher_eigenvalues(gram: Float[np.ndarray, "block sample sample"]) -> Float[np.ndarray, "block sample"]:
-    """eig(K)/N, descending, in squared units of the gradient; negative rounding is 0.
+def per_sample_gram(
+    gram: Float[np.ndarray, "block batch batch"], sizes: Sequence[int] | np.ndarray
+) -> Float[np.ndarray, "block batch batch"]:
+    """Return K' = TKTᵀ, T = diag(√m)(I − 1wᵀ) + 1wᵀ, w = m/Σm, whose spectrum is that of single samples' gradients.
 
-    The plug-in spectrum: of N samples, at most N values. The largest are too large in expectation and the entropy of
-    all is too small (Anderson 1963; Miller 1955).
+    The mean ḡ of m independent samples has E ḡḡᵀ = Σ/m + μμᵀ: its centred part is m times too weak. T scales that part
+    up and keeps the mean. This holds for means of independent samples, not for gradients that were clipped,
+    accumulated, or averaged over processes.
+
+    Args:
+        gram: K of the micro-batches' mean gradients.
+        sizes: Samples in each.
+
+    Raises:
+        ValueError: If there is not one size of at least 1 for each micro-batch.
+
+    >>> per_sample_gram(np.eye(2)[None], [1, 1]).tolist()
+    [[[1.0, 0.0], [0.0, 1.0]]]
+    """
+    counts = np.asarray(sizes, dtype=np.float64)
+    if counts.shape != gram.shape[-1:] or (counts < 1).any():
+        raise ValueError(f"Expected {gram.shape[-1]} micro-batch sizes of at least 1, got {counts.tolist()}.")
+    mean = np.broadcast_to(counts / counts.sum(), gram.shape[1:])
+    transform = np.sqrt(counts)[:, None] * (np.eye(len(counts)) - mean) + mean
+    return transform @ gram @ transform.T
+
+
+def fisher_eigenvalues(gram: Float[np.ndarray, "block sample sample"]) -> Float[np.ndarray, "block sample"]:
+    """Return eig(K)/N, descending, in squared units of the gradient; values below 0 by rounding are 0.
+
+    This is the plug-in spectrum: N samples give at most N values. The largest are too large in expectation, and the
+    entropy of all is too small (Anderson 1963; Miller 1955).
 
     Returns:
         NaN for a block with NaN.
@@ -83,31 +109,31 @@ def fisher_eigenvalues(gram: Float[np.ndarray, "block sample sample"]) -> Float[
     >>> fisher_eigenvalues(np.array([[[4.0, 0.0], [0.0, 2.0]]]))
     array([[2., 1.]])
     """
-    broken, whole = _whole(gram)
-    return _not_negative(np.linalg.eigvalsh(whole)[:, ::-1] / gram.shape[-1], broken)
+    broken, finite = _finite(gram)
+    return _not_negative(np.linalg.eigvalsh(finite)[:, ::-1] / gram.shape[-1], broken)
 
 
 def fisher_eigenvectors(
     gram: Float[np.ndarray, "block sample sample"],
 ) -> tuple[Float[np.ndarray, "block sample"], Float[np.ndarray, "block sample sample"]]:
-    """:func:`fisher_eigenvalues` and the eigenvectors of K, one a column, in the same order.
+    """Return :func:`fisher_eigenvalues` and the eigenvectors of K in the same order, one a column.
 
     Column u_j belongs to the direction v_j = Gᵀu_j/√eig_j of parameter space, which is never formed.
     """
-    broken, whole = _whole(gram)
-    values, vectors = np.linalg.eigh(whole)
+    broken, finite = _finite(gram)
+    values, vectors = np.linalg.eigh(finite)
     vectors = np.where(broken[:, None, None], np.nan, vectors[:, :, ::-1])
     return _not_negative(values[:, ::-1] / gram.shape[-1], broken), vectors
 
 
 def inverse_roots(eigenvalues: Float[np.ndarray, "block index"]) -> Float[np.ndarray, "block index"]:
-    """1/√λ, and 0 for directions that are rounding: what scales u_j to a direction of unit length.
+    """Return 1/√λ, which scales u_j to a direction of unit length, and 0 for directions that are rounding.
 
     >>> inverse_roots(np.array([[4.0, 0.0]]))
     array([[0.5, 0. ]])
     """
-    kept = eigenvalues > RESOLVED * eigenvalues[:, :1]
-    roots = np.where(kept, 1 / np.sqrt(np.where(kept, eigenvalues, 1.0)), 0.0)
+    resolved = eigenvalues > RESOLVED * eigenvalues[:, :1]
+    roots = np.where(resolved, 1 / np.sqrt(np.where(resolved, eigenvalues, 1.0)), 0.0)
     return np.where(np.isnan(eigenvalues), np.nan, roots)
 
 
@@ -116,7 +142,7 @@ def eigenvalue_errors(
     vectors: Float[np.ndarray, "block sample sample"],
     membership: Float[np.ndarray, "sample group"],
 ) -> Float[np.ndarray, "block sample"]:
-    """Standard error of each ln λ_j, by the infinitesimal jackknife over groups.
+    """Return the standard error of each ln λ_j, by the infinitesimal jackknife over groups.
 
     λ_j is the mean over samples of their squared projections on v_j, N λ_j u_ij²; its derivative with respect to a
     sample's weight is that projection (Hellmann–Feynman). The bias of λ_j is not part of it.
@@ -133,7 +159,8 @@ def eigenvalue_errors(
     return np.where(eigenvalues > RESOLVED * eigenvalues[:, :1], error, np.nan)
 
 
-def _whole(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _finite(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return which blocks are broken, and K with these as 0."""
     broken = np.array([not np.isfinite(block).all() for block in gram])
     return broken, np.where(broken[:, None, None], 0.0, gram)
 
@@ -149,10 +176,10 @@ def _not_negative(values: np.ndarray, broken: np.ndarray) -> np.ndarray:
     return np.where(broken[:, None], np.nan, np.maximum(values, 0.0))
 
 
-def spectral_entropy(eigenvalues: Float[np.ndarray, "*batch index"]) -> np.ndarray:
-    """SE in nats of each spectrum; NaN for a zero matrix. NaN after the last eigenvalue is padding.
+def fisher_entropy(eigenvalues: Float[np.ndarray, "*batch index"]) -> np.ndarray:
+    """Return SE of each spectrum in nats; NaN for a zero matrix. NaN after the last eigenvalue is padding.
 
-    >>> spectral_entropy(np.array([[1.0, 1.0], [1.0, 0.0]])).round(4).tolist()
+    >>> fisher_entropy(np.array([[1.0, 1.0], [1.0, 0.0]])).round(4).tolist()
     [0.6931, 0.0]
     """
     # Adding 0 makes −0 of a single direction 0.
@@ -164,10 +191,10 @@ def entropy_error(
     vectors: Float[np.ndarray, "block sample sample"],
     membership: Float[np.ndarray, "sample group"],
 ) -> Float[np.ndarray, " block"]:
-    """Standard error of the plug-in SE about its own expectation at this N, by the infinitesimal jackknife over groups.
+    """Return the standard error of the plug-in SE about its expectation at this N, by the infinitesimal jackknife.
 
     The derivative of SE with respect to λ_j is −(ln p_j + SE)/tr F, that of λ_j with respect to a sample's weight its
-    squared projection. The bias of SE, usually larger, is not part of it.
+    squared projection. The bias of SE, usually larger, is not part of the error.
 
     Returns:
         NaN for fewer than two groups.
@@ -176,13 +203,13 @@ def entropy_error(
     if groups < 2:
         return np.full(len(eigenvalues), np.nan)
     shares = ratio(eigenvalues, eigenvalues.sum(-1, keepdims=True))
-    slope = -(xlogy(shares, shares) + shares * spectral_entropy(eigenvalues)[:, None])
+    slope = -(xlogy(shares, shares) + shares * fisher_entropy(eigenvalues)[:, None])
     influence = (membership.T @ (vectors**2 @ slope[:, :, None]))[:, :, 0]
     return np.sqrt(groups / (groups - 1) * (influence**2).sum(-1))
 
 
 def normalised_by_sample_rank(entropy: np.ndarray, samples: int, dimension: np.ndarray | float) -> np.ndarray:
-    """SE/ln min(N, d): 1 if all directions that N samples can show are equally strong. NaN where that is one direction.
+    """Return SE/ln min(N, d): 1 if all directions that N samples can show are equally strong; NaN if that is only one.
 
     An unknown d (NaN) counts as larger than N.
 
@@ -195,9 +222,9 @@ def normalised_by_sample_rank(entropy: np.ndarray, samples: int, dimension: np.n
 def spectral_entropy_block_diagonal(
     trace: Float[np.ndarray, "*batch block"], entropy: Float[np.ndarray, "*batch block"]
 ) -> Float[np.ndarray, "*batch"] | np.float64:
-    """SE of the block-diagonal Fisher, H(w) + Σ w_l SE_l with w_l = tr F_l/Σ tr F, by the exact chain rule.
+    """Return SE of the block-diagonal Fisher, H(w) + Σ w_l SE_l with w_l = tr F_l/Σ tr F, by the exact chain rule.
 
-    An upper bound of the SE of the whole Fisher, and far from it (blocks are correlated): not a substitute.
+    It is an upper bound of the SE of the full Fisher, far above it since blocks are correlated, and no substitute.
 
     Args:
         trace: tr F_l of each block; 0 where it has no gradient.
@@ -209,20 +236,8 @@ def spectral_entropy_block_diagonal(
     return entropy_of_direct_sum(trace, entropy)
 
 
-def spectral_entropy_diagonal(mean_squares: Float[np.ndarray, "*batch parameter"]) -> np.ndarray:
-    """Entropy of the Fisher's diagonal, −Σ p ln p with p = diag F/tr F, in nats.
-
-    It depends on the basis, is at least SE (Schur–Horn), and is no function of K: it needs the mean squared gradient of
-    each parameter. Many published "Fisher entropies" of large models are this one.
-
-    >>> spectral_entropy_diagonal(np.array([1.0, 1.0])).round(4).item()
-    0.6931
-    """
-    return spectral_entropy(mean_squares)
-
-
 def dominant_ratio_plug_in(eigenvalues: Float[np.ndarray, "block index"]) -> Float[np.ndarray, " block"]:
-    """λ̂_1/Σλ̂: at least ρ in expectation, up to the noise of the trace.
+    """Return λ̂_1/Σλ̂: at least ρ in expectation, up to the noise of the trace.
 
     >>> dominant_ratio_plug_in(np.array([[3.0, 1.0]]))
     array([0.75])
@@ -231,9 +246,9 @@ def dominant_ratio_plug_in(eigenvalues: Float[np.ndarray, "block index"]) -> Flo
 
 
 def dominant_ratio_noise_reduced(eigenvalues: Float[np.ndarray, "block sample"]) -> Float[np.ndarray, " block"]:
-    """(λ̂_1 − (tr − λ̂_1)/(N − 1))/tr: noise reduction of Yata & Aoshima (2012), uncentred.
+    """Return (λ̂_1 − (tr − λ̂_1)/(N − 1))/tr, the noise reduction of Yata & Aoshima (2012), uncentred.
 
-    For independent samples of similar norms only: with norms that vary much or samples in groups it is too large.
+    For independent samples of similar norms only: with very different norms, or samples in groups, it is too large.
 
     Returns:
         NaN for fewer than two samples.
@@ -252,7 +267,7 @@ def dominant_ratio_error(
     vectors: Float[np.ndarray, "block sample sample"],
     membership: Float[np.ndarray, "sample group"],
 ) -> Float[np.ndarray, " block"]:
-    """Standard error of ln of the plug-in ρ about its own expectation, by the infinitesimal jackknife over groups.
+    """Return the standard error of ln ρ, plug-in, about its expectation, by the infinitesimal jackknife over groups.
 
     Returns:
         NaN for fewer than two groups or a zero matrix.
@@ -272,7 +287,7 @@ def dominant_ratio_interval(
     error: Float[np.ndarray, " block"],
     groups: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of ρ: from the split ratio less its sampling error to the plug-in ratio plus its, at most 1.
+    """Return the 95 % interval of ρ: from the split ratio less its sampling error to the plug-in plus its, at most 1.
 
     Args:
         split, plug_in: As :func:`dominant_ratio_split` and :func:`dominant_ratio_plug_in` return them.
@@ -289,7 +304,7 @@ def dominant_ratio_split(
     splits: int = SPLITS,
     seed: int = 0,
 ) -> Float[np.ndarray, " block"]:
-    """Rayleigh quotient of one half's first direction on the other half, over that half's trace; mean over splits.
+    """Return the Rayleigh quotient of one half's first direction on the other half over its trace; mean over splits.
 
     No direction v has vᵀFv above λ_1, and v does not depend on the half that judges it: at most ρ in expectation, up to
     the noise of the trace. That holds for any v, so power iteration finds it well enough.
@@ -302,19 +317,19 @@ def dominant_ratio_split(
     """
     if len(np.unique(group)) < 2:
         return np.full(len(gram), np.nan)
-    found = []
+    ratios = []
     for first, second in half_splits(group, splits, seed):
         weights = _leading_vector(gram[:, first[:, None], first])
         projections = gram[:, second[:, None], first] @ weights[:, :, None]
         length = (weights[:, None, :] @ gram[:, first[:, None], first] @ weights[:, :, None])[:, 0, 0]
         along = ratio((projections[:, :, 0] ** 2).mean(-1), length)
         trace = np.trace(gram[:, second[:, None], second], axis1=1, axis2=2) / len(second)
-        found.append(ratio(along, trace))
-    return np.mean(found, axis=0)
+        ratios.append(ratio(along, trace))
+    return np.mean(ratios, axis=0)
 
 
 def _leading_vector(gram: Float[np.ndarray, "block sample sample"]) -> Float[np.ndarray, "block sample"]:
-    """Weights u of the samples for which Gᵀu is nearly the leading direction: the largest column of K⁶⁴."""
+    """Return weights u of the samples for which Gᵀu is nearly the leading direction: the largest column of K⁶⁴."""
     power = gram
     for _ in range(6):
         size = np.trace(power, axis1=1, axis2=2)[:, None, None]
@@ -325,7 +340,7 @@ def _leading_vector(gram: Float[np.ndarray, "block sample sample"]) -> Float[np.
 
 
 def participation_ratio_plug_in(eigenvalues: Float[np.ndarray, "block index"]) -> Float[np.ndarray, " block"]:
-    """(Σλ)²/Σλ² = (tr K)²/‖K‖_F²: PR of the N samples at hand; far below the truth where N is not far above it.
+    """Return (Σλ)²/Σλ² = (tr K)²/‖K‖_F², PR of these N samples: far too small unless N is far above the true PR.
 
     >>> participation_ratio_plug_in(np.ones((1, 3)))
     array([3.])
@@ -334,26 +349,26 @@ def participation_ratio_plug_in(eigenvalues: Float[np.ndarray, "block index"]) -
 
 
 def without_projection(squares: np.ndarray, traces: np.ndarray, projection: int) -> tuple[np.ndarray, np.ndarray]:
-    r"""Means of K_ij² and K_ii K_jj from those of gradients that were randomly projected to k numbers.
+    r"""Return means of K_ij² and K_ii K_jj from those of gradients that were randomly projected to k numbers.
 
     .. math:: E\,\hat K_{ij}^2 = (1 + 1/k) K_{ij}^2 + K_{ii} K_{jj}/k, \qquad
               E\,\hat K_{ii} \hat K_{jj} = K_{ii} K_{jj} + 2 K_{ij}^2/k
 
-    solved for the two. As they are where k is 0: nothing was projected.
+    solved for the two. With k = 0, nothing was projected and the means are returned unchanged.
 
     >>> without_projection(np.array([1.3]), np.array([4.2]), 10)
     (array([0.81481481]), array([4.03703704]))
     """
     if not projection:
         return squares, traces
-    own = (squares - traces / projection) / (1 + 1 / projection - 2 / projection**2)
-    return own, traces - 2 * own / projection
+    exact = (squares - traces / projection) / (1 + 1 / projection - 2 / projection**2)
+    return exact, traces - 2 * exact / projection
 
 
 def log_participation_ratio(
-    gram: Float[np.ndarray, "block sample sample"], labels: Labels, projection: int = 0
+    gram: Float[np.ndarray, "block sample sample"], labels: SampleGroups, projection: int = 0
 ) -> Estimate:
-    r"""ln PR_U by U-statistics over pairs of different groups,
+    r"""Return ln PR_U, by U-statistics over pairs of different groups,
 
     .. math:: PR_U = \sum_{ij} K_{ii} K_{jj} \Big/ \sum_{ij} K_{ij}^2 ,
 
@@ -362,15 +377,15 @@ def log_participation_ratio(
     :func:`counted_groups` − 1 degrees of freedom.
 
     Args:
-        gram: K, or its estimate from gradients projected to ``projection`` numbers, whose bias is then taken out.
-        labels: Tasks and groups.
+        gram: K, or its estimate from gradients projected to ``projection`` numbers, whose bias is then removed.
+        labels: Groups and tasks of the samples.
         projection: k; 0 if nothing was projected.
 
     Returns:
         Each ``[block, task]``. NaN where a task has fewer than two groups (interval: three), or all pairs are
         orthogonal.
 
-    >>> labels = Labels(np.arange(3), np.ones((3, 1), dtype=bool))
+    >>> labels = SampleGroups.of_one_task(np.arange(3))
     >>> gram = np.array([[[1.0, 0.5, 0.5], [0.5, 1.0, 0.5], [0.5, 0.5, 1.0]]])
     >>> np.exp(log_participation_ratio(gram, labels).estimate).round(6)
     array([[4.]])
@@ -378,12 +393,12 @@ def log_participation_ratio(
     norms = np.diagonal(gram, axis1=1, axis2=2)
     traces = pair_means(norms[:, :, None] * norms[:, None, :], labels)
     squares = pair_means(gram**2, labels)
-    mean, whole = without_projection(squares.mean, traces.mean, projection)
-    mean_left_out, whole_left_out = without_projection(squares.left_out, traces.left_out, projection)
+    square, trace = without_projection(squares.mean, traces.mean, projection)
+    squares_left_out, traces_left_out = without_projection(squares.left_out, traces.left_out, projection)
     # The relative tolerance is that of sums which cancel when a group is left out.
-    least = 1e-13 * whole
-    estimate = log(ratio(whole, np.where(mean > least, mean, 0.0)))
-    left_out = log(ratio(whole_left_out, np.where(mean_left_out > least[:, None], mean_left_out, 0.0)))
-    own = np.arange(labels.member.shape[1])
-    estimate, left_out = estimate[:, own, own], left_out[:, :, own, own]
+    least = 1e-13 * trace
+    estimate = log(ratio(trace, np.where(square > least, square, 0.0)))
+    left_out = log(ratio(traces_left_out, np.where(squares_left_out > least[:, None], squares_left_out, 0.0)))
+    task = np.arange(labels.member.shape[1])
+    estimate, left_out = estimate[:, task, task], left_out[:, :, task, task]
     return jackknifed(estimate, left_out, labels.holds, counted_groups(gram, labels))

@@ -1,10 +1,10 @@
-"""Finished numbers, drawn. Each function takes a result and returns a matplotlib ``Figure``; nothing is computed."""
+"""Figures of a result: each function takes finished numbers and returns a matplotlib ``Figure``."""
 
 from dynamics.plot.association import association
 from dynamics.plot.association_grid import association_grid
 from dynamics.plot.comparison import comparison
 from dynamics.plot.concentration import concentration
-from dynamics.plot.figures import figures
+from dynamics.plot.figures import drawings, figures
 from dynamics.plot.fisher_spectrum import fisher_spectrum
 from dynamics.plot.fisher_trajectory import fisher_trajectory
 from dynamics.plot.gain_trajectory import gain_trajectory
@@ -24,6 +24,7 @@ __all__ = [
     "association_grid",
     "comparison",
     "concentration",
+    "drawings",
     "figures",
     "fisher_spectrum",
     "fisher_trajectory",

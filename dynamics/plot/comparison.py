@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -12,22 +14,22 @@ from dynamics.plot.select import related, variable_of
 from dynamics.plot.style import (
     COLOURS,
     MARKERS,
-    canvas,
-    describe,
     figure_of,
+    panel,
     say_nothing_to_draw,
     shorten,
     step_axis,
     without_mathematics,
 )
+from dynamics.text import counted
 
 
 def comparison(data: xr.DataTree | xr.Dataset, *, measure: str | None = None, ax: Axes | None = None) -> Figure:
-    """A measure of each run over steps, runs of a group in one colour, and the group's median.
+    """Draw a measure of each run over steps, one colour for each group, and the group's median.
 
     Args:
         data: A result with ``/comparison``, or that group.
-        measure: Which; by default the one named before looking.
+        measure: Name of the measure; by default the headline measure.
         ax: Draw here, in the style of these axes; a new figure by default.
 
     Raises:
@@ -35,39 +37,40 @@ def comparison(data: xr.DataTree | xr.Dataset, *, measure: str | None = None, ax
 
     Example: ``plot.comparison(dynamics.open_run("comparison"), measure="increment/stable_rank")``
     """
-    found = related(data, "comparison")
-    known = [str(name) for name in variable_of(found, "value")["measure"].values]
-    measure = str(found.attrs["headline"]) if measure is None else measure
-    if measure not in known:
-        raise ValueError(f"Expected a measure of the comparison, got {measure!r}. There are: {', '.join(known)}.")
-    here = found.sel(measure=measure)
-    steps = here["step"].values
-    groups = [str(group) for group in here["group"].values]
-    owner = [str(group) for group in here["run_group"].values]
-    with canvas(ax) as axes:
-        known_values = np.isfinite(here["value"].values)
-        if known_values.any():
-            for number, group in enumerate(groups):
-                colour = COLOURS[number % len(COLOURS)]
-                runs = [run for run, of in zip(here["run"].values, owner, strict=True) if of == group]
-                for run in runs:
-                    values = here["value"].sel(run=run).values
-                    there = np.isfinite(values)
-                    axes.plot(steps[there], values[there], color=colour, alpha=0.35, linewidth=0.9)
-                middle = here["group_median"].sel(group=group).values
-                there = np.isfinite(middle)
-                marker = MARKERS[number % len(MARKERS)]
-                label = f"{shorten(group, 24)}, median of {len(runs)} run{'s' if len(runs) != 1 else ''}"
-                axes.plot(steps[there], middle[there], color=colour, marker=marker, linewidth=2.2, label=label)
-            axes.plot([], [], color="#444444", alpha=0.5, linewidth=0.9, label="single runs")
-            step_axis(axes, steps[known_values.any(0)].tolist())
-            legend_below(axes)
-            without_mathematics(axes.get_legend().get_texts())  # type: ignore[union-attr]
-        else:
-            say_nothing_to_draw(axes, "no run has this measure")
-        without_mathematics([axes.set_title(shorten(measure, 60))])
-    figure = figure_of(axes)
-    if ax is None:
-        statements = [str(text) for text in found.attrs.get("statements", [])]
-        describe(figure, f"{measure} by group", f"Lines over optimizer steps. {' '.join(statements[:1])}")
-    return figure
+    compared = related(data, "comparison")
+    measures = [str(name) for name in variable_of(compared, "value")["measure"].values]
+    measure = str(compared.attrs["headline"]) if measure is None else measure
+    if measure not in measures:
+        raise ValueError(f"Expected a measure of the comparison, got {measure!r}. There are: {', '.join(measures)}.")
+    one = compared.sel(measure=measure)
+    finite = np.isfinite(one["value"].values)
+    statements = [str(statement) for statement in compared.attrs.get("statements", [])]
+    description = " ".join([f"{measure}: lines over optimizer steps.", *statements[:1]])
+    with panel(ax, "runs by group", description) as axes:
+        without_mathematics([axes.set_ylabel(shorten(measure, 44))])
+        if not finite.any():
+            say_nothing_to_draw(axes, "No run has this measure")
+            return figure_of(axes)
+        for number, group in enumerate(one["group"].values):
+            runs = one["run"].values[one["run_group"].values == group]
+            colour = COLOURS[number % len(COLOURS)]
+            for run in runs:
+                _draw_line(axes, one["value"].sel(run=run), color=colour, alpha=0.35, linewidth=0.9)
+            _draw_line(
+                axes,
+                one["group_median"].sel(group=group),
+                color=colour,
+                marker=MARKERS[number % len(MARKERS)],
+                linewidth=2.2,
+                label=f"{shorten(str(group), 24)}, median of {counted(len(runs), 'run')}",
+            )
+        axes.plot([], [], color="#444444", alpha=0.5, linewidth=0.9, label="single runs")
+        step_axis(axes, one["step"].values[finite.any(0)].tolist())
+        legend_below(axes)
+    return figure_of(axes)
+
+
+def _draw_line(axes: Axes, values: xr.DataArray, **style: Any) -> None:
+    """Draw a line through the steps that have a value."""
+    finite = np.isfinite(values.values)
+    axes.plot(values["step"].values[finite], values.values[finite], **style)

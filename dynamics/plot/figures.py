@@ -1,9 +1,9 @@
-"""The set of figures of a result: what goes to ``figures/`` and into the report.
-
-The figures of the Fisher, where it was measured: what goes to ``figures/`` and into the report.
-"""
+"""The set of figures of a result: those of ``figures/`` and of the report."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import xarray as xr
@@ -27,6 +27,9 @@ from dynamics.plot.training_log import logged_number, training_log
 from dynamics.plot.trajectory import trajectory
 from dynamics.schema import ALL, FISHER_GROUPS, GLOBAL
 
+#: Draws one figure.
+Draw = Callable[[], Figure]
+
 #: Variable and kind of each figure over the steps.
 OVER_STEPS = (
     ("frobenius_norm", "total"),
@@ -38,67 +41,130 @@ OVER_STEPS = (
     ("stable_rank", "total"),
     ("entropy_deficit", "total"),
 )
-#: What is drawn of gradients, where they were captured.
+#: Variables of the figures of gradients.
 OF_GRADIENTS = (NORM, "effective_rank_energy", "dominant_ratio")
 #: Variables of the heatmaps, of the total update.
 HEATMAPS = ("frobenius_norm", "effective_rank_energy")
+#: Variables of the Fisher over the steps; tasks are drawn only in the first, which hardly depends on their sample size.
+FISHER_OVER_STEPS = ("ln_participation_ratio", "spectral_entropy", "dominant_ratio")
+#: Variables of the matrices of tasks.
+BETWEEN_TASKS = ("cosine", "overlap", "transfer")
 
 
 def figures(tree: xr.DataTree) -> dict[str, Figure]:
-    """Every figure that has something to show, by a name that can be a file's.
+    """Draw every figure that has something to show, by a name that can be a file's.
 
     Args:
         tree: A result; of several runs the names are ``<run>/<figure>``.
+
+    Example: ``plot.figures(dynamics.open_run("runs/imax"))["spectra"].savefig("spectra.png")``
     """
-    if "runs" in tree.children:
-        return _related(tree) | {
-            f"{run}/{name}": figure
-            for run, each in tree["runs"].children.items()
-            for name, figure in figures(each).items()
-        }
+    return {name: draw() for name, draw in drawings(tree).items()}
+
+
+def drawings(tree: xr.DataTree) -> dict[str, Draw]:
+    """Return what draws each figure that has something to show, so that one may fail without the others.
+
+    Args:
+        tree: A result; of several runs the names are ``<run>/<figure>``.
+
+    Returns:
+        Name of a figure → a function without arguments that draws it.
+
+    Example: ``plot.drawings(dynamics.open_run("runs/imax"))["spectra"]()``
+    """
+    if "runs" not in tree.children:
+        return _of_a_run(tree)
+    of_runs = {
+        f"{run}/{name}": draw
+        for run, result in tree["runs"].children.items()
+        for name, draw in drawings(result).items()
+    }
+    return _of_relations(tree) | of_runs
+
+
+def _of_a_run(tree: xr.DataTree) -> dict[str, Draw]:
     summary, update = group(tree, "summary"), group(tree, "update")
-    # Without increments a path has length 0, which is no news.
+    # Without increments every path has length 0, which is no news.
     moved = has_values(summary["frobenius_norm_quantile"], "increment")
-    drawn = {
-        figure_name(variable, kind): trajectory(tree, variable=variable, kind=kind or "total")
+    draws: dict[str, Draw] = {
+        figure_name(variable, kind): partial(trajectory, tree, variable=variable, kind=kind or "total")
         for variable, kind in OVER_STEPS
         if has_values(summary[f"{variable}_quantile"], kind) and (moved or variable != "path_length")
     }
-    if has_group(tree, "summary_gradient"):
-        drawn |= _gradients(tree)
-    drawn |= fisher_figures(tree) | _related(tree)
-    if "training" in tree.children and has_values(logged_number(group(tree, "training"), "loss")):
-        drawn["training_loss"] = training_log(tree, variable="loss")
-    for variable in HEATMAPS:
-        if has_values(update[variable], "total"):
-            drawn[f"heatmap_{variable}"] = heatmap(tree, variable=variable)
+    draws |= _of_gradients(tree) | fisher_drawings(tree) | _of_relations(tree)
+    if has_group(tree, "training") and has_values(logged_number(group(tree, "training"), "loss")):
+        draws["training_loss"] = partial(training_log, tree, variable="loss")
+    draws |= {
+        f"heatmap_{variable}": partial(heatmap, tree, variable=variable)
+        for variable in HEATMAPS
+        if has_values(update[variable], "total")
+    }
     if standouts(update):
-        drawn["spectra"] = spectra_of_standouts(tree)
-    return drawn
+        draws["spectra"] = partial(spectra_of_standouts, tree)
+    return draws
 
 
-def _related(tree: xr.DataTree) -> dict[str, Figure]:
-    """What relates runs to scores and to each other."""
-    drawn: dict[str, Figure] = {}
-    if has_group(tree, "association"):
-        drawn = {"association": association(tree), "association_scatter": score_scatter(tree)}
-        if tree["association"].sizes["task"] > 1:
-            drawn["association_grid"] = association_grid(tree)
-    return drawn | ({"comparison": comparison(tree)} if has_group(tree, "comparison") else {})
-
-
-def _gradients(tree: xr.DataTree) -> dict[str, Figure]:
+def _of_gradients(tree: xr.DataTree) -> dict[str, Draw]:
+    if not has_group(tree, "summary_gradient"):
+        return {}
     summary = group(tree, "summary_gradient")
-    known = {name: "norm_before_clip" if name == NORM else name for name in OF_GRADIENTS}
+    stored = {name: "norm_before_clip" if name == NORM else name for name in OF_GRADIENTS}
     return {
-        gradient_name(name): gradient(tree, variable=name)
-        for name, variable in known.items()
+        gradient_name(name): partial(gradient, tree, variable=name)
+        for name, variable in stored.items()
         if has_values(summary[f"{variable}_quantile"])
     }
 
 
+def fisher_drawings(tree: xr.DataTree) -> dict[str, Draw]:
+    """Return what draws each figure of all trainable parameters together; nothing without a Fisher.
+
+    Args:
+        tree: A result of one run.
+    """
+    if not set(FISHER_GROUPS) <= set(tree.children) or GLOBAL not in group(tree, "fisher")["block"].values:
+        return {}
+    fisher, shares, tasks = (group(tree, name).sel(block=GLOBAL) for name in FISHER_GROUPS)
+    draws: dict[str, Draw] = {}
+    for variable in FISHER_OVER_STEPS:
+        if has_values(fisher[variable]):
+            separate = tasks_of(fisher) if variable == FISHER_OVER_STEPS[0] else []
+            draws[f"fisher_{variable}"] = partial(fisher_trajectory, tree, variable=variable, tasks=[ALL, *separate])
+    if has_values(fisher["eigenvalue"]):
+        draws["fisher_spectrum"] = partial(fisher_spectrum, tree)
+    if has_values(fisher["rarefied_spectral_entropy"]):
+        draws["rarefaction"] = partial(rarefaction, tree)
+    if has_values(shares["captured"]):
+        draws["concentration"] = partial(concentration, tree)
+    if has_values(shares["gain"]):
+        draws["concentration_gain"] = partial(concentration, tree, show="gain")
+        if shares.sizes["step"] > 1:
+            draws["concentration_gain_over_steps"] = partial(gain_trajectory, tree)
+    if tasks_of(tasks):
+        pairs = tasks.drop_sel(task=ALL, task_=ALL)
+        draws |= {
+            f"tasks_{name}": partial(task_matrix, tree, variable=name)
+            for name in BETWEEN_TASKS
+            if has_values(pairs[name])
+        }
+    return draws
+
+
+def _of_relations(tree: xr.DataTree) -> dict[str, Draw]:
+    """Return the figures of runs beside scores and beside one another."""
+    draws: dict[str, Draw] = {}
+    if has_group(tree, "association"):
+        draws = {"association": partial(association, tree), "association_scatter": partial(score_scatter, tree)}
+        if tree["association"].sizes["task"] > 1:
+            draws["association_grid"] = partial(association_grid, tree)
+    if has_group(tree, "comparison"):
+        draws["comparison"] = partial(comparison, tree)
+    return draws
+
+
 def gradient_name(variable: str) -> str:
-    """The name of a figure of gradients.
+    """Return the name of a figure of gradients.
 
     >>> gradient_name("norm")
     'gradient_norm'
@@ -107,7 +173,7 @@ def gradient_name(variable: str) -> str:
 
 
 def figure_name(variable: str, kind: str) -> str:
-    """The name of a figure over the steps.
+    """Return the name of a figure over the steps.
 
     >>> figure_name("stable_rank", "total"), figure_name("path_length", "")
     ('stable_rank_total', 'path_length')
@@ -116,51 +182,7 @@ def figure_name(variable: str, kind: str) -> str:
 
 
 def has_values(array: xr.DataArray | None, kind: str = "") -> bool:
-    """Whether there is a finite number to draw."""
+    """Return whether there is a finite number to draw."""
     if array is None:
         return False
     return bool(np.isfinite((array.sel(kind=kind) if kind else array).values).any())
-
-
-#: What is drawn over the steps; tasks only where their numbers of samples do not matter.
-FISHER_OVER_STEPS = ("ln_participation_ratio", "spectral_entropy", "dominant_ratio")
-#: Matrices of tasks.
-BETWEEN_TASKS = ("cosine", "overlap", "transfer")
-
-
-def fisher_figures(tree: xr.DataTree) -> dict[str, Figure]:
-    """Every figure of all trainable parameters together that has something to show, by its name; none without a Fisher.
-
-    Args:
-        tree: A result of one run.
-    """
-    if not set(FISHER_GROUPS) <= set(tree.children):
-        return {}
-    fisher, shares, tasks = (group(tree, name) for name in FISHER_GROUPS)
-    if GLOBAL not in fisher["block"].values:
-        return {}
-    drawn: dict[str, Figure] = {}
-    for variable in FISHER_OVER_STEPS:
-        if _has_values(fisher, variable):
-            several = tasks_of(fisher) if variable.startswith("ln_") else []
-            drawn[f"fisher_{variable}"] = fisher_trajectory(tree, variable=variable, tasks=[ALL, *several])
-    if _has_values(fisher, "eigenvalue"):
-        drawn["fisher_spectrum"] = fisher_spectrum(tree)
-    if _has_values(fisher, "rarefied_spectral_entropy"):
-        drawn["rarefaction"] = rarefaction(tree)
-    if _has_values(shares, "captured"):
-        drawn["concentration"] = concentration(tree)
-    if _has_values(shares, "gain"):
-        drawn["concentration_gain"] = concentration(tree, show="gain")
-        if shares.sizes["step"] > 1:
-            drawn["concentration_gain_over_steps"] = gain_trajectory(tree)
-    if tasks_of(tasks):
-        between = tasks.drop_sel(task=ALL, task_=ALL)
-        drawn |= {
-            f"tasks_{name}": task_matrix(tree, variable=name) for name in BETWEEN_TASKS if _has_values(between, name)
-        }
-    return drawn
-
-
-def _has_values(dataset: xr.Dataset, variable: str) -> bool:
-    return bool(np.isfinite(dataset[variable].sel(block=GLOBAL).values).any())

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dynamics.plot.marks import draw_interval, legend_below
-from dynamics.plot.select import chosen, group, label_of, of_block, write_title
-from dynamics.plot.style import canvas, describe, figure_of, logarithmic, say_nothing_to_draw, shorten
+from dynamics.plot.select import axis_label, chosen, group
+from dynamics.plot.style import figure_of, logarithmic, panel, say_nothing_to_draw, shorten
 from dynamics.schema import ALL, GLOBAL
 
 
@@ -22,11 +22,11 @@ def fisher_spectrum(
     step: int | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Eigenvalues of the Fisher, largest first, with their intervals, on a logarithmic axis.
+    """Draw the eigenvalues of the Fisher, largest first, with their intervals, on a logarithmic axis.
 
-    There are no more of them than samples, and the large ones are too large in expectation, the small ones too small:
-    the interval says how they vary from sample to sample, not how far they are from those of infinitely many samples.
-    Zeros have no place on a logarithmic axis: their number is in the legend.
+    There are at most as many as samples. Large ones are too large in expectation and small ones too small; the
+    interval shows how they vary between draws of the samples, not how far they are from those of infinitely many.
+    Zeros have no place on a logarithmic axis; the legend gives their number.
 
     Args:
         data: The result of one run, or its ``/fisher`` group.
@@ -40,32 +40,28 @@ def fisher_spectrum(
 
     Example: ``plot.fisher_spectrum(dynamics.open_run("runs/imax"), step=500)``
     """
-    here = chosen(group(data, "fisher"), "eigenvalue", step=step, block=block, task=task)
-    values, low, high = (here[f"eigenvalue{end}"].values for end in ("", "_low", "_high"))
-    kept, zeros = values > 0, int((values == 0).sum())
+    fisher = chosen(group(data, "fisher"), "eigenvalue", step=step, block=block, task=task)
+    values, low, high = (fisher[f"eigenvalue{end}"].values for end in ("", "_low", "_high"))
+    positive, zeros = values > 0, int((values == 0).sum())
     of_task = "" if task == ALL else f", {shorten(task)}"
-    words = f"eigenvalues of the Fisher, step {int(here['step']):,}{of_task}"
-    label = "plug-in" + (f" ({zeros} zeros not drawn)" if zeros else "")
-    with canvas(ax) as axes:
-        write_title(axes, words, block)
-        if kept.any():
-            ends = (values[kept], low[kept], high[kept])
-            draw_interval(axes, here["index"].values[kept] + 1, ends, 0, label, "95 % interval, bias not included")
+    title = f"eigenvalues of the Fisher, step {int(fisher['step']):,}{of_task}"
+    with panel(ax, title, _description(values[positive]), block=block) as axes:
+        if positive.any():
+            label = "plug-in" + (f" ({zeros} zeros not drawn)" if zeros else "")
+            ends = (values[positive], low[positive], high[positive])
+            draw_interval(axes, fisher["index"].values[positive] + 1, ends, 0, label, "95 % interval, without bias")
             logarithmic(axes)
             axes.set_xlim(left=0.5)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-            axes.set_xlabel("eigenvalue, largest first")
-            axes.set_ylabel(label_of(here["eigenvalue"]))
+            axes.set_xlabel("Index, largest first")
+            axes.set_ylabel(axis_label(fisher["eigenvalue"]))
             legend_below(axes)
         else:
-            say_nothing_to_draw(axes, "no eigenvalue above zero")
-    figure = figure_of(axes)
-    if ax is None:
-        describe(figure, words + of_block(block), _words(values[kept]))
-    return figure
+            say_nothing_to_draw(axes, "No eigenvalue above zero")
+    return figure_of(axes)
 
 
-def _words(values: np.ndarray) -> str:
+def _description(values: np.ndarray) -> str:
     if not values.size:
         return "No eigenvalue is above zero."
     return f"{values.size} eigenvalues on a logarithmic axis, from {values[0]:.3g} down to {values[-1]:.3g}."

@@ -1,4 +1,4 @@
-"""When updates went further along informative directions than a gradient would: the gain over the steps."""
+"""The gain of updates over fresh gradients at each step: when updates favoured informative directions."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics.plot.marks import draw_gains, first_and_last, legend_below
-from dynamics.plot.select import chosen, group, of_block, variable_of, write_title
-from dynamics.plot.style import canvas, describe, figure_of, say_nothing_to_draw, step_axis
+from dynamics.plot.select import chosen, group, variable_of
+from dynamics.plot.style import figure_of, panel, say_nothing_to_draw, step_axis
 from dynamics.schema import GLOBAL
+from dynamics.text import counted
 
 
 def gain_trajectory(
     data: xr.DataTree | xr.Dataset, *, block: str = GLOBAL, k: int | None = None, ax: Axes | None = None
 ) -> Figure:
-    """The update's share in the k leading directions over a fresh gradient's, at each step, with 95 % intervals.
+    """Draw the update's share in the k leading directions over a fresh gradient's, at each step, with 95 % intervals.
 
-    Filled where the gain lies above 1 with its interval, uncentred and centred. Of many steps some are so by chance.
+    Filled where the intervals of both gains, uncentred and centred, lie above 1. Of many steps some do so by chance.
 
     Args:
         data: The result of one run, or its ``/concentration`` group.
@@ -32,27 +33,23 @@ def gain_trajectory(
     """
     concentration = group(data, "concentration")
     chosen(concentration, "gain", block=block)
-    gains = variable_of(concentration, "gain").sel(block=block)
-    known = gains["k"].values[gains.notnull().any("step").values]
-    k = int(concentration["k"].values[-1] if not known.size else known[-1]) if k is None else k
+    finite = variable_of(concentration, "gain").sel(block=block).notnull().any("step").values
+    if k is None:
+        k = int(concentration["k"].values[finite][-1] if finite.any() else concentration["k"].values[-1])
     chosen(concentration, "gain", k=k)
-    here = concentration.sel(block=block, k=k)
-    words = f"gain over a gradient, {k} leading direction{'s' if k > 1 else ''}"
-    with canvas(ax) as axes:
-        write_title(axes, words, block)
-        if known.size:
-            steps = here["step"].values
+    gains = concentration.sel(block=block, k=k)
+    ends = first_and_last(gains["gain"])
+    description = f"Points over optimizer steps with intervals. The gain is {ends}." if ends else "No step has a value."
+    title = f"gain over a fresh gradient, {counted(k, 'leading direction')}"
+    with panel(ax, title, description, block=block) as axes:
+        if finite.any():
+            steps = gains["step"].values
             span = float(steps[-1] - steps[0]) or 1.0
-            draw_gains(axes, here, (steps - 0.008 * span, steps + 0.008 * span))
+            draw_gains(axes, gains, (steps - 0.008 * span, steps + 0.008 * span))
             margin = 0.05 if len(steps) > 1 else 0.3
             axes.set_xlim(steps[0] - margin * span, steps[-1] + margin * span)
             step_axis(axes, steps.tolist())
             legend_below(axes)
         else:
-            say_nothing_to_draw(axes, "no values: see the findings")
-    figure = figure_of(axes)
-    if ax is None:
-        ends = first_and_last(here["gain"])
-        said = f"Points over optimizer steps with intervals. The gain is {ends}." if ends else "No step has a value."
-        describe(figure, words + of_block(block), said)
-    return figure
+            say_nothing_to_draw(axes)
+    return figure_of(axes)

@@ -1,4 +1,4 @@
-"""One number of every matrix at every step."""
+"""One number of each matrix at each step."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.plot.select import RowGroup, axis_label, group, long_name, row_groups, variable_of
-from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, canvas, describe, figure_of, shorten, without_mathematics
+from dynamics.plot.select import RowGroup, axis_label, group, row_groups, title_of, variable_of
+from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, figure_of, panel, shorten, without_mathematics
+from dynamics.text import counted
 
 _DIMS = ("step", "matrix")
 #: Inches for a row, and for the whole figure at most: it has to fit a page.
@@ -24,9 +25,9 @@ def heatmap(
     kind: str = "total",
     ax: Axes | None = None,
 ) -> Figure:
-    """Matrix × step of one variable, rows by role and within a role by layer, first layer on top.
+    """Draw one variable as matrix × step, rows by role and within a role by layer, first layer on top.
 
-    Cells without a finite value are grey. Columns are steps, evenly spaced whatever the steps between them.
+    Cells without a finite value are grey. Steps are evenly spaced, however far apart they are.
 
     Args:
         data: The result of one run, or its ``/update`` group.
@@ -42,14 +43,14 @@ def heatmap(
     update = group(data, "update")
     values = per_cell(update, variable, kind)
     groups = row_groups(update)
-    order = [position for each in groups for position in each.positions]
-    title = f"{long_name(variable)}{kind_words(update, variable, kind)}"
-    with canvas(ax, width=7.2, height=min(1.6 + _ROW * len(order), _TALLEST)) as axes:
-        masked = np.ma.masked_invalid(values[order])
+    order = [position for rows in groups for position in rows.positions]
+    title = title_of_cells(update, variable, kind)
+    description = describe_cells(values, update.sizes["step"])
+    with panel(ax, title, description, width=7.2, height=min(1.6 + _ROW * len(order), _TALLEST)) as axes:
         low, high = colour_range(values)
         # An image of one pixel a cell stays small, however many matrices there are.
         image = axes.imshow(
-            masked,
+            np.ma.masked_invalid(values[order]),
             aspect="auto",
             interpolation="none",
             vmin=low,
@@ -57,19 +58,15 @@ def heatmap(
             cmap=mpl.colormaps[COLOUR_MAP].with_extremes(bad=MISSING_COLOUR),
         )
         axes.grid(False)
-        axes.set_title(title)
         _label_rows(axes, groups)
         _label_steps(axes, update["step"].values)
         bar = figure_of(axes).colorbar(image, ax=axes, fraction=0.05, pad=0.02)
         bar.set_label(axis_label(variable))
-    figure = figure_of(axes)
-    if ax is None:
-        describe(figure, title, words_of_cells(values, update.sizes["step"]))
-    return figure
+    return figure_of(axes)
 
 
 def per_cell(update: xr.Dataset, variable: str, kind: str) -> np.ndarray:
-    """The variable as ``(matrix, step)``.
+    """Return the variable as ``(matrix, step)``.
 
     Raises:
         ValueError: If it has other dimensions.
@@ -82,13 +79,13 @@ def per_cell(update: xr.Dataset, variable: str, kind: str) -> np.ndarray:
     return array.transpose("matrix", "step").values.astype(np.float64)
 
 
-def kind_words(update: xr.Dataset, variable: str, kind: str) -> str:
-    """``", total"``, for a variable that has kinds."""
-    return f", {kind}" if "kind" in update[variable].dims else ""
+def title_of_cells(update: xr.Dataset, variable: str, kind: str) -> str:
+    """Return the title of a heatmap; it names the kind where the variable has kinds."""
+    return title_of(variable, kind if "kind" in update[variable].dims else "")
 
 
 def colour_range(values: np.ndarray) -> tuple[float, float]:
-    """Smallest and largest finite value; a range of some width even for equal ones.
+    """Return smallest and largest finite value; for equal values a range of some width.
 
     >>> colour_range(np.array([[2.0, 2.0, np.nan]]))
     (2.0, 4.0)
@@ -100,10 +97,10 @@ def colour_range(values: np.ndarray) -> tuple[float, float]:
     return low, high if high > low else low + (abs(low) or 1.0)
 
 
-def words_of_cells(values: np.ndarray, steps: int) -> str:
-    """What a heatmap shows, for who cannot see it."""
+def describe_cells(values: np.ndarray, steps: int) -> str:
+    """Return what a heatmap shows, for readers who cannot see it."""
     finite = values[np.isfinite(values)]
-    cells = f"{values.shape[0]} matrices at {steps} steps"
+    cells = f"{counted(values.shape[0], 'matrix', 'matrices')} at {counted(steps, 'step')}"
     if not finite.size:
         return f"Heatmap of {cells}; no cell has a value."
     missing = values.size - finite.size
@@ -112,18 +109,18 @@ def words_of_cells(values: np.ndarray, steps: int) -> str:
 
 
 def _label_rows(axes: Axes, groups: list[RowGroup]) -> None:
-    """The group's name beside its middle row, a line between groups."""
+    """Write each group's name beside its middle row, and draw a line between groups."""
     start, ticks, labels = 0, [], []
-    for number, each in enumerate(groups):
-        count = len(each.positions)
+    for number, rows in enumerate(groups):
+        count = len(rows.positions)
         if number:
             axes.axhline(start - 0.5, color="white", linewidth=1.5)
-        if each.numbered:
+        if rows.numbered:
             ticks.append(start + (count - 1) / 2)
-            labels.append(f"{shorten(each.label, 40)}\n{each.labels[0]} to {each.labels[-1]}")
+            labels.append(f"{shorten(rows.label, 40)}\n{rows.labels[0]} to {rows.labels[-1]}")
         else:
             ticks += range(start, start + count)
-            labels += [shorten(label, 40) for label in each.labels]
+            labels += [shorten(label, 40) for label in rows.labels]
         start += count
     keep = max(1, -(-len(ticks) // _MOST_LABELS))
     axes.set_yticks(ticks[::keep], labels[::keep])
@@ -133,6 +130,6 @@ def _label_rows(axes: Axes, groups: list[RowGroup]) -> None:
 
 def _label_steps(axes: Axes, steps: np.ndarray) -> None:
     keep = max(1, -(-len(steps) // 10))
-    places = np.arange(0, len(steps), keep)
-    axes.set_xticks(places, [f"{step:,}" for step in steps[places]], rotation=45 if len(steps) > 5 else 0)
-    axes.set_xlabel("optimizer step")
+    columns = np.arange(0, len(steps), keep)
+    axes.set_xticks(columns, [f"{step:,}" for step in steps[columns]], rotation=45 if len(steps) > 5 else 0)
+    axes.set_xlabel("Optimizer step")

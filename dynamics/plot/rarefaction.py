@@ -1,4 +1,4 @@
-"""What a measure of the Fisher would be with fewer samples: tasks compared at equal numbers."""
+"""A measure of the Fisher with fewer samples, so that tasks can be compared at equal numbers."""
 
 from __future__ import annotations
 
@@ -7,23 +7,13 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.plot.fisher_trajectory import words_of_task
+from dynamics.plot.fisher_trajectory import task_label
 from dynamics.plot.marks import legend_below
-from dynamics.plot.select import chosen, group, label_of, name_of, of_block, tasks_of, variable_of, write_title
-from dynamics.plot.style import (
-    COLOURS,
-    MARKERS,
-    canvas,
-    describe,
-    doubling_axis,
-    figure_of,
-    say_nothing_to_draw,
-    without_mathematics,
-)
+from dynamics.plot.select import axis_label, chosen, group, long_name, tasks_of
+from dynamics.plot.style import COLOURS, MARKERS, doubling_axis, figure_of, panel, say_nothing_to_draw
 from dynamics.schema import ALL, GLOBAL
 
 _MEASURES = ("spectral_entropy", "dominant_ratio", "participation_ratio")
-_CURVE = "rarefied_{}"
 
 
 def rarefaction(
@@ -34,10 +24,10 @@ def rarefaction(
     step: int | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """A plug-in measure of n groups with one sample of each, over n, for all samples and for each task.
+    """Draw a plug-in measure of n groups with one sample of each, over n, for all samples and for each task.
 
-    Compare curves at the same n, never their ends: each measure changes with n as long as the curve has not become
-    flat. Bars are the standard deviation over random subsets, where it is stored; no standard error.
+    Compare curves at the same n, never at their ends: a measure changes with n until its curve is flat. Bars are the
+    standard deviation over random subsets, where it is stored; they are no standard error.
 
     Args:
         data: The result of one run, or its ``/fisher`` group.
@@ -53,42 +43,39 @@ def rarefaction(
     """
     if variable not in _MEASURES:
         raise ValueError(f"Expected one of {', '.join(_MEASURES)}, got {variable!r}.")
-    fisher, name = group(data, "fisher"), _CURVE.format(variable)
-    here = chosen(fisher, name, step=step, block=block)
-    words = f"{variable.replace('_', ' ')} of n groups, step {int(here['step']):,}"
-    curves = {task: here[name].sel(task=task).values for task in [ALL, *tasks_of(fisher)]}
-    with canvas(ax) as axes:
-        for number, (task, curve) in enumerate(curves.items()):
-            _draw(axes, here["n"].values, curve, _deviation(here, name, task), number, words_of_task(task))
-        write_title(axes, words, block)
+    name = f"rarefied_{variable}"
+    fisher = group(data, "fisher")
+    at_step = chosen(fisher, name, step=step, block=block)
+    n = at_step["n"].values
+    curves = {task: at_step[name].sel(task=task).values for task in [ALL, *tasks_of(fisher)]}
+    title = f"{variable.replace('_', ' ')} of n groups, step {int(at_step['step']):,}"
+    with panel(ax, title, _description(n, curves, long_name(at_step[name])), block=block) as axes:
         if np.isfinite(np.array(list(curves.values()))).any():
-            doubling_axis(axes, here["n"].values.tolist(), "n: groups with one sample of each")
-            axes.set_ylabel(label_of(variable_of(here, name)))
+            for number, (task, curve) in enumerate(curves.items()):
+                _draw(axes, n, curve, _deviation(at_step, name, task), number, task_label(task))
+            doubling_axis(axes, n.tolist(), "Number n of groups, one sample of each")
+            axes.set_ylabel(axis_label(at_step[name]))
             axes.set_ylim(bottom=0)
             legend_below(axes)
-            without_mathematics(axes.get_legend().get_texts())  # type: ignore[union-attr]
         else:
-            say_nothing_to_draw(axes, "no values: see the findings")
-    figure = figure_of(axes)
-    if ax is None:
-        describe(figure, words + of_block(block), _words(here["n"].values, curves, name_of(here[name])))
-    return figure
+            say_nothing_to_draw(axes)
+    return figure_of(axes)
 
 
-def _deviation(here: xr.Dataset, name: str, task: str) -> np.ndarray | None:
-    """Standard deviation over subsets; ``None`` where it is not stored."""
+def _deviation(fisher: xr.Dataset, name: str, task: str) -> np.ndarray | None:
+    """Return the standard deviation over subsets, ``None`` where it is not stored."""
     name = f"{name}_deviation"
-    return here[name].sel(task=task).values if name in here else None
+    return fisher[name].sel(task=task).values if name in fisher else None
 
 
-def _draw(axes: Axes, n: np.ndarray, curve: np.ndarray, spread: np.ndarray | None, number: int, label: str) -> None:
-    known = np.isfinite(curve)
-    if not known.any():
+def _draw(axes: Axes, n: np.ndarray, curve: np.ndarray, deviation: np.ndarray | None, number: int, label: str) -> None:
+    finite = np.isfinite(curve)
+    if not finite.any():
         return
     axes.errorbar(
-        n[known],
-        curve[known],
-        None if spread is None else np.nan_to_num(spread[known]),
+        n[finite],
+        curve[finite],
+        None if deviation is None else np.nan_to_num(deviation[finite]),
         color=COLOURS[number % len(COLOURS)],
         marker=MARKERS[number % len(MARKERS)],
         capsize=2,
@@ -97,12 +84,11 @@ def _draw(axes: Axes, n: np.ndarray, curve: np.ndarray, spread: np.ndarray | Non
     )
 
 
-def _words(n: np.ndarray, curves: dict[str, np.ndarray], name: str) -> str:
-    said = []
+def _description(n: np.ndarray, curves: dict[str, np.ndarray], name: str) -> str:
+    parts = []
     for task, curve in curves.items():
-        known = np.flatnonzero(np.isfinite(curve))
-        if known.size:
-            first, last = known[0], known[-1]
-            ends = f"{curve[first]:.3g} at n = {n[first]}, {curve[last]:.3g} at n = {n[last]}"
-            said.append(f"{words_of_task(task).strip()}: {ends}")
-    return f"Curves of the {name}; {'; '.join(said)}." if said else "There is no curve."
+        finite = np.flatnonzero(np.isfinite(curve))
+        if finite.size:
+            first, last = (f"{curve[end]:.3g} at n = {n[end]}" for end in (finite[0], finite[-1]))
+            parts.append(f"{task_label(task).strip()}: {first}, {last}")
+    return f"Curves of the {name}; {'; '.join(parts)}." if parts else "There is no curve."

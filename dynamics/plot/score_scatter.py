@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from dynamics.plot.marks import legend_below
 from dynamics.plot.select import related
-from dynamics.plot.style import COLOURS, canvas, describe, figure_of, say_nothing_to_draw, shorten, without_mathematics
+from dynamics.plot.style import COLOURS, figure_of, panel, say_nothing_to_draw, shorten, without_mathematics
+from dynamics.text import counted
 
 #: More runs than this share one legend entry.
 _NAMED = 6
@@ -18,14 +19,14 @@ _NAMED = 6
 def score_scatter(
     data: xr.DataTree | xr.Dataset, *, measure: str | None = None, task: str | None = None, ax: Axes | None = None
 ) -> Figure:
-    """A measure against a task's score as it was given, runs joined over steps; the newest step has the large mark.
+    """Draw a measure against a task's score as it was given, a line for each run with a mark at its last step.
 
-    What runs have in common over steps (both move with time) shows as parallel lines, and is no association.
+    Parallel lines only show that both change over time; that is no evidence of an association.
 
     Args:
         data: A result with ``/association``, or that group.
-        measure: Which; by default the one named before looking.
-        task: Which; by default the first that has scores.
+        measure: Name of the measure; by default the headline measure.
+        task: Name of the task; by default the first that has scores.
         ax: Draw here, in the style of these axes; a new figure by default.
 
     Raises:
@@ -33,33 +34,28 @@ def score_scatter(
 
     Example: ``plot.score_scatter(dynamics.open_run("comparison"), task="vqa/accuracy")``
     """
-    found = related(data, "association")
-    measure = str(found.attrs["headline"]) if measure is None else measure
-    known = [str(name) for name in found["scored_task"].values]
-    task = known[0] if task is None else task
-    for what, name, names in (("measure", measure, found["measure"].values), ("task", task, known)):
+    group = related(data, "association")
+    tasks = [str(name) for name in group["scored_task"].values]
+    measure = str(group.attrs["headline"]) if measure is None else measure
+    task = tasks[0] if task is None else task
+    for what, name, names in (("measure", measure, group["measure"].values), ("task", task, tasks)):
         if name not in names:
             raise ValueError(f"Expected a {what} of the association, got {name!r}. There are: {', '.join(names)}.")
-    x, y = found["measure_value"].sel(measure=measure), found["score"].sel(scored_task=task)
-    both = np.isfinite(x.values) & np.isfinite(y.values)
-    runs = [run for run, there in zip(found["run"].values, both, strict=True) if there.any()]
-    with canvas(ax) as axes:
+    values, scores = group["measure_value"].sel(measure=measure), group["score"].sel(scored_task=task)
+    both = dict(zip(group["run"].values, np.isfinite(values.values) & np.isfinite(scores.values), strict=True))
+    runs = [run for run, steps in both.items() if steps.any()]
+    count = counted(len(runs), "run")
+    description = f"{task} against {measure}: a line for each of {count}, over steps."
+    with panel(ax, f"score and measure, {count}", description) as axes:
+        if not runs:
+            say_nothing_to_draw(axes, "No step has both")
+            return figure_of(axes)
         for number, run in enumerate(runs):
-            there = both[found["run"].values.tolist().index(run)]
-            across, up = x.sel(run=run).values[there], y.sel(run=run).values[there]
+            x, y = values.sel(run=run).values[both[run]], scores.sel(run=run).values[both[run]]
             colour = COLOURS[number % len(COLOURS)] if len(runs) <= _NAMED else COLOURS[0]
-            label = shorten(str(run), 24) if len(runs) <= _NAMED else "" if number else f"{len(runs)} runs"
-            axes.plot(across, up, color=colour, alpha=0.45, linewidth=1.0)
-            axes.plot(across[-1:], up[-1:], "o", color=colour, label=label or "_")
-        if runs:
-            axes.set_xlabel(shorten(measure, 50))
-            axes.set_ylabel(shorten(task, 40))
-            legend_below(axes)
-            without_mathematics([axes.xaxis.label, axes.yaxis.label, *axes.get_legend().get_texts()])  # type: ignore[union-attr]
-        else:
-            say_nothing_to_draw(axes, "no step has both")
-        axes.set_title("measure and score, runs over steps")
-    figure = figure_of(axes)
-    if ax is None:
-        describe(figure, f"{measure} and {task}", f"A line for each of {len(runs)} runs, over steps.")
-    return figure
+            label = shorten(str(run), 24) if len(runs) <= _NAMED else "_" if number else count
+            axes.plot(x, y, color=colour, alpha=0.45, linewidth=1.0)
+            axes.plot(x[-1:], y[-1:], "o", color=colour, label=label)
+        without_mathematics([axes.set_xlabel(shorten(measure, 50)), axes.set_ylabel(shorten(task, 40))])
+        legend_below(axes)
+    return figure_of(axes)

@@ -1,31 +1,43 @@
-"""What the plots read of a result.
-
-One block, one step, one task of the Fisher's groups, by name; and how their variables are called.
-
-In which order matrices are shown: by role, and within a role by layer, as the model has them.
-
-Which matrices stand out, by a rule that is said beside them.
-"""
+"""What the plots read of a result: groups, variables, one step of one block, the order of matrices, and standouts."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import fill
 
 import numpy as np
 import xarray as xr
-from matplotlib.axes import Axes
 
 from dynamics import schema
-from dynamics.plot.style import shorten, without_mathematics
-from dynamics.schema import ALL, GLOBAL, last_step_with
+from dynamics.schema import ALL, last_step_with
+from dynamics.text import sentence_case
 
-_UNITS = {"1": "", "weight": "weight units"}
+#: How the units of the result are written on an axis.
+_UNITS = {
+    "1": "",
+    "weight": "weight units",
+    "loss/weight": "loss per weight unit",
+    "(loss/weight)²": "loss²/weight²",
+}
+#: What figures call a variable whose long name is a phrase.
+_SHORT = {"entropy_deficit": "entropy deficit", "path_length": "path length"}
+#: Characters of an axis label to a line.
+_LABEL_WIDTH = 36
+_KINDS = {"total": "of the total update", "increment": "of the increments"}
+#: A number that is a whole part of a name, such as a layer or an expert; not the 1 of fc1.
+_NUMBER = re.compile(r"(?:^|[.\[])(\d+)(?=[.\]]|$)")
+#: How many matrices each rule names.
+NAMED_BY_RULE = 3
+RULE = (
+    f"At the last step: the {NAMED_BY_RULE} matrices with the largest Frobenius norm of the update, and the "
+    f"{NAMED_BY_RULE} with the largest entropy deficit, in nat, against the random-LoRA null of their shape."
+)
 
 
 def group(data: xr.DataTree | xr.Dataset, name: str) -> xr.Dataset:
-    """One group of a run's result.
+    """Return one group of a run's result.
 
     Args:
         data: The result of one run, or the group itself.
@@ -45,7 +57,7 @@ def group(data: xr.DataTree | xr.Dataset, name: str) -> xr.Dataset:
 
 
 def related(data: xr.DataTree | xr.Dataset, name: str) -> xr.Dataset:
-    """``/association`` or ``/comparison``, which stand at the root also of several runs.
+    """Return ``/association`` or ``/comparison``, which stand at the root of several runs as well.
 
     Raises:
         ValueError: If there is none.
@@ -59,49 +71,70 @@ def related(data: xr.DataTree | xr.Dataset, name: str) -> xr.Dataset:
 
 
 def has_group(data: xr.DataTree | xr.Dataset, name: str) -> bool:
-    """Whether the data is a tree with that group."""
+    """Return whether the data is a tree with that group."""
     return isinstance(data, xr.DataTree) and name in data.children
 
 
 def variable_of(dataset: xr.Dataset, name: str) -> xr.DataArray:
-    """A variable, or an error that says which there are.
+    """Return a variable of the dataset.
 
     Raises:
         ValueError: If there is no such variable.
     """
     if name not in dataset:
-        known = ", ".join(sorted(str(key) for key in dataset.data_vars))
-        raise ValueError(f"Expected the name of a variable of the result, got {name!r}. There are: {known}.")
+        names = ", ".join(sorted(str(key) for key in dataset.data_vars))
+        raise ValueError(f"Expected the name of a variable of the result, got {name!r}. There are: {names}.")
     return dataset[name]
 
 
-def long_name(name: str) -> str:
-    """How a variable is called in titles.
+def long_name(variable: str | xr.DataArray) -> str:
+    """Return what figures call a variable: one of ``/update`` by its name, any other by its own attributes.
 
     >>> long_name("effective_rank_energy")
     'effective rank (energy)'
     """
-    known = schema.UPDATE.get(name)
-    return name.replace("_", " ") if known is None else known.long_name
+    return _stated(variable)[0]
 
 
-def axis_label(name: str) -> str:
-    """Label of an axis whose title has the name: the units, for a pure number its name.
+def title_of(name: str, kind: str = "") -> str:
+    """Return the title of a variable of ``/update``.
 
-    >>> axis_label("entropy_deficit"), axis_label("stable_rank")
-    ('nat', 'stable rank')
+    >>> title_of("frobenius_norm", "total"), title_of("increment_cosine")
+    ('Frobenius norm of the total update', 'cosine with the previous increment')
     """
-    known = schema.UPDATE.get(name)
-    return long_name(name) if known is None else _UNITS.get(known.units, known.units) or known.long_name
+    return f"{long_name(name)} {_KINDS[kind]}" if kind else long_name(name)
+
+
+def axis_label(variable: str | xr.DataArray) -> str:
+    """Return the label of an axis: the quantity and its units.
+
+    >>> axis_label("frobenius_norm"), axis_label("entropy_energy"), axis_label("stable_rank")
+    ('Frobenius norm (weight units)', 'Spectral entropy (energy), nat', 'Stable rank')
+    """
+    name, units = _stated(variable)
+    units = _UNITS.get(units, units)
+    if units:
+        name += f", {units}" if name.endswith(")") else f" ({units})"
+    return fill(sentence_case(name), _LABEL_WIDTH)
+
+
+def _stated(variable: str | xr.DataArray) -> tuple[str, str]:
+    """Return long name and units."""
+    if isinstance(variable, str):
+        stated = schema.UPDATE.get(variable)
+        if stated is None:
+            return variable.replace("_", " "), "1"
+        return _SHORT.get(variable, stated.long_name.removesuffix(" of the update")), stated.units
+    return str(variable.attrs.get("long_name", variable.name)), str(variable.attrs.get("units", "1"))
 
 
 def chosen(dataset: xr.Dataset, variable: str, *, step: int | None = None, **names: str | int) -> xr.Dataset:
-    """The dataset at one step and, by name, in one block and of one task.
+    """Return the dataset at one step and, by name, in one block and of one task.
 
     Args:
         dataset: With the dimension ``step``.
-        variable: What will be drawn: without a step the last one is taken that has a number of it.
-        step: Of the result.
+        variable: The one to draw; without ``step`` the last step at which it has a number is taken.
+        step: A step of the result.
         names: ``block="global"`` and the like.
 
     Raises:
@@ -110,53 +143,23 @@ def chosen(dataset: xr.Dataset, variable: str, *, step: int | None = None, **nam
     variable_of(dataset, variable)
     for dim, name in names.items():
         _check(dim, name, dataset[dim].values.tolist())
-    here = dataset.sel(names)
+    over_steps = dataset.sel(names)
     if step is None:
-        step = last_step_with(here[variable])
+        step = last_step_with(over_steps[variable])
     _check("step", step, dataset["step"].values.tolist())
-    return here.sel(step=step)
+    return over_steps.sel(step=step)
 
 
-def tasks_of(dataset: xr.Dataset) -> list[str]:
-    """Names of the tasks but the one that stands for all; none if there is a single one, which is the same."""
-    names = [str(name) for name in dataset["task"].values if name != ALL]
-    return names if len(names) > 1 else []
-
-
-def label_of(array: xr.DataArray) -> str:
-    """Label of an axis: the units, for a pure number its name."""
-    units = str(array.attrs.get("units", "1"))
-    return name_of(array) if units == "1" else units
-
-
-def name_of(array: xr.DataArray) -> str:
-    """How a variable is called."""
-    return str(array.attrs.get("long_name", array.name))
-
-
-def of_block(block: str) -> str:
-    """For the end of a description; nothing for all trainable parameters together.
-
-    >>> of_block("global"), of_block("lm_head")
-    ('', ', lm_head')
-    """
-    return "" if block == GLOBAL else f", {block}"
-
-
-def write_title(axes: Axes, words: str, block: str) -> None:
-    """The title, and in a second line the block, whose name may be long."""
-    title = words if block == GLOBAL else f"{words}\n{shorten(block, 60)}"
-    without_mathematics([axes.set_title(title)])
-
-
-def _check(what: str, value: str | int, known: Sequence[str | int]) -> None:
-    if value not in known:
-        listed = ", ".join(map(str, known))
+def _check(what: str, value: str | int, choices: Sequence[str | int]) -> None:
+    if value not in choices:
+        listed = ", ".join(map(str, choices))
         raise ValueError(f"Expected a {what} of the result, got {value!r}. There are: {listed}.")
 
 
-#: A number that stands for itself in a name: a layer, an expert; not the 1 of fc1.
-_NUMBER = re.compile(r"(?:^|[.\[])(\d+)(?=[.\]]|$)")
+def tasks_of(dataset: xr.Dataset) -> list[str]:
+    """Return the names of the tasks; none for a single task, which is the same as all samples."""
+    names = [str(name) for name in dataset["task"].values if name != ALL]
+    return names if len(names) > 1 else []
 
 
 @dataclass(frozen=True)
@@ -164,10 +167,10 @@ class RowGroup:
     """Matrices of one role in one stack of layers.
 
     Args:
-        label: The role; with its stack where the model has several.
+        label: The role, with its stack where the model has several.
         positions: Of the matrices along ``matrix``, in the order to show them.
-        labels: A short one for each: the layer, or what else tells it apart.
-        numbered: Whether the labels are numbers of one role's matrices, rather than names.
+        labels: A short label for each matrix: its layer, or another part of its name.
+        numbered: Whether the labels are numbers within one role, rather than names.
     """
 
     label: str
@@ -177,7 +180,7 @@ class RowGroup:
 
 
 def row_groups(update: xr.Dataset) -> list[RowGroup]:
-    """Groups in the order in which the model has them; roles that occur once share the last group.
+    """Return matrices by role, and within a role by layer; roles that occur once share the last group.
 
     Args:
         update: The ``/update`` group of a result.
@@ -209,38 +212,29 @@ def _numbers(name: str) -> tuple[int, ...]:
 
 
 def _labels(names: list[str], layers: list[int], positions: list[int]) -> list[str]:
-    """Layer numbers; where experts share a layer, all numbers of the name."""
-    own = [layers[position] for position in positions]
-    if len(np.unique(own)) == len(own):
-        return [str(layer) for layer in own]
+    """Return layer numbers; where experts share a layer, all numbers of the name."""
+    numbers = [layers[position] for position in positions]
+    if len(np.unique(numbers)) == len(numbers):
+        return [str(layer) for layer in numbers]
     return [".".join(str(number) for number in _numbers(names[position])) for position in positions]
 
 
-#: How many matrices each rule names.
-NAMED_BY_RULE = 3
-
-RULE = (
-    f"At the last step: the {NAMED_BY_RULE} matrices whose update has the largest Frobenius norm, and the "
-    f"{NAMED_BY_RULE} whose spectral entropy lies furthest below the random-LoRA null of their shape (in nat)."
-)
-
-
 def standouts(update: xr.Dataset) -> dict[str, str]:
-    """Matrices that stand out at the last step, with the reason.
+    """Return the matrices that stand out at the last step, with the reason.
 
-    The rule is ``RULE``: it ranks, it does not test. In any run some matrix is largest.
+    The rule is ``RULE``. It ranks and does not test: in any run some matrix is largest.
 
     Args:
         update: The ``/update`` group of a result.
 
     Returns:
-        Matrix name to reason, e.g. ``"largest update (1 of 20)"``; empty where nothing moved.
+        Matrix name to reason, e.g. ``"update size: 1 of 20"``; empty where nothing moved.
     """
     last = update.isel(step=-1).sel(kind="total")
     reasons: dict[str, list[str]] = {}
     for variable, words in (("frobenius_norm", "update size"), ("entropy_deficit", "entropy deficit")):
         values = last[variable].values
-        known = np.flatnonzero(np.isfinite(values) & (last["frobenius_norm"].values > 0))
-        for place, position in enumerate(known[np.argsort(-values[known], kind="stable")][:NAMED_BY_RULE], start=1):
-            reasons.setdefault(str(last["matrix"].values[position]), []).append(f"{words}: {place} of {len(known)}")
-    return {name: "; ".join(each) for name, each in reasons.items()}
+        moved = np.flatnonzero(np.isfinite(values) & (last["frobenius_norm"].values > 0))
+        for rank, position in enumerate(moved[np.argsort(-values[moved], kind="stable")][:NAMED_BY_RULE], start=1):
+            reasons.setdefault(str(last["matrix"].values[position]), []).append(f"{words}: {rank} of {len(moved)}")
+    return {name: "; ".join(parts) for name, parts in reasons.items()}

@@ -1,6 +1,7 @@
-"""One look for all figures, and none of it in the user's settings.
+"""The look of all figures: axes, titles, ticks and colours, and each figure as SVG text.
 
-Figures as SVG text: the same bytes for the same numbers, and words for those who cannot see them.
+Nothing is changed in the user's matplotlib settings. Equal numbers give equal bytes of SVG, and every figure carries a
+title and a description for readers who cannot see it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from hashlib import sha256
 from io import StringIO
 from typing import Any
@@ -20,13 +21,16 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-#: Okabe & Ito 2008, without yellow, which vanishes on white: told apart with any kind of colour vision.
+from dynamics.schema import GLOBAL
+from dynamics.text import sentence_case
+
+#: Okabe & Ito 2008, without yellow, which vanishes on white: distinguishable with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 NULL_COLOUR = "#8c8c8c"
 _FEW_STEPS = 3
 MISSING_COLOUR = "#dddddd"
-#: Perceptually uniform, the same order of light and dark with any kind of colour vision.
+#: Perceptually uniform; the order from dark to light is the same with any kind of colour vision.
 COLOUR_MAP = "viridis"
 
 STYLE: dict[Any, Any] = {
@@ -56,50 +60,57 @@ STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def canvas(ax: Axes | None, width: float = 5.6, height: float = 3.4) -> Iterator[Axes]:
-    """The user's axes as they are, or new ones in the toolkit's style.
+def panel(
+    ax: Axes | None, title: str, description: str, *, block: str = GLOBAL, width: float = 5.6, height: float = 3.4
+) -> Iterator[Axes]:
+    """Yield titled axes to draw in: the user's in their own style, or new ones in the toolkit's.
 
-    A figure of its own, not one of pyplot: nothing is shown, kept open or taken from a backend.
+    The figure of new axes does not belong to pyplot: nothing is shown, kept open or taken from a backend.
 
     Args:
         ax: The user's axes, or ``None``.
+        title: Of the axes; begins with a capital letter once it is drawn.
+        description: What the figure shows, for readers who cannot see it; only a new figure gets one.
+        block: A matrix that is named in a second line of the title; none for all trainable parameters together.
         width: Of a new figure, in inches.
         height: Of a new figure, in inches.
     """
-    if ax is not None:
-        yield ax
-        return
-    with mpl.rc_context(STYLE):
-        yield Figure(figsize=(width, height), layout="constrained").subplots()
+    title = sentence_case(title)
+    with mpl.rc_context(STYLE) if ax is None else nullcontext():
+        axes = Figure(figsize=(width, height), layout="constrained").subplots() if ax is None else ax
+        without_mathematics([axes.set_title(title if block == GLOBAL else f"{title}\n{shorten(block, 60)}")])
+        yield axes
+    if ax is None:
+        describe(figure_of(axes), title if block == GLOBAL else f"{title}, {block}", description)
 
 
 def figure_of(ax: Axes) -> Figure:
-    """The figure that holds the axes."""
+    """Return the figure that holds the axes."""
     figure = ax.get_figure(root=True)
     assert isinstance(figure, Figure)
     return figure
 
 
 def step_axis(ax: Axes, steps: Sequence[int]) -> None:
-    """Whole numbers with thousands separated, as steps are; of few steps each has its tick."""
-    ax.set_xlabel("optimizer step")
+    """Label the horizontal axis with steps: whole numbers with thousands separators, one tick each for a few steps."""
+    ax.set_xlabel("Optimizer step")
     few = len(steps) <= _FEW_STEPS
     ax.xaxis.set_major_locator(FixedLocator(steps) if few else MaxNLocator(nbins=6, integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
 
 
 def logarithmic(ax: Axes) -> None:
-    """A logarithmic vertical axis with plain numbers, and with some of them even for less than a decade."""
+    """Make the vertical axis logarithmic, with plain numbers at its ticks even over less than a decade."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    within_a_decade = high / low < 12  # which may hold no power of ten at all
+    within_a_decade = high / low < 12  # such a range may hold no power of ten
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if within_a_decade else (1.0,), numticks=7))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def doubling_axis(ax: Axes, values: Sequence[int], label: str) -> None:
-    """A horizontal axis on which doublings are equally far apart, with a tick at each value but crowded ones."""
+    """Make the horizontal axis logarithmic to base 2, with a tick at each value unless they would crowd."""
     ax.set_xscale("log", base=2)
     kept = [
         value for value, beyond in zip(values, [*values[1:], None], strict=True) if not beyond or beyond >= 1.4 * value
@@ -112,13 +123,13 @@ def doubling_axis(ax: Axes, values: Sequence[int], label: str) -> None:
 
 
 def without_mathematics(texts: Iterable[Text]) -> None:
-    """Texts that come from files are drawn as they are: a ``$`` in a matrix name starts no formula."""
+    """Draw texts from files as they are: a ``$`` in a matrix name starts no formula."""
     for text in texts:
         text.set_parse_math(False)
 
 
 def shorten(name: str, length: int = 44) -> str:
-    """A long name with its middle left out: both ends tell matrices apart.
+    """Return a long name without its middle: both ends are needed to tell matrices apart.
 
     >>> shorten("model.layers.0.self_attn.q_proj", 20)
     'model.l…_attn.q_proj'
@@ -129,8 +140,8 @@ def shorten(name: str, length: int = 44) -> str:
     return f"{name[:head]}…{name[len(name) - (length - 1 - head) :]}"
 
 
-def say_nothing_to_draw(ax: Axes, reason: str) -> None:
-    """Empty axes say why they are."""
+def say_nothing_to_draw(ax: Axes, reason: str = "No values: see the findings") -> None:
+    """Write on empty axes why they are empty."""
     ax.text(0.5, 0.5, reason, transform=ax.transAxes, ha="center", va="center", color="#555555", wrap=True)
     ax.set_xticks([])
     ax.set_yticks([])
@@ -146,20 +157,20 @@ _IDENTIFIER = re.compile(r"(\bid=\"|url\(#|href=\"#)")
 
 
 def describe(figure: Figure, title: str, description: str) -> None:
-    """Gives a figure its words: a title, and what it shows."""
+    """Give a figure its title and its description, which ``to_svg`` writes."""
     figure.set_label(f"{title}\n{description}")
 
 
 def words_of(figure: Figure) -> tuple[str, str]:
-    """Title and description of a figure, ``""`` where it has none."""
+    """Return title and description of a figure, ``""`` where it has none."""
     title, _, description = str(figure.get_label()).partition("\n")
     return title, description
 
 
 def to_svg(figure: Figure) -> str:
-    """A figure as one ``<svg>`` element that can stand alone or inside a page.
+    """Return a figure as one ``<svg>`` element, for a file of its own or for a page.
 
-    Text stays text (it can be searched and read aloud). Identifiers carry a prefix of the figure's own, so that
+    Text stays text, so it can be searched and read aloud. Identifiers carry a prefix that differs between figures, so
     several figures can share a page. Neither time nor version is written: equal figures give equal text.
 
     Args:

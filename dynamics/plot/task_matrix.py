@@ -1,4 +1,4 @@
-"""How each task stands to each other one, at one step."""
+"""Each pair of tasks at one step: a number with its interval."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dynamics.plot.select import chosen, group, label_of, name_of, of_block, variable_of, write_title
-from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, canvas, describe, figure_of, shorten, without_mathematics
+from dynamics.plot.select import axis_label, chosen, group, long_name, variable_of
+from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, figure_of, panel, shorten, without_mathematics
 from dynamics.schema import ALL, GLOBAL
 
 _PAIR = ("step", "block", "task", "task_")
-#: Below zero orange, above it purple: told apart with any kind of colour vision.
+#: Orange below zero, purple above: distinguishable with any kind of colour vision.
 _DIVERGING = "PuOr"
 _COSINES = ("cosine", "cosine_raw")
 _SHARES = ("overlap", "magnitude_similarity")
 #: With more tasks than this numbers no longer fit their cells.
 _MOST_WRITTEN = 9
 _MOST_NAMED = 40
-#: Brightness from which black letters are better to read than white ones.
+#: From this brightness on black letters are easier to read than white ones.
 _BRIGHT = 0.45
 
 
@@ -33,10 +33,10 @@ def task_matrix(
     step: int | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Task × task of one variable, with the 95 % interval in each cell where it is stored.
+    """Draw one variable as task × task, with the 95 % interval in each cell where it is stored.
 
-    Bold where the interval of what has a sign does not hold 0. Hatched grey where there is no value; of a cosine that
-    means that the mean gradient of one of the two tasks is not resolved.
+    Bold: the interval of a signed number excludes 0. Hatched grey: no value; a cosine has none if the mean gradient of
+    one of the two tasks is indistinguishable from zero.
 
     Args:
         data: The result of one run, or its ``/tasks`` group.
@@ -53,13 +53,14 @@ def task_matrix(
     tasks = group(data, "tasks")
     if variable_of(tasks, variable).dims != _PAIR:
         raise ValueError(f"Expected a variable of two tasks, got {variable!r} with {tasks[variable].dims}.")
-    only = tasks.sel(task=tasks["task"] != ALL, task_=tasks["task_"] != ALL)
-    here = chosen(only, variable, step=step, block=block)
-    names = [str(name) for name in here["task"].values]
-    values = here[variable].values.astype(np.float64)
-    words = f"{name_of(here[variable])}, step {int(here['step']):,}"
+    separate = tasks.sel(task=tasks["task"] != ALL, task_=tasks["task_"] != ALL)
+    pairs = chosen(separate, variable, step=step, block=block)
+    names = [str(name) for name in pairs["task"].values]
+    values = pairs[variable].values.astype(np.float64)
+    title = f"{long_name(pairs[variable])}, step {int(pairs['step']):,}"
     side = min(0.88 * len(names), 7.0)
-    with canvas(ax, width=max(side + 2.6, 4.6), height=max(side + 1.2, 2.6)) as axes:
+    width, height = max(side + 2.6, 4.6), max(side + 1.2, 2.6)
+    with panel(ax, title, _description(names, values), block=block, width=width, height=height) as axes:
         low, high, colours = _range(variable, values)
         image = axes.imshow(
             np.ma.masked_invalid(values),
@@ -70,20 +71,16 @@ def task_matrix(
         )
         _hatch(axes, values)
         if len(names) <= _MOST_WRITTEN:
-            _write(axes, here, variable, (values - low) / (high - low), colours)
+            _write(axes, pairs, variable, (values - low) / (high - low), colours)
         _name(axes, names, directed=variable == "transfer")
         axes.grid(False)
-        write_title(axes, words, block)
         bar = figure_of(axes).colorbar(image, ax=axes, fraction=0.046, pad=0.03)
-        bar.set_label(label_of(here[variable]))
-    figure = figure_of(axes)
-    if ax is None:
-        describe(figure, words + of_block(block), _words(names, values))
-    return figure
+        bar.set_label(axis_label(pairs[variable]))
+    return figure_of(axes)
 
 
 def _range(variable: str, values: np.ndarray) -> tuple[float, float, str]:
-    """Lowest and highest value of the colours, and their map: the same for every run where there is a natural one."""
+    """Return the lowest and highest value of the colours, the same for every run where natural, and their map."""
     if variable in _COSINES:
         return -1.0, 1.0, _DIVERGING
     if variable in _SHARES:
@@ -93,18 +90,18 @@ def _range(variable: str, values: np.ndarray) -> tuple[float, float, str]:
 
 
 def _hatch(axes: Axes, values: np.ndarray) -> None:
-    """Cells without a value differ from every colour also in print."""
+    """Hatch cells without a value, which tells them from every colour in print as well."""
     for row, column in np.argwhere(~np.isfinite(values)):
         axes.add_patch(
             Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="////", edgecolor="#aaaaaa", linewidth=0)
         )
 
 
-def _write(axes: Axes, here: xr.Dataset, variable: str, shade: np.ndarray, colours: str) -> None:
-    """Value and interval into each cell, dark on light colours and light on dark ones."""
-    values, signed = here[variable].values.astype(np.float64), colours == _DIVERGING
+def _write(axes: Axes, pairs: xr.Dataset, variable: str, shade: np.ndarray, colours: str) -> None:
+    """Write value and interval into each cell, dark on light colours and light on dark ones."""
+    values, signed = pairs[variable].values.astype(np.float64), colours == _DIVERGING
     low, high = (
-        here[f"{variable}_{end}"].values if f"{variable}_{end}" in here else np.full(values.shape, np.nan)
+        pairs[f"{variable}_{end}"].values if f"{variable}_{end}" in pairs else np.full(values.shape, np.nan)
         for end in ("low", "high")
     )
     missing = "not\nresolved" if variable == "cosine" else "no\nvalue"
@@ -129,7 +126,7 @@ def _write(axes: Axes, here: xr.Dataset, variable: str, shade: np.ndarray, colou
 
 
 def _short(value: float) -> str:
-    """Two digits, which is what a cell has room for.
+    """Return a number with two digits: a cell has no room for more.
 
     >>> _short(-0.123), _short(437.2)
     ('−0.12', '437')
@@ -144,18 +141,18 @@ def _ink(shade: float, colours: str) -> str:
 
 def _name(axes: Axes, names: list[str], *, directed: bool) -> None:
     keep = max(1, -(-len(names) // _MOST_NAMED))
-    places = np.arange(0, len(names), keep)
-    labels = [shorten(names[place], 24) for place in places]
-    axes.set_yticks(places, labels)
-    axes.set_xticks(places, labels, rotation=40, ha="right", rotation_mode="anchor")
+    ticks = np.arange(0, len(names), keep)
+    labels = [shorten(names[tick], 24) for tick in ticks]
+    axes.set_yticks(ticks, labels)
+    axes.set_xticks(ticks, labels, rotation=40, ha="right", rotation_mode="anchor")
     axes.tick_params(length=0)
     if directed:
-        axes.set_ylabel("a gradient step on this task …")
+        axes.set_ylabel("A gradient step on this task …")
         axes.set_xlabel("… lowers the loss of this one")
     without_mathematics([*axes.get_xticklabels(), *axes.get_yticklabels()])
 
 
-def _words(names: list[str], values: np.ndarray) -> str:
+def _description(names: list[str], values: np.ndarray) -> str:
     pairs = [
         f"{names[row]} and {names[column]} {_short(value) if np.isfinite(value) else 'without a value'}"
         for (row, column), value in np.ndenumerate(values)

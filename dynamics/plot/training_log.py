@@ -1,4 +1,4 @@
-"""A logged number over the steps: the training's own account, beside what the weights did."""
+"""A number of the training log over the steps."""
 
 from __future__ import annotations
 
@@ -8,19 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics.plot.select import group
-from dynamics.plot.style import (
-    COLOURS,
-    canvas,
-    describe,
-    figure_of,
-    say_nothing_to_draw,
-    step_axis,
-    without_mathematics,
-)
+from dynamics.plot.style import COLOURS, figure_of, panel, say_nothing_to_draw, step_axis, without_mathematics
+from dynamics.text import number
+
+#: Points of one line that get a marker each.
+_FEW = 30
 
 
 def training_log(data: xr.DataTree | xr.Dataset, *, variable: str = "loss", ax: Axes | None = None) -> Figure:
-    """One scalar of the training log as it was logged.
+    """Draw one scalar of the training log as it was logged.
 
     Args:
         data: The result of one run, or its ``/training`` group.
@@ -35,38 +31,34 @@ def training_log(data: xr.DataTree | xr.Dataset, *, variable: str = "loss", ax: 
     log = group(data, "training")
     logged = logged_number(log, variable)
     if logged is None:
-        known = ", ".join(sorted(map(str, log["metric"].values)))
-        raise ValueError(f"Expected the name of a number in the training log, got {variable!r}. There are: {known}.")
-    name = variable
-    segments = log["log_segment"].values
-    known = np.isfinite(logged.values)
-    with canvas(ax) as axes:
-        for number, segment in enumerate(np.unique(segments)):
-            here = known & (segments == segment)
-            axes.plot(
-                log["log_step"].values[here],
-                logged.values[here],
-                color=COLOURS[number % len(COLOURS)],
-                marker="o" if here.sum() < 30 else "",
-                label=f"training {segment}",
-            )
-        title, label = axes.set_title(f"training log: {name}"), axes.set_ylabel(f"{name} (as logged)")
-        without_mathematics([title, label])
-        if known.any():
-            step_axis(axes, np.unique(log["log_step"].values[known]).tolist())
-        else:
-            say_nothing_to_draw(axes, "no finite value was logged")
-        if len(np.unique(segments)) > 1:
+        names = ", ".join(sorted(map(str, log["metric"].values)))
+        raise ValueError(f"Expected the name of a number in the training log, got {variable!r}. There are: {names}.")
+    steps, values, segments = log["log_step"].values, logged.values, log["log_segment"].values
+    finite = np.isfinite(values)
+    trainings = np.unique(segments)
+    with panel(ax, f"training log: {variable}", _description(values[finite])) as axes:
+        without_mathematics([axes.set_ylabel(f"{variable} (as logged)")])
+        if not finite.any():
+            say_nothing_to_draw(axes, "No finite value was logged")
+            return figure_of(axes)
+        for position, training in enumerate(trainings):
+            rows = finite & (segments == training)
+            marker = "o" if rows.sum() < _FEW else ""
+            colour = COLOURS[position % len(COLOURS)]
+            axes.plot(steps[rows], values[rows], color=colour, marker=marker, label=f"training {training}")
+        step_axis(axes, np.unique(steps[finite]).tolist())
+        if len(trainings) > 1:
             axes.legend()
-    figure = figure_of(axes)
-    if ax is None:
-        finite = logged.values[known]
-        ends = f"from {finite[0]:.3g} to {finite[-1]:.3g}" if finite.size else "without a finite value"
-        describe(figure, f"training log: {name}", f"Line over optimizer steps of what was logged, {ends}.")
-    return figure
+    return figure_of(axes)
 
 
 def logged_number(log: xr.Dataset, name: str) -> xr.DataArray | None:
-    """One scalar of the ``/training`` group over ``log``, ``None`` if it was never logged."""
-    found = np.flatnonzero(log["metric"].values == name)
-    return log["value"].isel(metric=int(found[0])) if found.size else None
+    """Return one scalar of the ``/training`` group over ``log``, ``None`` if it was never logged."""
+    positions = np.flatnonzero(log["metric"].values == name)
+    return log["value"].isel(metric=int(positions[0])) if positions.size else None
+
+
+def _description(finite: np.ndarray) -> str:
+    if not finite.size:
+        return "No finite value was logged."
+    return f"Line over optimizer steps of the logged value, from {number(finite[0])} to {number(finite[-1])}."

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics.plot.marks import draw_band, draw_quartiles, first_and_last, legend_below
-from dynamics.plot.select import axis_label, group, long_name, variable_of
-from dynamics.plot.style import canvas, describe, figure_of, say_nothing_to_draw, step_axis
+from dynamics.plot.select import axis_label, group, title_of, variable_of
+from dynamics.plot.style import figure_of, panel, say_nothing_to_draw, step_axis
 
 _SIZES = ("frobenius_norm", "path_length")
 
@@ -21,9 +21,9 @@ def trajectory(
     kind: str = "total",
     ax: Axes | None = None,
 ) -> Figure:
-    """Median and quartiles over matrices at each step, with the band of the random-LoRA null where there is one.
+    """Draw median and quartiles over matrices at each step, with the band of the random-LoRA null where there is one.
 
-    Trainings that share a folder are drawn apart; a line never joins two of them.
+    Trainings that share a folder get a line each.
 
     Args:
         data: The result of one run, or its ``/summary`` group.
@@ -38,44 +38,34 @@ def trajectory(
     """
     summary = group(data, "summary")
     quantiles = variable_of(summary, f"{variable}_quantile")
-    if "kind" in quantiles.dims:
-        quantiles = quantiles.sel(kind=kind)
-    segments = _segments(data, summary)
-    of_kind = f", {kind}" if "kind" in summary[f"{variable}_quantile"].dims else ""
-    with canvas(ax) as axes:
-        _draw_null(axes, summary, variable, kind)
+    kind = kind if "kind" in quantiles.dims else ""
+    quantiles = quantiles.sel(kind=kind) if kind else quantiles
+    with panel(ax, title_of(variable, kind), _description(quantiles)) as axes:
+        axes.set_ylabel(axis_label(variable))
+        if f"{variable}_null_low" in summary:
+            low, high = (summary[f"{variable}_null_{end}"].sel(kind=kind).values for end in ("low", "high"))
+            draw_band(axes, summary["step"].values, low, high, "chance, same shape, 5–95 %")
+        segments = _segments(data, summary)
         for number, segment in enumerate(np.unique(segments)):
             label = "median over matrices" if (segments == segments[0]).all() else f"training {segment}, median"
             draw_quartiles(axes, quantiles.isel(step=segments == segment), number, label)
-        axes.set_title(long_name(variable) + of_kind)
-        axes.set_ylabel(axis_label(variable))
         if np.isfinite(quantiles.values).any():
             step_axis(axes, summary["step"].values.tolist())
             if variable in _SIZES:
                 axes.set_ylim(bottom=0)
             legend_below(axes)
         else:
-            say_nothing_to_draw(axes, "no values: see the findings")
-    figure = figure_of(axes)
-    if ax is None:
-        describe(figure, f"{long_name(variable)}{of_kind}", _words(quantiles))
-    return figure
+            say_nothing_to_draw(axes)
+    return figure_of(axes)
 
 
 def _segments(data: xr.DataTree | xr.Dataset, summary: xr.Dataset) -> np.ndarray:
-    """The training of each step: in ``/update``, or on the dataset itself."""
+    """Return the training of each step, as ``/update`` or the dataset itself has it."""
     update = group(data, "update") if isinstance(data, xr.DataTree) else summary
     return update["segment"].values if "segment" in update.coords else np.zeros(summary.sizes["step"], dtype=np.int64)
 
 
-def _draw_null(axes: Axes, summary: xr.Dataset, variable: str, kind: str) -> None:
-    if f"{variable}_null_low" in summary:
-        low, high = (summary[f"{variable}_null_{bound}"].sel(kind=kind).values for bound in ("low", "high"))
-        draw_band(axes, summary["step"].values, low, high, "chance, the same shape, 5–95 %")
-
-
-def _words(quantiles: xr.DataArray) -> str:
-    """The figure's first and last number, for who cannot see it."""
+def _description(quantiles: xr.DataArray) -> str:
     ends = first_and_last(quantiles.sel(quantile=0.5))
     if not ends:
         return "No step has a value."

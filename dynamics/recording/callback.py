@@ -1,4 +1,4 @@
-"""The callback: a :class:`~dynamics.Recorder` driven by a ``transformers.Trainer``. All else is in the recorder."""
+"""The callback: a :class:`~dynamics.Recorder` driven by a ``transformers.Trainer``; the rest is in the recorder."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dynamics.findings import Finding
 from dynamics.recording import Schedule, at_no_step, either, preset_named
 from dynamics.recording.disk_names import disk_names
 from dynamics.recording.recorder import Recorder
+from dynamics.text import some
 from probes.tasks import Task
 from probes.undisturbed import undisturbed
 
@@ -28,32 +29,33 @@ COMPARED = 10_000
 
 
 class DynamicsCallback(TrainerCallback):
-    """Records what a training does to the weights, at the steps of a schedule and wherever a checkpoint is saved.
+    """Record what training does to the weights, at the steps of a schedule and wherever a checkpoint is saved.
 
-    The records go into ``out_dir/dynamics/capture.zarr``; read them with ``dynamics.open_run(out_dir)`` or analyse them
+    The records go into ``out_dir/dynamics/records/``; read them with ``dynamics.open_run(out_dir)`` or analyse them
     with ``python -m dynamics.analyze out_dir``. A summary of each goes into the training log as ``dynamics/…``.
 
-    The training is the same, bit for bit, with the callback and without. A failure to record is one warning and a gap.
+    Training is the same, bit for bit, with and without the callback. If recording fails, training goes on: there is one
+    warning and a gap in the records.
 
     Args:
-        out_dir: Run folder, best the Trainer's ``output_dir``. The trials of a hyperparameter search are runs of their
-            own, ``out_dir/run-<number>``, as their checkpoints are.
+        out_dir: Run folder, best the Trainer's ``output_dir``. Each trial of a hyperparameter search is a run,
+            ``out_dir/run-<number>``, where its checkpoints are.
         tasks: Held-out probe samples, each a :class:`probes.Task`: with them each captured step also has the Fisher at
-            the start of its increment, and the tasks' scores. Refused if they are in the training set, where that can
-            be told.
+            the start of its increment, and the tasks' scores. Samples that are also in the training set are refused,
+            where that can be told.
         preset: ``"economy"``: spectra of updates and gradient norms; ``"standard"``: spectra of gradients as well;
             ``"full"``: also cosines of consecutive increments, for a second copy of the watched factors.
-        every: Capture every so many steps, instead of the preset's schedule.
+        every: Capture every so many steps instead of the preset's.
         at: Capture these steps.
         schedule: Capture where ``schedule(step)`` is true, see ``dynamics.recording``.
-        matrices: Regular expression; only matrices whose name it finds are watched.
-        strict: Whether a failure to record raises.
+        matrices: Regular expression; only matrices whose name matches are watched.
+        strict: Raise if recording fails.
 
     Raises:
-        ValueError: If the preset is not one; when training begins, if there is nothing to watch.
-        CaptureExists: When training begins, if the run has records and the training does not resume.
+        ValueError: If the preset is unknown; when training begins, if there is nothing to watch.
+        RecordsExist: When training begins, if the run has records and the training does not resume.
 
-    Example: one line more puts the numbers into every integration of ``report_to`` as well::
+    Example: ``attach`` sends the numbers to every integration of ``report_to``, too::
 
         callback = DynamicsCallback("runs/imax", preset="standard")
         trainer = Trainer(model, TrainingArguments("runs/imax"), train_dataset=data, callbacks=[callback])
@@ -76,7 +78,7 @@ class DynamicsCallback(TrainerCallback):
         default = preset_named(preset).schedule if every is None and at is None else at_no_step
         self._schedule = default if schedule is None else schedule
         self._out_dir = out_dir
-        self._wishes: dict[str, Any] = {
+        self._settings: dict[str, Any] = {
             "preset": preset,
             "every": every,
             "at": at,
@@ -86,27 +88,27 @@ class DynamicsCallback(TrainerCallback):
         }
         self._trainer: Trainer | None = None
         self._trials = 0  # of a hyperparameter search
-        self._under_way: int | None = None  # the batch size of a training that has taken a step and has not ended
+        self._batch_size: int | None = None  # of a training that has taken a step and has not ended
         self._waiting: dict[str, float] = {}
         self.recorder: Recorder | None = None
 
     def attach(self, trainer: Trainer) -> DynamicsCallback:
-        """Puts the callback before the Trainer's reporters, so that they see its numbers.
+        """Put the callback before the Trainer's reporters, so that they see its numbers.
 
-        A callback is given no Trainer, and those of the user come after the reporters: unattached, the numbers
-        are in ``trainer.state.log_history`` alone, and a loss of the Trainer's own (``compute_loss_func``, a subclass)
+        A Trainer does not introduce itself to callbacks, and calls the user's after the reporters. Without ``attach``
+        the numbers only appear in ``trainer.state.log_history``, and a custom loss (``compute_loss_func``, a subclass)
         is not noticed.
 
         Args:
-            trainer: With the callback among its callbacks or not.
+            trainer: It may have the callback already.
 
         Returns:
-            Itself.
+            The callback.
         """
         callbacks = trainer.callback_handler.callbacks
         if self in callbacks:
             callbacks.remove(self)
-        flow = [place for place, each in enumerate(callbacks) if isinstance(each, DefaultFlowCallback)]
+        flow = [index for index, callback in enumerate(callbacks) if isinstance(callback, DefaultFlowCallback)]
         callbacks.insert(flow[-1] + 1 if flow else 0, self)
         self._trainer = trainer
         return self
@@ -114,17 +116,17 @@ class DynamicsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes in the model and opens the store.
+        """Take in the model and open the store.
 
         Raises:
             ValueError: If there is nothing to watch.
-            CaptureExists: If the run has records and the training does not resume.
+            RecordsExist: If the run has records and the training does not resume.
         """
         self.close()
         self._waiting = {}
         model = kwargs["model"]
         self._refuse_overlap(model, kwargs.get("train_dataloader"))
-        resume_from = state.global_step or self._taken_up_again(args, state)
+        resume_from = state.global_step or self._restarted(args, state)
         self.recorder = Recorder(
             self._run(state, begins=resume_from is None),
             model,
@@ -134,32 +136,32 @@ class DynamicsCallback(TrainerCallback):
             gradients=not _keeps_gradients_away(args, kwargs.get("optimizer")),
             disk_names=lambda names: _disk_names(model, names),
             batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            notes=self._notes_on_loss(args),
-            **self._wishes,
+            notes=self._findings_on_loss(args),
+            **self._settings,
         )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Hooks on to the backward passes of a step that is to be captured."""
+        """Hook on to the backward passes of a step that is to be captured."""
         if self.recorder is not None:  # the Trainer counts a step when it is done
             self.recorder.before_backward(state.global_step + 1, getattr(kwargs.get("optimizer"), "scaler", None))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Reads the gradients, clipped and unscaled, as the optimizer is about to take them."""
+        """Read the gradients, clipped and unscaled, as the optimizer is about to use them."""
         if self.recorder is not None:
             self.recorder.before_optimizer_step(kwargs.get("optimizer"))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Writes the record of a captured step."""
-        self._under_way = state.train_batch_size
+        """Write the record of a captured step."""
+        self._batch_size = state.train_batch_size
         if self.recorder is not None and self.recorder.after_optimizer_step():
             self._log(state, will_log=control.should_log)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Makes sure that a checkpoint's step has a record, from which a resumed training can go on."""
+        """Make sure that a checkpoint's step has a record, from which a resumed training can continue."""
         if self.recorder is not None and self.recorder.record(state.global_step):
             self._log(state, will_log=False)
 
@@ -171,7 +173,7 @@ class DynamicsCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the numbers of a step that the Trainer logs itself to what it logs."""
+        """Add the numbers of a step to what the Trainer logs of it."""
         if self._waiting and logs is not None:
             numbers, self._waiting = self._waiting, {}
             logs.update(numbers)
@@ -180,12 +182,12 @@ class DynamicsCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Closes the store."""
-        self._under_way = None
+        """Close the store."""
+        self._batch_size = None
         self.close()
 
     def close(self) -> None:
-        """Removes all hooks and gives the store back; for when a training raised, after which no event comes."""
+        """Remove all hooks and close the store; call it after a training that raised, since no event follows."""
         if self.recorder is not None:
             self.recorder.close()
 
@@ -196,17 +198,17 @@ class DynamicsCallback(TrainerCallback):
         self.close()
 
     def _refuse_overlap(self, model: Any, train_dataloader: Any) -> None:
-        """Refuses probe samples that are trained on, where the training set is map-style and soon read."""
+        """Refuse probe samples that are trained on, where the training set is map-style and quickly read."""
         dataset = getattr(train_dataloader, "dataset", None)
         if dataset is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             return
         if len(dataset) <= COMPARED:
             with undisturbed(model):  # reading may draw random numbers
-                for task in self._wishes["tasks"] or ():
+                for task in self._settings["tasks"] or ():
                     task.refuse_overlap(dataset)
 
     def _run(self, state: TrainerState, *, begins: bool) -> Path:
-        """The run's folder; of a trial of a hyperparameter search one in it, named as the Trainer names the trial's."""
+        """Return the run folder; for a trial of a hyperparameter search the folder in it that the Trainer names."""
         if not state.is_hyper_param_search:
             return Path(self._out_dir)
         self._trials += begins
@@ -215,33 +217,33 @@ class DynamicsCallback(TrainerCallback):
             return Path(self._out_dir) / Path(self._trainer._get_output_dir(trial)).name
         return Path(self._out_dir) / f"run-{max(self._trials, 1) - 1}"
 
-    def _notes_on_loss(self, args: TrainingArguments) -> list[Finding]:
-        """What is to be said where training minimises another loss than the tasks' default, as far as can be seen."""
-        names = [task.name for task in self._wishes["tasks"] or () if not callable(task.loss)]
+    def _findings_on_loss(self, args: TrainingArguments) -> list[Finding]:
+        """Return a finding if training visibly minimises a different loss than the tasks' default."""
+        names = [task.name for task in self._settings["tasks"] or () if not callable(task.loss)]
         loss = _other_loss(args, self._trainer)
         if not names or loss is None:
             return []
         return [
             Finding(
                 "OD318",
-                f"The training minimises {loss}; the Fisher is of the model's own cross-entropy on the probe samples "
-                f"of {', '.join(names[:3])}{', …' if len(names) > 3 else ''}.",
-                "Give the tasks the same loss, Task(…, loss=function), if the Fisher is to be of what is trained.",
+                f"Training minimises {loss}, but the Fisher is that of the model's own cross-entropy on the probe "
+                f"samples of {some(names)}.",
+                "To probe the loss that is trained, give it to the tasks: Task(…, loss=function).",
                 evidence={"loss": loss, "tasks": names},
             )
         ]
 
-    def _taken_up_again(self, args: TrainingArguments, state: TrainerState) -> int | None:
-        """Step 0 where ``auto_find_batch_size`` gave a training up and begins it again, from where its weights are.
+    def _restarted(self, args: TrainingArguments, state: TrainerState) -> int | None:
+        """Return step 0 where ``auto_find_batch_size`` gave a training up and starts over from the present weights.
 
         The records so far are of an attempt that the Trainer drops; the start of the weights is still the first's.
         """
-        before, self._under_way = self._under_way, None
+        before, self._batch_size = self._batch_size, None
         smaller = before is not None and state.train_batch_size is not None and state.train_batch_size < before
         return 0 if args.auto_find_batch_size and smaller else None
 
     def _log(self, state: TrainerState, *, will_log: bool) -> None:
-        """Hands a record's summary to the training log, together with the Trainer's own numbers where it has some."""
+        """Hand a record's summary to the training log, together with the Trainer's own numbers if there are any."""
         assert self.recorder is not None
         numbers = {f"{PREFIX}{name}": number for name, number in self.recorder.scalars.items()}
         if self._trainer is not None and will_log:
@@ -254,21 +256,21 @@ class DynamicsCallback(TrainerCallback):
 
 
 def _is_saved(step: int, args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether the Trainer is going to save a checkpoint at this step, as far as that can be known before."""
+    """Return whether the Trainer will save a checkpoint at this step, as far as that can be known in advance."""
     if args.save_strategy != SaveStrategy.STEPS:
         return False
     return step >= state.max_steps or (state.save_steps > 0 and step % state.save_steps == 0)
 
 
 def _keeps_gradients_away(args: TrainingArguments, optimizer: Any) -> bool:
-    """Whether DeepSpeed ZeRO is at work, which takes gradients apart as they come."""
+    """Return whether DeepSpeed ZeRO is at work, which takes gradients apart as they come."""
     return bool(getattr(args, "deepspeed", None)) or "DeepSpeed" in type(optimizer).__name__
 
 
 def _other_loss(args: TrainingArguments, trainer: Trainer | None) -> str | None:
-    """The loss that is minimised, where it is not, or may not be, the model's own; ``None`` if it is, or none knows."""
+    """Return the loss that is minimised if it may differ from the model's own; ``None`` if not, or if unknown."""
     if getattr(trainer, "compute_loss_func", None) is not None:
-        return "a compute_loss_func of its own"
+        return "a custom compute_loss_func"
     owner = next((kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind)), Trainer)
     # TRL's SFTTrainer calls the model's own loss, and adds metrics.
     supervised = owner.__name__ == "SFTTrainer" and getattr(args, "loss_type", None) in (None, "nll", "chunked_nll")
@@ -280,15 +282,15 @@ def _other_loss(args: TrainingArguments, trainer: Trainer | None) -> str | None:
 
 
 def _disk_names(model: Any, watched: Sequence[str]) -> dict[str, Any]:
-    """Names of dense watched weights on disk; without them names stay as in the model."""
+    """Return names of dense watched weights on disk; without them names stay as in the model."""
     if not watched:
         return {}
     try:
         return disk_names(model, watched, state_dict_conversion=_as_saved)
     except Exception as error:  # a library's inner function on anybody's model
         warnings.warn(
-            f"The names under which this model's weights are saved could not be found ({type(error).__name__}: "
-            f"{error}); those of checkpoints will be taken as they are.",
+            f"The names under which this model's weights are saved are unknown ({type(error).__name__}: {error}); "
+            "names in checkpoints are used as they are.",
             UserWarning,
             stacklevel=2,
         )

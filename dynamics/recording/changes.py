@@ -1,7 +1,7 @@
 """Changes in the middle of a training: other parameters trained, other adapters active, scaled, merged or restarted.
 
-Flags and identities are compared, without a tensor operation, so that every step can be looked at. Only whether base
-weights were rewritten, as ReLoRA does when it merges an adapter and starts it again, takes a few of their numbers.
+Flags and identities are compared without a tensor operation, so that every step can be checked. Only the check whether
+base weights were rewritten (ReLoRA merges an adapter and starts it again) reads a few of their numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dynamics.findings import Finding
 from probes.low_rank import LowRankMatrix
 from probes.watched import Found, Watched, class_names, is_sharded
 
-#: So many names are given in a message.
+#: Names listed in a message.
 _NAMED = 3
 #: Entries of each base weight that are compared.
 _SAMPLES = 128
@@ -54,22 +54,22 @@ class ModelState:
         self.trained = {id(parameter) for parameter in self._parameters if parameter.requires_grad}
 
     def has_changed(self) -> bool:
-        """Whether the model says something else now."""
+        """Return whether the model says something else now."""
         return self._read() != self._flags or any(
             _settings(module) != self._settings[id(module)] for module in self._adapters
         )
 
     @property
     def parameters(self) -> set[int]:
-        """The model's parameters, by identity."""
+        """Return the model's parameters, by identity."""
         return {id(parameter) for parameter in self._parameters}
 
     def rescaled(self, later: ModelState) -> set[int]:
-        """Parameters (by identity) of adapters whose scale is another later."""
+        """Return the parameters (by identity) of adapters whose scale differs later."""
         return self._of_adapters(later, lambda before, after: _other_scales(before.scales, after.scales))
 
     def merged(self, later: ModelState) -> set[int]:
-        """Parameters (by identity) of adapters that are merged into their base weights later, and are not now."""
+        """Return the parameters (by identity) of adapters that are merged later, but not now."""
         return self._of_adapters(later, lambda before, after: set(after.merged) - set(before.merged))
 
     def _of_adapters(self, later: ModelState, names: Callable[[_Settings, _Settings], set[str]]) -> set[int]:
@@ -98,7 +98,10 @@ class ModelState:
 
 @dataclass(frozen=True)
 class _Settings:
-    """What an adapter layer (PEFT's) says: active adapters, merged ones, scales by adapter, whether all are off."""
+    """The settings of an adapter layer (PEFT's).
+
+    Active adapters, merged ones, scales by adapter, whether all are off.
+    """
 
     active: object
     merged: tuple[str, ...]
@@ -128,12 +131,12 @@ class Change:
     """What changed in the watched matrices and beside them, by name.
 
     Args:
-        began: Matrices that are trained now, and were not.
-        ended: Matrices that were trained, and are not now.
-        switched: Matrices that other adapters add up to now.
-        partly: Matrices of which other factors are trained now.
-        others: Trainable parameters that belong to no watched matrix and began or ended.
-        rescaled: Matrices whose adapters have another scale now.
+        began: Matrices that are trained now but were not.
+        ended: Matrices that were trained but are not now.
+        switched: Matrices whose active adapters differ now.
+        partly: Matrices whose trained factors differ now.
+        others: Trainable parameters in no watched matrix that began or ended.
+        rescaled: Matrices whose adapters have a different scale now.
         merged: Matrices whose adapters were merged into the base weight.
         restarted: Matrices whose base weight was rewritten.
     """
@@ -151,27 +154,27 @@ class Change:
         return any(getattr(self, part.name) for part in fields(self))
 
     def findings(self, step: int, recorded: int) -> Iterator[Finding]:
-        """What is to be said of it.
+        """Yield the findings that a user should see.
 
         Args:
-            step: The last step that was done when it was noticed.
-            recorded: The captured step before it, −1 if there is none to count from.
+            step: The last step done when the change was noticed.
+            recorded: The captured step before it, −1 if there is none.
         """
-        since = f"counts from step {step}, or from when it was trained first"
+        since = f"counts from step {step}, or from when it was first trained"
         parts = [
-            (self.began, f"{{}} began to be trained, whose total {since}"),
-            (self.switched, f"other adapters add up to {{}}, where the total of each adapter {since}"),
-            (self.partly, "other factors are trained of {}"),
-            (self.ended, "{} ended and will not be in later records"),
-            (self.others, "of parameters in no watched matrix, {} began or ended"),
+            (self.began, f"{{}} began to be trained; its total {since}"),
+            (self.switched, f"other adapters are active on {{}}; the total of each adapter {since}"),
+            (self.partly, "other factors of {} are trained"),
+            (self.ended, "{} ended and is not in later records"),
+            (self.others, "parameters outside the watched matrices began or ended: {}"),
         ]
-        told = [text.format(_counted(names)) for names, text in parts if names]
-        if told:
+        changes = [text.format(_counted(names)) for names, text in parts if names]
+        if changes:
             yield Finding(
                 "OD313",
-                f"After step {step} something else is trained: {'; '.join(told)}.",
-                "Compare the Fisher of all that is trained (global) only between steps at which the same is trained; "
-                "single matrices can be compared throughout.",
+                f"The set of trained parameters changed after step {step}: {'; '.join(changes)}.",
+                "Compare the Fisher of all parameters (global) only between steps with the same trained parameters. "
+                "Single matrices can be compared throughout.",
                 step=step,
                 evidence={
                     name: list(names[:20])
@@ -180,22 +183,22 @@ class Change:
                 }
                 | {"last_record": recorded},
             )
-        lost = "" if recorded == step else f" Their increment since step {recorded} is not known, and is left out."
+        lost = "" if recorded == step else f" Their increment since step {recorded} is unknown and left out."
         if self.restarted:
             yield Finding(
                 "OD314",
-                f"After the record of step {recorded} the base weight of {_counted(self.restarted)} was rewritten, as "
+                f"The base weight of {_counted(self.restarted)} was rewritten after the record of step {recorded}, as "
                 "by merging an adapter into it and starting the adapter again (ReLoRA). Totals count from step "
                 f"{step}.{lost}",
-                "Add the totals of all stretches as matrices, not as norms, or capture the steps at which adapters "
-                "are merged.",
+                "Add the totals of the stretches as matrices, not as norms. Capture the steps at which adapters are "
+                "merged to keep every increment.",
                 step=step,
                 evidence={"matrices": len(self.restarted), "names": list(self.restarted[:20])},
             )
         if self.rescaled:
             yield Finding(
                 "OD315",
-                f"After step {step} adapters of {_counted(self.rescaled)} have another scale. Totals contain the "
+                f"The scale of the adapters of {_counted(self.rescaled)} changed after step {step}. Totals contain the "
                 f"change of scale; increments do not.{lost}",
                 "Set the scale before training, or read increments.",
                 step=step,
@@ -204,9 +207,9 @@ class Change:
         if self.merged:
             yield Finding(
                 "OD316",
-                f"After step {step} adapters of {_counted(self.merged)} are merged into their base weights, where they "
-                "get no gradient. Their updates are still those of their factors.",
-                "Call unmerge_adapter() before the training goes on.",
+                f"The adapters of {_counted(self.merged)} are merged into their base weights after step {step} and get "
+                "no gradient there. Their recorded updates are still those of their factors.",
+                "Call unmerge_adapter() before training continues.",
                 step=step,
                 evidence={"matrices": len(self.merged), "names": list(self.merged[:20])},
             )
@@ -215,14 +218,14 @@ class Change:
 def change_between(
     before: ModelState, after: ModelState, was: Found, now: Found, rewritten: Iterable[str] = ()
 ) -> Change:
-    """What changed between two states of a model.
+    """Return what changed between two states of a model.
 
     Args:
         before, after: The states.
         was, now: The watched matrices of each.
         rewritten: Matrices whose base weight was rewritten.
     """
-    old, new = ({matrix.name: matrix for matrix in found.watched if not matrix.part_of} for found in (was, now))
+    old, new = ({matrix.name: matrix for matrix in model.watched if not matrix.part_of} for model in (was, now))
     both = [name for name in new if name in old]
 
     def of(parameters: set[int]) -> tuple[str, ...]:
@@ -250,7 +253,7 @@ def _identities(parameters: Iterable[nn.Parameter]) -> list[int]:
 
 
 def _counted(names: Sequence[str]) -> str:
-    """How many, and the first of them."""
+    """Return how many, and the first of them."""
     listed = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
     return f"{len(names)} ({listed})"
 
@@ -258,7 +261,7 @@ def _counted(names: Sequence[str]) -> str:
 class BaseWeights:
     """A few entries of the base weight under each adapter, to see whether it was rewritten.
 
-    Weights that are sharded, quantised or on the meta device are not looked at, nor those that an adapter is merged
+    Weights that are sharded, quantised or on the meta device are skipped, and so are those that an adapter is merged
     into.
 
     Args:
@@ -272,7 +275,7 @@ class BaseWeights:
 
     @torch.no_grad()
     def take(self) -> None:
-        """Takes entries of the layers that are new, and lets go of those that are gone."""
+        """Take entries of new layers, and drop those of layers that are gone."""
         layers = {id(layer): layer for layer in self._model.modules() if "LoraLayer" in class_names(layer)}
         kept = {key: entry for key, entry in self._entries.items() if key in layers}
         new = {key: layer for key, layer in layers.items() if key not in kept and _base_weight(layer) is not None}
@@ -280,11 +283,11 @@ class BaseWeights:
 
     @torch.no_grad()
     def rewritten(self, watched: Sequence[Watched], previous: Callable[[], Mapping[str, LowRankMatrix]]) -> list[str]:
-        """Names of the matrices whose base weight is another now; its entries are taken anew.
+        """Return the names of matrices whose base weight was rewritten, and take its entries anew.
 
         Args:
             watched: The matrices.
-            previous: What the adapters of each matrix added up to at the last captured step.
+            previous: The sum of the adapters of each matrix at the last captured step.
         """
         layers = [(layer, then) for layer, then in self._entries.values() if _base_weight(layer) is not None]
         now = [_entries(_base_weight(layer)) for layer, _ in layers]
@@ -296,34 +299,36 @@ class BaseWeights:
             weight = _base_weight(layer)
             assert weight is not None
             factors = {id(parameter) for parameter in layer.parameters()}
-            adapted = [each for each in watched if not each.part_of and any(id(p) in factors for p in each.sources)]
+            adapted = [
+                matrix for matrix in watched if not matrix.part_of and any(id(p) in factors for p in matrix.sources)
+            ]
             if adapted and _is_rewritten(layer, weight, then, entries, adapted[0], products.get(adapted[0].name)):
-                names += [each.name for each in adapted]
+                names += [matrix.name for matrix in adapted]
                 self._entries[id(layer)] = layer, entries
         return names
 
 
 def _base_weight(layer: Any) -> Tensor | None:
-    """The weight under an adapter as it is, ``None`` where an adapter is merged into it or it is not plain numbers."""
+    """Return the weight under an adapter; ``None`` where an adapter is merged into it or it is not plain numbers."""
     weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
     if not isinstance(weight, Tensor) or is_sharded(weight) or weight.is_meta or getattr(layer, "merged_adapters", ()):
         return None
     return weight.detach() if weight.is_floating_point() and weight.numel() else None
 
 
-def _places(weight: Tensor) -> Tensor:
-    """Places of the entries in the flattened weight; the odd stride goes through all rows and columns."""
+def _positions(weight: Tensor) -> Tensor:
+    """Return positions in the flattened weight; the odd stride goes through all rows and columns."""
     stride = weight.numel() // _SAMPLES | 1
     return torch.arange(_SAMPLES, device=weight.device) * stride % weight.numel()
 
 
 def _entries(weight: Tensor | None) -> Tensor:
     assert weight is not None
-    return torch.take(weight, _places(weight))
+    return torch.take(weight, _positions(weight))
 
 
 def _equal(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
-    """Whether all entries are the same, waiting for each device and format once."""
+    """Return whether all entries are the same, waiting for each device and format once."""
     groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for then, entries in zip(before, now, strict=True):
         if (then.device, then.dtype) != (entries.device, entries.dtype):
@@ -351,9 +356,9 @@ def _is_rewritten(
 
 
 def _product_entries(layer: Any, weight: Tensor, product: LowRankMatrix) -> Tensor:
-    """The product at the places of the entries, float64."""
-    places, columns = _places(weight), weight[0].numel()
-    row, column = places // columns, places % columns
+    """Return the product at the positions of the entries, float64."""
+    positions, columns = _positions(weight), weight[0].numel()
+    row, column = positions // columns, positions % columns
     if "Embedding" in class_names(layer) or getattr(layer, "fan_in_fan_out", False) is True:
         row, column = column, row
     left, right = product.left_factor.detach()[row].double(), product.right_factor.detach()[:, column].double()

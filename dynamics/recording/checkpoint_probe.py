@@ -1,8 +1,8 @@
-"""The Fisher of a training that is over: probe samples at its checkpoints, by a function of the user's that loads them.
+"""Records of the Fisher after a training, at its checkpoints, which a function of the user's loads.
 
-Timing is predictive, as during a training: the record of a checkpoint has gradients at the weights of the checkpoint
-before, and the change between the two. A model is loaded once for each checkpoint, one at a time, and its trainable
-parameters are set back for the moment; copies of those of the checkpoint before are kept on the host.
+Timing is predictive, as during a training: the record of a checkpoint has gradients at the weights of the previous
+checkpoint, and the change between the two. One model is loaded at a time, once for each checkpoint, and its trainable
+parameters are set back for the measurement; those of the previous checkpoint are kept as copies on the host.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Loader = Callable[[str], Any]
 
 @dataclass
 class Probed:
-    """What the probe samples told.
+    """Records of probed checkpoints.
 
     Args:
         fisher: K and b, one record a checkpoint, ascending.
         score: Scores of the tasks that have their own, likewise.
-        findings: What went wrong.
+        findings: Checkpoints that could not be probed, and why.
     """
 
     fisher: list[xr.Dataset] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Probed:
 
 @dataclass(frozen=True)
 class _State:
-    """A checkpoint that was probed: what the next one's change is counted from."""
+    """A probed checkpoint, from which the change of the next one is measured."""
 
     step: int
     segment: int
@@ -58,10 +58,10 @@ class _State:
 
 
 def load_function(text: str) -> Loader:
-    """The function that ``module:function`` names; the module is imported, from the working directory or as installed.
+    """Return the function named by ``module:function``, from the working directory or an installed package.
 
     Raises:
-        ValueError: If the text is not of that form, there is no such module or function, or importing it fails.
+        ValueError: If the text has another form, there is no such module or function, or importing it fails.
 
     >>> load_function("os.path:basename")("a/b")
     'b'
@@ -70,15 +70,15 @@ def load_function(text: str) -> Loader:
     if not separator or not module or not name.isidentifier():
         raise ValueError(f"probe: expected module:function, such as my_probe:load, got {text!r}.")
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        function = getattr(importlib.import_module(module), name, None)
     except (Exception, SystemExit) as error:  # a script without a __main__ guard may exit
         raise ValueError(
-            f"probe: the module {module!r} could not be imported ({_said(error)}). "
-            "It must lie in the working directory, or be installed."
+            f"probe: the module {module!r} could not be imported ({_description(error)}). "
+            "Put it into the working directory, or install it."
         ) from error
-    if not callable(found):
+    if not callable(function):
         raise ValueError(f"probe: the module {module!r} has no function {name!r}.")
-    return found
+    return function
 
 
 def probe_checkpoints(
@@ -87,42 +87,42 @@ def probe_checkpoints(
     matrices: Callable[[str], bool] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Probed:
-    """Measures K, b and scores at each checkpoint. A checkpoint that fails costs itself, and is named.
+    """Return K, b and scores at each checkpoint. A checkpoint that fails is left out, with a finding.
 
     Args:
-        checkpoints: Of one run, ascending.
-        load: Called with the folder of each. The same model object may come again with other weights; what is not
+        checkpoints: Checkpoints of one run, ascending.
+        load: Called with the folder of each. It may return the same model object with other weights; what is not
             trained must be the same at all checkpoints. Parameters must require gradients: with PEFT,
             ``PeftModel.from_pretrained(base, folder, is_trainable=True)``.
-        matrices: Which blocks are measured, by name; by default everything that is trained.
-        progress: Called with the checkpoints done, and their number.
+        matrices: Whether a block is measured, by its name; by default everything that is trained.
+        progress: Called with the number of checkpoints done, and of all.
 
     Returns:
         Records as those of a training. The first checkpoint of each training has K alone, at its own weights.
     """
-    found, before = Probed(), None
-    for place, checkpoint in enumerate(checkpoints):
-        progress(place, len(checkpoints))
+    probed, before = Probed(), None
+    for number, checkpoint in enumerate(checkpoints):
+        progress(number, len(checkpoints))
         if before is not None and before.segment != checkpoint.segment:
             before = None
         try:
-            before = _probe(found, checkpoint, load, matrices, before)
-        except (Exception, SystemExit) as error:  # anything may come from a function of the user's
-            found.findings.append(
+            before = _probe(probed, checkpoint, load, matrices, before)
+        except (Exception, SystemExit) as error:  # a user's function may raise anything
+            probed.findings.append(
                 Finding(
                     "OD411",
-                    f"The checkpoint could not be probed ({_said(error)}).",
-                    "Its Fisher is missing; the rest is there.",
+                    f"The checkpoint could not be probed ({_description(error)}).",
+                    "Only its Fisher is missing; correct the probe function and analyse again.",
                     file=checkpoint.folder.name,
                     step=checkpoint.step,
                 )
             )
     progress(len(checkpoints), len(checkpoints))
-    return found
+    return probed
 
 
 def _probe(
-    found: Probed,
+    probed: Probed,
     checkpoint: Checkpoint,
     load: Loader,
     matrices: Callable[[str], bool] | None,
@@ -134,22 +134,22 @@ def _probe(
             "expected a model with trainable parameters, got one in which none requires a gradient; "
             "with PEFT, load it with is_trainable=True"
         )
-    here = _State(checkpoint.step, checkpoint.segment, _trained(model), _frozen(model))
+    state = _State(checkpoint.step, checkpoint.segment, _trained(model), _frozen(model))
     blocks = None if matrices is None else [name for name in _block_names(model) if matrices(name)]
     probe = FisherProbe(model, tasks, blocks=blocks, batch_size=batch_size)
-    if (scores := probe.scores(here.step)) is not None:
-        found.score.append(scores)
+    if (scores := probe.scores(state.step)) is not None:
+        probed.score.append(scores)
     if before is None:
-        found.fisher.append(probe.record(here.step, here.step, None))
-        return here
-    _require_alike(before, here)
+        probed.fisher.append(probe.record(state.step, state.step, None))
+        return state
+    _require_alike(before, state)
     now = _matrices(model)
     probe.start_from(before.trained)
     with probe.at_start():
         earlier = _matrices(model)
     changes = {name: _change(matrix, earlier[name]) for name, matrix in now.items()}
-    found.fisher.append(probe.record(here.step, before.step, changes, momentum))
-    return here
+    probed.fisher.append(probe.record(state.step, before.step, changes, momentum))
+    return state
 
 
 def _loaded(returned: Any) -> tuple[nn.Module, list[Task], int, float]:
@@ -176,7 +176,7 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _frozen(model: nn.Module) -> dict[str, float]:
-    """A number for each parameter that is not trained, by which another is noticed."""
+    """Return the sum of each parameter that is not trained, by which a change is noticed."""
     return {
         name: float(parameter.detach().sum(dtype=torch.float64))
         for name, parameter in bare(model).named_parameters()
@@ -184,21 +184,21 @@ def _frozen(model: nn.Module) -> dict[str, float]:
     }
 
 
-def _require_alike(before: _State, here: _State) -> None:
-    if before.trained.keys() != here.trained.keys():
-        apart = sorted(before.trained.keys() ^ here.trained.keys())[:3]
-        raise ValueError(f"expected what was trained at step {before.step} too, got other parameters: {apart}")
-    changed = [name for name in here.frozen if here.frozen[name] != before.frozen.get(name)]
+def _require_alike(before: _State, state: _State) -> None:
+    if before.trained.keys() != state.trained.keys():
+        apart = sorted(before.trained.keys() ^ state.trained.keys())[:3]
+        raise ValueError(f"expected the same trained parameters as at step {before.step}, got a difference in {apart}")
+    changed = [name for name in state.frozen if state.frozen[name] != before.frozen.get(name)]
     if changed:
         raise ValueError(
-            f"expected what is not trained to be as at step {before.step}, got other numbers in {changed[:3]}; "
+            f"expected frozen parameters as at step {before.step}, got other numbers in {changed[:3]}; "
             "do not merge adapters into the model"
         )
 
 
 def _matrices(model: nn.Module) -> dict[str, Matrix]:
-    """Every watched matrix as it is now, in tensors of its own."""
-    return {each.name: _copied(each.read()) for each in find(model).watched if not each.part_of}
+    """Return copies of all watched matrices as they are now."""
+    return {matrix.name: _copied(matrix.read()) for matrix in find(model).watched if not matrix.part_of}
 
 
 def _copied(matrix: Matrix) -> Matrix:
@@ -211,20 +211,20 @@ def _copied(matrix: Matrix) -> Matrix:
 def _change(now: Matrix, before: Matrix) -> Matrix:
     if isinstance(now, LowRankMatrix) and isinstance(before, LowRankMatrix):
         return difference(now, before)
-    dense = [each if isinstance(each, Tensor) else each.to_dense() for each in (now, before)]
-    return dense[0] - dense[1]
+    dense_now, dense_before = (matrix if isinstance(matrix, Tensor) else matrix.to_dense() for matrix in (now, before))
+    return dense_now - dense_before
 
 
 def _block_names(model: nn.Module) -> list[str]:
     watched = find(model).watched
-    of_matrices = {id(parameter) for each in watched for parameter in each.parameters}
+    of_matrices = {id(parameter) for matrix in watched for parameter in matrix.parameters}
     others = [name for name, parameter in trained_parameters(model).items() if id(parameter) not in of_matrices]
-    return [*(each.name for each in watched if not each.part_of), *others]
+    return [*(matrix.name for matrix in watched if not matrix.part_of), *others]
 
 
-def _said(error: BaseException) -> str:
-    """Type, message and place of an error, in one line: where in the user's file it was."""
+def _description(error: BaseException) -> str:
+    """Return type, message and line of an error in the user's file, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename and "importlib" not in frame.filename]
-    where = f", {own[-1].filename.rpartition('/')[2]} line {own[-1].lineno}" if own and len(frames) > 1 else ""
+    users = [frame for frame in frames if "site-packages" not in frame.filename and "importlib" not in frame.filename]
+    where = f", {users[-1].filename.rpartition('/')[2]} line {users[-1].lineno}" if users and len(frames) > 1 else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"

@@ -25,7 +25,7 @@ Conversion: TypeAlias = Callable[[nn.Module, dict[str, Tensor]], Mapping[str, Te
 def disk_names(
     model: nn.Module, matrices: Iterable[str], *, state_dict_conversion: Conversion
 ) -> dict[str, str | list[str]]:
-    """Name on disk of each matrix that is saved under another name than its own.
+    """Return the name on disk of each matrix that is saved under a different name.
 
     The library's own conversion is run once, on a state dict of the right names and shapes in which each matrix is a
     single number, repeated without being stored; where the numbers come out is where the matrices go. No weight is
@@ -55,17 +55,17 @@ def disk_names(
     >>> disk_names(Model(), ["old", "kept"], state_dict_conversion=conversion)
     {'old': 'new'}
     """
-    wanted = {name: number for number, name in enumerate(matrices, 1)}
+    number_of = {name: number for number, name in enumerate(matrices, 1)}
     base = base_model(model)
     with _Unstored() as unstored:
-        written = state_dict_conversion(base, _numbered_state(base, wanted))
-    found: dict[int, list[tuple[str, bool]]] = defaultdict(list)
+        written = state_dict_conversion(base, _numbered_state(base, number_of))
+    names: dict[int, list[tuple[str, bool]]] = defaultdict(list)
     for key, tensor in written.items():
         for name, numbers in _matrices(key, tensor):
             for number in (several := unstored.taken_apart(numbers)):
-                found[number].append((name, len(several) == 1))
-    places = {name: _place(found[number]) for name, number in wanted.items() if number in found}
-    return {name: place for name, place in places.items() if place != name}
+                names[number].append((name, len(several) == 1))
+    stored = {name: _stored_as(names[number]) for name, number in number_of.items() if number in names}
+    return {name: on_disk for name, on_disk in stored.items() if on_disk != name}
 
 
 class _Unstored(TorchFunctionMode):
@@ -85,27 +85,27 @@ class _Unstored(TorchFunctionMode):
 
     def _join(self, tensors: Iterable[Tensor]) -> Tensor:
         number = -1 - len(self._joined)
-        self._joined[number] = self.taken_apart({each for tensor in tensors for each in _numbers(tensor)})
+        self._joined[number] = self.taken_apart(set().union(*map(_numbers, tensors)))
         return torch.tensor(number, device="cpu")
 
     def taken_apart(self, numbers: Iterable[int]) -> set[int]:
-        """The numbers, in place of each that stands for several those."""
-        return {each for number in numbers for each in self._joined.get(number, {number})}
+        """Return the numbers; one that stands for several is replaced by those."""
+        return set().union(*(self._joined.get(number, {number}) for number in numbers))
 
 
-def _numbered_state(base: nn.Module, wanted: Mapping[str, int]) -> dict[str, Tensor]:
-    """The base model's state dict with each matrix's number in place of its values, 0 where it has none."""
+def _numbered_state(base: nn.Module, number_of: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return the base model's state dict with each matrix's number in place of its values, 0 where it has none."""
     numbered: dict[int, Tensor] = {}  # tied weights stay tied
     state = {}
     for path, tensor in base.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and not _is_of_adapter(base, path):
             key = plain_path(base, path)
-            state[key] = numbered.setdefault(id(tensor), _numbered(key, tensor.shape, wanted))
+            state[key] = numbered.setdefault(id(tensor), _numbered(key, tensor.shape, number_of))
     return state
 
 
 def _is_of_adapter(base: nn.Module, path: str) -> bool:
-    """Whether a parameter is an adapter's own, or a frozen original of which the trained copy stands beside it."""
+    """Return whether a parameter belongs to an adapter, or is a frozen original with its trained copy beside it."""
     return any(
         ("BaseTunerLayer" in (names := class_names(module)) and word != "base_layer")
         or ("AuxiliaryTrainingWrapper" in names and word == "original_module")
@@ -113,16 +113,16 @@ def _is_of_adapter(base: nn.Module, path: str) -> bool:
     )
 
 
-def _numbered(key: str, shape: torch.Size, wanted: Mapping[str, int]) -> Tensor:
+def _numbered(key: str, shape: torch.Size, number_of: Mapping[str, int]) -> Tensor:
     name = key.removesuffix(".weight")
-    stack = [wanted.get(f"{name}[{index}]", 0) for index in range(shape[0])] if len(shape) == 3 else []
+    stack = [number_of.get(f"{name}[{index}]", 0) for index in range(shape[0])] if len(shape) == 3 else []
     if any(stack):
         return torch.tensor(stack, device="cpu")[:, None, None].expand(shape)
-    return torch.tensor(wanted.get(name, 0), device="cpu").expand(shape)
+    return torch.tensor(number_of.get(name, 0), device="cpu").expand(shape)
 
 
 def _matrices(key: str, tensor: Tensor) -> Iterator[tuple[str, set[int]]]:
-    """The matrices of a saved tensor, each with the numbers in it: one, or those of a stack of different ones."""
+    """Yield the matrices of a saved tensor with the numbers in each: one, or those of a stack of different ones."""
     name, numbers = key.removesuffix(".weight"), _numbers(tensor)
     if tensor.ndim == 3 and len(numbers) > 1:
         yield from ((f"{name}[{index}]", _numbers(part)) for index, part in enumerate(tensor))
@@ -131,11 +131,11 @@ def _matrices(key: str, tensor: Tensor) -> Iterator[tuple[str, set[int]]]:
 
 
 def _numbers(tensor: Tensor) -> set[int]:
-    """What a tensor holds; where it repeats one entry without storing it, one is looked at."""
+    """Return what a tensor holds; where it repeats one entry without storing it, that entry is read once."""
     stored = tensor[tuple(slice(None) if stride else slice(1) for stride in tensor.stride())]
     return set(stored.flatten().tolist())
 
 
-def _place(places: list[tuple[str, bool]]) -> str | list[str]:
-    (name, is_whole), *others = places
-    return name if is_whole and not others else [place for place, _ in places]
+def _stored_as(parts: list[tuple[str, bool]]) -> str | list[str]:
+    (name, is_whole), *others = parts
+    return name if is_whole and not others else [name for name, _ in parts]

@@ -1,7 +1,7 @@
-"""The Fisher of a model in training, on held-out probe samples: what a captured step records of it.
+"""Records of the Fisher of a model in training, and of its scores, on held-out probe samples.
 
-Timing is predictive: gradients are taken at the weights at which the increment began, to which all trainable parameters
-are set for the moment, and multiplied with the increment that the optimizer then made. The training does not notice.
+Timing is predictive: gradients are taken at the weights where the increment began, to which all trainable parameters
+are set for the moment, and multiplied with the increment that the optimizer then made. The training is not affected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dynamics import schema
 from probes.blocks import trained_parameters
-from probes.gram import Gram, gradient_gram
+from probes.gram import ProbeGram, gradient_gram
 from probes.scores import Score, evaluate
 from probes.tasks import Task, probe_batches, probe_loss
 from probes.undisturbed import swapped
@@ -29,17 +29,17 @@ SPACE = "tangent"
 
 
 class FisherProbe:
-    """Probe samples of several tasks, and the model in training that they probe.
+    """The probe samples of several tasks, and the model in training whose gradients they measure.
 
-    It keeps a copy of every trainable parameter as it was at the last captured step: of factors on their own device, of
-    dense weights on the host.
+    A copy of every trainable parameter as of the last captured step is kept: of factors on their own device, of dense
+    weights on the host.
 
     Args:
         model: The model in training, in its wrappers; each process measures its own copy.
         tasks: Held-out samples, each with its task and group.
         blocks: Names of the watched matrices, where only some are watched; ``None`` for all that is trained.
         on_host: Parameters whose copies are kept on the host.
-        batch_size: Samples that the optimizer sees in one step, for the matched null; 0 if that is not known.
+        batch_size: Samples of one optimizer step, for the gradient null; 0 if unknown.
 
     Raises:
         ValueError: If there are no tasks, their samples cannot be put into batches, or the parameters are sharded.
@@ -67,17 +67,17 @@ class FisherProbe:
         self._blocks = None if blocks is None else list(blocks)
         self._batch_size = batch_size
         self._host = {id(parameter) for parameter in on_host}
-        self._matrices, self._others = self._of_model()
+        self._matrices, self._others = self._block_names()
         self._before = {name: self._copied(parameter) for name, parameter in self._trained.items()}
         self._ended: list[tuple[nn.Parameter, Tensor]] = []  # trained until lately, as they were
-        self._unknown: set[str] = set()  # blocks of which it is not known by how much they moved
+        self._unknown: set[str] = set()  # blocks whose change is unknown
 
-    def _of_model(self) -> tuple[set[str], list[str]]:
-        """Names of the watched matrices that are blocks, and of trained parameters of which none is made."""
+    def _block_names(self) -> tuple[set[str], list[str]]:
+        """Return the names of watched matrices that are blocks, and of trained parameters outside all matrices."""
         watched = find(self._model).watched
-        of_matrices = {id(parameter) for each in watched for parameter in each.parameters}
+        of_matrices = {id(parameter) for matrix in watched for parameter in matrix.parameters}
         others = [name for name, parameter in self._trained.items() if id(parameter) not in of_matrices]
-        return {each.name for each in watched if not each.part_of and each.parameters}, others
+        return {matrix.name for matrix in watched if not matrix.part_of and matrix.parameters}, others
 
     def _copied(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach().to("cpu" if id(parameter) in self._host else parameter.device, copy=True)
@@ -90,17 +90,17 @@ class FisherProbe:
         rewritten: Collection[int] = (),
         moved: bool = False,
     ) -> None:
-        """Goes on with what is trained now.
+        """Continue with the parameters that are trained now.
 
         Args:
-            blocks, on_host: As when it was made.
-            rewritten: Parameters (by identity) that begin anew.
-            moved: Whether what is new may have been trained since the last captured step.
+            blocks, on_host: As for the constructor.
+            rewritten: Parameters (by identity) that start afresh.
+            moved: Whether new parameters may have been trained since the last captured step.
         """
         before, after = self._trained, trained_parameters(self._model)
         copies = {id(parameter): self._before[name] for name, parameter in before.items()}
         copies |= {id(parameter): copy for parameter, copy in self._ended}
-        held = {id(parameter): parameter for parameter in (*before.values(), *(p for p, _ in self._ended))}
+        parameters = {id(parameter): parameter for parameter in (*before.values(), *(p for p, _ in self._ended))}
         copies = {key: copy for key, copy in copies.items() if key not in rewritten}
         self._host |= {id(parameter) for parameter in on_host}
         self._trained, self._blocks = after, None if blocks is None else list(blocks)
@@ -108,18 +108,18 @@ class FisherProbe:
             name: copies[id(p)] if id(p) in copies else self._copied(p) for name, p in self._trained.items()
         }
         trained = {id(parameter) for parameter in after.values()}
-        self._ended = [(held[key], copy) for key, copy in copies.items() if key not in trained]
-        self._matrices, self._others = self._of_model()
+        self._ended = [(parameters[key], copy) for key, copy in copies.items() if key not in trained]
+        self._matrices, self._others = self._block_names()
         if moved:
             self._unknown |= {name for name, parameter in after.items() if id(parameter) not in copies}
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
-        """Lets the next increment begin at these weights, by the names of :func:`probes.blocks.trained_parameters`."""
+        """Let the next increment begin at these weights, named as by :func:`probes.blocks.trained_parameters`."""
         for name, value in self._before.items():
             value.copy_(weights[name])
 
     def at_start(self) -> AbstractContextManager[None]:
-        """The weights where the increment began, in the model, for the moment."""
+        """Set the model to the weights where the increment began, within a ``with`` block."""
         ended = [[*column] for column in zip(*self._ended, strict=True)] or [[], []]
         return swapped([*self._trained.values(), *ended[0]], [*self._before.values(), *ended[1]])
 
@@ -130,20 +130,20 @@ class FisherProbe:
         increments: Mapping[str, Matrix] | None,
         momentum: float = math.nan,
     ) -> xr.Dataset:
-        """K and b of the increment that ends at this step, at the weights where it began.
+        """Return the record of K and b of the increment that ends at this step, at the weights where it began.
 
         Args:
             step: The captured step.
             evaluated_at: The captured step before.
-            increments: Watched matrix to its change between the two; ``None`` for K alone.
-            momentum: Of the optimizer, see :func:`momentum_of`; NaN if not known.
+            increments: Watched matrix → its change between the two; ``None`` for K alone.
+            momentum: Momentum of the optimizer, see :func:`momentum_of`; NaN if unknown.
 
         Returns:
-            As :func:`fisher_record`; a sample whose loss or gradient is not finite has NaN, and so has the update of
-            a block whose change is not known.
+            As :func:`fisher_record`. A sample whose loss or gradient is not finite has NaN, and so has the update of a
+            block whose change is unknown.
         """
-        changes = None if increments is None else self._wanted({**self._changes(), **increments})
-        unknown = self._wanted(dict.fromkeys({*self._matrices, *self._others} - set(changes or ())))
+        changes = None if increments is None else self._of_blocks({**self._changes(), **increments})
+        unknown = self._of_blocks(dict.fromkeys({*self._matrices, *self._others} - set(changes or ())))
         with torch.enable_grad(), self.at_start():
             gram = gradient_gram(
                 self._model,
@@ -166,23 +166,23 @@ class FisherProbe:
         )
 
     def scores(self, step: int) -> xr.Dataset | None:
-        """Scores of the model as it is now, of the tasks that have a score of their own; ``None`` if none has."""
-        asked = [task for task in self._tasks if task.score is not None]
-        return score_record(step, evaluate(self._model, asked)) if asked else None
+        """Return the scores of the model as it is now, for tasks with a score of their own; ``None`` if none has."""
+        scored = [task for task in self._tasks if task.score is not None]
+        return score_record(step, evaluate(self._model, scored)) if scored else None
 
     def advance(self) -> None:
-        """The weights as they are now become those where the next increment begins."""
+        """Let the next increment begin at the weights as they are now."""
         self._ended, self._unknown = [], set()
         for name, parameter in self._trained.items():
             self._before[name].copy_(parameter.detach())
 
-    def _wanted(self, changes: Mapping[str, Matrix | None]) -> dict[str, Any]:
-        """Those of blocks that are measured."""
+    def _of_blocks(self, changes: Mapping[str, Matrix | None]) -> dict[str, Any]:
+        """Return the changes of the measured blocks."""
         names = {*self._matrices, *self._others} if self._blocks is None else set(self._blocks)
         return {name: change for name, change in changes.items() if name in names}
 
     def _changes(self) -> dict[str, Tensor]:
-        """Of trainable parameters of which no watched matrix is made: biases, norms, the factors of LoHa."""
+        """Return the changes of trainable parameters outside all watched matrices: biases, norms, factors of LoHa."""
         return {
             name: self._trained[name].detach().double().cpu() - self._before[name].double().cpu()
             for name in self._others
@@ -218,7 +218,7 @@ def _momentum_of_group(group: Mapping[str, Any]) -> float:
 
 
 def fisher_record(
-    gram: Gram,
+    gram: ProbeGram,
     step: int,
     evaluated_at: int,
     labels: Mapping[str, Sequence[str]],
@@ -228,42 +228,47 @@ def fisher_record(
     unknown: Collection[str] = (),
     momentum: float = math.nan,
 ) -> xr.Dataset:
-    """What is kept of one step: K and b by block, with the labels of the samples.
+    """Return the record of one step: K and b by block, with the labels of the samples.
+
+    :func:`dynamics.fisher.dataset.gram_of` reads it back.
 
     Args:
-        gram: With or without an update; samples that it left out are NaN here.
-        step: Of the record.
+        gram: With or without an update. Samples that it left out are NaN in the record.
+        step: The captured step.
         evaluated_at: Step of the weights at which gradients were taken.
-        labels: ``sample_task``, ``sample_group`` and ``sample_id``, one text a sample.
-        batch_size: Samples in an optimizer step; 0 if not known.
-        reduction: Of the losses over a sample's tokens.
-        unknown: Blocks whose update is not known, so that that of all together is not either.
-        momentum: Of the optimizer; NaN if not known.
+        labels: ``sample_task``, ``sample_group`` and ``sample_id`` of all samples, those left out included.
+        batch_size: Samples of one optimizer step; 0 if unknown.
+        reduction: How losses are reduced over a sample's tokens.
+        unknown: Blocks whose update is unknown; if there is one, that of all together is unknown too.
+        momentum: Momentum of the optimizer; NaN if unknown.
 
     Returns:
         As :data:`dynamics.schema.FISHER_RECORD` has it, one step.
     """
-    blocks, samples = list(gram.gram), len(labels["sample_id"])
-    kept = [place for place in range(samples) if place not in set(gram.left_out)]
+    blocks, samples = gram.blocks, len(labels["sample_id"])
+    present = np.setdiff1d(np.arange(samples), gram.left_out)
+    missing = {*unknown, schema.GLOBAL} if unknown else set()
     k = np.full((1, len(blocks), samples, samples), np.nan)
     b = np.full((1, len(blocks), samples), np.nan)
     loss = np.full((1, samples), np.nan)
-    loss[0, kept] = gram.losses.numpy()
-    missing = {*unknown, schema.GLOBAL} if unknown else set()
+    loss[0, present] = gram.losses
     for row, block in enumerate(blocks):
-        k[0, row][np.ix_(kept, kept)] = gram.gram[block].numpy()
+        k[0, row][np.ix_(present, present)] = gram.gram[block]
         if block in gram.update_product and block not in missing:
-            b[0, row, kept] = gram.update_product[block].numpy()
-    nothing = dict.fromkeys(blocks, np.nan)
-    numbers = {
-        "update_norm_squared": {**nothing, **gram.update_norm_squared, **dict.fromkeys(missing, np.nan)},
-        "share_outside_space": {**nothing, **gram.share_outside_space, **dict.fromkeys(missing, np.nan)},
-        "dimension": gram.dimension,
+            b[0, row, present] = gram.update_product[block]
+
+    def by_block(values: Mapping[str, float]) -> np.ndarray:
+        return np.array([[math.nan if block in missing else float(values.get(block, math.nan)) for block in blocks]])
+
+    arrays = {
+        "gram": k,
+        "update_product": b,
+        "update_norm_squared": by_block(gram.update_norm_squared),
+        "share_outside_space": by_block(gram.share_outside_space),
+        "dimension": np.array([[float(gram.dimension[block]) for block in blocks]]),
+        "loss": loss,
+        "momentum": np.array([momentum]),
     }
-    arrays = {"gram": k, "update_product": b, "loss": loss, "momentum": np.array([momentum])} | {
-        name: np.array([[float(each[block]) for block in blocks]]) for name, each in numbers.items()
-    }
-    known = {**schema.FISHER_RECORD, "momentum": schema.FISHER_MOMENTUM}
     coords = {
         "step": np.array([step], dtype=np.int64),
         "block": np.asarray(blocks, dtype=str),
@@ -271,7 +276,7 @@ def fisher_record(
         **{name: ("sample", np.asarray(labels[name], dtype=str)) for name in schema.SAMPLE_LABELS},
     }
     return xr.Dataset(
-        {name: (known[name].dims, array, schema.attributes(known[name])) for name, array in arrays.items()},
+        schema.labelled({**schema.FISHER_RECORD, "momentum": schema.FISHER_MOMENTUM}, arrays),
         coords=coords,
         attrs={
             "space": gram.space,
@@ -284,27 +289,27 @@ def fisher_record(
 
 
 def score_record(step: int, scores: Sequence[Score]) -> xr.Dataset:
-    """Scores of one step, as the group ``score`` has them."""
-    arrays = {
-        "score": [each.score for each in scores],
-        "items": [float(each.items) for each in scores],
-        "standard_error": [each.standard_error for each in scores],
-        "direction": [{True: 1.0, False: -1.0, None: 0.0}[each.higher_is_better] for each in scores],
+    """Return the scores of one step, as the group ``score`` has them."""
+    directions = {True: 1.0, False: -1.0, None: 0.0}
+    columns = {
+        "score": [score.score for score in scores],
+        "items": [float(score.items) for score in scores],
+        "standard_error": [score.standard_error for score in scores],
+        "direction": [directions[score.higher_is_better] for score in scores],
     }
-    known = {**schema.SCORE, "direction": schema.SCORE_DIRECTION}
+    arrays = {name: np.array([column], dtype=np.float64) for name, column in columns.items()}
     return xr.Dataset(
-        {
-            name: (known[name].dims, np.array([values], dtype=np.float64), schema.attributes(known[name]))
-            for name, values in arrays.items()
-        },
+        schema.labelled({**schema.SCORE, "direction": schema.SCORE_DIRECTION}, arrays),
         coords={
             "step": np.array([step], dtype=np.int64),
-            "task": np.asarray([each.task for each in scores], dtype=str),
+            "task": np.asarray([score.task for score in scores], dtype=str),
         },
     )
 
 
 def _reduction(tasks: Sequence[Task]) -> str:
-    """Over a sample's tokens, where all tasks have the same."""
-    found = {task.loss if isinstance(task.loss, str) else "own" if callable(task.loss) else "sum" for task in tasks}
-    return found.pop() if len(found) == 1 else "mixed"
+    """Return how losses are reduced over a sample's tokens, ``"mixed"`` if tasks differ."""
+    reductions = {
+        task.loss if isinstance(task.loss, str) else "own" if callable(task.loss) else "sum" for task in tasks
+    }
+    return reductions.pop() if len(reductions) == 1 else "mixed"

@@ -25,13 +25,20 @@ from dynamics.recording import Schedule, preset_named
 from dynamics.recording.changes import BaseWeights, Change, ModelState, change_between
 from dynamics.recording.fisher import FisherProbe, momentum_of
 from dynamics.recording.live import LiveSpectra
-from dynamics.recording.monitor import fisher_numbers, notes_on, notes_on_resuming, update_numbers, watched_or_refused
+from dynamics.recording.monitor import (
+    findings_on_model,
+    findings_on_resuming,
+    fisher_numbers,
+    update_numbers,
+    watched_or_refused,
+)
 from dynamics.recording.schedules import schedule_of
-from dynamics.recording.writer import Records, earlier_capture, refuse_other_weights, store_path
+from dynamics.recording.writer import Records, earlier_records, refuse_other_weights, store_path
 from dynamics.spectra import raw
 from dynamics.spectra.raw import GradientSpectrum
 from dynamics.spectra.walk import MatrixSpectra
-from dynamics.store.capture_store import read_tensors
+from dynamics.store.record_writer import read_start
+from dynamics.store.results import FOLDER
 from dynamics.text import encodable
 from probes.gradients import GradientNorms, loss_scale, norms_of
 from probes.tasks import Task
@@ -64,7 +71,7 @@ class _Noticed:
 class Recorder:
     """Records what a training does to a model's weights, at the steps of a schedule.
 
-    Each captured step becomes one complete record in ``run/dynamics/capture.zarr``: singular values of every watched
+    Each captured step becomes one file in ``run/dynamics/records/``: singular values of every watched
     matrix's update since the start and since the last captured step, its gradient's norm before and after clipping,
     and by preset the singular values of its gradient and the cosine of consecutive increments.
 
@@ -72,7 +79,7 @@ class Recorder:
     up from the step at which they are noticed, with a finding; what is frozen ends.
 
     Args:
-        run: Run folder; records go into ``run/dynamics/capture.zarr``.
+        run: Run folder; records go into ``run/dynamics/records/``.
         model: The model in training, its adapters in place; in any wrapper (PEFT, DDP, FSDP 2, ``torch.compile``).
         preset: ``"economy"``, ``"standard"`` or ``"full"``: what a record holds, and by default which steps.
         every: Capture every so many steps, instead of the preset's schedule.
@@ -94,7 +101,7 @@ class Recorder:
 
     Raises:
         ValueError: If nothing is to be watched, or the preset, the schedule or the regular expression is not one.
-        CaptureExists: If the run has records already and does not resume, or resumes from other weights than recorded.
+        RecordsExist: If the run has records already and does not resume, or resumes from other weights than recorded.
         OSError: If the store cannot be made; what fails later does not raise, unless ``strict``.
 
     Example: a plain training loop::
@@ -290,7 +297,7 @@ class Recorder:
                 self._lost_start |= bool(change.restarted)
                 self._probe_follows(noticed, moved=True)
             spectra = self._live.measure()
-            if self._records is not None and self._live.places:
+            if self._records is not None and self._live.shapes:
                 update = self._update(step, spectra)
                 probed = self._probed(step)
                 numbers = update_numbers(update, gradient)
@@ -419,8 +426,8 @@ class Recorder:
         earlier, start = None, None
         with _raised_on_all():
             if resume_from is not None and self._leads:
-                earlier = earlier_capture(run)
-                start = {} if earlier is None else read_tensors(earlier.path / ".start.safetensors")
+                earlier = earlier_records(run)
+                start = {} if earlier is None else read_start(run / FOLDER)
         start = {} if resume_from is not None and start is None else start
         cosines = self.preset.increment_cosines
         self._live = LiveSpectra(found.watched, start=start, step=self._last, cosines=cosines, leads=self._leads)
@@ -430,7 +437,9 @@ class Recorder:
                 goes_on = earlier is not None and refuse_other_weights(
                     earlier, self._last, self._update(self._last, spectra)
                 )
-                own = notes_on(found, gradients=self._gradients) + notes_on_resuming(resume_from, goes_on=goes_on)
+                own = findings_on_model(found, gradients=self._gradients) + findings_on_resuming(
+                    resume_from, continues=goes_on
+                )
                 _end_earlier(run, resumes=resume_from is not None)
                 self._records = Records(
                     run,
@@ -464,7 +473,7 @@ class Recorder:
 
     def _update(self, step: int, spectra: Mapping[str, MatrixSpectra]) -> xr.Dataset:
         results = {(step, name): each for name, each in spectra.items()}
-        return raw.raw_update({step: (0, self._from_step)}, self._live.places, results)
+        return raw.raw_update({step: (0, self._from_step)}, self._live.shapes, results)
 
     def _by_matrix(self, squared: Tensor | None, scale: float) -> list[float]:
         """Norm of each matrix's gradient, NaN where there is none to measure."""
@@ -480,7 +489,7 @@ class Recorder:
             # Where the norm is not known, what stands in for the gradient is no gradient of zero.
             spectrum = (None, 0) if math.isnan(norm_after) else spectra.get(name, (None, 0))
             gradients[name] = GradientSpectrum(norm_before, norm_after, *spectrum)
-        places = {name: place for name, place in self._live.places.items() if name in gradients}
+        places = {name: place for name, place in self._live.shapes.items() if name in gradients}
         return raw.raw_gradient(step, places, gradients)
 
     @contextmanager

@@ -1,8 +1,7 @@
 """Schedules: which optimizer steps are captured. Each is a function ``step -> bool`` of the step alone.
 
-A schedule knows nothing of the past, so that a resumed training captures the steps that it would have captured.
-
-Presets: what a captured step records, and which steps are captured unless the user says otherwise.
+A schedule knows nothing of the past, so that a resumed training captures the same steps. A preset says what a captured
+step records, and which steps are captured by default.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ Schedule: TypeAlias = Callable[[int], bool]
 
 
 def every(interval: int, start: int = 0) -> Schedule:
-    """Every ``interval`` steps, counted from ``start``.
+    """Return a schedule of every ``interval`` steps, counted from ``start``.
 
     Raises:
         ValueError: If the interval is not positive.
@@ -30,7 +29,7 @@ def every(interval: int, start: int = 0) -> Schedule:
 
 
 def at(*steps: int) -> Schedule:
-    """These steps.
+    """Return a schedule of these steps.
 
     >>> [step for step in range(1, 10) if at(1, 7)(step)]
     [1, 7]
@@ -40,12 +39,12 @@ def at(*steps: int) -> Schedule:
 
 
 def at_no_step(step: int) -> bool:
-    """Never."""
+    """Capture no step."""
     return False
 
 
 def geometric(ratio: float | int = 2, first: int = 1) -> Schedule:
-    """``first``, and then each step ``ratio`` times as far as the one before, rounded: many early, few late.
+    """Return a schedule of ``first`` and then each step ``ratio`` times as far, rounded: many early, few late.
 
     Raises:
         ValueError: If the ratio is not above 1 or the first step not positive.
@@ -59,16 +58,16 @@ def geometric(ratio: float | int = 2, first: int = 1) -> Schedule:
         raise ValueError(f"Expected a ratio above 1 and a first step of at least 1, got {ratio} and {first}.")
 
     def schedule(step: int) -> bool:
-        place = float(first)
-        while round(place) < step:
-            place *= ratio
-        return round(place) == step
+        position = float(first)
+        while round(position) < step:
+            position *= ratio
+        return round(position) == step
 
     return schedule
 
 
 def logarithmic(start: float | int, end: float | int, count: int) -> Schedule:
-    """``count`` steps equally spaced in the logarithm between 10**start and 10**end, as cockpit has it.
+    """Return a schedule of ``count`` steps from 10**start to 10**end, equally spaced in the logarithm, as in cockpit.
 
     Raises:
         ValueError: If there are no steps, or the end lies before the start.
@@ -83,7 +82,7 @@ def logarithmic(start: float | int, end: float | int, count: int) -> Schedule:
 
 
 def either(*schedules: Schedule) -> Schedule:
-    """Whatever one of these captures.
+    """Return a schedule of the steps that any of these captures.
 
     >>> [step for step in range(1, 12) if either(at(1), every(5))(step)]
     [1, 5, 10]
@@ -93,7 +92,7 @@ def either(*schedules: Schedule) -> Schedule:
 
 @dataclass(frozen=True)
 class Preset:
-    """What to record.
+    """What a captured step records, and which steps are captured.
 
     Args:
         name: ``"economy"``, ``"standard"`` or ``"full"``.
@@ -121,37 +120,37 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def preset_named(name: str) -> Preset:
-    """The preset of this name.
+    """Return the preset of this name.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the name is not one of :data:`PRESETS`.
 
     >>> preset_named("economy").gradient_spectra
     False
     """
     if name not in PRESETS:
-        raise ValueError(f"Expected a preset of {', '.join(PRESETS)}, got {name!r}.")
+        raise ValueError(f"Expected the preset {', '.join(PRESETS)}, got {name!r}.")
     return PRESETS[name]
 
 
 def schedule_of(
     preset: Preset, *, interval: int | None = None, steps: Sequence[int] | None = None, schedule: Schedule | None = None
 ) -> Schedule:
-    """What the user asks for instead of the preset's schedule; of several wishes, each is granted.
+    """Return the union of the requested steps, or the preset's schedule if none are requested.
 
     Args:
-        preset: Its schedule holds where nothing is asked for.
+        preset: Used where no steps are requested.
         interval: Every so many steps.
         steps: These steps.
-        schedule: A schedule.
+        schedule: The steps of a schedule.
 
-    >>> asked = schedule_of(PRESETS["full"], interval=4, steps=[1])
-    >>> [step for step in range(1, 10) if asked(step)]
+    >>> chosen = schedule_of(PRESETS["full"], interval=4, steps=[1])
+    >>> [step for step in range(1, 10) if chosen(step)]
     [1, 4, 8]
     """
-    wishes = [
+    schedules = [
         *([every(interval)] if interval is not None else []),
         *([at(*steps)] if steps is not None else []),
         *([schedule] if schedule is not None else []),
     ]
-    return either(*wishes) if wishes else preset.schedule
+    return either(*schedules) if schedules else preset.schedule

@@ -19,39 +19,39 @@ class Snapshot:
     scales: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def holds(self, watched: Watched) -> bool:
-        """Whether the matrix can be read from it."""
+        """Return whether the matrix can be read from it."""
         return all(id(parameter) in self.values for parameter in watched.sources)
 
     def part(self, watched: Watched) -> Watched | None:
-        """The matrix with those of its adapters alone that can be read from it, ``None`` if none can."""
+        """Return the matrix with only those of its adapters that can be read from it, ``None`` if none can."""
         if isinstance(watched.terms, Dense):
             return watched if self.holds(watched) else None
         terms = tuple(term for term in watched.terms if all(id(p) in self.values for p in term.parameters))
         return replace(watched, terms=terms) if terms else None
 
     def read(self, watched: Watched) -> Matrix:
-        """The matrix as it was."""
+        """Return the matrix as it was."""
         scales = [self.scales.get(factors_of(term), scale) for term, scale in scaled_products(watched)]
         return watched.read(lambda parameter: self.values[id(parameter)], scales)
 
 
 def terms_of(watched: Watched) -> tuple[Product | Dense, ...]:
-    """The adapters that add up to a matrix, or the weight itself."""
+    """Return the adapters that add up to a matrix, or the weight itself."""
     return (watched.terms,) if isinstance(watched.terms, Dense) else watched.terms
 
 
 def factors_of(product: Product) -> tuple[int, int]:
-    """The identities of an adapter's factors, which tell it from every other."""
+    """Return the identities of an adapter's factors, which tell it from every other."""
     return id(product.left), id(product.right)
 
 
 def scaled_products(watched: Watched) -> list[tuple[Product, float]]:
-    """Each adapter of a matrix with its scale as it is now; none of a dense weight."""
+    """Return each adapter of a matrix with its scale as it is now; none of a dense weight."""
     return [] if isinstance(watched.terms, Dense) else [(term, term.scale()) for term in watched.terms]
 
 
 def keys_of(watched: Sequence[Watched]) -> dict[nn.Parameter, str]:
-    """Each parameter once, with a name for it: its first matrix and its position there."""
+    """Return each parameter once, with a name for it: its first matrix and its position there."""
     keys: dict[nn.Parameter, str] = {}
     for matrix in watched:
         for index, parameter in enumerate(matrix.sources):
@@ -62,7 +62,7 @@ def keys_of(watched: Sequence[Watched]) -> dict[nn.Parameter, str]:
 def start_tensors(
     start: Snapshot, watched: Sequence[Watched], keys: Mapping[nn.Parameter, str], step: int | None = None
 ) -> dict[str, Tensor]:
-    """The start of matrices as tensors by name, to be read by :func:`read_start`.
+    """Return the start of matrices as tensors by name, for :func:`read_start`.
 
     Args:
         start: The values that are not those of a product of zero.
@@ -94,7 +94,7 @@ def read_start(
     keys: Mapping[nn.Parameter, str],
     home: Callable[[nn.Parameter], torch.device],
 ) -> Snapshot:
-    """The start of matrices from what :func:`start_tensors` gave, each part as it was last written up to a step.
+    """Read the start of matrices from what :func:`start_tensors` gave, each part as last written up to a step.
 
     Args:
         tensors: By name.

@@ -9,53 +9,39 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from dynamics.findings import Finding
-from dynamics.recording.monitor import Signs
+from dynamics.findings import Finding, from_json
+from dynamics.recording.monitor import TrainingMonitor
+from dynamics.spectra.dataset import same_spectra
 from dynamics.spectra.null_models import SEED
-from dynamics.store import FOLDER, Capture, CaptureExists, CaptureStore, provenance, read_capture
 from dynamics.store.capture import CAPTURE, is_capture
-from dynamics.store.records import finding_of
+from dynamics.store.record_folders import RECORDS, RecordFolders, StoredRecords, is_records, stored_records
+from dynamics.store.record_writer import RecordsExist, RecordWriter
+from dynamics.store.results import FOLDER, provenance
 from dynamics.text import encodable
 
 #: Findings about a change in the middle of a training: they stay true of it.
 CHANGES = ("OD313", "OD314", "OD315", "OD316")
-#: Up to this relative difference of spectra, a model is the one that a record was taken of.
-AGREES = 1e-2
 
 
 def store_path(run: Path) -> Path:
-    """Where the records of a run go, whatever the run is called."""
-    return (run / FOLDER / CAPTURE).resolve()
+    """Return where the records of a run go, whatever the run is called."""
+    return (run / FOLDER / RECORDS).resolve()
 
 
-def earlier_capture(run: Path) -> Capture | None:
-    """What is recorded in a run's folder, ``None`` if nothing is.
+def earlier_records(run: Path) -> StoredRecords | None:
+    """Return what is recorded in a run's folder, in this format or the first; ``None`` if nothing is.
 
     Raises:
         ValueError: If it cannot be read.
     """
-    path = run / FOLDER / CAPTURE
-    return read_capture(path) if is_capture(path) else None
-
-
-def agreement(record: xr.Dataset, now: xr.Dataset) -> float:
-    """Largest relative difference of the totals' singular values between two raw updates of one step.
-
-    >>> from dynamics.spectra.raw import raw_update
-    >>> agreement(raw_update({1: (0, -1)}, {}, {}), raw_update({1: (0, -1)}, {}, {}))
-    0.0
-    """
-    names = [name for name in record["matrix"].values.tolist() if name in set(now["matrix"].values.tolist())]
-    both = (each["singular_value"].sel(kind="total", matrix=names).values[0] for each in (record, now))
-    before, after = (np.nan_to_num(values) for values in both)
-    length = min(before.shape[-1], after.shape[-1])
-    largest = np.maximum(before.max(-1, initial=0), after.max(-1, initial=0))
-    apart = np.abs(before[..., :length] - after[..., :length]).max(-1, initial=0)
-    return float(np.divide(apart, largest, out=np.zeros_like(apart), where=largest > 0).max(initial=0.0))
+    records, capture = (
+        path if not path.is_symlink() and test(path) else None
+        for path, test in ((run / FOLDER / RECORDS, is_records), (run / FOLDER / CAPTURE, is_capture))
+    )
+    return None if records is None and capture is None else stored_records(RecordFolders(records, capture))
 
 
 class Records:
@@ -66,12 +52,12 @@ class Records:
         notes: What is to be said of the whole training, from its beginning.
         attributes: Beside provenance: ``disk_names``, ``covered_share``.
         configuration: How it is recorded, JSON-compatible.
-        warmup_steps: See ``Signs``.
+        warmup_steps: See ``TrainingMonitor``.
         resume_from: The step after which the training goes on, ``None`` if it begins.
         earlier: What was recorded before, where it goes on.
 
     Raises:
-        CaptureExists: If there are records and the training does not resume.
+        RecordsExist: If there are records and the training does not resume.
         OSError: If they cannot be written.
     """
 
@@ -84,9 +70,9 @@ class Records:
         configuration: Mapping[str, Any],
         warmup_steps: int,
         resume_from: int | None,
-        earlier: Capture | None,
+        earlier: StoredRecords | None,
     ) -> None:
-        self._notes, self._signs = list(notes), Signs(warmup_steps)
+        self._notes, self._monitor = list(notes), TrainingMonitor(warmup_steps)
         self._changes: list[Finding] = []
         self._unmeasured: dict[str, tuple[int, str]] = {}  # matrix -> first step, why
         past = earlier.attributes if earlier is not None and resume_from is not None else {}
@@ -107,31 +93,29 @@ class Records:
         if resume_from is not None:
             self._changes = [
                 finding
-                for content in _dictionaries(past.get("findings"))
-                if content.get("code") in CHANGES
-                and (finding := finding_of(content)) is not None
-                and (finding.step or 0) <= resume_from
+                for finding in from_json(_dictionaries(past.get("findings")))
+                if finding.code in CHANGES and (finding.step or 0) <= resume_from
             ]
         for record in kept:
-            self._signs.see(record["update"], record.get("gradient"))
+            self._monitor.observe(record["update"], record.get("gradient"))
         self._noted = self._changing()
         folder = run / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         content |= self._noted
         if resume_from is None:
-            self._store = CaptureStore.create(folder, content)
+            self._writer = RecordWriter.create(folder, content)
         else:
-            self._store = CaptureStore.resume(folder, resume_from, content)
+            self._writer = RecordWriter.resume(folder, resume_from, content)
 
     @property
     def steps(self) -> list[int]:
         """The steps that have a record."""
-        return self._store.steps
+        return self._writer.steps
 
     @property
     def findings(self) -> list[Finding]:
         """What holds now."""
-        return [*self._notes, *self._changes, *self._unmeasured_findings(), *self._signs.findings()]
+        return [*self._notes, *self._changes, *self._unmeasured_findings(), *self._monitor.findings()]
 
     def _unmeasured_findings(self) -> list[Finding]:
         if not self._unmeasured:
@@ -157,7 +141,7 @@ class Records:
     def write_start(self, tensors: Mapping[str, Tensor]) -> None:
         """Keeps what the training began with, for when it resumes."""
         if tensors:
-            self._store.write_start(tensors)
+            self._writer.write_start(tensors)
 
     def changed(self, findings: Iterable[Finding], start: Mapping[str, Tensor], disk_names: Mapping[str, Any]) -> None:
         """Notes that what is trained has changed, says so once of each kind, and keeps what is new as it began.
@@ -173,13 +157,13 @@ class Records:
         for finding in findings:
             self._changes.append(finding)
             self._tell(finding.code, str(finding))
-        named = self._store.attributes.get("disk_names")
-        self._store.annotate(
+        named = self._writer.attributes.get("disk_names")
+        self._writer.annotate(
             {"disk_names": {**(named if isinstance(named, dict) else {}), **encodable(dict(disk_names))}}
         )
         self.annotate()
         if start:
-            self._store.write_start({**self._store.read_start(), **start})
+            self._writer.write_start({**self._writer.read_start(), **start})
 
     def write(
         self,
@@ -194,8 +178,8 @@ class Records:
             OSError: If it cannot be written.
         """
         groups = {"update": update, "gradient": gradient, **(probed or {})}
-        self._store.write(step, {name: group for name, group in groups.items() if group is not None})
-        self._signs.see(update, gradient)
+        self._writer.write(step, {name: group for name, group in groups.items() if group is not None})
+        self._monitor.observe(update, gradient)
 
     def gap(self, step: int, reason: str) -> None:
         """Notes that a step could not be recorded, or not all of it, and says so the first time."""
@@ -212,16 +196,16 @@ class Records:
         Raises:
             OSError: If they cannot be written; the next call tries again.
         """
-        for finding in (*self._unmeasured_findings(), *self._signs.findings()):
+        for finding in (*self._unmeasured_findings(), *self._monitor.findings()):
             self._tell(finding.code, str(finding))
         changing = self._changing()
         if changing != self._noted:
-            self._store.annotate(changing)
+            self._writer.annotate(changing)
             self._noted = changing
 
     def close(self) -> None:
         """Gives the store back."""
-        self._store.close()
+        self._writer.close()
 
     def _changing(self) -> dict[str, Any]:
         findings = encodable([finding.to_dict() for finding in self.findings])
@@ -233,21 +217,22 @@ class Records:
             warnings.warn(text, UserWarning, stacklevel=2)
 
 
-def refuse_other_weights(earlier: Capture, step: int, now: xr.Dataset) -> bool:
+def refuse_other_weights(earlier: StoredRecords, step: int, now: xr.Dataset) -> bool:
     """Whether there is a record of this step; refused if it is one of other weights.
 
     Raises:
-        CaptureExists: If the record does not agree with the model.
+        RecordsExist: If the record does not agree with the model.
     """
     record = earlier.records.get(step)
     if record is None:
         return False
-    difference = agreement(record["update"], now)
-    if difference > AGREES:
-        raise CaptureExists(
-            f"'{earlier.path}' has a record of step {step} whose spectra differ from the model's by {difference:.0%}: "
+    agreement = same_spectra(record["update"], now)
+    if agreement.is_other:
+        raise RecordsExist(
+            f"'{earlier.folders.path}' has a record of step {step} whose spectra differ from the model's by "
+            f"{agreement.difference:.0%} ({agreement.matrix}): "
             "it is another training's, or the weights come from another checkpoint. "
-            "Choose another folder, or move the capture away."
+            "Choose another folder, or move the records away."
         )
     return True
 

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 
 from dynamics.relate import statements
 from dynamics.relate.correlation import common_grid
-from dynamics.relate.inputs import HEADLINE, as_measures, as_scores, cluster_codes, look_like_repeats
-from dynamics.relate.mixed_models import NOT_FITTED, mixed_model
 from dynamics.relate.pairwise import (
     LEAST_STEPS,
     LEAST_UNITS,
     METHODS,
-    Asked,
     Coefficient,
     Question,
-    associations,
+    Specification,
+    associate_pairs,
     coefficients,
 )
 from dynamics.relate.permutations import DRAWS, EXACT_UNITS, LEVEL, false_discovery_rates
-from dynamics.relate.score_tables import ALL, better
-from dynamics.relate.variables import ASSOCIATION
-from dynamics.schema import labelled
+from dynamics.relate.score_tables import ALL, as_scores, better, run_step_grid
+from dynamics.schema import ASSOCIATION, labelled
 
 Given = Literal["loss", "trend"]
-#: Tasks whose mixed model is fitted, which takes a tenth of a second each.
-_MIXED = 16
+#: The measure that is named before looking. The logarithm of the participation ratio is a lower bound of the
+#: spectral entropy, of the Fisher it has a nearly unbiased estimate, and its differences are ratios.
+HEADLINE = "ln_participation_ratio"
 
 
 def associate(
@@ -85,9 +85,8 @@ def associate(
         Variables over ``(measure, task)``: ``coefficient``, ``low``, ``high`` (the interval that belongs to the
         decision: it excludes 0 exactly where the association is shown), ``p_value``, ``p_familywise`` (max-T),
         ``q_value`` (Benjamini–Hochberg), ``smallest_p``, ``smallest_p_adjusted``, ``decidable``, ``holds``,
-        ``coefficient_given_loss``, ``n_runs``, ``n_units``, ``n_steps``, ``mixed_slope`` and its interval (headline
-        measure, eight runs or more), ``method``, ``reason`` and ``statement``. Attributes: ``question``, ``headline``,
-        ``given``, ``statements``, ``repeats``.
+        ``coefficient_given_loss``, ``n_runs``, ``n_units``, ``n_steps``, ``method``, ``reason`` and ``statement``.
+        Attributes: ``question``, ``headline``, ``given``, ``statements``, ``repeats``.
 
     Raises:
         ValueError: If dimensions or coordinates are missing, the headline is not a measure, no run is in both, a run
@@ -115,51 +114,39 @@ def associate(
         raise ValueError(f"Expected question and coefficient among {words}, got {question!r} and {coefficient!r}.")
     if question == "one_run" and len(runs) > 1:
         raise ValueError(f"question 'one_run': expected one run, got {len(runs)}. Select one, or ask 'over_steps'.")
-    equal = _loss_at(loss, x)
-    _check_given(given, question, equal)
-    asked = Asked(
+    losses = _loss_at(loss, x)
+    _check_given(given, question, losses)
+    specification = Specification(
         question,
         coefficient if question == "between_runs" else "pearson",
-        equal if given == "loss" else None,
+        losses if given == "loss" else None,
         slopes=given == "trend",
     )
-    names = list(product(x["measure"].values.tolist(), y["task"].values.tolist()))
     shape = x.sizes["measure"], y.sizes["task"]
-    leading = _headline_pair(names, headline).reshape(shape)
-    columns = asdict(associations(x.values, y.values, cluster, asked, leading, draws=draws, seed=seed))
+    leading = _leading(x["measure"].values, y["task"].values, headline)
+    columns = asdict(associate_pairs(x.values, y.values, cluster, specification, leading, draws=draws, seed=seed))
     deciding = np.where(leading, columns["p_value"], columns["p_familywise"])
     columns["decidable"] = np.asarray(columns["smallest_p_adjusted"] <= LEVEL)
     columns["holds"] = np.asarray(deciding <= LEVEL) & columns["decidable"]
     columns["q_value"] = false_discovery_rates(columns["p_value"])
-    columns["method"] = np.full(shape, METHODS[question, asked.coefficient])
+    method = METHODS[question, specification.coefficient]
+    columns["method"] = np.full(shape, method)
     columns["coefficient_given_loss"] = (
         np.full(shape, np.nan)
-        if equal is None or question != "over_steps"
-        else coefficients(x.values, y.values, cluster, replace(asked, covariate=equal))
+        if losses is None or question != "over_steps"
+        else coefficients(x.values, y.values, cluster, replace(specification, covariate=losses))
     )
-    columns |= _mixed(x.values, y.values, [(clusters is None) & (measure == headline) for measure, _ in names], shape)
-    sign = dict(zip(y["task"].values.tolist(), y["direction"].values.tolist(), strict=True))
-    words = statements.Asked(
+    context = statements.AssociationContext(
         question=question,
         given=given,
-        unit="runs" if clusters is None else "clusters of runs",
-        least=LEAST_UNITS[asked.coefficient],
-        pairs=len(names),
+        unit="run" if clusters is None else "cluster of runs",
+        least=LEAST_UNITS[specification.coefficient],
+        pairs=leading.size,
     )
-    flat = {name: column.ravel() for name, column in columns.items()}
-    columns["statement"] = np.array(
-        [
-            statements.association_statement(
-                *names[place],
-                sign[names[place][1]],
-                words,
-                {name: column[place].item() for name, column in flat.items()},
-                alone=bool(leading.flat[place]),
-            )
-            for place in range(len(names))
-        ],
-        dtype=str,
-    ).reshape(shape)
+    rows = _rows(columns, x["measure"].values, y["task"].values, y["direction"].values, leading)
+    for row in rows:
+        row["statement"] = statements.association_statement(row, context)
+    columns["statement"] = np.array([row["statement"] for row in rows], dtype=str).reshape(shape)
     dataset = xr.Dataset(
         labelled(ASSOCIATION, columns),
         coords={"measure": x["measure"].values, "task": y["task"].values, "direction": ("task", y["direction"].values)},
@@ -168,21 +155,21 @@ def associate(
         "question": question,
         "headline": headline,
         "given": given or "",
-        "method": METHODS[question, asked.coefficient] + _GIVEN[given],
+        "method": method + _GIVEN[given],
         "level": LEVEL,
         "runs": runs,
-        "runs_left_out": _left_out(of_runs, turned, runs),
+        "runs_left_out": sorted({*of_runs["run"].values.tolist(), *turned["run"].values.tolist()} - set(runs)),
         "steps": [int(step) for step in x["step"].values],
         "permutations": "all" if columns["n_units"].max(initial=0) <= EXACT_UNITS else f"{draws} random",
         "seed": seed,
-        "statements": _leading_statements(columns, names, headline, leading),
-        "repeats": [] if clusters else [", ".join(alike) for alike in look_like_repeats(runs).values()],
+        "statements": _leading_statements(rows, headline),
+        "repeats": [] if clusters else [", ".join(names) for names in look_like_repeats(runs).values()],
     }
     return dataset
 
 
 #: What the method says of ``given``.
-_GIVEN = {
+_GIVEN: Mapping[str | None, str] = {
     None: "",
     "loss": "; a cubic of the training loss removed from both",
     "trend": "; each run's straight line over the steps removed from both",
@@ -190,7 +177,7 @@ _GIVEN = {
 
 
 def _loss_at(loss: xr.DataArray | None, x: xr.DataArray) -> np.ndarray | None:
-    """The loss of these runs and steps; ``None`` where there is none at all.
+    """Return the loss of these runs and steps; ``None`` where there is none at all.
 
     Raises:
         ValueError: If it has other dimensions than run and step.
@@ -219,7 +206,7 @@ def _check_given(given: str | None, question: Question, loss: np.ndarray | None)
 
 
 def _question(x: np.ndarray, y: np.ndarray) -> Question:
-    """What the data can answer: see ``associate``."""
+    """Return the question that the data can answer: see ``associate``."""
     present = np.asarray(np.isfinite(x).any(-1) & np.isfinite(y).any(-1))
     runs = len(np.flatnonzero(present.any(-1)))
     if runs == 1:
@@ -228,50 +215,116 @@ def _question(x: np.ndarray, y: np.ndarray) -> Question:
     return "over_steps" if sharing >= max(2, runs / 2) else "between_runs"
 
 
-def _headline_pair(names: Sequence[tuple[str, str]], headline: str) -> np.ndarray:
-    """Which pair is the one that was named before looking: none if there are several tasks and no mean of them."""
-    tasks = {task for _, task in names}
-    chosen = ALL if ALL in tasks else next(iter(tasks)) if len(tasks) == 1 else None
-    return np.array([name == (headline, chosen) for name in names])
+def _leading(measures: np.ndarray, tasks: np.ndarray, headline: str) -> np.ndarray:
+    """Return which pair was named before looking; none if there are several tasks and no mean of them."""
+    task = ALL if ALL in tasks else tasks[0] if len(tasks) == 1 else None
+    return (measures == headline)[:, None] & np.array([name == task for name in tasks.tolist()], dtype=bool)
 
 
-def _leading_statements(
-    columns: Mapping[str, np.ndarray], names: Sequence[tuple[str, str]], headline: str, leading: np.ndarray
-) -> list[str]:
-    """The headline pair's statement, what is shown beside it, then the headline measure with every other task.
+def _rows(
+    columns: Mapping[str, np.ndarray],
+    measures: np.ndarray,
+    tasks: np.ndarray,
+    directions: np.ndarray,
+    leading: np.ndarray,
+) -> list[dict[str, Any]]:
+    """Return the numbers of each pair as a row for its sentence."""
+    flat = [column.ravel().tolist() for column in (*columns.values(), leading)]
+    names = (*columns, "leading")
+    pairs = product(measures.tolist(), zip(tasks.tolist(), directions.tolist(), strict=True))
+    return [
+        {"measure": measure, "task": task, "direction": direction, **dict(zip(names, values, strict=True))}
+        for (measure, (task, direction)), values in zip(pairs, zip(*flat, strict=True), strict=True)
+    ]
 
-    Tasks of which nothing can be said for the same reason share a sentence.
+
+def _leading_statements(rows: Sequence[Mapping[str, Any]], headline: str) -> list[str]:
+    """Return the headline pair's statement, what is shown beside it, then the headline measure with every other task.
+
+    Tasks that cannot be related for the same reason share a sentence.
     """
-    flat = {name: columns[name].ravel() for name in ("statement", "reason", "holds")}
-    of_headline = [place for place, (measure, _) in enumerate(names) if measure == headline]
-    order = sorted(
-        {*of_headline, *np.flatnonzero(flat["holds"]).tolist()},
-        key=lambda place: (not leading.flat[place], not flat["holds"][place], place),
-    )
+    chosen = [row for row in rows if row["measure"] == headline or row["holds"]]
+    chosen.sort(key=lambda row: (not row["leading"], not row["holds"]))
     reasons: dict[str, list[str]] = {}
-    for place in of_headline:
-        if flat["reason"][place]:
-            reasons.setdefault(flat["reason"][place], []).append(names[place][1])
-    said = [str(flat["statement"][place]) for place in order if not flat["reason"][place]]
-    return said + [statements.nothing_said(headline, tasks, reason) for reason, tasks in reasons.items()]
+    for row in rows:
+        if row["measure"] == headline and row["reason"]:
+            reasons.setdefault(row["reason"], []).append(row["task"])
+    sentences = [row["statement"] for row in chosen if not row["reason"]]
+    return sentences + [statements.unrelated(headline, tasks, reason) for reason, tasks in reasons.items()]
 
 
-def _mixed(x: np.ndarray, y: np.ndarray, fitted: Sequence[bool], shape: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Mixed models of the headline measure with the first tasks; x and y ``[run, step, measure | task]``."""
-    models = []
-    for place, wanted in enumerate(fitted):
-        measure, task = divmod(place, shape[1])
-        both = np.isfinite(x[..., measure]) & np.isfinite(y[..., task])
-        grid = common_grid(both, 2) if wanted and task < _MIXED else None
-        chosen = grid and np.ix_(grid.runs, grid.steps)
-        models.append(mixed_model(x[..., measure][chosen], y[..., task][chosen]) if chosen else NOT_FITTED)
-    rows = [asdict(model) for model in models]
-    return {
-        f"mixed_{name}": np.array([row[name] for row in rows]).reshape(shape)
-        for name in ("slope", "low", "high", "converged")
-    }
+def as_measures(measures: xr.DataArray | xr.Dataset, headline: str) -> xr.DataArray:
+    """Return measures as ``(run, step, measure)`` in float64; of a dataset every variable of ``(run, step)`` is one.
+
+    ``ln_participation_ratio`` is made from ``participation_ratio`` where only that is there and it is the headline.
+
+    Raises:
+        ValueError: If dimensions are missing, or the headline measure is not there.
+    """
+    if isinstance(measures, xr.Dataset):
+        fitting = {name: array for name, array in measures.data_vars.items() if set(array.dims) == {"run", "step"}}
+        if not fitting:
+            raise ValueError(
+                f"measures: expected variables of (run, step), got {sorted(map(str, measures.data_vars))} "
+                f"of {dict(measures.sizes)}. Choose a matrix, a kind, or take a mean first."
+            )
+        measures = xr.Dataset(fitting).to_dataarray("measure")
+    values = run_step_grid(measures, "measure", "measures")
+    names = values["measure"].values.tolist()
+    if headline == HEADLINE and HEADLINE not in names and "participation_ratio" in names:
+        ratio = values.sel(measure=["participation_ratio"])
+        positive = ratio.where(ratio > 0)
+        logarithm = positive.copy(data=np.log(positive.values)).assign_coords(measure=[HEADLINE])
+        values = xr.concat([logarithm, values], dim="measure").transpose("run", "step", "measure")
+        names = values["measure"].values.tolist()
+    if headline not in names:
+        raise ValueError(f"headline: expected one of the measures {', '.join(map(repr, names))}, got {headline!r}.")
+    return values
 
 
-def _left_out(of_runs: xr.DataArray, turned: xr.DataArray, runs: Sequence[str]) -> list[str]:
-    both = {*of_runs["run"].values.tolist(), *turned["run"].values.tolist()}
-    return sorted(both - set(runs))
+def cluster_codes(runs: Sequence[str], clusters: Mapping[str, str] | None) -> np.ndarray:
+    """Return the number of each run's cluster; without ``clusters`` every run is one.
+
+    Raises:
+        ValueError: If a run has no cluster.
+
+    >>> cluster_codes(["a", "b", "c"], {"a": "qwen", "b": "qwen", "c": "llama"}).tolist()
+    [0, 0, 1]
+    """
+    if clusters is None:
+        return np.arange(len(runs))
+    lacking = [run for run in runs if run not in clusters]
+    if lacking:
+        raise ValueError(f"clusters: expected a cluster for every run, got none for {', '.join(map(repr, lacking))}.")
+    number = {name: code for code, name in enumerate(dict.fromkeys(clusters[run] for run in runs))}
+    return np.array([number[clusters[run]] for run in runs])
+
+
+#: A number at the end, as repeats are told apart: run_3, run-s3, run.seed42.
+_SEED = re.compile(r"[-_.]?(?:s|seed|rep|run|r|v)?[-_.]?\d+$", re.IGNORECASE)
+
+
+def without_seed(run: str) -> str:
+    """Return a run's name without the number at its end that tells repeats apart.
+
+    >>> without_seed("imax_seed42"), without_seed("llama-dmax")
+    ('imax', 'llama-dmax')
+    """
+    return _SEED.sub("", run) or run
+
+
+def look_like_repeats(runs: Iterable[str]) -> dict[str, list[str]]:
+    """Return sets of runs that seem to differ by a seed only, by their common name.
+
+    A single set of all runs is what repeats are for, and is not returned.
+
+    >>> look_like_repeats(["imax_s1", "imax_s2", "dmax_s1", "dmax_s2"])
+    {'imax': ['imax_s1', 'imax_s2'], 'dmax': ['dmax_s1', 'dmax_s2']}
+    >>> look_like_repeats(["run_1", "run_2"])
+    {}
+    """
+    sets = defaultdict(list)
+    for run in runs:
+        sets[without_seed(run)].append(run)
+    repeated = {stem: names for stem, names in sets.items() if len(names) > 1}
+    return repeated if len(sets) > 1 else {}

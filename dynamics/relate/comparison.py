@@ -1,8 +1,10 @@
-"""Groups of runs (recipes) compared: difference and interval for each measure and step."""
+"""Groups of runs (recipes), two at a time: difference and interval for each measure and step."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -10,19 +12,15 @@ from itertools import combinations
 import numpy as np
 import xarray as xr
 
-from dynamics.relate import statements
+from dynamics.relate.association import HEADLINE, as_measures
 from dynamics.relate.differences import (
     Difference,
-    paired_difference,
     relabelled_difference,
     students_test,
-    unpaired_difference,
 )
-from dynamics.relate.inputs import HEADLINE, as_measures, pair_labels
-from dynamics.relate.matched_loss import at_loss, common_levels
 from dynamics.relate.permutations import DRAWS, LEVEL, PermutationTest, false_discovery_rates
-from dynamics.relate.variables import COMPARISON
-from dynamics.schema import labelled
+from dynamics.relate.statements import ComparisonContext, difference_statement
+from dynamics.schema import COMPARISON, labelled
 
 #: How differences are tested.
 _PAIRED = "mean of paired differences; p is the larger of exact sign flips of pairs and Student's t test"
@@ -38,11 +36,10 @@ def compare(
     *,
     pairs: Mapping[str, str] | None = None,
     headline: str = HEADLINE,
-    loss: xr.DataArray | None = None,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> xr.Dataset:
-    """Differences between groups of runs at the same steps, group by group.
+    """Compare groups of runs at the same steps, two groups at a time.
 
     A difference is shown only if a test by relabelling and Student's (Welch's) interval agree: with few runs of unequal
     spread, relabelling alone is wrong up to three times as often as stated. Paired runs of different groups (same seed,
@@ -57,7 +54,6 @@ def compare(
             seeds are no reason to pair runs that share neither data order nor initial adapter.
         headline: The measure named before looking: the p-value of its mean over steps is adjusted for the number of
             comparisons only. Everything else is adjusted over measures (and over steps) too.
-        loss: ``(run, step)``, on a common probe set: then differences are also given at equal loss, descriptively.
         draws, seed: Of random relabellings, where there are more than 10 000.
 
     Returns:
@@ -67,9 +63,8 @@ def compare(
         0 exactly where the difference is shown), ``mean_effect_size``, ``mean_p_value``, ``mean_p_familywise``,
         ``mean_q_value``, ``holds``, ``smallest_p``, ``smallest_p_adjusted``, ``decidable``, ``n_units``, ``n_steps``,
         ``statement``. Over ``comparison``: ``method``, ``n_pairs``, ``n_first``, ``n_second``. To draw: ``value(run,
-        step, measure)`` with ``group(run)``, and ``group_median(group, step, measure)``. With ``loss``:
-        ``at_loss_difference``, ``_low``, ``_high`` ``(comparison, measure, loss_level)``. A step counts where every run
-        of the two groups has the measure.
+        step, measure)`` with ``run_group(run)``, and ``group_median(group, step, measure)``. A step counts where every
+        run of the two groups has the measure.
 
     Raises:
         ValueError: If there are fewer than two groups, a group has no run or one that is not there, a run is in two
@@ -82,49 +77,43 @@ def compare(
     >>> comparison["mean_difference"].item(), comparison["n_pairs"].item(), comparison["mean_p_value"].round(3).item()
     (8.0, 0, 0.029)
     """
-    given = as_measures(values, headline)
-    _check(given["run"].values.tolist(), groups)
+    measures = as_measures(values, headline)
+    _check(measures["run"].values.tolist(), groups)
     labels = pair_labels(groups) if pairs is None else dict(pairs)
-    unknown = sorted(set(labels) - {run for runs in groups.values() for run in runs})
+    members = [run for runs in groups.values() for run in runs]
+    unknown = sorted(set(labels) - set(members))
     if unknown:
         raise ValueError(f"pairs: expected runs of the groups, got {', '.join(map(repr, unknown))}.")
-    names = given["measure"].values.tolist()
-    levels = np.empty(0) if loss is None else common_levels(_losses(loss, given, groups))
     contrasts = list(combinations(groups, 2))
     least = 2 if pairs is not None else _least(pairs=True, comparisons=len(contrasts))
     units = [_units(groups, *contrast, labels, least) for contrast in contrasts]
-    found = [
-        _compared(given, contrast, of, headline, len(contrasts), draws, seed) | _at_loss(given, of, loss, levels)
-        for contrast, of in zip(contrasts, units, strict=True)
+    parts = [
+        _compared(measures, contrast, side, headline, len(contrasts), draws, seed)
+        for contrast, side in zip(contrasts, units, strict=True)
     ]
-    paired_runs = {run for of in units if of.paired for run in of.runs}
-    columns = {name: np.stack([part[name] for part in found]) for name in found[0]}
-    columns |= _to_draw(given, groups)
-    members = [run for runs in groups.values() for run in runs]
+    columns = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+    columns |= _to_draw(measures, groups)
+    paired_runs = {run for side in units if side.paired for run in side.runs}
     coords = {
         "comparison": [f"{first} − {second}" for first, second in contrasts],
-        "measure": names,
-        "step": given["step"].values,
+        "measure": measures["measure"].values.tolist(),
+        "step": measures["step"].values,
         "run": members,
         "group": list(groups),
         "run_group": ("run", [group for group, runs in groups.items() for _ in runs]),
         "run_pair": ("run", [labels.get(run, "") if run in paired_runs else "" for run in members]),
     }
-    dataset = xr.Dataset(labelled(COMPARISON, columns), coords if loss is None else coords | {"loss_level": levels})
-    place = names.index(headline)
+    dataset = xr.Dataset(labelled(COMPARISON, columns), coords)
+    leading = coords["measure"].index(headline)
+    others = np.argwhere(columns["holds"] & (np.arange(len(coords["measure"])) != leading))
     dataset.attrs = {
         "headline": headline,
         "level": LEVEL,
         "pairs": ("by name" if pairs is None else "as given") if paired_runs else "none",
-        "runs_left_out": sorted(set(given["run"].values.tolist()) - set(members)),
+        "runs_left_out": sorted(set(measures["run"].values.tolist()) - set(members)),
         "unpaired": sorted(set(members) - paired_runs) if paired_runs else [],
         "seed": seed,
-        "statements": [str(text) for text in dataset["statement"].values[:, place]]
-        + [
-            str(dataset["statement"].values[row, column])
-            for row, column in np.argwhere(dataset["holds"].values).tolist()
-            if column != place
-        ],
+        "statements": [*columns["statement"][:, leading].tolist(), *columns["statement"][tuple(others.T)].tolist()],
     }
     return dataset
 
@@ -132,8 +121,8 @@ def compare(
 def _check(runs: Sequence[str], groups: Mapping[str, Sequence[str]]) -> None:
     if len(groups) < 2:
         raise ValueError(f"groups: expected at least two groups, got {list(groups)}.")
-    members = [run for found in groups.values() for run in found]
-    empty = [group for group, found in groups.items() if not len(found)]
+    members = [run for names in groups.values() for run in names]
+    empty = [group for group, names in groups.items() if not len(names)]
     absent, doubled = [run for run in members if run not in runs], {run for run in members if members.count(run) > 1}
     if empty:
         raise ValueError(f"groups: expected runs in every group, got none in {', '.join(map(repr, empty))}.")
@@ -150,13 +139,19 @@ class _Units:
     Args:
         first, second: Of each group.
         paired: Whether they are paired.
-        words: How they are paired, for a sentence.
+        pairing: How they are paired, or why not, for a sentence.
     """
 
     first: list[list[str]]
     second: list[list[str]]
     paired: bool
-    words: str
+    pairing: str
+
+    def __str__(self) -> str:
+        return f"{len(self.first)} pairs" if self.paired else f"{len(self.first)} + {len(self.second)} runs"
+
+    def __len__(self) -> int:
+        return len(self.first) + (0 if self.paired else len(self.second))
 
     @property
     def runs(self) -> list[str]:
@@ -174,27 +169,24 @@ class _Units:
 def _units(
     groups: Mapping[str, Sequence[str]], first: str, second: str, labels: Mapping[str, str], least: int
 ) -> _Units:
-    """Pairs where both groups have runs of at least ``least`` labels; else every run is a unit of its own."""
+    """Return pairs where both groups have runs of at least ``least`` labels; else every run is a unit of its own."""
     sides = [{labels[run] for run in groups[group] if run in labels} for group in (first, second)]
     common = sorted(sides[0] & sides[1])
     if len(common) >= least:
-        by_label = {
-            group: [[run for run in groups[group] if labels.get(run) == label] for label in common]
+        paired = [
+            [[run for run in groups[group] if labels.get(run) == label] for label in common]
             for group in (first, second)
-        }
-        words = f"{len(common)} pairs" + (" by name" if least > 2 else "")
-        return _Units(by_label[first], by_label[second], True, words)
+        ]
+        return _Units(*paired, paired=True, pairing=" by name" if least > 2 else "")
     singles = [[[run] for run in groups[group]] for group in (first, second)]
-    words = f"{len(singles[0])} + {len(singles[1])} runs, unpaired"
-    if common and least > 2:
-        words += f" ({len(common)} pairs by name could not decide; {least} could)"
-    return _Units(singles[0], singles[1], False, words)
+    unmatched = f" (names match {len(common)} pairs; {least} are needed)" if common and least > 2 else ""
+    return _Units(*singles, paired=False, pairing=f", unpaired{unmatched}")
 
 
 def _least(*, pairs: bool, comparisons: int) -> int:
-    """Fewest units with which ``comparisons`` times the smallest possible p reaches the level, of groups of equal size.
+    """Return the fewest units, in groups of equal size, that can decide one of so many comparisons.
 
-    A smallest p is 2/2ⁿ of n pairs, and 2/(2n over n) of n + n runs.
+    ``comparisons`` times their smallest p is at most the level: 2/2ⁿ of n pairs, and 2/(2n over n) of n + n runs.
 
     >>> [_least(pairs=pairs, comparisons=count) for pairs in (True, False) for count in (1, 3)]
     [6, 7, 8, 10]
@@ -206,7 +198,7 @@ def _least(*, pairs: bool, comparisons: int) -> int:
 
 
 def _compared(
-    given: xr.DataArray,
+    measures: xr.DataArray,
     contrast: tuple[str, str],
     units: _Units,
     headline: str,
@@ -214,10 +206,10 @@ def _compared(
     draws: int,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Everything of one comparison, ``[measure, step]``, ``[measure]``, or one number."""
-    names = given["measure"].values.tolist()
+    """Return everything of one comparison, ``[measure, step]``, ``[measure]``, or one number."""
+    names = measures["measure"].values.tolist()
     leading = np.array([name == headline for name in names])
-    first, second = (_means(given, side) for side in (units.first, units.second))
+    first, second = (_means(measures, side) for side in (units.first, units.second))
     complete = np.isfinite(np.concatenate([first, second])).all(0)
     first, second = (np.where(complete, side, np.nan) for side in (first, second))
     relabellings = {"pairs": units.paired, "draws": draws, "seed": seed}
@@ -241,7 +233,7 @@ def _compared(
         "mean_error": overall.error,
         "mean_effect_size": overall.effect_size,
         **{name: column * described if column.dtype == np.float64 else column for name, column in decided.items()},
-        "n_units": np.full(len(names), len(units.first) + (0 if units.paired else len(units.second)), dtype=np.int64),
+        "n_units": np.full(len(names), len(units), dtype=np.int64),
         "n_steps": complete.sum(-1).astype(np.int64),
         "method": np.array(_PAIRED if units.paired else _UNPAIRED if units.tested else _DESCRIBED, dtype=str),
         "n_pairs": np.array(len(units.first) if units.paired else 0, dtype=np.int64),
@@ -250,14 +242,26 @@ def _compared(
     }
     columns["mean_q_value"] = false_discovery_rates(columns["mean_p_value"])
     deciding = np.minimum(1.0, comparisons * np.where(leading, columns["mean_p_value"], columns["mean_p_familywise"]))
-    columns["statement"] = _statements(names, contrast, columns, deciding, leading, units, comparisons)
+    numbers = {name: column.tolist() for name, column in columns.items() if column.shape == (len(names),)}
+    numbers |= {"measure": names, "leading": leading.tolist(), "p_value": deciding.tolist()}
+    context = _context(contrast, units, len(names), comparisons)
+    rows = [dict(zip(numbers, row, strict=True)) for row in zip(*numbers.values(), strict=True)]
+    columns["statement"] = np.array([difference_statement(row, context) for row in rows], dtype=str)
     return columns
+
+
+def _context(contrast: tuple[str, str], units: _Units, measures: int, comparisons: int) -> ComparisonContext:
+    """Return what holds for the sentences of all measures."""
+    least = _least(pairs=units.paired, comparisons=comparisons)
+    words = f"{least} pairs" if units.paired else f"{least // 2} + {least // 2} runs"
+    could = words if len(units) < least else ""  # else it is the measures beside it, or the data, that stand in the way
+    return ComparisonContext(*contrast, str(units), units.pairing, units.tested, could, measures, comparisons)
 
 
 def _decided(
     overall: Difference, test: PermutationTest, units: _Units, leading: np.ndarray, comparisons: int, measures: int
 ) -> dict[str, np.ndarray]:
-    """p-values, the interval that belongs to them, and whether the difference is shown, ``[measure]``.
+    """Return p-values, the interval that belongs to them, and whether the difference is shown, ``[measure]``.
 
     Of groups of unequal spread neither relabelling nor Welch's degrees of freedom are right far out in the tail. So
     adjusted p-values of unpaired groups are at least Student's with those of the smaller group, times the measures.
@@ -291,84 +295,46 @@ def _decided(
     }
 
 
-def _means(given: xr.DataArray, units: Sequence[Sequence[str]]) -> np.ndarray:
-    """Mean over each unit's runs, ``[unit, measure, step]``."""
-    rows = [given.sel(run=list(runs)).transpose("run", "measure", "step").values.mean(0) for runs in units]
+def _means(measures: xr.DataArray, units: Sequence[Sequence[str]]) -> np.ndarray:
+    """Return means over each unit's runs, ``[unit, measure, step]``."""
+    rows = [measures.sel(run=list(runs)).transpose("run", "measure", "step").values.mean(0) for runs in units]
     return np.stack(rows)
 
 
-def _losses(loss: xr.DataArray, given: xr.DataArray, groups: Mapping[str, Sequence[str]]) -> np.ndarray:
-    if set(loss.dims) != {"run", "step"}:
-        raise ValueError(f"loss: expected the dimensions ('run', 'step'), got {loss.dims}.")
-    members = [run for runs in groups.values() for run in runs]
-    return loss.transpose("run", "step").reindex(run=members, step=given["step"]).values.astype(np.float64)
-
-
-def _at_loss(
-    given: xr.DataArray, units: _Units, loss: xr.DataArray | None, levels: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Differences and intervals at equal loss, ``[measure, loss_level]``; no tests."""
-    if loss is None:
-        return {}
-    moved = {
-        run: at_loss(given.sel(run=run).values, _losses(loss, given, {"": [run]})[0], levels).T for run in units.runs
-    }
-    sides = [
-        np.stack([np.mean([moved[run] for run in unit], axis=0) for unit in side])
-        for side in (units.first, units.second)
-    ]
-    found = (paired_difference if units.paired else unpaired_difference)(*sides)
-    return {
-        "at_loss_difference": found.difference,
-        "at_loss_low": found.low,
-        "at_loss_high": found.high,
-    }
-
-
-def _to_draw(given: xr.DataArray, groups: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
-    rows = [given.sel(run=list(runs)).values for runs in groups.values()]
+def _to_draw(measures: xr.DataArray, groups: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
+    """Return every run's values, group by group, and each group's medians."""
+    rows = [measures.sel(run=list(runs)).values for runs in groups.values()]
     medians = [xr.DataArray(values).median("dim_0", skipna=True).values for values in rows]
     return {"value": np.concatenate(rows), "group_median": np.stack(medians)}
 
 
-def _correction(measures: int, comparisons: int) -> str:
-    parts = [f"{count} {what}" for count, what in ((measures, "measures"), (comparisons, "comparisons")) if count > 1]
-    return f" (adjusted for {' and '.join(parts)})" if parts else ""
+def pair_labels(groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return a label for each run that its partners in other groups have, too: its name without the group's own.
+
+    Args:
+        groups: Group → its runs.
+
+    Returns:
+        Run → label, only for labels that occur in at least two groups; empty where names say nothing, or where one
+        group has two runs of a label.
+
+    >>> pair_labels({"imax": ["imax_s1", "imax_s2"], "dmax": ["dmax_s1", "dmax_s2"]})
+    {'imax_s1': 's1', 'imax_s2': 's2', 'dmax_s1': 's1', 'dmax_s2': 's2'}
+    >>> pair_labels({"imax": ["a"], "dmax": ["b"]})
+    {}
+    """
+    labels = {run: _label(run, group) for group, runs in groups.items() for run in runs}
+    members = defaultdict(list)
+    for group, runs in groups.items():
+        for run in runs:
+            members[labels[run]].append(group)
+    if any(len(set(names)) < len(names) for names in members.values()):
+        return {}
+    return {run: label for run, label in labels.items() if label and len(members[label]) > 1}
 
 
-def _statements(
-    names: Sequence[str],
-    contrast: tuple[str, str],
-    columns: Mapping[str, np.ndarray],
-    deciding: np.ndarray,
-    leading: np.ndarray,
-    units: _Units,
-    comparisons: int,
-) -> np.ndarray:
-    least = _least(pairs=units.paired, comparisons=comparisons)
-    could = f"{least} pairs" if units.paired else f"{least // 2} + {least // 2} runs"
-    if int(columns["n_units"][0]) >= least:  # it is the measures beside it, or the data, that stand in the way
-        could = "more pairs" if units.paired else "more runs"
-    return np.array(
-        [
-            statements.difference_statement(
-                name,
-                contrast,
-                difference=float(columns["mean_difference"][place]),
-                error=float(columns["mean_error"][place]),
-                low=float(columns["mean_low"][place]),
-                high=float(columns["mean_high"][place]),
-                effect_size=float(columns["mean_effect_size"][place]),
-                p=float(deciding[place]),
-                correction=_correction(1 if leading[place] else len(names), comparisons),
-                smallest_p=float(columns["smallest_p_adjusted"][place]),
-                tested=units.tested,
-                units=units.words,
-                count=int(columns["n_units"][place]),
-                least=could,
-                steps=int(columns["n_steps"][place]),
-            )
-            for place, name in enumerate(names)
-        ],
-        dtype=str,
-    )
+def _label(run: str, group: str) -> str:
+    parts = [part for part in re.split(r"[-_./]+", run) if part]
+    words = {part for part in re.split(r"[-_./]+", group.lower()) if part}
+    kept = [part for part in parts if part.lower() not in words]
+    return "_".join(kept) if len(kept) < len(parts) else ""

@@ -1,16 +1,12 @@
 """Correlation of two sets of curves or numbers, and its studentised value under every pairing of their units.
 
-Permuting whole units only permutes which rows of two centred arrays meet. So all that is ever needed is the matrix of
-products C_ij = ⟨x_i, y_j⟩/(‖x‖‖y‖): the correlation under a pairing π is r = Σ_i c_i with c_i = C_{i,π(i)}.
-
-What remains of curves when runs and steps have had their say: two-way demeaning, and means over clusters of runs.
-
 Measures and scores both move as training goes on, so over checkpoints nearly any two of them correlate. What all runs
 do together at a step, and where a run lies as a whole, says nothing about whether the two go together; the rest may.
+So curves are demeaned by run and by step, over the runs and steps that both have.
 
-Which runs and steps a pair of variables has in common.
-
-95 % intervals of correlations and differences that rest on few units (runs, or clusters of runs).
+Permuting whole units only permutes which rows of two centred arrays meet. So all that is ever needed is the matrix of
+products C_ij = ⟨x_i, y_j⟩/(‖x‖‖y‖): the correlation under a pairing π is r = Σ_i c_i with c_i = C_{i,π(i)}. Its 95 %
+interval rests on the units (runs, or clusters of runs), of which there are few.
 """
 
 from __future__ import annotations
@@ -27,6 +23,79 @@ _CONSTANT = 1e-12
 _POWERS, _NUMBERS_EACH = 3, 8
 
 
+# Runs and steps that two variables have in common
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Numbers of runs and steps of which every run has a value at every step."""
+
+    runs: tuple[int, ...]
+    steps: tuple[int, ...]
+
+
+def common_grid(present: Bool[np.ndarray, "run step"], least_steps: int) -> Grid:
+    """Return the largest set of runs, leaving out the sparsest first, that has ``least_steps`` steps in common.
+
+    The run is what was repeated: a run is left out only where keeping it would leave too few steps; steps are left out
+    where a kept run lacks them. Of two runs as sparse, the later one goes.
+
+    Args:
+        present: Where both variables are finite.
+        least_steps: Steps that the question needs.
+
+    Returns:
+        An empty grid where not even one run has so many steps.
+
+    >>> common_grid(np.array([[True, True, False], [True, True, True], [False, False, True]]), 2)
+    Grid(runs=(0, 1), steps=(0, 1))
+    """
+    runs = [run for run in range(len(present)) if present[run].any()]
+    while runs:
+        steps = np.flatnonzero(present[runs].all(0))
+        if len(steps) >= least_steps:
+            return Grid(tuple(runs), tuple(steps.tolist()))
+        runs.remove(min(reversed(runs), key=lambda run: int(present[run].sum())))
+    return Grid((), ())
+
+
+# What is left of curves
+
+
+def two_way_demean(values: Float[np.ndarray, "*sets run step"]) -> Float[np.ndarray, "*sets run step"]:
+    """Return curves without their run means and step means: x_rs − x̄_r − x̄_s + x̄.
+
+    Whatever trend the runs share, of any shape, is gone, and so are the differences between whole runs. NaN stays where
+    it makes a mean unknown: give complete grids.
+
+    Args:
+        values: Any number of grids of runs by steps.
+
+    >>> two_way_demean(np.array([[0.0, 1.0], [0.0, 3.0]]))
+    array([[ 0.5, -0.5],
+           [-0.5,  0.5]])
+    >>> two_way_demean(np.array([[5.0, 6.0], [7.0, 8.0]]))  # the two runs differ by a constant: nothing is left
+    array([[0., 0.],
+           [0., 0.]])
+    """
+    rows = values - values.mean(-1, keepdims=True)
+    return rows - rows.mean(-2, keepdims=True)
+
+
+def cluster_means(
+    values: Float[np.ndarray, "*sets run step"], cluster: Int[np.ndarray, " run"]
+) -> Float[np.ndarray, "*sets cluster step"]:
+    """Return means over the runs of each cluster, in the order of the clusters' numbers.
+
+    Runs of one model or one data set resemble each other; then clusters, not runs, are what was repeated.
+
+    >>> cluster_means(np.array([[1.0], [3.0], [7.0]]), np.array([0, 0, 1]))
+    array([[2.],
+           [7.]])
+    """
+    return np.stack([values[..., cluster == number, :].mean(-2) for number in np.unique(cluster)], axis=-2)
+
+
 def centred_curves(
     values: Float[np.ndarray, "*sets unit step"],
     covariate: Float[np.ndarray, "unit step"] | None = None,
@@ -40,7 +109,7 @@ def centred_curves(
         covariate: Held equal: smoothed over steps (1-2-1, twice: a logged loss is noisy, and noise leaves part of it
             in), the least-squares fit of its first three powers (fewer on small grids), pooled over units, is removed
             too (Frisch & Waugh 1933).
-        slopes: Whether each unit's own straight line in the step's place is removed too.
+        slopes: Whether each unit's own straight line in the step's number is removed too.
 
     >>> x = centred_curves(np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]))
     >>> y = centred_curves(np.array([[1.0, 3.0, 1.0], [1.0, 1.0, 3.0], [1.0, 1.0, 1.0]]))
@@ -59,7 +128,7 @@ def centred_curves(
 
 
 def _powers(covariate: np.ndarray) -> np.ndarray:
-    """Orthonormal basis of the demeaned powers of a smoothed covariate, ``[unit · step, power]``."""
+    """Return an orthonormal basis of the demeaned powers of a smoothed covariate, ``[unit · step, power]``."""
     units, steps = covariate.shape
     for _ in range(2):
         beyond = np.pad(covariate, ((0, 0), (1, 1)), mode="edge")
@@ -96,6 +165,9 @@ def _normed(centred: np.ndarray, original: np.ndarray) -> np.ndarray:
     return centred / np.where(solid, norm, np.nan)
 
 
+# Correlations under pairings
+
+
 def paired(
     products: Float[np.ndarray, "unit unit pair"], pairing: Int[np.ndarray, "draw unit"], *, studentise: bool
 ) -> Float[np.ndarray, "draw pair"]:
@@ -129,7 +201,7 @@ def standard_error(shares: Float[np.ndarray, "unit pair"]) -> Float[np.ndarray, 
 
 
 def _spread(sums: np.ndarray, squares: np.ndarray, units: int) -> np.ndarray:
-    """At least rounding, so that t of shares that do not differ is large, and the same under all such pairings."""
+    """Return at least rounding, so that t of shares that do not differ is large, and equal under all such pairings."""
     variance = np.maximum(squares - sums**2 / units, 0.0) / max(units - 1, 1)
     return np.maximum(np.sqrt(units * variance), 1e-8)
 
@@ -153,72 +225,7 @@ def without_each(
     return np.where(norm > _CONSTANT, (correlation - shares) / np.where(norm > _CONSTANT, norm, 1.0), np.nan)
 
 
-def two_way_demean(values: Float[np.ndarray, "*sets run step"]) -> Float[np.ndarray, "*sets run step"]:
-    """Return curves without their run means and step means: x_rs − x̄_r − x̄_s + x̄.
-
-    Whatever trend the runs share, of any shape, is gone, and so are the differences between whole runs. NaN stays where
-    it makes a mean unknown: give complete grids.
-
-    Args:
-        values: Any number of grids of runs by steps.
-
-    >>> two_way_demean(np.array([[0.0, 1.0], [0.0, 3.0]]))
-    array([[ 0.5, -0.5],
-           [-0.5,  0.5]])
-    >>> two_way_demean(np.array([[5.0, 6.0], [7.0, 8.0]]))  # the two runs differ by a constant: nothing is left
-    array([[0., 0.],
-           [0., 0.]])
-    """
-    rows = values - values.mean(-1, keepdims=True)
-    return rows - rows.mean(-2, keepdims=True)
-
-
-def cluster_means(
-    values: Float[np.ndarray, "*sets run step"], cluster: Int[np.ndarray, " run"]
-) -> Float[np.ndarray, "*sets cluster step"]:
-    """Mean over the runs of each cluster, in the order of their numbers.
-
-    Runs of one model or one data set resemble each other; then clusters, not runs, are what was repeated.
-
-    >>> cluster_means(np.array([[1.0], [3.0], [7.0]]), np.array([0, 0, 1]))
-    array([[2.],
-           [7.]])
-    """
-    return np.stack([values[..., cluster == number, :].mean(-2) for number in np.unique(cluster)], axis=-2)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Places of runs and steps at which every one of these runs has a number at every one of these steps."""
-
-    runs: tuple[int, ...]
-    steps: tuple[int, ...]
-
-
-def common_grid(present: Bool[np.ndarray, "run step"], least_steps: int) -> Grid:
-    """The largest set of runs, by leaving out the sparsest first, that has ``least_steps`` steps in common.
-
-    The run is what was repeated: a run is left out only where keeping it would leave too few steps; steps are left out
-    where a kept run lacks them. Of two runs as sparse, the later one goes.
-
-    Args:
-        present: Where both variables are finite.
-        least_steps: Steps that the question needs.
-
-    Returns:
-        An empty grid where not even one run has so many steps.
-
-    >>> common_grid(np.array([[True, True, False], [True, True, True], [False, False, True]]), 2)
-    Grid(runs=(0, 1), steps=(0, 1))
-    """
-    runs = [run for run in range(len(present)) if present[run].any()]
-    while runs:
-        steps = np.flatnonzero(present[runs].all(0))
-        if len(steps) >= least_steps:
-            return Grid(tuple(runs), tuple(steps.tolist()))
-        runs.remove(min(reversed(runs), key=lambda run: int(present[run].sum())))
-    return Grid((), ())
-
+# Intervals
 
 #: Confidence of every interval of this room.
 CONFIDENCE = 0.95
@@ -274,7 +281,7 @@ def spearman_interval(estimate: Float[np.ndarray, "*sets"], units: int) -> Ends:
 
 
 def _interval(z: np.ndarray, error: np.ndarray, freedom: float) -> Ends:
-    """Ends z ± t·error, and the p-value that is at most 0.05 exactly where these exclude 0."""
+    """Return the ends z ± t·error, and the p-value that is at most 0.05 exactly where these exclude 0."""
     error = np.maximum(error, _EDGE)
     reach = special.stdtrit(freedom, 0.5 + CONFIDENCE / 2) * error
     tail = 2 * special.stdtr(freedom, -np.abs(z) / error)

@@ -1,4 +1,4 @@
-"""Two groups of runs: difference, 95 % interval, effect size, and its test under every relabelling.
+"""Two groups of runs: their difference, its 95 % interval, effect size, and test under every relabelling.
 
 Arrays have units (runs, or means over the runs of a pair) first: ``[unit, *sets]``, where sets are measures × steps.
 """
@@ -49,13 +49,14 @@ def paired_difference(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Difference:
-    """Of paired units. Under the null the sign of each pair's difference is a coin's: signs are flipped.
+    """Return the difference of paired units.
 
-    Statistic: mean over standard error of the differences. Effect size: mean over standard deviation of the differences
-    (Cohen's d_z), times Hedges' correction.
+    Under the null the sign of each pair's difference is a coin's: signs are flipped. Statistic: mean over standard
+    error of the differences. Effect size: mean over standard deviation of the differences (Cohen's d_z), times Hedges'
+    correction.
 
-    >>> found = paired_difference(np.array([[3.0], [4.0], [5.0]]), np.array([[1.0], [1.0], [1.0]]))
-    >>> found.difference, len(found.statistics)
+    >>> result = paired_difference(np.array([[3.0], [4.0], [5.0]]), np.array([[1.0], [1.0], [1.0]]))
+    >>> result.difference, len(result.statistics)
     (array([3.]), 8)
     """
     differences = first - second
@@ -82,26 +83,26 @@ def unpaired_difference(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Difference:
-    """Of independent units. Under the null labels are exchangeable: they are permuted, with Welch's t as statistic.
+    """Return the difference of independent units.
 
-    Studentising makes the test right where the groups' spreads differ as the groups grow (Janssen 1997). With few runs
-    it is not: 3 and 5 runs, the three with five times the spread, reject in 0.13 of cases at 0.05; Welch's interval
-    then still holds the truth in 0.95. Decide by both. Effect size: Hedges' g, over the pooled standard deviation.
+    Under the null labels are exchangeable: they are permuted, with Welch's t as statistic. Studentising makes the test
+    right where the groups' spreads differ as the groups grow (Janssen 1997). With few runs it is not: 3 and 5 runs, the
+    three with five times the spread, reject in 0.13 of cases at 0.05; Welch's interval then still holds the truth in
+    0.95. Decide by both. Effect size: Hedges' g, over the pooled standard deviation.
 
-    >>> found = unpaired_difference(np.array([[3.0], [5.0]]), np.array([[1.0], [1.5]]))
-    >>> found.difference, len(found.statistics)
+    >>> result = unpaired_difference(np.array([[3.0], [5.0]]), np.array([[1.0], [1.5]]))
+    >>> result.difference, len(result.statistics)
     (array([2.75]), 6)
     """
     count, other = len(first), len(second)
     together = np.concatenate([first, second])
     chosen = splits(count, other, draws=draws, seed=seed).astype(np.float64)
     centred = together - together.mean(0)  # sums of squares lose the spread of numbers far from zero
-    sums, squares = (np.tensordot(chosen, values, axes=1) for values in (centred, centred**2))
-    means = sums / count, (centred.sum(0) - sums) / other
-    variances = (
-        _variance(squares, means[0], count),
-        _variance((centred**2).sum(0) - squares, means[1], other),
-    )
+    # The second group is summed by itself, not as what the first leaves: a split and its mirror image must tie exactly.
+    groups = (chosen, count), (1 - chosen, other)
+    means = [np.tensordot(chosen, centred, axes=1) / size for chosen, size in groups]
+    squares = [np.tensordot(chosen, centred**2, axes=1) for chosen, _ in groups]
+    variances = [_variance(*parts) for parts in zip(squares, means, (count, other), strict=True)]
     gap = means[0] - means[1]
     error = np.sqrt(variances[0] / count + variances[1] / other)
     statistics = _ratio(gap, error, np.sqrt((together**2).mean(0)))
@@ -183,12 +184,12 @@ def _mean_and_deviation(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _variance(squares: np.ndarray, means: np.ndarray, count: int) -> np.ndarray:
-    """From sums of squares; 0 for a single unit, which leaves the other group's spread to the statistic."""
+    """Return the variance from sums of squares; 0 for a single unit: the other group's spread then counts alone."""
     return np.maximum(squares - count * means**2, 0.0) / max(count - 1, 1)
 
 
 def _ratio(means: np.ndarray, spread: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """t, capped where nothing spreads: there it only has to be the largest."""
+    """Return t, capped where nothing spreads: there it only has to be the largest."""
     floor = np.maximum(1e-8 * size, np.finfo(np.float64).tiny)
     return np.where(np.abs(means) > 1e-12 * size, means / np.maximum(spread, floor), 0.0)
 
@@ -203,7 +204,7 @@ def _ends(mean: np.ndarray, error: np.ndarray, freedom: np.ndarray) -> tuple[np.
 
 
 def _hedges(freedom: float) -> float:
-    """Γ(m/2)/(√(m/2) Γ((m − 1)/2)): what makes a standardised difference of few units unbiased."""
+    """Return Γ(m/2)/(√(m/2) Γ((m − 1)/2)), which makes a standardised difference of few units unbiased."""
     if freedom < 2:
         return float("nan")
     return float(np.exp(special.gammaln(freedom / 2) - special.gammaln((freedom - 1) / 2)) / np.sqrt(freedom / 2))

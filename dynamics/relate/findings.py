@@ -8,50 +8,38 @@ import numpy as np
 import xarray as xr
 
 from dynamics.findings import Finding
+from dynamics.relate.directions import direction_remedy
+from dynamics.text import counted, p_value, some
 
 _NAMED = 8
 
 
-def association_notes(association: xr.Dataset) -> list[Finding]:
-    """Findings that follow from what ``associate`` returns.
+def findings_of(result: xr.Dataset) -> list[Finding]:
+    """Return the findings that follow from what ``associate`` or ``compare`` returns.
 
     >>> from dynamics.relate import associate
     >>> coords = {"run": ["a", "b", "c"], "step": [10, 20, 30]}
     >>> gini = xr.DataArray(np.random.default_rng(0).random((3, 3)), coords, ("run", "step"))
     >>> scores = gini.expand_dims(task=["accuracy"])
-    >>> [finding.code for finding in association_notes(associate(xr.Dataset({"gini": gini}), scores, headline="gini"))]
+    >>> [finding.code for finding in findings_of(associate(xr.Dataset({"gini": gini}), scores, headline="gini"))]
     ['OD507']
     """
-    return [
-        *_undecidable(association, "n_units"),
-        *_left_out(association),
-        *_repeats(association),
-        *_not_converged(association),
-        *_directions(association),
-    ]
+    if "comparison" in result.dims:
+        return [*_undecidable(result), *_described(result), *_left_out(result, "group"), *_unpaired(result)]
+    return [*_undecidable(result), *_left_out(result, "score or measure"), *_repeats(result), *_directions(result)]
 
 
-def comparison_notes(comparison: xr.Dataset) -> list[Finding]:
-    """Findings that follow from what ``compare`` returns."""
-    return [
-        *_undecidable(comparison, "n_units"),
-        *_described(comparison),
-        *_left_out(comparison),
-        *_unpaired(comparison),
-    ]
-
-
-def _undecidable(result: xr.Dataset, units: str) -> Iterator[Finding]:
-    smallest, counts = result["smallest_p_adjusted"].values, result[units].values
-    weak = np.isfinite(smallest) & ~result["decidable"].values
-    if weak.any():
-        least, count = float(smallest[weak].min()), int(counts[weak].max())
+def _undecidable(result: xr.Dataset) -> Iterator[Finding]:
+    smallest, counts = result["smallest_p_adjusted"].values, result["n_units"].values
+    undecided = np.isfinite(smallest) & ~result["decidable"].values
+    if undecided.any():
+        least, count, units = float(smallest[undecided].min()), int(undecided.sum()), int(counts[undecided].max())
         yield Finding(
             "OD507",
-            f"{int(weak.sum())} of {weak.size} questions cannot be decided with n = {count}; the smallest possible p "
-            f"that decides is {least:.2g}.",
-            "More independent runs (other seeds, other models); more checkpoints of the same runs do not help.",
-            evidence={"questions": int(weak.sum()), "n": count, "smallest_p": least},
+            f"{count} of {counted(undecided.size, 'question')} cannot be decided with "
+            f"{counted(units, 'independent unit')}: the smallest possible p is {p_value(least)}.",
+            "Add independent runs (other seeds, other models); more checkpoints of the same runs do not help.",
+            evidence={"questions": count, "n": units, "smallest_p": least},
         )
 
 
@@ -61,20 +49,20 @@ def _described(result: xr.Dataset) -> Iterator[Finding]:
         contrasts = [str(name) for name in result["comparison"].values[small]]
         yield Finding(
             "OD507",
-            f"{', '.join(contrasts[:_NAMED])}: a group has fewer than 3 runs, and is described, not tested.",
-            "More independent runs (other seeds, other models), 4 in each of two groups.",
+            f"{some(contrasts, _NAMED)}: a group has fewer than 3 runs, so the difference is described, not tested.",
+            "Add independent runs (other seeds, other models), up to 4 in each group.",
             evidence={"comparisons": contrasts},
         )
 
 
-def _left_out(result: xr.Dataset) -> Iterator[Finding]:
+def _left_out(result: xr.Dataset, lacking: str) -> Iterator[Finding]:
     runs = list(result.attrs["runs_left_out"])
     if runs:
-        more = f" and {len(runs) - _NAMED} more" if len(runs) > _NAMED else ""
         yield Finding(
             "OD508",
-            f"{len(runs)} runs are left out, which do not have both sides: {', '.join(runs[:_NAMED])}{more}.",
-            "Give them scores and measures, or a group, under the same names.",
+            f"{counted(len(runs), 'run')} without a {lacking} {'is' if len(runs) == 1 else 'are'} left out: "
+            f"{some(runs, _NAMED)}.",
+            "Give scores, measures and groups under the same names of runs.",
             evidence={"runs": runs},
         )
 
@@ -83,22 +71,10 @@ def _repeats(result: xr.Dataset) -> Iterator[Finding]:
     if result.attrs["repeats"]:
         yield Finding(
             "OD509",
-            f"Runs were taken to be independent, but by their names these are repeats of one another: "
+            f"Runs count as independent, but their names look like repeats of one another: "
             f"{'; '.join(result.attrs['repeats'])}.",
             "If they share a model or data that others do not, say so with clusters={run: what it shares}.",
             evidence={"sets": list(result.attrs["repeats"])},
-        )
-
-
-def _not_converged(result: xr.Dataset) -> Iterator[Finding]:
-    failed = np.isfinite(result["mixed_slope"].values) & ~result["mixed_converged"].values
-    if failed.any():
-        tasks = [str(task) for task in result["task"].values[failed.any(0)]]
-        yield Finding(
-            "OD510",
-            f"The mixed model of {result.attrs['headline']} did not converge for {', '.join(tasks[:_NAMED])}.",
-            "Read the permutation result instead; it does not depend on the model.",
-            evidence={"tasks": tasks},
         )
 
 
@@ -107,9 +83,9 @@ def _directions(result: xr.Dataset) -> Iterator[Finding]:
     if unknown:
         yield Finding(
             "OD505",
-            f"It is not known whether higher is better for {', '.join(unknown[:_NAMED])}; signs of their associations "
-            "are those of the numbers as they are, and the mean over tasks leaves them out.",
-            'Say it, e.g. directions={"' + unknown[0] + '": "higher"}.',
+            f"Whether higher is better is unknown for {some(unknown, _NAMED)}. Their associations keep the sign of the "
+            "scores as given, and the mean over tasks leaves them out.",
+            direction_remedy(unknown[0]),
             evidence={"tasks": unknown},
         )
 
@@ -117,11 +93,10 @@ def _directions(result: xr.Dataset) -> Iterator[Finding]:
 def _unpaired(result: xr.Dataset) -> Iterator[Finding]:
     runs = list(result.attrs["unpaired"])
     if runs:
-        more = f" and {len(runs) - _NAMED} more" if len(runs) > _NAMED else ""
         yield Finding(
             "OD511",
-            f"{len(runs)} runs have no partner in another group and are left out of paired comparisons: "
-            f"{', '.join(runs[:_NAMED])}{more}.",
-            "Name pairs with pairs={run: label}, or compare unpaired with pairs={}.",
+            f"{counted(len(runs), 'run')} without a partner in another group {'is' if len(runs) == 1 else 'are'} left "
+            f"out of paired comparisons: {some(runs, _NAMED)}.",
+            "Name pairs with pairs={run: label}, or compare without pairs: pairs={}.",
             evidence={"runs": runs},
         )

@@ -26,7 +26,7 @@ _ROUNDING = 1e-10
 
 
 def pairings(units: int, *, draws: int = DRAWS, seed: int = 0) -> Int[np.ndarray, "draw unit"]:
-    """Ways to pair the units of one variable with those of another, the observed one first.
+    """Return ways to pair the units of one variable with those of another, the observed one first.
 
     >>> pairings(3).tolist()
     [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]]
@@ -42,7 +42,7 @@ def pairings(units: int, *, draws: int = DRAWS, seed: int = 0) -> Int[np.ndarray
 
 
 def sign_flips(units: int, *, draws: int = DRAWS, seed: int = 0) -> Int[np.ndarray, "draw unit"]:
-    """Signs ±1 of paired differences, the observed ones (all +1) first.
+    """Return signs ±1 of paired differences, the observed ones (all +1) first.
 
     >>> sign_flips(2).tolist()
     [[1, 1], [1, -1], [-1, 1], [-1, -1]]
@@ -55,7 +55,7 @@ def sign_flips(units: int, *, draws: int = DRAWS, seed: int = 0) -> Int[np.ndarr
 
 
 def splits(first: int, second: int, *, draws: int = DRAWS, seed: int = 0) -> Bool[np.ndarray, "draw unit"]:
-    """Which units are in the first group, the observed split (the first ``first`` ones) first.
+    """Return which units are in the first group, the observed split (the first ``first`` ones) first.
 
     >>> splits(1, 2).tolist()
     [[True, False, False], [False, True, False], [False, False, True]]
@@ -151,22 +151,22 @@ class MaxT:
         unknown = np.isnan(observed)
 
         def share(limit: np.ndarray) -> np.ndarray:
-            reached = 1 - np.searchsorted(largest, limit, side="left") / len(largest)
-            return np.where(unknown, np.nan, np.minimum(1.0, families * reached))
+            reached = len(largest) - np.searchsorted(largest, limit, side="left")  # counted: 1 − 0.95 is more than 0.05
+            return np.where(unknown, np.nan, np.minimum(1.0, families * reached / len(largest)))
 
         over_all = np.where(unknown, np.nan, _critical(largest[:, None], self.level / families))
         return PermutationTest(p_value, share(observed), smallest_p, share(most), critical, over_all)
 
 
 def _reached(size: np.ndarray) -> np.ndarray:
-    """From which size on another statistic is at least as large, but for rounding."""
+    """Return the size from which another statistic is at least as large, but for rounding."""
     return size - _ROUNDING * np.maximum(1.0, np.where(np.isfinite(size), size, 0.0))
 
 
 def _critical(size: np.ndarray, level: float) -> np.ndarray:
-    """The largest value that at least a share ``level`` of the rows, and one more, reaches."""
-    place = len(size) - 1 - math.floor(level * len(size) + _ROUNDING)
-    critical = np.partition(size, place, axis=0)[place]
+    """Return the largest value that at least a share ``level`` of the rows, and one more, reaches."""
+    rank = len(size) - 1 - math.floor(level * len(size) + _ROUNDING)
+    critical = np.partition(size, rank, axis=0)[rank]
     return critical + 2 * _ROUNDING * np.maximum(1.0, np.where(np.isfinite(critical), critical, 0.0))
 
 

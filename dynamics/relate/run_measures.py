@@ -1,4 +1,4 @@
-"""From results of runs and rows of scores to ``/association`` and ``/comparison``, with what a reader must know."""
+"""Results of runs and rows of scores → ``/association`` and ``/comparison``, with what a reader must know."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import xarray as xr
 
 from dynamics.findings import Finding
-from dynamics.relate.association import Given, associate
+from dynamics.relate.association import HEADLINE, Given, associate
 from dynamics.relate.comparison import compare
-from dynamics.relate.findings import association_notes, comparison_notes
-from dynamics.relate.inputs import HEADLINE
-from dynamics.relate.score_tables import Row, rows_of, score_table
+from dynamics.relate.findings import findings_of
+from dynamics.relate.score_files import ScoreRow
+from dynamics.relate.score_tables import rows_of, score_table
 from dynamics.schema import ALL, GLOBAL
 
 #: Leading directions at which the log gain stands for concentration, as in the report.
@@ -48,31 +48,31 @@ class Related:
 
 
 def measures_of(tree: xr.DataTree) -> xr.Dataset:
-    """What is related of one run, ``(step)`` each: of the Fisher, of concentration, and of updates.
+    """Return the measures of one run that can be related, ``(step)`` each: of Fisher, concentration and updates.
 
     ``ln_participation_ratio``, ``spectral_entropy``, ``dominant_ratio`` of the Fisher; ``ln_gain_16``; and medians over
     matrices of increments and totals (``increment/effective_rank_energy``, …).
     """
-    found: dict[str, xr.DataArray] = {}
+    measures: dict[str, xr.DataArray] = {}
     if "fisher" in tree.children and GLOBAL in tree["fisher"].to_dataset()["block"].values:
         fisher = tree["fisher"].to_dataset().sel(block=GLOBAL, task=ALL)
-        found |= {name: fisher[name] for name in _OF_FISHER}
+        measures |= {name: fisher[name] for name in _OF_FISHER}
     if "concentration" in tree.children and GLOBAL in tree["concentration"].to_dataset()["block"].values:
-        shares = tree["concentration"].to_dataset().sel(block=GLOBAL)
-        if GAIN_AT in shares["k"].values and "ln_gain" in shares:
-            found[f"ln_gain_{GAIN_AT}"] = shares["ln_gain"].sel(k=GAIN_AT)
-    summary = tree["summary"].to_dataset().sel(quantile=0.5)
+        concentration = tree["concentration"].to_dataset().sel(block=GLOBAL)
+        if GAIN_AT in concentration["k"].values and "ln_gain" in concentration:
+            measures[f"ln_gain_{GAIN_AT}"] = concentration["ln_gain"].sel(k=GAIN_AT)
+    medians = tree["summary"].to_dataset().sel(quantile=0.5)
     for kind in _KINDS:
-        here = summary.sel(kind=kind)
-        found |= {f"{kind}/{name}": here[f"{name}_quantile"] for name in _OF_UPDATES}
-        found[f"{kind}/{HEADLINE}"] = _logarithm(here["participation_ratio_quantile"])
-    plain = {name: array.reset_coords(drop=True).astype(np.float64) for name, array in found.items()}
-    return xr.merge([array.rename(name) for name, array in plain.items()], join="outer").load()
+        of_kind = medians.sel(kind=kind)
+        measures |= {f"{kind}/{name}": of_kind[f"{name}_quantile"] for name in _OF_UPDATES}
+        measures[f"{kind}/{HEADLINE}"] = _logarithm(of_kind["participation_ratio_quantile"])
+    plain = [array.reset_coords(drop=True).astype(np.float64).rename(name) for name, array in measures.items()]
+    return xr.merge(plain, join="outer").load()
 
 
-def relate(
+def relate_runs(
     runs: Mapping[str, xr.DataTree],
-    rows: Iterable[Row] = (),
+    rows: Iterable[ScoreRow] = (),
     *,
     headline: str | None = None,
     given: Given | None = None,
@@ -95,9 +95,9 @@ def relate(
     """
     measures = _aligned({name: measures_of(tree) for name, tree in runs.items()})
     chosen, findings = _headline(measures, headline)
-    steps = {name: measures["step"].values[_known(measures, name)].tolist() for name in runs}
-    own = {name: tree["score"].to_dataset().load() for name, tree in runs.items() if "score" in tree.children}
-    scores = [*rows_of(own), *rows]
+    steps = {name: _measured_steps(measures, name) for name in runs}
+    recorded = {name: tree["score"].to_dataset().load() for name, tree in runs.items() if "score" in tree.children}
+    scores = [*rows_of(recorded), *rows]
     groups: dict[str, xr.Dataset] = {}
     if scores:
         table = score_table(scores, runs=steps, directions=directions)
@@ -106,25 +106,27 @@ def relate(
             loss = _aligned({name: training_loss(tree, steps[name]) for name, tree in runs.items()})["loss"]
             association, refused = _associated(measures, table.scores, chosen, given, loss)
             groups["association"] = _with_values(association, measures, table.scores)
-            findings += [*refused, *association_notes(association)]
+            findings += [*refused, *findings_of(association)]
     elif directions:
         findings.append(
             Finding(
-                "OD512", f"A direction is given for {', '.join(directions)}, and there are no scores.", "Give them."
+                "OD512",
+                f"A direction is given for {', '.join(directions)}, but there are no scores.",
+                "Pass them with --scores.",
             )
         )
     by_label = _by_label(runs, labels or {})
     if len(by_label) > 1:
         comparison = compare(measures, by_label, headline=chosen)
         groups["comparison"] = comparison
-        findings += comparison_notes(comparison)
+        findings += findings_of(comparison)
     return Related(groups, findings)
 
 
 def _associated(
     measures: xr.Dataset, scores: xr.Dataset, headline: str, given: Given | None, loss: xr.DataArray
 ) -> tuple[xr.Dataset, list[Finding]]:
-    """The association with ``given`` held equal, or without it and a finding that says why."""
+    """Return the association with ``given`` held equal, or without it and a finding that says why."""
     if given is not None:
         try:
             return associate(measures, scores, headline=headline, given=given, loss=loss), []
@@ -149,19 +151,19 @@ def training_loss(tree: xr.DataTree, steps: Sequence[int]) -> xr.Dataset:
             logged = {step: float(value) for _, step, value in sorted(rows) if np.isfinite(value)}
     ends = np.searchsorted(np.asarray(steps), np.array(sorted(logged), dtype=np.int64))
     means = np.full(len(steps), np.nan)
-    for place in np.unique(ends[ends < len(steps)]):
-        means[place] = np.mean([logged[step] for step, end in zip(sorted(logged), ends, strict=True) if end == place])
+    for number in np.unique(ends[ends < len(steps)]):
+        means[number] = np.mean([logged[step] for step, end in zip(sorted(logged), ends, strict=True) if end == number])
     return xr.Dataset({"loss": ("step", means)}, coords={"step": np.asarray(steps, dtype=np.int64)})
 
 
 def _with_values(association: xr.Dataset, measures: xr.Dataset, scores: xr.Dataset) -> xr.Dataset:
-    """What was related beside the associations, so that it can be drawn."""
+    """Return associations with the measures and scores behind them, so that these can be drawn."""
     values = measures.to_dataarray("measure").sel(measure=association["measure"].values)
     values = values.transpose("run", "step", "measure").rename("measure_value")
     values.attrs = {"units": "of the measure", "long_name": "measure of each run", "definition": "as it was related"}
-    given = scores["score"].rename(task="scored_task").reset_coords(drop=True)
-    runs = [run for run in values["run"].values if run in given["run"].values]
-    parts = xr.merge([values.sel(run=runs), given.sel(run=runs)], join="outer")
+    original = scores["score"].rename(task="scored_task").reset_coords(drop=True)
+    runs = [run for run in values["run"].values if run in original["run"].values]
+    parts = xr.merge([values.sel(run=runs), original.sel(run=runs)], join="outer")
     return association.merge(parts, combine_attrs="override")
 
 
@@ -170,30 +172,32 @@ def _logarithm(ratio: xr.DataArray) -> xr.DataArray:
 
 
 def _aligned(measures: Mapping[str, xr.Dataset]) -> xr.Dataset:
-    """Over the union of steps, NaN where a run has nothing."""
+    """Return all runs over the union of their steps, NaN where a run has nothing."""
     runs = xr.DataArray(list(measures), dims="run", name="run")
     return xr.concat(list(measures.values()), dim=runs, join="outer", data_vars="all").sortby("step")
 
 
-def _headline(measures: xr.Dataset, asked: str | None) -> tuple[str, list[Finding]]:
+def _headline(measures: xr.Dataset, headline: str | None) -> tuple[str, list[Finding]]:
+    """Return the headline measure, and a finding where it is not the one that was asked for."""
     names = [str(name) for name, array in measures.data_vars.items() if array.notnull().any()]
-    wanted = asked or HEADLINE
-    if wanted in names:
-        return wanted, []
+    headline = headline or HEADLINE
+    if headline in names:
+        return headline, []
     return UPDATE_HEADLINE, [
         Finding(
             "OD513",
-            f"No run has {wanted}, so the headline measure is {UPDATE_HEADLINE}: the log participation ratio of "
+            f"No run has {headline}. The headline measure is {UPDATE_HEADLINE} instead: the log participation ratio of "
             "increments, median over matrices.",
-            "Probe samples in training (DynamicsCallback(out, tasks)) or afterwards (--probe), or name another measure "
-            "before looking (--headline).",
+            "Probe samples in training (DynamicsCallback(out, tasks)) or afterwards (--probe), or choose another "
+            "measure before looking at scores (--headline).",
         )
     ]
 
 
-def _known(measures: xr.Dataset, run: str) -> np.ndarray:
-    """Steps at which the run has any measure."""
-    return measures.sel(run=run).to_dataarray("measure").notnull().any("measure").values
+def _measured_steps(measures: xr.Dataset, run: str) -> list[int]:
+    """Return the steps at which the run has any measure."""
+    present = measures.sel(run=run).to_dataarray("measure").notnull().any("measure").values
+    return measures["step"].values[present].tolist()
 
 
 def _by_label(runs: Mapping[str, xr.DataTree], labels: Mapping[str, str]) -> dict[str, list[str]]:

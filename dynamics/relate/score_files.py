@@ -1,4 +1,4 @@
-"""Score files as the tools write them: Trainer logs and results, lm-evaluation-harness results, tidy CSV."""
+"""Score files as tools write them: Trainer logs and results, lm-evaluation-harness results, tidy CSV."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.files import read_json, read_text
 from dynamics.checkpoints.logs import SCORE_PREFIX, is_score
 from dynamics.checkpoints.names import shown
-from dynamics.checkpoints.steps import named_step
+from dynamics.checkpoints.steps import LARGEST_STEP, named_step
 from dynamics.checkpoints.trainings import parse_training_state
 from dynamics.findings import Finding
 from dynamics.text import first_line
 
 _CODE = "OD506"
-_LARGEST_STEP = 10**18
 _SPLITS = (SCORE_PREFIX, "test_", "predict_")
 #: What the harness writes beside a task's metrics.
 _NOT_METRICS = ("alias", "name", "sample_len", "sample_count", "samples")
@@ -95,7 +94,7 @@ def read_scores(path: str | Path, *, run: str | None = None) -> ScoreFile:
 
 def _read(path: Path, run: str | None) -> ScoreFile:
     if path.suffix.lower() in (".csv", ".tsv"):
-        return _read_table(read_text(path, _CODE), path, run)
+        return _read_table(_table_text(path), path, run)
     content = read_json(path, _CODE)
     if isinstance(content.get("results"), dict):
         return _numbers_only(_harness(content, path, run), path)
@@ -103,26 +102,26 @@ def _read(path: Path, run: str | None) -> ScoreFile:
         return ScoreFile(tuple(_trainer_log(content, run or _run_of(path))))
     if path.name.endswith("_results.json"):
         return _numbers_only(_trainer_results(content, path, run or _run_of(path)), path)
-    problem = "Expected trainer_state.json, *_results.json, lm-evaluation-harness results or a CSV; it is neither."
+    problem = "Expected trainer_state.json, *_results.json, lm-evaluation-harness results or a CSV; it is none of them."
     raise UnreadableFile(_CODE, problem, "Give scores as a CSV with the columns run, step, task, score.")
 
 
 def score_files(run: str | Path) -> list[Path]:
-    """Score files in a run folder, and harness results up to three folders below it, oldest first.
+    """Return score files in a run folder, and harness results up to three folders below it, oldest first.
 
     The Trainer's log is not among them: whoever opens the run has it already.
     """
     folder = Path(run)
-    found = [*folder.glob("*_results.json")]
-    found += [path for path in folder.glob("*/*_results.json") if _step_of(path.parent.name) is not None]
+    paths = [*folder.glob("*_results.json")]
+    paths += [path for path in folder.glob("*/*_results.json") if _step_of(path.parent.name) is not None]
     for depth in ("", "*/", "*/*/", "*/*/*/"):
-        found += folder.glob(f"{depth}results_*.json")
-    usable = {path for path in found if path.is_file() and path.name != "train_results.json"}
+        paths += folder.glob(f"{depth}results_*.json")
+    usable = {path for path in paths if path.is_file() and path.name != "train_results.json"}
     return sorted(usable, key=lambda path: (path.name, str(path)))
 
 
 def _run_of(path: Path) -> str:
-    """The folder's name, or that of the folder around a checkpoint."""
+    """Return the folder's name, or that of the folder around a checkpoint."""
     parents = [parent for parent in path.resolve().parents if parent.name]
     names = [parent.name for parent in parents if _step_of(parent.name) is None]
     return names[0] if names else path.stem
@@ -135,7 +134,7 @@ def _trainer_log(content: Mapping[str, Any], run: str) -> Iterator[ScoreRow]:
 
 
 def _trainer_results(content: Mapping[str, Any], path: Path, run: str) -> Iterator[tuple[ScoreRow, Any]]:
-    """``Trainer.save_metrics`` writes no step: it is that of the checkpoint folder, or of the training state."""
+    """Yield rows of ``Trainer.save_metrics``, at the step of the checkpoint folder or of the training state."""
     step = _step_of(path.resolve().parent.name)
     state = path.with_name("trainer_state.json")
     if step is None and state.is_file():
@@ -149,12 +148,11 @@ def _trainer_results(content: Mapping[str, Any], path: Path, run: str) -> Iterat
 
 
 def _harness(content: Mapping[str, Any], path: Path, run: str | None) -> Iterator[tuple[ScoreRow, Any]]:
-    """``results: {task: {"acc,none": …, "acc_stderr,none": …}}``; older files have no filter after the metric.
+    """Yield rows of ``results: {task: {"acc,none": …, "acc_stderr,none": …}}``, older: without a filter, ``"acc"``.
 
     Tasks of a group that has a score of its own are left out: they are in it.
     """
-    found = _checkpoint_of(content, path)
-    step, evaluated = found if found else (None, None)
+    step, evaluated = _checkpoint_of(content, path) or (None, None)
     run = run or evaluated or _run_of(path)
     results = {task: values for task, values in content["results"].items() if isinstance(values, dict)}
     members = {
@@ -189,14 +187,14 @@ def _is_metric(key: str) -> bool:
 
 
 def _checkpoint_of(content: Mapping[str, Any], path: Path) -> tuple[int, str | None] | None:
-    """Step and run of the checkpoint that was evaluated, from the model's path, else from the file's own."""
+    """Return step and run of the evaluated checkpoint, from the model's path, else from the file's own."""
     arguments = _mapping(content.get("config")).get("model_args")
     if isinstance(arguments, str):
         arguments = {part.partition("=")[0]: part.partition("=")[2] for part in arguments.split(",")}
     arguments = _mapping(arguments)
-    places = [arguments.get(key) for key in ("peft", "delta", "pretrained", "model", "path")]
-    for place in [*places, content.get("model_name"), str(path.resolve())]:
-        parts = PurePosixPath(str(place).replace("\\", "/").replace("__", "/")).parts if place else ()
+    models = [arguments.get(key) for key in ("peft", "delta", "pretrained", "model", "path")]
+    for model in [*models, content.get("model_name"), str(path.resolve())]:
+        parts = PurePosixPath(str(model).replace("\\", "/").replace("__", "/")).parts if model else ()
         for number in range(len(parts) - 1, -1, -1):
             if (step := _step_of(parts[number])) is not None:
                 before = parts[number - 1] if number else ""
@@ -205,9 +203,9 @@ def _checkpoint_of(content: Mapping[str, Any], path: Path) -> tuple[int, str | N
 
 
 def _step_of(name: str) -> int | None:
-    """The step in the name of a checkpoint's folder."""
+    """Return the step in the name of a checkpoint's folder."""
     step = named_step(name)
-    return step.number if step is not None and step.is_plain and step.number < _LARGEST_STEP else None
+    return step.number if step is not None and step.is_plain and step.number <= LARGEST_STEP else None
 
 
 def _numbers_only(pairs: Iterable[tuple[ScoreRow, Any]], path: Path) -> ScoreFile:
@@ -222,7 +220,7 @@ def _numbers_only(pairs: Iterable[tuple[ScoreRow, Any]], path: Path) -> ScoreFil
 
 
 def _number(value: Any) -> float:
-    """A JSON number or a text that is one; NaN for anything else (``"N/A"``, booleans)."""
+    """Return a JSON number or a text that is one; NaN for anything else (``"N/A"``, booleans)."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return math.nan
     try:
@@ -233,14 +231,24 @@ def _number(value: Any) -> float:
 
 def _not_numbers(bad: list[str], path: Path, remedy: str) -> Iterator[Finding]:
     if bad:
-        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         yield Finding(
             "OD504",
-            f"Expected finite numbers, got {'; '.join(bad[:_NAMED])}{more}; these are left out.",
+            f"Expected finite numbers, got {'; '.join(bad[:_NAMED])}{more}. These are left out.",
             remedy,
             file=path.name,
             evidence={"cells": len(bad)},
         )
+
+
+def _table_text(path: Path) -> str:
+    try:
+        return read_text(path, _CODE)
+    except UnreadableFile as error:
+        if not isinstance(error.__cause__, UnicodeDecodeError):
+            raise
+        problem = f"Expected UTF-8, got another encoding ({first_line(error.__cause__)})."
+        raise UnreadableFile(_CODE, problem, "Save the table as UTF-8 (Excel: 'CSV UTF-8').") from error
 
 
 def _read_table(text: str, path: Path, run: str | None) -> ScoreFile:
@@ -256,7 +264,7 @@ def _read_table(text: str, path: Path, run: str | None) -> ScoreFile:
     if lacking or ("run" not in names and run is None):
         lacking = lacking or ["run"]
         columns = ", ".join(shown(name, _LONGEST_CELL) for name in list(names)[:_NAMED])
-        problem = f"Expected the columns run, step, task, score; {', '.join(lacking)} is not among {columns}."
+        problem = f"Expected the columns run, step, task, score, got {columns}: no {', '.join(lacking)}."
         raise UnreadableFile(_CODE, problem, "Make it tidy: one row for each run, step and task.")
     rows, bad = [], []
     for line, row in lines:
@@ -273,7 +281,7 @@ def _table_row(cells: Mapping[str, str], run: str | None) -> tuple[ScoreRow | No
     score, step = _number(cells["score"]), _number(cells["step"] or None)
     quoted = {name: shown(repr(cell), _LONGEST_CELL) for name, cell in cells.items()}
     problems = [] if math.isfinite(score) else [f"score {quoted['score']}"]
-    if cells["step"] and not (math.isfinite(step) and step.is_integer() and 0 <= step < 2**63):
+    if cells["step"] and not (math.isfinite(step) and step.is_integer() and 0 <= step <= LARGEST_STEP):
         problems.append(f"step {quoted['step']}")
     problems += [
         f"{name} {quoted[name]}"

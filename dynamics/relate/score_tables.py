@@ -1,47 +1,28 @@
-"""Rows of scores → scores(run, step, task), each with its direction; what could not be placed becomes a finding.
-
-Which way a metric points, and of which task it is, by its name.
-"""
+"""Rows of scores → scores(run, step, task), each with its direction; what could not be placed becomes a finding."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Protocol, cast, runtime_checkable
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import cast
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
-from dynamics import schema
 from dynamics.findings import Finding
+from dynamics.relate.directions import direction_remedy, directions_of, metric_of
+from dynamics.relate.score_files import ScoreRow
+from dynamics.schema import SCORE, SCORE_DIRECTION
+from dynamics.text import counted, some
 
 #: The task that is the mean of all tasks.
 ALL = "all"
+#: What a score is of: rows that agree in these are of one score.
+_KEYS = ["run", "step", "task"]
 _NAMED = 8
-
-
-@runtime_checkable
-class Row(Protocol):
-    """One score; what ``dynamics.relate.score_files`` reads."""
-
-    @property
-    def run(self) -> str: ...
-    @property
-    def step(self) -> int | None: ...
-    @property
-    def task(self) -> str: ...
-    @property
-    def score(self) -> float: ...
-    @property
-    def items(self) -> float: ...
-    @property
-    def standard_error(self) -> float: ...
-    @property
-    def higher_is_better(self) -> bool | None: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +32,7 @@ class ScoreTable:
     Args:
         scores: ``score``, ``items``, ``standard_error`` ``(run, step, task)`` as they were given, and the coordinate
             ``direction(task)``: +1 if higher is better, −1 if lower, 0 if not known.
-        findings: OD501 to OD505 and OD512.
+        findings: OD501 to OD503, OD505 (score files that contradict each other) and OD512.
     """
 
     scores: xr.Dataset
@@ -59,12 +40,12 @@ class ScoreTable:
 
 
 def score_table(
-    rows: Iterable[Row],
+    rows: Iterable[ScoreRow],
     *,
     runs: Mapping[str, Collection[int]] | None = None,
     directions: Mapping[str, str] | None = None,
 ) -> ScoreTable:
-    """Places rows on a grid of runs, steps and tasks.
+    """Place rows on a grid of runs, steps and tasks.
 
     A score without a step belongs to the last step of its run. Rows that say the same twice count once; rows of one
     (run, step, task) that differ are left out.
@@ -77,173 +58,167 @@ def score_table(
     Raises:
         ValueError: On another direction than these two.
 
-    >>> from dynamics.relate.score_files import ScoreRow
     >>> table = score_table([ScoreRow("a", 10, "vqa/accuracy", 0.5), ScoreRow("a", 20, "vqa/accuracy", 0.7)])
     >>> table.scores["score"].sel(run="a", task="vqa/accuracy").values.tolist()
     [0.5, 0.7]
     """
     placed, findings = _with_steps(list(rows), runs)
-    kept, doubled = _once(placed)
-    findings += doubled
+    scores, repeated = _grid(placed)
+    findings += repeated
     if runs is not None:
-        findings += _steps_without_measures(kept, runs)
-    stated = {row.task: row.higher_is_better for row in kept if row.higher_is_better is not None}
-    tasks = list(dict.fromkeys(row.task for row in kept))
+        findings += _steps_without_measures(scores["score"], runs)
+    tasks = scores["task"].values.tolist()
+    stated, contradictions = _stated_directions(placed)
     direction = directions_of(tasks, directions, stated)
-    findings += _about_tasks(tasks, direction, directions or {})
-    return ScoreTable(_dataset(kept, tasks, direction), tuple(findings))
+    findings += [*contradictions, *_unknown_tasks(tasks, directions or {})]
+    signs = np.array([direction[task] for task in tasks], dtype=np.int64)
+    scores = scores.assign_coords(direction=("task", signs, SCORE_DIRECTION.attributes))
+    return ScoreTable(scores, tuple(findings))
 
 
-@dataclass(frozen=True)
-class _Placed:
-    run: str
-    step: int
-    task: str
-    score: float
-    items: float
-    standard_error: float
-    higher_is_better: bool | None
-
-
-def _with_steps(rows: list[Row], runs: Mapping[str, Collection[int]] | None) -> tuple[list[_Placed], list[Finding]]:
-    """Rows of known runs, at a step."""
+def _with_steps(
+    rows: list[ScoreRow], runs: Mapping[str, Collection[int]] | None
+) -> tuple[list[ScoreRow], list[Finding]]:
+    """Return rows of known runs, each at a step, and findings about the others."""
     findings = []
-    unknown = [row for row in rows if runs is not None and row.run not in runs]
-    if unknown and runs is not None:
+    unknown = [row.run for row in rows if runs is not None and row.run not in runs]
+    if runs is not None and unknown:
         findings.append(
             Finding(
                 "OD501",
-                f"Expected scores of {_named(runs)}, got {len(unknown)} of {_named({row.run for row in unknown})}.",
+                f"Expected scores of {_named(runs)}, got {len(unknown)} of {_named(set(unknown))}.",
                 "Give runs the same names in the score file as on the command line (the folder's name).",
-                evidence={"runs": sorted({row.run for row in unknown}), "rows": len(unknown)},
+                evidence={"runs": sorted(set(unknown)), "rows": len(unknown)},
             )
         )
-    known = [row for row in rows if runs is None or row.run in runs]
-    last = {run: max(steps) for run, steps in (runs or {}).items() if steps}
-    for row in known:
-        if runs is None and row.step is not None:
-            last[row.run] = max(row.step, last.get(row.run, row.step))
-    without = [row for row in known if row.step is None]
-    homeless = [row for row in without if row.run not in last]
+        rows = [row for row in rows if row.run in runs]
+    if runs is None:
+        last = {row.run: row.step for row in sorted(rows, key=lambda row: row.step or 0) if row.step is not None}
+    else:
+        last = {run: max(steps) for run, steps in runs.items() if steps}
+    placed = [replace(row, step=last.get(row.run)) if row.step is None else row for row in rows]
+    without = [row.run for row in rows if row.step is None]
+    left_out = sum(row.step is None for row in placed)
     if without:
+        is_ = "is" if len(without) == 1 else "are"
+        except_ = f" {left_out} of them {'is' if left_out == 1 else 'are'} left out: that step is not known."
         findings.append(
             Finding(
                 "OD502",
-                f"{len(without)} scores of {_named({row.run for row in without})} say no step; they are taken to be of "
-                "the run's last step" + (", or left out where that is not known." if homeless else "."),
+                f"{counted(len(without), 'score')} of {_named(set(without))} {is_} without a step and count"
+                f"{'s' if len(without) == 1 else ''} for the run's last step.{except_ if left_out else ''}",
                 "Put evaluations beside the checkpoint they are of, or give a step column.",
-                evidence={"rows": len(without), "left_out": len(homeless)},
+                evidence={"rows": len(without), "left_out": left_out},
             )
         )
-    placed = [
-        _Placed(
-            row.run,
-            last[row.run] if row.step is None else row.step,
-            row.task,
-            row.score,
-            row.items,
-            row.standard_error,
-            row.higher_is_better,
-        )
-        for row in known
-        if row.step is not None or row.run in last
-    ]
-    return placed, findings
+    return [row for row in placed if row.step is not None], findings
 
 
-def _once(rows: list[_Placed]) -> tuple[list[_Placed], list[Finding]]:
-    """One row for each place; none where rows contradict each other."""
-    places: dict[tuple[str, int, str], list[_Placed]] = defaultdict(list)
-    for row in rows:
-        places[row.run, row.step, row.task].append(row)
-    repeated = {place: found for place, found in places.items() if len(found) > 1}
-    torn = {place for place, found in repeated.items() if not _agree(found)}
-    kept = [_fullest(found) for place, found in places.items() if place not in torn]
-    if not repeated:
-        return kept, []
-    example = next(iter(torn or repeated))
-    return kept, [
+def _grid(rows: Sequence[ScoreRow]) -> tuple[xr.Dataset, list[Finding]]:
+    """Return the scores as ``(run, step, task)``, and a finding about scores that are given more than once.
+
+    Rows that contradict each other are left out; of rows that agree, the one that says most counts.
+    """
+    names = [list(dict.fromkeys(texts)) for texts in ((row.run for row in rows), (row.task for row in rows))]
+    # Numbers instead of names: pandas refuses names that are not UTF-8, as those of folders may be.
+    run_number, task_number = ({name: number for number, name in enumerate(texts)} for texts in names)
+    keys = [(run_number[row.run], row.step, task_number[row.task]) for row in rows]
+    table = pd.DataFrame(keys, columns=_KEYS, dtype="int64").assign(
+        **{name: np.array([getattr(row, name) for row in rows], dtype=np.float64) for name in SCORE}
+    )
+    scores = table.groupby(_KEYS, sort=False)["score"]
+    cell, repeated = scores.ngroup().to_numpy(), scores.transform("size").to_numpy() > 1
+    values, first = table["score"].to_numpy(), scores.transform("first").to_numpy()
+    # As math.isclose has it: equal up to rounding at the scores' own scale.
+    tolerance = np.maximum(1e-9 * np.maximum(np.abs(values), np.abs(first)), 1e-12)
+    with np.errstate(invalid="ignore"):  # a loss may be infinite
+        agrees = (values == first) | (np.abs(values - first) <= tolerance)
+    torn = np.isin(cell, cell[repeated & ~agrees])
+    kept = table.loc[~torn]
+    fullest = kept.loc[kept.isna().sum(axis=1).sort_values(kind="stable").index].drop_duplicates(_KEYS)
+    grid = fullest.set_index(_KEYS).to_xarray().reindex({name: kept[name].unique() for name in ("run", "task")})
+    dataset = xr.Dataset(
+        {name: (("run", *SCORE[name].dims), grid[name].values, SCORE[name].attributes) for name in SCORE},
+        {
+            "run": np.array([names[0][number] for number in grid["run"].values], dtype=str),
+            "step": grid["step"].values,
+            "task": np.array([names[1][number] for number in grid["task"].values], dtype=str),
+        },
+    )
+    if not repeated.any():
+        return dataset, []
+    run, step, task = keys[int(np.argmax(torn if torn.any() else repeated))]
+    count, contradictions = (len(np.unique(cell[chosen])) for chosen in (repeated, torn))
+    fate = "with equal values"
+    if contradictions:
+        fate = f"{contradictions} of them, with different values, {'is' if contradictions == 1 else 'are'} left out"
+    return dataset, [
         Finding(
             "OD503",
-            f"{len(repeated)} scores are given more than once, {len(torn)} of them with different values, which are "
-            f"left out; for example run {example[0]!r}, step {example[1]}, task {example[2]!r}.",
+            f"{counted(count, 'score')} {'is' if count == 1 else 'are'} given more than once, {fate} (for example run "
+            f"{names[0][run]!r}, step {step}, task {names[1][task]!r}).",
             "Keep one row for each run, step and task.",
-            step=example[1],
-            evidence={"places": len(repeated), "contradictions": len(torn)},
+            step=step,
+            evidence={"places": count, "contradictions": contradictions},
         )
     ]
 
 
-def _agree(rows: list[_Placed]) -> bool:
-    first = rows[0].score
-    return all(math.isclose(row.score, first, rel_tol=1e-9, abs_tol=1e-12) for row in rows)
-
-
-def _fullest(rows: list[_Placed]) -> _Placed:
-    return min(rows, key=lambda row: math.isnan(row.items) + math.isnan(row.standard_error))
-
-
-def _steps_without_measures(rows: list[_Placed], runs: Mapping[str, Collection[int]]) -> Iterator[Finding]:
-    apart = sorted({(row.run, row.step) for row in rows if row.step not in set(runs[row.run])})
+def _steps_without_measures(scores: xr.DataArray, runs: Mapping[str, Collection[int]]) -> Iterator[Finding]:
+    names, steps = scores["run"].values.tolist(), scores["step"].values.tolist()
+    cells = zip(product(names, steps), scores.notnull().sum("task").values.ravel().tolist(), strict=True)
+    apart = {(run, step): count for (run, step), count in cells if count and step not in runs[run]}
     if apart:
+        run, step = min(apart)
+        count = sum(apart.values())
+        has, is_ = ("has", "is") if count == 1 else ("have", "are")
         yield Finding(
             "OD502",
-            f"Scores at {len(apart)} steps have no measures there, for example step {apart[0][1]} of run "
-            f"{apart[0][0]!r}; they are related to nothing.",
+            f"{counted(count, 'score')} {has} no checkpoint with measures at the same step and {is_} not used (for "
+            f"example step {step} of run {run!r}).",
             "Evaluate and save at the same steps.",
-            step=apart[0][1],
-            evidence={"places": len(apart), "first": [list(place) for place in apart[:_NAMED]]},
+            step=step,
+            evidence={"places": len(apart), "first": [list(cell) for cell in sorted(apart)[:_NAMED]]},
         )
 
 
-def _about_tasks(tasks: list[str], direction: Mapping[str, int], asked: Mapping[str, str]) -> Iterator[Finding]:
-    unknown = [task for task in tasks if direction[task] == 0]
-    if unknown:
-        yield Finding(
+def _stated_directions(rows: Sequence[ScoreRow]) -> tuple[dict[str, bool], list[Finding]]:
+    """Return whether higher is better, task by task, as files say; and a finding where they contradict each other."""
+    words = defaultdict(set)
+    for row in rows:
+        if row.higher_is_better is not None:
+            words[row.task].add(row.higher_is_better)
+    stated = {task: higher for task, (higher, *more) in words.items() if not more}
+    torn = [task for task in words if task not in stated]
+    if not torn:
+        return stated, []
+    return stated, [
+        Finding(
             "OD505",
-            f"It is not known whether higher is better for {_named(unknown)}; their associations are those of the "
-            f"numbers as they are, and the mean over tasks leaves them out.",
-            'Say it, e.g. directions={"' + unknown[0] + '": "higher"}.',
-            evidence={"tasks": unknown},
+            f"Score files contradict each other on whether higher is better for {_named(torn)}. The user's word "
+            "decides, else the name of the score.",
+            direction_remedy(torn[0]),
+            evidence={"tasks": torn},
         )
-    absent = sorted(set(asked) - set(tasks))
+    ]
+
+
+def _unknown_tasks(tasks: Sequence[str], directions: Mapping[str, str]) -> Iterator[Finding]:
+    absent = sorted(set(directions) - set(tasks))
     if absent:
         yield Finding(
             "OD512",
-            f"A direction is given for {_named(absent)}, of which there are no scores; there are {_named(tasks)}.",
+            f"A direction is given for {_named(absent)}, but there are only scores of {_named(tasks)}.",
             "Check the task's name.",
             evidence={"tasks": absent},
         )
 
 
-def _dataset(rows: list[_Placed], tasks: list[str], direction: Mapping[str, int]) -> xr.Dataset:
-    runs, steps = list(dict.fromkeys(row.run for row in rows)), sorted({row.step for row in rows})
-    arrays = {name: np.full((len(runs), len(steps), len(tasks)), np.nan) for name in schema.SCORE}
-    at = [{value: place for place, value in enumerate(axis)} for axis in (runs, steps, tasks)]
-    for row in rows:
-        place = at[0][row.run], at[1][row.step], at[2][row.task]
-        for name, array in arrays.items():
-            array[place] = getattr(row, name)
-    return xr.Dataset(
-        {
-            name: (("run", *schema.SCORE[name].dims), array, schema.attributes(schema.SCORE[name]))
-            for name, array in arrays.items()
-        },
-        coords={
-            "run": np.array(runs, dtype=str),
-            "step": np.array(steps, dtype=np.int64),
-            "task": np.array(tasks, dtype=str),
-            "direction": (
-                "task",
-                np.array([direction[task] for task in tasks], dtype=np.int64),
-                {"units": "1", "long_name": "+1: higher is better, -1: lower is better, 0: not known"},
-            ),
-        },
-    )
+def rows_of(groups: Mapping[str, xr.Dataset]) -> Iterator[ScoreRow]:
+    """Yield the scores in each run's group ``/score``; missing scores are no rows.
 
-
-def rows_of(groups: Mapping[str, xr.Dataset]) -> Iterator[Row]:
-    """What stands in each run's ``/score`` group, run → dataset; missing scores are no rows.
+    Args:
+        groups: Run → group.
 
     >>> arrays = {name: (("step", "task"), [[value, np.nan]]) for name, value in (("score", 0.5), ("direction", -1))}
     >>> score = xr.Dataset(arrays, {"step": [5], "task": ["ratio", "loss"]})
@@ -252,11 +227,48 @@ def rows_of(groups: Mapping[str, xr.Dataset]) -> Iterator[Row]:
     """
     for run, group in groups.items():
         nothing = xr.full_like(group["score"], np.nan, dtype=np.float64)
-        scores, items, errors, directions = (group.get(name, nothing).values for name in (*schema.SCORE, "direction"))
+        scores, items, errors, directions = (group.get(name, nothing).values for name in (*SCORE, "direction"))
         for i, j in np.argwhere(~np.isnan(scores)).tolist():
             step, task = int(group["step"].values[i]), str(group["task"].values[j])
             higher = {1: True, -1: False}.get(directions[i, j])
-            yield _Placed(run, step, task, float(scores[i, j]), float(items[i, j]), float(errors[i, j]), higher)
+            yield ScoreRow(run, step, task, float(scores[i, j]), float(items[i, j]), float(errors[i, j]), higher)
+
+
+def as_scores(scores: xr.DataArray | xr.Dataset, directions: Mapping[str, str] | None) -> xr.DataArray:
+    """Return scores as ``(run, step, task)`` in float64 with the coordinate ``direction(task)``.
+
+    Raises:
+        ValueError: If dimensions are missing, or a direction is neither ``"higher"`` nor ``"lower"``.
+    """
+    values = run_step_grid(scores["score"] if isinstance(scores, xr.Dataset) else scores, "task", "scores")
+    tasks = values["task"].values.tolist()
+    signs = values["direction"].values.tolist() if "direction" in values.coords else []
+    stated = {task: sign > 0 for task, sign in zip(tasks, signs, strict=False) if sign}
+    asked = {task: word for task, word in (directions or {}).items() if task in tasks}
+    direction = directions_of(tasks, asked, stated)
+    return values.assign_coords(direction=("task", np.array([direction[task] for task in tasks], dtype=np.int64)))
+
+
+def run_step_grid(values: xr.DataArray, last: str, name: str) -> xr.DataArray:
+    """Return values as ``(run, step, last)`` in float64.
+
+    Args:
+        last: The third dimension.
+        name: What the values are called in messages.
+
+    Raises:
+        ValueError: If a dimension or its coordinate is missing, or a coordinate has a value twice.
+    """
+    expected = ("run", "step", last)
+    if set(values.dims) != set(expected):
+        raise ValueError(f"{name}: expected the dimensions {expected}, got {values.dims}.")
+    lacking = [dim for dim in expected if dim not in values.indexes]
+    if lacking:
+        raise ValueError(f"{name}: expected a coordinate for each dimension, got none for {', '.join(lacking)}.")
+    doubled = [dim for dim in expected if not values.indexes[dim].is_unique]
+    if doubled:
+        raise ValueError(f"{name}: expected each {doubled[0]} once, got some of them twice.")
+    return values.transpose(*expected).astype(np.float64)
 
 
 def better(scores: xr.DataArray) -> xr.DataArray:
@@ -280,17 +292,17 @@ def better(scores: xr.DataArray) -> xr.DataArray:
     if directed.sizes["task"] < 2 or ALL in scores["task"].values:
         return turned
     by_task: dict[str, list[int]] = defaultdict(list)
-    for place, name in enumerate(directed["task"].values.tolist()):
-        by_task[metric_of(name).task].append(place)
+    for column, name in enumerate(directed["task"].values.tolist()):
+        by_task[metric_of(name).task].append(column)
     standard = _standardised(directed.values)
-    of_tasks = np.stack([standard[..., places].mean(-1) for places in by_task.values()], axis=-1)
+    of_tasks = np.stack([standard[..., columns].mean(-1) for columns in by_task.values()], axis=-1)
     values = _standardised(of_tasks).mean(-1, keepdims=True)
     mean = directed.isel(task=[0]).copy(data=values).assign_coords(task=[ALL], direction=("task", [1]))
     return cast(xr.DataArray, xr.concat([mean, turned], dim="task"))
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:
-    """Values of each column less their mean, over their standard deviation where that is not 0; NaN stays."""
+    """Return each column less its mean, over its standard deviation where that is not 0; NaN stays."""
     finite = np.isfinite(values)
     count = np.maximum(finite.sum((0, 1)), 1)
     centred = values - np.where(finite, values, 0.0).sum((0, 1)) / count
@@ -299,212 +311,4 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 
 def _named(names: Iterable[str]) -> str:
-    listed = sorted(names)
-    return ", ".join(repr(name) for name in listed[:_NAMED]) + (
-        f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
-    )
-
-
-def _set(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
-#: Metrics that are better when lower: in lower case, words joined by "_". A "rate", "score" or "@k" after them is left
-#: out first, so that "hallucination" stands for "hallucination_rate" too.
-LOWER = _set("""
-loss losses logloss ppl perplexity nll nlpd cross_entropy xent bce bits_per_byte bits_per_character
-bits_per_char bits_per_dim bpb bpc bpd crps pinball elbo_gap error errors err mae mse rmse mape smape mase wape
-msle rmsle nmse nrmse epe mpjpe mcd wer cer mer ter der eer jer fnr fpr fdr far frr fpr95 miss misses
-false_positive false_negative false_alarm false_acceptance false_rejection false_discovery false_positives
-false_negatives misclassification inaccuracy brier ece mce calibration_error fid kid fvd lpips niqe brisque hd95
-hausdorff assd asd chamfer wasserstein emd distance distortion divergence edit_distance levenshtein mean_rank
-median_rank medr hallucination hallucinations toxicity toxic harmfulness harmful unsafe violation violations
-jailbreak over_refusal unfaithfulness incorrect incorrectness invalid failure failures crash repetition
-forgetting regret latency
-""")
-#: Metrics that are better when higher.
-HIGHER = _set("""
-accuracy accuracies acc inst_acc mc1 mc2 f1 f2 f05 fbeta f_beta f_score fscore f_measure fmeasure f_1 precision
-recall sensitivity specificity tpr tnr ppv npv true_positive true_negative negative_predictive_value
-positive_predictive_value auc auroc auprc aupr roc_auc auc_roc aucroc pr_auc auc_pr prauc average_precision map
-ap bleu sacrebleu gleu google_bleu rouge rouge1 rouge2 rougel rouge_l rougelsum rouge_lsum rouge_1 rouge_2
-meteor chrf cider ciderd cider_d spice sari bertscore bert_score bleurt comet moverscore bartscore mauve smatch
-uas las exact_match em anls mcc matthews_correlation matthews_corrcoef pearson pearsonr spearman spearmanr
-kendall kendalltau correlation srcc plcc ccc kappa cohen_kappa qwk r2 r_2 r_squared rsquared explained_variance
-concordance c_index cindex iou miou giou ciou jaccard dice dsc nsd psnr ssim ms_ssim clipscore clip_score
-inception_score vqa_score pesq stoi estoi mos snr sdr si_sdr sisdr nmi ari v_measure similarity likelihood
-log_likelihood loglikelihood elbo mrr reciprocal_rank ndcg hits hit pass maj cons win winrate success solve
-solved resolved correct correctness valid_rate reward rewards rewards_margins rewards_accuracies reward_margin
-return helpfulness harmlessness faithfulness groundedness relevance coherence fluency truthfulness factuality
-""")
-#: Names that end like a metric and are none, or of which it depends on who asks.
-_EITHER = _set("""
-attack_success learning_win rewards_chosen rewards_rejected reward_rejected reward_chosen
-""")
-#: Words around a metric that change nothing, and those that only say of which data it is.
-_SPLITS = _set("""
-eval evaluation val valid validation dev test train training holdout heldout predict
-""")
-_MODIFIERS = _SPLITS | _set("""
-macro micro weighted balanced binary samples mean avg average median overall total final best max min last epoch
-step increase norm normalized normalised none at top k strict flexible raw per_token rate score value percent
-percentage pct fraction probability
-""")
-#: Words between a negation and what it negates.
-_TRANSPARENT = _set("""
-mean avg average macro micro weighted balanced root squared absolute log percentage median max
-""")
-_TURNING = _set("""
-minus inverse inv inverted negated non no not complement
-""")
-#: As scikit-learn has them before errors; before a recall or an accuracy they may name a class.
-_NEGATIVE = frozenset({"neg", "negative"})
-#: Words after a metric: they turn it round, or always say that it got better.
-_TURNING_AFTER = _set("""
-reduction drop decrease decline degradation free inverse inv inverted negated complement
-""")
-_IMPROVEMENT = frozenset({"improvement", "uplift"})
-#: Likelihoods: what is negated in a negative log likelihood.
-_LIKELIHOODS = frozenset({"likelihood", "log_likelihood", "loglikelihood", "elbo"})
-_ONE_MINUS = re.compile(rf"(^|/|\s)((?:(?:{'|'.join(sorted(_SPLITS))})[_\s-]+)?)(?:(?:1|1\.0|100)[\s_]*)?[-−–][\s_]*")
-#: Top-k accuracy; before or after another metric it only says of how many guesses.
-_TOP = re.compile(r"top\d+")
-_WORDS = {"higher": 1, "lower": -1}
-
-
-@dataclass(frozen=True)
-class Metric:
-    """What a score's name says.
-
-    Args:
-        direction: +1 if it is better when higher, −1 when lower, 0 if the name does not tell.
-        task: The rest of the name: of which task it is; ``""`` of an evaluation without a name.
-    """
-
-    direction: int
-    task: str
-
-
-@lru_cache(maxsize=4096)
-def metric_of(name: str) -> Metric:
-    """Read a score's name: which way it points, and of which task it is.
-
-    What counts is the longest metric at the end of the name, after words such as ``macro``, ``rate`` or ``@1``; what
-    stands before it may turn it round (``neg``, ``1 -``, ``inverse``), and so may what follows (``reduction``). Of
-    ``arc_easy/acc_norm,none`` the filter after the comma does not count. A name in which anything else follows a metric
-    (``accuracy_std``) does not tell.
-
-    >>> metric_of("eval_vqa_loss"), metric_of("arc_easy/acc_norm,none").task
-    (Metric(direction=-1, task='vqa'), 'arc_easy')
-    >>> [metric_of(name).direction for name in ("neg_mean_squared_error", "1-accuracy", "hits@10", "val_loss_epoch")]
-    [1, -1, 1, -1]
-    >>> metric_of("vqa").direction
-    0
-    """
-    text = name.rsplit(",", 1)[0] or name
-    text = re.sub(r"(?<![a-z0-9])(?:one|1)[-_\s]+minus[-_\s]+", "minus_", text, flags=re.IGNORECASE)
-    text = _ONE_MINUS.sub(r"\1\2minus_", text)
-    text = re.sub(r"\btop[-_\s](?=\d)", "top", text, flags=re.IGNORECASE)
-    text = re.sub(r"(^|[^A-Za-z])([RP])@", lambda match: match[1] + {"R": "recall@", "P": "precision@"}[match[2]], text)
-    text = re.sub(r"IoU", "_iou", text)
-    for spelled in (text, re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", text)):
-        segments = [_words(segment) for segment in spelled.split("/")]
-        for count in range(len(segments), 0, -1):
-            direction, task = _read(segments[:count])
-            rest = [word for segment in segments[count:] for word in segment]
-            if direction and task is not None and not _NOT_A_TASK & set(rest):
-                return Metric(direction, "_".join([*task, *(word for word in rest if word not in _MODIFIERS)]))
-            if task is None:  # it depends
-                return Metric(0, name)
-    head, separator, _ = name.rpartition("/")
-    return Metric(0, head if separator else name)
-
-
-#: Last parts of a path that are no task: ``accuracy/std``, ``rewards/rejected``.
-_NOT_A_TASK = _set("""
-std stdev stddev stderr se var variance ci low high lower upper range count num size weight scale threshold
-length time chosen rejected ratio delta change diff difference gap coef
-""")
-
-
-def _words(text: str) -> list[str]:
-    return [word for word in re.split(r"[^a-z0-9]+", text.lower()) if word]
-
-
-def _read(segments: Sequence[Sequence[str]]) -> tuple[int, list[str] | None]:
-    """Direction and the words of the task; no words where it depends on who asks."""
-    words = [word for segment in segments for word in segment]
-    if [word for word in segments[-1] if word not in _SPLITS] == ["score"]:
-        return 1, [word for word in words[:-1] if word not in _SPLITS]
-    sign, better = 1, False
-    while words:
-        for length in range(len(words), 0, -1):
-            end = "_".join(words[-length:])
-            if end in _EITHER:
-                return 0, None
-            if direction := _direction(end):
-                turned, before = _negation(words[:-length], end, direction)
-                task = [word for word in before if word not in _SPLITS]
-                return (1 if better else sign * turned * direction), [word for word in task if not _TOP.fullmatch(word)]
-        word = words.pop()
-        if word in _TURNING_AFTER:
-            sign = -sign
-        elif word in _IMPROVEMENT:
-            better = True
-        elif _TOP.fullmatch(word) and not set(words) - _MODIFIERS:
-            return 1, []
-        elif not (word in _MODIFIERS or word.isdecimal() or _TOP.fullmatch(word)):
-            break
-    return 0, []
-
-
-def _direction(metric: str) -> int:
-    """Of one metric, also with a number at its end: ``bleu4``, ``map50``."""
-    for form in (metric, metric.rstrip("0123456789")):
-        if form in HIGHER or form in LOWER:
-            return 1 if form in HIGHER else -1
-    return 0
-
-
-def _negation(before: Sequence[str], metric: str, direction: int) -> tuple[int, list[str]]:
-    """−1 if the words before a metric turn it round, 0 if they may, else 1; and those words without negations."""
-    words, sign = list(before), 1
-    while words:
-        if words[-1] in _TURNING:
-            sign = -sign
-        elif words[-1] in _NEGATIVE:
-            sign = -sign if direction < 0 or metric in _LIKELIHOODS else 0
-        elif words[-1] not in _TRANSPARENT:
-            break
-        words.pop()
-    return sign, words
-
-
-def directions_of(
-    tasks: Iterable[str], asked: Mapping[str, str] | None = None, stated: Mapping[str, bool] | None = None
-) -> dict[str, int]:
-    """Return the direction of each task: as the user says, else as its file says, else by its name.
-
-    Args:
-        tasks: Names of the scores.
-        asked: Task → ``"higher"`` or ``"lower"``, whichever is better.
-        stated: Task → whether higher is better, from score files.
-
-    Raises:
-        ValueError: On another word than these two.
-
-    >>> directions_of(["vqa", "eval_loss"], {"vqa": "higher"})
-    {'vqa': 1, 'eval_loss': -1}
-    """
-    asked, stated = asked or {}, stated or {}
-    for task, word in asked.items():
-        if word not in _WORDS:
-            raise ValueError(f"directions[{task!r}]: expected 'higher' or 'lower' (whichever is better), got {word!r}.")
-    return {
-        task: _WORDS[asked[task]]
-        if task in asked
-        else (1 if stated[task] else -1)
-        if task in stated
-        else metric_of(task).direction
-        for task in tasks
-    }
+    return some(map(repr, sorted(names)), _NAMED)

@@ -1,65 +1,27 @@
-"""Results in plain sentences, each with its numbers; what cannot be decided is said so, without stars."""
+"""Associations and differences in sentences, each with its numbers; too few runs are called too few, without stars."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dynamics.relate.permutations import LEVEL
+from dynamics.text import counted, interval, number, p_value, signed, some, with_minus
 
+#: Tasks that a sentence names.
 _NAMED = 8
 
 
-def number(value: float) -> str:
-    """Two decimals, a minus sign as such.
-
-    >>> number(-0.314)
-    '−0.31'
-    """
-    return f"{value:.2f}".replace("-", "−")
-
-
-def p_text(value: float) -> str:
-    """Two significant digits.
-
-    >>> p_text(0.25), p_text(0.00012)
-    ('0.25', '0.00012')
-    """
-    return f"{value:.2g}" if value >= 1e-5 else f"{value:.1e}"
-
-
-def interval_text(low: float, high: float, write: Callable[[float], str] = number) -> str:
-    """The interval in words, or that there is none.
-
-    >>> interval_text(-0.1, 0.4), interval_text(math.nan, math.nan)
-    ('95 % interval −0.10 to 0.40', 'no interval')
-    """
-    if math.isnan(low) or math.isnan(high):
-        return "no interval"
-    return f"95 % interval {write(low)} to {write(high)}"
-
-
-def undecidable(what: str, units: int, smallest_p: float, correction: str, least: str) -> str:
-    """That a test cannot reach the level with so few units.
-
-    >>> undecidable("Whether the groups differ in gini", 3, 0.25, "", "6 pairs")
-    'Whether the groups differ in gini cannot be decided with n = 3; the smallest possible p is 0.25 (6 pairs could).'
-    """
-    could = (
-        f"{correction[:-1]}; {least} could)" if correction and least else f" ({least} could)" if least else correction
-    )
-    return f"{what} cannot be decided with n = {units}; the smallest possible p is {p_text(smallest_p)}{could}."
-
-
 @dataclass(frozen=True)
-class Asked:
-    """What was asked of all pairs.
+class AssociationContext:
+    """What holds for every association of one table.
 
     Args:
         question: ``"over_steps"``, ``"between_runs"`` or ``"one_run"``.
         given: What is held equal: ``"loss"``, ``"trend"``, or ``None``.
-        unit: What independent units are called.
+        unit: One independent unit in words.
         least: Units with which one pair alone can be decided.
         pairs: Measures × tasks.
     """
@@ -71,148 +33,164 @@ class Asked:
     pairs: int
 
 
-#: What an association over steps is beside.
+#: Where an association over steps is looked for.
 _BEYOND = {
     None: "within runs, beyond the curve that all share",
     "loss": "within runs, with the training loss held equal",
     "trend": "within runs, beyond each run's own straight line",
 }
-#: What an association over steps may come from.
+#: What else may cause an association over steps.
 _COMMON_CAUSE = {
-    None: " Runs that learn faster can show both",
+    None: " Faster learning alone could cause both.",
     "loss": "",
-    "trend": " Runs whose curves bend faster can show both",
+    "trend": " Curves that bend faster could cause both.",
 }
 
 
-def association_statement(
-    measure: str, task: str, direction: int, asked: Asked, row: Mapping[str, float | str], *, alone: bool
-) -> str:
-    """One association in words.
+def association_statement(row: Mapping[str, Any], context: AssociationContext) -> str:
+    """Return one association in words.
 
     Args:
-        measure, task: Names.
-        direction: Of the score; 0 if it is not known.
-        asked: What was asked of all pairs.
-        row: Variables of :func:`dynamics.relate.associate` of this pair.
-        alone: Whether it was named before looking.
+        row: Variables of :func:`dynamics.relate.associate` for one pair, with its ``measure``, ``task``, ``direction``,
+            and ``leading``: whether it was named before looking.
+        context: What holds for all pairs.
     """
-    score = _score(task, direction)
+    measure, task = row["measure"], row["task"]
     if row["reason"]:
-        return nothing_said(measure, [task], str(row["reason"]))
-    value, units, steps = float(row["coefficient"]), int(row["n_units"]), int(row["n_steps"])
-    correlation = f"r = {number(value)} ({interval_text(float(row['low']), float(row['high']))})"
-    if asked.question == "one_run":
+        return unrelated(measure, [task], row["reason"])
+    units = counted(row["n_units"], context.unit, _plural(context.unit))
+    correlation = f"r = {signed(row['coefficient'])}"
+    range_ = interval(row["low"], row["high"])
+    score = _score(task, row["direction"])
+    if context.question == "one_run":
         return (
-            f"One run cannot show whether {measure} goes with {score}: give several runs. In this one, beside its "
-            f"trend, {correlation} over {steps} steps, worth {row['effective_steps']:.1f} independent ones; no p-value "
-            "is given for one run."
+            f"One run cannot show whether {measure} goes with {score}: give several runs. In this run, beyond its "
+            f"trend, {correlation} ({range_}; {row['n_steps']} steps, worth {row['effective_steps']:.1f} independent "
+            "ones). There is no p-value for one run."
         )
-    over_steps = asked.question == "over_steps"
-    where = f"{units} {asked.unit} × {steps} steps" if over_steps else f"{units} {asked.unit} at their last step"
-    beyond = _BEYOND[asked.given] if over_steps else "between runs"
-    correction = "" if alone or asked.pairs == 1 else f" (adjusted for {asked.pairs} associations)"
-    smallest_p = float(row["smallest_p_adjusted"])
-    if not smallest_p <= LEVEL:
-        question = f"Whether {measure} goes with {score} {beyond}"
-        least = f"{asked.least} {asked.unit}" if asked.least > units else f"more {asked.unit}"
-        sentence = undecidable(question, units, smallest_p, correction, least)
-        return f"{sentence} Observed: r = {number(value)} over {where}."
-    p = f"p = {p_text(float(row['p_value' if alone else 'p_familywise']))}{correction}"
+    over_steps = context.question == "over_steps"
+    where = f"{units} × {counted(row['n_steps'], 'step')}" if over_steps else f"{units} at their last step"
+    beyond = _BEYOND[context.given] if over_steps else "between runs"
+    adjusted = "" if row["leading"] or context.pairs == 1 else f", adjusted for {context.pairs} associations"
+    if not row["smallest_p_adjusted"] <= LEVEL:
+        more = f"{context.least} {_plural(context.unit)}" if context.least > row["n_units"] else ""
+        question = f"whether {measure} goes with {score} {beyond}"
+        return f"{_too_few(units, question, row, adjusted, more)} Observed: {correlation}."
+    p = f"p = {p_value(row['p_value' if row['leading'] else 'p_familywise'])}{adjusted}"
+    numbers = f"({correlation}, {range_}, {p}; {where})"
     if not row["holds"]:
-        return (
-            f"No association of {measure} with {score} was shown {beyond}: {correlation}, {p}, {where}. "
-            "Correlations outside the interval are excluded."
-        )
-    way = {1: "better", -1: "worse"} if direction else {1: "higher", -1: "lower"}
-    sentence = (
-        f"A higher {measure} goes with {way[1 if value > 0 else -1]} {score}, {beyond}: {correlation}, {p}, {where}."
-    )
-    given_loss = float(row["coefficient_given_loss"])
-    held = (
-        "" if math.isnan(given_loss) or asked.given else f"; with the training loss held equal r = {number(given_loss)}"
-    )
-    cause = _COMMON_CAUSE[asked.given] if over_steps else ""
-    return f"{sentence}{cause}{held}." if cause else sentence
+        if row["low"] < -0.995 and row["high"] > 0.995:
+            rest = f"Every correlation is still possible: more {_plural(context.unit)} are needed."
+        else:
+            rest = "Correlations outside the interval are ruled out."
+        return f"{measure} and {score}: no association shown {beyond} {numbers}. {rest}"
+    ways = ("better", "worse") if row["direction"] else ("higher", "lower")
+    sentence = f"Higher {measure} goes with {ways[row['coefficient'] < 0]} {score} {beyond} {numbers}."
+    if not over_steps:
+        return sentence
+    given_loss = row["coefficient_given_loss"]
+    sentence += _COMMON_CAUSE[context.given]
+    if math.isnan(given_loss) or context.given:
+        return sentence
+    return f"{sentence} With the training loss held equal, r = {signed(given_loss)}."
 
 
-def nothing_said(measure: str, tasks: Sequence[str], reason: str) -> str:
-    """That there is no coefficient.
+def unrelated(measure: str, tasks: Sequence[str], reason: str) -> str:
+    """Return in words that tasks have no correlation with a measure, and why.
 
-    >>> nothing_said("gini", ["qa", "vqa"], "one of the two does not vary")
-    'Nothing can be said of gini and qa, vqa: one of the two does not vary.'
+    >>> unrelated("gini", ["qa", "vqa"], "one of the two does not vary")
+    'gini cannot be related to qa, vqa: one of the two does not vary.'
     """
-    more = f" and {len(tasks) - _NAMED} more" if len(tasks) > _NAMED else ""
-    return f"Nothing can be said of {measure} and {', '.join(tasks[:_NAMED])}{more}: {reason}."
+    return f"{measure} cannot be related to {some(tasks, _NAMED)}: {reason}."
 
 
 def _score(task: str, direction: int) -> str:
     if task == "all":
-        return "scores, mean over tasks"
-    if direction == 0:
-        return f"values of {task} (whether higher is better is not known)"
-    return f"scores of {task}" + (" (lower is better; sign turned)" if direction < 0 else "")
+        return "scores (mean over tasks)"
+    return task + {1: "", -1: " (lower is better)", 0: " (which direction is better is unknown)"}[direction]
 
 
-def difference_statement(
-    measure: str,
-    contrast: tuple[str, str],
-    *,
-    difference: float,
-    error: float,
-    low: float,
-    high: float,
-    effect_size: float,
-    p: float,
-    correction: str,
-    smallest_p: float,
-    tested: bool,
-    units: str,
-    count: int,
-    least: str,
-    steps: int,
-) -> str:
-    """One difference of two groups, first minus second, in words.
+def _plural(unit: str) -> str:
+    first, *rest = unit.split(" ", 1)
+    return " ".join([f"{first}s", *rest])
+
+
+def _too_few(units: str, question: str, row: Mapping[str, Any], adjusted: str, could: str) -> str:
+    """Return in words that no result of so few units could be significant, and how many could."""
+    verb = "is" if units.startswith("1 ") and "+" not in units else "are"
+    enough = f"{could} can reach {LEVEL}." if could else "More runs are needed."
+    smallest = f"smallest possible p: {p_value(row['smallest_p_adjusted'])}{adjusted}"
+    return f"{units} {verb} too few to decide {question} ({smallest}). {enough}"
+
+
+@dataclass(frozen=True)
+class ComparisonContext:
+    """What holds for every difference between two groups.
 
     Args:
-        measure: Name.
-        contrast: Names of the first and the second group.
-        difference, error: Of the means, and its standard error.
-        low, high: The interval that belongs to the decision.
-        effect_size: Standardised difference.
-        p: The p-value that decides, ``correction`` says over what it is adjusted.
-        smallest_p: Least that it could have been.
+        first, second: Names of the groups; differences are first minus second.
+        units: Units that are compared, in words: ``"6 pairs"``, ``"3 + 4 runs"``.
+        pairing: How runs were paired, or why not, in words.
         tested: Whether the groups are large enough to be tested.
-        units, count: What was compared, in words, and how many units that is.
-        least: With how many units a decision would be possible.
-        steps: Steps that count.
+        least: Units with which a decision would be possible, in words; ``""`` where it is not their number that lacks.
+        measures, comparisons: How many there are, over which p-values are adjusted.
     """
-    first, second = contrast
-    if steps == 0 or math.isnan(difference):
-        return f"Nothing can be said of {measure}: there is no step at which every run has it."
-    size = "" if math.isnan(effect_size) else f", effect size {number(effect_size)}"
-    spread = "" if math.isnan(error) else f" (standard error {significant(error)})"
-    where = f"{units}, at the one step" if steps == 1 else f"{units}, mean over {steps} steps"
-    observed = f"Observed difference: {significant(difference)}{spread}{size}, {where}."
-    asked = f"Whether {measure} differs between {first} and {second}"
-    if not tested:
-        return f"{asked} cannot be decided: a group of fewer than 3 runs is described only. {observed}"
-    if not smallest_p <= LEVEL:
-        return f"{undecidable(asked, count, smallest_p, correction, least)} {observed}"
-    numbers = f"{significant(difference)} ({interval_text(low, high, significant)}){size}"
-    if p <= LEVEL:
-        way = "higher" if difference > 0 else "lower"
-        return f"{measure} is {way} in {first} than in {second} by {numbers}, p = {p_text(p)}{correction}, {where}."
+
+    first: str
+    second: str
+    units: str
+    pairing: str
+    tested: bool
+    least: str
+    measures: int
+    comparisons: int
+
+    def adjustment(self, leading: bool) -> str:
+        """Return over what a p-value is adjusted, in words."""
+        counts = [] if leading or self.measures == 1 else [f"{self.measures} measures"]
+        counts += [] if self.comparisons == 1 else [f"{self.comparisons} comparisons"]
+        return f", adjusted for {' and '.join(counts)}" if counts else ""
+
+
+def difference_statement(row: Mapping[str, Any], context: ComparisonContext) -> str:
+    """Return the difference between two groups, mean over steps, in words.
+
+    Args:
+        row: Variables of :func:`dynamics.relate.compare` for one comparison and measure, with its ``measure``,
+            ``leading`` (whether it was named before looking), and ``p_value``, the one that decides.
+        context: What holds for all measures.
+    """
+    measure, first, second = row["measure"], context.first, context.second
+    difference, size = row["mean_difference"], row["mean_effect_size"]
+    if row["n_steps"] == 0 or math.isnan(difference):
+        return f"{measure} cannot be compared: no step has it for every run of {first} and {second}."
+    steps = "one step" if row["n_steps"] == 1 else f"mean over {row['n_steps']} steps"
+    where = f"{context.units}{context.pairing}, {steps}"
+    if context.tested and math.isnan(size) and row["mean_error"] >= 0 and row["smallest_p"] >= 1:
+        return f"{measure} is equal in {first} and {second} ({where}): there is nothing to test."
+    details = [] if math.isnan(row["mean_error"]) else [f"standard error {number(row['mean_error'])}"]
+    details += [] if math.isnan(size) else [f"effect size {signed(size)}"]
+    observed = f"Observed difference: {_quantity(difference)} ({', '.join([*details, where])})."
+    question = f"whether {measure} differs between {first} and {second}"
+    if not context.tested:
+        return f"Groups of fewer than 3 runs are described, not tested: {question} is undecided. {observed}"
+    adjusted = context.adjustment(row["leading"])
+    if not row["smallest_p_adjusted"] <= LEVEL:
+        return f"{_too_few(context.units, question, row, adjusted, context.least)} {observed}"
+    low, high, way = row["mean_low"], row["mean_high"], "higher"
+    shown = row["p_value"] <= LEVEL
+    if shown and difference < 0:
+        difference, low, high, size, way = -difference, -high, -low, -size, "lower"
+    effect = "" if math.isnan(size) else f", effect size {signed(size)}"
+    numbers = f"{interval(low, high, _quantity)}{effect}, p = {p_value(row['p_value'])}{adjusted}; {where}"
+    if shown:
+        return f"{measure} is {way} in {first} than in {second} by {_quantity(difference)} ({numbers})."
     return (
-        f"No difference in {measure} between {first} and {second} was shown: {numbers}, p = {p_text(p)}{correction}, "
-        f"{where}. Differences outside the interval are excluded."
+        f"{measure}: no difference between {first} and {second} shown ({_quantity(difference)}, {numbers}). "
+        "Differences outside the interval are ruled out."
     )
 
 
-def significant(value: float) -> str:
-    """Three significant digits, for numbers with units of their own.
-
-    >>> significant(-0.00123456), significant(1234.5)
-    ('−0.00123', '1.23e+03')
-    """
-    return f"{value:.3g}".replace("-", "−", 1) if value < 0 else f"{value:.3g}"
+def _quantity(value: float) -> str:
+    """Return a number with units of its own: three significant digits."""
+    return with_minus(number(value))

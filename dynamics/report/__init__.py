@@ -1,6 +1,6 @@
-"""A finished result told: as JSON, in a terminal, and, in ``dynamics.report.page``, as one HTML page.
+"""A finished result as JSON, in a terminal, and as one HTML page (``dynamics.report.page``).
 
-The page draws, so it is not imported here: a summary must not wait for matplotlib.
+The page imports matplotlib, so it is not imported here: a summary must not wait for that.
 """
 
 from dynamics.findings import finding_line, finding_lines

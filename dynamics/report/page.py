@@ -1,8 +1,6 @@
-"""The report: one HTML page that needs nothing but itself.
+"""The report: one HTML page that needs no other file and no network.
 
-Text of files and definitions as HTML: escaped first, then marked up.
-
-What the page says of associations with scores and of groups of runs: sentences first, then figures, then tables.
+Text from files and definitions is escaped first and marked up afterwards.
 """
 
 from __future__ import annotations
@@ -10,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -33,43 +32,21 @@ from dynamics.plot.figures import (
 )
 from dynamics.plot.gradient import NORM
 from dynamics.plot.hover_heatmap import fits_a_page
-from dynamics.plot.select import RULE, standouts
-from dynamics.report import sentences as words
-from dynamics.report.sentences import informative_directions
+from dynamics.plot.select import RULE, standouts, title_of
+from dynamics.report import sentences
 from dynamics.report.summary import summarise
-from dynamics.text import finite, visible
+from dynamics.text import counted, finite, number, percent, sentence_case, visible
 
-# An index after a bracket of a norm, after an increment, a gradient, a singular value, a sum, or a letter that stands
-# alone; not the underscore of a name.
-_INDEX = re.compile(r"(?:(?<=[‖Δσ∇ΣμḡFKL])|(?<=\b[vf]))_(?:\{([^}]*)\}|((?<=K_)[a-z]{2}|\w))")
-
-
-def breakable(name: str) -> Markup:
-    """A long dotted name that may break after its dots.
-
-    >>> breakable("a.<b>")
-    Markup('a.<wbr>&lt;b&gt;')
-    """
-    return Markup(".<wbr>").join(escape(part) for part in name.split("."))
-
-
-def formula(text: str) -> Markup:
-    """A definition with its indices set low.
-
-    >>> formula("‖Δ_{t−1}‖_F of entropy_energy")
-    Markup('‖Δ<sub>t−1</sub>‖<sub>F</sub> of entropy_energy')
-    >>> formula("Σ_{j≤k} K_ij², v_j of null_gradient")
-    Markup('Σ<sub>j≤k</sub> K<sub>ij</sub>², v<sub>j</sub> of null_gradient')
-    """
-    return Markup(_INDEX.sub(lambda index: f"<sub>{index[1] or index[2]}</sub>", str(escape(text))))
-
-
-#: A longer table makes a page that is slow to open; the whole one is in summary.json.
+#: A longer table makes a page that opens slowly; the whole table is in summary.json.
 MOST_ROWS = 1000
-#: Variables that the page shows beside the measures.
+#: Rows of a table and sentences of a part; all are in the result.
+MOST_PAIRS, MOST_STATEMENTS = 500, 6
+#: Share of reports on data without any effect that claim one: python -m tests.benchmarks.calibration.
+FALSE_REPORTS = "7 % (6 runs) to 13 % (12 runs)"
+#: Variables of an update that are defined beside the measures.
 _SIZES = ("frobenius_norm", "path_length", "increment_cosine", "suggested_rank")
 _OF_THE_GRADIENT = ("norm_before_clip", "norm_after_clip", "singular_value", "frobenius_norm")
-#: What the section on informative directions says and draws, by group.
+#: Variables of the section on informative directions, by group.
 _OF_THE_FISHER = {
     "fisher": (
         "eigenvalue",
@@ -106,6 +83,84 @@ _OF_THE_FISHER = {
     ),
 }
 
+
+@dataclass(frozen=True)
+class Relation:
+    """How a group that relates runs is shown: as sentences, figures and a table.
+
+    Args:
+        caption: What the table has; the method follows it.
+        names: Dimension → heading, of the two columns of names.
+        columns: Heading → variable; a variable that ends with ``low`` stands for the interval.
+        figures: Name → caption.
+    """
+
+    caption: str
+    names: Mapping[str, str]
+    columns: Mapping[str, str]
+    figures: Mapping[str, str]
+
+
+_COMPARISON = Relation(
+    "Differences of means over steps",
+    {"measure": "measure", "comparison": "groups"},
+    {
+        "difference": "mean_difference",
+        "95 % interval": "mean_low",
+        "effect size": "mean_effect_size",
+        "p": "mean_p_value",
+        "p, adjusted": "mean_p_familywise",
+        "units": "n_units",
+        "significant": "holds",
+    },
+    {"comparison": "Every run, and the median of each group."},
+)
+_ASSOCIATION = Relation(
+    "Associations of measures with scores",
+    {"measure": "measure", "task": "task"},
+    {
+        "r": "coefficient",
+        "95 % interval": "low",
+        "p": "p_value",
+        "p, adjusted": "p_familywise",
+        "runs": "n_runs",
+        "steps": "n_steps",
+        "significant": "holds",
+    },
+    {
+        "association": "Correlation with scores, with its sign turned where lower scores are better. Filled: "
+        "significant after correction.",
+        "association_scatter": "The headline measure and the scores of the first task, as given. Parallel lines only "
+        "show that both change over time; that is no evidence of an association.",
+        "association_grid": "Correlation of measures with tasks; in brackets if it is not significant.",
+    },
+)
+
+# An index follows the bracket of a norm, an increment, a gradient, a singular value, a sum, or a single letter; an
+# underscore within a name is none.
+_INDEX = re.compile(r"(?:(?<=[‖Δσ∇ΣμḡFKL])|(?<=\b[vf]))_(?:\{([^}]*)\}|((?<=K_)[a-z]{2}|\w))")
+
+
+def breakable(name: str) -> Markup:
+    """Return a long dotted name that may break after its dots.
+
+    >>> breakable("a.<b>")
+    Markup('a.<wbr>&lt;b&gt;')
+    """
+    return Markup(".<wbr>").join(escape(part) for part in name.split("."))
+
+
+def formula(text: str) -> Markup:
+    """Return a definition with its indices set as subscripts.
+
+    >>> formula("‖Δ_{t−1}‖_F of entropy_energy")
+    Markup('‖Δ<sub>t−1</sub>‖<sub>F</sub> of entropy_energy')
+    >>> formula("Σ_{j≤k} K_ij², v_j of null_gradient")
+    Markup('Σ<sub>j≤k</sub> K<sub>ij</sub>², v<sub>j</sub> of null_gradient')
+    """
+    return Markup(_INDEX.sub(lambda index: f"<sub>{index[1] or index[2]}</sub>", str(escape(text))))
+
+
 _TEMPLATES = Environment(
     loader=PackageLoader("dynamics.report", ""),
     autoescape=True,
@@ -114,43 +169,49 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 _TEMPLATES.filters |= {
-    "number": words.number,
-    "percent": words.percent,
+    "number": number,
+    "percent": percent,
     "place": location,
     "evidence": evidence_words,
     "breakable": breakable,
     "formula": formula,
+    "sentence_case": sentence_case,
 }
-_TEMPLATES.globals |= {"counted": words.counted}
+_TEMPLATES.globals |= {"counted": counted}
 
 
-def page(tree: xr.DataTree, *, figures: Mapping[str, str] | None = None) -> str:
-    """The report of a result as one HTML page: no network, no other file, readable without scripts.
+def page(
+    tree: xr.DataTree, *, figures: Mapping[str, str] | None = None, summary: Mapping[str, Any] | None = None
+) -> str:
+    """Return the report of a result as one HTML page: no network, no other file, readable without scripts.
 
     Everything that comes from files (names, findings, paths) is escaped, control characters are written out, and the
-    page's own policy allows no script but its own.
+    page's content policy allows no script but its own.
 
     Args:
         tree: A result of one run, or of several under ``/runs``.
         figures: SVG text by name, where ``plot.figures`` have been drawn already.
+        summary: Of this tree, where ``summarise`` has been called already.
 
     Example: ``Path("report.html").write_text(page(dynamics.open_run("runs/imax")), encoding="utf-8")``
     """
     if figures is None:
         figures = {name: plot.to_svg(figure) for name, figure in plot.figures(tree).items()}
+    summary = summarise(tree) if summary is None else summary
     several = "runs" in tree.children
-    trees = dict(tree["runs"].children) if several else {"": tree}
-    runs = []
-    for number, (name, run) in enumerate(trees.items()):
-        prefix = f"{name}/" if several else ""
-        own = {key.removeprefix(prefix): svg for key, svg in figures.items() if key.startswith(prefix)}
-        runs.append(_run(str(name), run, own, number))
+    if several:
+        runs = [
+            _run(run, summary["runs"][name], _figures_of(figures, f"{name}/"), f"run{number}", name)
+            for number, (name, run) in enumerate(tree["runs"].children.items())
+        ]
+    else:
+        runs = [_run(tree, summary, figures, "run0", summary["run"])]
     script = _TEMPLATES.get_template("sort.js.j2").render()
     html = _TEMPLATES.get_template("page.html.j2").render(
         runs=runs,
         several=several,
         related=related_sections(tree, figures),
-        refused=grouped(json.loads(tree.attrs.get("findings", "[]"))) if several else [],
+        shared_findings=grouped(summary["findings"]) if several else [],
         script=Markup(script),
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         version=runs[0]["summary"]["toolkit_version"],
@@ -158,27 +219,33 @@ def page(tree: xr.DataTree, *, figures: Mapping[str, str] | None = None) -> str:
     return visible(html)
 
 
-def _run(name: str, tree: xr.DataTree, figures: Mapping[str, str], number: int) -> dict[str, Any]:
-    """What the template says of one run."""
+def _figures_of(figures: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """Return the figures of one of several runs, by their names without the run's."""
+    return {name.removeprefix(prefix): svg for name, svg in figures.items() if name.startswith(prefix)}
+
+
+def _run(
+    tree: xr.DataTree, summary: Mapping[str, Any], figures: Mapping[str, str], identifier: str, name: str
+) -> dict[str, Any]:
+    """Return what the template shows of one run."""
     update = tree["update"].to_dataset().load()
-    summary = summarise(tree)
     over_steps = {figure_name(variable, kind): variable for variable, kind in OVER_STEPS}
-    # Rows in model order give the name's column something better to sort by than letters.
-    position = {name: index for index, name in enumerate(update["matrix"].values.tolist())}
+    # The column of names sorts by the order in the model, which means more than the alphabet.
+    position = {matrix: index for index, matrix in enumerate(update["matrix"].values.tolist())}
     return {
-        "id": f"run{number}",
-        "name": name or summary["run"],
+        "id": identifier,
+        "name": name,
         "summary": summary,
-        "informative_directions": informative_directions(summary),
-        "answers": words.answers(summary),
-        "which_matrices": words.which_matrices(summary),
-        "analysed": words.what_was_analysed(summary),
+        "informative_directions": sentences.informative_directions(summary),
+        "answers": sentences.answers(summary),
+        "which_matrices": sentences.which_matrices(summary),
+        "analysed": sentences.what_was_analysed(summary),
         "findings": grouped(summary["findings"]),
         "severities": severities(summary["findings"]),
         "figures": {key: Markup(svg) for key, svg in figures.items()},
         "captions": {key: _definition(update, variable) for key, variable in over_steps.items()}
-        | _of_gradients(tree)
-        | _of_the_fisher(tree),
+        | _gradient_definitions(tree)
+        | _fisher_definitions(tree),
         "has_increments": any(len(segment["steps"]) > 1 for segment in summary["segments"])
         or has_values(update["frobenius_norm"], "increment"),
         "fits": fits_a_page(update),
@@ -190,7 +257,7 @@ def _run(name: str, tree: xr.DataTree, figures: Mapping[str, str], number: int) 
         "rule": RULE,
         "standouts": standouts(update),
         "rows": [{**row, "position": position[row["name"]]} for row in summary["table"][:MOST_ROWS]],
-        "gradients": _what_of_gradients(tree),
+        "gradients": _measured_of_gradients(tree),
         "definitions": _definitions(tree),
         "provenance": _provenance(tree),
     }
@@ -200,8 +267,8 @@ def _definition(update: xr.Dataset, variable: str) -> str:
     return str(update[variable].attrs.get("definition", ""))
 
 
-def _what_of_gradients(tree: xr.DataTree) -> str:
-    """``"spectra"``, ``"norms"`` or ``"nothing"``: the most that was measured of them."""
+def _measured_of_gradients(tree: xr.DataTree) -> str:
+    """Return the most that was measured of gradients: ``"spectra"``, ``"norms"`` or ``"nothing"``."""
     if "gradient" not in tree.children:
         return "nothing"
     gradient = tree["gradient"].to_dataset()
@@ -210,16 +277,16 @@ def _what_of_gradients(tree: xr.DataTree) -> str:
     return "norms" if has_values(gradient["norm_before_clip"]) else "nothing"
 
 
-def _of_gradients(tree: xr.DataTree) -> dict[str, str]:
-    """Definitions for the figures of gradients; those of the norms are in the table of definitions."""
+def _gradient_definitions(tree: xr.DataTree) -> dict[str, str]:
+    """Return definitions for the figures of gradients; those of the norms are in the table of definitions."""
     if "gradient" not in tree.children:
         return {}
     gradient = tree["gradient"].to_dataset()
     return {gradient_name(name): _definition(gradient, name) for name in OF_GRADIENTS if name != NORM}
 
 
-def _of_the_fisher(tree: xr.DataTree) -> dict[str, str]:
-    """Definitions for the figures of the Fisher."""
+def _fisher_definitions(tree: xr.DataTree) -> dict[str, str]:
+    """Return definitions for the figures of the Fisher."""
     if not set(schema.FISHER_GROUPS) <= set(tree.children):
         return {}
     fisher, tasks = tree["fisher"].to_dataset(), tree["tasks"].to_dataset()
@@ -232,22 +299,22 @@ def _of_the_fisher(tree: xr.DataTree) -> dict[str, str]:
 def _heatmap(update: xr.Dataset, variable: str) -> dict[str, Any]:
     scale, panels = plot.hover_heatmap(update, variable=variable)
     return {
-        "title": f"{update[variable].attrs['long_name']}, total",
+        "title": sentence_case(title_of(variable, "total")),
         "scale": Markup(scale),
         "panels": [(label, Markup(svg)) for label, svg in panels],
     }
 
 
 def _definitions(tree: xr.DataTree) -> list[dict[str, str]]:
-    """The table of definitions: of an update, and of a gradient what is not measured as of an update."""
+    """Return the table of definitions; a gradient's measures are those of an update and not defined again."""
     tables: dict[str, tuple[xr.Dataset, tuple[str, ...]]] = {
         "": (tree["update"].to_dataset(), (*_SIZES, *schema.MEASURES))
     }
     if "gradient" in tree.children:
         tables["gradient/"] = (tree["gradient"].to_dataset(), _OF_THE_GRADIENT)
-    for name, shown in _OF_THE_FISHER.items():
+    for name, variables in _OF_THE_FISHER.items():
         if name in tree.children:
-            tables[f"{name}/"] = (tree[name].to_dataset(), shown)
+            tables[f"{name}/"] = (tree[name].to_dataset(), variables)
     keys = ("long_name", "units", "definition", "reference")
     return [
         {"name": f"{prefix}{name}", **{key: str(dataset[name].attrs.get(key, "")) for key in keys}}
@@ -270,111 +337,61 @@ def _provenance(tree: xr.DataTree) -> dict[str, Any]:
     }
 
 
-#: Rows of a table and sentences of a part that the page shows; all are in the result.
-MOST_PAIRS, MOST_STATEMENTS = 500, 6
-#: Of reports on data without any effect, how many state something somewhere: python -m tests.benchmarks.calibration.
-FALSE_REPORTS = "7 % (6 runs) to 13 % (12 runs)"
-#: Heading → variable, of the columns after the two names; ``"low"`` stands for the interval.
-_ASSOCIATION = {
-    "r": "coefficient",
-    "95 % interval": "low",
-    "p": "p_value",
-    "p, adjusted": "p_familywise",
-    "runs": "n_runs",
-    "steps": "n_steps",
-    "shown": "holds",
-}
-_OF_ASSOCIATIONS = {
-    "association": "Correlation with scores, turned so that higher is better. Filled: shown.",
-    "association_scatter": "The headline measure against the first task's score, as given. Parallel lines only show "
-    "that both change over time; that is no evidence of an association.",
-    "association_grid": "Correlation of measures with tasks; in brackets what is not shown.",
-}
-_COMPARISON = {
-    "difference": "mean_difference",
-    "95 % interval": "mean_low",
-    "effect size": "mean_effect_size",
-    "p": "mean_p_value",
-    "p, adjusted": "mean_p_familywise",
-    "units": "n_units",
-    "shown": "holds",
-}
-
-
 def related_sections(tree: xr.DataTree, figures: Mapping[str, str]) -> dict[str, Any]:
-    """Both parts for the template; ``None`` for one that the result does not have.
+    """Return what the template shows of groups and of scores; ``None`` for a group that the result does not have.
 
     Args:
         tree: A result, of one run or of several.
         figures: SVG text by name.
     """
-    parts: dict[str, Any] = {"comparison": None, "association": None, "headline": "", "false_reports": FALSE_REPORTS}
-    if "association" in tree.children:
-        group = tree["association"].to_dataset().load()
-        words = f"Associations of measures with scores: {group.attrs['method']}."
-        names = {"measure": "measure", "task": "task"}
-        drawn = _drawn(figures, _OF_ASSOCIATIONS)
-        parts["association"] = _part("association", group, names, _ASSOCIATION, words, drawn)
-    if "comparison" in tree.children:
-        group = tree["comparison"].to_dataset().load()
-        words = f"Differences of means over steps: {'; '.join(sorted(set(group['method'].values.tolist())))}."
-        names = {"measure": "measure", "comparison": "groups"}
-        drawn = _drawn(figures, {"comparison": "Every run, and the median of each group."})
-        parts["comparison"] = _part("comparison", group, names, _COMPARISON, words, drawn)
-    for part in (parts["association"], parts["comparison"]):
-        parts["headline"] = part["headline"] if part else parts["headline"]
-    return parts
+    parts = {
+        name: _part(name, tree[name].to_dataset().load(), relation, figures) if name in tree.children else None
+        for name, relation in (("comparison", _COMPARISON), ("association", _ASSOCIATION))
+    }
+    headline = next((part["headline"] for part in parts.values() if part), "")
+    return {**parts, "headline": headline, "false_reports": FALSE_REPORTS}
 
 
-def _part(
-    name: str,
-    group: xr.Dataset,
-    names: Mapping[str, str],
-    columns: Mapping[str, str],
-    words: str,
-    figures: Sequence[tuple[Markup, str]],
-) -> dict[str, Any]:
-    """One part: its sentences, figures and table.
-
-    Args:
-        name: Of the group.
-        group: What was related.
-        names: Dimension → heading, of the two columns of names.
-        columns: Heading → variable.
-        words: The table's caption.
-        figures: Drawings with captions.
-    """
-    said = [str(text) for text in group.attrs["statements"]]
-    rows = list(_rows(group, list(names), columns))
-    count = int(np.prod([group.sizes[dim] for dim in names]))
-    if count > len(rows):
-        words += f" {len(rows)} of {count:,} (shown, of the headline measure, or largest); all are in analysis.zarr."
+def _part(name: str, group: xr.Dataset, relation: Relation, figures: Mapping[str, str]) -> dict[str, Any]:
+    """Return the sentences, figures and table of one group."""
+    statements = [str(statement) for statement in group.attrs["statements"]]
+    methods = [group.attrs["method"]] if "method" in group.attrs else sorted(set(group["method"].values.tolist()))
+    caption = f"{relation.caption}: {'; '.join(methods)}."
+    rows = list(_rows(group, relation))
+    pairs = int(np.prod([group.sizes[dim] for dim in relation.names]))
+    if pairs > len(rows):
+        caption += (
+            f" {len(rows):,} of {pairs:,} rows: the significant ones, those of the headline measure, then the largest. "
+            "All are in analysis.zarr."
+        )
     return {
         "id": name,
         "headline": str(group.attrs["headline"]),
-        "statements": said[:MOST_STATEMENTS],
-        "more": max(0, len(said) - MOST_STATEMENTS),
-        "figures": figures,
-        "words": words,
-        "headings": [*names.values(), *columns],
+        "statements": statements[:MOST_STATEMENTS],
+        "more": max(0, len(statements) - MOST_STATEMENTS),
+        "figures": [(Markup(figures[key]), text) for key, text in relation.figures.items() if key in figures],
+        "caption": caption,
+        "headings": [*relation.names.values(), *relation.columns],
         "rows": rows,
     }
 
 
-def _rows(group: xr.Dataset, dims: Sequence[str], columns: Mapping[str, str]) -> Iterator[list[Any]]:
-    """A row for each pair of names; of too many those that are shown, then the headline's, then the largest."""
-    variables = [*columns.values(), *(name.replace("low", "high") for name in columns.values() if name.endswith("low"))]
-    tables = {name: group[name].transpose(*dims).values.ravel() for name in variables}
+def _rows(group: xr.Dataset, relation: Relation) -> Iterator[list[Any]]:
+    """Yield a row for each pair of names; of too many the significant, then the headline's, then the largest."""
+    dims, columns = list(relation.names), list(relation.columns.values())
+    ends = [_high_end(name) for name in columns if name.endswith("low")]
+    values = {name: group[name].transpose(*dims).values.ravel() for name in (*columns, *ends)}
     labels = [group[dim].values.tolist() for dim in dims]
-    places = np.arange(len(tables["holds"]))
-    if len(places) > MOST_PAIRS:
-        measure = np.array(labels[0])[places // len(labels[1])]
-        size = np.nan_to_num(np.abs(tables[next(iter(columns.values()))]), nan=-1.0)
-        first = np.lexsort((-size, measure != str(group.attrs["headline"]), ~tables["holds"].astype(bool)))
-        places = np.sort(first[:MOST_PAIRS])
-    for place in places.tolist():
-        cells = [_cell(name, {key: table[place] for key, table in tables.items()}) for name in columns.values()]
-        yield [labels[0][place // len(labels[1])], labels[1][place % len(labels[1])], *cells]
+    pairs = np.arange(len(values["holds"]))
+    if len(pairs) > MOST_PAIRS:
+        measure = np.array(labels[0])[pairs // len(labels[1])]
+        size = np.nan_to_num(np.abs(values[columns[0]]), nan=-1.0)
+        order = np.lexsort((-size, measure != str(group.attrs["headline"]), ~values["holds"].astype(bool)))
+        pairs = np.sort(order[:MOST_PAIRS])
+    for pair in pairs.tolist():
+        first, second = divmod(pair, len(labels[1]))
+        row = {name: array[pair] for name, array in values.items()}
+        yield [labels[0][first], labels[1][second], *(_cell(name, row) for name in columns)]
 
 
 def _cell(name: str, row: Mapping[str, Any]) -> Any:
@@ -384,9 +401,9 @@ def _cell(name: str, row: Mapping[str, Any]) -> Any:
         return int(row[name])
     if not name.endswith("low"):
         return finite(row[name])
-    ends = float(row[name]), float(row[name.replace("low", "high")])
-    return f"{ends[0]:.3g} to {ends[1]:.3g}".replace("-", "−") if np.isfinite(ends).all() else "–"
+    low, high = float(row[name]), float(row[_high_end(name)])
+    return f"{number(low)} to {number(high)}" if np.isfinite((low, high)).all() else "–"
 
 
-def _drawn(figures: Mapping[str, str], captions: Mapping[str, str]) -> list[tuple[Markup, str]]:
-    return [(Markup(figures[name]), caption) for name, caption in captions.items() if name in figures]
+def _high_end(name: str) -> str:
+    return f"{name.removesuffix('low')}high"

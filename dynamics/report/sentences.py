@@ -1,54 +1,67 @@
-"""Numbers and summaries in words, the same in the terminal and on the page.
+"""A run in sentences, the same in the terminal and on the page: its updates, its gradients, and its Fisher.
 
-What the Fisher says of a run, in sentences.
+Every sentence is made of the numbers of a summary (see ``summarise``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dynamics.text import counted, number, percent
+from dynamics.text import counted, listed, number, percent, sentence_case
+
+#: Share of the squared distance in one direction from which a path is called almost a line.
+_ONE_LINE = 0.9
+#: Share of blocks or steps that chance alone may call concentrated.
+_CHANCE = 0.05
+#: p-values up to this one are significant.
+_SIGNIFICANT = 0.05
+#: Share of the largest possible χ from which tasks are said to use largely different directions.
+_LARGELY = 0.5
+#: A gain within this factor of 1 is called about as much.
+_ABOUT = 1.25
+#: Pairs of tasks that a sentence names; all are in the summary.
+_NAMED = 5
+#: The smallest share that a percentage with one decimal shows.
+_SMALLEST_SHARE = 5e-4
+_FISHERS = {"empirical": "empirical Fisher", "sampled": "Fisher with sampled labels"}
 
 
 def what_was_analysed(summary: Mapping[str, Any]) -> str:
-    """One sentence: how many checkpoints of what, or how many captured steps beside them.
+    """Return one sentence: how many checkpoints or recorded steps, of which matrices.
 
     Args:
         summary: Of one run, see ``summarise``.
     """
-    steps, ranks = summary["steps"], sorted({row["adapter_rank"] for row in summary["table"] if row["adapter_rank"]})
+    steps, recorded = summary["steps"], summary["captured"]
     span = f"step {steps[0]:,}" if len(steps) == 1 else f"steps {steps[0]:,} to {steps[-1]:,}"
-    captured = summary["captured"]
     what = counted(len(steps), "checkpoint")
-    if captured is not None:
-        read = counted(captured["checkpoints"], "checkpoint")
-        beside = f", with {read} beside them" if captured["checkpoints"] else ", without checkpoints"
-        what = f"Captured at {counted(captured['steps'], 'step')} during training{beside}"
-    matrices = counted(summary["matrices"], "weight matrix", "weight matrices")
-    kind = ""
-    if ranks:
-        kind = f" with LoRA updates of rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+    if recorded is not None:
+        checkpoints = f"with {counted(recorded['checkpoints'], 'checkpoint')}" if recorded["checkpoints"] else ""
+        what = f"Recorded at {counted(recorded['steps'], 'step')}, {checkpoints or 'without checkpoints'}"
     trainings = len(summary["segments"])
     apart = f", of {trainings} different trainings" if trainings > 1 else ""
+    matrices = counted(summary["matrices"], "weight matrix", "weight matrices")
+    ranks = sorted({row["adapter_rank"] for row in summary["table"] if row["adapter_rank"]})
+    kind = f" with LoRA updates of rank {' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}" if ranks else ""
     return f"{what} ({span}){apart}; {matrices}{kind}."
 
 
 def answers(summary: Mapping[str, Any]) -> list[str]:
-    """What there is to say of a run's updates and gradients, a sentence or two each."""
-    sentences = (how_far, beside_the_base, how_many_directions, how_straight, how_steep)
-    return [said for sentence in sentences if (said := sentence(summary))]
+    """Return what there is to say about a run's updates and gradients, a sentence or two each."""
+    tellers = (how_far, beside_the_base, how_many_directions, how_straight, how_steep)
+    return [sentence for tell in tellers if (sentence := tell(summary))]
 
 
 def how_far(summary: Mapping[str, Any]) -> str:
-    """One sentence: the size of the whole update at the last step, of several adapters of each by itself."""
+    """Return the size of the whole update at the last step; of several adapters, the size of each."""
     step = f"At step {summary['last_step']:,}"
     if summary["adapters"]:
-        return f"{step} {_joined(map(_of_adapter, summary['adapters']))}. They are not added up."
+        return f"{step} {listed(map(_of_adapter, summary['adapters']))}. Adapters are not added up."
     norm = summary["totals"]["frobenius_norm_all"]
     if norm is None:
-        return f"The size of the whole update at step {summary['last_step']:,} is not known."
+        return f"{step} the size of the whole update is not known."
     if norm == 0:
         return f"{step} no matrix has moved: every update is exactly zero."
     return f"{step} the update has Frobenius norm {number(norm)} over {which_matrices(summary)}."
@@ -59,108 +72,92 @@ def _of_adapter(adapter: Mapping[str, Any]) -> str:
     return f"the update of {adapter['adapter']} has {size} over {counted(adapter['matrices'], 'matrix', 'matrices')}"
 
 
-def _joined(parts: Iterable[str]) -> str:
-    *first, last = parts
-    return f"{', '.join(first)} and {last}" if first else last
-
-
 def which_matrices(summary: Mapping[str, Any]) -> str:
-    """How many matrices a sum stands for: those that are part of a sum of adapters are not counted twice."""
+    """Return over how many matrices a sum runs; the parts of a sum of adapters do not count again."""
     names = {row["name"] for row in summary["table"]}
-    every = sum(not ("@" in name and name.rpartition("@")[0] in names) for name in names)
-    known = summary["totals"]["matrices"]
-    return "all matrices" if known >= every else f"{known:,} of {counted(every, 'matrix', 'matrices')}"
+    total = sum(not ("@" in name and name.rpartition("@")[0] in names) for name in names)
+    summed = summary["totals"]["matrices"]
+    return "all matrices" if summed >= total else f"{summed:,} of {counted(total, 'matrix', 'matrices')}"
 
 
 def how_many_directions(summary: Mapping[str, Any]) -> str:
-    """One sentence: effective rank over matrices, beside chance; ``""`` where nothing is known."""
+    """Return the effective rank over matrices, beside chance; ``""`` where it is not known."""
     rank = summary["over_matrices"]["effective_rank_energy"]
     if rank["median"] is None:
         return ""
     adapted = any(row["adapter_rank"] for row in summary["table"])
-    who = f"a random {'LoRA' if adapted else 'matrix'} of the same shape has"
+    chance = _chance(rank, f"a random {'LoRA' if adapted else 'matrix'} of the same shape has")
     if summary["matrices"] == 1:
-        return f"The effective rank (energy) of its update is {number(rank['median'])}{_chance(rank, who)}."
+        return f"The effective rank (energy) of the update is {number(rank['median'])}{chance}."
     quartiles = f"quartiles {number(rank['lower_quartile'])} to {number(rank['upper_quartile'])}"
-    middle = f"{number(rank['median'])} in the median ({quartiles})"
-    return f"The effective rank (energy) of a matrix's update is {middle}{_chance(rank, who)}."
+    median = number(rank["median"])
+    return f"The median effective rank (energy) of a matrix's update is {median} ({quartiles}){chance}."
 
 
 def how_straight(summary: Mapping[str, Any]) -> str:
-    """One sentence: in how few directions the whole training moved; ``""`` where fewer than three checkpoints tell.
-
-    Args:
-        summary: Of one run, see ``summarise``.
-    """
+    """Return how close the path of training was to a line; ``""`` for fewer than three checkpoints."""
     path = summary["path"]
     if path is None or path["checkpoints"] < 3 or path["participation_ratio"] is None:
         return ""
-    first = path["component_share"][0]
-    straight = "" if path["straightness"] is None else f", and a straightness of {number(path['straightness'])}"
-    return (
-        f"The path through {counted(path['checkpoints'], 'checkpoint')}, all matrices as one, has "
-        f"{percent(first)} of its squared distances in one direction (participation ratio "
-        f"{number(path['participation_ratio'])}){straight} (1: a straight line)."
-    )
+    share, straightness = path["component_share"][0], path["straightness"]
+    if share is not None and share >= _ONE_LINE:
+        shape = f"Training moved almost along one line: one direction holds {percent(share)} of the squared distance."
+    else:
+        ratio = number(path["participation_ratio"])
+        shape = (
+            f"Training did not move along one line: the leading direction holds {percent(share)} of the squared "
+            f"distance (participation ratio {ratio})."
+        )
+    if not straightness:
+        return shape
+    longer = number(1 / straightness, 2)
+    return f"{shape} The path was {longer} times as long as the straight line from start to end."
 
 
 def beside_the_base(summary: Mapping[str, Any]) -> str:
-    """One or two sentences: updates beside the weights they changed; ``""`` without a base."""
+    """Return how updates compare with the weights they changed; ``""`` without a base."""
     base = summary["base"]
     if base is None:
         return ""
     if not base["matrices"]:
         return f"None of the {counted(base['of'], 'matrix', 'matrices')} could be compared with the base."
-    median = "in the median matrix"
+    matrices = "matrices"
     if base["matrices"] < base["of"]:
-        median = f"in the median of the {base['matrices']:,} of {base['of']:,} matrices that the base has"
-    found = f"It is {percent(base['relative_size'])} of the norm of the weights before training, {median}."
+        matrices = f"the {base['matrices']:,} of {base['of']:,} matrices that the base has"
+    size = f"The update has {percent(base['relative_size'])} of the norm of the base weights (median over {matrices})."
     if base.get("overlap_left") is None:
-        return found
+        return size
     return (
-        f"{found} Its {base['k']} leading directions overlap with those of the base by {number(base['overlap_left'])} "
-        f"(chance {number(base['overlap_left_null'])}), and intruder dimensions hold "
-        f"{percent(base['intruder_energy'])} of the energy in the leading directions "
-        f"(chance {percent(base['intruder_energy_null'])})."
+        f"{size} Its {base['k']} leading directions overlap with those of the base by {number(base['overlap_left'])} "
+        f"(chance {number(base['overlap_left_null'])}). Intruder dimensions hold {percent(base['intruder_energy'])} of "
+        f"the energy in its leading directions (chance {percent(base['intruder_energy_null'])})."
     )
 
 
 def how_steep(summary: Mapping[str, Any]) -> str:
-    """One sentence: the last captured gradient; ``""`` where none was captured."""
+    """Return size and effective rank of the last recorded gradient; ``""`` where none was recorded."""
     gradient = summary["gradient"]
     if gradient is None or gradient["norm_before_clip"]["median"] is None:
         return ""
     before, after = (gradient[f"norm_{when}_clip"]["median"] for when in ("before", "after"))
-    clipping = "clipping left it as it was" if after == before else f"{number(after)} after clipping"
-    sentence = (
-        f"The gradient of a matrix at step {gradient['step']:,} has norm {number(before)} in the median ({clipping})"
-    )
+    clipping = "clipping left it unchanged" if after == before else f"{number(after)} after clipping"
+    sentence = f"At step {gradient['step']:,} the median gradient norm of a matrix is {number(before)} ({clipping})"
     rank = gradient["effective_rank_energy"]
     if rank["median"] is None:
         return f"{sentence}."
-    return (
-        f"{sentence}, and an effective rank (energy) of {number(rank['median'])}{_chance(rank, 'random factors have')}."
-    )
+    chance = _chance(rank, "random factors have")
+    return f"{sentence}, and the median effective rank (energy) of a gradient is {number(rank['median'])}{chance}."
 
 
-def _chance(rank: Mapping[str, float | None], who: str) -> str:
-    return "" if rank["null_mean"] is None else f"; {who} {number(rank['null_mean'])}"
-
-
-#: More of the blocks or steps than this must be concentrated before it is said of any: so many would be by chance.
-_CHANCE = 0.05
-#: Pairs of tasks named in a sentence; all are in the summary.
-_NAMED = 5
-#: A share that percents with one decimal show.
-_SHOWN = 5e-4
-_KINDS = {"empirical": "empirical Fisher", "sampled": "Fisher with sampled labels"}
+def _chance(rank: Mapping[str, float | None], subject: str) -> str:
+    return "" if rank["null_mean"] is None else f"; {subject} {number(rank['null_mean'])}"
 
 
 def informative_directions(summary: Mapping[str, Any]) -> list[str]:
-    """Whether updates followed informative directions: the Fisher, the update in it, the tasks; a paragraph each.
+    """Return whether updates followed informative directions: the Fisher, the update in it, tasks; a paragraph each.
 
-    "Concentrated" is said only where the result's own flag says so: the gain over gradients of the same batch lies
-    above 1 with its interval, centred too.
+    An update is called concentrated only where the result's flag says so: the intervals of the gain over gradients of
+    the same batch, uncentred and centred, both lie above 1.
 
     Args:
         summary: Of one run, see ``summarise``.
@@ -176,178 +173,202 @@ def informative_directions(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _spectrum(fisher: Mapping[str, Any]) -> str:
-    what = _KINDS.get(fisher["fisher"], f"{fisher['fisher']} Fisher".strip())
-    samples, groups = fisher["samples"], fisher["groups"]
-    measured = (
-        f"The {what} of {counted(samples or 0, 'probe sample')} in {counted(groups or 0, 'group')} at step "
-        f"{fisher['step']:,}, in {fisher['space']} space ({_timing(fisher)})"
+    name = _FISHERS.get(fisher["fisher"], f"{fisher['fisher']} Fisher".strip())
+    samples, groups = fisher["samples"] or 0, fisher["groups"] or 0
+    opening = (
+        f"The {name} was measured at step {fisher['step']:,} with {counted(samples, 'probe sample')} in "
+        f"{counted(groups, 'group')}, in {fisher['space']} space ({_timing(fisher)})."
     )
-    entropy, ratio, participation = (
-        fisher[name] for name in ("spectral_entropy", "dominant_ratio", "participation_ratio")
-    )
-    if entropy["value"] is None:
-        return f"{measured}, has no spectrum: see the findings."
-    parts = [_entropy(entropy, samples or 0)]
+    if fisher["spectral_entropy"]["value"] is None:
+        return f"{opening} It has no spectrum: see the findings."
+    ratio, participation = fisher["dominant_ratio"], fisher["participation_ratio"]
+    sentences = [opening, _entropy(fisher["spectral_entropy"], samples)]
+    others = []
     if ratio["low"] is not None:
-        parts.append(f"a dominant ratio ρ between {number(ratio['low'])} and {number(ratio['high'])} (95 % interval)")
+        others.append(
+            f"the dominant ratio ρ is between {number(ratio['low'])} and {number(ratio['high'])} (95 % interval)"
+        )
     elif ratio["value"] is not None:
-        parts.append(f"a dominant ratio ρ of {number(ratio['value'])} (plug-in, too large in expectation)")
+        others.append(f"the dominant ratio ρ is {number(ratio['value'])} (plug-in, too large in expectation)")
     if participation["value"] is not None:
-        parts.append(f"a participation ratio of {_with_interval(participation)}")
-    sentence = f"{measured}, has {_listed(parts)}."
+        others.append(f"the participation ratio is {_with_interval(participation)}")
+    if others:
+        sentences.append(f"{sentence_case(listed(others))}.")
     directional = fisher["participation_ratio_directional"]
     if directional["value"] is not None:
-        sentence += (
-            " With all gradients normalised to the same length the participation ratio is "
-            f"{_with_interval(directional)}. By their share of the trace, the groups count as "
-            f"{number(fisher['effective_groups'])} of one size."
+        sentences.append(
+            f"With all gradients scaled to the same length the participation ratio is {_with_interval(directional)}. "
+            f"By their share of the trace, the groups count as {number(fisher['effective_groups'])} of equal size."
         )
-    return sentence
+    return " ".join(sentences)
 
 
 def _entropy(entropy: Mapping[str, float | None], samples: int) -> str:
-    """The plug-in at this N, which is less than the Fisher's own SE in expectation, and what bounds that from below."""
-    reach = "" if entropy["low"] is None else f"sampling error at this N: {_ends(entropy)}; "
+    """Return the plug-in value at this N, which is too small in expectation, and the lower bound of the Fisher's SE."""
+    error = "" if entropy["low"] is None else f", sampling error {_ends(entropy)}"
     bound = entropy["lower_bound"]
-    at_least = "" if bound is None else f", and at least {number(bound)}, the low end of ln PR"
+    at_least = "" if bound is None else f" It is at least {number(bound)} nat, the low end of ln PR."
     return (
-        f"a plug-in spectral entropy SE of {number(entropy['value'])} nat at N = {samples:,} ({reach}the Fisher's own "
-        f"is larger by an unknown amount{at_least})"
+        f"The spectral entropy SE is {number(entropy['value'])} nat at N = {samples:,} (plug-in{error}); the Fisher's "
+        f"own SE is larger by an unknown amount.{at_least}"
     )
 
 
 def _timing(fisher: Mapping[str, Any]) -> str:
-    at = fisher["evaluated_at_step"]
-    if at is None or at == fisher["step"]:
+    step = fisher["evaluated_at_step"]
+    if step is None or step == fisher["step"]:
         return "gradients at the weights of that step"
-    return f"gradients at the weights of step {at:,}, before the update"
+    return f"gradients at the weights of step {step:,}, before the update"
 
 
-def _update(found: Mapping[str, Any] | None) -> list[str]:
-    if found is None:
-        return ["No update beside these gradients is known, so nothing is said of its directions."]
-    row = found["at_k"]
+def _update(concentration: Mapping[str, Any] | None) -> list[str]:
+    if concentration is None:
+        return ["No update is known for these gradients, so its directions cannot be compared."]
+    row = concentration["at_k"]
     directions = counted(row["k"], "leading direction")
-    isotropic = row["null_isotropic"]
+    verb = "hold" if row["k"] > 1 else "holds"
     sentences = [
-        f"Of the squared norm of the update to step {found['step']:,} in that space, {percent(row['captured'])} lies "
-        f"in the {directions} of the Fisher; of a random direction's it would be {_percents(isotropic)}."
+        f"The {directions} of the Fisher {verb} {percent(row['captured'])} of the squared norm of the update to step "
+        f"{concentration['step']:,} and {_percents(row['null_isotropic'])} of a random direction."
     ]
-    if found["rayleigh_ratio"]["value"] is not None:
-        sentences.append(f"Its Rayleigh ratio is {_with_interval(found['rayleigh_ratio'])}; a random direction has 1.")
-    if (found["share_outside_space"] or 0.0) >= _SHOWN:
-        sentences.append(f"The space does not hold {percent(found['share_outside_space'])} of the update.")
+    if concentration["rayleigh_ratio"]["value"] is not None:
+        ratio = _with_interval(concentration["rayleigh_ratio"])
+        sentences.append(f"The Rayleigh ratio of the update is {ratio}; a random direction has 1.")
+    if (outside := concentration["share_outside_space"] or 0.0) >= _SMALLEST_SHARE:
+        sentences.append(f"These gradients cannot reach {percent(outside)} of the update, which is left out.")
     if row["gain"]["value"] is None:
         sentences.append("There is no gradient null (see the findings), and any gradient exceeds a random direction.")
         return [" ".join(sentences)]
-    batch = counted(found["null_batch"], "sample")
+    gain, centred = (_with_interval(row[name], brackets=False) for name in ("gain", "gain_centred"))
+    batch = counted(concentration["null_batch"], "sample")
     compared = (
-        f"With directions from half of the groups the update has {percent(row['captured_split'])} of its squared norm "
-        f"in them, a fresh gradient of {batch} {_percents(row['null_gradient'])}: a gain of "
-        f"{_with_interval(row['gain'])}, centred {_with_interval(row['gain_centred'])}."
+        f"The {directions}, taken from other groups of samples, {verb} {percent(row['captured_split'])} of the update "
+        f"and {_percents(row['null_gradient'])} of a fresh gradient of {batch}: {_times(row['gain']['value'])} "
+        f"(gain {gain}; centred {centred})."
     )
-    return [" ".join(sentences), f"{compared} {_verdict(found)}"]
+    return [" ".join(sentences), f"{compared} {_verdict(concentration)}"]
 
 
-def _verdict(found: Mapping[str, Any]) -> str:
-    row, steps, blocks = found["at_k"], found["steps"], found["blocks"]
+def _times(gain: float) -> str:
+    """Return a gain in words.
+
+    >>> _times(0.036), _times(2.5), _times(0.97), _times(0.0)
+    ('28 times less', '2.5 times as much', 'about as much', 'nothing')
+    """
+    if gain <= 0:
+        return "nothing"
+    if 1 / _ABOUT <= gain <= _ABOUT:
+        return "about as much"
+    return f"{number(1 / gain, 2)} times less" if gain < 1 else f"{number(gain, 2)} times as much"
+
+
+def _verdict(concentration: Mapping[str, Any]) -> str:
+    row, steps, blocks = concentration["at_k"], concentration["steps"], concentration["blocks"]
     several = steps["of"] > 1
-    at_steps = f"at {steps['concentrated']:,} of {steps['of']:,} steps" if several else ""
-    by_chance = f"up to {math.ceil(_CHANCE * steps['of']):,} would be by chance"
+    at_steps = f"at {steps['concentrated']:,} of {steps['of']:,} steps"
+    by_chance = f"chance: up to {math.ceil(_CHANCE * steps['of']):,}"
+    limit = concentration["null_batch_limit"]
     if row["concentrated"] and several and steps["concentrated"] <= _CHANCE * steps["of"]:
-        sentence = f"The gain's interval lies above 1 {at_steps}, no more than by chance ({by_chance})."
+        sentence = f"The interval of the gain lies above 1 {at_steps}, no more often than by chance ({by_chance})."
     elif row["concentrated"]:
-        sentence = "So the update is concentrated along informative directions, more than a gradient of its batch"
-        sentence += f", as {at_steps} ({by_chance})." if several else "."
+        sentence = "The update is concentrated along informative directions, more than a gradient of its batch."
+        sentence += f" The same holds {at_steps} ({by_chance})." if several else ""
     elif row["gain"]["high"] is not None and row["gain"]["high"] < 1:
         sentence = (
-            "So less of the update lies along informative directions than of a plain gradient of as many held-out "
-            "samples; Adam's scaling and momentum alone would do this."
+            "The update follows informative directions less than a plain gradient step would; Adam's scaling and "
+            "momentum alone can cause this."
         )
-    elif found["null_batch_limit"] is not None and found["null_batch"] > found["null_batch_limit"]:
+    elif limit is not None and concentration["null_batch"] > limit:
         sentence = (
-            "Whether the update goes further along informative directions than such a gradient cannot be decided: that "
-            f"takes a gradient of at most {found['null_batch_limit']:,.0f} samples, eight times half of those probed."
+            "Whether the update follows informative directions more than a gradient of its batch cannot be decided: "
+            f"the null can imitate at most {limit:,.0f} samples, eight times half of those probed. Probe more samples."
         )
     else:
-        sentence = (
-            "That the update goes further along informative directions than a gradient of its batch is not shown."
-        )
+        sentence = "The update is not shown to follow informative directions more than a gradient of its batch."
     if blocks["of"] and blocks["concentrated"] / blocks["of"] > _CHANCE:
         sentence += (
-            f" Block by block, {blocks['concentrated']:,} of {blocks['of']:,} updates are concentrated; about 2.5 % "
-            "each would be by chance, together or not at all, for blocks share samples and draws."
+            f" The updates of {blocks['concentrated']:,} of {blocks['of']:,} blocks are concentrated. Chance makes "
+            "about 2.5 % so, all at once or none, since blocks share samples and draws."
         )
     return sentence
 
 
 def _tasks(fisher: Mapping[str, Any]) -> str:
+    pairs = fisher["pairs"]
+    unresolved = [pair for pair in pairs if pair["state"] == "unresolved"]
     sentences = [
-        f"{words}: {_named(pairs)}."
-        for state, words in (
-            ("share", "Tasks whose mean gradients agree"),
-            ("conflict", "Tasks in conflict"),
-            ("undecided", "Undecided, since the cosine's interval holds 0"),
-            ("unresolved", "Not resolved, since a mean gradient cannot be told from 0"),
+        f"{heading}: {_named(members)}."
+        for state, heading in (
+            ("share", "The mean gradients of these tasks agree"),
+            ("conflict", "These tasks conflict"),
+            ("undecided", "Agreement or conflict cannot be decided, since the interval of the cosine includes 0"),
         )
-        if (pairs := [pair for pair in fisher["pairs"] if pair["state"] == state])
+        if (members := [pair for pair in pairs if pair["state"] == state])
     ]
+    if unresolved:
+        sentences.append(_unresolved(unresolved, fisher["samples"] or 0))
     if sentences and (mixture := _mixture(fisher["mixture"])):
         sentences.append(mixture)
     return " ".join(sentences)
 
 
-def _named(pairs: Sequence[Mapping[str, Any]]) -> str:
-    said = []
-    for pair in pairs[:_NAMED]:
-        first, second = pair["tasks"]
-        cosine = (
-            "" if pair["cosine"]["value"] is None else f" (cosine {_with_interval(pair['cosine'], brackets=False)})"
+def _unresolved(pairs: Sequence[Mapping[str, Any]], samples: int) -> str:
+    reason = f"indistinguishable from zero with {counted(samples, 'sample')}"
+    if len(pairs) == 1:
+        first, second = pairs[0]["tasks"]
+        return (
+            f"Whether {first} and {second} conflict cannot be decided: at least one of their mean gradients is "
+            f"{reason}. Probe more."
         )
-        said.append(f"{first} and {second}{cosine}")
-    rest = [f"{len(pairs) - _NAMED:,} more pairs"] if len(pairs) > _NAMED else []
-    return "; ".join([*said, *rest])
+    return f"Probe more to decide on conflicts of these tasks, since mean gradients are {reason}: {_named(pairs)}."
+
+
+def _named(pairs: Sequence[Mapping[str, Any]]) -> str:
+    names = []
+    for pair in pairs[:_NAMED]:
+        cosine = pair["cosine"]
+        words = "" if cosine["value"] is None else f" (cosine {_with_interval(cosine, brackets=False)})"
+        names.append(f"{' and '.join(pair['tasks'])}{words}")
+    if len(pairs) > _NAMED:
+        names.append(f"{len(pairs) - _NAMED:,} more {'pairs' if len(pairs) > _NAMED + 1 else 'pair'}")
+    return "; ".join(names)
 
 
 def _mixture(mixture: Mapping[str, float | None]) -> str:
-    if mixture["divergence"] is None or mixture["within_tasks"] is None:
-        return ""
-    sentence = (
-        f"Of SE, {number(mixture['within_tasks'])} nat are within tasks and χ = {number(mixture['divergence'])} nat "
-        f"between them (0: all tasks have the same normalised Fisher, {number(mixture['largest_divergence'])}: they "
-        "share no direction)."
-    )
-    if mixture["null_low"] is None:
-        return sentence
+    """Return how far tasks use different directions: with its test where every task's trace was made 1."""
+    divergence, largest = mixture["normalised_divergence"], mixture["normalised_largest"]
+    p = mixture["p_value"]
+    if mixture["null_low"] is None or divergence is None or p is None:
+        if mixture["divergence"] is None or mixture["within_tasks"] is None:
+            return ""
+        return (
+            f"Of the spectral entropy, {number(mixture['within_tasks'])} nat lie within tasks and χ = "
+            f"{number(mixture['divergence'])} of at most {number(mixture['largest_divergence'])} nat between them."
+        )
+    if p > _SIGNIFICANT:
+        verdict = "The tasks are not shown to use different directions"
+    else:
+        degree = "largely" if largest and divergence >= _LARGELY * largest else "partly"
+        verdict = f"The tasks use {degree} different directions"
     return (
-        f"{sentence} With every task's trace made 1, χ is {number(mixture['normalised_divergence'])} of at most "
-        f"{number(mixture['normalised_largest'])} nat; exchanged labels, with traces made 1 under each, give "
-        f"{number(mixture['null_low'])} to {number(mixture['null_high'])} (p = {number(mixture['p_value'], 2)})."
+        f"{verdict}: with equal traces χ = {number(divergence)} of at most {number(largest)} nat (with shuffled task "
+        f"labels {number(mixture['null_low'])} to {number(mixture['null_high'])}; p = {number(p, 2)})."
     )
 
 
-def _interval(found: Mapping[str, float | None]) -> str:
-    if found["low"] is None or found["high"] is None:
-        return ""
-    return f"95 % interval {_ends(found)}"
+def _ends(interval: Mapping[str, float | None]) -> str:
+    return f"{number(interval['low'])} to {number(interval['high'])}"
 
 
-def _ends(found: Mapping[str, float | None]) -> str:
-    return f"{number(found['low'])} to {number(found['high'])}"
-
-
-def _with_interval(found: Mapping[str, float | None], *, brackets: bool = True) -> str:
-    value, interval = number(found["value"]), _interval(found)
-    if not interval:
+def _with_interval(estimate: Mapping[str, float | None], *, brackets: bool = True) -> str:
+    value = number(estimate["value"])
+    if estimate["low"] is None or estimate["high"] is None:
         return value
-    return f"{value} ({interval})" if brackets else f"{value}, {interval}"
+    return f"{value} (95 % interval {_ends(estimate)})" if brackets else f"{value}, 95 % interval {_ends(estimate)}"
 
 
-def _percents(found: Mapping[str, float | None]) -> str:
-    if found["low"] is None or found["high"] is None:
-        return percent(found["value"])
-    return f"{percent(found['value'])} (95 %: {percent(found['low'])} to {percent(found['high'])})"
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+def _percents(estimate: Mapping[str, float | None]) -> str:
+    value = percent(estimate["value"])
+    if estimate["low"] is None or estimate["high"] is None:
+        return value
+    return f"{value} (95 % interval {percent(estimate['low'])} to {percent(estimate['high'])})"

@@ -1,7 +1,4 @@
-"""The content of ``summary.json``: what a run's result says at its last step, as plain JSON.
-
-What a result says of the Fisher at its last step, as plain JSON: the key ``fisher`` of a summary.
-"""
+"""The content of ``summary.json``: a run's result at its last step, as plain JSON."""
 
 from __future__ import annotations
 
@@ -43,10 +40,13 @@ _BESIDE_BASE = (
     "intruder_energy_null",
 )
 _FLAGS = ("is_zero", "quantisation_limited")
+#: Numbers of the permutation test of χ; without χ of equal traces they belong to another χ and are left out.
+_OF_THE_TEST = ("null_low", "null_high", "p_value")
+_ENDS = {"value": "", "low": "_low", "high": "_high"}
 
 
 def summarise(tree: xr.DataTree) -> dict[str, Any]:
-    """What a result says at its last step.
+    """Return a result at its last step as JSON-compatible content.
 
     Args:
         tree: A result of one run, or of several under ``/runs``.
@@ -56,22 +56,22 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
 
         - ``toolkit_version``, ``run``, ``label`` (group of runs), ``created``;
         - ``steps``, ``last_step``, ``segments`` (each training and its steps), ``matrices`` (how many);
-        - ``captured``: ``None``, or how many ``steps`` were captured during training and how many ``checkpoints`` read;
-        - ``gradient``: ``None``, or medians over matrices at the last ``step`` at which gradients were captured;
+        - ``captured``: ``None``, or how many ``steps`` were recorded in training and how many ``checkpoints`` read;
+        - ``gradient``: ``None``, or medians over matrices at the last ``step`` at which gradients were recorded;
         - ``fisher``: ``None``, or informative directions, the update in them, and tasks, see ``fisher_summary``;
         - ``path``: ``None``, or the shape of the newest training's path through its checkpoints;
         - ``base``: ``None``, or medians over matrices of updates beside the weights they changed, and how many
           ``matrices`` could be compared;
-        - ``association`` with scores and ``comparison`` of groups: ``None``, or the ``headline`` measure named before
-          looking and ``statements``, those of the headline first;
-        - ``totals`` of the direct sum of all updates, and the number of ``matrices`` in it; ``adapters``: of each one
-          by itself, where several are not added up; ``over_matrices``: quartiles, and the medians of the null;
+        - ``association`` with scores and ``comparison`` of groups: ``None``, or the ``headline`` measure and
+          ``statements``, those about the headline first;
+        - ``totals`` of the direct sum of all updates, and the number of ``matrices`` in it; ``adapters``: the size of
+          each, where several are not added up; ``over_matrices``: quartiles, and the medians of the null;
         - ``roles``, most energy first; ``table``, a row for each matrix, largest update first;
         - ``suggested_rank_energy``, the share of energy that the suggested ranks hold; ``findings``.
 
-        All numbers are of the total update, i.e. since the start of training, at the last step. For several runs
-        ``{"runs": {name: …}, "association": …, "comparison": …, "findings": […]}``, these findings being about all
-        runs, and about runs that could not be opened.
+        Numbers are those of the total update (since the start of training) at the last step. For several runs
+        ``{"runs": {name: …}, "association": …, "comparison": …, "findings": […]}``; these findings are about all runs
+        together and about runs that could not be opened.
 
     Example: ``summarise(dynamics.open_run("runs/imax"))["totals"]["frobenius_norm_all"]``
     """
@@ -89,7 +89,7 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         "segments": _segments(update),
         "matrices": update.sizes["matrix"],
         "last_step": int(last["step"]),
-        "captured": _captured(tree),
+        "captured": _recorded(tree),
         "gradient": _gradient(tree),
         "fisher": fisher_summary(tree),
         "path": _path(tree),
@@ -106,7 +106,7 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
 
 
 def all_findings(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The findings of a summary, of several runs one after the other."""
+    """Return the findings of a summary; of several runs one after the other."""
     runs: Iterable[Mapping[str, Any]] = summary.get("runs", {}).values()
     return [*summary["findings"], *(finding for run in runs for finding in run["findings"])]
 
@@ -119,18 +119,18 @@ def _segments(update: xr.Dataset) -> list[dict[str, Any]]:
     steps: dict[int, list[int]] = {}
     for segment, step in zip(update["segment"].values.tolist(), update["step"].values.tolist(), strict=True):
         steps.setdefault(segment, []).append(step)
-    return [{"segment": segment, "steps": own} for segment, own in sorted(steps.items())]
+    return [{"segment": segment, "steps": members} for segment, members in sorted(steps.items())]
 
 
-def _captured(tree: xr.DataTree) -> dict[str, int] | None:
+def _recorded(tree: xr.DataTree) -> dict[str, int] | None:
     if "captured" not in tree.attrs:
         return None
-    captured = json.loads(tree.attrs["captured"])
-    return {name: len(captured[name]) for name in ("steps", "checkpoints")}
+    recorded = json.loads(tree.attrs["captured"])
+    return {name: len(recorded[name]) for name in ("steps", "checkpoints")}
 
 
 def _gradient(tree: xr.DataTree) -> dict[str, Any] | None:
-    """Medians over matrices, and the median of the null's mean where there is one."""
+    """Return medians over matrices, and the median of the null's mean where there is one."""
     if "summary_gradient" not in tree.children:
         return None
     last = tree["summary_gradient"].to_dataset().isel(step=-1).load()
@@ -147,26 +147,23 @@ def _gradient(tree: xr.DataTree) -> dict[str, Any] | None:
 
 
 def _related(tree: xr.DataTree) -> dict[str, Any]:
-    """What relates runs to scores and to each other, in sentences."""
-    found: dict[str, Any] = {}
-    for name in ("association", "comparison"):
-        if name not in tree.children:
-            found[name] = None
-            continue
+    """Return the sentences about runs and scores, and about groups of runs."""
+    relations: dict[str, Any] = dict.fromkeys(("association", "comparison"))
+    for name in relations.keys() & tree.children.keys():
         attributes = tree[name].attrs
-        found[name] = {"headline": str(attributes["headline"]), "statements": [*map(str, attributes["statements"])]}
-    return found
+        relations[name] = {"headline": str(attributes["headline"]), "statements": [*map(str, attributes["statements"])]}
+    return relations
 
 
 def _path(tree: xr.DataTree) -> dict[str, Any] | None:
     if "path" not in tree.children:
         return None
     path = tree["path"].to_dataset().load()
-    last = path.isel(training=-1)
-    own = path.isel(step=path["segment"].values == int(last["training"]))
+    last = path.isel(segment=-1)
+    newest = path.isel(step=path["step_segment"].values == int(last["segment"]))
     return {
-        "checkpoints": own.sizes["step"],
-        "straightness": finite(own["straightness"][-1]),
+        "checkpoints": newest.sizes["step"],
+        "straightness": finite(newest["straightness"][-1]),
         "participation_ratio": finite(last["participation_ratio"]),
         "component_share": [finite(share) for share in last["component_share"].values[:2]],
         "matrices": integer(last["matrices"]),
@@ -174,7 +171,7 @@ def _path(tree: xr.DataTree) -> dict[str, Any] | None:
 
 
 def _totals(last: xr.Dataset) -> dict[str, Any]:
-    """Of the direct sum of all matrices; nothing where adapters that are not added up make no such sum."""
+    """Return numbers of the direct sum of all matrices; ``None`` where adapters are not added up."""
     separate = bool(_adapters(last))
     names = last["matrix"].values.tolist()
     counted = (last["count"].values > 0) & ~np.array(parts_of_sums(names), dtype=bool)
@@ -182,20 +179,20 @@ def _totals(last: xr.Dataset) -> dict[str, Any]:
 
 
 def _adapters(last: xr.Dataset) -> list[dict[str, Any]]:
-    """Each of several adapters that are not added up; empty where they are, or there is only one."""
+    """Return the size of each of several adapters that are not added up, else nothing."""
     names = last["matrix"].values.tolist()
     owners = [name.rpartition("@")[2] if "@" in name else "" for name in names]
     if len(set(owners)) < 2 or "" in owners:
         return []
-    norm, known = last["frobenius_norm"].values, last["count"].values > 0
-    rows = {owner: [i for i, one in enumerate(owners) if one == owner] for owner in dict.fromkeys(owners)}
+    norms, present = last["frobenius_norm"].values, last["count"].values > 0
+    members = {adapter: present & (np.array(owners) == adapter) for adapter in dict.fromkeys(owners)}
     return [
         {
-            "adapter": owner,
-            "matrices": int(known[members].sum()),
-            "frobenius_norm": finite(np.sqrt(np.sum(norm[members][known[members]] ** 2))),
+            "adapter": adapter,
+            "matrices": int(rows.sum()),
+            "frobenius_norm": finite(np.sqrt(np.sum(norms[rows] ** 2))),
         }
-        for owner, members in rows.items()
+        for adapter, rows in members.items()
     ]
 
 
@@ -215,7 +212,7 @@ def _base(tree: xr.DataTree) -> dict[str, Any] | None:
 
 
 def _over_matrices(summary: xr.Dataset) -> dict[str, dict[str, float | None]]:
-    """Quartiles over matrices at the last step, and what a random LoRA would have (medians over matrices)."""
+    """Return quartiles over matrices at the last step, and the medians over matrices of the null."""
     last = summary.isel(step=-1).sel(kind="total")
     return {
         name: {
@@ -234,11 +231,11 @@ def _over_matrices(summary: xr.Dataset) -> dict[str, dict[str, float | None]]:
 
 
 def _roles(last: xr.Dataset) -> list[dict[str, Any]]:
-    members = last["role"].values.tolist()
+    roles = last["role"].values.tolist()
     rows = [
         {
             "role": str(role),
-            "matrices": members.count(role),
+            "matrices": roles.count(role),
             "frobenius_norm": finite(last["frobenius_norm_by_role"].sel(role_name=role)),
             "energy_share": finite(last["energy_share_by_role"].sel(role_name=role)),
         }
@@ -269,12 +266,8 @@ def _table(last: xr.Dataset) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -(row["frobenius_norm"] or 0.0))
 
 
-_OF_THE_TEST = ("null_low", "null_high", "p_value")
-_ENDS = {"value": "", "low": "_low", "high": "_high"}
-
-
 def fisher_summary(tree: xr.DataTree) -> dict[str, Any] | None:
-    """Spectrum, concentration and tasks of all trainable parameters together, at the last step that has them.
+    """Return spectrum, concentration and tasks of all trainable parameters together, at their last step.
 
     Args:
         tree: A result of one run.
@@ -284,26 +277,25 @@ def fisher_summary(tree: xr.DataTree) -> dict[str, Any] | None:
 
         - ``step``, ``evaluated_at_step``, ``space``, ``fisher``, ``samples``, ``groups``;
         - ``spectral_entropy``, ``dominant_ratio`` (both plug-in), ``participation_ratio`` and
-          ``participation_ratio_directional`` with ``value``, ``low``, ``high``. Those of ``spectral_entropy`` are the
-          plug-in's sampling error at this N; its ``lower_bound``, the low end of ln PR, is that of the Fisher's own.
-          ``effective_groups`` and ``largest_samples_share``: how unequally samples carry the trace. ``by_task`` with
-          samples, groups, effective groups and both participation ratios of each task;
-        - ``concentration``: ``None`` if no update is known, else at its own ``step``: ``by_k``, and in ``at_k`` the row
-          of the largest k that has a gain, which no result chose; ``steps`` and ``blocks``: how many of those with a
-          gain at that k are concentrated;
-        - ``pairs`` of tasks with their cosine and ``state``: ``"share"`` or ``"conflict"`` where its 95 % interval
-          lies above or below 0, ``"undecided"`` where it holds 0, ``"unresolved"`` where there is none; ``mixture``:
-          the parts of SE, and the permutation test of χ with every task's trace made 1.
+          ``participation_ratio_directional`` with ``value``, ``low``, ``high``. The ends of ``spectral_entropy`` are
+          the sampling error of the plug-in value at this N; ``lower_bound``, the low end of ln PR, bounds the Fisher's
+          own SE. ``effective_groups`` and ``largest_samples_share`` tell how unequally samples carry the trace.
+          ``by_task`` has samples, groups, effective groups and both participation ratios of each task;
+        - ``concentration``: ``None`` without an update, else at its own ``step``: ``by_k``, and in ``at_k`` the row of
+          the largest k that has a gain, a choice that no result influenced; ``steps`` and ``blocks``: how many of
+          those with a gain at that k are concentrated;
+        - ``pairs`` of tasks with their cosine and ``state``: ``"share"`` or ``"conflict"`` if its 95 % interval lies
+          above or below 0, ``"undecided"`` if it includes 0, ``"unresolved"`` if there is none; ``mixture``: the parts
+          of SE, and the permutation test of χ with the trace of every task made 1.
     """
     if not set(FISHER_GROUPS) <= set(tree.children):
         return None
     fisher, shares, tasks = (tree[name].to_dataset() for name in FISHER_GROUPS)
     if GLOBAL not in fisher["block"].values:
         return None
-    measured = fisher.drop_vars(["gram", "update_product"], errors="ignore").sel(block=GLOBAL).load()
-    last = measured.sel(step=last_step_with(measured["trace"]))
+    over_steps = fisher.drop_vars(["gram", "update_product"], errors="ignore").sel(block=GLOBAL).load()
+    last = over_steps.sel(step=last_step_with(over_steps["trace"]))
     of_all = last.sel(task=ALL)
-    between = tasks.sel(block=GLOBAL).load()
     return {
         "step": int(last["step"]),
         "evaluated_at_step": integer(last["evaluated_at_step"]),
@@ -320,80 +312,78 @@ def fisher_summary(tree: xr.DataTree) -> dict[str, Any] | None:
         "largest_samples_share": _number(of_all, "largest_samples_share"),
         "by_task": {str(task): _of_task(last.sel(task=task)) for task in last["task"].values if task != ALL},
         "concentration": _concentration(shares.load()),
-        **_between_tasks(between.sel(step=int(last["step"]))),
+        **_between_tasks(tasks.sel(block=GLOBAL, step=int(last["step"])).load()),
     }
 
 
-def _number(here: xr.Dataset, name: str) -> float | None:
-    """``None`` as well where the result is of a version that did not have it."""
-    return finite(here[name]) if name in here else None
+def _number(dataset: xr.Dataset, name: str) -> float | None:
+    """Return a number; ``None`` as well where the result is of a version that did not have it."""
+    return finite(dataset[name]) if name in dataset else None
 
 
-def _interval(here: xr.Dataset, name: str, suffix: str = "") -> dict[str, float | None]:
-    return {word: _number(here, f"{name}{end}{suffix}") for word, end in _ENDS.items()}
+def _interval(dataset: xr.Dataset, name: str, suffix: str = "") -> dict[str, float | None]:
+    return {word: _number(dataset, f"{name}{end}{suffix}") for word, end in _ENDS.items()}
 
 
-def _of_task(here: xr.Dataset) -> dict[str, Any]:
-    return {**{name: integer(here[name]) for name in ("samples", "groups")}, **_participation(here)}
+def _of_task(fisher: xr.Dataset) -> dict[str, Any]:
+    return {**{name: integer(fisher[name]) for name in ("samples", "groups")}, **_participation(fisher)}
 
 
-def _participation(here: xr.Dataset) -> dict[str, Any]:
-    known = {name: _interval(here, name) for name in ("participation_ratio", "participation_ratio_directional")}
-    return {**known, "effective_groups": _number(here, "effective_groups")}
+def _participation(fisher: xr.Dataset) -> dict[str, Any]:
+    ratios = {name: _interval(fisher, name) for name in ("participation_ratio", "participation_ratio_directional")}
+    return {**ratios, "effective_groups": _number(fisher, "effective_groups")}
 
 
 def _concentration(shares: xr.Dataset) -> dict[str, Any] | None:
     of_all = shares.sel(block=GLOBAL)
-    here = of_all.sel(step=last_step_with(of_all["captured"]))
-    if not np.isfinite(here["captured"].values).any():
+    last = of_all.sel(step=last_step_with(of_all["captured"]))
+    if not np.isfinite(last["captured"].values).any():
         return None
-    rows = [_of_k(here.sel(k=k)) for k in here["k"].values]
-    known = [row for row in rows if row["gain"]["value"] is not None]
-    known = known or [row for row in rows if row["captured"] is not None]
-    k = known[-1]["k"]
+    rows = [_of_k(last.sel(k=k)) for k in last["k"].values]
+    with_gain = [row for row in rows if row["gain"]["value"] is not None]
+    at_k = (with_gain or [row for row in rows if row["captured"] is not None])[-1]
     return {
-        "step": int(here["step"]),
-        "evaluated_at_step": integer(here["evaluated_at_step"]),
-        "null_batch": integer(here["null_batch"]),
-        "null_batch_limit": _number(here, "null_batch_limit"),
-        "share_outside_space": finite(here["share_outside_space"]),
-        "rayleigh_ratio": _interval(here, "rayleigh_ratio"),
-        "at_k": known[-1],
+        "step": int(last["step"]),
+        "evaluated_at_step": integer(last["evaluated_at_step"]),
+        "null_batch": integer(last["null_batch"]),
+        "null_batch_limit": _number(last, "null_batch_limit"),
+        "share_outside_space": finite(last["share_outside_space"]),
+        "rayleigh_ratio": _interval(last, "rayleigh_ratio"),
+        "at_k": at_k,
         "by_k": rows,
-        "steps": _count(of_all.sel(k=k)),
-        "blocks": _count(shares.sel(step=int(here["step"]), k=k).drop_sel(block=GLOBAL)),
+        "steps": _count(of_all.sel(k=at_k["k"])),
+        "blocks": _count(shares.sel(step=int(last["step"]), k=at_k["k"]).drop_sel(block=GLOBAL)),
     }
 
 
-def _of_k(here: xr.Dataset) -> dict[str, Any]:
+def _of_k(shares: xr.Dataset) -> dict[str, Any]:
     return {
-        "k": int(here["k"]),
-        "captured": finite(here["captured"]),
-        "captured_split": finite(here["captured_split"]),
-        "null_isotropic": _interval(here, "null_isotropic"),
-        "null_gradient": _interval(here, "null_gradient"),
-        "gain": _interval(here, "gain"),
-        "gain_centred": _interval(here, "gain", "_centred"),
-        "ln_gain": _number(here, "ln_gain"),
-        "concentrated": float(here["concentrated"]) == 1,
+        "k": int(shares["k"]),
+        "captured": finite(shares["captured"]),
+        "captured_split": finite(shares["captured_split"]),
+        "null_isotropic": _interval(shares, "null_isotropic"),
+        "null_gradient": _interval(shares, "null_gradient"),
+        "gain": _interval(shares, "gain"),
+        "gain_centred": _interval(shares, "gain", "_centred"),
+        "ln_gain": _number(shares, "ln_gain"),
+        "concentrated": float(shares["concentrated"]) == 1,
     }
 
 
-def _count(here: xr.Dataset) -> dict[str, int]:
-    """How many are concentrated, of those that could be. A flag that is missing is no flag."""
-    possible = np.isfinite(here["gain_low"].values) & np.isfinite(here["gain_low_centred"].values)
-    if "null_batch_limit" in here:
-        possible &= np.asarray(here["null_batch"].values <= here["null_batch_limit"].values)
-    return {"concentrated": int((here["concentrated"].values.astype(float) == 1).sum()), "of": int(possible.sum())}
+def _count(shares: xr.Dataset) -> dict[str, int]:
+    """Count what is concentrated, and what could be. A missing flag counts as no flag."""
+    possible = np.isfinite(shares["gain_low"].values) & np.isfinite(shares["gain_low_centred"].values)
+    if "null_batch_limit" in shares:
+        possible &= np.asarray(shares["null_batch"].values <= shares["null_batch_limit"].values)
+    return {"concentrated": int((shares["concentrated"].values.astype(float) == 1).sum()), "of": int(possible.sum())}
 
 
-def _between_tasks(here: xr.Dataset) -> dict[str, Any]:
-    names = [str(name) for name in here["task"].values if name != ALL]
+def _between_tasks(tasks: xr.Dataset) -> dict[str, Any]:
+    names = [str(name) for name in tasks["task"].values if name != ALL]
     if len(names) < 2:
         return {"pairs": [], "mixture": None}
-    # A result without χ of equal traces has a band of another χ, which is not told.
     mixture = {
-        word: _number(here, name) if word not in _OF_THE_TEST or "divergence_normalised" in here else None
+        word: _number(tasks, name) if word not in _OF_THE_TEST or "divergence_normalised" in tasks else None
         for word, name in {
             "spectral_entropy": "spectral_entropy_mixture",
             "within_tasks": "spectral_entropy_within",
@@ -406,12 +396,12 @@ def _between_tasks(here: xr.Dataset) -> dict[str, Any]:
             "p_value": "divergence_p_value",
         }.items()
     }
-    pairs = [_pair(here.sel(task=first, task_=second)) for first, second in combinations(names, 2)]
+    pairs = [_pair(tasks.sel(task=first, task_=second)) for first, second in combinations(names, 2)]
     return {"pairs": pairs, "mixture": mixture}
 
 
-def _pair(here: xr.Dataset) -> dict[str, Any]:
-    cosine = _interval(here, "cosine")
+def _pair(tasks: xr.Dataset) -> dict[str, Any]:
+    cosine = _interval(tasks, "cosine")
     low, high = cosine["low"], cosine["high"]
     if cosine["value"] is None or low is None or high is None:
         state = "unresolved"
@@ -419,4 +409,4 @@ def _pair(here: xr.Dataset) -> dict[str, Any]:
         state = "share"
     else:
         state = "conflict" if high < 0 else "undecided"
-    return {"tasks": [str(here["task"].item()), str(here["task_"].item())], "state": state, "cosine": cosine}
+    return {"tasks": [str(tasks["task"].item()), str(tasks["task_"].item())], "state": state, "cosine": cosine}

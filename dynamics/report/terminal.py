@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich import box
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from dynamics.findings import FindingGroup, grouped, location
 from dynamics.report.sentences import answers, informative_directions, what_was_analysed
-from dynamics.text import number, one_line
+from dynamics.text import counted, number, one_line
 
 #: Rows of the table: what fits a screen together with the findings.
 ROWS = 12
@@ -24,29 +24,29 @@ _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
 
 def terminal_summary(summary: Mapping[str, Any]) -> RenderableType:
-    """A short table of the largest updates, then the findings by code.
+    """Return answers in sentences, a short table of the largest updates, and the findings by code.
 
     Args:
         summary: See ``summarise``.
 
     Returns:
-        Something that ``rich`` prints. Text from files is never read as markup, and what a terminal would obey is
-        written out, wherever it comes from: names of runs, tasks and matrices, stored findings, errors.
+        Something that ``rich`` prints. Text from files (names of runs, tasks and matrices, findings, errors) is never
+        read as markup, and control characters in it are written out.
     """
     if "runs" in summary:
         runs = [part for name, run in summary["runs"].items() for part in (*_one_run(name, run), Text())]
-        return Group(*_statements(summary), *runs, *_findings(summary["findings"]))
+        statements = _statements(summary)
+        apart = [Text()] if statements else []
+        return Group(*statements, *apart, *runs, *_findings(summary["findings"]))
     return Group(*_one_run(summary["run"], summary))
 
 
 def _one_run(name: str, summary: Mapping[str, Any]) -> list[RenderableType]:
     head = Text.assemble((one_line(name), "bold"), ": ", one_line(what_was_analysed(summary)))
-    said = [_text(sentence) for sentence in answers(summary)]
-    of_the_fisher = [part for words in informative_directions(summary) for part in (Text(), _text(words))]
     return [
         head,
-        *said,
-        *of_the_fisher,
+        *map(_text, answers(summary)),
+        *_paragraphs(informative_directions(summary)),
         *_statements(summary),
         Text(),
         _table(summary),
@@ -56,29 +56,28 @@ def _one_run(name: str, summary: Mapping[str, Any]) -> list[RenderableType]:
 
 
 def _statements(summary: Mapping[str, Any]) -> list[RenderableType]:
-    """How groups differ, and what goes with scores; those of the measure named before looking, and what holds."""
-    found = [summary[name] for name in ("comparison", "association") if summary[name] is not None]
-    said = [sentence for each in found for sentence in each["statements"][:STATEMENTS]]
-    return [*(part for sentence in said for part in (Text(), _text(sentence))), *([Text()] if said else [])]
+    """Return the first sentences about groups and about scores; those about the headline measure come first."""
+    relations = [summary[name] for name in ("comparison", "association") if summary[name] is not None]
+    return _paragraphs(sentence for relation in relations for sentence in relation["statements"][:STATEMENTS])
 
 
 def _table(summary: Mapping[str, Any]) -> Table:
     rows = summary["table"]
-    shown = rows[:ROWS]
-    what = f"the {ROWS} largest of {len(rows)} updates" if len(rows) > ROWS else "updates, largest first"
+    step = f"step {summary['last_step']:,}"
+    largest = f"The {ROWS} largest of {counted(len(rows), 'update')} at {step}"
     table = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=0,
-        title=f"{what}, step {summary['last_step']:,}",
+        title=largest if len(rows) > ROWS else f"Updates at {step}, largest first",
         title_justify="left",
         title_style="italic",
     )
     table.add_column("matrix", no_wrap=True, max_width=_NAME_WIDTH)
-    held = f"rank for\n{summary['suggested_rank_energy']:.0%}"
-    for heading in ("Frobenius\nnorm", "eff. rank\n(energy)", "adapter\nrank", "deficit\n(nat)", held):
+    rank = f"rank for\n{100 * summary['suggested_rank_energy']:.0f} %"
+    for heading in ("Frobenius\nnorm", "eff. rank\n(energy)", "adapter\nrank", "deficit\n(nat)", rank):
         table.add_column(heading, justify="right", no_wrap=True, min_width=max(map(len, heading.split("\n"))))
-    for row in shown:
+    for row in rows[:ROWS]:
         table.add_row(
             Text(_ending(one_line(row["name"]), _NAME_WIDTH)),
             number(row["frobenius_norm"]),
@@ -91,12 +90,17 @@ def _table(summary: Mapping[str, Any]) -> Table:
 
 
 def _text(words: str) -> Text:
-    """Words from a result as a line that the terminal shows and does not obey."""
+    """Return words from a result as one line, with control characters written out."""
     return Text(one_line(words))
 
 
+def _paragraphs(sentences: Iterable[str]) -> list[RenderableType]:
+    """Return each sentence after an empty line."""
+    return [part for sentence in sentences for part in (Text(), _text(sentence))]
+
+
 def _ending(name: str, width: int) -> str:
-    """The end of a long name: it says more than its beginning."""
+    """Return the end of a long name, which tells more than its beginning."""
     return name if len(name) <= width else f"…{name[len(name) - width + 1 :]}"
 
 
@@ -109,8 +113,8 @@ def _findings(findings: list[Mapping[str, Any]]) -> list[RenderableType]:
 def _group(group: FindingGroup) -> list[RenderableType]:
     first = group.findings[0]
     count = len(group.findings)
-    times = f" ({count} times)" if count > 1 else ""
-    code, title = one_line(f"{group.severity} {group.code}"), one_line(f"{group.title}{times}")
+    times = f" ({count:,} times)" if count > 1 else ""
+    code, title = one_line(f"{group.severity} {group.code}:"), one_line(f"{group.title}{times}")
     head = Text.assemble((code, _STYLES[group.severity]), " ", title)
     where = location(first)
     text = f"{where}: {first['message']}" if where else first["message"]

@@ -1,9 +1,7 @@
-r"""An update beside the weight it changes: its relative size, the subspaces they share, and intruder dimensions.
+r"""Updates beside the weights they change: relative size, shared subspaces, and intruder dimensions.
 
 Every number has its chance level: what an update of the same singular values, turned at random, would give. Without it
 an overlap or a count of "intruders" says little: in 4096 dimensions a random direction has no base vector near it.
-
-``/base``: the newest update of each matrix beside the weight that it changed, with chance beside each number.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from jaxtyping import Float
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
+from dynamics import schema
 from dynamics.checkpoints.trajectory import Matrix, OpenCheckpoint, Trajectory, UnreadableMatrix
 from dynamics.spectra.cache import content_key, read_tensors, write_tensors
 from dynamics.spectra.dense import gram
@@ -80,7 +79,7 @@ class Intruders:
 
 
 def decompose(weight: Float[Tensor, "out in"]) -> Decomposition:
-    """Thin SVD of a weight by the eigendecomposition of the Gram of its shorter side.
+    """Return the thin SVD of a weight, by the eigendecomposition of the Gram of its shorter side.
 
     Raises:
         ValueError: If it is not finite.
@@ -102,7 +101,7 @@ def decompose(weight: Float[Tensor, "out in"]) -> Decomposition:
 
 
 def leading_vectors(update: Matrix, k: int) -> tuple[Float[Tensor, "out k"], Float[Tensor, "in k"]]:
-    """The k leading left and right singular vectors; of a product of factors from its r×r core alone.
+    """Return the k leading left and right singular vectors; of a product of factors from its r×r core alone.
 
     >>> left, right = leading_vectors(LowRankMatrix(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0, 0.0]])), 1)
     >>> left.abs().flatten().tolist(), right.abs().flatten().tolist()
@@ -116,18 +115,8 @@ def leading_vectors(update: Matrix, k: int) -> tuple[Float[Tensor, "out k"], Flo
     return whole.left[:, :k], whole.right[:, :k]
 
 
-def relative_size(update: Matrix, weight: Float[Tensor, "out in"]) -> float:
-    """‖ΔW‖_F/‖W⁰‖_F; NaN where the base is zero.
-
-    >>> relative_size(torch.full((2, 2), 0.5), torch.ones(2, 2))
-    0.5
-    """
-    size = float(weight.detach().to(torch.float64).norm())
-    return _norm(update) / size if size > 0 else float("nan")
-
-
 def overlap(update: Matrix, base: Decomposition, k: int = TOP_K) -> Overlap:
-    """What the update shares with the k leading directions of the base.
+    """Return what the update shares with the k leading directions of the base.
 
     Args:
         update: ``(out, in)``.
@@ -168,7 +157,7 @@ def intruders(
     draws: int = 4,
     seed: int = 0,
 ) -> Intruders:
-    r"""Directions that the update brought among the k leading ones of W⁰ + ΔW (Shuttleworth et al. 2024).
+    r"""Count the directions that the update brought among the k leading ones of W⁰ + ΔW (Shuttleworth et al. 2024).
 
     Direction j is an intruder if max_i |⟨u_j, u⁰_i⟩| < ``cosine`` over *all* singular vectors of the base. The count
     saturates, and a large update turned at random makes intruders too: read the share of energy, beside its null.
@@ -206,7 +195,7 @@ def _intruding(tuned: Float[Tensor, "out in"], base: Decomposition, k: int, cosi
 
 
 def _turned(update: Matrix, generator: torch.Generator) -> Float[Tensor, "out in"]:
-    """A matrix of the same singular values between random orthonormal vectors."""
+    """Return a matrix of the same singular values between random orthonormal vectors."""
     if isinstance(update, LowRankMatrix):
         core = triangle(update.left.detach().cpu()) @ triangle(update.right.detach().cpu().mT).mT
         values = torch.linalg.svdvals(core)
@@ -235,23 +224,8 @@ def _norm(update: Matrix) -> float:
 #: Part of the key under which a decomposition is kept: another algorithm, another number.
 _VERSION = 1
 
-_PER_MATRIX = {
-    "base_norm": ("weight", "Frobenius norm of the base", "‖W⁰‖_F"),
-    "overlap_left": ("1", "overlap of left subspaces", "‖U_kᵀU⁰_k‖_F²/k of update and base; 1: the same subspace"),
-    "overlap_right": ("1", "overlap of right subspaces", "‖V_kᵀV⁰_k‖_F²/k of update and base"),
-    "overlap_left_null": ("1", "overlap of left subspaces by chance", "k/out"),
-    "overlap_right_null": ("1", "overlap of right subspaces by chance", "k/in"),
-    "energy_left": ("1", "energy of the update in the base's leading left directions", "‖U⁰_kᵀΔW‖_F²/‖ΔW‖_F²"),
-    "energy_right": ("1", "energy of the update in the base's leading right directions", "‖ΔW V⁰_k‖_F²/‖ΔW‖_F²"),
-    "intruders": ("1", "intruder dimensions", "of the k leading left directions of W⁰ + ΔW: max_i |⟨u, u⁰_i⟩| < ε"),
-    "intruders_null": ("1", "intruder dimensions by chance", "mean over updates of the same σ, turned at random"),
-    "intruder_energy": ("1", "energy in intruder dimensions", "their share of the k leading σ²"),
-    "intruder_energy_null": ("1", "energy in intruder dimensions by chance", "as for intruders_null"),
-}
-_REFERENCE = "Shuttleworth et al. 2024"
 
-
-def beside_base(
+def compare_with_base(
     trajectory: Trajectory,
     raw_update: xr.Dataset,
     *,
@@ -259,7 +233,7 @@ def beside_base(
     directions: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> xr.Dataset | None:
-    """Relative sizes at every step, and where directions are asked for, overlaps and intruders at the last one.
+    """Return relative sizes at every step and, if directions are asked for, overlaps and intruders at the last one.
 
     Args:
         trajectory: The run, with its base; without one there is no result.
@@ -283,44 +257,39 @@ def beside_base(
             if name in before.shapes:
                 rows[name] = _of_matrix(name, before, after, k if directions else 0)
             progress(1)
-    nothing: dict[str, float] = {}
-    columns = {key: np.array([rows.get(name, nothing).get(key, np.nan) for name in names]) for key in _PER_MATRIX}
-    if not directions:
-        columns = {"base_norm": columns["base_norm"]}
+    per_matrix = [name for name in schema.BASE if name != "relative_size"] if directions else ["base_norm"]
+    arrays = {name: np.array([rows.get(matrix, {}).get(name, np.nan) for matrix in names]) for name in per_matrix}
     values = raw_update["singular_value"].sel(kind="total").values
     norm = np.where(np.isfinite(values).any(-1), np.sqrt(np.nansum(values**2, -1)), np.nan)
-    size = np.divide(norm, columns["base_norm"], out=np.full_like(norm, np.nan), where=columns["base_norm"] > 0)
-    relative = {"units": "1", "long_name": "relative size of the update", "definition": "‖ΔW‖_F/‖W⁰‖_F"}
+    base_norm = arrays["base_norm"]
+    arrays["relative_size"] = np.divide(norm, base_norm, out=np.full_like(norm, np.nan), where=base_norm > 0)
     return xr.Dataset(
-        {
-            "relative_size": (("step", "matrix"), size, relative),
-            **{key: ("matrix", column, _attributes(key)) for key, column in columns.items()},
-        },
+        schema.labelled(schema.BASE, arrays),
         coords={"step": raw_update["step"].variable, "matrix": raw_update["matrix"].variable},
         attrs={"k": k, "cosine": INTRUDER_COSINE, "at_step": last.step, "directions": int(directions)},
     )
 
 
 def _of_matrix(name: str, before: OpenCheckpoint, after: OpenCheckpoint, k: int) -> dict[str, float]:
-    """What is known of one matrix; ``k`` = 0: its norm alone."""
+    """Return what is known of one matrix; with ``k`` = 0 only its norm."""
     try:
         weight = before[name]
         if not isinstance(weight, Tensor):
             return {}
-        found = {"base_norm": float(torch.linalg.vector_norm(weight, dtype=torch.float64))}
+        numbers = {"base_norm": float(torch.linalg.vector_norm(weight, dtype=torch.float64))}
         if not k or name not in after.shapes or after.shapes[name].holds == "state":
-            return found
+            return numbers
         update = _update(after[name], weight, after.shapes[name].holds)
     except UnreadableMatrix:
         return {}
     if not _is_finite(weight) or not _is_finite(update):
-        return found
+        return numbers
     base = _decomposition(weight, k)
     shared = overlap(update, base, k)
-    found |= {f"overlap_{side}": getattr(shared, side) for side in ("left", "right", "left_null", "right_null")}
-    found |= {"energy_left": shared.energy_left, "energy_right": shared.energy_right}
+    numbers |= {f"overlap_{side}": getattr(shared, side) for side in ("left", "right", "left_null", "right_null")}
+    numbers |= {"energy_left": shared.energy_left, "energy_right": shared.energy_right}
     strange = intruders(update, weight, base, k=k)
-    return found | {
+    return numbers | {
         "intruders": float(strange.count),
         "intruders_null": strange.null_count,
         "intruder_energy": strange.energy_share,
@@ -340,7 +309,7 @@ def _is_finite(matrix: Matrix) -> bool:
 
 
 def _decomposition(weight: Tensor, k: int) -> Decomposition:
-    """All left singular vectors and the k leading right ones, in single precision; from the cache if they are there."""
+    """Return all left singular vectors and the k leading right ones, in float32, from the cache if possible."""
     key = content_key(weight, "decomposition", _VERSION, k)
     count = min(weight.shape)
     k = min(k, count)
@@ -351,9 +320,3 @@ def _decomposition(weight: Tensor, k: int) -> Decomposition:
         kept = {"left": whole.left.float(), "values": whole.values, "right": whole.right[:, :k].float()}
         write_tensors(key, kept)
     return Decomposition(kept["left"].double(), kept["values"].double(), kept["right"].double())
-
-
-def _attributes(name: str) -> dict[str, str]:
-    units, long_name, definition = _PER_MATRIX[name]
-    found = {"units": units, "long_name": long_name, "definition": definition}
-    return found | ({"reference": _REFERENCE} if "intruder" in name else {})

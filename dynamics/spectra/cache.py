@@ -1,7 +1,7 @@
-"""Tensors that took long to compute, kept on disk under a key of their content, for other runs of the same base.
+"""Cache of tensors that take long to compute, on disk under a key of their content, for other runs of the same base.
 
-In ``$XDG_CACHE_HOME/optimization-dynamics`` (``~/.cache`` without that). Deleting it costs nothing but time; what
-cannot be read, or is not what was asked for, is as if it were not there.
+It lies in ``$XDG_CACHE_HOME/optimization-dynamics``, by default in ``~/.cache``. Deleting it costs nothing but time. A
+file that cannot be read, or holds something else, counts as missing.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _FOLDER = "optimization-dynamics"
 
 
 def cache_folder() -> Path:
-    """Where the cache is."""
+    """Return the folder of the cache."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / _FOLDER
 
 
 def content_key(tensor: Tensor, *more: object) -> str:
-    """A key of a tensor's numbers, format and shape, and of whatever else the result depends on.
+    """Return a key of a tensor's numbers, format and shape, and of whatever else the result depends on.
 
     >>> [content_key(torch.ones(2)) == content_key(torch.ones(size)) for size in (2, 3)]
     [True, False]
@@ -39,18 +39,18 @@ def content_key(tensor: Tensor, *more: object) -> str:
 
 
 def read_tensors(key: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
-    """What is stored under a key; ``None`` unless it has exactly these names and shapes, and finite numbers."""
+    """Read what is stored under a key; ``None`` unless it has exactly these names and shapes, and finite numbers."""
     try:
-        found = load_file(cache_folder() / f"{key}.safetensors")
+        tensors = load_file(cache_folder() / f"{key}.safetensors")
     except (OSError, SafetensorError, ValueError):
         return None
-    if {name: tuple(tensor.shape) for name, tensor in found.items()} != dict(shapes):
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != dict(shapes):
         return None
-    return found if all(bool(tensor.isfinite().all()) for tensor in found.values()) else None
+    return tensors if all(bool(tensor.isfinite().all()) for tensor in tensors.values()) else None
 
 
 def write_tensors(key: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Stores tensors under a key, whole or not at all; whether that was possible."""
+    """Store tensors under a key, whole or not at all, and return whether that was possible."""
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)

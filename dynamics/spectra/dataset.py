@@ -1,13 +1,9 @@
-"""The pure functions of this room, given dimensions and names: datasets in, variables out.
-
-From raw spectra to the labelled groups of the result: every measure, its null model, and the summaries.
-
-Spectra of a whole trajectory, labelled.
-"""
+"""From raw spectra to the labelled groups of the result: every measure, its null model, and the summaries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -15,33 +11,121 @@ import torch
 import xarray as xr
 
 from dynamics import schema
-from dynamics.checkpoints.trajectory import Checkpoint, Trajectory
-from dynamics.findings import Finding
-from dynamics.spectra import findings as notes
-from dynamics.spectra import measures, null_models, raw
+from dynamics.schema import Variable, labelled
+from dynamics.spectra import measures, null_models
 from dynamics.spectra.measures import known_quantiles
 from dynamics.spectra.null_models import NullModel
-from dynamics.spectra.raw import Place
-from dynamics.spectra.rounding import DEFINITIONS as FLOOR_DEFINITIONS
 from dynamics.spectra.rounding import NOISE_LIMIT, above_rounding
-from dynamics.spectra.walk import trajectory_spectra
 
-_DIMS = ("step", "kind", "matrix")
 _EPSILON = {
     "F64": torch.finfo(torch.float64).eps,
     "F32": torch.finfo(torch.float32).eps,
     "BF16": torch.finfo(torch.bfloat16).eps,
     "F16": torch.finfo(torch.float16).eps,
 }
-#: Measures of which the null model has a mean and a band.
-_NULL_MEASURES = (*measures.MEASURES, "marchenko_pastur_outliers")
-_BOUNDS = {"": "mean", "_low": "5 % point", "_high": "95 % point"}
+
+#: Two spectra of one matrix whose relative ℓ2 distance exceeds this do not belong to the same weights. By Mirsky's
+#: inequality ‖σ(X) − σ(Y)‖₂ ≤ ‖X − Y‖_F, so storing factors in another format moves a spectrum by no more than the
+#: rounding of both: 2·2⁻⁸ = 0.0078 in bfloat16 and 2·2⁻¹¹ = 0.001 in float16 if every entry is off by half a unit in
+#: its last place and all in the same direction; in trainings up to 0.0014 and 0.0002 were measured. Trainings that
+#: differ in nothing but their seed are 0.03 to 0.5 apart in each matrix, from the first step on.
+SAME_SPECTRA = 1e-2
 
 
-def variable(name: str, array: np.ndarray, definition: str = "", reference: str = "", **more: object) -> xr.Variable:
-    """A variable of ``/update`` with its dimensions and attributes by the schema."""
-    known = schema.UPDATE[name]
-    return xr.Variable(known.dims, array, {**schema.attributes(known, definition, reference), **more})
+@dataclass(frozen=True)
+class Agreement:
+    """How far two measurements of one step's total updates are apart.
+
+    Args:
+        difference: Largest relative distance of two spectra, ‖σ − σ′‖₂/max(‖σ‖₂, ‖σ′‖₂), over the matrices that both
+            measurements know; NaN if there is none.
+        matrix: The matrix with this distance, ``""`` if there is none.
+    """
+
+    difference: float
+    matrix: str
+
+    @property
+    def is_same(self) -> bool:
+        """Whether both measured the same weights."""
+        return self.difference <= SAME_SPECTRA
+
+    @property
+    def is_other(self) -> bool:
+        """Whether they measured different weights; false, as is ``is_same``, where nothing can be compared."""
+        return self.difference > SAME_SPECTRA
+
+
+def same_spectra(a: xr.Dataset, b: xr.Dataset) -> Agreement:
+    """Compare the singular values of the total updates in two raw updates of one step.
+
+    A spectrum that is missing or NaN in either is not compared. Zero and zero agree.
+
+    Args:
+        a, b: Raw updates (see ``raw``) of one step each.
+
+    >>> from dynamics.spectra.raw import raw_update
+    >>> same_spectra(raw_update({1: (0, -1)}, {}, {}), raw_update({1: (0, -1)}, {}, {}))
+    Agreement(difference=nan, matrix='')
+    """
+    names, *rows = np.intersect1d(a["matrix"].values, b["matrix"].values, return_indices=True)
+    totals = [
+        update["singular_value"].sel(kind="total").values.reshape(update.sizes["matrix"], update.sizes["index"])[row]
+        for update, row in zip((a, b), rows, strict=True)
+    ]
+    comparable = np.isfinite(totals[0]).any(-1) & np.isfinite(totals[1]).any(-1)
+    if not comparable.any():
+        return Agreement(float("nan"), "")
+    longest = max(values.shape[-1] for values in totals)
+    first, second = (np.pad(np.nan_to_num(values), ((0, 0), (0, longest - values.shape[-1]))) for values in totals)
+    largest = np.maximum(first.max(-1), second.max(-1))[:, None]
+    first, second = (
+        np.divide(values, largest, out=np.zeros_like(values), where=largest > 0) for values in (first, second)
+    )
+    size = np.maximum(np.linalg.norm(first, axis=-1), np.linalg.norm(second, axis=-1))
+    distance = np.linalg.norm(first - second, axis=-1)
+    relative = np.where(comparable, np.divide(distance, size, out=np.zeros_like(size), where=size > 0), -1.0)
+    worst = int(relative.argmax())
+    return Agreement(float(relative[worst]), str(names[worst]))
+
+
+def measure_update(raw_update: xr.Dataset, raw_gradient: xr.Dataset | None = None) -> dict[str, xr.Dataset]:
+    """Return the groups of the result that follow from spectra.
+
+    Args:
+        raw_update, raw_gradient: As ``raw`` makes them; without a gradient there are no groups for it.
+
+    Returns:
+        ``update``, ``null``, ``summary``, and of gradients ``gradient``, ``null_gradient``, ``summary_gradient``.
+    """
+    noise, inner_product = raw_update["noise_energy"].values, raw_update["inner_product"].values
+    update = raw_update.drop_vars(["noise_energy", "inner_product"])
+    flags = {"flag_values": list(range(len(schema.DECOMPOSITIONS))), "flag_meanings": " ".join(schema.DECOMPOSITIONS)}
+    update["decomposition"].attrs |= flags
+    update = update.assign(labelled(schema.UPDATE, _norms(update["singular_value"].values)))
+    update = update.assign(measures_of(update, noise))
+    null, against_null = null_models_of(update)
+    update = update.assign(against_null)
+    update = update.assign(_rounding(update, noise)).assign(_geometry(update, inner_product))
+    update = update.assign(direct_sums(update)).assign(suggested_rank(update))
+    groups = {"update": update, "null": null, "summary": quantiles_over_matrices(update, null)}
+    return groups if raw_gradient is None else groups | _gradient_groups(raw_gradient)
+
+
+def _gradient_groups(raw_gradient: xr.Dataset) -> dict[str, xr.Dataset]:
+    """Measure gradients by the functions of an update, as one of a single kind."""
+    like_update = raw_gradient.expand_dims(kind=["gradient"], axis=1)
+    norm = _norms(like_update["singular_value"].values)["frobenius_norm"]
+    like_update = like_update.assign(labelled(schema.UPDATE, {"frobenius_norm": norm}))
+    like_update = like_update.assign(measures_of(like_update))
+    null, against_null = null_models_of(like_update)
+    gradient = like_update.assign(against_null).isel(kind=0, drop=True)[[*schema.GRADIENT, *raw_gradient.coords]]
+    gradient["frobenius_norm"].attrs = schema.GRADIENT["frobenius_norm"].attributes
+    gradient.attrs["space"] = "factor"
+    null = null.isel(kind=0, drop=True)
+    finite = gradient.where(np.isfinite(gradient))
+    summary = quantiles_over_matrices(finite, null, schema.SUMMARY_GRADIENT)
+    return {"gradient": gradient, "null_gradient": null, "summary_gradient": summary}
 
 
 def measures_of(update: xr.Dataset, noise: np.ndarray | None = None) -> dict[str, xr.Variable]:
@@ -53,24 +137,13 @@ def measures_of(update: xr.Dataset, noise: np.ndarray | None = None) -> dict[str
     """
     values = torch.from_numpy(update["singular_value"].values)
     tolerance = torch.from_numpy(_rank_tolerance(update, noise))
-    rank = measures.numerical_rank(values, tolerance)
-    return {
-        name: variable(name, measure.function(values).numpy(), measure.definition, measure.reference)
-        for name, measure in measures.MEASURES.items()
-    } | {
-        "numerical_rank": variable(
-            "numerical_rank",
-            rank.numpy(),
-            "number of σ > tol·σ₁; of products tol = ‖E‖_F/σ₁ with E the predicted rounding of the product, at least "
-            "max(out, in)·2⁻⁵²; of dense matrices and gradients tol = max(out, in)·ε of the storage format, √ε where "
-            "that exceeds 0.1",
-            "Golub & Van Loan; of products Weyl's inequality, of dense matrices LAPACK's default tolerance",
-        )
-    }
+    arrays = {name: measure(values).numpy() for name, measure in measures.MEASURES.items()}
+    arrays["numerical_rank"] = measures.numerical_rank(values, tolerance).numpy()
+    return labelled(schema.UPDATE, arrays)
 
 
 def _rank_tolerance(update: xr.Dataset, noise: np.ndarray | None) -> np.ndarray:
-    """σ/σ₁ down to which singular values count, ``(step, kind, matrix)``.
+    """Return σ/σ₁ down to which singular values count, ``(step, kind, matrix)``.
 
     By Weyl's inequality no σ moves by more than ‖E‖₂ ≤ ‖E‖_F. The factors of a product are rounded, not the product, so
     its E is far smaller than max(out, in)·ε says.
@@ -90,62 +163,46 @@ def _rank_tolerance(update: xr.Dataset, noise: np.ndarray | None) -> np.ndarray:
 
 
 def null_models_of(update: xr.Dataset) -> tuple[xr.Dataset, dict[str, xr.Variable]]:
-    """The null model beside every number, and the measures that are relative to it.
+    """Return the null model beside every number, and the measures that are relative to it.
 
-    Of a product of factors that is a random LoRA, of a LoRA's increment white noise in its factors, of a dense matrix a
-    Gaussian one.
+    The null of a product of factors is a random LoRA, of a LoRA's increment white noise in its factors, of a dense
+    matrix a Gaussian one.
 
     Returns:
         ``/null``: mean, 5 % and 95 % point of each measure, ``(step, kind, matrix)``; and for ``/update``
         ``entropy_deficit``, ``null_percentile`` and ``marchenko_pastur_outliers``. NaN for the increment of a LoRA
         whose factors at the previous step are not known (finding OD208).
     """
-    shape = update["count"].shape
-    null = {f"{name}{bound}": np.full(shape, np.nan) for name in _NULL_MEASURES for bound in _BOUNDS}
     values, entropy = update["singular_value"].values, update["entropy_energy"].values
-    outliers, percentile = np.full(shape, np.nan), np.full(shape, np.nan)
-    band = {"singular_value_low": np.full(values.shape, np.nan), "singular_value_high": np.full(values.shape, np.nan)}
     norm = update["frobenius_norm"].values
-    for places, model in chain(_models(update), _increment_models(update)):
+    statistics = [f"{name}{bound}" for name in schema.NULL_MEASURES for bound in ("", "_low", "_high")]
+    null = {name: np.full(entropy.shape, np.nan) for name in statistics}
+    null |= {f"singular_value{bound}": np.full(values.shape, np.nan) for bound in ("_low", "_high")}
+    outliers, percentile = np.full(entropy.shape, np.nan), np.full(entropy.shape, np.nan)
+    for cells, model in chain(_shape_models(update), _increment_models(update)):
         for bound, numbers in (("", model.mean), ("_low", model.low), ("_high", model.high)):
-            for name in _NULL_MEASURES:
-                null[f"{name}{bound}"][places] = numbers[name]
+            for name in schema.NULL_MEASURES:
+                null[f"{name}{bound}"][cells] = numbers[name]
         # A matrix has its newest shape; where it was smaller before, it had fewer values than that allows.
         count = min(model.spectrum_low.shape[-1], values.shape[-1])
-        for bound, shape in (("low", model.spectrum_low), ("high", model.spectrum_high)):
-            relative = shape[..., :count].numpy()
-            band[f"singular_value_{bound}"][(*places, slice(count))] = norm[places][:, None] * relative
-        outliers[places] = null_models.outliers(torch.from_numpy(values[places]), model.edge).numpy()
-        percentile[places] = model.percentile(torch.from_numpy(entropy[places])).numpy()
-    return _null_dataset(update, null, band), {
-        "entropy_deficit": variable(
-            "entropy_deficit",
-            null["entropy_energy"] - entropy,
-            "mean energy entropy of the null, minus entropy_energy; null of a total: a random LoRA of the same shape "
-            "and rank; of a LoRA's increment: white noise of the same size in the factors, from where they were; of a "
-            "dense matrix: a Gaussian one. Gradients are not white: any update made of them has a deficit",
-            "independent Gaussian factors, drawn as Bartlett triangles (Bartlett 1933); dense: Dumitriu & Edelman 2002",
-        ),
-        "null_percentile": variable(
-            "null_percentile",
-            percentile,
-            f"share of the null's draws ({null_models.DRAWS}; fewer of increments and of large dense matrices) whose "
-            "energy entropy is smaller, in %; near 0 for any update made of gradients, so compare runs by "
-            "entropy_deficit",
-            "Monte-Carlo percentile",
-        ),
-        "marchenko_pastur_outliers": variable(
-            "marchenko_pastur_outliers",
-            outliers,
-            "number of σ above the update's own median σ times the 99 % point of σ₁/median σ under the null; NaN for "
-            "fewer than three σ or a zero median",
-            "noise scale by the median: Gavish & Donoho 2014",
-        ),
+        for bound, spectrum in (("_low", model.spectrum_low), ("_high", model.spectrum_high)):
+            relative = spectrum[..., :count].numpy()
+            null[f"singular_value{bound}"][(*cells, slice(count))] = norm[cells][:, None] * relative
+        outliers[cells] = null_models.outliers(torch.from_numpy(values[cells]), model.edge).numpy()
+        percentile[cells] = model.percentile(torch.from_numpy(entropy[cells])).numpy()
+    shapes = zip(update["out"].values.tolist(), update["in"].values.tolist(), strict=True)
+    null["entropy_energy_gaussian"] = np.array([null_models.page_entropy(*shape) for shape in shapes], dtype=np.float64)
+    against_null = {
+        "entropy_deficit": null["entropy_energy"] - entropy,
+        "null_percentile": percentile,
+        "marchenko_pastur_outliers": outliers,
     }
+    coords = {dim: update[dim].variable for dim in schema.UPDATE["singular_value"].dims}
+    return xr.Dataset(labelled(schema.NULL, null), coords), labelled(schema.UPDATE, against_null)
 
 
-def _models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ...], NullModel]]:
-    """Places (step, kind, matrix) that share a shape and a rank of the factors, with their null model.
+def _shape_models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ...], NullModel]]:
+    """Yield cells (step, kind, matrix) that share a shape and a rank of the factors, with their null model.
 
     Dense matrices are no products of factors: their null is a Gaussian matrix.
     """
@@ -164,13 +221,13 @@ def _models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ...], NullMo
 
 
 def _is_factored_increment(update: xr.Dataset) -> np.ndarray:
-    """Which cells (step, kind, matrix) are increments of a product of factors."""
+    """Return which cells (step, kind, matrix) are increments of a product of factors."""
     increments = update["kind"].values == "increment"
     return (update["factor_rank"].values > 0) & increments[:, None] & (update["adapter_rank"].values > 0)
 
 
 def _increment_models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ...], NullModel]]:
-    """Places of LoRA increments whose factors are known, with a null for each.
+    """Yield cells of LoRA increments whose factors are known, with a null for each.
 
     The noise depends on the shape and the order of the cells alone, so that checkpoints and records of the same steps
     have the same null.
@@ -182,60 +239,23 @@ def _increment_models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ..
     factors = [update[f"{side}_factor_value"].values for side in ("left", "right")]
     changes = [update[f"{side}_factor_change"].values for side in ("left", "right")]
     counts = [np.isfinite(values).sum(-1) for values in factors]
-    known = increments[:, kind] & np.isfinite(changes).all(0) & (sum(changes) > 0)
-    step, matrix = np.nonzero(known)
-    columns = (update["out"].values[matrix], update["in"].values[matrix], *(number[known] for number in counts))
+    moved = increments[:, kind] & np.isfinite(changes).all(0) & (sum(changes) > 0)
+    step, matrix = np.nonzero(moved)
+    columns = (update["out"].values[matrix], update["in"].values[matrix], *(number[moved] for number in counts))
     keys = np.stack([*columns, update["count"].values[step, kind, matrix]], axis=1)
     for key in np.unique(keys, axis=0):
         out, in_, p, q, count = key.tolist()
         chosen = (keys == key).all(1)
-        values, sizes = ([torch.from_numpy(array[known][chosen]) for array in arrays] for arrays in (factors, changes))
-        for cells, model in null_models.increment_null(
+        values, sizes = ([torch.from_numpy(array[moved][chosen]) for array in arrays] for arrays in (factors, changes))
+        for part, model in null_models.increment_null(
             values[0][:, :p], values[1][:, :q], sizes[0], sizes[1], out, in_, count=count, seed=null_models.SEED
         ):
-            rows, places = step[chosen][cells], matrix[chosen][cells]
-            yield (rows, np.full(len(rows), kind), places), model
-
-
-def _null_dataset(update: xr.Dataset, arrays: dict[str, np.ndarray], band: dict[str, np.ndarray]) -> xr.Dataset:
-    variables = {
-        f"{name}{bound}": xr.Variable(
-            _DIMS,
-            arrays[f"{name}{bound}"],
-            {
-                "units": schema.MEASURES[name].units,
-                "long_name": f"{schema.MEASURES[name].long_name} of the null, {words}",
-                "definition": f"{words} over {null_models.DRAWS} products of Gaussian factors of the same shape; of a "
-                "LoRA's increment over white noise in its factors, of a dense matrix over Gaussian ones, fewer where "
-                "they are large",
-            },
-        )
-        for name in _NULL_MEASURES
-        for bound, words in _BOUNDS.items()
-    }
-    for (name, array), words in zip(band.items(), ("5 % point", "95 % point"), strict=True):
-        attributes = {
-            "units": "weight",
-            "long_name": f"singular value of the null of the same norm, {words}",
-            "definition": f"{words} of σ/‖σ‖_F over the draws, times this update's frobenius_norm",
-        }
-        variables[name] = xr.Variable((*_DIMS, "index"), array, attributes)
-    shapes = zip(update["out"].values.tolist(), update["in"].values.tolist(), strict=True)
-    variables["entropy_energy_gaussian"] = xr.Variable(
-        "matrix",
-        np.array([null_models.page_entropy(out, in_) for out, in_ in shapes], dtype=np.float64),
-        {
-            "units": "nat",
-            "long_name": "mean spectral entropy of a dense Gaussian matrix of the same shape",
-            "definition": "ψ(mn+1) − ψ(max+1) − (min−1)/(2 max)",
-            "reference": "Page 1993",
-        },
-    )
-    return xr.Dataset(variables, coords={dim: update[dim].variable for dim in (*_DIMS, "index")})
+            rows = step[chosen][part]
+            yield (rows, np.full(len(rows), kind), matrix[chosen][part]), model
 
 
 def direct_sums(update: xr.Dataset) -> dict[str, xr.Variable]:
-    """The update of all matrices, and of all matrices of one role, as one, by the exact chain rule."""
+    """Return the measures of all matrices as one update, and of all matrices of one role, by the exact chain rule."""
     # A matrix that is not there adds nothing; one that failed, or whose increment is not known, makes the sum unknown.
     count, linked = update["count"].values, update["from_step"].values >= 0
     unknown = np.zeros(count.shape, dtype=bool)
@@ -250,129 +270,68 @@ def direct_sums(update: xr.Dataset) -> dict[str, xr.Variable]:
     total = energy.sum(-1, keepdims=True)
     share = np.divide(by_role, total, out=np.full_like(by_role, np.nan), where=total > 0)
     sums = np.stack([measures.entropy_of_direct_sum(energy[..., c], entropy[..., c]) for c in member], -1)
-    chain = "entropy of the direct sum of all updates, by the chain rule H(w) + Σ w SE, w ∝ ‖ΔW‖_F²"
     # No step has a predecessor: there is no increment, rather than one of norm 0.
     nothing = (update["count"].values == 0).all(-1)
-    role_name = xr.Variable("role_name", roles, {"units": "1", "long_name": "role within the layer"})
-    return {
-        "role_name": role_name,
-        "frobenius_norm_all": variable("frobenius_norm_all", np.where(nothing, np.nan, np.sqrt(total[..., 0]))),
-        "entropy_energy_block_diagonal": variable("entropy_energy_block_diagonal", whole, chain),
-        "effective_rank_block_diagonal": variable(
-            "effective_rank_block_diagonal", np.exp(whole), f"exp of the {chain}"
-        ),
-        "participation_ratio_block_diagonal": variable(
-            "participation_ratio_block_diagonal",
-            np.asarray(measures.participation_ratio_of_direct_sum(energy, ratio)),
-            "1/Σ(w²/PR), w ∝ ‖ΔW‖_F²",
-        ),
-        "frobenius_norm_by_role": variable(
-            "frobenius_norm_by_role", np.where(np.expand_dims(nothing, -1), np.nan, np.sqrt(by_role))
-        ),
-        "energy_share_by_role": variable("energy_share_by_role", share),
-        "entropy_energy_by_role": variable("entropy_energy_by_role", sums, chain.replace("all updates", "its updates")),
+    arrays = {
+        "frobenius_norm_all": np.where(nothing, np.nan, np.sqrt(total[..., 0])),
+        "entropy_energy_block_diagonal": whole,
+        "effective_rank_block_diagonal": np.exp(whole),
+        "participation_ratio_block_diagonal": np.asarray(measures.participation_ratio_of_direct_sum(energy, ratio)),
+        "frobenius_norm_by_role": np.where(np.expand_dims(nothing, -1), np.nan, np.sqrt(by_role)),
+        "energy_share_by_role": share,
+        "entropy_energy_by_role": sums,
     }
+    return labelled(schema.COORDINATES, {"role_name": roles}) | labelled(schema.UPDATE, arrays)
 
 
 def parts_of_sums(names: list[str]) -> list[bool]:
-    """Which matrices are one adapter's part (``name@adapter``) of a sum that is there too."""
-    known = set(names)
-    return ["@" in name and name.rpartition("@")[0] in known for name in names]
+    """Return which matrices are one adapter's part (``name@adapter``) of a sum that is there too."""
+    present = set(names)
+    return ["@" in name and name.rpartition("@")[0] in present for name in names]
 
 
 def suggested_rank(update: xr.Dataset) -> dict[str, xr.Variable]:
-    """``suggested_rank`` from each matrix's total at the last step where it has one."""
+    """Return ``suggested_rank``, from each matrix's total at the last step where it has one."""
     values = update["singular_value"].sel(kind="total").values
     ranks = measures.rank_at_energy(torch.from_numpy(values), measures.ENERGY).numpy()
     last = np.full(ranks.shape[1], np.nan)
     for row in ranks:
         last = np.where(np.isnan(row), last, row)
-    words = f"fewest directions that hold {measures.ENERGY:.0%} of Σσ² of the newest total"
-    return {"suggested_rank": variable("suggested_rank", last, words, energy=measures.ENERGY)}
+    variables = labelled(schema.UPDATE, {"suggested_rank": last})
+    variables["suggested_rank"].attrs["energy"] = measures.ENERGY
+    return variables
 
 
-def quantiles_over_matrices(update: xr.Dataset, null: xr.Dataset) -> xr.Dataset:
-    """``/summary``: quartiles over matrices of the norm and of each measure, and medians of the null band.
+def quantiles_over_matrices(
+    group: xr.Dataset, null: xr.Dataset, summary: Mapping[str, Variable] = schema.SUMMARY
+) -> xr.Dataset:
+    """Return quartiles over matrices of the norms and of each measure, and medians of the null model.
 
     Quartiles describe how matrices differ; the update of all matrices together is ``*_block_diagonal``.
-    """
-    names = ("frobenius_norm", "path_length", "increment_cosine", *schema.MEASURES)
-    quartiles = {
-        f"{name}_quantile": _over_matrices(update[name], list(schema.QUANTILES), f"{name}, quartiles over matrices")
-        for name in names
-    }
-    bands = {
-        f"{name}_null{bound}": _over_matrices(
-            null[f"{name}{bound}"], [0.5], f"null of {name}, {words}, median over matrices"
-        ).isel(quantile=0, drop=True)
-        for name in _NULL_MEASURES
-        for bound, words in _BOUNDS.items()
-    }
-    return xr.Dataset({**quartiles, **bands})
-
-
-def _over_matrices(array: xr.DataArray, quantiles: list[float], words: str) -> xr.DataArray:
-    """Quantiles of the numbers that are there; NaN where there are none."""
-    found = known_quantiles(array.transpose(..., "matrix").values, quantiles)
-    dims = [dim for dim in array.dims if dim != "matrix"]
-    coords = {**{dim: array[dim].variable for dim in dims}, "quantile": quantiles}
-    attrs = {"units": array.attrs["units"], "long_name": words}
-    return xr.DataArray(found, coords, [*dims, "quantile"], attrs=attrs)
-
-
-_OF_THE_GRADIENT = (
-    "of a dense weight ∇W; of a LoRA pair s(∇_B·A + B·∇_A), what a small step along the factors' gradients does to the "
-    "matrix"
-)
-#: Definitions of the gradient's own variables; each number is of the factors or weights as they are trained.
-_GRADIENT_DEFINITIONS = {
-    "norm_before_clip": "√Σ‖∂L/∂p‖² over the matrix's trainable parameters p at the end of the step's last backward "
-    "pass, reduced over processes, summed over accumulation, without the loss scale",
-    "norm_after_clip": "the same as the optimizer takes it, after clipping",
-    "singular_value": f"after clipping, {_OF_THE_GRADIENT}",
-    "frobenius_norm": f"√Σσ² after clipping, {_OF_THE_GRADIENT}",
-}
-
-
-def measured(raw_update: xr.Dataset, raw_gradient: xr.Dataset | None = None) -> dict[str, xr.Dataset]:
-    """Groups of the result: ``update``, ``null``, ``summary``, and of gradients ``gradient``, ``null_gradient``.
 
     Args:
-        raw_update, raw_gradient: As ``raw`` makes them; without a gradient there are no groups for it.
+        group: ``/update``, or ``/gradient`` with NaN for what is not finite.
+        null: The null model beside it.
+        summary: ``schema.SUMMARY``, or ``schema.SUMMARY_GRADIENT`` of a gradient.
     """
-    noise, inner_product = raw_update["noise_energy"].values, raw_update["inner_product"].values
-    update = raw_update.drop_vars(["noise_energy", "inner_product"])
-    how = {"flag_values": list(range(len(schema.DECOMPOSITIONS))), "flag_meanings": " ".join(schema.DECOMPOSITIONS)}
-    update["decomposition"].attrs |= how
-    norms = _norms(update["singular_value"].values)
-    update = update.assign({name: variable(name, norm) for name, norm in norms.items()})
-    update = update.assign(measures_of(update, noise))
-    null, against_null = null_models_of(update)
-    update = update.assign(against_null)
-    update = update.assign(_rounding(update, noise)).assign(_geometry(update, inner_product))
-    update = update.assign(direct_sums(update)).assign(suggested_rank(update))
-    groups = {"update": update, "null": null, "summary": quantiles_over_matrices(update, null)}
-    return groups if raw_gradient is None else groups | _gradient_groups(raw_gradient)
+    arrays = {}
+    for name in summary:
+        if name.endswith("_quantile"):
+            arrays[name] = _over_matrices(group[name.removesuffix("_quantile")], schema.QUANTILES)
+        else:
+            measure, _, bound = name.rpartition("_null")
+            arrays[name] = _over_matrices(null[f"{measure}{bound}"], (0.5,))[..., 0]
+    coords = {dim: group[dim].variable for dim in ("step", "kind") if dim in group.dims}
+    return xr.Dataset(labelled(summary, arrays), {**coords, "quantile": list(schema.QUANTILES)})
 
 
-def _gradient_groups(raw: xr.Dataset) -> dict[str, xr.Dataset]:
-    """As an update of one kind, so that both are measured by the same functions."""
-    like_update = raw.expand_dims(kind=["gradient"], axis=1)
-    norm = _norms(like_update["singular_value"].values)["frobenius_norm"]
-    like_update = like_update.assign(frobenius_norm=variable("frobenius_norm", norm))
-    like_update = like_update.assign(measures_of(like_update))
-    null, against_null = null_models_of(like_update)
-    measured_ = like_update.assign(against_null).isel(kind=0, drop=True)
-    gradient = measured_[[*schema.GRADIENT, *raw.coords]]
-    for name, definition in _GRADIENT_DEFINITIONS.items():
-        gradient[name].attrs = schema.attributes(schema.GRADIENT[name], definition)
-    gradient.attrs["space"] = "factor"
-    return {"gradient": gradient, "null_gradient": null.isel(kind=0, drop=True)}
+def _over_matrices(array: xr.DataArray, quantiles: Sequence[float]) -> np.ndarray:
+    return known_quantiles(array.transpose(..., "matrix").values, quantiles)
 
 
 def _norms(values: np.ndarray) -> dict[str, np.ndarray]:
-    """Of spectra padded with NaN. A failed spectrum is NaN throughout, an absent one has none: neither has a norm."""
-    known = np.isfinite(values).any(-1)
+    """Return norms of spectra padded with NaN. One that failed, or is absent, is NaN throughout and has no norm."""
+    present = np.isfinite(values).any(-1)
     largest = np.nan_to_num(values).max(-1, initial=0.0)
     relative = np.divide(values, largest[..., None], out=np.zeros_like(values), where=largest[..., None] > 0)
     norms = {
@@ -380,11 +339,11 @@ def _norms(values: np.ndarray) -> dict[str, np.ndarray]:
         "spectral_norm": largest,
         "nuclear_norm": np.nansum(values, -1),
     }
-    return {name: np.where(known, norm, np.nan) for name, norm in norms.items()}
+    return {name: np.where(present, norm, np.nan) for name, norm in norms.items()}
 
 
 def _rounding(update: xr.Dataset, noise: np.ndarray) -> dict[str, xr.Variable]:
-    """Which updates are zero, which are spoiled by the rounding of their storage, and what is left without it."""
+    """Return which updates are zero, which ones rounding of their storage spoils, and what stands above it."""
     norm = update["frobenius_norm"].values
     share = np.divide(np.sqrt(noise), norm, out=np.full_like(noise, np.nan), where=norm > 0) ** 2
     above = above_rounding(
@@ -393,20 +352,16 @@ def _rounding(update: xr.Dataset, noise: np.ndarray) -> dict[str, xr.Variable]:
         noise,
         np.minimum(update["out"].values, update["in"].values).astype(np.float64),
     )
-    return {
-        "is_zero": variable("is_zero", norm == 0),
-        "quantisation_noise_share": variable(
-            "quantisation_noise_share", share, "Σ ulp²/12 of the stored factors, carried to the product, over ‖·‖_F²"
-        ),
-        "quantisation_limited": variable(
-            "quantisation_limited", np.nan_to_num(share) > NOISE_LIMIT, f"quantisation_noise_share > {NOISE_LIMIT}"
-        ),
-        **{name: variable(name, array, FLOOR_DEFINITIONS[name]) for name, array in above.items()},
+    arrays = {
+        "is_zero": norm == 0,
+        "quantisation_noise_share": share,
+        "quantisation_limited": np.nan_to_num(share) > NOISE_LIMIT,
     }
+    return labelled(schema.UPDATE, arrays | above)
 
 
 def _geometry(update: xr.Dataset, inner_product: np.ndarray) -> dict[str, xr.Variable]:
-    """Length of each matrix's path, and whether it keeps its direction."""
+    """Return the length of each matrix's path, and the cosines of consecutive increments."""
     steps = update["step"].values.tolist()
     length = update["frobenius_norm"].sel(kind="increment").values
     origin = update["from_step"].values.tolist()
@@ -424,69 +379,4 @@ def _geometry(update: xr.Dataset, inner_product: np.ndarray) -> dict[str, xr.Var
             moved = sizes > 0  # a zero increment has no direction, and rounding must not lend it one
         np.divide(inner_product[row], sizes, out=cosine[row], where=moved)
         np.clip(cosine[row], -1, 1, out=cosine[row])
-    return {
-        "path_length": variable(
-            "path_length",
-            path,
-            "Σ ‖increment‖_F since the start of the training, or since its first step here where that is unknown",
-        ),
-        "increment_cosine": variable(
-            "increment_cosine", cosine, "⟨Δ_t, Δ_{t−1}⟩/(‖Δ_t‖_F ‖Δ_{t−1}‖_F), from r×r cross-Grams"
-        ),
-    }
-
-
-def raw_spectra(
-    trajectory: Trajectory,
-    *,
-    device: str = "cpu",
-    workers: int | None = None,
-    progress: Callable[[int], None] = lambda done: None,
-) -> tuple[xr.Dataset, list[Finding]]:
-    """The raw update (see ``raw``) of a whole trajectory, and what went wrong.
-
-    Args:
-        trajectory: The run.
-        device: Where the QR decompositions run.
-        workers: Threads; by default one for each core.
-        progress: Called with the number of matrices just finished.
-    """
-    results, findings = trajectory_spectra(trajectory, device=device, workers=workers, progress=progress)
-    return raw.raw_update(_steps(trajectory), _places(trajectory), results), findings
-
-
-def analyse_spectra(
-    trajectory: Trajectory, *, device: str = "cpu", workers: int | None = None
-) -> tuple[dict[str, xr.Dataset], list[Finding]]:
-    """Spectra, measures, null models and their summaries over a whole trajectory, and the findings."""
-    update, findings = raw_spectra(trajectory, device=device, workers=workers)
-    groups = measured(update)
-    return groups, [*findings, *notes.notes(groups["update"])]
-
-
-def _steps(trajectory: Trajectory) -> dict[int, tuple[int, int]]:
-    """Step → (segment, previous step of the same training)."""
-    last: dict[int, int] = {}
-    steps = {}
-    for checkpoint in trajectory.checkpoints:
-        unknown = 0 if _starts_at_base(trajectory, checkpoint) else -1
-        steps[checkpoint.step] = (checkpoint.segment, last.get(checkpoint.segment, unknown))
-        last[checkpoint.segment] = checkpoint.step
-    return steps
-
-
-def _starts_at_base(trajectory: Trajectory, checkpoint: Checkpoint) -> bool:
-    """Whether what dense weights were before training is known."""
-    base = trajectory.base
-    if base is None or checkpoint.step <= base.step:
-        return False
-    return any(shape.holds == "weight" and name in base.shapes for name, shape in checkpoint.shapes.items())
-
-
-def _places(trajectory: Trajectory) -> dict[str, Place]:
-    """One place for each matrix: its newest, with the largest rank it ever had."""
-    places: dict[str, Place] = dict.fromkeys(trajectory.matrices, Place(0, 0, 0, ""))
-    for checkpoint in trajectory.checkpoints:
-        for name, shape in checkpoint.shapes.items():
-            places[name] = Place(shape.out, shape.in_, max(shape.rank, places[name].rank), shape.dtype)
-    return places
+    return labelled(schema.UPDATE, {"path_length": path, "increment_cosine": cosine})

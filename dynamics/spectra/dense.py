@@ -5,10 +5,8 @@ eigendecomposition of m×m without vectors, against the many passes of an SVD ov
 small singular values: an eigenvalue is off by about ε·m·σ₁², so σ by that over 2σ. Where this spoils a measure, an SVD
 is taken instead, and the spectrum says so.
 
-What is known of a spectrum without decomposing the matrix: moments, leading values, and a bracket on the entropy.
-
-For matrices whose shorter side is too long for an exact decomposition. Moments are exact. The leading singular values
-come from randomised subspace iteration (Halko, Martinsson & Tropp 2011); what that leaves out is bounded, not guessed.
+If the shorter side is too long for that, :func:`moments` are exact without a decomposition, and :func:`entropy_bracket`
+gives leading singular values by randomised subspace iteration (Halko, Martinsson & Tropp 2011) and bounds the rest.
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ class DenseSpectrum:
 def dense_spectrum(
     matrix: Float[Tensor, "out in"], *, resolution: float = 0.0, method: Literal["auto", "gram", "svd"] = "auto"
 ) -> DenseSpectrum:
-    r"""All singular values of a dense matrix, in float64.
+    r"""Return all singular values of a dense matrix, in float64.
 
     Args:
         matrix: Real; computed on its own device.
@@ -86,7 +84,7 @@ def dense_spectrum(
 
 
 def gram(dense: Float[Tensor, "out in"]) -> Float[Tensor, "m m"]:
-    """XXᵀ of the shorter side, on the matrix's device; symmetric to the last bit.
+    """Return XXᵀ of the shorter side, on the matrix's device; symmetric to the last bit.
 
     >>> gram(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64))
     tensor([[35., 44.],
@@ -96,7 +94,7 @@ def gram(dense: Float[Tensor, "out in"]) -> Float[Tensor, "m m"]:
 
 
 def inner_products(rows: Float[Tensor, "m n"]) -> Float[Tensor, "m m"]:
-    """XXᵀ, half of the work of a product: it is symmetric, to the last bit.
+    """Return XXᵀ, symmetric to the last bit, for half of the work of a product.
 
     >>> inner_products(torch.tensor([[1.0], [2.0]], dtype=torch.float64))
     tensor([[1., 2.],
@@ -112,7 +110,7 @@ def inner_products(rows: Float[Tensor, "m n"]) -> Float[Tensor, "m m"]:
 
 
 def gram_suffices(values: Float[Tensor, " n"], resolution: float = 0.0) -> bool:
-    """Whether singular values from a Gram are exact enough for every measure.
+    """Return whether singular values from a Gram are exact enough for every measure.
 
     Args:
         values: Descending.
@@ -125,12 +123,12 @@ def gram_suffices(values: Float[Tensor, " n"], resolution: float = 0.0) -> bool:
     """
     error = _ROUNDING * len(values) ** 0.5 * torch.finfo(torch.float64).eps * float(values[0]) ** 2
     lost = error**0.5  # singular values below this are nothing but error
-    known = values > _MARGIN * lost
-    # Errors of eigenvalues have either sign, so those of known σ add up like noise; what is lost is always too large.
-    noise = float((error / (2 * values[known])).square().sum()) ** 0.5
-    off = noise + lost * float((~known).sum())
-    resolved = bool(known.all()) or resolution * float(values[0]) > _MARGIN * lost
-    return resolved and off <= AMPLITUDE_ERROR * float(values.sum())
+    resolved = values > _MARGIN * lost
+    # Errors of eigenvalues have either sign, so those of resolved σ add up like noise; lost σ are too large.
+    noise = float((error / (2 * values[resolved])).square().sum()) ** 0.5
+    off = noise + lost * float((~resolved).sum())
+    suffices = bool(resolved.all()) or resolution * float(values[0]) > _MARGIN * lost
+    return suffices and off <= AMPLITUDE_ERROR * float(values.sum())
 
 
 def _from_gram(product: Float[Tensor, "m m"]) -> Float[Tensor, " m"] | None:
@@ -165,7 +163,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class Bracket:
-    """What a projection on the leading directions tells of a spectrum.
+    """Leading singular values of a spectrum, and bounds of its entropy.
 
     Args:
         values: ``(k,)``, descending; each at most the singular value that it stands for.
@@ -180,7 +178,7 @@ class Bracket:
 
 
 def moments(matrix: Float[Tensor, "out in"]) -> Moments:
-    r"""Exact participation ratio and stable rank for the price of one Gram matrix G.
+    r"""Return the exact participation ratio and stable rank for the price of one Gram matrix G.
 
     Σσ² = tr G and Σσ⁴ = ‖G‖_F²; σ₁² is G's largest eigenvalue, by Lanczos iteration (ARPACK). NaN where there is no
     spectrum: a matrix that is zero or not finite.
@@ -204,7 +202,7 @@ def moments(matrix: Float[Tensor, "out in"]) -> Moments:
 def entropy_bracket(
     matrix: Float[Tensor, "out in"], directions: int = 64, *, iterations: int = 4, seed: int = 0
 ) -> Bracket:
-    r"""Leading singular values, and bounds of the spectral entropy that hold whatever the rest looks like.
+    r"""Return leading singular values, and bounds of the spectral entropy that hold whatever the rest looks like.
 
     With P the projection on the directions found, XᵀX = XᵀPX + Xᵀ(1−P)X without a cross term. The spectrum of X
     majorises the two spectra side by side, so its entropy is at most theirs, which is largest if the rest, of energy R,
@@ -255,7 +253,7 @@ def _normal(rows: int, columns: int, generator: torch.Generator, like: Tensor) -
 
 
 def _residual_norm(wide: Float[Tensor, "m n"], basis: Float[Tensor, "m k"], generator: torch.Generator) -> float:
-    """An upper bound of ‖(1−P)X‖₂."""
+    """Return an upper bound of ‖(1−P)X‖₂."""
 
     def outside(columns: Tensor) -> Tensor:
         return columns - basis @ (basis.mT @ columns)
@@ -268,12 +266,12 @@ def _residual_norm(wide: Float[Tensor, "m n"], basis: Float[Tensor, "m k"], gene
 
 
 def _most_concentrated(shares: Float[Tensor, " k"], rest: float, peak: float, count: int) -> float:
-    """Entropy of the spectrum whose j largest shares sum to Σ_{i≤j} shares_i + min(j·peak, rest)."""
+    """Return the entropy of the spectrum whose j largest shares sum to Σ_{i≤j} shares_i + min(j·peak, rest)."""
     if rest == 0 or peak == 0:
         return _entropy(shares)
     peak = min(peak, rest)
-    places = torch.arange(1, count + 1, dtype=torch.float64)
-    added = torch.diff((places * peak).clamp_max(rest), prepend=torch.zeros(1, dtype=torch.float64))
+    numbers = torch.arange(1, count + 1, dtype=torch.float64)
+    added = torch.diff((numbers * peak).clamp_max(rest), prepend=torch.zeros(1, dtype=torch.float64))
     added[: len(shares)] += shares
     return _entropy(added)
 

@@ -1,4 +1,4 @@
-"""What a reader of the spectra must know: one finding for each thing, not one for each matrix."""
+"""Findings about spectra: one for each fact, not one for each matrix."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ ABSURD = 1e3
 UNUSED = 0.5
 
 
-def notes(update: xr.Dataset) -> list[Finding]:
-    """Findings that follow from the numbers of ``/update`` alone."""
+def findings_of(update: xr.Dataset) -> list[Finding]:
+    """Return the findings that follow from the numbers of ``/update`` alone."""
     return [
         *_zero_updates(update),
         *_absurd(update),
@@ -46,8 +46,7 @@ def _count(names: Sequence[str], total: int) -> str:
 def _zero_updates(update: xr.Dataset) -> Iterator[Finding]:
     zero = update["is_zero"].sel(kind="total")
     for step in update["step"].values.tolist():
-        here = zero.sel(step=step)
-        names = here["matrix"].values[here.values].tolist()
+        names = zero["matrix"].values[zero.sel(step=step).values].tolist()
         if names:
             yield Finding(
                 "OD202",

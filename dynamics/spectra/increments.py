@@ -25,7 +25,7 @@ from probes.low_rank import LowRankMatrix
 
 
 class Workspace:
-    """Buffers to use again: a large allocation is mapped and zeroed by the system each time.
+    """Buffers to reuse: a large allocation is mapped and zeroed by the system each time.
 
     What was made with a workspace is valid until the next call with the same one; a workspace belongs to one thread.
     """
@@ -34,7 +34,7 @@ class Workspace:
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
-        """A float64 tensor of this shape with anything in it."""
+        """Return a float64 tensor of this shape with arbitrary content."""
         key, size = (name, torch.device(device)), math.prod(shape)
         if key not in self._buffers or self._buffers[key].numel() < size:
             self._buffers[key] = torch.empty(size, dtype=torch.float64, device=device)
@@ -65,7 +65,7 @@ def stack(
     device: torch.device | str = "cpu",
     workspace: Workspace | None = None,
 ) -> Stack:
-    """Stacks a batch of matrices with their predecessors: ``now`` of one shape and rank, ``before`` too.
+    """Stack a batch of matrices with their predecessors: ``now`` of one shape and rank, ``before`` too.
 
     Where the ranks differ, the smaller pair of factors is extended by zeros: so a rank that grows, by rows and columns
     added to what was there, has the increment of what changed.
@@ -100,7 +100,7 @@ def _scales(matrices: Sequence[LowRankMatrix], rank: int) -> Float[Tensor, "batc
 
 
 def difference(now: LowRankMatrix, before: LowRankMatrix) -> LowRankMatrix:
-    """The increment itself, as a product of float64 factors of rank r₁ + r₀, without cancellation where ranks agree.
+    """Return the increment itself, as float64 factors of rank r₁ + r₀, without cancellation where ranks agree.
 
     B₁(S₁ΔA + (S₁ − S₀)A₀) + ΔB S₀A₀ as above; across a change of rank [B₁S₁, −B₀S₀]·[A₁; A₀].
 
@@ -114,14 +114,14 @@ def difference(now: LowRankMatrix, before: LowRankMatrix) -> LowRankMatrix:
         return LowRankMatrix(left, torch.cat([right, right_before]))
     left = now.left_factor.detach().to(torch.float64)
     left_change = left - before.left_factor.detach().to(torch.float64)
-    scale, scale_before = (each.scales().to(right.device)[:, None] for each in (now, before))
+    scale, scale_before = (matrix.scales().to(right.device)[:, None] for matrix in (now, before))
     change = scale * (right - right_before) + (scale - scale_before) * right_before
     return LowRankMatrix(torch.cat([left, left_change], 1), torch.cat([change, scale_before * right_before]))
 
 
 @dataclass(frozen=True)
 class Cores:
-    """Small matrices that carry everything wanted of a :class:`Stack`.
+    """Small matrices that hold all that spectra need of a :class:`Stack`.
 
     Args:
         left, right: Triangular factors of the two sides, ``(batch, k, columns)``.
@@ -135,22 +135,22 @@ class Cores:
     scale_before: Float[Tensor, "batch rank"] | None
 
     def member(self, index: int) -> Cores:
-        """One matrix of the batch, as a batch of one."""
+        """Return one matrix of the batch, as a batch of one."""
         one = slice(index, index + 1)
         before = None if self.scale_before is None else self.scale_before[one]
         return Cores(self.left[one], self.right[one], self.rank, self.scale[one], before)
 
     def energies(self) -> tuple[Float[Tensor, "batch rank"], Float[Tensor, "batch rank"]]:
-        """‖B₁ₖ‖² and ‖A₁ₖ‖²: squared norms of the columns of B₁ and of the rows of A₁."""
+        """Return ‖B₁ₖ‖² and ‖A₁ₖ‖²: squared norms of the columns of B₁ and of the rows of A₁."""
         return self.left[:, :, : self.rank].square().sum(1), self.right[:, :, : self.rank].square().sum(1)
 
     def total(self) -> Float[Tensor, "batch j i"]:
-        """Core of B₁S₁A₁: the leading blocks are all there is of B₁ and A₁."""
+        """Return the core of B₁S₁A₁: the leading blocks are all there is of B₁ and A₁."""
         r = self.rank
         return _columns(self.left[:, :r, :r], self.scale) @ self.right[:, :r, :r].mT
 
     def increment(self) -> Float[Tensor, "batch k l"]:
-        """Core of B₁S₁A₁ − B₀S₀A₀."""
+        """Return the core of B₁S₁A₁ − B₀S₀A₀."""
         assert self.scale_before is not None
         r = self.rank
         change, before = self.right[:, :, r:], self.right[:, :, :r] - self.right[:, :, r:]
@@ -159,7 +159,7 @@ class Cores:
         return self.left[:, :, :r] @ beside_now.mT + self.left[:, :, r:] @ beside_change.mT
 
     def factors(self) -> list[FactorSpectra]:
-        """What the null of each increment is conditioned on; see :class:`FactorSpectra`."""
+        """Return what the null of each increment is conditioned on; see :class:`FactorSpectra`."""
         assert self.scale_before is not None
         r = self.rank
         left_before, right_before = (side[:, :, :r] - side[:, :, r:] for side in (self.left, self.right))
@@ -197,12 +197,12 @@ class FactorSpectra:
 
 
 def _first(values: Float[Tensor, " k"], count: int) -> Float[Tensor, " count"]:
-    """The ``count`` largest values, zeros appended where there are fewer."""
+    """Return the ``count`` largest values, zeros appended where there are fewer."""
     return torch.nn.functional.pad(values, (0, max(0, count - len(values))))[:count]
 
 
 def join(members: Sequence[Cores]) -> Cores:
-    """A batch from members of one shape: the inverse of :meth:`Cores.member`."""
+    """Join members of one shape to a batch: the inverse of :meth:`Cores.member`."""
     before = [member.scale_before for member in members if member.scale_before is not None]
     return Cores(
         torch.cat([member.left for member in members]),
@@ -214,12 +214,12 @@ def join(members: Sequence[Cores]) -> Cores:
 
 
 def _columns(cores: Float[Tensor, "batch k r"], scale: Float[Tensor, "batch r"]) -> Float[Tensor, "batch k r"]:
-    """Each column times its scale."""
+    """Multiply each column by its scale."""
     return cores * scale[:, None, :]
 
 
 def cores(stacked: Stack) -> Cores:
-    """The triangular factors, on the host: all the work in the matrices' own dimensions happens here."""
+    """Return the triangular factors, on the host: all the work in the matrices' own dimensions happens here."""
     return Cores(
         tall_triangle(stacked.left.mT),
         tall_triangle(stacked.right.mT),
@@ -235,7 +235,7 @@ def changes_between(
     device: torch.device | str = "cpu",
     workspace: Workspace | None = None,
 ) -> tuple[Float[Tensor, "batch rank out"], Float[Tensor, "batch rank in"]]:
-    """ΔBᵀ and ΔA of matrices of one shape and rank, without stacking what did not change."""
+    """Return ΔBᵀ and ΔA of matrices of one shape and rank, without stacking what did not change."""
     rank, (out, in_) = now[0].rank, now[0].shape
     workspace = workspace or Workspace()
     left = workspace.take("left change", (len(now), rank, out), device)
@@ -251,7 +251,7 @@ def changes_between(
 def cross_grams(
     stacked: Stack, left_before: Float[Tensor, "batch r out"], right_before: Float[Tensor, "batch r in"]
 ) -> tuple[Float[Tensor, "batch r r"], Float[Tensor, "batch r r"]]:
-    """ΔB_tᵀΔB_{t−1} and ΔA_tΔA_{t−1}ᵀ: what the triangular factors of two steps do not hold of each other."""
+    """Return ΔB_tᵀΔB_{t−1} and ΔA_tΔA_{t−1}ᵀ: what the triangular factors of two steps do not hold of each other."""
     left, right = stacked.left[:, stacked.rank :], stacked.right[:, stacked.rank :]
     return (left @ left_before.mT).cpu(), (right @ right_before.mT).cpu()
 
@@ -262,7 +262,7 @@ def inner_products(
     left_changes: Float[Tensor, "batch r r"],
     right_changes: Float[Tensor, "batch r r"],
 ) -> Float[Tensor, " batch"]:
-    r"""⟨Δ_t, Δ_{t−1}⟩ of consecutive increments, from r×r cross-Grams.
+    r"""Return ⟨Δ_t, Δ_{t−1}⟩ of consecutive increments, from r×r cross-Grams.
 
     In the bases {B_{t−1}, ΔB_t}, {A_{t−1}, ΔA_t} of one and {B_{t−1}, ΔB_{t−1}}, {A_{t−1}, ΔA_{t−1}} of the other,
 
@@ -291,7 +291,7 @@ def _bases_gram(
     core_before: Float[Tensor, "batch l columns"],
     changes: Float[Tensor, "batch r r"],
 ) -> Float[Tensor, "batch columns columns"]:
-    """Gram of {X_{t−1}, ΔX_t} against {X_{t−1}, ΔX_{t−1}} on one side."""
+    """Return the Gram of {X_{t−1}, ΔX_t} against {X_{t−1}, ΔX_{t−1}} on one side."""
     r = changes.shape[-1]
     gram, gram_before = core.mT @ core, core_before.mT @ core_before
     change_middle = gram[:, r:, :r] - gram[:, r:, r:]  # ΔX_tᵀX_{t−1} = ΔX_tᵀ(X_t − ΔX_t)
@@ -299,6 +299,6 @@ def _bases_gram(
 
 
 def _blocks(*diagonals: Float[Tensor, "batch r"]) -> Float[Tensor, "batch n n"]:
-    """Two by two diagonal blocks, row by row."""
+    """Join two by two diagonal blocks, given row by row."""
     first, second, third, fourth = (diagonal.diag_embed() for diagonal in diagonals)
     return torch.cat([torch.cat([first, second], 2), torch.cat([third, fourth], 2)], 1)

@@ -13,25 +13,19 @@ An all-zero spectrum has no distribution: NaN, never 0. NaN *after* the last num
 result has it; NaN before a number makes the result NaN. All are unchanged by scale, order and appended zeros
 unless the docstring says otherwise.
 
-Many matrices as one: exact measures of their direct sum, from each matrix's own.
-
 The update of a whole model is the direct sum of its matrices' updates: its spectrum is all spectra together. With
 w_l = ‖ΔW_l‖_F²/Σ‖ΔW‖_F² the chain rule of entropy gives, exactly,
 
 .. math:: SE(\oplus_l) = H(w) + \sum_l w_l\, SE_l, \qquad 1/PR(\oplus_l) = \sum_l w_l^2 / PR_l.
 
 An average of entropies over matrices of different shape and size has no such meaning and is not offered.
-
-Quantiles over matrices of the numbers that are there.
-
-How much rank an update used: a ``rank_pattern`` for the next training.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,14 +44,14 @@ TOP_K = 4
 
 
 def _tensor(values: Any) -> Tensor:
-    """float64 from a tensor, an array, a labelled array or a sequence."""
+    """Return float64 from a tensor, an array, a labelled array or a sequence."""
     if isinstance(values, Tensor):
         return values.detach().to(torch.float64)
     return torch.from_numpy(np.array(values, dtype=np.float64))
 
 
 def _clean(values: Any, *, eigenvalues: bool = False) -> tuple[Float[Tensor, "... rank"], Bool[Tensor, ...]]:
-    """Values over their largest, padding as zeros; and where there is no distribution."""
+    """Return values over their largest, padding as zeros, and where there is no distribution."""
     values = _tensor(values)
     if values.ndim == 0:
         raise ValueError("Expected values of shape [..., rank], got a single number.")
@@ -88,7 +82,7 @@ def _distribution(values: Any, weights: str) -> tuple[Float[Tensor, "... rank"],
 
 
 def spectral_entropy(values: Any, weights: str = "energy") -> Tensor:
-    r"""Shannon entropy of the spectrum, −Σ p ln p, in nats.
+    r"""Return the Shannon entropy of the spectrum, −Σ p ln p, in nats.
 
     For ``weights="eigenvalue"`` it is the von Neumann entropy of M/tr M, the SE of a Fisher matrix.
 
@@ -107,7 +101,7 @@ def spectral_entropy(values: Any, weights: str = "energy") -> Tensor:
 
 
 def effective_rank(values: Any, weights: str = "energy") -> Tensor:
-    """exp of :func:`spectral_entropy`: how many equal directions would have the same entropy.
+    """Return exp of :func:`spectral_entropy`: the number of equal directions with the same entropy.
 
     ``weights="amplitude"`` is the effective rank of Roy & Vetterli (2007); ``"energy"`` weighs
     directions by their share of the squared Frobenius norm.
@@ -119,7 +113,7 @@ def effective_rank(values: Any, weights: str = "energy") -> Tensor:
 
 
 def participation_ratio(values: Any, weights: str = "energy") -> Tensor:
-    """1/Σp², for singular values (Σσ²)²/Σσ⁴: exp of the Rényi entropy of order 2.
+    """Return 1/Σp², for singular values (Σσ²)²/Σσ⁴: exp of the Rényi entropy of order 2.
 
     >>> round(float(participation_ratio([2.0, 1.0])), 6)  # 25 / 17
     1.470588
@@ -129,7 +123,7 @@ def participation_ratio(values: Any, weights: str = "energy") -> Tensor:
 
 
 def dominant_ratio(values: Any, weights: str = "energy") -> Tensor:
-    """The largest share p_1; for a Fisher matrix (``weights="eigenvalue"``) ρ = λ_1/tr F.
+    """Return the largest share p_1; for a Fisher matrix (``weights="eigenvalue"``) ρ = λ_1/tr F.
 
     >>> float(dominant_ratio([2.0, 1.0]))
     0.8
@@ -139,7 +133,7 @@ def dominant_ratio(values: Any, weights: str = "energy") -> Tensor:
 
 
 def stable_rank(values: Any, weights: str = "energy") -> Tensor:
-    """‖·‖_F²/‖·‖_2² = 1/:func:`dominant_ratio`.
+    """Return ‖·‖_F²/‖·‖_2² = 1/:func:`dominant_ratio`.
 
     >>> float(stable_rank([2.0, 1.0]))
     1.25
@@ -148,7 +142,7 @@ def stable_rank(values: Any, weights: str = "energy") -> Tensor:
 
 
 def nuclear_rank(values: Any) -> Tensor:
-    """‖·‖_*/‖·‖_2 = Σσ/σ_1.
+    """Return ‖·‖_*/‖·‖_2 = Σσ/σ_1.
 
     >>> float(nuclear_rank([2.0, 1.0]))
     1.5
@@ -157,7 +151,7 @@ def nuclear_rank(values: Any) -> Tensor:
 
 
 def energy_top_k(values: Any, k: int = TOP_K) -> Tensor:
-    """Share of the squared Frobenius norm in the k largest directions.
+    """Return the share of the squared Frobenius norm in the k largest directions.
 
     >>> float(energy_top_k([2.0, 1.0, 0.0], k=1))
     0.8
@@ -167,7 +161,7 @@ def energy_top_k(values: Any, k: int = TOP_K) -> Tensor:
 
 
 def rank_at_energy(values: Any, energy: float = ENERGY_SHARE) -> Tensor:
-    """The fewest directions that hold at least the share ``energy`` of the squared Frobenius norm.
+    """Return the fewest directions that hold at least the share ``energy`` of the squared Frobenius norm.
 
     >>> float(rank_at_energy([2.0, 1.0, 0.0], energy=0.9))
     2.0
@@ -181,7 +175,7 @@ def rank_at_energy(values: Any, energy: float = ENERGY_SHARE) -> Tensor:
 
 
 def numerical_rank(values: Any, tolerance: float | Tensor) -> Tensor:
-    """How many singular values exceed ``tolerance``·σ_1; 0 for a zero matrix.
+    """Return how many singular values exceed ``tolerance``·σ_1; 0 for a zero matrix.
 
     >>> float(numerical_rank([1.0, 1e-3, 1e-9], tolerance=1e-6))
     2.0
@@ -194,7 +188,7 @@ def numerical_rank(values: Any, tolerance: float | Tensor) -> Tensor:
 
 
 def condition_number(values: Any) -> Tensor:
-    """σ_1/σ_r over the values given; infinite if one of them is zero.
+    """Return σ_1/σ_r over the values given; infinite if one of them is zero.
 
     Padding is left out; a zero is a singular value and counts, so appended zeros do change this one.
 
@@ -208,7 +202,7 @@ def condition_number(values: Any) -> Tensor:
 
 
 def gini(values: Any) -> Tensor:
-    r"""Gini coefficient of the energies σ²: 0 if all are equal, (r−1)/r if one direction holds all.
+    r"""Return the Gini coefficient of the energies σ²: 0 if all are equal, (r−1)/r if one direction holds all.
 
     Σ_i (2i − r − 1) e_i / (r Σe), e ascending. It is relative to the number of values given: zeros count.
 
@@ -225,7 +219,7 @@ def gini(values: Any) -> Tensor:
 
 
 def hoyer(values: Any) -> Tensor:
-    r"""Hoyer's sparseness of the singular values, (√r − ‖σ‖₁/‖σ‖₂)/(√r − 1): 0 flat, 1 for one direction.
+    r"""Return Hoyer's sparseness of the singular values, (√r − ‖σ‖₁/‖σ‖₂)/(√r − 1): 0 flat, 1 for one direction.
 
     NaN for a single value, where it is 0/0. It is relative to the number of values given: zeros count.
 
@@ -238,54 +232,27 @@ def hoyer(values: Any) -> Tensor:
     return _missing_where(undefined | (root <= 1), (root - ratio) / (root - 1))
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A measure as the result stores it.
-
-    Args:
-        function: Singular values ``[..., rank]`` to ``[...]``.
-        units: As written into the result.
-        definition: The formula in words and signs.
-        reference: Where it comes from.
-    """
-
-    function: Callable[[Tensor], Tensor]
-    units: str
-    definition: str
-    reference: str
-
-
-#: Measures that need nothing but the singular values. Those that need a tolerance or a null model
-#: (numerical_rank, marchenko_pastur_outliers, entropy_deficit, null_percentile) are added where these are known.
-MEASURES: Mapping[str, Measure] = {
-    "entropy_energy": Measure(
-        spectral_entropy, "nat", "−Σ p ln p with p = σ²/Σσ²", "Shannon entropy of the normalised squared spectrum"
-    ),
-    "entropy_amplitude": Measure(
-        lambda values: spectral_entropy(values, "amplitude"), "nat", "−Σ p ln p with p = σ/Σσ", "Roy & Vetterli 2007"
-    ),
-    "effective_rank_energy": Measure(
-        effective_rank, "1", "exp(−Σ p ln p) with p = σ²/Σσ²", "exp of Shannon's entropy of the energies"
-    ),
-    "effective_rank_amplitude": Measure(
-        lambda values: effective_rank(values, "amplitude"), "1", "exp(−Σ p ln p) with p = σ/Σσ", "Roy & Vetterli 2007"
-    ),
-    "participation_ratio": Measure(participation_ratio, "1", "(Σσ²)²/Σσ⁴", "Rényi number of order 2 of the energies"),
-    "stable_rank": Measure(stable_rank, "1", "Σσ²/σ₁²", "Rudelson & Vershynin 2007"),
-    "nuclear_rank": Measure(nuclear_rank, "1", "Σσ/σ₁", "nuclear over spectral norm"),
-    "dominant_ratio": Measure(dominant_ratio, "1", "σ₁²/Σσ²", "1/stable rank"),
-    "energy_top_k": Measure(energy_top_k, "1", f"share of Σσ² in the {TOP_K} largest directions", "explained variance"),
-    "rank_at_energy": Measure(
-        rank_at_energy, "1", f"fewest directions holding {ENERGY_SHARE:.0%} of Σσ²", "explained variance"
-    ),
-    "condition_number": Measure(condition_number, "1", "σ₁ over the smallest of the stored σ", "Golub & Van Loan"),
-    "gini": Measure(gini, "1", "Gini coefficient of σ², zeros counted", "Gini 1912"),
-    "hoyer": Measure(hoyer, "1", "(√r − ‖σ‖₁/‖σ‖₂)/(√r − 1), zeros counted", "Hoyer 2004"),
+#: Measures that need nothing but the singular values, ``[..., rank]`` to ``[...]``; ``schema.MEASURES`` defines them.
+#: Those that need a tolerance or a null model are added where these are known.
+MEASURES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "entropy_energy": spectral_entropy,
+    "entropy_amplitude": partial(spectral_entropy, weights="amplitude"),
+    "effective_rank_energy": effective_rank,
+    "effective_rank_amplitude": partial(effective_rank, weights="amplitude"),
+    "participation_ratio": participation_ratio,
+    "stable_rank": stable_rank,
+    "nuclear_rank": nuclear_rank,
+    "dominant_ratio": dominant_ratio,
+    "energy_top_k": energy_top_k,
+    "rank_at_energy": rank_at_energy,
+    "condition_number": condition_number,
+    "gini": gini,
+    "hoyer": hoyer,
 }
 
 
 def rank_tolerance(out: int, in_: int, epsilon: float) -> float:
-    """Default tolerance of :func:`numerical_rank`: max(out, in)·ε of the storage dtype.
+    """Return the default tolerance of :func:`numerical_rank`: max(out, in)·ε of the storage dtype.
 
     In half precision this exceeds 1 for common shapes, which no singular value would pass: above 0.1 it is √ε instead.
 
@@ -302,14 +269,14 @@ def _shares(energy: Float[np.ndarray, "*batch matrix"]) -> Float[np.ndarray, "*b
 
 
 def _weighted(share: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """share·value, 0 where the share is 0: a zero update has no entropy, and none to contribute."""
+    """Return share·value, 0 where the share is 0: a zero update has no entropy, and none to contribute."""
     return np.where(share == 0, 0.0, share * value)
 
 
 def entropy_of_direct_sum(
     energy: Float[np.ndarray, "*batch matrix"], entropy: Float[np.ndarray, "*batch matrix"]
 ) -> Float[np.ndarray, "*batch"] | np.float64:
-    """H(w) + Σ w_l SE_l in nats.
+    """Return H(w) + Σ w_l SE_l in nats.
 
     Args:
         energy: ‖ΔW_l‖_F²; 0 for a matrix that is not there, NaN for one that could not be measured.
@@ -328,7 +295,7 @@ def entropy_of_direct_sum(
 def participation_ratio_of_direct_sum(
     energy: Float[np.ndarray, "*batch matrix"], participation_ratio: Float[np.ndarray, "*batch matrix"]
 ) -> Float[np.ndarray, "*batch"] | np.float64:
-    """1/Σ(w_l²/PR_l); arguments as in :func:`entropy_of_direct_sum`.
+    """Return 1/Σ(w_l²/PR_l); arguments as in :func:`entropy_of_direct_sum`.
 
     >>> participation_ratio_of_direct_sum(np.array([1.0, 1.0]), np.array([2.0, 2.0]))
     np.float64(4.0)
@@ -340,7 +307,7 @@ def participation_ratio_of_direct_sum(
 def known_quantiles(
     values: Float[np.ndarray, "*batch matrix"], quantiles: Sequence[float]
 ) -> Float[np.ndarray, "*batch quantile"]:
-    """Quantiles along the last axis of what is not NaN, linear between two numbers; NaN where there is nothing.
+    """Return quantiles along the last axis of what is not NaN, linear between two numbers; NaN where there is nothing.
 
     As ``numpy.nanquantile``, which walks the rows one by one in Python: 500 steps of 224 matrices take it seconds.
 
@@ -350,9 +317,9 @@ def known_quantiles(
     """
     if values.size == 0:
         return np.full((*values.shape[:-1], len(quantiles)), np.nan)
-    wanted = torch.tensor(quantiles, dtype=torch.float64)
-    found = torch.nanquantile(torch.from_numpy(np.array(values, dtype=np.float64)), wanted, dim=-1)
-    return np.moveaxis(found.numpy(), 0, -1)
+    points = torch.tensor(quantiles, dtype=torch.float64)
+    results = torch.nanquantile(torch.from_numpy(np.array(values, dtype=np.float64)), points, dim=-1)
+    return np.moveaxis(results.numpy(), 0, -1)
 
 
 #: Share of an update's energy that the suggested rank holds.
@@ -360,7 +327,7 @@ ENERGY = 0.99
 
 
 def rank_pattern(update: xr.Dataset) -> dict[str, int]:
-    """Suggested ranks as ``peft.LoraConfig(rank_pattern=...)`` takes them: matrix to rank.
+    """Return suggested ranks as ``peft.LoraConfig(rank_pattern=...)`` takes them: matrix to rank.
 
     Matrices that ``rank_pattern`` cannot name one by one (single experts, one of several adapters) and those
     without a suggestion (zero or unreadable throughout) are left out. PEFT takes a key for every module whose name

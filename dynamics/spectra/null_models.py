@@ -52,7 +52,7 @@ QUANTILES = (0.05, 0.95)
 
 
 def bartlett_triangle(rows: int, rank: int, draws: int, generator: np.random.Generator) -> np.ndarray:
-    """R of the QR decomposition of a Gaussian ``(rows, rank)`` matrix: ``(draws, min(rows, rank), rank)``.
+    """Return R of the QR decomposition of a Gaussian ``(rows, rank)`` matrix: ``(draws, min(rows, rank), rank)``.
 
     Bartlett 1933: R_ii ~ χ(rows − i), i from 0; R_ij ~ N(0, 1) for j > i; all independent.
     """
@@ -67,7 +67,7 @@ def bartlett_triangle(rows: int, rank: int, draws: int, generator: np.random.Gen
 def random_lora_spectra(
     out: int, in_: int, rank: int, draws: int = DRAWS, seed: int = SEED
 ) -> Float[Tensor, "draws k"]:
-    """Singular values of B A, B ``(out, rank)`` and A ``(rank, in)`` standard normal: ``(draws, min(out, in, rank))``.
+    """Return singular values of B A, both factors standard normal: ``(draws, min(out, in, rank))``.
 
     The seed is spread over the shape, so that a shape has the same null in every run.
     """
@@ -79,7 +79,7 @@ def random_lora_spectra(
 
 @lru_cache(maxsize=64)
 def gaussian_spectra(out: int, in_: int, draws: int = DRAWS, seed: int = SEED) -> Float[Tensor, "draws k"]:
-    """Singular values of a standard normal ``(out, in)`` matrix: ``(draws, min(out, in))``.
+    """Return singular values of a standard normal ``(out, in)`` matrix: ``(draws, min(out, in))``.
 
     From the bidiagonal model L of Dumitriu & Edelman 2002: diagonal χ(max − i), off-diagonal χ(min − 1 − i). LLᵀ is
     tridiagonal, so a draw costs O(min²) and no matrix is formed.
@@ -96,17 +96,8 @@ def gaussian_spectra(out: int, in_: int, draws: int = DRAWS, seed: int = SEED) -
     return torch.from_numpy(np.sqrt(squares.clip(0)[:, ::-1]))
 
 
-def gaussian_purity(out: int, in_: int) -> float:
-    """Mean of Σp² (energy) of a Gaussian ``(out, in)`` matrix: (m + n + 1)/(mn + 2), exact for real entries.
-
-    >>> round(gaussian_purity(64, 64), 6)
-    0.031479
-    """
-    return (out + in_ + 1) / (out * in_ + 2)
-
-
 def page_entropy(out: int, in_: int) -> float:
-    """Mean energy entropy of a Gaussian ``(out, in)`` matrix in nats, by Page's formula.
+    """Return the mean energy entropy of a Gaussian ``(out, in)`` matrix in nats, by Page's formula.
 
     ψ(mn + 1) − ψ(max + 1) − (min − 1)/(2 max). Exact for complex entries (Page 1993, proved by Sen 1996); for real
     ones within 0.007 at 64×64 and 3e-4 at 16×4096.
@@ -137,7 +128,7 @@ def increment_spectra(
     draws: int,
     generator: np.random.Generator,
 ) -> Float[Tensor, "cells draws k"]:
-    """Singular values of (B + ΔB)(A + ΔA) − BA with ΔB and ΔA white: ``(cells, draws, min(out, in, p + q))``.
+    """Return singular values of (B + ΔB)(A + ΔA) − BA with ΔB and ΔA white: ``(cells, draws, min(out, in, p + q))``.
 
     Args:
         left: Singular values of B, ``(out, p)``; p is the number of rows of ΔA.
@@ -168,7 +159,7 @@ def _largest(values: Float[Tensor, "cells k"], change: Float[Tensor, " cells"]) 
 
 
 def _white(rows: int, above: int, columns: int, batch: tuple[int, int], generator: np.random.Generator) -> Tensor:
-    """``(*batch, ·, columns)``: a Gaussian matrix of norm 1 in a basis whose first ``above`` vectors are given.
+    """Draw Gaussian matrices of norm 1, ``(*batch, ·, columns)``, in a basis whose first ``above`` vectors are given.
 
     Of the other rows only the triangular factor is kept.
     """
@@ -180,12 +171,12 @@ def _white(rows: int, above: int, columns: int, batch: tuple[int, int], generato
 
 
 def top_to_median(spectra: Float[Tensor, "*cells draws k"], quantile: float = 0.99) -> Float[Tensor, "*cells"]:
-    """The ``quantile`` of σ_1/median σ over draws: the edge beyond which a singular value stands out."""
+    """Return the ``quantile`` of σ_1/median σ over draws: the edge beyond which a singular value stands out."""
     return _points(spectra[..., 0] / spectra.quantile(0.5, dim=-1), (quantile,))[0]
 
 
 def _points(values: Float[Tensor, "*cells draws"], quantiles: Sequence[float]) -> Tensor:
-    """Quantiles over the last dimension, ``(quantiles, *cells)``; of few draws Student's prediction of another draw."""
+    """Return quantiles over the last axis, ``(quantiles, *cells)``; of few draws Student's prediction of one more."""
     draws = values.shape[-1]
     if draws >= _ENOUGH_TO_SORT:
         return values.quantile(torch.tensor(quantiles, dtype=torch.float64), dim=-1)
@@ -194,7 +185,7 @@ def _points(values: Float[Tensor, "*cells draws"], quantiles: Sequence[float]) -
 
 
 def outliers(values: Float[Tensor, "... k"], edge: Float[Tensor, "*cells"] | float) -> Float[Tensor, ...]:
-    """How many singular values exceed ``edge`` times their own median.
+    """Return how many singular values exceed ``edge`` times their own median.
 
     The median sets the noise scale (Gavish & Donoho 2014). For a low-rank update the edge is that of the random
     LoRA, :func:`top_to_median`: the Marchenko–Pastur law of a product of two thin Gaussians has no bulk of
@@ -230,7 +221,7 @@ class NullModel:
     high: Mapping[str, np.ndarray]
 
     def percentile(self, entropy: Float[Tensor, ...]) -> Float[Tensor, ...]:
-        """Where an entropy lies among the draws, 0 to 100: small means more concentrated than chance.
+        """Return where an entropy lies among the draws, 0 to 100: small means more concentrated than chance.
 
         NaN where all draws agree, as for a single singular value: then chance leaves nothing to compare with.
         """
@@ -241,13 +232,13 @@ class NullModel:
 
 @lru_cache(maxsize=256)
 def random_lora_null(out: int, in_: int, rank: int, draws: int = DRAWS, seed: int = SEED) -> NullModel:
-    """The random-LoRA null of one shape, all measures."""
+    """Return the random-LoRA null of one shape, all measures."""
     return _null_model(random_lora_spectra(out, in_, rank, draws, seed))
 
 
 @lru_cache(maxsize=256)
 def gaussian_null(out: int, in_: int, draws: int | None = None, seed: int = SEED) -> NullModel:
-    """The null of a dense matrix, independent standard normal entries, all measures.
+    """Return the null of a dense matrix, independent standard normal entries, all measures.
 
     >>> bool(gaussian_null(3, 5).mean["stable_rank"] < 3)
     True
@@ -267,7 +258,7 @@ def increment_null(
     count: int,
     seed: int = SEED,
 ) -> Iterator[tuple[slice, NullModel]]:
-    """The null of LoRA increments of one shape, batch by batch; arguments as in :func:`increment_spectra`.
+    """Yield the null of LoRA increments of one shape, batch by batch; arguments as in :func:`increment_spectra`.
 
     Args:
         count: How many singular values the increments have; more than the null's where columns did not move.
@@ -285,7 +276,7 @@ def increment_null(
 
 
 def dense_draws(out: int, in_: int) -> int:
-    """How many draws the null of a dense shape is made of.
+    """Return how many draws the null of a dense shape is made of.
 
     >>> dense_draws(64, 64), dense_draws(1024, 4096), dense_draws(11008, 4096)
     (256, 64, 16)
@@ -294,7 +285,7 @@ def dense_draws(out: int, in_: int) -> int:
 
 
 def _null_model(spectra: Float[Tensor, "*cells draws k"]) -> NullModel:
-    values = {name: measure.function(spectra) for name, measure in measures.MEASURES.items()}
+    values = {name: measure(spectra) for name, measure in measures.MEASURES.items()}
     edge = top_to_median(spectra)
     values["marchenko_pastur_outliers"] = outliers(spectra, edge[..., None])
     low, high = zip(*(_points(value, QUANTILES) for value in values.values()), strict=True)

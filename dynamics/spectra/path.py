@@ -7,11 +7,8 @@ With D_t the update at step t, all matrices together, everything is a function o
 which is a sum over matrices, so they are read one at a time. For products of factors it takes r×r blocks alone:
 ⟨B₁A₁, B₂A₂⟩ = tr((B₂ᵀB₁)(A₁A₂ᵀ)).
 
-``/path``: in how few directions each training of a run moved, all matrices together.
-
-The Gram matrix of the updates is a sum over matrices, which are read one at a time; of dense ones a few rows of
-several checkpoints at once. Where there are more checkpoints than files may be open, or than fit in memory, it is
-formed block by block: only the Gram matrix itself grows with their number.
+Of dense matrices a few rows of several checkpoints are read at once. Where there are more checkpoints than files may be
+open, or than fit in memory, K is formed block by block: only K itself grows with their number.
 """
 
 from __future__ import annotations
@@ -28,14 +25,28 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from dynamics import schema
 from dynamics.checkpoints.trajectory import Checkpoint, OpenCheckpoint, Trajectory, UnreadableMatrix
 from dynamics.spectra.dense import inner_products
 from probes.low_rank import LowRankMatrix
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+#: Bytes of all open checkpoints' matrices, or of their rows in float64, that are in memory at once.
+BUDGET = 2**26
+#: The most checkpoints that are open at once: each takes memory beside its map.
+_MOST_OPEN = 128
+#: Files that the process has open anyway and may open meanwhile, and may open in all, where the system does not say.
+_OTHER_FILES, _FILES = 40, 512
+_SPARE_FILES = 16
+
 
 @dataclass(frozen=True)
 class PathShape:
-    """What the Gram matrix of a path says about its shape.
+    """The shape of a path, from its Gram matrix.
 
     Args:
         distance: ``(step,)``, ‖D_t‖: how far from the start.
@@ -56,7 +67,7 @@ class PathShape:
 def path_gram(
     updates: Sequence[Tensor | LowRankMatrix], others: Sequence[Tensor | LowRankMatrix] | None = None
 ) -> Float[np.ndarray, "step other"]:
-    """Inner products of one matrix's updates at several steps, in float64; add those of all matrices.
+    """Return inner products of one matrix's updates at several steps, in float64; add those of all matrices.
 
     Args:
         updates: One for each step, all ``(out, in)`` and all dense or all factored; ranks may differ.
@@ -97,7 +108,7 @@ def _flat(updates: Sequence[Tensor | LowRankMatrix]) -> Float[Tensor, "step numb
 def _stacked(
     updates: Sequence[LowRankMatrix],
 ) -> tuple[Float[Tensor, "columns out"], Float[Tensor, "columns in"], Float[Tensor, " columns"], np.ndarray]:
-    """All columns of B, all rows of A and their scales, and where each update begins."""
+    """Return all columns of B, all rows of A and their scales, and where each update begins."""
     starts = np.cumsum([0, *(update.rank for update in updates)])
     device, (out, in_) = updates[0].left_factor.device, updates[0].shape
     left, right = (torch.empty(int(starts[-1]), n, dtype=torch.float64, device=device) for n in (out, in_))
@@ -110,7 +121,7 @@ def _stacked(
 
 
 def path_shape(gram: Float[np.ndarray, "step step"]) -> PathShape:
-    r"""Distance, length, straightness and principal directions of a path that begins at the origin.
+    r"""Return distance, length, straightness and principal directions of a path that begins at the origin.
 
     ‖D_t − D_{t−1}‖² = K_tt − 2K_{t,t−1} + K_{t−1,t−1}. It cancels where steps are small: below about 1e-8 of the
     distance a step is not resolved; lengths from increments themselves (``path_length``) do not have this limit.
@@ -138,104 +149,86 @@ def path_shape(gram: Float[np.ndarray, "step step"]) -> PathShape:
     return PathShape(distance, length, straightness, share, ratio)
 
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
-#: Bytes of all open checkpoints' matrices, or of their rows in float64, that are in memory at once.
-BUDGET = 2**26
-#: The most checkpoints that are open at once: each takes memory beside its map.
-_MOST_OPEN = 128
-#: Files that the process has open anyway and may open meanwhile, and may open in all, where the system does not say.
-_OTHER_FILES, _FILES = 40, 512
-_SPARE_FILES = 16
-
-_WORDS = {
-    "gram": ("weight²", "inner products of the updates", "⟨ΔW_t, ΔW_u⟩ summed over matrices; NaN between trainings"),
-    "distance": ("weight", "distance from the start", "‖ΔW_t‖_F over all matrices"),
-    "length": ("weight", "length of the path", "Σ‖ΔW_s − ΔW_{s−1}‖_F up to t, through checkpoints, from the start"),
-    "straightness": ("1", "straightness", "distance/length: 1 on a straight line"),
-    "component_share": ("1", "share of a principal direction", "eigenvalue of gram over its trace, uncentred"),
-    "participation_ratio": ("1", "directions the path moved in", "1/Σ share²"),
-    "matrices": ("1", "number of matrices", "those that every checkpoint of the training has in one shape"),
-}
-
-
-def path_of(trajectory: Trajectory, progress: Callable[[int], None] = lambda done: None) -> xr.Dataset | None:
-    """The path of each training that has at least two checkpoints; ``None`` if none has.
+def training_path(trajectory: Trajectory, progress: Callable[[int], None] = lambda done: None) -> xr.Dataset | None:
+    """Return the path of each training (segment) that has at least two checkpoints; ``None`` if none has.
 
     Args:
         trajectory: The run.
         progress: Called with the number of matrices just finished.
 
     Returns:
-        ``gram(step, step_)``, ``distance``, ``length``, ``straightness`` ``(step)``, ``component_share(training,
-        component)``, ``participation_ratio`` and ``matrices`` ``(training)``, with ``segment(step)``.
+        The group ``/path``, see ``schema.PATH``; ``step_segment(step)`` is the segment of each step.
     """
-    segments = sorted({checkpoint.segment for checkpoint in trajectory.checkpoints})
-    trainings = [[each for each in trajectory.checkpoints if each.segment == segment] for segment in segments]
-    trainings = [training for training in trainings if len(training) > 1]
-    if not trainings:
+    segments: dict[int, list[Checkpoint]] = {}
+    for checkpoint in trajectory.checkpoints:
+        segments.setdefault(checkpoint.segment, []).append(checkpoint)
+    segments = {number: segments[number] for number in sorted(segments) if len(segments[number]) > 1}
+    if not segments:
         return None
-    found = [_path(training, [trajectory.start_of(each) for each in training], progress) for training in trainings]
-    steps = [checkpoint.step for training in trainings for checkpoint in training]
+    blocks = [
+        _segment_gram(checkpoints, [trajectory.start_of(checkpoint) for checkpoint in checkpoints], progress)
+        for checkpoints in segments.values()
+    ]
+    steps = [checkpoint.step for checkpoints in segments.values() for checkpoint in checkpoints]
+    numbers = [number for number, checkpoints in segments.items() for _ in checkpoints]
     order = np.argsort(steps)
     gram = np.full((len(steps), len(steps)), np.nan)
     first = 0
-    for own, _ in found:
-        gram[first : first + len(own), first : first + len(own)] = own
-        first += len(own)
-    shapes = [path_shape(own) if matrices else _nothing(len(own)) for own, matrices in found]
-    longest = max(len(own) for own, _ in found)
+    for block, _ in blocks:
+        gram[first : first + len(block), first : first + len(block)] = block
+        first += len(block)
+    shapes = [path_shape(block if matrices else np.full_like(block, np.nan)) for block, matrices in blocks]
+    longest = max(len(block) for block, _ in blocks)
     arrays = {
-        "gram": (("step", "step_"), gram[np.ix_(order, order)]),
+        "gram": gram[np.ix_(order, order)],
         **{
-            name: ("step", np.concatenate([getattr(shape, name) for shape in shapes])[order])
+            name: np.concatenate([getattr(shape, name) for shape in shapes])[order]
             for name in ("distance", "length", "straightness")
         },
-        "component_share": (
-            ("training", "component"),
-            np.stack([_padded(shape.component_share, longest) for shape in shapes]),
-        ),
-        "participation_ratio": ("training", np.array([shape.participation_ratio for shape in shapes])),
-        "matrices": ("training", np.array([float(matrices) for _, matrices in found])),
+        "component_share": np.stack([_padded(shape.component_share, longest) for shape in shapes]),
+        "participation_ratio": np.array([shape.participation_ratio for shape in shapes]),
+        "matrices": np.array([float(matrices) for _, matrices in blocks]),
     }
-    numbers = [checkpoint.segment for training in trainings for checkpoint in training]
+    ordered = np.array(steps, dtype=np.int64)[order]
     return xr.Dataset(
-        {name: (dims, array, _attributes(name)) for name, (dims, array) in arrays.items()},
+        schema.labelled(schema.PATH, arrays),
         coords={
-            "step": np.array(steps, dtype=np.int64)[order],
-            "step_": np.array(steps, dtype=np.int64)[order],
-            "segment": ("step", np.array(numbers, dtype=np.int64)[order]),
-            "training": np.array([training[0].segment for training in trainings], dtype=np.int64),
+            "step": ordered,
+            "step_": ordered,
+            "step_segment": ("step", np.array(numbers, dtype=np.int64)[order]),
+            "segment": np.array(list(segments), dtype=np.int64),
             "component": np.arange(longest),
         },
     )
 
 
-def _path(
-    training: Sequence[Checkpoint], starts: Sequence[Checkpoint | None], progress: Callable[[int], None]
+def renamed_path(path: xr.Dataset) -> xr.Dataset:
+    """Return ``/path`` with the names of today: earlier versions called the dimension ``segment`` ``training``."""
+    return path.rename(segment="step_segment").rename(training="segment") if "training" in path.dims else path
+
+
+def _segment_gram(
+    checkpoints: Sequence[Checkpoint], starts: Sequence[Checkpoint | None], progress: Callable[[int], None]
 ) -> tuple[Float[np.ndarray, "step step"], int]:
-    """The Gram matrix, and the number of matrices in it."""
-    names = [name for name, shape in training[0].shapes.items() if _is_shared(name, training)]
-    weights = any(training[0].shapes[name].holds == "weight" for name in names)
+    """Return the Gram matrix of one training, and the number of matrices in it."""
+    names = [name for name in checkpoints[0].shapes if _is_shared(name, checkpoints)]
+    weights = any(checkpoints[0].shapes[name].holds == "weight" for name in names)
     start = next((checkpoint for checkpoint in starts if checkpoint is not None), None) if weights else None
-    blocks = _blocks(names, training, start)
-    gram, count = np.zeros((len(training), len(training))), 0
-    for batch in _batches(names, training, min(len(training), 2 * blocks[0].stop)):
+    blocks = _blocks(names, checkpoints, start)
+    gram, count = np.zeros((len(checkpoints), len(checkpoints))), 0
+    for batch in _batches(names, checkpoints, min(len(checkpoints), 2 * blocks[0].stop)):
         grams = {name: np.zeros_like(gram) for name in batch}
         for position, rows in enumerate(blocks):
             # Closed after each batch: mapped files that were read count as memory until then.
             with ExitStack() as stack:
                 beginning = None if start is None else stack.enter_context(start.open())
-                first = [stack.enter_context(checkpoint.open()) for checkpoint in training[rows]]
+                first = [stack.enter_context(checkpoint.open()) for checkpoint in checkpoints[rows]]
                 for columns in blocks[position:]:
-                    with ExitStack() as others:
-                        beside = [] if rows == columns else training[columns]
-                        second = [others.enter_context(checkpoint.open()) for checkpoint in beside]
+                    with ExitStack() as second_stack:
+                        beside = [] if rows == columns else checkpoints[columns]
+                        second = [second_stack.enter_context(checkpoint.open()) for checkpoint in beside]
                         for name, array in grams.items():
-                            block = _of_matrix(name, first, second or None, beginning)
+                            block = _matrix_gram(name, first, second or None, beginning)
                             array[rows, columns] = np.nan if block is None else block
                             array[columns, rows] = np.nan if block is None else block.T
         finite = [array for array in grams.values() if np.isfinite(array).all()]
@@ -244,19 +237,19 @@ def _path(
     return gram, count
 
 
-def _blocks(names: Sequence[str], training: Sequence[Checkpoint], start: Checkpoint | None) -> list[slice]:
-    """Groups of checkpoints of which two may be open, and have one matrix's factors in memory, at the same time."""
-    files = max(len(checkpoint.inputs) for checkpoint in training) or 1
+def _blocks(names: Sequence[str], checkpoints: Sequence[Checkpoint], start: Checkpoint | None) -> list[slice]:
+    """Return groups of checkpoints of which two may be open, with one matrix's factors in memory, at the same time."""
+    files = max(len(checkpoint.inputs) for checkpoint in checkpoints) or 1
     room = max(2, min(_MOST_OPEN, (_allowed_files() - (0 if start is None else len(start.inputs))) // files))
-    largest = max((_numbers(name, training) for name in names if training[0].shapes[name].rank), default=0)
+    largest = max((_numbers(name, checkpoints) for name in names if checkpoints[0].shapes[name].rank), default=0)
     if largest:
         room = max(2, min(room, BUDGET // (4 * largest)))
-    length = len(training) if len(training) <= room else room // 2
-    return [slice(first, min(first + length, len(training))) for first in range(0, len(training), length)]
+    length = len(checkpoints) if len(checkpoints) <= room else room // 2
+    return [slice(first, min(first + length, len(checkpoints))) for first in range(0, len(checkpoints), length)]
 
 
 def _allowed_files() -> int:
-    """How many files may be opened beside those that are open."""
+    """Return how many files may be opened beside those that are open."""
     limit = _FILES if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if resource is not None and limit == resource.RLIM_INFINITY:
         return sys.maxsize
@@ -267,18 +260,18 @@ def _allowed_files() -> int:
     return limit - others
 
 
-def _numbers(name: str, training: Sequence[Checkpoint]) -> int:
-    """The most numbers that a checkpoint holds of a matrix."""
-    shapes = [checkpoint.shapes[name] for checkpoint in training]
+def _numbers(name: str, checkpoints: Sequence[Checkpoint]) -> int:
+    """Return the most numbers that a checkpoint holds of a matrix."""
+    shapes = [checkpoint.shapes[name] for checkpoint in checkpoints]
     return max(shape.rank * (shape.out + shape.in_) if shape.rank else shape.out * shape.in_ for shape in shapes)
 
 
-def _batches(names: Sequence[str], training: Sequence[Checkpoint], opened: int) -> Iterator[list[str]]:
-    """Matrices of which all open checkpoints together hold about as much as may be in memory; each at least one."""
+def _batches(names: Sequence[str], checkpoints: Sequence[Checkpoint], opened: int) -> Iterator[list[str]]:
+    """Yield as many matrices as all open checkpoints together may hold in memory; at least one at a time."""
     batch: list[str] = []
     held = 0
     for name in names:
-        size = 4 * opened * _numbers(name, training) + 8 * len(training) ** 2
+        size = 4 * opened * _numbers(name, checkpoints) + 8 * len(checkpoints) ** 2
         if batch and held + size > BUDGET:
             yield batch
             batch, held = [], 0
@@ -288,19 +281,19 @@ def _batches(names: Sequence[str], training: Sequence[Checkpoint], opened: int) 
         yield batch
 
 
-def _is_shared(name: str, training: Sequence[Checkpoint]) -> bool:
-    shapes = [checkpoint.shapes.get(name) for checkpoint in training]
+def _is_shared(name: str, checkpoints: Sequence[Checkpoint]) -> bool:
+    shapes = [checkpoint.shapes.get(name) for checkpoint in checkpoints]
     kinds = {None if shape is None else (shape.out, shape.in_, bool(shape.rank), shape.holds) for shape in shapes}
     return len(kinds) == 1 and None not in kinds
 
 
-def _of_matrix(
+def _matrix_gram(
     name: str,
     opened: Sequence[OpenCheckpoint],
     others: Sequence[OpenCheckpoint] | None,
     beginning: OpenCheckpoint | None,
 ) -> Float[np.ndarray, "rows columns"] | None:
-    """Inner products between two groups of checkpoints, or within the first."""
+    """Return inner products between two groups of checkpoints, or within the first; ``None`` if they are not known."""
     shape = opened[0].shapes[name]
     try:
         if shape.holds == "state":
@@ -313,25 +306,25 @@ def _of_matrix(
                 return None  # what it is counted from is not known
             before = beginning[name]
             start = before if isinstance(before, Tensor) else None
-        return _of_dense(_dense(name, opened), None if others is None else _dense(name, others), start)
+        return _dense_gram(_dense(name, opened), None if others is None else _dense(name, others), start)
     except UnreadableMatrix:
-        return None  # the engine's finding names it
+        return None  # the finding of trajectory_spectra names it
 
 
 def _factored(name: str, opened: Sequence[OpenCheckpoint]) -> list[LowRankMatrix]:
-    return [matrix for each in opened if isinstance(matrix := each[name], LowRankMatrix)]
+    return [matrix for checkpoint in opened if isinstance(matrix := checkpoint[name], LowRankMatrix)]
 
 
 def _dense(name: str, opened: Sequence[OpenCheckpoint]) -> list[Tensor]:
-    return [matrix for each in opened if isinstance(matrix := each[name], Tensor)]
+    return [matrix for checkpoint in opened if isinstance(matrix := checkpoint[name], Tensor)]
 
 
-def _of_dense(
+def _dense_gram(
     weights: Sequence[Float[Tensor, "out in"]],
     others: Sequence[Float[Tensor, "out in"]] | None,
     start: Float[Tensor, "out in"] | None,
 ) -> Float[np.ndarray, "rows columns"]:
-    """Row by row, so that no two whole matrices are in memory in float64."""
+    """Work row by row, so that no two whole matrices are in memory in float64."""
     out, in_ = weights[0].shape
     gram = np.zeros((len(weights), len(weights if others is None else others)))
     rows = max(1, BUDGET // (8 * in_ * (len(weights) + len(others or ()) + 1)))
@@ -342,19 +335,12 @@ def _of_dense(
 
     for first in range(0, out, rows):
         part = slice(first, min(first + rows, out))
-        here = updates(weights, part)
-        gram += (inner_products(here) if others is None else here @ updates(others, part).mT).numpy()
+        rows_of_weights = updates(weights, part)
+        gram += (
+            inner_products(rows_of_weights) if others is None else rows_of_weights @ updates(others, part).mT
+        ).numpy()
     return gram
-
-
-def _nothing(steps: int) -> PathShape:
-    return path_shape(np.full((steps, steps), np.nan))
 
 
 def _padded(values: np.ndarray, length: int) -> np.ndarray:
     return np.pad(values, (0, length - len(values)), constant_values=np.nan)
-
-
-def _attributes(name: str) -> dict[str, str]:
-    units, long_name, definition = _WORDS[name]
-    return {"units": units, "long_name": long_name, "definition": definition}

@@ -16,17 +16,10 @@ singular value of noise with variances v_ij is at most about
 
 (Bandeira & van Handel 2016; for equal variances the edge of Marchenko & Pastur).
 
-What of a dense update stands above the rounding of its storage.
-
-The difference of two stored weights carries rounding noise, nearly independent between entries. Rows and columns of
-different scale carry noise of different size, so noise alone would have singular values up to the edge
-
-.. math:: \sqrt{\max_i \textstyle\sum_j v_{ij}} + \sqrt{\max_j \textstyle\sum_i v_{ij}}
-
-with v the predicted variance of each entry (:class:`dynamics.spectra.rounding.NoiseProfile`). What is beyond the edge
-is counted. Noise of mean variance ν adds about ν·max(out, in) to each σ², so the entropy is that of σ² − ν·max(out, in)
-over the σ beyond the edge. The edge is conservative: weak directions can lie below it. Noise is over-predicted where
-most entries did not change at all. A product of rounded factors has no such noise, and NaN here.
+The difference of two stored weights carries the noise of both, so noise alone has singular values up to that edge. What
+lies beyond it is counted. Noise of mean variance ν adds about ν·max(out, in) to each σ², so the entropy above rounding
+is that of σ² − ν·max(out, in) over the σ beyond the edge. The edge is conservative: weak directions can lie below it.
+Where most entries did not change at all the noise is over-predicted. A product of rounded factors has no edge: NaN.
 """
 
 from __future__ import annotations
@@ -54,7 +47,7 @@ _FORMATS: dict[torch.dtype, tuple[torch.dtype, int, int, float]] = {
 
 
 def ulp_energy(factor: Tensor, dim: int) -> Float[Tensor, " k"]:
-    """Σ ulp² over one dimension of a stored matrix; zeros for float64, whose rounding is that of the computation.
+    """Return Σ ulp² over one dimension of a stored matrix; zeros for float64, which only computing rounds.
 
     The exponent bits alone, read as a number of the same format, are 2^⌊log₂|x|⌋ = ulp·2^p.
 
@@ -77,7 +70,7 @@ def _ulp_squared(factor: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
 def noise_energy(
     matrix: LowRankMatrix, left_energy: Float[Tensor, " rank"], right_energy: Float[Tensor, " rank"]
 ) -> float:
-    """Predicted energy of the rounding noise in a product of stored factors.
+    """Return the predicted energy of the rounding noise in a product of stored factors.
 
     Args:
         matrix: The product; its factors in their storage dtype.
@@ -90,7 +83,7 @@ def noise_energy(
 
 
 def product_noise_energy(matrix: LowRankMatrix) -> float:
-    """As :func:`noise_energy`, the factors' energies counted here."""
+    """Return :func:`noise_energy` of a product, with the energies of its factors."""
     left = matrix.left_factor.detach().to(torch.float64).square().sum(0).cpu()
     right = matrix.right_factor.detach().to(torch.float64).square().sum(1).cpu()
     return noise_energy(matrix, left, right)
@@ -125,7 +118,7 @@ class NoiseProfile:
 
 
 def noise_profile(weight: Float[Tensor, "out in"]) -> NoiseProfile:
-    """Predicted noise in a weight that is stored as it is, in one pass over it.
+    """Return the predicted noise in a weight that is stored as it is, in one pass over it.
 
     >>> noise_profile(torch.ones(1, 3, dtype=torch.bfloat16)).energy == 3 / 12 * 2**-14
     True
@@ -134,27 +127,17 @@ def noise_profile(weight: Float[Tensor, "out in"]) -> NoiseProfile:
     return NoiseProfile(squared.sum(1).cpu() / 12, squared.sum(0).cpu() / 12)
 
 
-DEFINITIONS = {
-    "rounding_edge": "√(largest row sum of v) + √(largest column sum of v), v = ulp²/12 of the stored weights; of "
-    "dense matrices, NaN for factors",
-    "rank_above_rounding": "number of σ > rounding_edge; of dense matrices, NaN for factors",
-    "entropy_energy_above_rounding": "−Σ p ln p over σ > rounding_edge, p ∝ σ² − mean v·max(out, in); NaN where "
-    "nothing is left",
-    "effective_rank_energy_above_rounding": "exp(entropy_energy_above_rounding)",
-}
-
-
 def above_rounding(
     values: Float[np.ndarray, "step kind matrix index"],
     edge: Float[np.ndarray, "step kind matrix"],
     noise: Float[np.ndarray, "step kind matrix"],
     shortest: Float[np.ndarray, " matrix"],
 ) -> dict[str, Float[np.ndarray, "step kind matrix"]]:
-    """Return the four numbers by name.
+    """Return rounding edge, rank, entropy and effective rank above it, by name.
 
     Args:
         values: Singular values, padded with NaN.
-        edge: Largest singular value of the rounding noise alone; NaN where it is unknown, and so is everything else.
+        edge: Largest singular value of the rounding noise alone; NaN where it is unknown, as is all else then.
         noise: Predicted energy of the rounding.
         shortest: min(out, in).
 
@@ -162,16 +145,16 @@ def above_rounding(
     >>> above["rank_above_rounding"].item(), above["entropy_energy_above_rounding"].item()
     (1.0, -0.0)
     """
-    known = np.isfinite(values).any(-1) & np.isfinite(edge)
+    comparable = np.isfinite(values).any(-1) & np.isfinite(edge)
     beyond = values > edge[..., None]
     # ν·max(out, in) = noise/min(out, in)
     energy = np.where(beyond, np.maximum(values**2 - (noise / shortest)[..., None], 0.0), 0.0)
     total = energy.sum(-1)
     share = np.divide(energy, total[..., None], out=np.zeros_like(energy), where=total[..., None] > 0)
-    entropy = np.where(known & (total > 0), -xlogy(share, share).sum(-1), np.nan)
+    entropy = np.where(comparable & (total > 0), -xlogy(share, share).sum(-1), np.nan)
     return {
-        "rounding_edge": np.where(known, edge, np.nan),
-        "rank_above_rounding": np.where(known, beyond.sum(-1), np.nan),
+        "rounding_edge": np.where(comparable, edge, np.nan),
+        "rank_above_rounding": np.where(comparable, beyond.sum(-1), np.nan),
         "entropy_energy_above_rounding": entropy,
         "effective_rank_energy_above_rounding": np.exp(entropy),
     }

@@ -20,7 +20,7 @@ def singular_values(matrix: Matrix) -> Tensor: ...
 @overload
 def singular_values(matrix: Sequence[Matrix]) -> list[Tensor]: ...
 def singular_values(matrix: Matrix | Sequence[Matrix]) -> Tensor | list[Tensor]:
-    r"""Singular values, descending, in float64 on the device of the input.
+    r"""Return singular values, descending, in float64 on the device of the input.
 
     A :class:`~probes.LowRankMatrix` is never multiplied out: with B = Q_B R_B and Aᵀ = Q_A R_A, the singular values
     of s B A are those of the small core s R_B R_Aᵀ (Golub & Van Loan). Small singular values keep all their digits
@@ -72,7 +72,7 @@ def _batched(matrices: list[Matrix]) -> list[Tensor]:
 
 
 def _cores(matrices: Sequence[LowRankMatrix]) -> Float[Tensor, "batch k l"]:
-    """R_B R_Aᵀ of matrices of one shape, on the host."""
+    """Return R_B R_Aᵀ of matrices of one shape, on the host."""
     left = torch.stack([matrix.left_factor.detach().to(torch.float64) for matrix in matrices])
     right = torch.stack([matrix.right_factor.detach().to(torch.float64) for matrix in matrices])
     scales = torch.stack([matrix.scales() for matrix in matrices])
@@ -80,7 +80,7 @@ def _cores(matrices: Sequence[LowRankMatrix]) -> Float[Tensor, "batch k l"]:
 
 
 def triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch k columns"]:
-    """R of the QR decomposition; k = min(rows, columns)."""
+    """Return R of the QR decomposition; k = min(rows, columns)."""
     return torch.linalg.qr(tall, mode="r").R
 
 
@@ -89,7 +89,7 @@ _INDEPENDENT = 1e-7
 
 
 def gram_triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch columns columns"]:
-    r"""R with RᵀR = XᵀX, on the host, from Grams formed on the device: for accelerators, whose batched QR is slow.
+    r"""Return R with RᵀR = XᵀX, on the host, from Grams formed on the device: batched QR is slow on accelerators.
 
     The columns are brought to norm 1 before the Cholesky factorization, so that columns of very different size (a
     weight and its change) cost no digits; zero columns stay zero. Where columns are dependent to 10⁻⁷ the Gram no
@@ -111,19 +111,19 @@ def gram_triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "
     dependent = (failed != 0) | (lower.diagonal(dim1=-2, dim2=-1).amin(-1) < _INDEPENDENT) | ~finite
     if dependent.any():
         rows, columns = tall.shape[-2:]
-        again = torch.zeros(int(dependent.sum()), columns, columns, dtype=tall.dtype)
-        again[:, : min(rows, columns)] = triangle(tall[dependent.to(tall.device)]).cpu()
-        triangles[dependent] = again
+        exact = torch.zeros(int(dependent.sum()), columns, columns, dtype=tall.dtype)
+        exact[:, : min(rows, columns)] = triangle(tall[dependent.to(tall.device)]).cpu()
+        triangles[dependent] = exact
     return triangles
 
 
 def tall_triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch k columns"]:
-    """R on the host: by QR on the CPU, which keeps all digits, by :func:`gram_triangle` on an accelerator."""
+    """Return R on the host: by QR on the CPU, which keeps all digits, by :func:`gram_triangle` on an accelerator."""
     return triangle(tall) if tall.device.type == "cpu" else gram_triangle(tall)
 
 
 def dense_singular_values(dense: Float[Tensor, "rows columns"]) -> Float[Tensor, " n"]:
-    """Singular values of one large matrix on its own device, brought to the host; NaN if it is not finite."""
+    """Return singular values of one large matrix, computed on its device, on the host; NaN if it is not finite."""
     if dense.device.type == "cpu" or not bool(dense.isfinite().all()):
         return core_singular_values(dense)
     try:
@@ -133,7 +133,7 @@ def dense_singular_values(dense: Float[Tensor, "rows columns"]) -> Float[Tensor,
 
 
 def core_singular_values(cores: Float[Tensor, "*batch k l"]) -> Float[Tensor, "*batch n"]:
-    """Singular values of a batch of small matrices, on the host; NaN where a core is not finite.
+    """Return singular values of a batch of small matrices, on the host; NaN where a core is not finite.
 
     On the host, since the batched solvers of CUDA fall off a cliff above 32×32 and synchronise anyway.
 
@@ -151,7 +151,7 @@ def core_singular_values(cores: Float[Tensor, "*batch k l"]) -> Float[Tensor, "*
 
 
 def _one_by_one(cores: Float[Tensor, "*batch k l"]) -> Float[Tensor, "*batch n"]:
-    """Twin of a batched svdvals in which a core that does not converge costs only its own row."""
+    """Return what a batched svdvals does, where a core that does not converge costs only its own row."""
     flat = cores.reshape(-1, *cores.shape[-2:])
     values = torch.full((len(flat), min(flat.shape[-2:])), torch.nan, dtype=flat.dtype)
     for index, core in enumerate(flat):

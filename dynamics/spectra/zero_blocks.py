@@ -47,7 +47,7 @@ class ZeroBlock:
 
 
 def zero_block(is_zero: Bool[Tensor, " n"], shortest: float = _SHORTEST) -> int:
-    """How many rows lie in blocks of zeros, where the other rows are not zero; 0 where that is not the pattern.
+    """Return how many rows lie in blocks of zeros, where the other rows are not zero; 0 where that is not the pattern.
 
     Args:
         is_zero: Which rows are exactly zero.
@@ -73,7 +73,7 @@ def zero_block(is_zero: Bool[Tensor, " n"], shortest: float = _SHORTEST) -> int:
 
 
 def of_factors(matrix: LowRankMatrix) -> ZeroBlock | None:
-    """The largest zero block of a product's factors.
+    """Return the largest zero block of a product's factors.
 
     Rows of A and columns of B that are zero together only mean a smaller rank; in a sum of adapters one may be zero.
     """
@@ -94,13 +94,13 @@ def of_factors(matrix: LowRankMatrix) -> ZeroBlock | None:
 
 
 def _of_rank(is_zero: Bool[Tensor, " rank"]) -> int:
-    """Zero ranks at the beginning or the end."""
+    """Return the number of zero ranks at the beginning or the end."""
     values, lengths = torch.unique_consecutive(is_zero, return_counts=True)
     return int(lengths.max()) if len(values) == 2 and bool(is_zero.any()) else 0
 
 
 def of_dense(now: Tensor, start: Tensor | None, *, is_update: bool) -> ZeroBlock | None:
-    """The largest zero block of a dense matrix, or of its difference from the start.
+    """Return the largest zero block of a dense matrix, or of its difference from the start.
 
     Args:
         now: The weight, or the update itself.
@@ -121,7 +121,7 @@ def of_dense(now: Tensor, start: Tensor | None, *, is_update: bool) -> ZeroBlock
 
 
 def _shortest(size: int, across: int) -> float:
-    """Share of the rows that a block has at least, by the number of rows and of columns."""
+    """Return the share of the rows that a block has at least, by the number of rows and of columns."""
     return _SHORTEST_OF_VOCABULARY if size >= _VOCABULARY * across else _SHORTEST
 
 
@@ -130,7 +130,7 @@ def _largest(blocks: Iterable[ZeroBlock]) -> ZeroBlock | None:
 
 
 def zero_block_findings(blocks: Sequence[tuple[int, str, ZeroBlock]], matrices: int) -> Iterator[Finding]:
-    """One finding for each share of each tensor.
+    """Yield one finding for each share of each tensor.
 
     Args:
         blocks: Step, matrix and block.

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
@@ -25,25 +24,16 @@ import xarray as xr
 from dynamics import schema
 from dynamics.findings import Finding
 from dynamics.spectra import raw
+from dynamics.spectra.dataset import SAME_SPECTRA, Agreement, same_spectra
 from dynamics.text import some
 
-#: Spectra of one update that differ by more than this share of its norm are not of one training.
-AGREEMENT = 1e-3
 _TOTAL, _INCREMENT = range(len(schema.KINDS))
 _PER_KIND = ("singular_value", "count", "factor_rank", "decomposition", "noise_energy", "rounding_edge")
 _OF_INCREMENTS = ("left_factor_value", "right_factor_value", "left_factor_change", "right_factor_change")
 
 
-@dataclass(frozen=True)
-class _Difference:
-    """By how much record and checkpoint differ at one step, and in which matrix most."""
-
-    size: float
-    matrix: str
-
-
 def merge(checkpoints: xr.Dataset | None, records: xr.Dataset | None) -> tuple[xr.Dataset, list[Finding]]:
-    """Both as one raw update, by the rules above.
+    """Return both as one raw update, by the rules above.
 
     Args:
         checkpoints: Raw update of the checkpoints, under the names of the live model; ``None`` if there are none.
@@ -58,26 +48,26 @@ def merge(checkpoints: xr.Dataset | None, records: xr.Dataset | None) -> tuple[x
             raise ValueError("Expected checkpoints or captured steps, got neither.")
         return _without_dangling(raw.completed(one.copy(deep=True))), []
     common = np.intersect1d(checkpoints["step"].values, records["step"].values).tolist()
-    found = {step: _difference(checkpoints.sel(step=step), records.sel(step=step)) for step in common}
-    differences = {step: difference for step, difference in found.items() if difference is not None}
-    segment = _segment(checkpoints, differences)
+    agreements = {step: same_spectra(checkpoints.sel(step=step), records.sel(step=step)) for step in common}
+    segment = _segment(checkpoints, agreements)
     checkpoints, misplaced = _without_false_start(checkpoints, records, segment)
-    own = dict(zip(checkpoints["step"].values.tolist(), checkpoints["segment"].values.tolist(), strict=True))
+    segments = dict(zip(checkpoints["step"].values.tolist(), checkpoints["segment"].values.tolist(), strict=True))
     records = records.assign_coords(segment=records["segment"].copy(data=np.full(records.sizes["step"], segment)))
     merged = raw.concatenate([_beside(checkpoints, records), records])
     for step in common:
-        if differences[step].size <= AGREEMENT if step in differences else own[step] == segment:
+        # Where nothing can be compared, a step belongs to the records' training or to another one.
+        if agreements[step].is_same or (not agreements[step].is_other and segments[step] == segment):
             _add_totals(merged, checkpoints, step)
     _drop_inner_products(merged, checkpoints)
-    disagreeing = {step: each for step, each in differences.items() if each.size > AGREEMENT}
+    disagreeing = {step: agreement for step, agreement in agreements.items() if agreement.is_other}
     return _without_dangling(merged), [
         *misplaced,
-        *([_finding(disagreeing, segment in own.values())] if disagreeing else []),
+        *([_finding(disagreeing, segment in segments.values())] if disagreeing else []),
     ]
 
 
-def translated(checkpoints: xr.Dataset, names: Mapping[str, str]) -> xr.Dataset:
-    """A raw dataset under the names of the live model.
+def with_live_names(checkpoints: xr.Dataset, names: Mapping[str, str]) -> xr.Dataset:
+    """Return a raw dataset under the names of the live model.
 
     Args:
         checkpoints: Under names as on disk.
@@ -91,18 +81,15 @@ def translated(checkpoints: xr.Dataset, names: Mapping[str, str]) -> xr.Dataset:
         new = [live if taken[live] == 1 else name for name, live in zip(old, new, strict=True)]
     if new == old:
         return checkpoints
-    where = [schema.layer_and_role(name) for name in new]
-    columns = {
-        "matrix": new,
-        **{name: [each[i] for each in where] for i, name in enumerate(("layer", "role", "stack"))},
-    }
+    layers, roles, stacks = zip(*map(schema.layer_and_role, new), strict=True)
+    columns = {"matrix": new, "layer": layers, "role": roles, "stack": stacks}
     return checkpoints.assign_coords(
         {name: ("matrix", np.asarray(column), checkpoints[name].attrs) for name, column in columns.items()}
     )
 
 
-def raw_of(update: xr.Dataset) -> xr.Dataset:
-    """The raw dataset from which a finished ``/update`` was measured; ``measured`` makes the same of it again.
+def unmeasured(update: xr.Dataset) -> xr.Dataset:
+    """Return the raw dataset that a finished ``/update`` was measured from; ``measure_update`` gives the same again.
 
     Args:
         update: The ``/update`` group of a result.
@@ -119,42 +106,18 @@ def raw_of(update: xr.Dataset) -> xr.Dataset:
     if set(raw.ADDED) <= set(update):
         arrays |= {name: update[name].values for name in raw.ADDED}
     kept = update[["singular_value", "count", "factor_rank", "decomposition"]]
-    kept = kept.assign(
-        {name: (raw.UPDATE[name].dims, array, schema.attributes(raw.UPDATE[name])) for name, array in arrays.items()}
-    )
+    kept = kept.assign(schema.labelled(raw.UPDATE, arrays))
     return raw.completed(kept)
 
 
-def _difference(checkpoint: xr.Dataset, record: xr.Dataset) -> _Difference | None:
-    """Of the totals at one step; ``None`` where no matrix is known in both."""
-    names, here, there = np.intersect1d(checkpoint["matrix"].values, record["matrix"].values, return_indices=True)
-    one, other = (
-        np.nan_to_num(each["singular_value"].values[_TOTAL, at]) for each, at in ((checkpoint, here), (record, there))
-    )
-    known = np.ones(len(names), dtype=bool)
-    for each, at in ((checkpoint, here), (record, there)):
-        known &= np.isfinite(each["singular_value"].values[_TOTAL, at]).any(-1)
-    if not known.any():
-        return None
-    longest = max(one.shape[-1], other.shape[-1])
-    one, other = (np.pad(each, ((0, 0), (0, longest - each.shape[-1]))) for each in (one, other))
-    largest = np.maximum(one.max(-1), other.max(-1))[:, None]
-    one, other = (np.divide(each, largest, out=np.zeros_like(each), where=largest > 0) for each in (one, other))
-    size = np.maximum(np.linalg.norm(one, axis=-1), np.linalg.norm(other, axis=-1))
-    distance = np.linalg.norm(one - other, axis=-1)
-    relative = np.where(known, np.divide(distance, size, out=np.zeros_like(size), where=size > 0), -1.0)
-    worst = int(relative.argmax())
-    return _Difference(float(relative[worst]), str(names[worst]))
-
-
-def _segment(checkpoints: xr.Dataset, differences: Mapping[int, _Difference]) -> int:
-    """Number of the training that the records belong to."""
-    own = dict(zip(checkpoints["step"].values.tolist(), checkpoints["segment"].values.tolist(), strict=True))
-    votes = Counter(own[step] for step, difference in differences.items() if difference.size <= AGREEMENT)
+def _segment(checkpoints: xr.Dataset, agreements: Mapping[int, Agreement]) -> int:
+    """Return the number of the training that the records belong to."""
+    segments = dict(zip(checkpoints["step"].values.tolist(), checkpoints["segment"].values.tolist(), strict=True))
+    votes = Counter(segments[step] for step, agreement in agreements.items() if agreement.is_same)
     if votes:
         return max(sorted(votes), key=votes.__getitem__)
-    newest = max(own.values(), default=0)
-    return newest + 1 if differences else newest
+    newest = max(segments.values(), default=0)
+    return newest + 1 if any(agreement.is_other for agreement in agreements.values()) else newest
 
 
 def _without_false_start(
@@ -162,8 +125,8 @@ def _without_false_start(
 ) -> tuple[xr.Dataset, list[Finding]]:
     """Rule 5."""
     false = (checkpoints["step"].values == 0) & (checkpoints["segment"].values == segment)
-    known = 0 in records["from_step"].values and 0 not in records["step"].values
-    if not known or not np.nan_to_num(checkpoints["singular_value"].values[false, _TOTAL]).any():
+    begins = 0 in records["from_step"].values and 0 not in records["step"].values
+    if not begins or not np.nan_to_num(checkpoints["singular_value"].values[false, _TOTAL]).any():
         return checkpoints, []
     return checkpoints.isel(step=~false), [
         Finding(
@@ -177,26 +140,26 @@ def _without_false_start(
 
 
 def _beside(checkpoints: xr.Dataset, records: xr.Dataset) -> xr.Dataset:
-    """The steps that only checkpoints have; without any, a part of no step, so that their matrices have a place."""
+    """Return the steps that only checkpoints have; without any, no step, so that their matrices have a column."""
     return checkpoints.isel(step=~np.isin(checkpoints["step"].values, records["step"].values))
 
 
 def _add_totals(merged: xr.Dataset, checkpoints: xr.Dataset, step: int) -> None:
-    """At a step that is captured: the totals of matrices that only the checkpoint has there."""
-    row, from_row = (each.indexes["step"].get_loc(step) for each in (merged, checkpoints))
+    """Add, at a recorded step, the totals of matrices that only the checkpoint has there."""
+    row, from_row = (dataset.indexes["step"].get_loc(step) for dataset in (merged, checkpoints))
     column = {name: position for position, name in enumerate(merged["matrix"].values.tolist())}
     for position, name in enumerate(checkpoints["matrix"].values.tolist()):
         if checkpoints["count"].values[from_row, _TOTAL, position] and name in column:
-            place = (row, _TOTAL, column[name])
-            if not merged["count"].values[place]:
+            cell = (row, _TOTAL, column[name])
+            if not merged["count"].values[cell]:
                 for variable in _PER_KIND:
                     values = checkpoints[variable].values[from_row, _TOTAL, position]
                     target = merged[variable].values
-                    target[(*place, slice(np.size(values))) if np.ndim(values) else place] = values
+                    target[(*cell, slice(np.size(values))) if np.ndim(values) else cell] = values
 
 
 def _drop_inner_products(merged: xr.Dataset, checkpoints: xr.Dataset) -> None:
-    """Where the increment before is another one now than the one they were formed with."""
+    """Drop inner products where the increment before is another one now than when they were formed."""
     before, now = _origins(checkpoints), _origins(merged)
     for row, (step, origin) in enumerate(now.items()):
         if before.get(step) == origin and origin in before and now.get(origin) != before[origin]:
@@ -208,7 +171,7 @@ def _origins(dataset: xr.Dataset) -> dict[int, int]:
 
 
 def _without_dangling(update: xr.Dataset) -> xr.Dataset:
-    """Increments since a step that is not there are left out; changes ``update``."""
+    """Leave out increments since a step that is not there; changes ``update``."""
     segment = dict(zip(update["step"].values.tolist(), update["segment"].values.tolist(), strict=True))
     origins = update["from_step"].values.copy()
     for row, (step, origin) in enumerate(_origins(update).items()):
@@ -223,10 +186,10 @@ def _without_dangling(update: xr.Dataset) -> xr.Dataset:
     return update.assign_coords(from_step=update["from_step"].copy(data=origins))
 
 
-def _finding(differences: Mapping[int, _Difference], has_agreeing: bool) -> Finding:
-    steps = list(differences)
-    worst = max(differences, key=lambda step: differences[step].size)
-    size, matrix = differences[worst].size, differences[worst].matrix
+def _finding(disagreeing: Mapping[int, Agreement], has_agreeing: bool) -> Finding:
+    steps = list(disagreeing)
+    worst = max(disagreeing, key=lambda step: disagreeing[step].difference)
+    size, matrix = disagreeing[worst].difference, disagreeing[worst].matrix
     where = f"step{'s' if len(steps) > 1 else ''} {some(map(str, steps), 5)}"
     kept = (
         "" if has_agreeing else " No common step agrees, so the captured steps are numbered as a training of their own."
@@ -239,5 +202,5 @@ def _finding(differences: Mapping[int, _Difference], has_agreeing: bool) -> Find
         "Keep each training in a folder of its own, with its checkpoints and its capture.",
         matrix=matrix if len(steps) == 1 else "",
         step=steps[0] if len(steps) == 1 else None,
-        evidence={"steps": steps, "largest_difference": size, "matrix": matrix, "threshold": AGREEMENT},
+        evidence={"steps": steps, "largest_difference": size, "matrix": matrix, "threshold": SAME_SPECTRA},
     )

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 MOST_SEEDS = 9  # 9! exchanges are 362,880
 
@@ -93,10 +92,14 @@ def associations(
 
 
 def add_holm(found: Sequence[dict[str, Any]]) -> None:
-    """Adds ``p_holm`` over all that is not ``primary`` and has a p; NaN elsewhere."""
+    """Add ``p_holm`` (Holm 1979) over all that is not ``primary`` and has a p; NaN elsewhere."""
     rest = [each for each in found if not each["primary"] and math.isfinite(each["p"])]
-    corrected = np.asarray(multipletests([each["p"] for each in rest], method="holm")[1]).tolist() if rest else []
+    p_values = np.array([each["p"] for each in rest])
+    order = p_values.argsort(kind="stable")
+    stepped = np.maximum.accumulate(p_values[order] * np.arange(len(rest), 0, -1))
+    corrected = np.empty_like(p_values)
+    corrected[order] = np.minimum(stepped, 1.0)
     for each in found:
         each["p_holm"] = math.nan
-    for each, p in zip(rest, corrected, strict=True):
+    for each, p in zip(rest, corrected.tolist(), strict=True):
         each["p_holm"] = p

@@ -20,7 +20,7 @@ from examples.imax.data import PILOTED, SCORED, Annotated, arm, card, held_out
 from examples.imax.model import as_pixels, collate, confident_answers, new_model, probe_tasks, samples, sequence
 from examples.imax.phantom import phantoms
 from examples.imax.tasks import METRICS, TASKS, caption, total
-from probes import gradient_gram
+from probes import ProbeGram, gradient_gram
 
 CAPTIONS = 2_000_000  # first word of the seeds of images that only the base sees
 PILOT_SEED = 100
@@ -188,11 +188,11 @@ def own_fisher(model: nn.Module, data: Annotated, entries: int) -> dict[str, dic
     chosen = sorted(data.entries, key=lambda entry: entry.image)[:entries]
     rows = samples(replace(data, entries=chosen))
     batches = [collate(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
-    gram = gradient_gram(model, batches).gram["global"]
+    k = gradient_gram(model, batches).gram["global"]
     images = [entry.image for entry in chosen]
     found = {}
-    for name, groups in (("by_entries", None), ("by_images", images)):
-        measured = fisher_measures(gram, groups=groups).sel(block="global", task="all")
+    for name, groups in (("by_entries", ()), ("by_images", images)):
+        measured = fisher_measures(ProbeGram({"global": k}, groups=groups)).sel(block="global", task="all")
         found[name] = {
             "independent": float(measured["groups"]),
             "spectral_entropy": float(measured["spectral_entropy"]),

@@ -14,13 +14,13 @@ import xarray as xr
 from scipy import stats
 
 from dynamics.fisher.concentration import MOST_TIMES, matched_gain
-from dynamics.fisher.samples import Labels, counted_groups, interval, weight_of
+from dynamics.fisher.samples import SampleGroups, counted_groups, interval, weight_of
 from dynamics.fisher.spectrum import directional, log_participation_ratio
 from dynamics.fisher.task_structure import divergence_test
 from dynamics.relate import associate, compare
 from dynamics.relate.differences import relabelled_difference, students_test
 from dynamics.relate.permutations import LEVEL
-from tests.dynamics.fisher.simulated import NORMS, gradients, grams, norms, power_law
+from tests.dynamics.fisher.simulated import NORMS, gradients, grams, norms, power_law, stacked
 from tests.dynamics.relate import simulated
 from tests.dynamics.relate.simulated import decided
 
@@ -188,7 +188,7 @@ def divergence_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
                 rows[:, :samples] *= ratio
                 if disjoint:
                     rows[:, :samples, ::2] = rows[:, samples:, 1::2] = 0
-                labels = Labels(np.arange(2 * samples), np.repeat(np.eye(2, dtype=bool), samples, axis=0))
+                labels = SampleGroups(np.arange(2 * samples), np.repeat(np.eye(2, dtype=bool), samples, axis=0))
                 test = divergence_test(grams(rows), labels, permutations=59)
                 assert (test.high <= np.log(2)).all()
                 shares.append(share(test.p_value <= 0.05))
@@ -205,7 +205,7 @@ def participation_coverage(rng: np.random.Generator, sets: int) -> Iterator[Row]
     for law in NORMS:
         for samples in (16, 64, 147):
             held, effective = np.zeros(3), []
-            labels = Labels(np.arange(samples), np.ones((samples, 1), dtype=bool))
+            labels = SampleGroups.of_one_task(np.arange(samples))
             for _ in range(max(sets // 100, 1)):
                 gram = grams(gradients(rng, 50, samples, spectrum) * norms(rng, law, 50, samples))
                 test, unit = (log_participation_ratio(part, labels) for part in (gram, directional(gram)))
@@ -240,8 +240,8 @@ def gain_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
         rows = gradients(rng, sets, samples, spectrum, mean)
         update = mean[:, 0] + rng.standard_normal((sets, 300)) * np.sqrt(spectrum / batch)
         product, size = np.einsum("bnd,bd->bn", rows, update), np.linalg.norm(update, axis=1)
-        given = (grams(rows), product, size, np.arange(samples), batch, k)
-        plain, centred = matched_gain(*given), matched_gain(*given, centre=True)
+        gram = stacked(grams(rows), product, size, batch_size=batch)
+        plain, centred = matched_gain(gram, k), matched_gain(gram, k, centre=True)
         above = (plain.low > 1) & (centred.low > 1)
         for position, count in enumerate(k):
             if count > samples // 2:

@@ -18,7 +18,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics import plot
-from dynamics.relate.run_measures import relate
+from dynamics.relate.run_measures import relate_runs
 from dynamics.relate.score_files import ScoreRow
 from dynamics.report import summarise
 from dynamics.report.page import page
@@ -47,7 +47,7 @@ def main() -> None:
         start = time.perf_counter()
         trees = {name: read_tree(Path(place) / name) for name in names}
         times = {"reading": time.perf_counter()}
-        related = relate(trees, rows, labels={name: name[:4] for name in names})
+        related = relate_runs(trees, rows, labels={name: name[:4] for name in names})
         tree = xr.DataTree.from_dict({f"/runs/{name}": each for name, each in trees.items()})
         for name, group in related.groups.items():
             tree[name] = xr.DataTree(encodable_dataset(group.assign_attrs(encodable(group.attrs))))

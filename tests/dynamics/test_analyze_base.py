@@ -51,8 +51,8 @@ def test_totals_are_since_the_base(tmp_path):
     assert update["from_step"].values.tolist() == [0, 10, 20]
     roles = [each.get("role", "") for each in json.loads(tree.attrs["inputs"])]
     assert roles == ["", "", "", "base"]
-    assert "of the norm of the weights before training" in " ".join(result.stdout.split())
-    assert "The path through 3 checkpoints, all matrices as one" in " ".join(result.stdout.split())
+    assert "of the norm of the base weights" in " ".join(result.stdout.split())
+    assert "as long as the straight line from start to end." in " ".join(result.stdout.split())
     assert np.isfinite(tree["base"]["intruder_energy"]).all()
     assert "weights" not in tree.children
 
@@ -92,7 +92,7 @@ def test_a_base_that_is_none_is_refused(tmp_path, base):
     assert result.exit_code == 2
     assert "Traceback" not in result.stderr
     assert base in result.stderr
-    assert not (run / "dynamics" / "analysis.zarr").exists()
+    assert not (run / "dynamics" / "analysis").exists()
 
 
 def test_a_base_of_another_model_is_named(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 import dynamics
 from dynamics.fisher.spectrum import without_projection
 from probes import sample_gradients as module
-from probes.gram import gradient_gram
+from probes.gram import ProbeGram, gradient_gram
 from probes.sample_gradients import Materialised, Outer, SampleGradient, projected
 from tests.probes.test_gram import adapted, tokens
 
@@ -92,20 +93,17 @@ def test_participation_ratio_is_corrected():
 
 
 def ln_ratio(gram: torch.Tensor, projection: int) -> float:
-    class Given:
-        pass
-
-    given = Given()
-    given.gram, given.projection = {"global": gram}, projection
-    return dynamics.fisher_measures(given)["ln_participation_ratio"].item()
+    measures = dynamics.fisher_measures(ProbeGram({"global": gram}, projection=projection))
+    return measures["ln_participation_ratio"].item()
 
 
 def test_directions_of_projected_gradients_are_refused():
-    found = gradient_gram(adapted(), tokens(), projection=5)
+    update = {"model.layers.0.self_attn.q_proj": torch.ones(16, 16)}
+    found = gradient_gram(adapted(), tokens(), projection=5, update=update)
     message = re.escape("Expected K of whole gradients, got that of gradients projected to 5 numbers")
     with pytest.raises(ValueError, match=message):
-        dynamics.concentration(found, torch.ones(5), 1.0)
+        dynamics.concentration(found)
     with pytest.raises(ValueError, match=message):
-        dynamics.task_structure(found, ["a", "a", "a", "b", "b"])
+        dynamics.task_structure(replace(found, tasks=["a", "a", "a", "b", "b"]))
     with pytest.raises(ValueError, match="Expected a projection to at least 1 number"):
         gradient_gram(adapted(), tokens(), projection=-1)

@@ -163,7 +163,7 @@ def test_overlap_is_refused() -> None:
     training = [{**sample, "image": "renamed.png"} for sample in [*words(7), *words(2, 3, 4)[1:]]]
     message = (
         "Task 'vqa': expected held-out samples, got 2 of 3 that are also in the training set, first 'y' (training "
-        "sample 1). Probe samples not trained on."
+        "sample 1). Probe samples that are not trained on."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         task.refuse_overlap(training)
@@ -235,7 +235,7 @@ def test_a_collation_that_returns_no_dict() -> None:
     ("tasks", "message"),
     [
         ([], "Expected at least one task, got none."),
-        ([Task("a", words(1))] * 2, "Expected tasks with names of their own, got several named 'a'."),
+        ([Task("a", words(1))] * 2, "Expected tasks with different names, got several named 'a'."),
     ],
     ids=["none", "one name"],
 )

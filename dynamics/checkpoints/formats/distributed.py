@@ -1,7 +1,7 @@
 """Distributed checkpoints of torch (``.metadata`` beside ``__0_0.distcp``), as FSDP and DTensor trainings write them.
 
-``.metadata`` is a pickle, and a pickle can name any function to be called. Here the names that torch writes there
-become inert records that keep what they are given; any other name ends the reading. The values themselves lie in
+``.metadata`` is a pickle, and a pickle can call any function by its name. This reader replaces the names that torch
+writes there by inert records, which only keep their arguments; any other name ends the reading. The numbers are in
 ``.distcp`` files, one record of ``torch.save`` for each chunk, and are read with ``weights_only=True``, one tensor at
 a time. No model, no process group and no class of torch.distributed is needed.
 """
@@ -23,24 +23,23 @@ import torch
 from torch import Tensor
 
 from dynamics.checkpoints.errors import UnreadableFile
-from dynamics.checkpoints.files import TORCH_NAMES, Loader, TensorInfo, read_start
+from dynamics.checkpoints.files import TORCH_DTYPES, TORCH_NAMES, Loader, TensorInfo, read_start
 from dynamics.checkpoints.names import shown
 from dynamics.text import first_line
 
 METADATA = ".metadata"
-#: Metadata of the largest trainings have some ten megabytes.
+#: The metadata of the largest trainings take some ten megabytes.
 _LIMIT = 256 * 2**20
-#: Bytes of a record beside its numbers; torch takes one or two thousand.
+#: Most bytes of a record beside its numbers; torch needs one or two thousand.
 _OVERHEAD = 2**20
 _AGAIN = "Save or copy the checkpoint again."
 _CONVERT = "Convert it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER pytorch_model.bin"
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH_NAMES}
-#: What is saved beside a model, by the first word of its path.
+#: First words of the paths of what is saved beside a model.
 _NOT_THE_MODEL = ("optim", "lr_scheduler", "scheduler", "dataloader", "train_state", "rng")
 
 
 class _Record:
-    """Stands for one object of the pickle: keeps its arguments and its state, and does nothing."""
+    """Stands for one object of the pickle: keeps its state, and does nothing."""
 
     def __new__(cls, *args: object, **kwargs: object) -> _Record:
         record = super().__new__(cls)
@@ -68,9 +67,9 @@ class _Index(_Record):
 
 
 class _Inert(pickle.Unpickler):
-    """Builds records and nothing else."""
+    """Unpickles records and nothing else."""
 
-    _MODULES: ClassVar[Mapping[str, Mapping[str, type]]] = {
+    _MODULES: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "torch.distributed.checkpoint.metadata": {
             "TensorStorageMetadata": _Tensor,
             "MetadataIndex": _Index,
@@ -85,7 +84,7 @@ class _Inert(pickle.Unpickler):
         },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo": _Record},
         "torch.serialization": {"_get_layout": _Record},
-        "torch": {"Size": tuple},
+        "torch": {"Size": tuple, **{str(dtype).removeprefix("torch."): dtype for dtype in TORCH_NAMES}},
         "pathlib": dict.fromkeys(("PosixPath", "WindowsPath", "PurePosixPath", "Path"), _Record),
         "pathlib._local": dict.fromkeys(("PosixPath", "WindowsPath", "PurePosixPath", "Path"), _Record),
         "collections": {"OrderedDict": dict},
@@ -93,12 +92,14 @@ class _Inert(pickle.Unpickler):
     }
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        if module_name == "torch" and global_name in _DTYPES:
-            return _DTYPES[global_name]
         try:
             return self._MODULES[module_name][global_name]
         except KeyError:
             raise pickle.UnpicklingError(f"it names {shown(f'{module_name}.{global_name}')}") from None
+
+
+#: File, first byte and number of bytes.
+_Span = tuple[Path, int, int]
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class DistributedWeights:
         bytes: Size of all its files together.
         header_sha256: Hash of ``.metadata``.
         tensors: Key to dtype and shape.
-        chunks: Key to the blocks that it is put together from.
+        chunks: Key to the blocks that the tensor consists of.
+        tied: Empty: the metadata do not say which tensors share memory.
     """
 
     path: Path
@@ -133,12 +135,12 @@ class DistributedWeights:
 
     @property
     def parts(self) -> tuple[DistributedWeights]:
-        """Itself: its files are of no use one by one."""
+        """The files that hold its tensors, as one: each alone is of no use."""
         return (self,)
 
     @contextmanager
     def open(self) -> Iterator[Loader]:
-        """Gives a loader that puts together one tensor at a time.
+        """Give a loader that puts together one tensor at a time.
 
         Raises:
             UnreadableFile: By the loader, if a file has gone or does not hold what the metadata says.
@@ -146,18 +148,14 @@ class DistributedWeights:
 
         def load(key: str) -> Tensor:
             info = self.tensors[key]
-            # What no chunk covers stays NaN, and is found out as such.
-            whole = torch.full(info.shape, math.nan, dtype=_dtype(info.dtype))
+            # What no chunk covers stays NaN, which is reported as such.
+            tensor = torch.full(info.shape, math.nan, dtype=TORCH_DTYPES[info.dtype])
             for chunk in self.chunks[key]:
-                window = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-                whole[window] = _read(chunk, whole.dtype)
-            return whole
+                block = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+                tensor[block] = _read(chunk, tensor.dtype)
+            return tensor
 
         yield load
-
-
-def _dtype(name: str) -> torch.dtype:
-    return next(dtype for dtype, known in TORCH_NAMES.items() if known == name)
 
 
 def _read(chunk: _Chunk, dtype: torch.dtype) -> Tensor:
@@ -169,16 +167,17 @@ def _read(chunk: _Chunk, dtype: torch.dtype) -> Tensor:
         problem = f"A record of {shown(chunk.file.name)} cannot be read: {first_line(error)}"
         raise UnreadableFile("OD101", problem, _AGAIN) from error
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.sizes or tensor.dtype != dtype:
-        raise UnreadableFile("OD101", f"A record of {shown(chunk.file.name)} is not the tensor it should be.", _AGAIN)
+        problem = f"A record of {shown(chunk.file.name)} has another shape or dtype than .metadata says."
+        raise UnreadableFile("OD101", problem, _AGAIN)
     return tensor
 
 
 def read_distributed(folder: Path) -> DistributedWeights:
-    """Reads ``.metadata`` of a distributed checkpoint; of what it holds, the model's floating-point tensors.
+    """Read ``.metadata`` of a distributed checkpoint, as far as it describes the model's tensors.
 
     Raises:
-        UnreadableFile: If it names anything but what torch writes there, files outside the folder, or bytes that they
-            do not have.
+        UnreadableFile: If it names anything that torch does not write there, files outside the folder, or bytes that
+            the files do not have.
     """
     path = folder / METADATA
     size, _ = read_start(path, "OD101")
@@ -190,28 +189,29 @@ def read_distributed(folder: Path) -> DistributedWeights:
     except Exception as error:  # a damaged pickle can raise anything at all
         problem = f"It is not the metadata of a distributed checkpoint and was not loaded: {first_line(error)}."
         raise UnreadableFile("OD101", problem, _CONVERT) from error
-    stored, places, plan = (
+    entries, storage, plan = (
         metadata.get(name) if isinstance(metadata, _Record) else None
         for name in ("state_dict_metadata", "storage_data", "planner_data")
     )
-    if not isinstance(stored, dict) or not isinstance(places, dict):
-        raise UnreadableFile("OD101", "It does not list tensors and where they are.", _AGAIN)
-    located = _located(folder, places)
+    if not isinstance(entries, dict) or not isinstance(storage, dict):
+        raise UnreadableFile("OD101", "It does not list tensors and their places in files.", _AGAIN)
+    spans = _spans(folder, storage)
     tensors: dict[str, TensorInfo] = {}
     chunks: dict[str, tuple[_Chunk, ...]] = {}
-    for key, name in _model_names(stored, plan if isinstance(plan, dict) else {}).items():
-        tensors[name], chunks[name] = _tensor(key, stored[key], located)
-    total = size + sum(file.stat().st_size for file in {chunk.file for each in chunks.values() for chunk in each})
+    for key, name in _model_names(entries, plan if isinstance(plan, dict) else {}).items():
+        tensors[name], chunks[name] = _tensor(key, entries[key], spans.get(key, {}))
+    files = {chunk.file for of_tensor in chunks.values() for chunk in of_tensor}
+    total = size + sum(file.stat().st_size for file in files)
     return DistributedWeights(path, total, hashlib.sha256(content).hexdigest(), tensors, chunks)
 
 
-def _model_names(stored: Mapping[Any, Any], plan: Mapping[Any, Any]) -> dict[str, str]:
-    """Key of each tensor of the model to its name in the model.
+def _model_names(entries: Mapping[Any, Any], plan: Mapping[Any, Any]) -> dict[str, str]:
+    """Return the name in the model for the key of each of its tensors.
 
-    The Trainer and torchtitan save ``{"model": …, "optim": …}``; the plan has the path of each key in it.
+    The Trainer and torchtitan save ``{"model": …, "optim": …}``; the plan has the path of each key in that.
     """
     paths: dict[str, tuple[str, ...]] = {}
-    for key, entry in stored.items():
+    for key, entry in entries.items():
         if isinstance(key, str) and isinstance(entry, _Tensor):
             path = plan.get(key)
             paths[key] = tuple(map(str, path)) if isinstance(path, tuple) and path else (key,)
@@ -220,19 +220,19 @@ def _model_names(stored: Mapping[Any, Any], plan: Mapping[Any, Any]) -> dict[str
     return {key: key for key, path in paths.items() if not path[0].startswith(_NOT_THE_MODEL)}
 
 
-def _located(folder: Path, places: Mapping[Any, Any]) -> dict[str, dict[tuple[int, ...], tuple[Path, int, int]]]:
-    """Key → offsets of a chunk → file, first byte, number of bytes."""
+def _spans(folder: Path, storage: Mapping[Any, Any]) -> dict[str, dict[tuple[int, ...], _Span]]:
+    """Return where each chunk is stored, by the key of its tensor and its offsets in it."""
     sizes: dict[str, int] = {}
-    located: dict[str, dict[tuple[int, ...], tuple[Path, int, int]]] = defaultdict(dict)
-    for index, place in places.items():
-        if not isinstance(index, _Index) or not isinstance(place, _Record) or index.get("offset") is None:
+    spans: dict[str, dict[tuple[int, ...], _Span]] = defaultdict(dict)
+    for index, record in storage.items():
+        if not isinstance(index, _Index) or not isinstance(record, _Record) or index.get("offset") is None:
             continue
-        name, start, length = (place.get(each) for each in ("relative_path", "offset", "length"))
+        name, start, length = (record.get(field) for field in ("relative_path", "offset", "length"))
         if not isinstance(name, str) or not name.endswith(".distcp") or any(sign in name for sign in "/\\:\0"):
             problem = f"It names {shown(str(name))!r}, which is not the name of a .distcp file beside it."
             raise UnreadableFile("OD101", problem, "Nothing outside the checkpoint's folder is read. Check the folder.")
-        if place.get("transform_descriptors"):
-            raise UnreadableFile("OD101", "Its records are compressed or transformed, which is not read.", _CONVERT)
+        if record.get("transform_descriptors"):
+            raise UnreadableFile("OD101", "Its records are compressed or transformed; this is not read.", _CONVERT)
         if name not in sizes:
             try:
                 sizes[name], _ = read_start(folder / name, "OD101")
@@ -244,41 +244,43 @@ def _located(folder: Path, places: Mapping[Any, Any]) -> dict[str, dict[tuple[in
                 f"It places a record at bytes {start} to {start}+{length} of {shown(name)}, which has {sizes[name]}."
             )
             raise UnreadableFile("OD101", problem, _AGAIN)
-        located[str(index.get("fqn"))][_whole(index.get("offset"))] = folder / name, start, length
-    return located
+        spans[str(index.get("fqn"))][_sizes(index.get("offset"))] = folder / name, start, length
+    return spans
 
 
-def _tensor(
-    key: str, entry: _Record, located: Mapping[str, Mapping[tuple[int, ...], tuple[Path, int, int]]]
-) -> tuple[TensorInfo, tuple[_Chunk, ...]]:
-    properties, shape, blocks = entry.get("properties"), _whole(entry.get("size")), entry.get("chunks")
+def _tensor(key: str, entry: _Record, spans: Mapping[tuple[int, ...], _Span]) -> tuple[TensorInfo, tuple[_Chunk, ...]]:
+    """Return dtype and shape of a tensor, and its chunks."""
+    properties, shape, blocks = entry.get("properties"), _sizes(entry.get("size")), entry.get("chunks")
     state = properties.state if isinstance(properties, _Record) else None
     dtype = state[0] if isinstance(state, tuple) and state else None
     if not isinstance(dtype, torch.dtype) or not isinstance(blocks, list):
         raise UnreadableFile("OD101", f"It does not describe the tensor {shown(key)!r}.", _AGAIN)
     chunks = []
     for block in blocks:
-        offsets, sizes = (_whole(block.get(name)) for name in ("offsets", "sizes"))
+        offsets, sizes = (_sizes(block.get(field)) for field in ("offsets", "sizes"))
         if not len(offsets) == len(sizes) == len(shape) or any(
             o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True)
         ):
-            raise UnreadableFile("OD101", f"A chunk of {shown(key)!r} does not lie in its shape {list(shape)}.", _AGAIN)
-        if offsets not in located.get(key, {}):
-            raise UnreadableFile("OD101", f"A chunk of {shown(key)!r} is nowhere.", _AGAIN)
-        chunk = _Chunk(offsets, sizes, *located[key][offsets])
+            raise UnreadableFile("OD101", f"A chunk of {shown(key)!r} lies outside the shape {list(shape)}.", _AGAIN)
+        if offsets not in spans:
+            raise UnreadableFile(
+                "OD101", f"No .distcp file holds this chunk of {shown(key)!r}: {list(offsets)}.", _AGAIN
+            )
+        chunk = _Chunk(offsets, sizes, *spans[offsets])
         if not 0 <= chunk.length - math.prod(sizes) * dtype.itemsize <= _OVERHEAD:
-            raise UnreadableFile("OD101", f"A chunk of {shown(key)!r} has not the size of its record.", _AGAIN)
+            problem = f"A chunk of {shown(key)!r} does not match the size of its record."
+            raise UnreadableFile("OD101", problem, _AGAIN)
         chunks.append(chunk)
     if len({(chunk.file, chunk.start) for chunk in chunks}) != len(chunks):
-        raise UnreadableFile("OD101", f"Two chunks of {shown(key)!r} have one record.", _AGAIN)
+        raise UnreadableFile("OD101", f"Two chunks of {shown(key)!r} share one record.", _AGAIN)
     if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
-        raise UnreadableFile("OD101", f"The chunks of {shown(key)!r} do not make up its shape {list(shape)}.", _AGAIN)
+        raise UnreadableFile("OD101", f"The chunks of {shown(key)!r} do not fill its shape {list(shape)}.", _AGAIN)
     return TensorInfo(TORCH_NAMES.get(dtype, str(dtype)), shape), tuple(chunks)
 
 
-def _whole(sizes: object) -> tuple[int, ...]:
+def _sizes(sizes: object) -> tuple[int, ...]:
+    """Return a shape or offset, checked."""
     if not isinstance(sizes, tuple) or not all(type(size) is int and size >= 0 for size in sizes):
-        raise UnreadableFile(
-            "OD101", f"It has the shape or offset {shown(str(type(sizes).__name__))}, not sizes.", _AGAIN
-        )
+        problem = f"Expected a shape or offset of whole numbers, got {shown(type(sizes).__name__)}."
+        raise UnreadableFile("OD101", problem, _AGAIN)
     return sizes

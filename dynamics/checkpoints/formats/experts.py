@@ -1,11 +1,11 @@
 """Adapters of parameters (``target_parameters``): which of them is which, and one matrix per expert.
 
 PEFT wraps the module that holds the parameters once for each of them, so the file says
-``experts.lora_A`` for one and ``experts.base_layer.lora_A`` for another. The order is that in
-which the module registers its parameters, the last one outermost; it is not in the file. It is
-told here from what must hold: ranks divide the rows into the same number of experts, and of a pair
+``experts.lora_A`` for one and ``experts.base_layer.lora_A`` for another. The order is the one in
+which the module registers its parameters, the last one outermost; it is not in the file. It follows
+from two conditions: ranks divide the rows into the same number of experts, and of a pair
 ``gate_up_proj``, ``down_proj`` the first is between the hidden and twice the intermediate size, the
-second between the intermediate and the hidden size. Where that leaves none or several, the
+second between the intermediate and the hidden size. If no order or several orders fit, the
 parameters are refused, never guessed and never merged.
 
 The matrix of an expert is B A, as everywhere. Whether its rows are the outputs depends on the version
@@ -18,17 +18,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-from dynamics.checkpoints.files import TensorInfo
+from dynamics.checkpoints.files import TensorInfo, Weights
 from dynamics.checkpoints.formats.peft_config import AdapterConfig
-from dynamics.checkpoints.formats.variants import Refusal
-from dynamics.checkpoints.matrices import Product, expert, plain
+from dynamics.checkpoints.matrices import Refusal, StoredMatrix, expert, low_rank
 
 _REMEDY = "Adapt one parameter of the module at a time, or keep the base model's order of parameters."
 
 
 @dataclass(frozen=True)
 class Level:
-    """One wrapper around a module: keys of its factors (``experts.base_layer…`` is one level deeper)."""
+    """One wrapper around a module: the keys of its factors (``experts.base_layer…`` is one level deeper)."""
 
     depth: int
     a: str
@@ -36,7 +35,7 @@ class Level:
 
 
 def targeted(config: AdapterConfig, module: str) -> list[str]:
-    """Names of the parameters of a module that the configuration adapts.
+    """Return the names of the parameters of a module that the configuration adapts.
 
     >>> config = AdapterConfig("LORA", 8, 16.0, target_parameters=("experts.down_proj", "experts.gate_up_proj"))
     >>> targeted(config, "model.layers.0.mlp.experts")
@@ -50,30 +49,30 @@ def targeted(config: AdapterConfig, module: str) -> list[str]:
     return sorted(set(names))
 
 
-def expert_products(
-    module: str, name: str, levels: Sequence[Level], config: AdapterConfig, tensors: Mapping[str, TensorInfo]
-) -> dict[str, Product] | Refusal:
-    """Products of the parameters of one module, by matrix name.
+def expert_matrices(
+    module: str, name: str, levels: Sequence[Level], config: AdapterConfig, file: Weights
+) -> dict[str, StoredMatrix | Refusal]:
+    """Return the matrices of the parameters of one module, by name, or one refusal under the module's name.
 
     Args:
         module: Name of the module inside the model, by which ranks and alphas are looked up.
         name: Name of the module as matrices are named.
         levels: Its wrappers.
         config: The adapter's configuration.
-        tensors: Header of the file.
+        file: The file that holds the factors.
     """
-    candidates = targeted(config, module)
+    tensors, candidates = file.tensors, targeted(config, module)
     for level in levels:
         shape_a, shape_b = tensors[level.a].shape, tensors[level.b].shape
         if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1]:
             reason = f"lora_A {list(shape_a)} and lora_B {list(shape_b)} do not multiply."
-            return Refusal("OD104", reason, "Save the adapter again.")
+            return {name: Refusal("OD104", reason, "Save the adapter again.")}
     if len(candidates) < len(levels):
         reason = (
             f"{len(levels)} of its parameters have factors, but target_parameters names {len(candidates)} "
-            f"({', '.join(candidates) or 'none'}): which is which cannot be told."
+            f"({', '.join(candidates) or 'none'}): which factors belong to which parameter is unknown."
         )
-        return Refusal("OD105", reason, _REMEDY)
+        return {name: Refusal("OD105", reason, _REMEDY)}
     fitting = {
         order: counts
         for order in permutations(candidates, len(levels))
@@ -81,25 +80,25 @@ def expert_products(
     }
     if len(fitting) != 1:
         why = "more than one order fits the shapes" if fitting else "no order fits the shapes and ranks"
-        reason = f"Its parameters {', '.join(candidates)} cannot be told apart: {why}."
-        return Refusal("OD105", reason, _REMEDY)
+        reason = f"Its parameters {', '.join(candidates)} cannot be distinguished: {why}."
+        return {name: Refusal("OD105", reason, _REMEDY)}
     ((order, count),) = fitting.items()
-    products: dict[str, Product] = {}
+    matrices: dict[str, StoredMatrix | Refusal] = {}
     for parameter, level in zip(order, levels, strict=True):
         scale = config.scale_of(f"{module}.{parameter}")
         full = name if parameter == "weight" else f"{name}.{parameter}"
         if count == 1:
-            products[full] = plain(level.a, level.b, tensors, scale)
+            matrices[full] = low_rank(file, level.a, level.b, scale)
         else:
             for index in range(count):
-                products[f"{full}[{index}]"] = expert(level.a, level.b, index, count, tensors, scale)
-    return products
+                matrices[f"{full}[{index}]"] = expert(file, level.a, level.b, index, count, scale)
+    return matrices
 
 
 def _expert_counts(
     module: str, order: Sequence[str], levels: Sequence[Level], config: AdapterConfig, tensors: Mapping[str, TensorInfo]
 ) -> int:
-    """Number of experts if every parameter gives the same one, else 0."""
+    """Return the number of experts if every parameter gives the same number, else 0."""
     counts = set()
     for parameter, level in zip(order, levels, strict=True):
         rows, rank = tensors[level.a].shape[0], config.rank_of(f"{module}.{parameter}")
@@ -108,7 +107,7 @@ def _expert_counts(
 
 
 def _geometry(order: Sequence[str], levels: Sequence[Level], tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether ``gate_up_proj`` and ``down_proj``, if both are there, have shapes that can be theirs.
+    """Return whether the shapes are possible ones for ``gate_up_proj`` and ``down_proj``, if both are there.
 
     Either may be stored as (in, out) or (out, in), so each pair of sizes is taken without order.
     """

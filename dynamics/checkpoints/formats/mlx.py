@@ -1,34 +1,44 @@
-"""``adapter_config.json`` of MLX-LM and MLX-VLM: it shares its name with PEFT's, and says other things."""
+"""Adapters of MLX-LM and MLX-VLM. Their ``adapter_config.json`` shares its name with PEFT's, not its content."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeGuard
 
 from dynamics.checkpoints.errors import UnreadableFile
-from dynamics.checkpoints.formats.variants import Refusal
+from dynamics.checkpoints.formats.lycoris import read_lycoris
+from dynamics.checkpoints.formats.peft_config import AdapterFile
+from dynamics.checkpoints.matrices import FileContent, Refusal, Remark
 from dynamics.checkpoints.names import shown
 
 #: Name of its newest adapter; those before are ``0000100_adapters.safetensors``.
 ADAPTERS = "adapters.safetensors"
 _KEYS = ("lora_parameters", "fine_tune_type", "adapter_path")
+_RANDOM_START = "MLX-VLM may start B at ones. If it did, totals include that start."
 
 
-def is_mlx(content: Mapping[str, Any]) -> bool:
-    """Whether a configuration is MLX-LM's.
+def is_mlx(file: AdapterFile) -> bool:
+    """Return whether a configuration is MLX-LM's: it has no ``peft_type``, and one of MLX-LM's own keys."""
+    return _is_foreign(file.config) and any(key in file.config for key in _KEYS)
 
-    >>> is_mlx({"lora_parameters": {"scale": 20.0}}), is_mlx({"peft_type": "LORA"})
-    (True, False)
+
+def read_mlx(file: AdapterFile) -> FileContent:
+    """Return the matrices of an adapter of MLX-LM.
+
+    Raises:
+        UnreadableFile: ``OD102`` if the scale is missing or no number.
     """
-    return "peft_type" not in content and any(key in content for key in _KEYS)
+    scale = mlx_scale(file.config or {})
+    return FileContent(refusal=scale) if isinstance(scale, Refusal) else read_lycoris(file, scale)
 
 
-def mlx_scale(content: Mapping[str, Any]) -> float | Refusal:
-    """The factor before B A, the same for every module, or why the adapter is not analysed.
+def mlx_scale(config: Mapping[str, Any]) -> float | Refusal:
+    """Return the factor before B A, the same for every module, or why the adapter is not analysed.
 
     Args:
-        content: The configuration.
+        config: The configuration.
 
     Raises:
         UnreadableFile: ``OD102`` if the scale is missing or no number.
@@ -36,41 +46,42 @@ def mlx_scale(content: Mapping[str, Any]) -> float | Refusal:
     >>> mlx_scale({"fine_tune_type": "lora", "lora_parameters": {"rank": 8, "scale": 20.0}})
     20.0
     """
-    kind = content.get("fine_tune_type", "dora" if content.get("use_dora") else "lora")
+    kind = config.get("fine_tune_type", "dora" if config.get("use_dora") else "lora")
     if kind != "lora":
         reason = f"It is of MLX-LM's fine_tune_type {shown(repr(kind))}; only 'lora' is analysed."
         return Refusal("OD105" if kind == "dora" else "OD103", reason, "Analyse a LoRA run.")
-    parameters = content.get("lora_parameters")
+    parameters = config.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
-        problem = f"The scale in its lora_parameters is {shown(repr(scale))}; expected a number."
-        raise UnreadableFile("OD102", problem, "Restore the configuration that MLX-LM wrote.")
-    return float(scale)
+    return finite(scale, "lora_parameters.scale", "MLX-LM")
 
 
-def is_mlx_vlm(content: Mapping[str, Any]) -> bool:
-    """Return whether a configuration is MLX-VLM's.
-
-    >>> is_mlx_vlm({"rank": 4, "alpha": 0.1, "dropout": 0.0}), is_mlx_vlm({"peft_type": "LORA"})
-    (True, False)
-    """
-    return "peft_type" not in content and not is_mlx(content) and {"rank", "alpha"} <= content.keys()
+def is_mlx_vlm(file: AdapterFile) -> bool:
+    """Return whether a configuration is MLX-VLM's: ``rank`` and ``alpha`` without ``peft_type``."""
+    return _is_foreign(file.config) and not is_mlx(file) and {"rank", "alpha"} <= file.config.keys()
 
 
-def mlx_vlm_scale(content: Mapping[str, Any]) -> float:
-    """Return the factor before (A B)ᵀ: MLX-VLM multiplies by alpha itself (``LoRaLayer.__call__``).
+def read_mlx_vlm(file: AdapterFile) -> FileContent:
+    """Return the matrices of an adapter of MLX-VLM, which multiplies (A B)ᵀ by alpha itself (``LoRaLayer.__call__``).
 
     Raises:
-        UnreadableFile: ``OD102`` if it is no number.
-
-    >>> mlx_vlm_scale({"rank": 4, "alpha": 0.1})
-    0.1
+        UnreadableFile: ``OD102`` if alpha is no number.
     """
-    return finite(content.get("alpha"), "alpha", "MLX-VLM")
+    alpha = finite((file.config or {}).get("alpha"), "alpha", "MLX-VLM")
+    content = read_lycoris(file, alpha, is_transposed=True)
+    return replace(content, remarks=(*content.remarks, Remark("OD121", _RANDOM_START)))
+
+
+def _is_foreign(config: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    return config is not None and "peft_type" not in config
 
 
 def finite(value: object, name: str, writer: str) -> float:
     """Return a number of a configuration.
+
+    Args:
+        value: The number.
+        name: Its name in the configuration.
+        writer: The library that wrote the configuration.
 
     Raises:
         UnreadableFile: ``OD102`` if it is no finite number.

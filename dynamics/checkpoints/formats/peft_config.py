@@ -1,31 +1,29 @@
 """``adapter_config.json``: what kind of adapter it is, and the scale that PEFT gives each module.
 
-Regular expressions that come with a run, and that none of them may keep the reader busy.
-
-``re`` tries the ways in which a pattern can match one by one: ``(a+)+$`` has 2ⁿ of them on n characters,
-and cannot be interrupted. PEFT matches ``rank_pattern`` and ``alpha_pattern`` like that, so what they
-mean is what ``re`` says; here the ways are counted before it is asked.
-
-The scale of adapters whose trainers say it in a configuration that is not PEFT's, or by other keys than PEFT's.
+PEFT matches ``rank_pattern`` and ``alpha_pattern`` as regular expressions with ``re``, so they mean what ``re`` says.
+They come from strangers, and ``re`` tries the ways in which a pattern can match one by one: ``(a+)+$`` has 2ⁿ of them
+on n characters, and cannot be interrupted. So the ways are counted before ``re`` is asked, and a pattern with too many
+is refused.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any
+from functools import lru_cache
+from typing import Any, Protocol, runtime_checkable
 
 from dynamics.checkpoints.errors import UnreadableFile
-from dynamics.checkpoints.files import read_json
-from dynamics.checkpoints.formats.mlx import finite, is_mlx, is_mlx_vlm, mlx_scale, mlx_vlm_scale
-from dynamics.checkpoints.formats.variants import Refusal, Remark, judge, moved_start
+from dynamics.checkpoints.files import Weights
+from dynamics.checkpoints.formats.variants import judge, moved_start
+from dynamics.checkpoints.matrices import Refusal, Remark, StoredMatrix
 from dynamics.checkpoints.names import name_fault, shown
+from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.text import first_line
 
+CONFIG = "adapter_config.json"
 #: PEFT's defaults for keys that a configuration leaves out (``LoraConfig``, ``AdaLoraConfig``).
 _DEFAULT_RANK = {"LORA": ("r", 8), "ADALORA": ("init_r", 12)}
 _DEFAULT_ALPHA = 8
@@ -46,7 +44,7 @@ Patterns = tuple[tuple[str, re.Pattern[str], float], ...]
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What of a configuration decides which product is analysed, and its scale.
+    """The part of a configuration that decides which product is analysed, and its scale.
 
     Args:
         peft_type: ``LORA`` or ``ADALORA``; any other kind is a refusal.
@@ -61,7 +59,7 @@ class AdapterConfig:
             layers (``layer_replication``).
         moved_start: Name of the initialisation that moved a part of the base weight into the adapter, or ``""``.
         refusal: Why nothing of this adapter is analysed, if so.
-        remarks: How its products are to be read.
+        remarks: How its matrices must be read.
         settings: What distinguishes one training's configuration from another's.
     """
 
@@ -80,10 +78,10 @@ class AdapterConfig:
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
     def rank_of(self, module: str, stored: int | None = None) -> int:
-        """The rank that PEFT gives a module, by its name inside the model.
+        """Return the rank that PEFT gives a module, by its name inside the model.
 
-        PEFT takes the first pattern that matches, but sorts the patterns when it saves them: where
-        several match, the rank of the stored factors tells which of them was the first in training.
+        PEFT takes the first pattern that matches, but sorts the patterns when it saves them: if
+        several match, the rank of the stored factors shows which of them was the first in training.
 
         Args:
             module: The module's name.
@@ -93,12 +91,12 @@ class AdapterConfig:
         return int(stored if stored in ranks else ranks[0] if ranks else self.rank)
 
     def ambiguous_alphas(self, module: str) -> tuple[float, ...]:
-        """Different alphas that patterns give a module: on disk their order is not that of the training."""
+        """Return the different alphas that patterns give a module, if several; their order in training is unknown."""
         alphas = tuple(dict.fromkeys(_matches(self.alpha_pattern, module)))
         return alphas if len(alphas) > 1 else ()
 
     def source_of(self, name: str) -> str:
-        """The base's name of a matrix, where the adapter repeats layers of the base.
+        """Return the base's name of a matrix: another one if the adapter repeats layers of the base.
 
         >>> AdapterConfig("LORA", 8, 16.0, layers=(0, 1, 1)).source_of("model.layers.2.q_proj")
         'model.layers.1.q_proj'
@@ -109,7 +107,7 @@ class AdapterConfig:
         return f"{name[: match.start('number')]}{self.layers[int(match['number'])]}{name[match.end('number') :]}"
 
     def slow_pattern(self, modules: Sequence[str], budget: Budget) -> Refusal | None:
-        """Refuses a configuration with patterns that could take forever to match.
+        """Refuse a configuration with patterns that could take forever to match.
 
         Args:
             modules: Names of the modules.
@@ -120,20 +118,20 @@ class AdapterConfig:
             for key, _, _ in patterns:
                 if paths(key, length) > MOST_PATHS:
                     ways = f"more than {MOST_PATHS // 10**6} million ways"
-                    reason = f"Its {table} has the key {shown(key)!r}, which may be matched in {ways}."
+                    reason = f"Its {table} has the key {shown(key)!r}, which may match in {ways}."
                     remedy = "Write the key without nested repeats, or as the name of the module."
                     return Refusal("OD102", reason, remedy)
         keys = [key for key, _, _ in (*self.rank_pattern, *self.alpha_pattern)]
         if not budget.allows(keys, modules):
             reason = (
                 f"Its rank_pattern and alpha_pattern have {len(keys)} keys for {len(modules)} modules, which together "
-                f"may be matched in more than {MOST_WORK // 10**6} million ways."
+                f"may match in more than {MOST_WORK // 10**6} million ways."
             )
             return Refusal("OD102", reason, "Write the keys without repeats, as the names of the modules.")
         return None
 
     def scale_of(self, module: str, stored: int | None = None) -> float:
-        r"""The factor before B A: \(\alpha/r\), rsLoRA \(\alpha/\sqrt r\), AdaLoRA \(\alpha/(r_0+10^{-5})\).
+        r"""Return the factor before B A: \(\alpha/r\), rsLoRA \(\alpha/\sqrt r\), AdaLoRA \(\alpha/(r_0+10^{-5})\).
 
         Sources: ``LoraLayer.update_layer`` and ``SVDLinear.get_delta_weight`` of PEFT 0.21;
         rsLoRA: Kalajdzievski 2023.
@@ -151,27 +149,14 @@ class AdapterConfig:
 
 @lru_cache(maxsize=2**16)
 def _matches(patterns: Patterns, module: str) -> tuple[float, ...]:
-    """Values of the patterns that match the end of a name, at a dot, in order (PEFT's ``get_pattern_key``)."""
+    """Return the values of the patterns that match the end of a name, at a dot, in order (``get_pattern_key``)."""
     values = tuple(value for _, pattern, value in patterns if pattern.match(module))
-    # PEFT then looks the whole name up as it is: names with signs that mean something in a pattern.
+    # PEFT then looks up the whole name as text: it may hold signs that mean something in a pattern.
     return values or tuple(value for key, _, value in patterns if key == module)
 
 
-def read_adapter_config(path: Path, *, has_base: bool = False) -> AdapterConfig:
-    """Reads ``adapter_config.json``.
-
-    Args:
-        path: The file.
-        has_base: Whether the base's weights are at hand, which DoRA needs.
-
-    Raises:
-        UnreadableFile: ``OD102`` (missing, not JSON, not what PEFT accepts) or ``OD107``.
-    """
-    return parse_adapter_config(read_json(path, "OD102"), has_base=has_base)
-
-
 def parse_adapter_config(content: Mapping[str, Any], *, has_base: bool = False) -> AdapterConfig:
-    """The configuration from its JSON object.
+    """Return the configuration from its JSON object.
 
     >>> config = parse_adapter_config({"peft_type": "LORA", "r": 8, "lora_alpha": 16})
     >>> config.scale_of("model.layers.0.self_attn.q_proj")
@@ -195,7 +180,7 @@ def parse_adapter_config(content: Mapping[str, Any], *, has_base: bool = False) 
         refusal = refusal or Refusal("OD102", NO_SCALE.format("lora_alpha"), SET_ALPHA)
     missing = [key for key in (rank_key, "lora_alpha") if key not in content]
     if missing:
-        text = f"The configuration lacks {', '.join(missing)}: PEFT takes {rank_key}={rank}, lora_alpha={alpha:g}."
+        text = f"The configuration lacks {', '.join(missing)}: PEFT assumes {rank_key}={rank}, lora_alpha={alpha:g}."
         remarks += (Remark("OD119", text),)
     # AdaLoRA's rank_pattern holds masks of what was pruned, already applied to the stored factors.
     ranks = () if peft_type == "ADALORA" else _patterns(content, "rank_pattern")
@@ -253,11 +238,11 @@ def _names(content: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 
 def _layers(content: Mapping[str, Any]) -> tuple[int, ...]:
-    """The base's layer of each layer: of ``[[0, 3], [1, 4]]`` 0, 1, 2, 1, 2, 3."""
+    """Return the base's layer of each layer: 0, 1, 2, 1, 2, 3 for ``[[0, 3], [1, 4]]``."""
     ranges = content.get("layer_replication") or []
-    is_list = isinstance(ranges, list) and all(isinstance(one, list) and len(one) == 2 for one in ranges)
-    if not is_list or not all(type(end) is int and 0 <= end <= _MOST_LAYERS for one in ranges for end in one):
-        problem = f"Its layer_replication is {shown(repr(ranges))}; expected a list of [start, end] of layers."
+    is_list = isinstance(ranges, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in ranges)
+    if not is_list or not all(type(end) is int and 0 <= end <= _MOST_LAYERS for pair in ranges for end in pair):
+        problem = f"Its layer_replication is {shown(repr(ranges))}; expected a list of layer ranges [start, end]."
         raise UnreadableFile("OD102", problem, _RESAVE)
     if sum(max(0, end - start) for start, end in ranges) > _MOST_LAYERS:
         problem = f"Its layer_replication makes more than {_MOST_LAYERS} layers."
@@ -267,7 +252,7 @@ def _layers(content: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _finite(key: str, value: Any) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    # NaN is in no range; the zero that is allowed is the one that text says.
+    # NaN lies in no range; zero must be 0, not −0.
     if not number or not (_SMALLEST <= abs(value) <= _LARGEST or str(value) in ("0", "0.0")):
         expected = f"0, or a number that float32 holds ({_SMALLEST:g} to {_LARGEST:g} in size)"
         raise UnreadableFile("OD102", f"Its {key} is {shown(repr(value))}; expected {expected}.", _RESAVE)
@@ -297,6 +282,14 @@ def _patterns(content: Mapping[str, Any], name: str) -> Patterns:
     return tuple(patterns)
 
 
+@runtime_checkable
+class BaseMatrices(Protocol):
+    """The weights before training, as far as adapters need them; see :class:`dynamics.checkpoints.base.Base`."""
+
+    def find(self, wanted: Mapping[str, MatrixShape]) -> dict[str, tuple[str, StoredMatrix]]: ...
+    def refused(self, names: Iterable[str]) -> dict[str, str]: ...
+
+
 _TOKEN = re.compile(
     r"""
       \\.                                             # an escaped character, or a class such as \d
@@ -316,7 +309,7 @@ MOST_WORK = 10**8
 
 
 class Budget:
-    """What matching the patterns of one run may cost; the same patterns on the same names cost only once.
+    """A limit on the cost of matching the patterns of one run; the same patterns on the same names cost only once.
 
     >>> budget = Budget()
     >>> budget.allows([".*q"], ["a", "b"]), budget.allows(["(a?){12}"] * 600, ["aaaaaaaaaaaa"] * 50)
@@ -327,7 +320,7 @@ class Budget:
         self._spent: dict[object, float] = {}
 
     def allows(self, patterns: Sequence[str], names: Sequence[str]) -> bool:
-        """Whether the patterns may be matched against the names, with all that was matched before."""
+        """Return whether the patterns may be matched against the names, given all that was matched before."""
         length = max(map(len, names), default=0)
         work = len(names) * sum(paths(pattern, length) for pattern in patterns)
         self._spent[tuple(patterns), tuple(names)] = work
@@ -336,9 +329,9 @@ class Budget:
 
 @lru_cache(maxsize=2**16)  # a run has the same patterns in each checkpoint
 def paths(pattern: str, length: int) -> int | float:
-    """In how many ways at most a pattern can be matched against a text.
+    """Return a bound on the number of ways in which a pattern can match a text.
 
-    Ways of parts one after another multiply, those of alternatives add up, and a part repeated low to high
+    The ways of consecutive parts multiply, those of alternatives add up, and a part repeated low to high
     times has the sum of its powers; no part is repeated more often than the text has characters.
 
     Args:
@@ -391,56 +384,18 @@ def _repeated(ways: int, low: int, high: int) -> int:
     return total
 
 
-#: mistral-finetune's configuration of the whole model, beside ``lora.safetensors``.
-_PARAMS = "params.json"
-_TORCHTUNE = (".lora_a.weight", ".lora_b.weight")
-
-
-#: The factor of every module, or by the module's rank.
-Scale = float | Callable[[int], float | Refusal | None]
-
-
-def trainer_scale(keys: Collection[str], content: Mapping[str, Any] | None, folder: Path) -> Scale | Refusal | None:
-    """Return the factor before B A that a trainer other than PEFT gave all modules; ``None`` if none did.
-
-    MLX-LM: ``scale``. MLX-VLM: ``alpha``. torchtune: ``lora_alpha / r`` (``LoRALinear.forward``). mistral-finetune:
-    ``scaling`` (``LoRALinear.forward`` of its ``model/lora.py``).
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter's weights, and what helps to read them.
 
     Args:
-        keys: Of the weight file.
-        content: ``adapter_config.json``; ``None`` if there is none.
-        folder: Where the weight file is.
-
-    Raises:
-        UnreadableFile: ``OD102`` if the scale is missing or no number.
+        weights: The header of its file.
+        config: The ``adapter_config.json`` beside it; ``None`` if there is none.
+        base: The weights before training, if they were given: DoRA and saved modules need them.
+        budget: What matching the patterns of all configurations of the run may cost.
     """
-    if content is not None and is_mlx(content):
-        return mlx_scale(content)
-    if content is not None and is_mlx_vlm(content):
-        return mlx_vlm_scale(content)
-    if any(key.endswith(_TORCHTUNE) for key in keys):
-        return _torchtune_scale(content)
-    lora = read_json(folder / _PARAMS, "OD102").get("lora") if content is None and (folder / _PARAMS).exists() else None
-    if not isinstance(lora, dict):
-        return None
-    rank, scaling = (finite(lora.get(name), f"lora.{name}", "mistral-finetune") for name in ("rank", "scaling"))
-    return partial(_of_rank, rank, scaling)
 
-
-def _torchtune_scale(content: Mapping[str, Any] | None) -> Scale | Refusal:
-    if content is None:
-        reason = "It is a LoRA file in torchtune's format, and there is no adapter_config.json beside it."
-        return Refusal("OD102", reason, "Copy adapter_config.json from the same training, which says r and lora_alpha.")
-    rank, alpha = (finite(content.get(name), name, "torchtune") for name in ("r", "lora_alpha"))
-    if rank <= 0:
-        raise UnreadableFile(
-            "OD102", f"Its r is {rank:g}; expected a positive number.", "Restore what torchtune wrote."
-        )
-    return partial(_of_rank, rank, alpha / rank)
-
-
-def _of_rank(rank: float, scale: float, stored: int) -> float | Refusal:
-    if stored == rank:
-        return scale
-    reason = f"The configuration gives it rank {rank:g}, its factors have rank {stored}."
-    return Refusal("OD104", reason, "Put the configuration and the weights of one training together.")
+    weights: Weights
+    config: Mapping[str, Any] | None = None
+    base: BaseMatrices | None = None
+    budget: Budget = field(default_factory=Budget)

@@ -1,23 +1,17 @@
-"""The weights of a whole model → its matrices: what is a matrix, what it is called, what is listed beside.
+"""Whole models: which files of a folder hold one, which of its tensors are matrices, and what they are called.
 
-A weight of two dimensions is a matrix as it is stored: (out, in) for ``nn.Linear``, (in, out) for GPT-2's Conv1D,
-(vocabulary, width) for an embedding; singular values do not care. A convolution's kernel is flattened to
-(out, in·kernel), the matrix that acts on unfolded patches (im2col), whose spectrum is not that of the convolution
-operator. A stack of experts is one matrix each, ``…experts.gate_up_proj[e]``. Projections that a model keeps in one
-weight (``qkv_proj``, ``c_attn``) stay one matrix under that name. Which of them are tied is told in ``ties``.
+**Matrices.** A weight of two dimensions is a matrix as it is stored: (out, in) for ``nn.Linear``, (in, out) for GPT-2's
+Conv1D, (vocabulary, width) for an embedding; the orientation does not change singular values. A convolution's kernel is
+flattened to (out, in·kernel), the matrix that acts on unfolded patches (im2col), whose spectrum is not that of the
+convolution operator. Each expert of a stack is one matrix, ``…experts.gate_up_proj[e]``. Projections that a model keeps
+in one weight (``qkv_proj``, ``c_attn``) stay one matrix. Tied weights are found in ``ties``.
 
-Which tensors of a model are quantised weights, and which only belong to them.
-
-Quantised weights come as integers or 8-bit floats beside scales, zero points, codebooks and indices of their own.
-A name alone does not decide: ``scale`` may be a trained parameter. A tensor belongs to a quantised weight if it lies in
+**Quantised weights** come as integers or 8-bit floats beside scales, zero points, codebooks and indices of their own. A
+name alone does not decide: ``scale`` may be a trained parameter. A tensor belongs to a quantised weight if it lies in
 the module of one, or is called like a weight beside it (``q_proj.weight`` and ``q_proj.weight_scale``).
 
-Weights in several files: ``model.safetensors.index.json`` beside ``model-00001-of-00002.safetensors``, ….
-
-The index is a text that anybody can write: it may name nothing but files that lie beside it, and what it says of
-them must be what they hold.
-
-Which files in a folder hold the weights of a whole model, and how they are read.
+**Shards.** ``model.safetensors.index.json`` beside ``model-00001-of-00002.safetensors``, …. Anybody can write an index:
+it may name only files beside it, and what it says of them must be what they hold.
 """
 
 from __future__ import annotations
@@ -39,8 +33,7 @@ from torch import Tensor
 from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.files import Loader, TensorInfo, WeightFile, Weights, read_json, read_text, read_weight_file
 from dynamics.checkpoints.formats.distributed import METADATA, read_distributed
-from dynamics.checkpoints.formats.variants import Refusal
-from dynamics.checkpoints.matrices import FLOATS, Product, weight
+from dynamics.checkpoints.matrices import FLOATS, FileContent, Refusal, StoredMatrix, weight
 from dynamics.checkpoints.names import name_fault, natural_order, shown, without_wrappers
 from dynamics.text import first_line, some
 
@@ -54,51 +47,41 @@ _MOST_EXPERTS = 4096
 _BUFFERS = ("cos_cached", "sin_cached", "attn_mask", "causal_mask", "masked_bias")
 _RENAME = "Save the model again with plain names."
 _PLAIN = "Save the weights in float32, float16 or bfloat16: dequantise them first (model.dequantize())."
+#: What to do about a base whose weights are quantised.
+UNPACKED = (
+    "Pass the 16-bit original of the base: save it dequantised (model.dequantize()), or take the unquantised model."
+)
 
 
-@dataclass(frozen=True)
-class DenseWeights:
-    """What the weights of a whole model hold.
-
-    Args:
-        products: Name of the matrix to how it is read, in the model's order.
-        refused: Name of the matrix to the reason why it is not analysed.
-        beside: Kind of other tensors to their keys.
-    """
-
-    products: Mapping[str, Product] = field(default_factory=dict)
-    refused: Mapping[str, Refusal] = field(default_factory=dict)
-    beside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+def read_dense(weights: Weights) -> FileContent:
+    """Return the matrices of a whole model, what is refused, and the other tensors."""
+    return sort_tensors(weights, dense_names(weights.tensors))
 
 
-def read_dense(weights: Weights) -> DenseWeights:
-    """Sorts the tensors of a whole model into matrices, refusals and the rest."""
-    return sort_tensors({name: (key, weights.tensors[key]) for key, name in dense_names(weights.tensors).items()})
-
-
-def sort_tensors(named: Mapping[str, tuple[str, TensorInfo]]) -> DenseWeights:
-    """Sorts named tensors into matrices, refusals and the rest.
+def sort_tensors(weights: Weights, names: Mapping[str, str]) -> FileContent:
+    """Sort some tensors of a file into matrices, refusals and the rest.
 
     Args:
-        named: Name to key and header.
+        weights: The file.
+        names: Key of each tensor to its name.
     """
-    products: dict[str, Product] = {}
-    refused: dict[str, Refusal] = {}
+    matrices: dict[str, StoredMatrix | Refusal] = {}
     beside: dict[str, list[str]] = defaultdict(list)
-    scales = companions(dict(named.values()))
-    for name in sorted(named, key=natural_order):
-        key, info = named[name]
+    scales = companions({key: weights.tensors[key] for key in names})
+    for key, name in sorted(names.items(), key=lambda item: natural_order(item[1])):
+        info = weights.tensors[key]
         if kind := "scale of a quantised weight" if key in scales else _no_matrix(key, info):
             beside[kind].append(key)
-        elif fault := _fault(name, key, info):
-            refused[shown(packed_name(name) if is_packed(key, info) else name)] = fault
+        elif refusal := _refusal(name, key, info):
+            packed = packed_name(name) if is_packed(key, info) else name
+            matrices[shown(name if isinstance(matrices.get(packed), StoredMatrix) else packed)] = refusal
         else:
-            products |= {f"{name}{suffix}": product for suffix, product in _matrices(key, info)}
-    return DenseWeights(products, refused, {kind: tuple(keys) for kind, keys in beside.items()})
+            matrices |= {f"{name}{suffix}": matrix for suffix, matrix in _matrices(weights.path, key, info)}
+    return FileContent(matrices, {kind: tuple(keys) for kind, keys in beside.items()})
 
 
 def dense_names(keys: Iterable[str]) -> dict[str, str]:
-    """Name of the matrix for each key: without what wraps the whole model, and without ``.weight``.
+    """Return the name of the matrix for each key: without wrappers around the whole model, and without ``.weight``.
 
     Two keys never get one name: where they would, both stay as they are.
 
@@ -109,12 +92,12 @@ def dense_names(keys: Iterable[str]) -> dict[str, str]:
     """
     plain = without_wrappers(keys)
     names = {key: name.removesuffix(".weight") for key, name in plain.items()}
-    taken = Counter(names.values())
-    return {key: name if taken[name] == 1 else key for key, name in names.items()}
+    counts = Counter(names.values())
+    return {key: name if counts[name] == 1 else key for key, name in names.items()}
 
 
 def _no_matrix(key: str, info: TensorInfo) -> str:
-    """What kind of tensor it is if it is no matrix; empty if it is one."""
+    """Return what kind of tensor it is if it is no matrix; ``""`` if it is one."""
     leaf = key.rpartition(".")[2]
     if leaf == "bias" or leaf.endswith("_bias"):
         return "bias" if info.dtype in FLOATS and len(info.shape) < 4 else "buffer"  # GPT-2's mask is called bias
@@ -123,7 +106,7 @@ def _no_matrix(key: str, info: TensorInfo) -> str:
     return "buffer" if leaf in _BUFFERS or not (info.dtype in FLOATS or is_packed(key, info)) else ""
 
 
-def _fault(name: str, key: str, info: TensorInfo) -> Refusal | None:
+def _refusal(name: str, key: str, info: TensorInfo) -> Refusal | None:
     if fault := name_fault(name):
         return Refusal("OD104", fault, _RENAME)
     if info.dtype not in FLOATS:
@@ -138,20 +121,20 @@ def _fault(name: str, key: str, info: TensorInfo) -> Refusal | None:
     return None
 
 
-def _matrices(key: str, info: TensorInfo) -> Iterator[tuple[str, Product]]:
-    """The matrices of one tensor, each with what is added to its name."""
+def _matrices(file: Path, key: str, info: TensorInfo) -> Iterator[tuple[str, StoredMatrix]]:
+    """Yield the matrices of one tensor, each with what is added to its name."""
     first, rest = info.shape[0], info.shape[1:]
     if len(info.shape) != 3 or _is_kernel(key):
-        yield "", weight(key, (first, info.count // first), info.dtype, _flat)
+        yield "", weight(file, key, (first, info.count // first), info.dtype, _flat)
     elif first == 1:
-        yield "", weight(key, (rest[0], rest[1]), info.dtype, partial(_part, 0))
+        yield "", weight(file, key, (rest[0], rest[1]), info.dtype, partial(_part, 0))
     else:
         for index in range(first):
-            yield f"[{index}]", weight(key, (rest[0], rest[1]), info.dtype, partial(_part, index))
+            yield f"[{index}]", weight(file, key, (rest[0], rest[1]), info.dtype, partial(_part, index))
 
 
 def _is_kernel(key: str) -> bool:
-    """Whether a tensor of three dimensions is the kernel of a convolution, not a stack; the file does not say it."""
+    """Return whether a tensor of three dimensions is a convolution's kernel, not a stack; the file does not say."""
     return key.rpartition(".")[2] in _KERNELS and not any(word in key.lower() for word in _EXPERTS)
 
 
@@ -162,6 +145,8 @@ def _flat(tensor: Tensor) -> Tensor:
 def _part(index: int, tensor: Tensor) -> Tensor:
     return tensor[index]
 
+
+# --- quantised weights ------------------------------------------------------------------------------------------------
 
 #: What the weight of a module is called once it is quantised: by bitsandbytes, fp8 and torchao (``weight``), GPTQ and
 #: AWQ, compressed-tensors, quanto, HQQ, AQLM, QuIP#, ExLlamaV2, VPTQ.
@@ -185,7 +170,7 @@ _INDEX = re.compile(r"(.*_)?(index|idx|ids|mask|bias|positions?|perm)")
 
 
 def is_packed(key: str, info: TensorInfo) -> bool:
-    """Whether a tensor is a quantised weight: numbers that are no floats of 16 bits or more.
+    """Return whether a tensor is a quantised weight: numbers that are no floats of 16 bits or more.
 
     >>> is_packed("q_proj.qweight", TensorInfo("I32", (32, 256)))
     True
@@ -199,7 +184,7 @@ def is_packed(key: str, info: TensorInfo) -> bool:
 
 
 def packed_name(key: str) -> str:
-    """Name of the matrix that a quantised weight holds.
+    """Return the name of the matrix that a quantised weight holds.
 
     >>> packed_name("layers.0.q_proj.qweight"), packed_name("mlp.experts.gate_up_proj_blocks")
     ('layers.0.q_proj', 'mlp.experts.gate_up_proj')
@@ -212,7 +197,7 @@ def packed_name(key: str) -> str:
 
 
 def companions(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
-    """Keys of scales, zero points, codebooks and the like: what only serves to unpack another tensor.
+    """Return the keys of tensors that only serve to unpack another one: scales, zero points, codebooks and the like.
 
     >>> shape = TensorInfo("F32", (2, 2))
     >>> sorted(companions({"q.weight": shape, "q.weight_scale_inv": shape, "norm.scale": shape}))
@@ -237,6 +222,8 @@ def _is_companion(key: str, tensors: Mapping[str, TensorInfo], packed: Iterable[
     return any(name in tensors or name in packed for name in (stem, f"{stem}.weight", module, f"{module}.weight"))
 
 
+# --- shards -----------------------------------------------------------------------------------------------------------
+
 _SUFFIXES = (".safetensors", ".bin")
 #: The largest models have some hundred shards.
 _MOST_SHARDS = 10_000
@@ -251,13 +238,14 @@ class ShardedWeights:
         path: The index.
         parts: The shards.
         tensors: Key to dtype and shape, shard by shard.
-        places: Key to the position in ``parts`` of the shard that holds it.
+        shard_of: Key to the position in ``parts`` of the shard that holds it.
+        tied: Key to the first key that has the same tensor in the same memory (``.bin``).
     """
 
     path: Path
     parts: tuple[WeightFile, ...]
     tensors: Mapping[str, TensorInfo]
-    places: Mapping[str, int]
+    shard_of: Mapping[str, int]
     tied: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -272,7 +260,7 @@ class ShardedWeights:
 
     @contextmanager
     def open(self) -> Iterator[Loader]:
-        """Maps each shard when the first of its tensors is asked for.
+        """Map each shard when the first of its tensors is asked for.
 
         Raises:
             UnreadableFile: By the loader, if a shard has gone or changed since its header was read.
@@ -282,11 +270,11 @@ class ShardedWeights:
             opening = Lock()  # matrices are read by several threads
 
             def load(key: str) -> Tensor:
-                place = self.places[key]
+                shard = self.shard_of[key]
                 with opening:
-                    if place not in loaders:
-                        loaders[place] = stack.enter_context(self.parts[place].open())
-                return loaders[place](key)
+                    if shard not in loaders:
+                        loaders[shard] = stack.enter_context(self.parts[shard].open())
+                return loaders[shard](key)
 
             try:
                 yield load
@@ -295,25 +283,25 @@ class ShardedWeights:
 
 
 def read_sharded(index: Path) -> ShardedWeights:
-    """Reads an index and the headers of its shards.
+    """Read an index and the headers of its shards.
 
     Raises:
-        UnreadableFile: If the index is not one, names a file that is not beside it, or does not say what the shards
-            hold; if a shard is missing or unreadable; if two shards hold the same tensor.
+        UnreadableFile: If the index is invalid, names a file that is not beside it, or does not agree with the shards;
+            if a shard is missing or unreadable; if two shards hold the same tensor.
     """
-    listed = _weight_map(index)
-    shards = sorted(set(listed.values()), key=natural_order)
+    shard_names = _weight_map(index)
+    shards = sorted(set(shard_names.values()), key=natural_order)
     if len(shards) > _MOST_SHARDS:
         raise UnreadableFile("OD101", f"It names {len(shards)} shards; expected at most {_MOST_SHARDS}.", _AGAIN)
     missing = [shown(shard) for shard in shards if not (index.parent / shard).exists()]
     if missing:
-        what = "a shard that is" if len(missing) == 1 else f"{len(missing)} shards that are"
+        count = "a shard that is" if len(missing) == 1 else f"{len(missing)} shards that are"
         remedy = "Copy all shards of the checkpoint beside the index."
-        raise UnreadableFile("OD101", f"It names {what} not there: {some(missing)}.", remedy)
+        raise UnreadableFile("OD101", f"It names {count} not there: {some(missing)}.", remedy)
     parts = tuple(_shard(index.parent / shard) for shard in shards)
     tensors = {key: info for part in parts for key, info in part.tensors.items()}
     tied = {key: first for part in parts for key, first in part.tied.items()}
-    return ShardedWeights(index, parts, tensors, _places(listed, shards, parts), tied)
+    return ShardedWeights(index, parts, tensors, _shard_of_each(shard_names, shards, parts), tied)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -321,15 +309,15 @@ def _weight_map(index: Path) -> dict[str, str]:
         content = json.loads(read_text(index, "OD101"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise UnreadableFile("OD101", f"It is not a valid JSON index: {first_line(error)}.", _AGAIN) from error
-    listed = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(listed, dict) or not listed or not all(isinstance(shard, str) for shard in listed.values()):
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
         raise UnreadableFile("OD101", "It has no weight_map of tensors to files.", _AGAIN)
-    for shard in dict.fromkeys(listed.values()):
+    for shard in dict.fromkeys(names.values()):
         # A plain name on every system: neither a separator nor a drive, and nothing that means a folder.
         if not shard.endswith(_SUFFIXES) or any(sign in shard for sign in "/\\:\0") or shard.startswith("."):
             problem = f"It names {shown(shard)!r}, which is not the name of a weight file beside it."
             raise UnreadableFile("OD101", problem, "Nothing outside the checkpoint's folder is read. Check the index.")
-    return listed
+    return names
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -347,20 +335,22 @@ def _shard(path: Path) -> WeightFile:
         raise UnreadableFile(error.code, f"Its shard {shown(path.name)}: {error.problem}", error.remedy) from error
 
 
-def _places(listed: Mapping[str, str], shards: list[str], parts: tuple[WeightFile, ...]) -> dict[str, int]:
-    places: dict[str, int] = {}
-    for place, part in enumerate(parts):
+def _shard_of_each(shard_names: Mapping[str, str], shards: list[str], parts: tuple[WeightFile, ...]) -> dict[str, int]:
+    shard_of: dict[str, int] = {}
+    for position, part in enumerate(parts):
         for key in part.tensors:
-            if key in places:
-                both = f"{shown(shards[places[key]])} and {shown(shards[place])}"
+            if key in shard_of:
+                both = f"{shown(shards[shard_of[key]])} and {shown(shards[position])}"
                 raise UnreadableFile("OD101", f"The tensor {shown(key)!r} is in two shards, {both}.", _AGAIN)
-            places[key] = place
-    for key, shard in listed.items():
-        if key not in places or shards[places[key]] != shard:
+            shard_of[key] = position
+    for key, shard in shard_names.items():
+        if key not in shard_of or shards[shard_of[key]] != shard:
             problem = f"It places the tensor {shown(key)!r} in {shown(shard)}, which does not hold it."
             raise UnreadableFile("OD101", problem, _AGAIN)
-    return places
+    return shard_of
 
+
+# --- files of a folder ------------------------------------------------------------------------------------------------
 
 _NAMES = ("model", "pytorch_model", "diffusion_pytorch_model")
 #: In the order of preference of transformers, then of diffusers; last what accelerate gathers under FSDP.
@@ -376,7 +366,7 @@ _INDEX_FILE = re.compile(r"(?!adapter_model\.).+\.(safetensors|bin)\.index\.json
 
 
 def whole_model(folder: Path, names: Collection[str]) -> str | None:
-    """Name of what holds a whole model in a folder, ``None`` if nothing does.
+    """Return the name of what holds a whole model in a folder, ``None`` if nothing does.
 
     Args:
         folder: The folder.
@@ -405,7 +395,7 @@ def is_distributed(name: str) -> bool:
 
 
 def read_whole_model(path: Path) -> Weights:
-    """Reads the headers of a whole model.
+    """Read the headers of the weights that a file names or holds.
 
     Args:
         path: As :func:`whole_model` named it.
@@ -419,7 +409,7 @@ def read_whole_model(path: Path) -> Weights:
 
 
 def lone_shards(names: Iterable[str]) -> list[str]:
-    """Shards in a folder that has no index for them.
+    """Return the shards in a folder, which has no index for them.
 
     >>> lone_shards(["model-00001-of-00002.safetensors", "config.json"])
     ['model-00001-of-00002.safetensors']
@@ -427,16 +417,23 @@ def lone_shards(names: Iterable[str]) -> list[str]:
     return [name for name in names if _SHARD.fullmatch(name) and name not in WHOLE]
 
 
-def ties_embeddings(folder: Path) -> bool | None:
-    """Whether ``config.json`` says that the output layer is the input embedding; ``None`` if it does not say."""
-    try:
-        content = read_json(folder / "config.json", "OD102")
-    except UnreadableFile:
-        return None  # a configuration is only asked for this; weights can be read without one
-    inner = content.get("text_config")
-    texts = [content, inner] if isinstance(inner, dict) else [content]
-    said = [text["tie_word_embeddings"] for text in texts if isinstance(text.get("tie_word_embeddings"), bool)]
-    return any(said) if said else None
+def ties_embeddings(*folders: Path) -> bool | None:
+    """Return whether the output layer is the input embedding, by the first ``config.json`` that says so or denies it.
+
+    Args:
+        folders: Where it may lie. ``None`` is returned if none says.
+    """
+    for folder in folders:
+        try:
+            content = read_json(folder / "config.json", "OD102")
+        except UnreadableFile:
+            continue  # a configuration is only asked for this; weights can be read without one
+        inner = content.get("text_config")
+        texts = [content, inner] if isinstance(inner, dict) else [content]
+        ties = [text["tie_word_embeddings"] for text in texts if isinstance(text.get("tie_word_embeddings"), bool)]
+        if ties:
+            return any(ties)
+    return None
 
 
 def has_stacked_layers(tensors: Mapping[str, TensorInfo]) -> bool:

@@ -3,17 +3,17 @@
 The weight change that PEFT makes is s B A for LoRA and the variants that only change how it is
 trained or initialised. It is something else for variants that rescale, route, pool or mask (DoRA,
 Arrow, QALoRA, BD-LoRA), and for KaSA, which truncates the base weight when it starts. Initialisations that
-move a part of the base weight into the adapter (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) leave s B A less what
-it was at the start: increments are known, totals with the initial adapter (``initial_adapters``).
-Decided after PEFT 0.21, ``tuners/lora/layer.py`` and ``tuners/lora/variants.py``.
+move a part of the base weight into the adapter (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) leave s B A minus what it
+was at the start: increments are known, totals only with the initial adapter (``initial_adapters``).
+Source: PEFT 0.21, ``tuners/lora/layer.py`` and ``tuners/lora/variants.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from dynamics.checkpoints.matrices import Refusal, Remark
 from dynamics.checkpoints.names import shown
 
 _ANALYSED = ("LORA", "ADALORA")
@@ -31,15 +31,15 @@ _HARMLESS = frozenset(
 
 #: Variants that are switched on by a key of their own: key -> (code, name, why, remedy).
 _SWITCHES = {
-    "use_dora": ("OD105", "DoRA", "its update rescales the base weight, which the run does not hold"),
-    "kasa_config": ("OD105", "KaSA", "it truncates the base weight when it starts, and the run does not hold it"),
+    "use_dora": ("OD105", "DoRA", "its update rescales the base weight, which is not in the run"),
+    "kasa_config": ("OD105", "KaSA", "it truncates the base weight when it starts, and that weight is not in the run"),
     "use_qalora": ("OD103", "QALoRA", "its A acts on pooled inputs, so B A is not the weight's update"),
     "use_bdlora": ("OD103", "BD-LoRA", "its factors are stored as diagonal blocks"),
     "arrow_config": ("OD103", "Arrow", "it routes between adapters token by token"),
     "enable_lora": ("OD103", "merged LoRA (enable_lora)", "its factors are stored interleaved by group"),
 }
 
-#: Of these the ones that are analysed where the base is at hand.
+#: Of these, the variants that are analysed if the base is given.
 _WITH_BASE = ("use_dora",)
 
 #: Initialisations that move a part of the base weight into the adapter: prefix -> name.
@@ -48,29 +48,12 @@ _MOVING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ
 _ZERO_START = ("true", "gaussian", "eva", "orthogonal", "mica")
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why an adapter, or one of its modules, is not analysed."""
-
-    code: str
-    reason: str
-    remedy: str = ""
-
-
-@dataclass(frozen=True)
-class Remark:
-    """How what is analysed is to be read."""
-
-    code: str
-    message: str
-
-
 def judge(content: Mapping[str, Any], *, has_base: bool = False) -> tuple[Refusal | None, tuple[Remark, ...]]:
-    """Whether the adapter of a configuration is analysed, and what its reader must know.
+    """Return why the adapter of a configuration is not analysed, if so, and how its matrices must be read.
 
     Args:
         content: ``adapter_config.json``.
-        has_base: Whether the base's weights are at hand.
+        has_base: Whether the base's weights are available.
 
     >>> judge({"peft_type": "IA3"})[0].reason
     'It is an IA3 adapter; only LoRA and AdaLoRA are products of factors that are analysed.'
@@ -97,11 +80,11 @@ def _switched_on(content: Mapping[str, Any], has_base: bool) -> Refusal | None:
 
 
 def _unknown_variant(content: Mapping[str, Any]) -> Refusal | None:
-    # PEFT switches every variant on by a key of this form; one that is not known here may be anything.
+    # PEFT switches every variant on by a key of this form; an unknown one may mean anything.
     unknown = [key for key in _unknown_keys(content) if key.startswith("use_") or key.endswith("_config")]
     if not unknown:
         return None
-    reason = f"Its configuration switches on {', '.join(unknown)}, which is not known to leave the update B A."
+    reason = f"Its configuration switches on {', '.join(unknown)}: unknown, so the update may be more than B A."
     return Refusal("OD103", reason, "Update the toolkit, or remove the key if it has no effect.")
 
 
@@ -116,7 +99,7 @@ def _start(content: Mapping[str, Any]) -> str:
 
 
 def moved_start(content: Mapping[str, Any]) -> str:
-    """Name of an initialisation that moves a part of the base weight into the adapter; ``""`` if it is none.
+    """Return the name of an initialisation that moves a part of the base weight into the adapter, or ``""``.
 
     >>> moved_start({"peft_type": "LORA", "init_lora_weights": "pissa_niter_16"})
     'PiSSA'
@@ -130,7 +113,7 @@ def _unknown_start(content: Mapping[str, Any]) -> Refusal | None:
     start = _start(content)
     if content["peft_type"] == "ADALORA" or moved_start(content) or start in (*_ZERO_START, "false"):
         return None
-    reason = f"Its init_lora_weights={start!r} is not known: B A may hold a part of the base weight."
+    reason = f"Its init_lora_weights={start!r} is unknown: B A may hold a part of the base weight."
     return Refusal("OD105", reason, "Update the toolkit, or give the initial adapter's kind.")
 
 
@@ -140,19 +123,19 @@ def _remarks(content: Mapping[str, Any], kind: str) -> list[Remark]:
         text = "The adapter started at random (init_lora_weights=false): each total includes that random start."
         remarks.append(Remark("OD121", text))
     if content.get("alora_invocation_tokens"):
-        text = "Activated LoRA: the update acts only on tokens from the invocation sequence on."
+        text = "Activated LoRA: the update acts only on the tokens from the invocation sequence on."
         remarks.append(Remark("OD121", text))
     if content.get("use_dora"):
-        text = "DoRA: the update analysed is that of the whole weight, of full rank, formed with the base."
+        text = "DoRA: the analysed update is the change of the whole weight, of full rank, formed with the base."
         remarks.append(Remark("OD121", text))
     if content.get("monteclora_config"):
-        text = "MonteCLoRA: the product analysed is what PEFT merges, without the sampled perturbations."
+        text = "MonteCLoRA: the analysed product is what PEFT merges, without the sampled perturbations."
         remarks.append(Remark("OD121", text))
     if kind == "ADALORA":
-        text = "AdaLoRA: the product analysed is B diag(E) A, with E as stored."
+        text = "AdaLoRA: the analysed product is B diag(E) A, with E as stored."
         remarks.append(Remark("OD121", text))
     unknown = _unknown_keys(content)
     if unknown:
-        text = f"The configuration has keys that are not PEFT's and were left aside: {', '.join(sorted(unknown))}."
+        text = f"The configuration has keys that PEFT does not know; they are ignored: {', '.join(sorted(unknown))}."
         remarks.append(Remark("OD119", text))
     return remarks

@@ -1,4 +1,4 @@
-"""The weights before training: found under the run's names, or said to be lacking."""
+"""The weights before training: under the names of the run, and what they lack."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_what_the_base_lacks_is_named(tmp_path: Path) -> None:
     trajectory = open_trajectory(write_dense_run(tmp_path / "run"), base=write_model(tmp_path / "base", before))
     missing, resized = [finding for finding in trajectory.findings if finding.code == "OD124"]
     assert (missing.severity, missing.matrix) == ("warning", "lm_head")
-    assert missing.message.startswith("The base has no lm_head. Their updates since the start are missing")
+    assert missing.message.startswith("The base has no lm_head. Only updates between checkpoints are analysed, not")
     assert resized.matrix == "model.embed_tokens"
     assert "model.embed_tokens is (19, 8) in the base and (20, 8) in the run" in resized.message
     assert trajectory.base is not None
@@ -70,7 +70,7 @@ def test_a_dense_weight_is_never_turned(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "own", "found"),
+    ("names", "base_names", "pairs"),
     [
         (["a.q", "a.v"], ["a.q", "a.v"], {"a.q": "a.q", "a.v": "a.v"}),
         (["t.h.0.q", "score"], ["h.0.q", "h.1.q"], {"t.h.0.q": "h.0.q"}),
@@ -80,9 +80,9 @@ def test_a_dense_weight_is_never_turned(tmp_path: Path) -> None:
         ([], [], {}),
     ],
 )
-def test_names_of_base_and_run(names: list[str], own: list[str], found: dict[str, str]) -> None:
-    sizes = dict.fromkeys(own, (4, 3))
-    assert aligned(dict.fromkeys(names, (4, 3)), sizes) == found
+def test_names_of_base_and_run(names: list[str], base_names: list[str], pairs: dict[str, str]) -> None:
+    sizes = dict.fromkeys(base_names, (4, 3))
+    assert aligned(dict.fromkeys(names, (4, 3)), sizes) == pairs
 
 
 # --- adapters ------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dynamics.checkpoints import open_trajectory
-from dynamics.spectra.dataset import raw_spectra
+from dynamics.spectra.trajectory import trajectory_spectra
 from tests.runs import adapter_config, random_factors, write_adapter, write_state
 from tests.whole_models import write_dense_run
 
@@ -30,7 +30,7 @@ def test_checkpoints_before_and_after_an_upgrade_are_one_training(tmp_path: Path
     assert not codes(trajectory, "OD115")
     (note,) = codes(trajectory, "OD136")
     assert (note.step, note.evidence) == (10, {"matrices": [*NEW], "called": [*OLD]})
-    update, _ = raw_spectra(trajectory)
+    update, _ = trajectory_spectra(trajectory)
     for old, new in zip(OLD, NEW, strict=True):
         change = 2.0 * (
             later[new][0].double() @ later[new][1].double() - earlier[old][0].double() @ earlier[old][1].double()
@@ -79,9 +79,9 @@ def write_adapters(run: Path, *, frozen: bool, names: tuple[str, str]) -> Path:
 @pytest.mark.parametrize(
     ("names", "frozen", "reason"),
     [
-        (("policy", "reference"), False, "reference is called like an adapter that is only compared with"),
-        (("policy", "ref_model"), False, "ref_model is called like"),
-        (("actor", "critic"), False, "critic is called like"),
+        (("policy", "reference"), False, "reference is a reference or another model, going by its name"),
+        (("policy", "ref_model"), False, "ref_model is a reference or another model"),
+        (("actor", "critic"), False, "critic is a reference or another model"),
         (("train", "start"), True, "start holds the same weights from step 10 to 20"),
     ],
 )

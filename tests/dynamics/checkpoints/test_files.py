@@ -115,7 +115,7 @@ def test_a_file_that_another_one_replaced_is_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("metadata", [None, "text", ["a"], {"format": 1}, {"format": None}])
 def test_metadata_that_is_no_object_of_texts(metadata: Any, tmp_path: Path) -> None:
     header = {"__metadata__": metadata, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
-    with pytest.raises(UnreadableFile, match=r"Its header's __metadata__ is .*; expected an object of names and texts"):
+    with pytest.raises(UnreadableFile, match=r"Its header's __metadata__ is .*; expected an object with text values"):
         read_weight_file(write_sparse(tmp_path / "x.safetensors", header, 4))
 
 
@@ -136,7 +136,7 @@ def damaged(path: Path) -> Path:
 def test_numbers_that_do_not_fit_their_checksum_are_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(500)}, tmp_path / "x.bin")
     assert read_weight_file(tmp_path / "x.bin").tensors
-    with pytest.raises(UnreadableFile, match="a checksum in it is wrong"):
+    with pytest.raises(UnreadableFile, match="do not match a checksum in it"):
         read_weight_file(damaged(tmp_path / "x.bin"))
 
 

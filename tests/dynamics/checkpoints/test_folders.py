@@ -79,10 +79,10 @@ LAYOUTS: dict[str, tuple[Callable[[int], str], tuple[int, int]]] = {
 }
 
 
-@pytest.mark.parametrize(("place", "steps"), LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_steps_have_many_names(place: Callable[[int], str], steps: tuple[int, int], tmp_path: Path) -> None:
-    write_adapter(tmp_path / place(10), FIRST)
-    write_adapter(tmp_path / place(20), LAST)
+@pytest.mark.parametrize(("folder", "steps"), LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_steps_have_many_names(folder: Callable[[int], str], steps: tuple[int, int], tmp_path: Path) -> None:
+    write_adapter(tmp_path / folder(10), FIRST)
+    write_adapter(tmp_path / folder(20), LAST)
     trajectory = open_trajectory(tmp_path)
     assert trajectory.steps == steps
     assert_updates(trajectory.checkpoints[0], FIRST)
@@ -100,14 +100,14 @@ def test_the_folder_of_the_steps_may_be_passed_itself(tmp_path: Path) -> None:
 def test_where_checkpoints_lie_below_is_said(tmp_path: Path) -> None:
     write_run(tmp_path / "v0-20250101" / "inner", (10, 20))
     (note,) = with_code(open_trajectory(tmp_path).findings, "OD125")
-    assert note.message == "Its checkpoints lie in v0-20250101/inner/, which was read as the run's folder."
+    assert note.message == "The checkpoints are read from v0-20250101/inner/."
 
 
 def test_epochs_are_said_to_be_counted(tmp_path: Path) -> None:
     write_adapter(tmp_path / "epoch_0", FIRST)
     write_adapter(tmp_path / "epoch_1", LAST)
     notes = [finding.message for finding in with_code(open_trajectory(tmp_path).findings, "OD121")]
-    assert notes == ["Steps are the epochs in the names of the folders (epoch_N, N the epoch)."]
+    assert notes == ["Steps are the epochs in the folder names (epoch_N, where N is the epoch)."]
 
 
 @pytest.mark.parametrize("inner", ["", "actor/lora_adapter"])
@@ -120,7 +120,9 @@ def test_one_checkpoint_takes_the_step_of_the_folder_around_it(inner: str, tmp_p
 def test_steps_of_several_trainings_are_refused(names: tuple[str, str], tmp_path: Path) -> None:
     for name in names:
         write_adapter(tmp_path / name, FIRST)
-    with pytest.raises(NotARun, match=r"holds checkpoints of 2 trainings, by their names: .*Put the folders of one"):
+    with pytest.raises(
+        NotARun, match=r"holds checkpoints of 2 trainings, going by their names: .*Put the folders of each"
+    ):
         open_trajectory(tmp_path)
 
 
@@ -147,7 +149,7 @@ def test_names_of_the_trainer_go_first_and_the_rest_is_named(tmp_path: Path) -> 
     (note,) = with_code(trajectory.findings, "OD126")
     assert note.evidence == {"folders": ["checkpoint-20-merged", "epoch_1"]}
     assert note.message == (
-        "The checkpoints of this run are called checkpoint-N; checkpoint-20-merged, epoch_1 are left out."
+        "The checkpoints of this run are named checkpoint-N. Left out: checkpoint-20-merged, epoch_1."
     )
 
 
@@ -188,7 +190,7 @@ def test_a_stray_configuration_makes_no_adapter(style: str, tmp_path: Path) -> N
     trajectory = open_trajectory(run)
     assert (trajectory.steps, trajectory.matrices) == ((10, 20), MATRICES)
     assert worst(trajectory.findings) == "note"
-    assert "the file holds a model, no adapter" in with_code(trajectory.findings, "OD125")[0].message
+    assert "the weights beside it are a model, not an adapter" in with_code(trajectory.findings, "OD125")[0].message
 
 
 @pytest.mark.parametrize("has_state", [False, True])
@@ -204,15 +206,15 @@ def test_a_merged_model_beside_checkpoints_of_adapters(has_state: bool, tmp_path
     assert worst(trajectory.findings) == "note"
     (note,) = with_code(trajectory.findings, "OD110")
     assert note.message == (
-        "A model is saved beside the checkpoints; it is left out: it is a whole model, the checkpoints are adapters."
+        "The model saved beside the checkpoints is left out: it is a whole model, the checkpoints are adapters."
     )
 
 
-@pytest.mark.parametrize("place", ["run", "checkpoint"])
+@pytest.mark.parametrize("config_in", ["run", "checkpoint"])
 @pytest.mark.parametrize(
     "style", ["distributed", "gathered", "sharded", "sharded as a model", "with the adapter's name"]
 )
-def test_weights_that_are_all_of_an_adapter_are_one(style: str, place: str, tmp_path: Path) -> None:
+def test_weights_that_are_all_of_an_adapter_are_one(style: str, config_in: str, tmp_path: Path) -> None:
     for step, factors in ((10, FIRST), (20, LAST)):
         folder = tmp_path / f"checkpoint-{step}"
         write_state(folder, step)
@@ -228,7 +230,7 @@ def test_weights_that_are_all_of_an_adapter_are_one(style: str, place: str, tmp_
             index = write_shards(folder, tensors)
             if style == "sharded":
                 index.rename(folder / "adapter_model.safetensors.index.json")
-        config = tmp_path if place == "run" else folder
+        config = tmp_path if config_in == "run" else folder
         (config / "adapter_config.json").write_text(json.dumps(adapter_config()))
     trajectory = open_trajectory(tmp_path)
     assert trajectory.steps == (10, 20)
@@ -263,7 +265,7 @@ def test_a_whole_state_with_its_adapter_gives_the_adapter(tmp_path: Path) -> Non
     assert worst(trajectory.findings) == "note"
     assert "pytorch_model.bin beside it was read instead" in with_code(trajectory.findings, "OD126")[0].message
     frozen = [note.message for note in with_code(trajectory.findings, "OD121")]
-    assert frozen == ["The file holds the whole model: 8 tensors beside the adapter are taken to be frozen."]
+    assert frozen == ["The file holds the whole model: 8 tensors beside the adapter are assumed to be frozen."]
 
 
 def test_a_damaged_adapter_is_not_replaced_by_a_merged_model(tmp_path: Path) -> None:
@@ -370,8 +372,8 @@ def test_weights_in_the_run_beside_a_folder_of_its_checkpoints_are_named(tmp_pat
     trajectory = open_trajectory(tmp_path)
     assert trajectory.steps == (10, 20)
     assert [finding.message for finding in with_code(trajectory.findings, "OD126")] == [
-        "Further weights beside the checkpoints are left out: final.",
-        "Further weights in the run's folder are left out: adapter_model.safetensors.",
+        "Other weights beside the checkpoints are left out: final.",
+        "Other weights in the run's folder are left out: adapter_model.safetensors.",
     ]
 
 
@@ -381,7 +383,7 @@ def test_weights_beside_the_checkpoints_are_named(name: str, tmp_path: Path) -> 
     write_adapter(tmp_path / "step-20", LAST)
     write_adapter(tmp_path / name, LAST)
     (note,) = with_code(open_trajectory(tmp_path).findings, "OD126")
-    assert note.message == f"Further weights beside the checkpoints are left out: {name}."
+    assert note.message == f"Other weights beside the checkpoints are left out: {name}."
 
 
 def test_torchtitan(tmp_path: Path) -> None:

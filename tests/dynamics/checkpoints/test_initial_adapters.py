@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dynamics.checkpoints import open_trajectory
-from dynamics.spectra.dataset import raw_spectra
+from dynamics.spectra.trajectory import trajectory_spectra
 from tests.runs import NAMES, adapter_config, random_factors, write_adapter, write_state
 
 METHODS = {"pissa_niter_16": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
@@ -35,7 +35,7 @@ def dense(step: int, name: str) -> torch.Tensor:
 
 
 def spectra(run: Path) -> dict[tuple[int, str, str], torch.Tensor]:
-    update, findings = raw_spectra(open_trajectory(run))
+    update, findings = trajectory_spectra(open_trajectory(run))
     assert not findings
     values = update["singular_value"]
     return {
@@ -54,10 +54,10 @@ def assert_spectrum(values: torch.Tensor, matrix: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(("init", "name"), METHODS.items())
 def test_increments_need_no_start(init: str, name: str, tmp_path: Path) -> None:
-    found = spectra(write(tmp_path, init))
+    sigma = spectra(write(tmp_path, init))
     for matrix in NAMES:
-        assert len(found[20, "total", matrix]) == 0
-        assert_spectrum(found[20, "increment", matrix], dense(20, matrix) - dense(10, matrix))
+        assert len(sigma[20, "total", matrix]) == 0
+        assert_spectrum(sigma[20, "increment", matrix], dense(20, matrix) - dense(10, matrix))
     (warning,) = [one for one in open_trajectory(tmp_path).findings if one.code == "OD138"]
     assert f"It was initialised by {name}" in warning.message
     assert "Increments between checkpoints are known, totals since the start are not" in warning.message
@@ -70,19 +70,19 @@ def test_totals_are_counted_from_the_initial_adapter(folder: str, init: Any, tmp
     """LLaMA-Factory keeps it as ``pissa_init/`` and writes ``init_lora_weights: true`` everywhere."""
     write_adapter(write(tmp_path, init) / folder, factors(0), adapter_config())
     write_adapter(tmp_path / "pissa_converted", random_factors(seed=9))
-    found = spectra(tmp_path)
+    sigma = spectra(tmp_path)
     for matrix in NAMES:
-        assert_spectrum(found[20, "total", matrix], dense(20, matrix) - dense(0, matrix))
-        assert_spectrum(found[20, "increment", matrix], dense(20, matrix) - dense(10, matrix))
+        assert_spectrum(sigma[20, "total", matrix], dense(20, matrix) - dense(0, matrix))
+        assert_spectrum(sigma[20, "increment", matrix], dense(20, matrix) - dense(10, matrix))
     (note,) = [one for one in open_trajectory(tmp_path).findings if one.code == "OD121"]
     assert note.message == f"Updates are counted from the initial adapter '{folder}', which was not zero."
 
 
 def test_the_start_itself_is_exactly_zero(tmp_path: Path) -> None:
-    found = spectra(write(tmp_path, "olora", steps=(0, 10)))
+    sigma = spectra(write(tmp_path, "olora", steps=(0, 10)))
     for matrix in NAMES:
-        assert float(found[0, "total", matrix].max()) == 0.0
-        assert_spectrum(found[10, "total", matrix], dense(10, matrix) - dense(0, matrix))
+        assert float(sigma[0, "total", matrix].max()) == 0.0
+        assert_spectrum(sigma[10, "total", matrix], dense(10, matrix) - dense(0, matrix))
 
 
 def test_an_initial_adapter_of_another_model_is_not_taken(tmp_path: Path) -> None:

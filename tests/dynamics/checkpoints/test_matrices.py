@@ -1,4 +1,4 @@
-"""Products that are made of several: sums of adapters, AdaLoRA. Nothing that is stored is rounded on the way."""
+"""Matrices from stored tensors: views, sums of adapters, AdaLoRA. Nothing that is stored is rounded on the way."""
 
 from __future__ import annotations
 
@@ -7,9 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from dynamics.checkpoints import open_trajectory
+from dynamics.checkpoints import MatrixShape, UnreadableMatrix, open_trajectory
+from dynamics.checkpoints.files import read_weight_file
+from dynamics.checkpoints.matrices import (
+    StoredMatrix,
+    TensorRef,
+    low_rank,
+    open_matrices,
+    oriented,
+    rows,
+    since,
+    stacked,
+    total,
+    turned,
+    weight,
+)
 from probes import LowRankMatrix
 from tests.reference import exact_columns_difference
 from tests.runs import adapter_config, write_adapter
@@ -100,3 +115,89 @@ def test_sum_with_adalora(tmp_path: Path) -> None:
     write_adapter(tmp_path / "style", {"q": (torch.ones(7, 1), torch.ones(1, 6))}, adapter_config(rank=1, alpha=3))
     scale = 4 / (2 + 1e-5)
     assert read(tmp_path).scales().tolist() == [scale * 2.0, scale * -4.0, 3.0]
+
+
+# --- stored matrices -------------------------------------------------------------------------------
+
+RUN, BASE = Path("here"), Path("base")
+STORED = {
+    TensorRef(RUN, "w"): torch.arange(12.0).reshape(4, 3),
+    TensorRef(RUN, "b"): torch.ones(4, 2),
+    TensorRef(RUN, "a"): torch.full((2, 3), 2.0),
+    TensorRef(BASE, "w"): -torch.arange(12.0).reshape(4, 3),
+}
+
+
+def dense(file: Path = RUN) -> StoredMatrix:
+    return weight(file, "w", (4, 3), "F32", lambda tensor: tensor)
+
+
+def product(file: Path = RUN, scale: float = 2.0) -> StoredMatrix:
+    sources = {"left": TensorRef(file, "b"), "right": TensorRef(file, "a")}
+    return StoredMatrix(MatrixShape(4, 3, 2, "F32"), sources, lambda left, right: LowRankMatrix(left, right, scale))
+
+
+def test_one_key_of_two_files_is_two_tensors() -> None:
+    assert torch.equal(dense(BASE).load(STORED.__getitem__), -dense(RUN).load(STORED.__getitem__))
+
+
+def test_the_files_that_a_matrix_of_matrices_reads() -> None:
+    matrix = stacked([dense(), turned(turned(dense(BASE)))])
+    assert (matrix.reads(RUN), matrix.reads(BASE), dense().reads(BASE)) == (True, True, False)
+
+
+def test_only_a_weight_as_stored_has_the_key_of_its_tensor() -> None:
+    assert dense().key == "w"
+    assert [turned(dense()).key, rows(dense(), 0, 2).key, stacked([dense()]).key, product().key] == [""] * 4
+
+
+def test_views_of_dense_weights() -> None:
+    stored = STORED[TensorRef(RUN, "w")]
+    for matrix, expected in (
+        (turned(dense()), stored.T),
+        (rows(dense(), 1, 3), stored[1:3]),
+        (stacked([dense(), dense(BASE)]), torch.cat([stored, -stored])),
+    ):
+        assert torch.equal(matrix.load(STORED.__getitem__), expected)
+        assert (matrix.shape.out, matrix.shape.in_) == tuple(expected.shape)
+
+
+def test_the_start_subtracted_from_itself_is_zero() -> None:
+    matrix = since(product(), product())
+    assert (matrix.shape.rank, matrix.shape.holds) == (4, "update")
+    assert not matrix.load(STORED.__getitem__).to_dense().any()
+
+
+def test_a_sum_takes_adapters_of_any_name() -> None:
+    matrix = total({"self": product(scale=1.0), "left": product(scale=3.0)}).load(STORED.__getitem__)
+    assert matrix.to_dense().unique().tolist() == [16.0]
+
+
+@pytest.mark.parametrize(
+    ("size", "is_transposed", "expected"),
+    [((4, 3), False, (4, 3)), ((4, 3), True, (4, 3)), ((3, 4), False, (3, 4)), ((4, 4), False, None)],
+)
+def test_the_orientation_of_the_run(
+    size: tuple[int, int], is_transposed: bool, expected: tuple[int, int] | None
+) -> None:
+    matrix = oriented(dense(), MatrixShape(*size, 2, "F32"), is_transposed)
+    assert (None if matrix is None else (matrix.shape.out, matrix.shape.in_)) == expected
+
+
+def test_a_square_base_weight_is_turned_if_the_base_stores_in_out() -> None:
+    square = weight(RUN, "s", (3, 3), "F32", lambda tensor: tensor)
+    stored = torch.arange(9.0).reshape(3, 3)
+    for is_transposed in (False, True):
+        matrix = oriented(square, MatrixShape(3, 3, 2, "F32"), is_transposed)
+        assert matrix is not None
+        assert torch.equal(matrix.load(lambda tensor: stored), stored.T if is_transposed else stored)
+
+
+def test_a_matrix_whose_file_is_not_opened_is_unreadable(tmp_path: Path) -> None:
+    save_file({"b": torch.ones(4, 2), "a": torch.ones(2, 3)}, tmp_path / "x.safetensors")
+    file = read_weight_file(tmp_path / "x.safetensors")
+    matrix = low_rank(file, "a", "b", 2.0)
+    with open_matrices({"q": matrix}, [file]) as matrices:
+        assert matrices["q"].to_dense().unique().tolist() == [4.0]
+    with open_matrices({"q": matrix, "r": dense()}, [file]) as matrices, pytest.raises(UnreadableMatrix):
+        _ = matrices["r"]

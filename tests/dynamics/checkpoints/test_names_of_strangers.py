@@ -77,7 +77,7 @@ def test_header_that_is_not_unicode(tmp_path: Path) -> None:
 
     assert trajectory.steps == (10,)
     finding = next(finding for finding in trajectory.findings if finding.code == "OD101")
-    assert "the name 'base_model.model.sur\\ud800.lora_A.weight', which is not Unicode" in finding.message
+    assert "a tensor 'base_model.model.sur\\ud800.lora_A.weight', which is not valid Unicode" in finding.message
     assert_can_be_told(finding)
 
 
@@ -120,14 +120,14 @@ RANGE = "expected 0, or a number that float32 holds (1e-37 to 3e+38 in size)."
 
 
 @pytest.mark.parametrize(
-    ("alpha", "said"),
+    ("alpha", "text"),
     [
         ("1e200", "1e+200"), ("-1e39", "-1e+39"), ("1e-200", "1e-200"), ("-0.0", "-0.0"), ("NaN", "nan"),
         ("Infinity", "inf"), ("-Infinity", "-inf"), ("true", "True"), ('"8"', "'8'"), ("null", "None"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("pattern", [False, True])
-def test_alpha_that_no_training_can_have(alpha: str, said: str, pattern: bool, tmp_path: Path) -> None:
+def test_alpha_that_no_training_can_have(alpha: str, text: str, pattern: bool, tmp_path: Path) -> None:
     write_adapter(tmp_path / "checkpoint-10")
     folder = write_adapter(tmp_path / "checkpoint-20", random_factors(seed=1))
     entry = f'"alpha_pattern": {{"q_proj": {alpha}}}, "lora_alpha": 8' if pattern else f'"lora_alpha": {alpha}'
@@ -138,7 +138,7 @@ def test_alpha_that_no_training_can_have(alpha: str, said: str, pattern: bool, t
     assert trajectory.steps == (10,)
     (finding,) = [finding for finding in trajectory.findings if finding.code == "OD102"]
     name = "alpha_pattern['q_proj']" if pattern else "lora_alpha"
-    assert finding.message == f"Its {name} is {said}; {RANGE}"
+    assert finding.message == f"Its {name} is {text}; {RANGE}"
     assert finding.file == "checkpoint-20/adapter_config.json"
 
 

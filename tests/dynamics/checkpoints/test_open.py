@@ -245,46 +245,6 @@ def test_final_adapter_that_cannot_be_read_is_reported(tmp_path: Path, codes: An
     assert codes(trajectory.findings) == ["OD110", "OD101"]
 
 
-# --- several adapters --------------------------------------------------------------------------
-
-
-def several(folder: Path, steps: tuple[int, ...] = (10, 20), **shape: Any) -> Path:
-    for step in steps:
-        write_adapter(folder / f"checkpoint-{step}", random_factors(["q"], seed=step))
-        write_adapter(folder / f"checkpoint-{step}" / "style", random_factors(["q"], seed=step + 1, **shape))
-    return folder
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sum_of_adapters(dtype: torch.dtype, tmp_path: Path) -> None:
-    trajectory = open_trajectory(several(tmp_path, rank=2, dtype=dtype))
-    assert trajectory.matrices == ("q", "q@default", "q@style")
-    assert trajectory.checkpoints[0].shapes["q"].rank == 6
-    with trajectory.checkpoints[0].open() as matrices:
-        expected = matrices["q@default"].to_dense() + matrices["q@style"].to_dense()
-        torch.testing.assert_close(matrices["q"].to_dense(), expected, rtol=1e-14, atol=1e-14)
-    assert "right only where all of them are active" in only(trajectory, "OD121").message
-
-
-def test_sum_of_adapters_of_one_scale_keeps_the_stored_dtype(tmp_path: Path) -> None:
-    trajectory = open_trajectory(several(tmp_path))
-    with trajectory.checkpoints[0].open() as matrices:
-        assert matrices["q"].dtype == torch.float32
-
-
-def test_no_sum_without_all_adapters(tmp_path: Path) -> None:
-    several(tmp_path)
-    (tmp_path / "checkpoint-20" / "style" / "adapter_config.json").write_text("{")
-    trajectory = open_trajectory(tmp_path)
-    assert list(trajectory.checkpoints[1].shapes) == ["q@default"]
-    assert only(trajectory, "OD102").file == "checkpoint-20/style/adapter_config.json"
-
-
-def test_one_named_adapter_needs_no_at(tmp_path: Path) -> None:
-    write_adapter(tmp_path / "checkpoint-10" / "style", random_factors(["q"]))
-    assert open_trajectory(tmp_path).matrices == ("q",)
-
-
 # --- notes about the run -----------------------------------------------------------------------
 
 
@@ -311,10 +271,9 @@ def test_matrix_that_is_not_in_every_checkpoint(tmp_path: Path) -> None:
     assert finding.matrix == NAMES[3]
     assert finding.evidence == {"matrices": [NAMES[3]], "missing_at": [10]}
     assert finding.message == (
-        f"{NAMES[3]}: not in every checkpoint, missing at step 10. An increment is formed only where the previous "
-        "checkpoint of the same training has the matrix too."
+        f"Missing at step 10: {NAMES[3]}. Increments need the matrix in two consecutive checkpoints of one training."
     )
-    assert finding.remedy == "Check that these checkpoints are of one training, with one choice of matrices."
+    assert finding.remedy == "Check that these checkpoints belong to one training with one choice of matrices."
 
 
 def test_rank_that_changes(tmp_path: Path) -> None:

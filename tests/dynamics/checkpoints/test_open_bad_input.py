@@ -75,8 +75,8 @@ def test_folder_without_checkpoints_names_the_runs_inside(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("adapters", "ending"),
     [
-        (("style",), "It holds an adapter in a subfolder of its name: style. Pass that subfolder."),
-        (("legal", "style"), "It holds adapters in subfolders of their names: legal, style. Pass one of them."),
+        (("style",), "An adapter is in its subfolder style. Pass that subfolder."),
+        (("legal", "style"), "Adapters are in its subfolders legal, style. Pass one of them."),
     ],
 )
 def test_folder_with_named_adapters_only(adapters: tuple[str, ...], ending: str, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_everything_refused_carries_the_findings(tmp_path: Path) -> None:
     write_run(tmp_path, (10, 20), adapter_config(use_dora=True))
     error = refused(tmp_path)
     assert [finding.code for finding in error.findings] == ["OD105", "OD105"]
-    assert "2 problems were found; the first: OD105" in str(error)
+    assert "can be analysed: 2 problems; the first: OD105" in str(error)
 
 
 # --- weight files ------------------------------------------------------------------------------
@@ -159,16 +159,16 @@ def _list_header(path: Path) -> None:
 
 DAMAGES = {
     _zero_bytes: "It is empty (zero bytes).",
-    _truncated: "It is truncated or its header lies",
+    _truncated: "It is truncated or its header is wrong",
     _truncated_header: "It is truncated: its header alone needs",
-    _longer: "Its header lies: the tensors take",
-    _text: "It does not begin like a safetensors file.",
-    _lying_shape: "F32 of shape [4, 11], does not take 160 bytes",
+    _longer: "Its header is wrong: the tensors take",
+    _text: "Expected a safetensors file; its first bytes are not those of one.",
+    _lying_shape: "F32 of shape [4, 11], cannot take 160 bytes",
     _lying_offsets: "ends at byte 1000000000000000",
     _overlapping: "tensors overlap or leave gaps",
     _negative: "Its header does not describe",
     _unknown_dtype: "the unknown dtype 'F128'",
-    _huge_header: "It does not begin like a safetensors file.",
+    _huge_header: "Expected a safetensors file; its first bytes are not those of one.",
     _list_header: "Its header is not a JSON object.",
 }
 
@@ -212,7 +212,7 @@ def test_unreadable_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Path, "open", forbidding)  # tests may run as root, whom permissions do not stop
 
     finding = only(open_trajectory(tmp_path), "OD101")
-    assert finding.message == "It may not be read."
+    assert finding.message == "Permission denied."
     assert "chmod" in finding.remedy
 
 
@@ -288,7 +288,7 @@ def test_file_that_changes_after_opening(tmp_path: Path) -> None:
 
     with (
         trajectory.checkpoints[1].open() as matrices,
-        pytest.raises(UnreadableMatrix, match="It is not there any more"),
+        pytest.raises(UnreadableMatrix, match="It was removed after its header was read"),
     ):
         matrices[Q]
 
@@ -309,7 +309,8 @@ def test_file_whose_size_changes_while_it_is_open(binary: bool, change: int, tmp
         with pytest.raises(UnreadableMatrix) as raised:
             matrices[Q]
     assert str(raised.value) == (
-        f"It had {size} bytes when it was opened and has {size + change} now. Analyse the run again when it is saved."
+        f"Its size changed from {size} to {size + change} bytes after it was opened. "
+        "Analyse the run again when it is saved."
     )
 
 
@@ -418,7 +419,7 @@ def test_missing_configuration(tmp_path: Path) -> None:
         ({"init_lora_weights": "corda"}, "OD105", "CorDA"),
         ({"init_lora_weights": "loftq"}, "OD105", "LoftQ"),
         ({"init_lora_weights": "lora_ga"}, "OD105", "LoRA-GA"),
-        ({"init_lora_weights": "novel"}, "OD105", "'novel' is not known"),
+        ({"init_lora_weights": "novel"}, "OD105", "'novel' is unknown"),
     ],
 )
 def test_variants_that_are_no_plain_product(change: dict[str, Any], code: str, message: str, tmp_path: Path) -> None:
@@ -435,9 +436,9 @@ def test_variants_that_are_no_plain_product(change: dict[str, Any], code: str, m
     ("change", "code", "message"),
     [
         ({"init_lora_weights": False}, "OD121", "includes that random start"),
-        ({"alora_invocation_tokens": [1, 2]}, "OD121", "only on tokens from the invocation"),
+        ({"alora_invocation_tokens": [1, 2]}, "OD121", "only on the tokens from the invocation"),
         ({"monteclora_config": {"num_samples": 8}}, "OD121", "without the sampled perturbations"),
-        ({"shiny": 3}, "OD119", "not PEFT's and were left aside: shiny"),
+        ({"shiny": 3}, "OD119", "that PEFT does not know; they are ignored: shiny"),
     ],
 )
 def test_variants_that_are_analysed_with_a_note(
@@ -469,7 +470,7 @@ def test_configuration_without_alpha_takes_pefts_default(tmp_path: Path) -> None
     trajectory = open_trajectory(tmp_path)
     with trajectory.checkpoints[0].open() as matrices:
         assert matrices[Q].scale == 2.0
-    assert "lacks lora_alpha: PEFT takes r=4, lora_alpha=8" in only(trajectory, "OD119").message
+    assert "lacks lora_alpha: PEFT assumes r=4, lora_alpha=8" in only(trajectory, "OD119").message
 
 
 # --- matrices ----------------------------------------------------------------------------------
@@ -489,8 +490,8 @@ def test_rank_unlike_the_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "replacement", "code", "message"),
     [
-        ("lora_B", None, "OD104", "lora_A is there without lora_B"),
-        ("lora_A", None, "OD104", "lora_B is there without lora_A"),
+        ("lora_B", None, "OD104", "It has lora_A, but no lora_B"),
+        ("lora_A", None, "OD104", "It has lora_B, but no lora_A"),
         ("lora_B", torch.zeros(12, 5), "OD104", "lora_A [4, 10] and lora_B [12, 5] do not multiply"),
         ("lora_B", torch.zeros(12), "OD104", "lora_B has shape [12]"),
         ("lora_A", torch.zeros(0, 10), "OD104", "lora_A has shape [0, 10]"),
@@ -692,5 +693,5 @@ def test_regular_expression_that_is_none(tmp_path: Path) -> None:
 
 def test_regular_expression_that_matches_nothing(tmp_path: Path) -> None:
     write_run(tmp_path)
-    with pytest.raises(NotARun, match="matrices='k_proj' is found in none of the 4 matrices"):
+    with pytest.raises(NotARun, match="matrices='k_proj' matches none of 4 matrices"):
         open_trajectory(tmp_path, matrices="k_proj")

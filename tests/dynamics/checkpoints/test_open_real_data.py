@@ -79,7 +79,7 @@ def test_other_formats_are_refused_by_name(shared_data: Path) -> None:
     ],
 )
 def test_folders_of_several_adapters_are_refused_by_name(folder: str, stems: str, shared_data: Path) -> None:
-    with pytest.raises(NotARun, match=f"trainings, by their names: {stems}. Put the files of one training"):
+    with pytest.raises(NotARun, match=f"trainings, going by their names: {stems}. Put the files of each training"):
         open_trajectory(shared_data / folder)
 
 

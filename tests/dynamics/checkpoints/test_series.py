@@ -30,7 +30,7 @@ def test_steps_are_the_numbers_in_the_names(pattern: str, tmp_path: Path) -> Non
         write(tmp_path, pattern.format(step), seed=step)
     trajectory = open_trajectory(tmp_path)
     assert trajectory.steps == (2, 10, 300)
-    assert "Steps are the numbers in the names of the files" in str(trajectory.findings)
+    assert "Steps are the numbers in the file names" in str(trajectory.findings)
     assert trajectory.checkpoints[1].inputs[0]["path"] == f"{pattern.format(10)}.safetensors"
 
 
@@ -74,7 +74,9 @@ def test_a_lone_file_is_step_zero(tmp_path: Path) -> None:
 def test_files_of_several_trainings_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "style-000001")
     write(tmp_path, "person")
-    with pytest.raises(NotARun, match=r"holds adapters of 2 trainings, by their names: person, style\. Put the files"):
+    with pytest.raises(
+        NotARun, match=r"holds adapters of 2 trainings, going by their names: person, style\. Put the files"
+    ):
         open_trajectory(tmp_path)
 
 

@@ -36,14 +36,14 @@ def numbers(*checkpoints: Clues) -> tuple[int, ...]:
     return find_segments(checkpoints).numbers
 
 
-def found(*checkpoints: Clues) -> list[str]:
+def codes_of(*checkpoints: Clues) -> list[str]:
     return [finding.code for finding in find_segments(checkpoints).findings]
 
 
 def test_one_training() -> None:
     run = [clues(step) for step in (10, 20, 30)]
     assert numbers(*run) == (0, 0, 0)
-    assert found(*run) == []
+    assert codes_of(*run) == []
 
 
 def test_interleaved_rerun() -> None:
@@ -68,7 +68,7 @@ def test_rerun_that_overwrote_the_first_checkpoints() -> None:
 def test_extended_training_is_one() -> None:
     run = [clues(10), clues(20, max_steps=400, num_train_epochs=9, train_batch_size=8)]
     assert numbers(*run) == (0, 0)
-    assert found(*run) == []
+    assert codes_of(*run) == []
 
 
 def test_nan_in_both_logs_agrees() -> None:
@@ -96,7 +96,7 @@ def test_equal_learning_rates_alone_decide_nothing() -> None:
 def test_log_that_became_empty_is_reported_and_not_split() -> None:
     run = [clues(10), clues(20, None)]
     assert numbers(*run) == (0, 0)
-    assert found(*run) == ["OD113"]
+    assert codes_of(*run) == ["OD113"]
 
 
 def test_other_max_steps_alone_is_reported_and_not_split() -> None:
@@ -180,9 +180,9 @@ def test_rerun_with_another_configuration_and_no_states(tmp_path: Path) -> None:
     trajectory = open_trajectory(tmp_path)
 
     assert [one.segment for one in trajectory.checkpoints] == [0, 1, 0]
-    found = [finding.code for finding in trajectory.findings]
-    assert "OD112" in found
-    assert "OD116" in found
+    codes = [finding.code for finding in trajectory.findings]
+    assert "OD112" in codes
+    assert "OD116" in codes
 
 
 def test_rank_that_grows_in_every_matrix_is_one_training(tmp_path: Path) -> None:

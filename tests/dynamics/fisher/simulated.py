@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+from dynamics.fisher.samples import StackedGram
+from probes import ProbeGram
 
 
 def power_law(directions: int, exponent: float = 1.0) -> np.ndarray:
@@ -44,6 +49,23 @@ def norms(generator: np.random.Generator, law: str, sets: int, samples: int) -> 
 
 def grams(gradients: np.ndarray) -> np.ndarray:
     return gradients @ gradients.swapaxes(-1, -2)
+
+
+def probe_gram(gram: Any, product: Any = None, norm: Any = None, dimension: Any = None, **more: Any) -> ProbeGram:
+    """K of one block or a mapping of blocks, with b, ‖δ‖ and d (of each block, or the same for all) beside it."""
+    blocks = gram if isinstance(gram, dict) else {"global": gram}
+
+    def by_block(value: Any) -> dict[str, Any]:
+        return {} if value is None else value if isinstance(value, dict) else dict.fromkeys(blocks, value)
+
+    squares = {block: float(value) ** 2 for block, value in by_block(norm).items()}
+    return ProbeGram(blocks, by_block(product), squares, dimension=by_block(dimension), **more)
+
+
+def stacked(gram: np.ndarray, product: np.ndarray, norm: np.ndarray, **more: Any) -> StackedGram:
+    """Blocks of K, b and ‖δ‖, each ``[block, …]``, as the room takes them."""
+    blocks = [{str(number): part for number, part in enumerate(parts)} for parts in (gram, product, norm)]
+    return StackedGram.of(probe_gram(*blocks, **more))
 
 
 def planted(eigenvalues: np.ndarray, samples: int, directions: int, seed: int = 0) -> np.ndarray:

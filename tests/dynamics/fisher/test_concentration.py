@@ -1,16 +1,11 @@
 import numpy as np
 import pytest
 
-from dynamics.fisher import concentration as captured
-from dynamics.fisher.samples import Labels
+from dynamics.fisher.concentration import energy_share, isotropic_null, rayleigh_ratio, relative_rayleigh_ratio
 from dynamics.fisher.spectrum import fisher_eigenvectors
-from tests.dynamics.fisher.simulated import gradients, grams, planted, power_law, within_three_errors
+from tests.dynamics.fisher.simulated import gradients, grams, planted, power_law, stacked, within_three_errors
 
 K = (1, 2, 4, 8)
-
-
-def alone(samples):
-    return Labels(np.arange(samples), np.ones((samples, 1), bool))
 
 
 @pytest.fixture
@@ -23,7 +18,7 @@ def data():
 
 def test_share_is_that_of_the_explicit_projection(data):
     rows, update, product, norm = data
-    found = captured.captured(*fisher_eigenvectors(grams(rows)), product, norm, K)
+    found = energy_share(*fisher_eigenvectors(grams(rows)), product, norm, K)
     for block in range(3):
         directions = np.linalg.svd(rows[block])[2]
         for place, k in enumerate(K):
@@ -33,8 +28,8 @@ def test_share_is_that_of_the_explicit_projection(data):
 
 def test_rayleigh_ratio_is_that_of_the_explicit_fisher(data):
     rows, update, product, norm = data
-    ratio = captured.rayleigh_ratio(grams(rows), product, norm, np.full(3, 14.0), alone(10))
-    relative = captured.relative_rayleigh_ratio(fisher_eigenvectors(grams(rows))[0], product, norm)
+    ratio = rayleigh_ratio(stacked(grams(rows), product, norm, dimension=14))
+    relative = relative_rayleigh_ratio(fisher_eigenvectors(grams(rows))[0], product, norm)
     explicit = np.zeros(3)
     for block in range(3):
         fisher = rows[block].T @ rows[block] / 10
@@ -53,7 +48,7 @@ def test_rayleigh_interval_coverage():
     truth = (spectrum @ update**2 / 30) / spectrum.mean()
     rows = gradients(np.random.default_rng(1), 1000, 32, spectrum)
     gram, norm = grams(rows), np.full(1000, 30**0.5)
-    found = captured.rayleigh_ratio(gram, rows @ update, norm, np.full(1000, 30.0), alone(32))
+    found = rayleigh_ratio(stacked(gram, rows @ update, norm, dimension=30))
     assert 0.90 <= ((found.low <= truth) & (truth <= found.high)).mean() <= 0.98
     assert within_three_errors(np.log(found.estimate), np.log(truth))
 
@@ -61,27 +56,27 @@ def test_rayleigh_interval_coverage():
 def test_directions_beyond_the_rank_add_nothing():
     data = planted(np.array([2.0, 1.0]), 6, 8)
     update = np.ones(8)
-    found = captured.captured(*fisher_eigenvectors(grams(data)[None]), (data @ update)[None], np.array([8**0.5]), K)
+    found = energy_share(*fisher_eigenvectors(grams(data)[None]), (data @ update)[None], np.array([8**0.5]), K)
     assert found[0, 1] == pytest.approx(found[0, 2], rel=1e-12)
     assert np.isnan(found[0, 3])  # eight directions of six samples
 
 
 def test_zero_update_and_zero_gradients_are_missing():
     values, vectors = fisher_eigenvectors(np.stack([np.eye(3), np.zeros((3, 3))]))
-    assert np.isnan(captured.captured(values, vectors, np.zeros((2, 3)), np.array([0.0, 1.0]), [1])).all()
+    assert np.isnan(energy_share(values, vectors, np.zeros((2, 3)), np.array([0.0, 1.0]), [1])).all()
 
 
 def test_isotropic_null_is_that_of_random_directions():
     update = np.random.default_rng(2).standard_normal((20000, 30))
     share = (update[:, :4] ** 2).sum(1) / (update**2).sum(1)
-    mean, low, high = captured.isotropic_null(np.array([30.0]), [4])
+    mean, low, high = isotropic_null(np.array([30.0]), [4])
     assert mean[0, 0] == 4 / 30
     assert share.mean() == pytest.approx(mean[0, 0], rel=0.01)
     assert np.quantile(share, [0.025, 0.975]) == pytest.approx([low[0, 0], high[0, 0]], rel=0.04)
 
 
 def test_isotropic_null_of_a_small_or_unknown_space():
-    mean, low, high = captured.isotropic_null(np.array([2.0, np.nan]), [1, 2, 8])
+    mean, low, high = isotropic_null(np.array([2.0, np.nan]), [1, 2, 8])
     assert mean[0].tolist() == [0.5, 1.0, 1.0]
     assert low[0, 1:].tolist() == high[0, 1:].tolist() == [1.0, 1.0]
     assert np.isnan([mean[1], low[1], high[1]]).all()

@@ -4,17 +4,21 @@ import numpy as np
 import pytest
 
 from dynamics.fisher import fisher_measures
-from dynamics.fisher.samples import per_sample_gram
-from tests.dynamics.fisher.simulated import gradients, grams, power_law
+from dynamics.fisher.spectrum import per_sample_gram
+from tests.dynamics.fisher.simulated import gradients, grams, power_law, probe_gram
 from tests.dynamics.fisher.test_spectrum_closed_forms import linear_regression
 
 SPECTRUM = power_law(600)
 
 
-def measured(rows, groups=None):
+def measured(rows, groups=()):
     """Over data sets as blocks, all samples together."""
-    blocks = {str(place): gram for place, gram in enumerate(grams(rows))}
-    return fisher_measures(blocks, groups=groups).sel(task="all")
+    return of_grams(grams(rows), groups)
+
+
+def of_grams(sets, groups=()):
+    blocks = {str(number): gram for number, gram in enumerate(sets)}
+    return fisher_measures(probe_gram(blocks, groups=groups)).sel(task="all")
 
 
 def test_several_entries_of_one_image_lower_the_entropy():
@@ -55,7 +59,7 @@ def test_means_of_micro_batches_look_like_concentration():
     single = measured(gradients(rng, 5, 32, SPECTRUM, mean))
     means = np.stack([gradients(rng, 5, size, SPECTRUM, mean).mean(1) for size in sizes], axis=1)
     naive, corrected = measured(means), per_sample_gram(grams(means), sizes)
-    ours = fisher_measures({str(place): gram for place, gram in enumerate(corrected)}).sel(task="all")
+    ours = of_grams(corrected)
     reference = single["dominant_ratio"].mean().item()
     assert naive["dominant_ratio"].mean().item() > reference + 0.2
     assert ours["dominant_ratio"].mean().item() == pytest.approx(reference, abs=0.03)

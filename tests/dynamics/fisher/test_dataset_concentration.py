@@ -1,12 +1,11 @@
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from dynamics.fisher import concentration
-from dynamics.fisher.variables import CONCENTRATION
-from tests.dynamics.fisher.simulated import gradients, grams, power_law
+from dynamics.schema import CONCENTRATION
+from tests.dynamics.fisher.simulated import gradients, grams, power_law, probe_gram
 
 SPECTRUM = power_law(60)
 ROWS = gradients(np.random.default_rng(0), 1, 48, SPECTRUM)[0]
@@ -14,14 +13,14 @@ ROWS = gradients(np.random.default_rng(0), 1, 48, SPECTRUM)[0]
 
 def of_update(update, **more):
     given = {"batch_size": 16, "dimension": 60} | more
-    return concentration(grams(ROWS), ROWS @ update, np.linalg.norm(update), **given).isel(block=0)
+    return concentration(probe_gram(grams(ROWS), ROWS @ update, np.linalg.norm(update), **given)).isel(block=0)
 
 
 def test_every_variable_says_what_it_is():
     found = of_update(np.ones(60))
-    assert set(found) == set(CONCENTRATION)
+    assert set(found) == set(CONCENTRATION) - {"share_outside_space"}
     for name, variable in found.items():
-        assert variable.dims == tuple(dim for dim in CONCENTRATION[name].dims if dim != "block")
+        assert variable.dims == tuple(dim for dim in CONCENTRATION[name].dims if dim not in ("step", "block"))
         assert {"units", "long_name", "definition"} <= set(variable.attrs), name
 
 
@@ -41,29 +40,17 @@ def test_both_gains_must_be_proven():
     mean = np.zeros(60)
     mean[-1] = 1.0
     rows = gradients(np.random.default_rng(2), 1, 64, SPECTRUM / 4, mean)[0]
-    found = concentration(grams(rows), rows @ mean, 1.0, batch_size=1, k=[1, 2, 4]).isel(block=0)
+    found = concentration(probe_gram(grams(rows), rows @ mean, 1.0, batch_size=1), k=[1, 2, 4]).isel(block=0)
     assert (found["gain_low"] > 1).any()
     assert not (found["gain_low_centred"] > 1).any()
     assert not found["concentrated"].any()
 
 
 def test_without_a_batch_size_nothing_is_called_concentrated():
-    found = of_update((np.arange(60) < 2).astype(float), batch_size=None)
+    found = of_update((np.arange(60) < 2).astype(float), batch_size=0)
     assert np.isnan(found["gain"]).all()
     assert np.isnan(found["null_batch"])
     assert not found["concentrated"].any()
-
-
-def test_update_may_come_with_the_gram():
-    update = np.ones(60)
-    given = SimpleNamespace(
-        gram={"w": grams(ROWS)},
-        update_product={"w": ROWS @ update},
-        update_norm_squared={"w": 60.0},
-        dimension={"w": 60},
-    )
-    found = concentration(given, batch_size=16).isel(block=0)
-    assert found.drop_vars("block").equals(of_update(update).drop_vars("block"))
 
 
 def test_a_zero_update_is_missing():
@@ -76,22 +63,28 @@ def test_a_zero_update_is_missing():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"update_norm": None}, "Expected update_norm = ‖δ‖ of each block, got none"),
-        ({"update_norm": 0.01}, "Expected b = Gδ and ‖δ‖ of one update, got a share of"),
-        ({"update_product": None}, "Expected an update product b = Gδ for each of the 1 blocks, got none at all."),
         (
-            {"update_product": np.ones(3)},
-            "Expected an update product b = Gδ of block 'global' with shape (48,), got (3,).",
+            {"norm": None},
+            "Expected a Gram with update_product = Gδ and update_norm_squared = ‖δ‖² of an update, got none.",
         ),
-        ({"k": []}, "Expected numbers of leading directions of at least 1, got []."),
-        ({"k": [0, 1]}, "Expected numbers of leading directions of at least 1, got [0, 1]."),
+        ({"product": None}, "Expected a Gram with update_product = Gδ and update_norm_squared = ‖δ‖² of an update"),
+        ({"norm": 0.01}, "Expected b = Gδ and ‖δ‖² of one update, got a share of"),
+        ({"product": np.ones(3)}, "Expected an update product b = Gδ of block 'global' with shape (48,), got (3,)."),
         ({"groups": ["a"]}, "Expected one group for each of 48 samples, got labels of shape (1,)."),
+        ({"projection": 5}, "Expected K of whole gradients, got that of gradients projected to 5 numbers"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
-    given = {"update_product": ROWS @ np.ones(60), "update_norm": 60**0.5} | change
+    values = {"product": ROWS @ np.ones(60), "norm": 60**0.5} | change
     with pytest.raises(ValueError, match=re.escape(message)):
-        concentration(grams(ROWS), **given)
+        concentration(probe_gram(grams(ROWS), **values))
+
+
+@pytest.mark.parametrize("k", [[], [0, 1]])
+def test_numbers_of_directions_are_at_least_one(k):
+    message = f"Expected numbers of leading directions of at least 1, got {k}."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        concentration(probe_gram(grams(ROWS), ROWS @ np.ones(60), 60**0.5), k=k)
 
 
 def test_nothing_is_called_concentrated_against_a_null_of_too_many_samples():
@@ -99,6 +92,9 @@ def test_nothing_is_called_concentrated_against_a_null_of_too_many_samples():
     rng = np.random.default_rng(3)
     rows = rng.standard_normal((32, 60)) / np.arange(1, 61)
     update = np.eye(60)[0]
-    flags = {size: concentration(rows @ rows.T, rows @ update, 1.0, batch_size=size, k=[2]) for size in (16, 128, 129)}
+    flags = {
+        size: concentration(probe_gram(rows @ rows.T, rows @ update, 1.0, batch_size=size), k=[2])
+        for size in (16, 128, 129)
+    }
     assert [bool(found["concentrated"].item()) for found in flags.values()] == [True, True, False]
     assert all(found["gain_low"].item() > 1 and found["null_batch_limit"] == 128 for found in flags.values())

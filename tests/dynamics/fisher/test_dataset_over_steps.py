@@ -2,9 +2,12 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from dynamics.fisher import concentration, fisher_measures, measured, task_structure
+from dynamics.fisher import concentration, fisher_measures, measure_fisher, task_structure
 from dynamics.fisher.concentration import effective_batches
+from dynamics.fisher.dataset import gram_of
+from dynamics.schema import FISHER_RECORD
 from tests.dynamics.fisher.records import BLOCKS, record
+from tests.dynamics.fisher.simulated import probe_gram
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +17,7 @@ def raw():
 
 @pytest.fixture(scope="module")
 def groups(raw):
-    return measured(raw)
+    return measure_fisher(raw)
 
 
 def at(raw, step):
@@ -28,10 +31,12 @@ def test_each_step_is_what_the_functions_say_of_it(raw, groups):
     dimension = dict(zip(BLOCKS, here["dimension"].values, strict=True))
     products = {name: here["update_product"].sel(block=name).values for name in BLOCKS}
     norms = {name: here["update_norm_squared"].sel(block=name).item() ** 0.5 for name in BLOCKS}
+    labels = {"tasks": tasks, "groups": images, "space": "tangent", "batch_size": 80}
+    gram = probe_gram(grams, products, norms, dimension, **labels)
     alone = {
-        "fisher": fisher_measures(grams, tasks, images, dimension=dimension),
-        "concentration": concentration(grams, products, norms, groups=images, batch_size=80, dimension=dimension),
-        "tasks": task_structure(grams, tasks, images, space="tangent"),
+        "fisher": fisher_measures(gram),
+        "concentration": concentration(gram),
+        "tasks": task_structure(gram),
     }
     for name, expected in alone.items():
         own = groups[name].sel(step=20)[list(expected)]
@@ -42,7 +47,7 @@ def test_step_comes_first_and_what_was_recorded_is_kept(raw, groups):
     assert groups["fisher"]["spectral_entropy"].dims == ("step", "block", "task")
     assert groups["concentration"]["gain"].dims == ("step", "block", "k")
     assert groups["tasks"]["cosine"].dims == ("step", "block", "task", "task_")
-    assert groups["fisher"]["gram"].identical(raw["gram"].assign_coords(groups["fisher"]["gram"].coords))
+    assert groups["fisher"]["gram"].equals(raw["gram"].assign_coords(groups["fisher"]["gram"].coords))
     assert groups["concentration"]["share_outside_space"].sel(step=10).values == pytest.approx(0.02)
     for group in groups.values():
         assert group["step"].values.tolist() == [0, 10, 20]
@@ -56,7 +61,7 @@ def test_null_batch_is_that_of_all_steps_of_the_increment(groups):
 
 def test_null_batch_has_momentum_in_it(raw):
     with_momentum = raw.assign(momentum=("step", [0.9, 0.9, np.nan]))
-    found = measured(with_momentum)
+    found = measure_fisher(with_momentum)
     expected = [round(8 * effective_batches(10, 0, 0.9)), 80]  # what is not known counts as none
     assert found["concentration"]["null_batch"].sel(step=[10, 20]).values.tolist() == expected
     assert found["fisher"]["momentum"].identical(
@@ -75,7 +80,7 @@ def test_a_sample_that_is_missing_at_a_step_is_left_out_there(raw):
     lacking = raw.copy(deep=True)
     lacking["gram"][1, :, 5, :] = np.nan
     lacking["gram"][1, :, :, 5] = np.nan
-    found, whole = measured(lacking)["fisher"], measured(raw)["fisher"]
+    found, whole = measure_fisher(lacking)["fisher"], measure_fisher(raw)["fisher"]
     assert found["samples"].sel(task="all").values.tolist() == [24, 23, 24]
     assert np.isfinite(found["spectral_entropy"]).all()
     assert found["spectral_entropy"].sel(step=20).equals(whole["spectral_entropy"].sel(step=20))
@@ -85,15 +90,34 @@ def test_a_block_or_step_that_is_broken_is_missing_there_alone(raw):
     broken = raw.copy(deep=True)
     broken["gram"][1, 0, 3, 4] = np.nan
     broken["gram"][2] = np.nan
-    found = measured(broken)["fisher"]["spectral_entropy"].sel(task="all")
+    found = measure_fisher(broken)["fisher"]["spectral_entropy"].sel(task="all")
     assert np.isnan(found.values).tolist() == [[False] * 3, [True, False, False], [True] * 3]
 
 
 def test_transfer_in_factor_space():
-    found = measured(record(space="factor"))["tasks"]["transfer"]
+    found = measure_fisher(record(space="factor"))["tasks"]["transfer"]
     assert np.isfinite(found.sel(task="caption", task_="vqa")).all()
 
 
 def test_no_step_is_refused(raw):
     with pytest.raises(ValueError, match=r"Expected at least one record of the Fisher, got none."):
-        measured(raw.isel(step=[]))
+        measure_fisher(raw.isel(step=[]))
+
+
+def test_a_record_is_read_back_into_one_value(raw):
+    lacking = raw.copy(deep=True)
+    lacking["gram"][2, :, 5, :] = np.nan
+    lacking["gram"][2, :, :, 5] = np.nan
+    gram = gram_of(lacking.isel(step=2))
+    kept = np.delete(np.arange(24), 5)
+    assert (gram.blocks, gram.left_out, gram.space, gram.batch_size) == (BLOCKS, (5,), "tangent", 80)
+    for name in FISHER_RECORD.keys() - {"gram", "update_product", "loss"}:
+        assert list(getattr(gram, name).values()) == raw[name].isel(step=2).values.tolist(), name
+    for block in BLOCKS:
+        here = raw.isel(step=2).sel(block=block)
+        assert (gram.gram[block] == here["gram"].values[np.ix_(kept, kept)]).all()
+        assert (gram.update_product[block] == here["update_product"].values[kept]).all()
+    assert (gram.losses == raw["loss"].values[2, kept]).all()
+    assert list(gram.sample_ids) == raw["sample_id"].values[kept].tolist()
+    assert list(gram.groups) == raw["sample_group"].values[kept].tolist()
+    assert list(gram.tasks) == raw["sample_task"].values[kept].tolist()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dynamics.fisher import task_structure
-from dynamics.fisher.variables import TASKS
-from tests.dynamics.fisher.simulated import gradients, grams
+from dynamics.schema import TASKS
+from tests.dynamics.fisher.simulated import gradients, grams, probe_gram
 
 MEANS = np.zeros((3, 12))
 MEANS[0, 0] = MEANS[1, 0] = 1.0
@@ -21,15 +21,19 @@ def gram():
 TASK = np.repeat(["x", "y", "z"], 12)
 
 
+def of_tasks(gram, tasks=TASK, **more):
+    return task_structure(probe_gram(gram, tasks=tasks, **more))
+
+
 @pytest.fixture(scope="module")
 def found(gram):
-    return task_structure({"w": gram, "global": 2 * gram}, TASK, losses=np.full(36, 2.0), space="factor")
+    return of_tasks({"w": gram, "global": 2 * gram}, losses=np.full(36, 2.0), space="factor")
 
 
 def test_every_variable_says_what_it_is(found):
     assert set(found) == set(TASKS)
     for name, variable in found.items():
-        assert variable.dims == TASKS[name].dims
+        assert ("step", *variable.dims) == TASKS[name].dims
         assert {"units", "long_name", "definition"} <= set(variable.attrs), name
 
 
@@ -42,7 +46,7 @@ def test_friends_and_foes(found):
 
 
 def test_all_is_how_a_task_stands_to_the_pooled_gradient(gram):
-    friends = task_structure(gram[:24, :24], TASK[:24]).isel(block=0)
+    friends = of_tasks(gram[:24, :24], TASK[:24]).isel(block=0)
     assert friends["task"].values.tolist() == friends["task_"].values.tolist() == ["all", "x", "y"]
     assert friends["cosine"].sel(task="all", task_="y") > 0.9
     assert np.isfinite(friends["noise_scale"].sel(task="all"))
@@ -58,7 +62,7 @@ def test_transfer_divides_by_the_other_tasks_loss_and_needs_factor_space(gram, f
     transfer = found["transfer"].sel(block="w", task="x", task_="z").item()
     assert transfer == pytest.approx(gram[:12, 24:].mean() / 2, rel=0.02)
     for given in ({"space": "tangent", "losses": np.ones(36)}, {"space": "factor"}):
-        assert np.isnan(task_structure(gram, TASK, **given)["transfer"]).all()
+        assert np.isnan(of_tasks(gram, **given)["transfer"]).all()
 
 
 def test_only_named_blocks_are_permuted(found):
@@ -68,21 +72,21 @@ def test_only_named_blocks_are_permuted(found):
 
 
 def test_one_task_has_nothing_to_share(gram):
-    found = task_structure(gram, ["x"] * 36).isel(block=0)
+    found = of_tasks(gram, ["x"] * 36).isel(block=0)
     assert found["divergence"].item() == found["divergence_largest"].item() == 0
     for name in ("divergence_p_value", "sharing", "conflict_rate"):
         assert np.isnan(found[name]), name
 
 
 def test_as_many_tasks_as_samples_leave_nothing_resolved():
-    found = task_structure(np.eye(3), ["x", "y", "z"]).isel(block=0)
+    found = of_tasks(np.eye(3), ["x", "y", "z"]).isel(block=0)
     assert found["unresolved"].sel(task=["x", "y"]).all()
     assert np.isnan(found["cosine"].sel(task="x")).all()
     assert found["divergence"].item() == pytest.approx(np.log(3))
 
 
 def test_zero_and_broken_blocks_are_missing():
-    found = task_structure({"zero": np.zeros((4, 4)), "broken": np.full((4, 4), np.nan)}, ["x", "x", "y", "y"])
+    found = of_tasks({"zero": np.zeros((4, 4)), "broken": np.full((4, 4), np.nan)}, ["x", "x", "y", "y"])
     for name in ("cosine", "overlap", "noise_scale", "divergence", "purity_gap", "sharing"):
         assert np.isnan(found[name]).all(), name
     assert found["unresolved"].all()
@@ -90,4 +94,9 @@ def test_zero_and_broken_blocks_are_missing():
 
 def test_losses_that_do_not_fit_are_refused(gram):
     with pytest.raises(ValueError, match=re.escape("Expected one loss for each of 36 samples, got shape (2,).")):
-        task_structure(gram, TASK, losses=[1.0, 2.0], space="factor")
+        of_tasks(gram, losses=np.ones(2), space="factor")
+
+
+def test_tasks_are_needed():
+    with pytest.raises(ValueError, match=re.escape("Expected a Gram with the task of each sample, got none.")):
+        task_structure(probe_gram(np.eye(3)))

@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 
-from dynamics.fisher import measured
-from dynamics.fisher.findings import notes
+from dynamics.fisher import measure_fisher
+from dynamics.fisher.findings import findings_of
 from tests.dynamics.fisher.records import record
 
 
 def codes(raw):
-    return {finding.code: finding for finding in notes(measured(raw))}
+    return {finding.code: finding for finding in findings_of(measure_fisher(raw))}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_not_finite():
 def test_outside_the_space():
     raw = record()
     raw["share_outside_space"][2, 1] = 0.4
-    assert codes(raw)["OD403"].message.startswith("Up to 40% of the squared norm of the update")
+    assert codes(raw)["OD403"].message.startswith("Up to 40.0 % of the update of 'layers.1' cannot be reached")
 
 
 def test_unresolved_cosines():
@@ -47,7 +47,7 @@ def test_unresolved_cosines():
 
 def test_no_null_without_a_batch_size():
     finding = codes(record(batch_size=0))["OD406"]
-    assert "the batch size of the training is not known" in finding.message
+    assert "the batch size of the training is unknown" in finding.message
 
 
 def test_concentrated_only_where_most_cases_are():
@@ -83,7 +83,9 @@ def test_few_samples_that_carry_the_fisher():
     scale[30] = 30.0
     raw["gram"].values[1] *= scale[:, None] * scale
     finding = codes(raw)["OD412"]
-    assert finding.message.startswith("Few samples carry the Fisher of 'all', 'vqa'. Of 'all' at step 10 the 24 groups")
+    assert finding.message.startswith(
+        "Few samples dominate the Fisher of 'all', 'vqa'. For 'all' at step 10 the 24 groups"
+    )
     assert finding.evidence["tasks"] == ["all", "vqa"]
     assert finding.evidence["effective_groups"] < 2
 

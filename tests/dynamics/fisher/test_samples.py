@@ -1,71 +1,95 @@
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from dynamics.fisher import samples as grams
+from dynamics.fisher.samples import StackedGram, codes_of
+from probes import ProbeGram
+from tests.dynamics.fisher.simulated import probe_gram
 
 
-def test_arrays_tensors_mappings_and_grams_are_read_alike():
+def test_arrays_and_tensors_are_read_alike():
     gram = np.array([[2.0, 1.0], [1.0, 2.0]])
-    tensor = torch.tensor(gram, requires_grad=True)
-    for given in ({"a": gram}, {"a": tensor}, SimpleNamespace(gram={"a": tensor})):
-        names, stacked = grams.blocks_of(given)
-        assert (names, stacked.tolist()) == (["a"], [gram.tolist()])
-    assert grams.blocks_of(gram.astype(np.float32))[0] == ["global"]
+    for k in (gram, torch.tensor(gram, requires_grad=True), gram.astype(np.float32)):
+        stacked = StackedGram.of(ProbeGram({"a": k}, update_product={"a": k[0]}, update_norm_squared={"a": 4.0}))
+        assert (stacked.blocks, stacked.gram.tolist()) == (("a",), [gram.tolist()])
+        assert (stacked.update_product.tolist(), stacked.update_norm.tolist()) == ([[2.0, 1.0]], [2.0])
+
+
+def test_what_is_unknown_is_missing():
+    stacked = StackedGram.of(ProbeGram({"a": np.eye(2)}))
+    unknown = (stacked.update_product, stacked.update_norm, stacked.dimension, stacked.losses)
+    assert all(np.isnan(array).all() for array in unknown)
+    assert (stacked.labels.group.tolist(), stacked.tasks, stacked.batch_size) == ([0, 1], ("all",), 0)
+
+
+def test_labels_are_numbers_and_all_comes_first():
+    stacked = StackedGram.of(ProbeGram({"a": np.eye(3)}, tasks=("x", "y", "x"), groups=np.array([7, 7, 3])))
+    assert stacked.tasks == ("all", "x", "y")
+    assert stacked.labels.member.T.tolist() == [[True, True, True], [True, False, True], [False, True, False]]
+    assert stacked.labels.group.tolist() == [1, 1, 0]
 
 
 def test_rounding_is_made_symmetric():
-    gram = np.array([[1.0, 0.5], [0.5 + 1e-7, 1.0]])
-    stacked = grams.blocks_of(gram)[1]
-    assert (stacked == stacked.swapaxes(1, 2)).all()
+    k = StackedGram.of(ProbeGram({"a": np.array([[1.0, 0.5], [0.5 + 1e-7, 1.0]])})).gram
+    assert (k == k.swapaxes(1, 2)).all()
 
 
 def test_a_block_that_is_not_finite_is_missing_and_the_others_are_not():
-    stacked = grams.blocks_of({"a": np.array([[1.0, np.inf], [np.inf, 1.0]]), "b": np.eye(2)})[1]
-    assert np.isnan(stacked[0]).all()
-    assert (stacked[1] == np.eye(2)).all()
+    k = StackedGram.of(ProbeGram({"a": np.array([[1.0, np.inf], [np.inf, 1.0]]), "b": np.eye(2)})).gram
+    assert np.isnan(k[0]).all()
+    assert (k[1] == np.eye(2)).all()
 
 
 @pytest.mark.parametrize(
-    ("gram", "message"),
+    ("blocks", "message"),
     [
-        (np.ones((2, 3)), "Expected the Gram matrix K = GGᵀ of block 'global' as [sample, sample], got shape (2, 3)."),
-        (np.ones(3), "got shape (3,)"),
-        (np.ones((0, 0)), "got shape (0, 0)"),
-        ({}, "Expected at least one block"),
+        (
+            {"a": np.ones((2, 3))},
+            "Expected the Gram matrix K = GGᵀ of block 'a' as [sample, sample], got shape (2, 3).",
+        ),
+        ({"a": np.ones(3)}, "got shape (3,)"),
+        ({"a": np.ones((0, 0))}, "got shape (0, 0)"),
+        ({}, "Expected at least one block with its Gram matrix, got none."),
         ({"a": np.eye(2), "b": np.eye(3)}, "Expected 2 samples in every block, got 3 in 'b'."),
         ({"a": np.array([[1.0, 0.5], [0.0, 1.0]])}, "Expected a symmetric K = GGᵀ, got one that is not for block 'a'."),
-        (np.diag([1.0, -1.0]), "Expected squared norms on the diagonal of K = GGᵀ, got a negative one for 'global'."),
+        ({"a": np.diag([1.0, -1.0])}, "Expected squared norms on the diagonal of K = GGᵀ, got a negative one for 'a'."),
     ],
 )
-def test_what_is_no_gram_matrix_is_refused(gram, message):
+def test_what_is_no_gram_matrix_is_refused(blocks, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        grams.blocks_of(gram)
+        StackedGram.of(ProbeGram(blocks))
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("values", "message"),
     [
+        ({"groups": ["a"]}, "Expected one group for each of 2 samples, got labels of shape (1,)."),
+        ({"tasks": ["a"] * 3}, "Expected one task for each of 2 samples, got labels of shape (3,)."),
+        ({"tasks": ["all", "b"]}, "Expected names of tasks other than 'all', which stands for all samples."),
+        ({"losses": np.ones(3)}, "Expected one loss for each of 2 samples, got shape (3,)."),
         (
-            lambda: grams.codes_of(["a"], 2, "group"),
-            "Expected one group for each of 2 samples, got labels of shape (1,).",
+            {"update_product": {"a": np.ones(2)}},
+            "Expected an update product b = Gδ of each of 2 blocks, got none of 'b'.",
         ),
-        (lambda: grams.members_of(["a"] * 3, 2), "Expected one task for each of 2 samples, got labels of shape (3,)."),
-        (lambda: grams.members_of(["all", "b"], 2), "got 'all', which stands for all samples"),
         (
-            lambda: grams.vectors_of({"a": [1.0, 2.0]}, ["a", "b"], 2, "b"),
-            "Expected b for each of the 2 blocks, got none",
+            {"update_product": {"a": np.ones(2), "b": np.ones(1)}},
+            "Expected an update product b = Gδ of block 'b' with shape (2,), got (1,).",
         ),
-        (lambda: grams.vectors_of([1.0], ["a"], 2, "b"), "Expected b of block 'a' with shape (2,), got (1,)."),
-        (lambda: grams.vectors_of({}, ["a"], 2, "b"), "Expected b for each of the 1 blocks, got none for 'a'"),
-        (lambda: grams.vectors_of(None, ["a"], 2, "b"), "Expected b for each of the 1 blocks, got none at all."),
-        (lambda: grams.numbers_of(1.0, ["a", "b"], "d"), "Expected a mapping of 2 blocks to their d, got one float."),
-        (lambda: grams.numbers_of({"a": 1}, ["a", "b"], "d"), "Expected d for each of the 2 blocks, got none for 'b'."),
+        ({"dimension": {"a": 1}}, "Expected a dimension of each of 2 blocks, got none of 'b'."),
     ],
 )
-def test_labels_and_numbers_that_do_not_fit_are_refused(call, message):
+def test_labels_and_numbers_that_do_not_fit_are_refused(values, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        call()
+        StackedGram.of(ProbeGram({"a": np.eye(2), "b": np.eye(2)}, **values))
+
+
+def test_only_an_exact_gram_has_directions():
+    StackedGram.of(probe_gram(np.eye(2))).require_exact()
+    with pytest.raises(ValueError, match=re.escape("got that of gradients projected to 5 numbers")):
+        StackedGram.of(probe_gram(np.eye(2), projection=5)).require_exact()
+
+
+def test_without_labels_each_sample_has_its_own():
+    assert codes_of((), 3, "group").tolist() == [0, 1, 2]

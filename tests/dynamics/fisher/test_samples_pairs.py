@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dynamics.fisher.samples import (
-    Labels,
+    SampleGroups,
     counted_groups,
     diagonal_means,
     interval,
@@ -19,7 +19,7 @@ TASK = np.array([0, 1, 0, 1, 1, 0, 0, 1])
 
 @pytest.fixture
 def labels():
-    return Labels(GROUP, np.stack([np.ones(8, bool), TASK == 0, TASK == 1], axis=1))
+    return SampleGroups(GROUP, np.stack([np.ones(8, bool), TASK == 0, TASK == 1], axis=1))
 
 
 def slow_mean(values, labels, s, t, left_out=None):
@@ -57,7 +57,7 @@ def test_diagonal_means_are_those_of_a_loop(labels):
 
 
 def test_one_group_has_no_pairs():
-    found = pair_means(np.ones((1, 3, 3)), Labels(np.zeros(3, int), np.ones((3, 1), bool)))
+    found = pair_means(np.ones((1, 3, 3)), SampleGroups.of_one_task(np.zeros(3, int)))
     assert np.isnan(found.mean).all()
     assert np.isnan(found.left_out).all()
 
@@ -105,7 +105,7 @@ def test_weight_counts_what_groups_of_each_task_hold():
     rng = np.random.default_rng(7)
     rows = gradients(rng, 2, 8, power_law(5))
     group, member = np.array([0, 0, 1, 2, 2, 3, 3, 3]), np.stack([np.ones(8, bool), np.arange(8) < 5], axis=1)
-    found = weight_of(grams(rows), Labels(group, member))
+    found = weight_of(grams(rows), SampleGroups(group, member))
     squares = (rows**2).sum(-1)
     for task, chosen in enumerate(member.T):
         held = np.stack([squares[:, chosen & (group == code)].sum(1) for code in np.unique(group[chosen])], axis=1)
@@ -117,6 +117,6 @@ def test_weight_counts_what_groups_of_each_task_hold():
 
 def test_counted_groups_lie_between_two_and_the_number_of_groups():
     gram = np.stack([np.eye(6), np.diag([1e6, 1, 1, 1, 1, 1]), np.diag([4.0, 4, 1, 1, 1, 1]), np.zeros((6, 6))])
-    found = counted_groups(gram, Labels(np.arange(6), np.ones((6, 1), bool)))
+    found = counted_groups(gram, SampleGroups.of_one_task(np.arange(6)))
     np.testing.assert_allclose(found[:, 0], [6, 2, 144 / 36, np.nan])
-    assert counted_groups(gram[:1], Labels(np.zeros(6, int), np.ones((6, 1), bool))) == 1
+    assert counted_groups(gram[:1], SampleGroups.of_one_task(np.zeros(6, int))) == 1

@@ -1,13 +1,19 @@
 import numpy as np
 import pytest
 
-from dynamics.fisher import spectrum as eigenvalues
+from dynamics.fisher.spectrum import (
+    centred,
+    eigenvalue_errors,
+    fisher_eigenvalues,
+    fisher_eigenvectors,
+    inverse_roots,
+)
 from tests.dynamics.fisher.simulated import gradients, grams, planted, power_law
 
 
 def test_eigenvalues_are_those_of_the_explicit_fisher():
     rows = gradients(np.random.default_rng(0), 3, 6, power_law(9))
-    for data, found in zip(rows, eigenvalues.fisher_eigenvalues(grams(rows)), strict=True):
+    for data, found in zip(rows, fisher_eigenvalues(grams(rows)), strict=True):
         explicit = np.linalg.eigvalsh(data.T @ data / len(data))[::-1][: len(data)]
         np.testing.assert_allclose(found, explicit, rtol=1e-10)
 
@@ -16,45 +22,45 @@ def test_centred_eigenvalues_are_those_of_the_fisher_less_the_mean():
     (data,) = gradients(np.random.default_rng(0), 1, 6, power_law(9), mean=2.0)
     mean = data.mean(0)
     explicit = np.linalg.eigvalsh(data.T @ data / len(data) - np.outer(mean, mean))[::-1][: len(data)]
-    found = eigenvalues.fisher_eigenvalues(eigenvalues.centred(grams(data)[None]))[0]
+    found = fisher_eigenvalues(centred(grams(data)[None]))[0]
     np.testing.assert_allclose(found, explicit, atol=1e-12)
 
 
 def test_eigenvectors_give_unit_directions():
     (data,) = gradients(np.random.default_rng(1), 1, 5, power_law(8))
-    values, vectors = eigenvalues.fisher_eigenvectors(grams(data)[None])
-    directions = data.T @ vectors[0] * eigenvalues.inverse_roots(values * 5)[0]
+    values, vectors = fisher_eigenvectors(grams(data)[None])
+    directions = data.T @ vectors[0] * inverse_roots(values * 5)[0]
     np.testing.assert_allclose(directions.T @ directions, np.eye(5), atol=1e-10)
 
 
 def test_directions_beyond_the_rank_are_left_out():
     data = planted(np.array([2.0, 1.0]), samples=5, directions=4)
-    values, _ = eigenvalues.fisher_eigenvectors(grams(data)[None])
-    assert (eigenvalues.inverse_roots(values)[0, 2:] == 0).all()
+    values, _ = fisher_eigenvectors(grams(data)[None])
+    assert (inverse_roots(values)[0, 2:] == 0).all()
     assert (values >= 0).all()
 
 
 def test_standard_errors_are_those_of_repeated_data():
     rows = gradients(np.random.default_rng(2), 600, 64, np.array([8.0, 3.0, 1.0]), per_group=2, correlation=0.5)
     membership = np.repeat(np.eye(32), 2, axis=0)
-    values, vectors = eigenvalues.fisher_eigenvectors(grams(rows))
-    errors = eigenvalues.eigenvalue_errors(values, vectors, membership)
+    values, vectors = fisher_eigenvectors(grams(rows))
+    errors = eigenvalue_errors(values, vectors, membership)
     spread = np.log(values[:, :2]).std(0)
     np.testing.assert_allclose(errors[:, :2].mean(0), spread, rtol=0.15)
     assert np.isnan(errors[:, 3:]).all()  # of zeros
 
 
 def test_one_group_has_no_standard_error():
-    values, vectors = eigenvalues.fisher_eigenvectors(np.eye(3)[None])
-    assert np.isnan(eigenvalues.eigenvalue_errors(values, vectors, np.ones((3, 1)))).all()
+    values, vectors = fisher_eigenvectors(np.eye(3)[None])
+    assert np.isnan(eigenvalue_errors(values, vectors, np.ones((3, 1)))).all()
 
 
 def test_nan_stays_in_its_block():
-    found = eigenvalues.fisher_eigenvalues(np.stack([np.full((2, 2), np.nan), np.eye(2)]))
+    found = fisher_eigenvalues(np.stack([np.full((2, 2), np.nan), np.eye(2)]))
     assert np.isnan(found[0]).all()
     assert found[1].tolist() == [0.5, 0.5]
 
 
 def test_what_is_not_positive_semi_definite_is_refused():
     with pytest.raises(ValueError, match="Expected a positive semi-definite K = GGᵀ"):
-        eigenvalues.fisher_eigenvalues(np.array([[[1.0, 2.0], [2.0, 1.0]]]))
+        fisher_eigenvalues(np.array([[[1.0, 2.0], [2.0, 1.0]]]))

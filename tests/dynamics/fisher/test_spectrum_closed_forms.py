@@ -5,7 +5,7 @@ import pytest
 
 from dynamics.fisher import fisher_measures
 from dynamics.fisher.spectrum import eigenvalue_errors, fisher_eigenvectors
-from tests.dynamics.fisher.simulated import grams
+from tests.dynamics.fisher.simulated import grams, probe_gram
 
 SIGMA = np.array([3.0, 1.0, 0.5])
 NOISE = 0.7
@@ -46,7 +46,7 @@ def test_softmax_regression_at_zero():
     inputs = np.sqrt(3 * spectrum)[:, None] * np.eye(3)  # whose second moment is exactly diag(spectrum)
     errors = np.full((classes, classes), 1 / classes) - np.eye(classes)
     rows = np.stack([np.outer(x, e).ravel() for x in inputs for e in errors])
-    found = fisher_measures(rows @ rows.T).sel(block="global", task="all")
+    found = fisher_measures(probe_gram(rows @ rows.T)).sel(block="global", task="all")
     share = spectrum / spectrum.sum()
     entropy = -(share * np.log(share)).sum()
     assert found["spectral_entropy"].item() == pytest.approx(entropy + np.log(classes - 1), rel=1e-10)

@@ -2,21 +2,21 @@ import numpy as np
 import pytest
 
 from dynamics.fisher import fisher_measures
-from dynamics.fisher.samples import Labels, pair_means
+from dynamics.fisher.samples import SampleGroups, pair_means
 from dynamics.fisher.spectrum import (
     directional,
     fisher_eigenvalues,
     log_participation_ratio,
     participation_ratio_plug_in,
 )
-from tests.dynamics.fisher.simulated import NORMS, gradients, grams, norms, power_law, within_three_errors
+from tests.dynamics.fisher.simulated import NORMS, gradients, grams, norms, power_law, probe_gram, within_three_errors
 
 SPECTRUM = power_law(60)
 TRUTH = SPECTRUM.sum() ** 2 / (SPECTRUM**2).sum()
 
 
 def alone(samples, per_group=1):
-    return Labels(np.arange(samples) // per_group, np.ones((samples, 1), bool))
+    return SampleGroups.of_one_task(np.arange(samples) // per_group)
 
 
 @pytest.mark.parametrize(("per_group", "correlation"), [(1, 0.0), (4, 0.6)])
@@ -69,10 +69,8 @@ def test_the_fisher_of_directions_does_not_mind_them(law):
 def test_the_low_end_bounds_the_spectral_entropy_which_its_own_interval_does_not_hold():
     spectrum = power_law(400)
     truth = -(spectrum / spectrum.sum() * np.log(spectrum / spectrum.sum())).sum()
-    found = fisher_measures(
-        {str(i): k for i, k in enumerate(grams(gradients(np.random.default_rng(6), 100, 32, spectrum)))}
-    )
-    found = found.sel(task="all")
+    sets = grams(gradients(np.random.default_rng(6), 100, 32, spectrum))
+    found = fisher_measures(probe_gram({str(number): gram for number, gram in enumerate(sets)})).sel(task="all")
     assert (found["ln_participation_ratio_low"] <= truth).all()
     assert (found["spectral_entropy_high"] < truth).all()
 
@@ -80,7 +78,7 @@ def test_the_low_end_bounds_the_spectral_entropy_which_its_own_interval_does_not
 def test_tasks_are_measured_on_their_own_samples():
     gram = grams(gradients(np.random.default_rng(3), 2, 12, SPECTRUM))
     first = np.arange(12) < 5
-    together = log_participation_ratio(gram, Labels(np.arange(12), np.stack([np.ones(12, bool), first], axis=1)))
+    together = log_participation_ratio(gram, SampleGroups(np.arange(12), np.stack([np.ones(12, bool), first], axis=1)))
     own = log_participation_ratio(gram[:, :5, :5], alone(5))
     for name in ("estimate", "low", "high"):
         np.testing.assert_allclose(getattr(together, name)[:, 1], getattr(own, name)[:, 0], rtol=1e-10)

@@ -3,18 +3,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamics.fisher import task_structure
-from dynamics.fisher.samples import Labels
+from dynamics.fisher.samples import SampleGroups
+from dynamics.fisher.task_structure import _exchanged, decompose, divergence_test, purity_gap, with_equal_traces
 from tests.dynamics.fisher.simulated import gradients, grams, power_law, within_three_errors
 
 
 def parts_of(gram, member):
-    return task_structure.decompose(gram, member.argmax(1))
+    return decompose(gram, member.argmax(1))
 
 
 def two_tasks(samples, per_group=1):
     member = np.repeat(np.eye(2, dtype=bool), samples, axis=0)
-    return Labels(np.arange(2 * samples) // per_group, member)
+    return SampleGroups(np.arange(2 * samples) // per_group, member)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 4), st.integers(1, 5))
@@ -70,7 +70,7 @@ def test_parts_are_those_of_explicit_matrices():
 
     fishers = [rows[task == code].T @ rows[task == code] for code in range(3)]
     weights = np.array([np.trace(fisher) for fisher in fishers]) / np.trace(sum(fishers))
-    found = task_structure.decompose(grams(rows[None]), task)
+    found = decompose(grams(rows[None]), task)
     assert found.mixture[0] == pytest.approx(entropy(sum(fishers)))
     assert found.within[0] == pytest.approx(weights @ [entropy(fisher) for fisher in fishers])
     assert found.largest[0] == pytest.approx(-(weights * np.log(weights)).sum())
@@ -81,9 +81,7 @@ def test_equal_traces_are_those_of_scaled_gradients():
     rows = gradients(rng, 1, 6, np.ones(4)) * np.array([5, 5, 5, 1, 1, 1])[:, None]
     task = np.repeat([0, 1], 3)
     sizes = np.array([(rows[0, task == code] ** 2).sum(1).mean() for code in task])
-    np.testing.assert_allclose(
-        task_structure.with_equal_traces(grams(rows), task), grams(rows / np.sqrt(sizes)[:, None])
-    )
+    np.testing.assert_allclose(with_equal_traces(grams(rows), task), grams(rows / np.sqrt(sizes)[:, None]))
 
 
 def divergence_of(rng, sets, samples, ratio, spread, *, disjoint=False, per_group=1):
@@ -96,7 +94,7 @@ def divergence_of(rng, sets, samples, ratio, spread, *, disjoint=False, per_grou
     if disjoint:
         rows[:, :samples, ::2] = rows[:, samples:, 1::2] = 0
     rows[:, :samples] *= ratio
-    return task_structure.divergence_test(grams(rows), two_tasks(samples, per_group), permutations=39)
+    return divergence_test(grams(rows), two_tasks(samples, per_group), permutations=39)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +119,7 @@ def test_disjoint_tasks_are_found_whatever_their_norms(ratio, spread):
 def test_norms_of_a_task_as_a_whole_do_not_matter():
     rows = gradients(np.random.default_rng(4), 1, 24, power_law(20))
     scale = np.repeat([100.0, 1.0], 12)[:, None]
-    plain, scaled = (task_structure.divergence_test(grams(part), two_tasks(12)) for part in (rows, rows * scale))
+    plain, scaled = (divergence_test(grams(part), two_tasks(12)) for part in (rows, rows * scale))
     for name in ("divergence", "largest", "low", "high", "p_value"):
         np.testing.assert_allclose(getattr(plain, name), getattr(scaled, name), rtol=1e-9)
 
@@ -132,9 +130,7 @@ def test_band_holds_the_divergence_of_one_fisher(nested):
     rng = np.random.default_rng(1)
     gram = grams(gradients(rng, 60, 24, np.ones(8), per_group=2, correlation=0.7))
     task = np.arange(24) // 12 if nested else np.arange(24) % 2
-    found = task_structure.divergence_test(
-        gram, Labels(np.arange(24) // 2, task[:, None] == np.arange(2)), permutations=60
-    )
+    found = divergence_test(gram, SampleGroups(np.arange(24) // 2, task[:, None] == np.arange(2)), permutations=60)
     assert ((found.low <= found.divergence) & (found.divergence <= found.high)).mean() >= 0.88
     assert (found.p_value <= 0.05).mean() <= 0.12
     assert found.divergence.mean() > 0.05  # biased away from the truth, 0: and not corrected
@@ -147,38 +143,38 @@ def test_one_group_of_several_tasks_does_not_keep_the_others_from_being_exchange
     rows[:, task == 0, ::2] = rows[:, task == 1, 1::2] = 0
     group = np.arange(32)
     group[16] = 0  # one image with both tasks
-    assert task_structure.divergence_test(grams(rows), Labels(group, task[:, None] == np.arange(2))).p_value == 0.01
+    assert divergence_test(grams(rows), SampleGroups(group, task[:, None] == np.arange(2))).p_value == 0.01
 
 
 def test_exchanges_keep_groups_whole():
     rng = np.random.default_rng(3)
     group = np.array([7, 7, 3, 3, 3, 5])
-    nested = task_structure._exchanged(np.array([0, 0, 1, 1, 1, 0]), group, rng)
+    nested = _exchanged(np.array([0, 0, 1, 1, 1, 0]), group, rng)
     assert all(len(set(nested[group == code])) == 1 for code in (7, 3, 5))
     mixed = np.array([0, 1, 1, 0, 2, 1])
-    exchanged = [task_structure._exchanged(mixed, group, rng) for _ in range(20)]
+    exchanged = [_exchanged(mixed, group, rng) for _ in range(20)]
     assert all(sorted(new[group == code]) == sorted(mixed[group == code]) for new in exchanged for code in (7, 3, 5))
     assert any((new != mixed).any() for new in exchanged)
     partly = np.array([0, 0, 1, 1, 2, 1])  # the group 3 holds two tasks, 7 and 5 one each
-    exchanged = [task_structure._exchanged(partly, group, rng) for _ in range(20)]
+    exchanged = [_exchanged(partly, group, rng) for _ in range(20)]
     assert {tuple(new[group != 3]) for new in exchanged} == {(0, 0, 1), (1, 1, 0)}
     assert all(sorted(new[group == 3]) == [1, 1, 2] for new in exchanged)
 
 
 def test_no_band_where_no_exchange_is_possible():
     gram = np.eye(2)[None]
-    labels = Labels(np.zeros(2, int), np.array([[True], [True]]))
-    found = task_structure.divergence_test(gram, labels)
+    labels = SampleGroups(np.zeros(2, int), np.array([[True], [True]]))
+    found = divergence_test(gram, labels)
     assert all(np.isnan(part).all() for part in (found.low, found.high, found.p_value))
 
 
 def test_purity_gap_is_nearly_unbiased():
     rng = np.random.default_rng(4)
     gram = grams(gradients(rng, 600, 64, np.array([4.0, 2.0, 1.0, 1.0])))
-    found = task_structure.purity_gap(gram, two_tasks(32))
+    found = purity_gap(gram, two_tasks(32))
     assert within_three_errors(found.gap.estimate, 0.0)
-    assert found.task_structure.mean() == pytest.approx(1, abs=0.02)
+    assert found.sharing.mean() == pytest.approx(1, abs=0.02)
     assert 0.90 <= ((found.gap.low <= 0) & (found.gap.high >= 0)).mean() <= 0.99
     halves = [np.array([2.0, 1.0, 0.0, 0.0]), np.array([0.0, 0.0, 2.0, 1.0])]
     disjoint = grams(np.concatenate([gradients(rng, 100, 32, half) for half in halves], axis=1))
-    assert task_structure.purity_gap(disjoint, two_tasks(32)).task_structure.mean() == pytest.approx(0, abs=0.02)
+    assert purity_gap(disjoint, two_tasks(32)).sharing.mean() == pytest.approx(0, abs=0.02)

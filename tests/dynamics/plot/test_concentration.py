@@ -4,6 +4,7 @@ from matplotlib.collections import FillBetweenPolyCollection
 
 from dynamics import plot
 from dynamics.plot.style import words_of
+from dynamics.text import percent
 from tests.fishers import BLOCKS, with_fisher
 from tests.trees import example_tree
 
@@ -31,7 +32,7 @@ def test_draws_the_stored_shares(tree, here):
     figure = plot.concentration(tree)
     for label, name in {
         "update, directions of all samples": "captured",
-        "update, of half of them": "captured_split",
+        "update, directions of half": "captured_split",
         "random direction, mean and 95 %": "null_isotropic",
         "fresh gradient of 2 samples, mean and 95 %": "null_gradient",
     }.items():
@@ -53,12 +54,16 @@ def test_both_nulls_are_bands(tree, here):
 def test_says_what_it_shows(tree, here):
     figure = plot.concentration(tree, block=BLOCKS[0], step=200)
     axes = figure.axes[0]
-    assert axes.get_title(loc="left") == f"share of the update in k leading directions, step 200\n{BLOCKS[0]}"
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("k leading directions of the Fisher", "share of squared norm")
+    assert axes.get_title(loc="left") == f"Share of the update in k leading directions, step 200\n{BLOCKS[0]}"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (
+        "Number k of leading directions of the Fisher",
+        "Share of the squared norm",
+    )
     assert axes.get_xticks().tolist() == [1, 2, 4, 8, 16]
     title, words = words_of(plot.concentration(tree))
-    assert title == "share of the update in k leading directions, step 300"
-    assert words.startswith(f"Lines over k. In 16 directions lie {float(here['captured'][-1]):.1%} of the update, ")
+    assert title == "Share of the update in k leading directions, step 300"
+    share = percent(float(here["captured"][-1]))
+    assert words.startswith(f"Lines over k. The update has {share} of its squared norm in 16 directions, ")
 
 
 def test_without_a_batch_size_there_is_no_gradient_null():
@@ -72,9 +77,7 @@ def gains(figure, which):
     return found
 
 
-@pytest.mark.parametrize(
-    ("label", "name"), [("gain, 95 % interval", "gain"), ("of the centred Fisher", "gain_centred")]
-)
+@pytest.mark.parametrize(("label", "name"), [("gain, 95 % interval", "gain"), ("gain, centred Fisher", "gain_centred")])
 def test_gains_are_the_stored_ones(tree, here, label, name):
     assert np.array_equal(gains(plot.concentration(tree, show="gain"), label).get_ydata(), here[name])
 
@@ -115,7 +118,7 @@ def test_without_an_update_it_says_so():
     tree = with_fisher(example_tree(3, 2), update="none")
     for show in ("share", "gain"):
         figure = plot.concentration(tree, show=show)
-        assert [text.get_text() for text in figure.axes[0].texts] == ["no values: see the findings"]
+        assert [text.get_text() for text in figure.axes[0].texts] == ["No values: see the findings"]
         assert words_of(figure)[1] == "No k has a value."
 
 

@@ -61,6 +61,15 @@ def test_several_runs_have_their_figures_apart():
     assert "b/frobenius_norm_increment" not in drawn
 
 
+def test_a_figure_that_fails_leaves_the_others():
+    tree = example_tree()
+    draws = plot.drawings(tree)
+    del tree["update"]["singular_value"]
+    with pytest.raises(KeyError, match="singular_value"):
+        draws["spectra"]()
+    assert all(plot.to_svg(draw()).startswith("<svg") for name, draw in draws.items() if name != "spectra")
+
+
 @pytest.mark.parametrize(
     "awkward",
     [

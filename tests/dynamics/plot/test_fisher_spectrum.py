@@ -28,12 +28,15 @@ def test_draws_the_stored_eigenvalues_with_their_interval(tree):
 def test_says_what_it_shows(tree):
     figure = plot.fisher_spectrum(tree, task="chart")
     axes = figure.axes[0]
-    assert axes.get_title(loc="left") == "eigenvalues of the Fisher, step 300, chart"
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("eigenvalue, largest first", "(loss/weight)²")
+    assert axes.get_title(loc="left") == "Eigenvalues of the Fisher, step 300, chart"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (
+        "Index, largest first",
+        "Eigenvalue of the Fisher\n(loss²/weight²)",
+    )
     assert axes.get_yscale() == "log"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         "plug-in",
-        "95 % interval, bias not included",
+        "95 % interval, without bias",
     ]
     assert words_of(figure)[1].startswith("10 eigenvalues on a logarithmic axis, from ")
 
@@ -50,10 +53,10 @@ def test_zeros_are_counted_and_not_drawn(tree):
 def test_the_last_step_that_has_eigenvalues_is_drawn(tree):
     tree = tree.copy(deep=True)
     tree["fisher"]["eigenvalue"][2] = np.nan
-    assert plot.fisher_spectrum(tree).axes[0].get_title(loc="left") == "eigenvalues of the Fisher, step 200"
+    assert plot.fisher_spectrum(tree).axes[0].get_title(loc="left") == "Eigenvalues of the Fisher, step 200"
     tree["fisher"]["eigenvalue"][:] = np.nan
     figure = plot.fisher_spectrum(tree)
-    assert [text.get_text() for text in figure.axes[0].texts] == ["no eigenvalue above zero"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["No eigenvalue above zero"]
     assert words_of(figure)[1] == "No eigenvalue is above zero."
 
 

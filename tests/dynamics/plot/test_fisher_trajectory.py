@@ -39,11 +39,11 @@ def test_draws_the_stored_numbers_with_their_interval(tree, variable, block):
 def test_says_what_it_shows(tree):
     figure = plot.fisher_trajectory(tree, variable="spectral_entropy", block=BLOCKS[1])
     axes = figure.axes[0]
-    assert axes.get_title(loc="left") == f"spectral entropy SE of the Fisher\n{BLOCKS[1]}"
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "nat")
-    assert labels(figure) == ["all samples, plug-in", "95 % sampling error at this N; the Fisher's own is larger"]
+    assert axes.get_title(loc="left") == f"Spectral entropy SE of the Fisher\n{BLOCKS[1]}"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("Optimizer step", "Spectral entropy SE (nat)")
+    assert labels(figure) == ["all samples, plug-in", "95 % sampling error at this N; the Fisher's own SE is larger"]
     title, words = words_of(figure)
-    assert title == f"spectral entropy SE of the Fisher, {BLOCKS[1]}"
+    assert title == f"Spectral entropy SE of the Fisher, {BLOCKS[1]}"
     first = float(tree["fisher"]["spectral_entropy"].sel(block=BLOCKS[1], task="all", step=100))
     assert words.startswith(f"Lines over optimizer steps with intervals; all samples: {first:.3g} at step 100 and ")
 
@@ -51,7 +51,7 @@ def test_says_what_it_shows(tree):
 def test_the_dominant_ratio_is_named_for_what_it_is(tree):
     figure = plot.fisher_trajectory(tree, variable="dominant_ratio")
     assert labels(figure) == ["all samples, plug-in", "95 % interval, from held-out halves to plug-in"]
-    assert figure.axes[0].get_ylabel() == "dominant ratio ρ"
+    assert figure.axes[0].get_ylabel() == "Dominant ratio ρ"
 
 
 def test_each_task_has_a_line_of_its_own(tree):
@@ -83,7 +83,7 @@ def test_a_single_step_has_bars_side_by_side():
 def test_a_variable_without_an_interval_is_a_line(tree):
     figure = plot.fisher_trajectory(tree, variable="trace")
     assert labels(figure) == ["all samples"]
-    assert figure.axes[0].get_ylabel() == "(loss/weight)²"
+    assert figure.axes[0].get_ylabel() == "Trace of the Fisher (loss²/weight²)"
 
 
 def test_missing_numbers_are_gaps_with_a_reason(tree):
@@ -92,7 +92,7 @@ def test_missing_numbers_are_gaps_with_a_reason(tree):
     assert np.isnan(plot.fisher_trajectory(tree).axes[0].lines[0].get_ydata()).tolist() == [False, True, False]
     tree["fisher"]["ln_participation_ratio"][:] = np.nan
     figure = plot.fisher_trajectory(tree)
-    assert [text.get_text() for text in figure.axes[0].texts] == ["no values: see the findings"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["No values: see the findings"]
     assert words_of(figure)[1] == "No step has a value."
 
 
@@ -108,7 +108,7 @@ def test_the_group_alone_will_do_and_axes_of_ones_own(tree):
     axes = Figure().subplots()
     figure = plot.fisher_trajectory(tree["fisher"].to_dataset(), variable="spectral_entropy", ax=axes)
     assert figure is axes.get_figure()
-    assert axes.get_title() == "spectral entropy SE of the Fisher"
+    assert axes.get_title() == "Spectral entropy SE of the Fisher"
 
 
 def test_what_is_not_there_is_an_error(tree):

@@ -17,9 +17,7 @@ def points(figure, label):
     return found
 
 
-@pytest.mark.parametrize(
-    ("label", "name"), [("gain, 95 % interval", "gain"), ("of the centred Fisher", "gain_centred")]
-)
+@pytest.mark.parametrize(("label", "name"), [("gain, 95 % interval", "gain"), ("gain, centred Fisher", "gain_centred")])
 def test_draws_the_stored_gains(tree, label, name):
     drawn = points(plot.gain_trajectory(tree, k=4, block=BLOCKS[1]), label)
     assert np.array_equal(drawn.get_ydata(), tree["concentration"][name].sel(k=4, block=BLOCKS[1]))
@@ -27,10 +25,14 @@ def test_draws_the_stored_gains(tree, label, name):
 
 
 def test_the_largest_k_with_a_gain_is_the_default(tree):
-    assert plot.gain_trajectory(tree).axes[0].get_title(loc="left") == "gain over a gradient, 16 leading directions"
+    assert (
+        plot.gain_trajectory(tree).axes[0].get_title(loc="left") == "Gain over a fresh gradient, 16 leading directions"
+    )
     tree = tree.copy(deep=True)
     tree["concentration"]["gain"][..., -1] = np.nan
-    assert plot.gain_trajectory(tree).axes[0].get_title(loc="left") == "gain over a gradient, 8 leading directions"
+    assert (
+        plot.gain_trajectory(tree).axes[0].get_title(loc="left") == "Gain over a fresh gradient, 8 leading directions"
+    )
     assert "1 leading direction" in words_of(plot.gain_trajectory(tree, k=1))[0]
 
 
@@ -46,14 +48,14 @@ def test_a_single_step_has_both_gains_beside_its_tick():
     figure = plot.gain_trajectory(with_fisher(example_tree([7], 2), steps=(7,)))
     low, high = figure.axes[0].get_xlim()
     assert low < 7 < high
-    for label in ("gain, 95 % interval", "of the centred Fisher"):
+    for label in ("gain, 95 % interval", "gain, centred Fisher"):
         assert abs(points(figure, label).get_xdata()[0] - 7) < 0.1 * (high - low)
     assert figure.axes[0].get_xticks().tolist() == [7]
 
 
 def test_without_a_null_it_says_so():
     figure = plot.gain_trajectory(with_fisher(example_tree([7], 2), steps=(7,), batch_size=0))
-    assert [text.get_text() for text in figure.axes[0].texts] == ["no values: see the findings"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["No values: see the findings"]
     assert words_of(figure)[1] == "No step has a value."
 
 

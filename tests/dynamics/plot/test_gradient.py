@@ -45,12 +45,12 @@ def test_draws_the_stored_medians_of_both_norms(tree, variable, label):
 def test_says_what_it_shows(tree):
     figure = plot.gradient(tree)
     axes = figure.axes[0]
-    assert axes.get_title(loc="left") == "gradient norm of a matrix"
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "loss per weight unit")
+    assert axes.get_title(loc="left") == "Gradient norm of a matrix"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("Optimizer step", "Gradient norm (loss per weight unit)")
     assert axes.get_yscale() == "log"
     assert labels(figure) == ["before clipping", "after clipping", "quartiles"]
     title, words = words_of(figure)
-    assert title == "gradient norm of a matrix"
+    assert title == "Gradient norm of a matrix"
     first = f"{float(quantile(tree, 'norm_before_clip')[0]):.3g} at step 100"
     assert words.startswith("Lines over optimizer steps, median and quartiles over matrices; before clipping: " + first)
 
@@ -77,7 +77,7 @@ def test_a_measure_stands_beside_random_factors(tree):
     assert null.get_paths()[0].vertices[:, 1].min() == summary["dominant_ratio_null_low"].min()
     assert quartiles.get_paths()[0].vertices[:, 1].max() == summary["dominant_ratio_quantile"].max()
     assert np.array_equal(line(figure, "random factors, mean").get_ydata(), summary["dominant_ratio_null"])
-    assert figure.axes[0].get_title(loc="left") == "dominant ratio ρ of the gradient"
+    assert figure.axes[0].get_title(loc="left") == "Dominant ratio ρ of the gradient"
     assert figure.axes[0].get_yscale() == "linear"
     assert set(labels(figure)) == {
         "random factors, 5–95 %",
@@ -88,7 +88,7 @@ def test_a_measure_stands_beside_random_factors(tree):
 
 
 def test_units_stand_on_the_axis(tree):
-    assert plot.gradient(tree, variable="entropy_energy").axes[0].get_ylabel() == "nat"
+    assert plot.gradient(tree, variable="entropy_energy").axes[0].get_ylabel() == "Spectral entropy (energy), nat"
 
 
 def test_the_legend_is_below_the_axes_and_inside_the_figure(tree):
@@ -125,7 +125,7 @@ def test_norms_without_spectra():
     tree = example_tree(gradients=[100, 200], gradient_spectra=False, matrices=4)
     assert np.isfinite(line(plot.gradient(tree), "before clipping").get_ydata()).all()
     figure = plot.gradient(tree, variable="stable_rank")
-    assert [text.get_text() for text in figure.axes[0].texts] == ["no values: see the findings"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["No values: see the findings"]
     assert words_of(figure)[1] == "No step has a value."
 
 
@@ -134,7 +134,7 @@ def test_gradients_that_are_all_zero_have_no_place_on_a_logarithmic_axis(tree):
     for name in ("norm_before_clip_quantile", "norm_after_clip_quantile"):
         tree["summary_gradient"][name][:] = 0.0
     figure = plot.gradient(tree)
-    assert [text.get_text() for text in figure.axes[0].texts] == ["no values: see the findings"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["No values: see the findings"]
 
 
 def test_missing_and_zero_norms_reach_no_path(tree):

@@ -28,8 +28,8 @@ def test_cells_without_a_value_are_masked(tree):
 def test_says_what_it_shows(tree):
     figure = plot.heatmap(tree, variable="entropy_deficit", kind="increment")
     axes, bar = figure.axes
-    assert axes.get_title(loc="left") == "entropy below the null model's mean, increment"
-    assert bar.get_ylabel() == "nat"
+    assert axes.get_title(loc="left") == "Entropy deficit of the increments"
+    assert bar.get_ylabel() == "Entropy deficit (nat)"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["100", "200", "300", "400", "500", "600"]
     assert axes.get_yticklabels()[0].get_text() == "self_attn.q_proj\n0 to 2"
 
@@ -37,7 +37,7 @@ def test_says_what_it_shows(tree):
 def test_a_variable_without_kinds_is_drawn_too(tree):
     assert (
         plot.heatmap(tree, variable="increment_cosine").axes[0].get_title(loc="left")
-        == "cosine with the previous increment"
+        == "Cosine with the previous increment"
     )
 
 

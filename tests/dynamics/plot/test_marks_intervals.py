@@ -3,7 +3,7 @@ import pytest
 from matplotlib.collections import FillBetweenPolyCollection, LineCollection
 
 from dynamics.plot.marks import draw_interval
-from dynamics.plot.style import COLOURS, MARKERS, canvas
+from dynamics.plot.style import COLOURS, MARKERS, panel
 
 AT = np.arange(1.0, 6.0)
 
@@ -11,7 +11,7 @@ AT = np.arange(1.0, 6.0)
 def drawn(middle, low=None, high=None, number=0):
     middle = np.array(middle, dtype=np.float64)
     low, high = (middle - 1 if low is None else np.array(low)), (middle + 1 if high is None else np.array(high))
-    with canvas(None) as axes:
+    with panel(None, "", "") as axes:
         draw_interval(axes, AT[: len(middle)], (middle, low, high), number, "line", "interval")
     return axes
 
@@ -54,6 +54,6 @@ def test_without_an_interval_there_is_a_line_alone(ends):
 def test_many_points_have_no_markers_but_where_they_stand_alone():
     middle = np.ones(60)
     middle[[10, 12]] = np.nan
-    with canvas(None) as axes:
+    with panel(None, "", "") as axes:
         draw_interval(axes, np.arange(60.0), (middle, middle, middle), 0, "line", "interval")
     assert np.flatnonzero(axes.lines[0].get_markevery()).tolist() == [11]

@@ -44,8 +44,11 @@ def test_a_measure_without_a_deviation_has_no_bars(tree):
 def test_says_what_it_shows(tree):
     figure = plot.rarefaction(tree)
     axes = figure.axes[0]
-    assert axes.get_title(loc="left") == "spectral entropy of n groups, step 300"
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("n: groups with one sample of each", "nat")
+    assert axes.get_title(loc="left") == "Spectral entropy of n groups, step 300"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == (
+        "Number n of groups, one sample of each",
+        "Spectral entropy of n groups (nat)",
+    )
     assert axes.get_xticks().tolist() == [4, 8, 16, 40]  # 32 would touch 40
     assert words_of(figure)[1].startswith("Curves of the spectral entropy of n groups; all samples: ")
 
@@ -64,7 +67,7 @@ def test_without_a_curve_it_says_so(tree):
     tree = tree.copy(deep=True)
     tree["fisher"]["rarefied_spectral_entropy"][:] = np.nan
     figure = plot.rarefaction(tree)
-    assert [text.get_text() for text in figure.axes[0].texts] == ["no values: see the findings"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["No values: see the findings"]
     assert words_of(figure)[1] == "There is no curve."
 
 

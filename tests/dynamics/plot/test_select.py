@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from dynamics.fisher import samples as grams
-from dynamics.plot import select
-from dynamics.plot.select import chosen, label_of, name_of, tasks_of
+from dynamics.plot.select import axis_label, chosen, long_name, tasks_of
 from dynamics.schema import last_step_with
 
 
@@ -15,10 +13,6 @@ def dataset():
     values = np.array([[1.0, 2.0], [3.0, np.nan], [np.nan, np.nan]])
     array = (("step", "block"), values, {"units": "nat", "long_name": "spectral entropy SE"})
     return xr.Dataset({"x": array}, {"step": [5, 10, 15], "block": ["global", "a"]})
-
-
-def test_names_are_those_of_the_fisher():
-    assert (select.GLOBAL, select.ALL) == (grams.GLOBAL, grams.ALL)
 
 
 def test_the_last_step_with_a_number_is_taken(dataset):
@@ -49,9 +43,10 @@ def test_what_is_not_there_is_an_error(dataset, asked, said):
         chosen(dataset, "y")
 
 
-def test_labels_are_units_or_for_pure_numbers_the_name(dataset):
-    assert (label_of(dataset["x"]), name_of(dataset["x"])) == ("nat", "spectral entropy SE")
-    assert label_of(dataset["x"].assign_attrs(units="1")) == "spectral entropy SE"
+def test_labels_have_the_quantity_and_its_units(dataset):
+    assert long_name(dataset["x"]) == "spectral entropy SE"
+    assert axis_label(dataset["x"]) == "Spectral entropy SE (nat)"
+    assert axis_label(dataset["x"].assign_attrs(units="1")) == "Spectral entropy SE"
 
 
 @pytest.mark.parametrize(("names", "several"), [(["all"], []), (["all", "a"], []), (["all", "a", "b"], ["a", "b"])])

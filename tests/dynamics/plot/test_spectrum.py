@@ -42,7 +42,7 @@ def test_zeros_are_counted_rather_than_drawn(tree):
 def test_a_zero_update_has_nothing_to_draw():
     names = matrix_names(14)
     figure = plot.spectrum(example_tree(zero=names), matrices=names[:1])
-    assert [text.get_text() for text in figure.axes[0].texts] == ["no singular value above zero"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["No singular value above zero"]
 
 
 def test_null_band_of_one_matrix_where_it_is_stored(tree):

@@ -24,7 +24,7 @@ def test_is_one_element_with_title_and_description(tree):
     root = ElementTree.fromstring(plot.to_svg(plot.trajectory(tree, variable="stable_rank")))
     assert root.tag == f"{SVG}svg"
     assert root.get("role") == "img"
-    assert root.find(f"{SVG}title").text == "stable rank, total"
+    assert root.find(f"{SVG}title").text == "Stable rank of the total update"
     assert root.find(f"{SVG}desc").text.startswith("Line over optimizer steps, median and quartiles over matrices.")
 
 
@@ -38,7 +38,7 @@ def test_words_are_text_and_escaped():
 
 def test_text_stays_text(tree):
     texts = [text.text for text in ElementTree.fromstring(plot.to_svg(plot.trajectory(tree))).iter(f"{SVG}text")]
-    assert "optimizer step" in texts
+    assert "Optimizer step" in texts
 
 
 def test_neither_time_nor_version_is_written(tree):

@@ -54,11 +54,11 @@ def test_what_is_not_resolved_is_hatched_and_says_so(tree):
 def test_says_what_it_shows(tree):
     figure = plot.task_matrix(tree)
     axes, bar = figure.axes
-    assert axes.get_title(loc="left") == "cosine of mean gradients, step 300"
+    assert axes.get_title(loc="left") == "Cosine of mean gradients, step 300"
     assert [label.get_text() for label in axes.get_yticklabels()] == list(MEANS)
-    assert bar.get_ylabel() == "cosine of mean gradients"
+    assert bar.get_ylabel() == "Cosine of mean gradients"
     title, words = words_of(figure)
-    assert title == "cosine of mean gradients, step 300"
+    assert title == "Cosine of mean gradients, step 300"
     assert words.startswith("Matrix of 4 tasks: chart and document 0.")
     assert "chart and noise without a value" in words
 
@@ -74,7 +74,7 @@ def test_the_colours_of_what_has_bounds_are_the_same_for_every_run(tree):
 def test_a_transfer_has_its_direction_on_the_axes(tree):
     axes = plot.task_matrix(tree, variable="transfer").axes[0]
     assert (axes.get_ylabel(), axes.get_xlabel()) == (
-        "a gradient step on this task …",
+        "A gradient step on this task …",
         "… lowers the loss of this one",
     )
     assert plot.task_matrix(tree).axes[0].get_xlabel() == ""

@@ -23,7 +23,7 @@ def test_the_name_is_the_logged_one():
     tree = example_tree()
     log = tree["training"].to_dataset().assign_coords(metric=[HOSTILE])
     figure = plot.training_log(log, variable=HOSTILE)
-    assert figure.axes[0].get_title(loc="left") == f"training log: {HOSTILE}"
+    assert figure.axes[0].get_title(loc="left") == f"Training log: {HOSTILE}"
     assert "<script" not in plot.to_svg(figure)
 
 

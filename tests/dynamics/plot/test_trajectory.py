@@ -47,9 +47,9 @@ def test_a_variable_without_a_null_has_one_band(tree):
 def test_says_what_it_shows(tree):
     figure = plot.trajectory(tree, variable="entropy_deficit", kind="increment")
     axes = figure.axes[0]
-    assert axes.get_title(loc="left") == "entropy below the null model's mean, increment"
-    assert axes.get_xlabel() == "optimizer step"
-    assert axes.get_ylabel() == "nat"
+    assert axes.get_title(loc="left") == "Entropy deficit of the increments"
+    assert axes.get_xlabel() == "Optimizer step"
+    assert axes.get_ylabel() == "Entropy deficit (nat)"
     assert labels(figure) == ["median over matrices", "quartiles"]
 
 
@@ -68,12 +68,12 @@ def test_one_step_shows_its_quartiles_and_its_null():
     stored = tree["summary"]["effective_rank_energy_quantile"].sel(kind="total").values[0]
     assert quartiles.get_paths()[0].vertices[:, 1].tolist() == [stored[0], stored[2]]
     assert figure.axes[0].get_xticks().tolist() == [100]
-    assert labels(figure)[-1] == "chance, the same shape, 5–95 %"
+    assert labels(figure)[-1] == "chance, same shape, 5–95 %"
 
 
 def test_without_a_value_it_says_so():
     figure = plot.trajectory(example_tree(steps=1), kind="increment")
-    assert [text.get_text() for text in figure.axes[0].texts] == ["no values: see the findings"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["No values: see the findings"]
     assert "nan" not in plot.to_svg(figure)
 
 

@@ -156,7 +156,7 @@ def test_left_over_hooks_are_inert(tmp_path):
 def test_the_same_callback_can_watch_a_second_training(tmp_path):
     callback = DynamicsCallback(tmp_path / "a", every=4)
     trainer(tmp_path / "a", [callback], max_steps=4).train()
-    with pytest.raises(dynamics.store.CaptureExists, match="holds 1 captured step, the last of them 4"):
+    with pytest.raises(dynamics.store.RecordsExist, match="holds 1 captured step, the last of them 4"):
         trainer(tmp_path / "b", [callback], max_steps=4).train()
 
 
@@ -220,7 +220,7 @@ def test_a_compiled_model_is_trained_alike_and_compiled_no_more_often(tmp_path):
 
 def test_nothing_to_watch_is_an_error_when_training_begins(tmp_path):
     callback = DynamicsCallback(tmp_path, matrices="no_such_matrix")
-    message = "Expected at least one matrix to watch whose name 'no_such_matrix' finds, found none among 28 trainable"
+    message = "Expected at least one matrix to watch whose name matches 'no_such_matrix', found none among 28 trainable"
     with pytest.raises(ValueError, match=re.escape(message)):
         trainer(tmp_path, [callback]).train()
     assert not (tmp_path / "dynamics").exists()

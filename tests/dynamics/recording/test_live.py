@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynamics.recording import live
 from dynamics.recording.live import LiveSpectra, Snapshot
+from dynamics.spectra import walk
 from dynamics.spectra.walk import MatrixSpectra
 from probes.low_rank import LowRankMatrix
 from probes.watched import Dense, Product, Watched
@@ -130,7 +130,7 @@ def test_measuring_does_not_advance():
 
 @pytest.mark.parametrize("bytes_", [1, 2**11, 2**23])
 def test_batches_do_not_show_in_the_numbers(monkeypatch, bytes_):
-    monkeypatch.setattr(live, "_BATCH_BYTES", {"cpu": bytes_})
+    monkeypatch.setattr(walk, "BATCH_BYTES", {"cpu": bytes_})
     watched = [*(lora(f"m{seed}", seed=seed, zero=seed % 2 == 0) for seed in range(7)), dense()]
     past = {each.name: multiplied_out(each) for each in watched}
     spectra = LiveSpectra(watched)
@@ -261,9 +261,9 @@ def test_gradients_are_what_a_small_step_along_them_does(kind):
     assert length == min(columns, *watched.read().shape)
 
 
-def test_places_say_shape_rank_and_storage():
-    places = LiveSpectra([lora(), dense(dtype=torch.bfloat16), expert()]).places
-    found = {name: (place.out, place.in_, place.rank, place.storage) for name, place in places.items()}
+def test_shapes_say_rank_and_storage():
+    shapes = LiveSpectra([lora(), dense(dtype=torch.bfloat16), expert()]).shapes
+    found = {name: (shape.out, shape.in_, shape.rank, shape.dtype) for name, shape in shapes.items()}
     assert found == {"lora": (7, 5, 3, "F32"), "dense": (6, 4, 0, "BF16"), "experts[1]": (6, 4, 0, "F32")}
 
 

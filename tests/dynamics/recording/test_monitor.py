@@ -5,12 +5,13 @@ import pytest
 import torch
 import xarray as xr
 
-from dynamics.recording.monitor import Signs
+from dynamics.checkpoints.trajectory import MatrixShape
+from dynamics.recording.monitor import TrainingMonitor
 from dynamics.spectra import raw
-from dynamics.spectra.raw import GradientSpectrum, Place
+from dynamics.spectra.raw import GradientSpectrum
 from dynamics.spectra.walk import MatrixSpectra
 
-PLACES = {"a": Place(6, 5, 2, "F32"), "b": Place(6, 5, 2, "F32")}
+PLACES = {"a": MatrixShape(6, 5, 2, "F32"), "b": MatrixShape(6, 5, 2, "F32")}
 
 
 def update(step: int, **totals: list[float]) -> xr.Dataset:
@@ -30,14 +31,14 @@ def gradient(step: int, **norms: float) -> xr.Dataset:
     )
 
 
-def codes(signs: Signs) -> list[tuple[str, str]]:
+def codes(signs: TrainingMonitor) -> list[tuple[str, str]]:
     return [(finding.code, finding.matrix) for finding in signs.findings()]
 
 
-def seen(*records: tuple[xr.Dataset, xr.Dataset], warmup: int = 0) -> Signs:
-    signs = Signs(warmup)
+def seen(*records: tuple[xr.Dataset, xr.Dataset], warmup: int = 0) -> TrainingMonitor:
+    signs = TrainingMonitor(warmup)
     for record in records:
-        signs.see(*record)
+        signs.observe(*record)
     return signs
 
 
@@ -48,7 +49,7 @@ def test_a_healthy_training_gives_no_sign():
 def test_a_matrix_without_gradient():
     signs = seen(*((update(step), gradient(step, b=0.0)) for step in (1, 2)))
     assert codes(signs) == [("OD301", "b")]
-    signs.see(update(4), gradient(4))
+    signs.observe(update(4), gradient(4))
     assert codes(signs) == []
 
 
@@ -99,7 +100,7 @@ def test_a_gradient_that_is_not_finite_stays_on_record_with_its_step():
     signs = seen((update(1), gradient(1)), (update(2), gradient(2, a=math.inf)), (update(3), gradient(3)))
     (finding,) = signs.findings()
     assert (finding.code, finding.matrix, finding.step, finding.evidence["steps"]) == ("OD304", "a", 2, [2])
-    signs.see(update(4), gradient(4, a=math.inf))
+    signs.observe(update(4), gradient(4, a=math.inf))
     assert signs.findings() == [finding]  # the first time is what is looked for
 
 
@@ -113,7 +114,7 @@ def test_several_matrices_are_one_finding():
     signs = seen(*((update(step), gradient(step, a=0.0, b=0.0)) for step in (1, 2)))
     (finding,) = signs.findings()
     assert (finding.matrix, finding.evidence) == ("", {"matrices": 2, "names": ["a", "b"]})
-    assert finding.message.startswith("2 matrices had no gradient, or one of zero, at any of the 2 steps")
+    assert finding.message.startswith("2 matrices had no gradient, or a gradient of zero, at each of the 2 steps")
 
 
 @pytest.mark.parametrize("length", [0, 1])

@@ -3,9 +3,10 @@ import math
 import pytest
 import torch
 
+from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.recording.monitor import update_numbers
 from dynamics.spectra import raw
-from dynamics.spectra.raw import GradientSpectrum, Place
+from dynamics.spectra.raw import GradientSpectrum
 from dynamics.spectra.walk import MatrixSpectra
 
 
@@ -15,7 +16,7 @@ def spectra(total: list[float], increment: list[float] | None) -> MatrixSpectra:
     return MatrixSpectra(torch.tensor(total).double(), change, 0.0, 0.0, math.nan, ranks)
 
 
-PLACES = {"a": Place(6, 5, 2, "F32"), "b": Place(6, 5, 2, "F32")}
+PLACES = {"a": MatrixShape(6, 5, 2, "F32"), "b": MatrixShape(6, 5, 2, "F32")}
 
 
 def test_norms_are_of_all_matrices_together_and_measures_medians():
@@ -36,7 +37,7 @@ def test_norms_are_of_all_matrices_together_and_measures_medians():
 
 
 def test_one_matrix_of_many_does_not_move_a_median():
-    places = {name: Place(6, 5, 2, "F32") for name in "abc"}
+    places = {name: MatrixShape(6, 5, 2, "F32") for name in "abc"}
     totals = {"a": [1.0, 1.0], "b": [1.0, 1.0], "c": [1.0, 0.0]}
     update = raw.raw_update({1: (0, -1)}, places, {(1, name): spectra(values, None) for name, values in totals.items()})
     assert update_numbers(update)["total/effective_rank_energy"] == pytest.approx(2.0)
@@ -55,6 +56,6 @@ def test_a_broken_matrix_leaves_no_norm_of_all():
 
 
 def test_parts_of_a_sum_are_not_counted_twice():
-    places = {name: Place(6, 5, 1, "F32") for name in ("m", "m@one", "m@two")}
+    places = {name: MatrixShape(6, 5, 1, "F32") for name in ("m", "m@one", "m@two")}
     results = {(1, name): spectra([size], None) for name, size in (("m", 5.0), ("m@one", 3.0), ("m@two", 4.0))}
     assert update_numbers(raw.raw_update({1: (0, -1)}, places, results))["total/frobenius_norm"] == pytest.approx(5.0)

@@ -22,10 +22,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import dynamics
 from dynamics import DynamicsCallback, Recorder
-from dynamics.recording import live
-from dynamics.store import CaptureExists, read_capture
-from dynamics.store.capture import KIND
+from dynamics.spectra import walk
+from dynamics.store import RecordsExist
+from dynamics.store.record_folders import RECORDS_KIND
 from tests.distributed import RANKS, Ranks
+from tests.records import records_of
 from tests.trainings import VOCABULARY, arguments, llama, lora_llama, trainer
 
 STEPS = 3
@@ -102,7 +103,7 @@ class Gathers:
 
 def with_fsdp(run: Path, build: Callable[[], nn.Module]) -> tuple[int, int]:
     """Records written, and the most numbers that were gathered at once; each batch is one matrix."""
-    live._BATCH_BYTES = {"cpu": 1}
+    walk.BATCH_BYTES = {"cpu": 1}
     with Gathers() as gathers:
         return train(run, sharded(build()), batches()[:, dist.get_rank()]), gathers.peak
 
@@ -133,7 +134,7 @@ def with_trainer(run: Path, batch: int = 2) -> tuple[int, int, bool]:
 def refused(run: Path, **options: Any) -> str:
     try:
         Recorder(run, sharded(model()), every=1, **options)
-    except (CaptureExists, ValueError) as error:
+    except (RecordsExist, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "not refused"
 
@@ -201,20 +202,20 @@ def test_what_the_first_rank_refuses_all_refuse(ranks, tmp_path):
     ranks(with_ddp, tmp_path)
     first, second = ranks(refused, tmp_path)
     assert first == second
-    assert first.startswith("CaptureExists: ")
+    assert first.startswith("RecordsExist: ")
     assert f"holds {STEPS} captured steps" in first
 
 
 @pytest.mark.parametrize(
     ("broken", "content", "message"),
     [
-        (".zattrs", f'{{"kind": "{KIND}", "format": 99}}', "is of format 99"),
-        (".start.safetensors", "broken", "does not open"),
+        ("run.json", f'{{"kind": "{RECORDS_KIND}", "format": 99}}', "are of format 99"),
+        ("start.safetensors", "broken", "does not open"),
     ],
 )
 def test_what_the_first_rank_cannot_read_all_refuse(ranks, tmp_path, broken, content, message):
     ranks(with_ddp, tmp_path)
-    (tmp_path / "dynamics" / "capture.zarr" / broken).write_text(content)
+    (tmp_path / "dynamics" / "records" / broken).write_text(content)
     first, second = ranks(refused, tmp_path, resume_from=STEPS)
     assert first == second
     assert message in first
@@ -242,7 +243,7 @@ def test_zero_3_is_refused(tmp_path):
     weights = nn.Linear(2, 2)
     weights.weight.ds_id = 0
     message = (
-        "Expected parameters that can be read, got those of DeepSpeed ZeRO-3, which are in pieces on all ranks. "
+        "Expected parameters that can be read, got those of DeepSpeed ZeRO-3, which are split over all ranks. "
         "Use FSDP 2, or ZeRO-2 with gradients=False."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -275,7 +276,7 @@ def test_under_zero_2_updates_are_recorded_and_gradients_are_not(tmp_path, deeps
     state.global_step = 1
     callback.on_step_end(**events)
     callback.close()
-    capture = read_capture(tmp_path / "dynamics" / "capture.zarr")
+    capture = records_of(tmp_path)
     assert list(capture.records[1]) == ["update"]
     assert [finding["code"] for finding in capture.attributes["findings"]] == ["OD306", "OD311"]
     assert capture.attributes["gaps"] == []

@@ -33,6 +33,6 @@ def test_wishes_replace_the_default_and_add_up():
 
 
 def test_a_preset_that_is_none_is_refused():
-    message = "Expected a preset of economy, standard, full, got 'business'."
+    message = "Expected the preset economy, standard, full, got 'business'."
     with pytest.raises(ValueError, match=re.escape(message)):
         preset_named("business")

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from dynamics.relate.differences import relabelled_difference, students_test
-from dynamics.relate.pairwise import Asked, associations
+from dynamics.relate.pairwise import Specification, associate_pairs
 from tests.dynamics.relate.simulated import (
     clustered_walks,
     decided,
@@ -31,9 +31,9 @@ def test_many_studies_are_decided_as_one_is(given):
     held = loss if given == "loss" else None
     many = decided(x, y, held, slopes=given == "trend")
     for study in range(3):
-        asked = Asked(covariate=None if held is None else held[study], slopes=given == "trend")
+        specification = Specification(covariate=None if held is None else held[study], slopes=given == "trend")
         leading = np.ones((1, 1), dtype=bool)
-        one = associations(x[study, ..., None], y[study, ..., None], np.arange(5), asked, leading)
+        one = associate_pairs(x[study, ..., None], y[study, ..., None], np.arange(5), specification, leading)
         for name in ("p_value", "low", "high"):
             assert getattr(one, name).item() == pytest.approx(getattr(many, name)[study])
 

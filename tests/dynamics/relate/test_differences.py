@@ -9,6 +9,7 @@ from scipy import stats
 from scipy.special import gamma
 
 from dynamics.relate import compare
+from dynamics.relate.differences import relabelled_difference
 
 STEPS = (10, 20, 30)
 MEASURES = ("m", "n")
@@ -219,6 +220,18 @@ def test_an_infinite_value_counts_as_missing():
     one, other = (grouped(values, second, paired=True) for values in (missing, infinite))
     for name in ("difference", "p_value", "mean_difference", "mean_p_familywise", "n_steps"):
         np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize("apart", [300, 1e3, 1e4])
+def test_groups_however_far_apart_tie_with_their_exchange(apart):
+    rng = np.random.default_rng(0)
+    first, second = apart + rng.standard_normal((3, 1000)), rng.standard_normal((3, 1000))
+    together = relabelled_difference(first, second, pairs=False)[1].p_value
+    alone = [
+        relabelled_difference(*sides, pairs=False)[1].p_value for sides in zip(first.T[:50], second.T[:50], strict=True)
+    ]
+    np.testing.assert_array_equal(together, 0.1)  # two of the twenty splits of 3 + 3 runs
+    np.testing.assert_array_equal(alone, 0.1)
 
 
 @pytest.mark.parametrize(("units", "paired"), [(14, True), (8, False)])

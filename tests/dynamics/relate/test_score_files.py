@@ -149,8 +149,12 @@ def test_cells_that_are_no_numbers_are_named_with_their_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("s.csv", "a,b\n1,2\n", "Expected the columns run, step, task, score; step, task, score is not among a, b."),
-        ("s.csv", "step,task,score\n1,t,2\n", "run is not among step, task, score"),
+        ("s.csv", "a,b\n1,2\n", "Expected the columns run, step, task, score, got a, b: no step, task, score."),
+        (
+            "s.csv",
+            "step,task,score\n1,t,2\n",
+            "Expected the columns run, step, task, score, got step, task, score: no run.",
+        ),
         ("s.csv", 'run,step,task,score\n"a,1,t,2', "It is not a CSV table: unexpected end of data."),
         ("s.json", {"a": 1}, "Expected trainer_state.json, *_results.json"),
         ("s.json", "{", "It is not valid JSON"),
@@ -162,6 +166,17 @@ def test_files_that_cannot_be_read(tmp_path, name, content, problem):
     (finding,) = file.findings
     assert (finding.code, finding.severity, finding.file, file.rows) == ("OD506", "error", name, ())
     assert problem in finding.message
+
+
+def test_a_table_in_another_encoding_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "s.csv").write_bytes("run,step,task,score\na,1,Präzision,0.5\n".encode("latin-1"))
+    (finding,) = read_scores(tmp_path / "s.csv").findings
+    assert finding.code == "OD506"
+    assert finding.message == (
+        "Expected UTF-8, got another encoding ('utf-8' codec can't decode byte 0xe4 in position 26: invalid "
+        "continuation byte)."
+    )
+    assert finding.remedy == "Save the table as UTF-8 (Excel: 'CSV UTF-8')."
 
 
 @pytest.mark.parametrize("odd", [["b"], {"b": 1}, None, 3, 1.5, True])

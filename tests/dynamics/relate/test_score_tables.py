@@ -19,6 +19,13 @@ def cells(table):
     return {tuple(row[:3]): tuple(row[3:]) for row in columns[names].itertuples(index=False)}
 
 
+def cells_of(table):
+    """The same without pandas, which refuses names that are no Unicode: (run, step, task) → score."""
+    scores = table.scores["score"].stack(cell=("run", "step", "task"), create_index=False)
+    places = zip(*(scores[name].values.tolist() for name in ("run", "step", "task")), strict=True)
+    return dict(zip(places, scores.values.tolist(), strict=True))
+
+
 def finding(table, code):
     (found,) = (finding for finding in table.findings if finding.code == code)
     return found
@@ -141,8 +148,8 @@ def test_rows_that_contradict_are_left_out_and_the_first_is_named():
     assert cells(table).keys() == {("a", 20, "qa/accuracy")}
     doubled = finding(table, "OD503")
     assert doubled.message == (
-        "2 scores are given more than once, 1 of them with different values, which are left out; for example run 'a', "
-        "step 10, task 'qa/accuracy'."
+        "2 scores are given more than once, 1 of them, with different values, is left out (for example run 'a', step "
+        "10, task 'qa/accuracy')."
     )
     assert doubled.evidence == {"places": 2, "contradictions": 1}
 
@@ -158,7 +165,7 @@ def test_a_score_without_a_step_is_of_the_last_step_with_measures():
     table = score_table([ScoreRow("a", None, "qa/accuracy", 0.5)], runs={"a": [10, 30, 20]})
     assert list(cells(table)) == [("a", 30, "qa/accuracy")]
     without = finding(table, "OD502")
-    assert without.message == "1 scores of 'a' say no step; they are taken to be of the run's last step."
+    assert without.message == "1 score of 'a' is without a step and counts for the run's last step."
     assert without.evidence == {"rows": 1, "left_out": 0}
 
 
@@ -173,7 +180,7 @@ def test_a_score_without_a_step_is_left_out_where_no_last_step_is_known(runs):
     table = score_table([ScoreRow("a", None, "qa/accuracy", 0.5)], runs=runs)
     assert cells(table) == {}
     without = finding(table, "OD502")
-    assert without.message.endswith("the run's last step, or left out where that is not known.")
+    assert without.message.endswith("the run's last step. 1 of them is left out: that step is not known.")
     assert without.evidence == {"rows": 1, "left_out": 1}
 
 
@@ -199,7 +206,9 @@ def test_scores_at_steps_without_measures_are_kept_and_named():
     apart = finding(table, "OD502")
     assert apart.step == 0
     assert apart.evidence == {"places": 2, "first": [["a", 0], ["a", 15]]}
-    assert apart.message.startswith("Scores at 2 steps have no measures there, for example step 0 of run 'a'")
+    assert apart.message == (
+        "4 scores have no checkpoint with measures at the same step and are not used (for example step 0 of run 'a')."
+    )
 
 
 def test_cells_that_are_no_numbers_are_missing_from_the_table(tmp_path):
@@ -231,17 +240,41 @@ def test_a_direction_that_one_file_states_holds_where_another_is_silent():
     assert score_table(rows[::-1]).scores["direction"].values.tolist() == [-1]
 
 
-def test_a_task_of_unknown_direction_is_named_with_what_to_say():
-    unknown = finding(score_table([ScoreRow("r", 10, "oddity", 1.0)]), "OD505")
-    assert unknown.message.startswith("It is not known whether higher is better for 'oddity';")
-    assert unknown.remedy == 'Say it, e.g. directions={"oddity": "higher"}.'
-    assert unknown.evidence == {"tasks": ["oddity"]}
+@pytest.mark.parametrize(("task", "asked", "expected"), [("x/loss", {}, -1), ("x", {}, 0), ("x", {"x": "higher"}, 1)])
+def test_of_files_that_contradict_each_other_on_a_direction_neither_counts(task, asked, expected):
+    rows = [ScoreRow(run, 10, task, 1.0, higher_is_better=run == "a") for run in "ab"]
+    table = score_table(rows, directions=asked)
+    assert table.scores["direction"].values.tolist() == [expected]
+    torn = finding(table, "OD505")
+    assert torn.message == (
+        f"Score files contradict each other on whether higher is better for '{task}'. The user's word decides, else "
+        "the name of the score."
+    )
+    assert torn.evidence == {"tasks": [task]}
+
+
+@pytest.mark.parametrize("runs", [None, {"caf\udce9": [5, 2**62 + 1]}])
+def test_names_that_are_no_unicode_and_large_steps_are_kept_as_they_are(runs):
+    rows = [
+        ScoreRow("caf\udce9", 2**62 + 1, "qa\udce9/accuracy", 0.5),
+        ScoreRow("caf\udce9", None, "qa\udce9/loss", 0.25),
+    ]
+    assert cells_of(score_table(rows, runs=runs)) == {
+        ("caf\udce9", 2**62 + 1, "qa\udce9/accuracy"): 0.5,
+        ("caf\udce9", 2**62 + 1, "qa\udce9/loss"): 0.25,
+    }
+
+
+def test_an_infinite_score_given_twice_agrees_with_itself():
+    table = score_table([ScoreRow("a", 10, "qa/loss", math.inf)] * 2)
+    assert table.scores["score"].values.tolist() == [[[math.inf]]]
+    assert finding(table, "OD503").evidence == {"places": 1, "contradictions": 0}
 
 
 def test_a_direction_of_a_task_without_scores_is_named_beside_the_tasks_there_are():
     table = score_table([ScoreRow("r", 10, "vqa/accuracy", 1.0)], directions={"vqa": "higher"})
     absent = finding(table, "OD512")
-    assert absent.message == ("A direction is given for 'vqa', of which there are no scores; there are 'vqa/accuracy'.")
+    assert absent.message == "A direction is given for 'vqa', but there are only scores of 'vqa/accuracy'."
     assert absent.evidence == {"tasks": ["vqa"]}
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dynamics.findings import Finding
+from dynamics.report import summarise
 from dynamics.report.page import page
 from tests.fishers import MEANS, with_fisher
 from tests.trees import HOSTILE, example_runs, example_tree, matrix_names
@@ -117,7 +118,8 @@ def test_answers_come_under_their_questions(parsed):
 
 def test_findings_have_evidence_and_remedy_and_fold_when_many(text, parsed):
     words = parsed.words()
-    assert "a weight file could not be read OD101" in words
+    title = Finding("OD101", "").title
+    assert f"{title[0].upper()}{title[1:]} OD101" in words
     assert "c-1: Number 1. Evidence: bytes 1." in words
     assert words.count("What to do: Copy it again.") == 1
     assert "2 more" in words
@@ -143,7 +145,7 @@ def test_table_has_a_row_for_each_matrix_and_reads_without_scripts(text):
     assert table.count('<th scope="row"') == 21
     assert table.count('<th scope="col">') == 11
     assert "<button" not in table
-    assert "hidden>Headings sort." in table
+    assert "hidden>Click a heading to sort." in table
 
 
 def test_cells_of_the_heatmaps_tell_their_values(text):
@@ -172,15 +174,15 @@ def test_says_where_it_comes_from(parsed):
 
 def test_gradients_have_a_section_between_directions_and_places(captured):
     words = Page(captured).words()
-    headings = ["How many directions did the updates use?", "What did the gradients ask for?", "Where and when?"]
+    headings = ["How many directions did the updates use?", "What did the gradients look like?", "Where and when?"]
     places = [words.index(heading) for heading in headings]
     assert places == sorted(places)
     section = captured[captured.index(headings[1]) : captured.index(headings[2])]
     assert section.count("<figure>") == 3
     assert "s(∇<sub>B</sub>·A + B·∇<sub>A</sub>)" in section
-    assert "Here only norms were captured" not in section
-    assert "Captured at 3 steps during training, without checkpoints (steps 100 to 300)" in words
-    assert "The gradient of a matrix at step 200 has norm" in words
+    assert "Only norms were recorded" not in section
+    assert "Recorded at 3 steps, without checkpoints (steps 100 to 300)" in words
+    assert "At step 200 the median gradient norm of a matrix is" in words
 
 
 def test_numbers_of_gradients_are_defined(captured, parsed):
@@ -191,9 +193,9 @@ def test_numbers_of_gradients_are_defined(captured, parsed):
 
 def test_norms_alone_are_said_to_be_that():
     text = page(example_tree(steps=2, matrices=2, gradients=[100, 200], gradient_spectra=False))
-    assert "Here only norms were captured; the preset “standard” captures spectra as well." in Page(text).words()
-    assert "gradient of a matrix at step 200" in Page(text).words()
-    assert "how many directions the gradients had" not in Page(text).words().lower()
+    assert "Only norms were recorded; the preset “standard” records spectra as well." in Page(text).words()
+    assert "gradient norm of a matrix" in Page(text).words()
+    assert "effective rank (energy) of the gradients" not in Page(text).words().lower()
 
 
 def test_gradients_that_were_gone_are_said_to_be_that():
@@ -201,17 +203,17 @@ def test_gradients_that_were_gone_are_said_to_be_that():
     for name in ("norm_before_clip", "norm_after_clip"):
         tree["gradient"][name][:] = np.nan
     words = Page(page(tree)).words()
-    assert "Here none could be measured: see the findings." in words
-    assert "Here only norms were captured" not in words
+    assert "No gradient could be measured: see the findings." in words
+    assert "Only norms were recorded" not in words
 
 
 def test_a_run_without_gradients_has_no_section_of_them(parsed):
-    assert "what did the gradients ask for?" not in parsed.words().lower()
+    assert "what did the gradients look like?" not in parsed.words().lower()
     assert "gradient of" not in parsed.words().lower()
 
 
 def test_increments_of_a_capture_are_since_captured_steps(captured, parsed):
-    assert "change since the previous captured step or checkpoint of the same training" in Page(captured).words()
+    assert "change since the previous recorded step or checkpoint of the same training" in Page(captured).words()
     assert "change since the previous checkpoint of the same training" in parsed.words()
 
 
@@ -222,13 +224,13 @@ def probed():
 
 def test_informative_directions_have_a_section_between_gradients_and_places(probed):
     words = Page(probed).words()
-    headings = ["What did the gradients ask for?", "Did updates follow informative directions?", "Where and when?"]
+    headings = ["What did the gradients look like?", "Did updates follow informative directions?", "Where and when?"]
     places = [words.index(heading) for heading in headings]
     assert places == sorted(places)
     section = probed[probed.index(headings[1]) : probed.index(headings[2])]
     assert section.count("<figure>") == 10  # all but transfer, which needs factor space
-    assert "The empirical Fisher of 40 probe samples in 40 groups at step 300" in section
-    assert "So the update is concentrated along informative directions" in section
+    assert "The empirical Fisher was measured at step 300 with 40 probe samples in 40 groups" in section
+    assert "The update is concentrated along informative directions" in section
 
 
 def test_numbers_of_the_fisher_are_defined(probed, parsed):
@@ -251,7 +253,7 @@ def test_an_update_that_proves_nothing_is_not_called_concentrated():
     tree = with_fisher(example_tree(matrices=2, steps=1), steps=(100,), update="random")
     text = page(tree, figures={})
     section = text[text.index("Did updates follow") : text.index("Where and when?")]
-    assert "less of the update lies along informative directions" in section
+    assert "The update follows informative directions less than" in section
     assert "concentrated" not in section
 
 
@@ -275,13 +277,13 @@ def test_text_of_files_is_escaped():
 @pytest.mark.parametrize(
     ("awkward", "said"),
     [
-        ({"steps": 1}, "No training here has two checkpoints, so there are no increments."),
-        ({"steps": 1, "gradients": [100]}, "No training here has two steps, so there are no increments."),
+        ({"steps": 1}, "No training has two checkpoints, so there are no increments."),
+        ({"steps": 1, "gradients": [100]}, "No training has two steps, so there are no increments."),
         ({"matrices": 1}, "1 weight matrix with LoRA updates"),
-        ({"zero": matrix_names(14)}, "None: no update at step 600 is known to be other than zero."),
+        ({"zero": matrix_names(14)}, "None: no update at step 600 is known to differ from zero."),
         ({"zero": matrix_names(14)}, "Not defined at step 600"),
         ({"segment": [0, 1, 0, 1, 0, 1]}, "of 2 different trainings"),
-        ({"missing": matrix_names(14)}, "The size of the whole update at step 600"),
+        ({"missing": matrix_names(14)}, "At step 600 the size of the whole update is not known."),
         ({"missing": matrix_names(2)}, "not in last checkpoint"),
     ],
 )
@@ -299,13 +301,13 @@ def test_seven_billion_parameters_fit_in_three_megabytes():
 def test_very_many_matrices_are_told_in_part(monkeypatch):
     monkeypatch.setattr(import_module("dynamics.report.page"), "MOST_ROWS", 10)
     words = Page(page(example_tree(steps=1), figures={})).words()
-    assert "The 10 largest updates of 14; all are in summary.json." in words
+    assert "The 10 largest of 14 updates; all are in summary.json." in words
 
 
 def test_too_many_cells_for_hover_are_a_picture(monkeypatch):
     monkeypatch.setattr(import_module("dynamics.plot.hover_heatmap"), "MOST_CELLS", 83)
     text = page(example_tree(), figures={"heatmap_frobenius_norm": "<svg><title>it</title></svg>"})
-    assert "There are too many cells for values on hover" in text
+    assert "There are too many cells to show values on hover" in text
     assert "<svg><title>it</title></svg>" in text
     assert 'class="cells"' not in text
 
@@ -322,6 +324,14 @@ def test_several_runs_have_a_section_each_and_contents():
 def test_figures_that_are_drawn_already_are_used():
     text = page(example_tree(steps=1), figures={"frobenius_norm_total": "<svg><title>mine</title></svg>"})
     assert "<figure><svg><title>mine</title></svg>" in text
+
+
+def test_a_summary_that_is_made_already_is_used(monkeypatch):
+    tree = example_tree(steps=1)
+    summary, expected = summarise(tree), page(tree, figures={})
+    module = import_module("dynamics.report.page")
+    monkeypatch.setattr(module, "summarise", lambda tree: pytest.fail("the summary was made again"))
+    assert page(tree, figures={}, summary=summary) == expected
 
 
 @pytest.mark.parametrize("name", ["pydoc_lora"])

@@ -3,7 +3,14 @@ import json
 import numpy as np
 
 from dynamics.report import summarise
-from dynamics.report.sentences import beside_the_base, how_far, how_many_directions, how_steep, what_was_analysed
+from dynamics.report.sentences import (
+    beside_the_base,
+    how_far,
+    how_many_directions,
+    how_steep,
+    how_straight,
+    what_was_analysed,
+)
 from dynamics.text import number
 from tests.trees import example_tree, matrix_names
 
@@ -38,7 +45,7 @@ def test_what_is_not_known_is_not_made_up():
     assert how_far(zero) == "At step 600 no matrix has moved: every update is exactly zero."
     assert how_many_directions(zero) == ""
     unknown = {**zero, "totals": {"frobenius_norm_all": None}}
-    assert how_far(unknown) == "The size of the whole update at step 600 is not known."
+    assert how_far(unknown) == "At step 600 the size of the whole update is not known."
 
 
 def captured(captured_steps, checkpoints, **changes):
@@ -49,9 +56,9 @@ def captured(captured_steps, checkpoints, **changes):
 
 def test_captured_steps_and_checkpoints_are_said_apart():
     said = what_was_analysed(summarise(captured([100, 200], [200])))
-    assert said.startswith("Captured at 2 steps during training, with 1 checkpoint beside them (steps 100 to 600); 4 ")
+    assert said.startswith("Recorded at 2 steps, with 1 checkpoint (steps 100 to 600); 4 ")
     said = what_was_analysed(summarise(captured([100], [], steps=1)))
-    assert said.startswith("Captured at 1 step during training, without checkpoints (step 100); 4 weight matrices")
+    assert said.startswith("Recorded at 1 step, without checkpoints (step 100); 4 weight matrices")
 
 
 def test_the_last_gradient_in_one_sentence():
@@ -62,8 +69,8 @@ def test_the_last_gradient_in_one_sentence():
         for name in ("norm_before_clip", "norm_after_clip", "effective_rank_energy")
     )
     assert how_steep(summarise(tree)) == (
-        f"The gradient of a matrix at step 200 has norm {before} in the median ({after} after clipping), and an "
-        f"effective rank (energy) of {rank}; random factors have "
+        f"At step 200 the median gradient norm of a matrix is {before} ({after} after clipping), and the median "
+        f"effective rank (energy) of a gradient is {rank}; random factors have "
         f"{number(float(last['effective_rank_energy_null']))}."
     )
 
@@ -71,7 +78,7 @@ def test_the_last_gradient_in_one_sentence():
 def test_what_clipping_left_alone_is_not_said_twice():
     tree = captured([100, 200], [], gradient_spectra=False)
     tree["summary_gradient"]["norm_after_clip_quantile"] = tree["summary_gradient"]["norm_before_clip_quantile"]
-    assert how_steep(summarise(tree)).endswith(" in the median (clipping left it as it was).")
+    assert how_steep(summarise(tree)).endswith(" (clipping left it unchanged).")
 
 
 def test_no_gradient_no_sentence():
@@ -93,15 +100,43 @@ def test_several_adapters_stand_by_themselves():
     summary = {**summarise(example_tree(matrices=3)), "adapters": adapters}
     assert how_far(summary) == (
         "At step 600 the update of policy has Frobenius norm 1.50 over 4 matrices and the update of reference has "
-        "Frobenius norm 1.50 over 4 matrices. They are not added up."
+        "Frobenius norm 1.50 over 4 matrices. Adapters are not added up."
     )
 
 
 def test_what_the_base_was_compared_with_is_counted():
     base = {"k": 10, "relative_size": 0.1, "matrices": 3, "of": 3}
-    every = "It is 10.0 % of the norm of the weights before training, in the median"
-    assert beside_the_base({"base": base}) == f"{every} matrix."
-    assert beside_the_base({"base": {**base, "matrices": 2}}) == f"{every} of the 2 of 3 matrices that the base has."
+    size = "The update has 10.0 % of the norm of the base weights (median over"
+    assert beside_the_base({"base": base}) == f"{size} matrices)."
+    part = {**base, "matrices": 2}
+    assert beside_the_base({"base": part}) == f"{size} the 2 of 3 matrices that the base has)."
     none = {"k": 10, "relative_size": None, "matrices": 0, "of": 3}
     assert beside_the_base({"base": none}) == "None of the 3 matrices could be compared with the base."
     assert beside_the_base({"base": None}) == ""
+
+
+def path(share, straightness, checkpoints=8):
+    shape = {"component_share": [share, 0.01], "participation_ratio": 1.13, "straightness": straightness}
+    return {"path": {"checkpoints": checkpoints, **shape}}
+
+
+def test_a_path_along_one_line_is_called_that():
+    assert how_straight(path(0.938, 0.559)) == (
+        "Training moved almost along one line: one direction holds 93.8 % of the squared distance. The path was 1.8 "
+        "times as long as the straight line from start to end."
+    )
+
+
+def test_a_path_along_several_directions_is_not_called_a_line():
+    assert how_straight(path(0.5, 0.25)) == (
+        "Training did not move along one line: the leading direction holds 50.0 % of the squared distance "
+        "(participation ratio 1.13). The path was 4.0 times as long as the straight line from start to end."
+    )
+
+
+def test_a_path_that_ends_where_it_began_has_no_ratio():
+    assert how_straight(path(0.938, 0.0)).endswith("of the squared distance.")
+
+
+def test_two_checkpoints_have_no_shape():
+    assert how_straight(path(1.0, 1.0, checkpoints=2)) == ""

@@ -38,14 +38,15 @@ def test_the_spectrum_has_its_intervals_and_says_when_it_was_taken(fisher):
         for name in ("spectral_entropy", "dominant_ratio", "participation_ratio", "participation_ratio_directional")
     )
     assert informative_directions({"fisher": fisher})[0] == (
-        "The empirical Fisher of 40 probe samples in 40 groups at step 300, in tangent space (gradients at the weights "
-        f"of step 299, before the update), has a plug-in spectral entropy SE of {entropy[0]} nat at N = 40 (sampling "
-        f"error at this N: {entropy[1]} to {entropy[2]}; the Fisher's own is larger by an unknown amount, and at least "
-        f"{number(fisher['spectral_entropy']['lower_bound'])}, the low end of ln PR), a dominant ratio ρ between "
-        f"{ratio[1]} and {ratio[2]} (95 % interval) and a participation ratio of {participation[0]} (95 % interval "
-        f"{participation[1]} to {participation[2]}). With all gradients normalised to the same length the "
-        f"participation ratio is {directional[0]} (95 % interval {directional[1]} to {directional[2]}). By their share "
-        f"of the trace, the groups count as {number(fisher['effective_groups'])} of one size."
+        "The empirical Fisher was measured at step 300 with 40 probe samples in 40 groups, in tangent space (gradients "
+        f"at the weights of step 299, before the update). The spectral entropy SE is {entropy[0]} nat at N = 40 "
+        f"(plug-in, sampling error {entropy[1]} to {entropy[2]}); the Fisher's own SE is larger by an unknown amount. "
+        f"It is at least {number(fisher['spectral_entropy']['lower_bound'])} nat, the low end of ln PR. The dominant "
+        f"ratio ρ is between {ratio[1]} and {ratio[2]} (95 % interval) and the participation ratio is "
+        f"{participation[0]} (95 % interval {participation[1]} to {participation[2]}). With all gradients scaled to "
+        f"the same length the participation ratio is {directional[0]} (95 % interval {directional[1]} to "
+        f"{directional[2]}). By their share of the trace, the groups count as {number(fisher['effective_groups'])} of "
+        "equal size."
     )
 
 
@@ -54,14 +55,18 @@ def test_the_update_stands_beside_both_nulls(fisher):
     _, beside_random, beside_gradient, _ = informative_directions({"fisher": fisher})
     isotropic, gradient = row["null_isotropic"], row["null_gradient"]
     assert (
-        f"{percent(row['captured'])} lies in the 16 leading directions of the Fisher; of a random direction's it would "
-        f"be {percent(isotropic['value'])} (95 %: {percent(isotropic['low'])} to {percent(isotropic['high'])})."
+        f"The 16 leading directions of the Fisher hold {percent(row['captured'])} of the squared norm of the update to "
+        f"step 300 and {percent(isotropic['value'])} (95 % interval {percent(isotropic['low'])} to "
+        f"{percent(isotropic['high'])}) of a random direction."
     ) in beside_random
-    assert "; a random direction has 1. The space does not hold 4.0 % of the update." in beside_random
+    assert "; a random direction has 1. These gradients cannot reach 4.0 % of the update, which is left out." in (
+        beside_random
+    )
     assert (
-        f"a fresh gradient of 2 samples {percent(gradient['value'])} (95 %: {percent(gradient['low'])} to "
-        f"{percent(gradient['high'])}): a gain of {number(row['gain']['value'])} (95 % interval "
-        f"{number(row['gain']['low'])} to {number(row['gain']['high'])}), centred "
+        f"{percent(gradient['value'])} (95 % interval {percent(gradient['low'])} to {percent(gradient['high'])}) of a "
+        f"fresh gradient of 2 samples: about as much (gain "
+        f"{number(row['gain']['value'])}, 95 % interval {number(row['gain']['low'])} to "
+        f"{number(row['gain']['high'])}; centred "
     ) in beside_gradient
 
 
@@ -69,24 +74,24 @@ def test_concentrated_is_said_where_the_flag_says_so(leading):
     assert leading["concentration"]["at_k"]["concentrated"]
     words = said(leading)
     assert (
-        "So the update is concentrated along informative directions, more than a gradient of its batch, as at 3 of 3 "
-        "steps (up to 1 would be by chance)." in words
+        "The update is concentrated along informative directions, more than a gradient of its batch. The same holds at "
+        "3 of 3 steps (chance: up to 1)." in words
     )
     assert (
-        "Block by block, 2 of 2 updates are concentrated; about 2.5 % each would be by chance, together or not at all, "
-        "for blocks share samples and draws." in words
+        "The updates of 2 of 2 blocks are concentrated. Chance makes about 2.5 % so, all at once or none, since blocks "
+        "share samples and draws." in words
     )
 
 
 def test_a_step_as_rare_as_chance_makes_it_is_not_called_concentrated(leading):
     words = said(leading, steps={"concentrated": 1, "of": 30}, blocks={"concentrated": 0, "of": 2})
-    assert "at 1 of 30 steps, no more than by chance (up to 2 would be by chance)." in words
+    assert "at 1 of 30 steps, no more often than by chance (chance: up to 2)." in words
     assert "update is concentrated" not in words
 
 
 def test_more_samples_than_the_null_can_stand_for_are_said(leading):
     words = said(leading, concentrated=False, null_batch=400, null_batch_limit=160.0)
-    assert "cannot be decided: that takes a gradient of at most 160 samples, eight times half of those probed." in words
+    assert "cannot be decided: the null can imitate at most 160 samples, eight times half of those probed." in words
 
 
 @pytest.mark.parametrize(
@@ -100,19 +105,30 @@ def test_concentrated_is_said_nowhere_else(leading, gain):
 
 def test_a_gain_that_proves_nothing_is_said_to_prove_nothing(leading):
     words = said(leading, concentrated=False)
-    assert "further along informative directions than a gradient of its batch is not shown." in words
+    assert "The update is not shown to follow informative directions more than a gradient of its batch." in words
 
 
 def test_less_than_a_gradient_is_said_too(fisher):
     words = said(fisher, gain=interval(0.2, 0.5))
     assert (
-        "So less of the update lies along informative directions than of a plain gradient of as many held-out samples; "
-        "Adam's scaling and momentum alone would do this."
+        "The update follows informative directions less than a plain gradient step would; Adam's scaling and momentum "
+        "alone can cause this."
     ) in words
 
 
+@pytest.mark.parametrize(
+    ("gain", "words"),
+    [
+        (0.036, "of 2 samples: 28 times less (gain 0.0360, 95 %"),
+        (2.5, "of 2 samples: 2.5 times as much (gain 2.50, 95 %"),
+    ],
+)
+def test_a_gain_is_said_in_words(fisher, gain, words):
+    assert words in said(fisher, gain=interval(0.9 * gain, 1.1 * gain, gain))
+
+
 def test_one_step_is_not_counted(leading):
-    assert "gradient of its batch. Block" in said(leading, steps={"concentrated": 1, "of": 1})
+    assert "gradient of its batch. The updates of" in said(leading, steps={"concentrated": 1, "of": 1})
 
 
 def test_without_a_gradient_null_nothing_is_claimed():
@@ -124,7 +140,7 @@ def test_without_a_gradient_null_nothing_is_claimed():
 
 def test_without_an_update_nothing_is_said_of_it():
     paragraphs = informative_directions({"fisher": fisher_summary(with_fisher(example_tree(3, 2), update="none"))})
-    assert paragraphs[1] == "No update beside these gradients is known, so nothing is said of its directions."
+    assert paragraphs[1] == "No update is known for these gradients, so its directions cannot be compared."
     assert len(paragraphs) == 3
 
 
@@ -134,22 +150,22 @@ def test_without_a_fisher_there_are_no_words():
 
 def test_a_fisher_without_a_spectrum_refers_to_the_findings(fisher):
     broken = {**fisher, "spectral_entropy": {"value": None, "low": None, "high": None, "lower_bound": None}}
-    assert informative_directions({"fisher": broken})[0].endswith("has no spectrum: see the findings.")
+    assert informative_directions({"fisher": broken})[0].endswith("It has no spectrum: see the findings.")
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"fisher": "sampled"}, "The Fisher with sampled labels of 40 probe samples"),
-        ({"evaluated_at_step": 300}, "in tangent space (gradients at the weights of that step), has"),
-        ({"evaluated_at_step": None}, "in tangent space (gradients at the weights of that step), has"),
+        ({"fisher": "sampled"}, "The Fisher with sampled labels was measured at step 300 with 40 probe samples"),
+        ({"evaluated_at_step": 300}, "in tangent space (gradients at the weights of that step)."),
+        ({"evaluated_at_step": None}, "in tangent space (gradients at the weights of that step)."),
         (
             {"dominant_ratio": {"value": 0.5, "low": None, "high": None}},
-            "a dominant ratio ρ of 0.500 (plug-in, too large in expectation)",
+            "The dominant ratio ρ is 0.500 (plug-in, too large in expectation)",
         ),
         (
             {"spectral_entropy": {"value": 2.0, "low": None, "high": None, "lower_bound": None}},
-            "SE of 2.00 nat at N = 40 (the Fisher's own is larger by an unknown amount),",
+            "SE is 2.00 nat at N = 40 (plug-in); the Fisher's own SE is larger by an unknown amount. The",
         ),
     ],
 )
@@ -171,10 +187,12 @@ def test_tasks_agree_conflict_or_are_not_known(fisher):
     assert informative_directions({"fisher": {**fisher, "pairs": pairs, "mixture": dict.fromkeys(fisher["mixture"])}})[
         -1
     ] == (
-        "Tasks whose mean gradients agree: a and b (cosine 0.500, 95 % interval 0.250 to 0.750). "
-        "Tasks in conflict: a and c (cosine -0.500, 95 % interval -0.750 to -0.250). "
-        "Undecided, since the cosine's interval holds 0: b and c (cosine 0.125, 95 % interval -0.250 to 0.500). "
-        "Not resolved, since a mean gradient cannot be told from 0: a and d."
+        "The mean gradients of these tasks agree: a and b (cosine 0.500, 95 % interval 0.250 to 0.750). "
+        "These tasks conflict: a and c (cosine -0.500, 95 % interval -0.750 to -0.250). "
+        "Agreement or conflict cannot be decided, since the interval of the cosine includes 0: b and c (cosine 0.125, "
+        "95 % interval -0.250 to 0.500). "
+        "Whether a and d conflict cannot be decided: at least one of their mean gradients is indistinguishable from "
+        "zero with 40 samples. Probe more."
     )
 
 
@@ -188,18 +206,38 @@ def test_of_many_pairs_the_first_are_named(fisher):
 def test_the_sharing_term_has_its_band(fisher):
     words = said(fisher)
     parts = fisher["mixture"]
-    assert f"χ = {number(parts['divergence'])} nat between them" in words
     assert (
-        f"χ is {number(parts['normalised_divergence'])} of at most {number(parts['normalised_largest'])} nat;" in words
-    )
-    assert (
-        f"exchanged labels, with traces made 1 under each, give {number(parts['null_low'])} to "
-        f"{number(parts['null_high'])} (p = 0.010)."
+        f"different directions: with equal traces χ = {number(parts['normalised_divergence'])} of at most "
+        f"{number(parts['normalised_largest'])} nat (with shuffled task labels {number(parts['null_low'])} to "
+        f"{number(parts['null_high'])}; p = 0.010)."
     ) in words
+
+
+@pytest.mark.parametrize(
+    ("divergence", "p", "verdict"),
+    [
+        (0.56, 0.01, "The tasks use largely different directions: with equal traces χ = 0.560 of at most 0.690 nat"),
+        (0.2, 0.01, "The tasks use partly different directions: with equal traces χ = 0.200"),
+        (0.56, 0.3, "The tasks are not shown to use different directions: with equal traces χ = 0.560"),
+    ],
+)
+def test_how_different_tasks_are_depends_on_the_test(fisher, divergence, p, verdict):
+    parts = {"normalised_divergence": divergence, "normalised_largest": 0.69, "p_value": p}
+    changed = {**fisher, "mixture": {**fisher["mixture"], **parts}}
+    assert verdict in informative_directions({"fisher": changed})[-1]
+
+
+def test_the_sharing_term_without_a_test_is_a_number(fisher):
+    parts = fisher["mixture"]
+    changed = {**fisher, "mixture": {**parts, "null_low": None}}
+    assert (
+        f"Of the spectral entropy, {number(parts['within_tasks'])} nat lie within tasks and χ = "
+        f"{number(parts['divergence'])} of at most {number(parts['largest_divergence'])} nat between them."
+    ) in informative_directions({"fisher": changed})[-1]
 
 
 def test_a_single_task_has_no_paragraph_of_tasks():
     alone = with_fisher(example_tree([7], 2), steps=(7,), means={"a": MEANS["chart"]})
     paragraphs = informative_directions({"fisher": fisher_summary(alone)})
     assert len(paragraphs) == 3
-    assert not any("Tasks" in paragraph for paragraph in paragraphs)
+    assert not any("tasks" in paragraph for paragraph in paragraphs)

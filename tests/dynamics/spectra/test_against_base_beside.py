@@ -7,9 +7,9 @@ import xarray as xr
 
 from dynamics.checkpoints import open_trajectory
 from dynamics.spectra import against_base as module
-from dynamics.spectra.against_base import beside_base, decompose, intruders, overlap
-from dynamics.spectra.cache import cache_folder
-from dynamics.spectra.dataset import raw_spectra
+from dynamics.spectra.against_base import compare_with_base, decompose, intruders, overlap
+from dynamics.spectra.cache import cache_folder, write_tensors
+from dynamics.spectra.trajectory import trajectory_spectra
 from tests.runs import write_run
 from tests.whole_models import MATRICES, model_tensors, write_dense_run, write_model
 
@@ -25,7 +25,7 @@ def trajectory(tmp_path):
 
 
 def found_of(trajectory, **options):
-    return beside_base(trajectory, raw_spectra(trajectory)[0], **options)
+    return compare_with_base(trajectory, trajectory_spectra(trajectory)[0], **options)
 
 
 def test_relative_sizes_are_those_of_the_matrices(trajectory):
@@ -61,14 +61,16 @@ def test_directions_are_those_of_the_functions(trajectory):
 
 def test_the_cache_gives_the_same_and_damage_is_computed_anew(trajectory, monkeypatch):
     first = found_of(trajectory, directions=True, k=3)
-    calls = []
-    monkeypatch.setattr(module, "decompose", lambda weight: calls.append(1) or decompose(weight))
+    written = []
+    monkeypatch.setattr(
+        module, "write_tensors", lambda key, tensors: written.append(key) or write_tensors(key, tensors)
+    )
     xr.testing.assert_allclose(found_of(trajectory, directions=True, k=3), first, rtol=1e-9)
-    assert not calls
+    assert not written
     for path in list(cache_folder().iterdir())[:2]:
         path.write_bytes(b"nonsense")
     again = found_of(trajectory, directions=True, k=3)
-    assert len(calls) == 2
+    assert len(written) == 2
     np.testing.assert_allclose(again["overlap_left"].values, first["overlap_left"].values, atol=1e-6)
 
 

@@ -32,10 +32,10 @@ def test_gaussian_draws_have_the_law_of_the_explicit_matrix(out, in_):
 
 
 @pytest.mark.parametrize(("out", "in_"), [(8, 8), (16, 64)])
-def test_mean_purity_is_exact(out, in_):
+def test_the_mean_purity_of_gaussian_draws_is_the_exact_one(out, in_):
     samples = purity(null_models.gaussian_spectra(out, in_, 4000, seed=3))
     error = samples.std() / len(samples) ** 0.5
-    assert abs(samples.mean() - null_models.gaussian_purity(out, in_)) < 4 * error
+    assert abs(samples.mean() - (out + in_ + 1) / (out * in_ + 2)) < 4 * error
 
 
 @pytest.mark.parametrize(("out", "in_", "bound"), [(64, 64, 0.007), (16, 4096, 3e-4)])

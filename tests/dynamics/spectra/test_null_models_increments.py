@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from dynamics.checkpoints import open_trajectory
+from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.spectra import raw, walk
-from dynamics.spectra.dataset import analyse_spectra, measured
-from dynamics.spectra.findings import notes
-from dynamics.spectra.raw import Place
+from dynamics.spectra.dataset import measure_update
+from dynamics.spectra.findings import findings_of
+from dynamics.spectra.trajectory import trajectory_spectra
 from dynamics.store import open_run
 from probes import LowRankMatrix
-from tests.captures import write_capture
+from tests.captures import write_records
 from tests.runs import random_factors, write_run
 
 
@@ -24,11 +25,13 @@ def update_of(steps):
     results, places, before = {}, {}, None
     for step, matrices in enumerate(steps):
         now = list(matrices.values())
-        solved = walk.solve(now, before)
-        before = walk.Before(now, [one.noise for one in solved])
+        solved = walk.solve_batch(now, before)
+        before = walk.Previous(now, [one.noise for one in solved])
         results |= {(step, name): one.spectra for name, one in zip(matrices, solved, strict=True)}
-        places |= {name: Place(*matrix.shape, matrix.rank, "F32") for name, matrix in matrices.items()}
-    return measured(raw.raw_update({step: (0, step - 1) for step in range(len(steps))}, places, results))["update"]
+        places |= {name: MatrixShape(*matrix.shape, matrix.rank, "F32") for name, matrix in matrices.items()}
+    return measure_update(raw.raw_update({step: (0, step - 1) for step in range(len(steps))}, places, results))[
+        "update"
+    ]
 
 
 def increments(steps):
@@ -108,7 +111,7 @@ def test_across_a_change_of_rank_there_is_no_null_and_a_finding_says_so():
     assert changed["entropy_energy"].sel(kind="increment").notnull().all()
     assert changed["entropy_deficit"].sel(kind="increment").isnull().all()
     assert changed["entropy_deficit"].sel(kind="total").notnull().all()
-    (finding,) = [finding for finding in notes(update) if finding.code == "OD208"]
+    (finding,) = [finding for finding in findings_of(update) if finding.code == "OD208"]
     assert finding.message.startswith("4 of 4 LoRA increments have no null model, so their entropy_deficit is")
 
 
@@ -126,8 +129,8 @@ def drifting_run():
 
 def test_records_and_checkpoints_have_the_same_null(tmp_path):
     steps = drifting_run()
-    checkpoints, _ = analyse_spectra(open_trajectory(write_run(tmp_path / "a", steps)))
-    write_capture(tmp_path / "b", steps, from_start=False)
+    checkpoints = measure_update(trajectory_spectra(open_trajectory(write_run(tmp_path / "a", steps)))[0])
+    write_records(tmp_path / "b", steps, from_start=False)
     records = open_run(tmp_path / "b")
     for name in ("entropy_deficit", "null_percentile", "marchenko_pastur_outliers"):
         np.testing.assert_allclose(records["update"][name].values, checkpoints["update"][name].values, atol=1e-9)
@@ -137,7 +140,7 @@ def test_records_of_an_earlier_version_have_no_null_of_increments_and_say_so(tmp
     raw_update = raw.raw_update
     with monkeypatch.context() as earlier:
         earlier.setattr(raw, "raw_update", lambda *arguments: raw_update(*arguments).drop_vars(raw.ADDED))
-        write_capture(tmp_path, drifting_run(), from_start=False)
+        write_records(tmp_path, drifting_run(), from_start=False)
     tree = open_run(tmp_path)
     increment = tree["update"].sel(kind="increment", step=[20, 30])
     assert increment["entropy_energy"].notnull().all()

@@ -5,11 +5,12 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 from dynamics.checkpoints import open_trajectory
-from dynamics.checkpoints.checkpoint import Content
+from dynamics.checkpoints.checkpoint import CheckpointContent
 from dynamics.spectra import path as path_module
-from dynamics.spectra.path import path_of, path_shape
+from dynamics.spectra.path import path_shape, renamed_path, training_path
 from tests.captures import drifting
 from tests.runs import write_run, write_state
 from tests.whole_models import MATRICES, model_tensors, write_dense_run, write_model
@@ -31,7 +32,7 @@ def vectors(run, names, base=None):
 def test_adapters(tmp_path):
     run = write_run(tmp_path / "run")
     trajectory = open_trajectory(run)
-    found = path_of(trajectory)
+    found = training_path(trajectory)
     rows = vectors(run, trajectory.matrices)
     np.testing.assert_allclose(found["gram"].values, (rows @ rows.T).numpy(), rtol=1e-10)
     expected = path_shape((rows @ rows.T).numpy())
@@ -44,7 +45,7 @@ def test_adapters(tmp_path):
 def test_dense_from_the_base_row_by_row(tmp_path, monkeypatch, budget):
     monkeypatch.setattr(path_module, "BUDGET", budget)
     run, base = write_dense_run(tmp_path / "run", (10, 20, 30)), write_model(tmp_path / "base")
-    found = path_of(open_trajectory(run, base=base))
+    found = training_path(open_trajectory(run, base=base))
     start = torch.cat([model_tensors()[f"{name}.weight"].double().flatten() for name in MATRICES])
     rows = vectors(run, MATRICES) - start
     np.testing.assert_allclose(found["gram"].values, (rows @ rows.T).numpy(), rtol=1e-10)
@@ -54,7 +55,7 @@ def test_dense_from_the_base_row_by_row(tmp_path, monkeypatch, budget):
 
 def test_dense_without_a_base_begins_at_the_first_checkpoint(tmp_path):
     run = write_dense_run(tmp_path / "run", (10, 20, 30))
-    found = path_of(open_trajectory(run))
+    found = training_path(open_trajectory(run))
     rows = vectors(run, MATRICES)
     rows = rows - rows[0]
     np.testing.assert_allclose(found["gram"].values, (rows @ rows.T).numpy(), rtol=1e-10, atol=1e-12)
@@ -64,7 +65,7 @@ def test_dense_without_a_base_begins_at_the_first_checkpoint(tmp_path):
 def test_a_matrix_that_is_not_everywhere_is_left_out_and_counted(tmp_path):
     tensors = {step: model_tensors(step) for step in (10, 20)}
     del tensors[20]["model.layers.1.self_attn.q_proj.weight"]
-    found = path_of(open_trajectory(write_dense_run(tmp_path, tensors), base=write_model(tmp_path / "base")))
+    found = training_path(open_trajectory(write_dense_run(tmp_path, tensors), base=write_model(tmp_path / "base")))
     assert found["matrices"].item() == len(MATRICES) - 1
 
 
@@ -77,15 +78,24 @@ def test_trainings_in_one_folder_have_paths_of_their_own(tmp_path):
     trajectory = open_trajectory(tmp_path, base=write_model(tmp_path / "base"))
     segments = [checkpoint.segment for checkpoint in trajectory.checkpoints]
     assert len(set(segments)) == 2
-    found = path_of(trajectory)
+    found = training_path(trajectory)
     together = np.equal.outer(segments, segments)
     assert (np.isfinite(found["gram"].values) == together).all()
-    assert found.sizes["training"] == 2
-    assert found["segment"].values.tolist() == segments
+    assert found.sizes["segment"] == 2
+    assert found["segment"].values.tolist() == [0, 1]
+    assert found["step_segment"].values.tolist() == segments
+
+
+def test_a_path_of_an_earlier_version_gets_the_names_of_today(tmp_path):
+    path = training_path(open_trajectory(write_run(tmp_path, drifting((10, 20, 30)))))
+    earlier = path.rename(segment="training").rename(step_segment="segment")
+    assert earlier["component_share"].dims == ("training", "component")
+    xr.testing.assert_identical(renamed_path(earlier), path)
+    xr.testing.assert_identical(renamed_path(path), path)
 
 
 def test_one_checkpoint_has_no_path(tmp_path):
-    assert path_of(open_trajectory(write_dense_run(tmp_path, (10,)), base=write_model(tmp_path / "base"))) is None
+    assert training_path(open_trajectory(write_dense_run(tmp_path, (10,)), base=write_model(tmp_path / "base"))) is None
 
 
 @pytest.mark.parametrize("files", [2, 3, 5])
@@ -94,10 +104,10 @@ def test_block_by_block_it_is_the_same(tmp_path, monkeypatch, files, dense):
     steps = tuple(range(10, 80, 10))
     run = write_dense_run(tmp_path / "run", steps) if dense else write_run(tmp_path / "run", drifting(steps))
     trajectory = open_trajectory(run)
-    whole = path_of(trajectory)
+    whole = training_path(trajectory)
     most_open = counted_openings(monkeypatch, trajectory)
     monkeypatch.setattr(path_module, "_allowed_files", lambda: files + dense)
-    in_blocks = path_of(trajectory)
+    in_blocks = training_path(trajectory)
     assert most_open() <= files + dense
     np.testing.assert_allclose(in_blocks["gram"].values, whole["gram"].values, rtol=1e-12)
     assert in_blocks["matrices"].item() == whole["matrices"].item() == len(trajectory.matrices)
@@ -115,8 +125,8 @@ def counted_openings(monkeypatch, trajectory):
             yield matrices
         opened[0] -= 1
 
-    actual = Content.open
-    monkeypatch.setattr(Content, "open", counted)
+    actual = CheckpointContent.open
+    monkeypatch.setattr(CheckpointContent, "open", counted)
     for checkpoint in trajectory.checkpoints:
         object.__setattr__(checkpoint, "open", checkpoint.open.__self__.open)
     return lambda: opened[1]
@@ -128,7 +138,7 @@ def test_a_matrix_that_is_not_finite_at_one_step_is_left_out_of_every_block(tmp_
     runs[30][name][0][0, 0] = torch.nan
     monkeypatch.setattr(path_module, "_allowed_files", lambda: 2)
     trajectory = open_trajectory(write_run(tmp_path / "run", runs))
-    path = path_of(trajectory)
+    path = training_path(trajectory)
     rows = vectors(tmp_path / "run", [other for other in trajectory.matrices if other != name])
     np.testing.assert_allclose(path["gram"].values, (rows @ rows.T).numpy(), rtol=1e-10)
     assert path["matrices"].item() == len(trajectory.matrices) - 1
@@ -143,7 +153,7 @@ def test_more_checkpoints_than_files_may_be_open(tmp_path, dense):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, before[1]))
     try:
-        path = path_of(trajectory)
+        path = training_path(trajectory)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert np.isfinite(path["gram"].values).all()

@@ -10,11 +10,12 @@ import pytest
 import torch
 import xarray as xr
 
+from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.spectra import raw
-from dynamics.spectra.raw import GradientSpectrum, Place
+from dynamics.spectra.raw import GradientSpectrum
 from dynamics.spectra.walk import MatrixSpectra
 
-A, B = Place(6, 5, 2, "F32"), Place(9, 4, 3, "BF16")
+A, B = MatrixShape(6, 5, 2, "F32"), MatrixShape(9, 4, 3, "BF16")
 
 
 def spectra(total: list[float], increment: list[float] | None = None) -> MatrixSpectra:
@@ -116,8 +117,8 @@ def test_joined_one_by_one_or_all_at_once_is_the_same():
 
 
 def test_a_matrix_has_its_newest_shape_and_its_largest_rank():
-    old = raw.raw_update({1: (0, 0)}, {"a": Place(6, 5, 8, "F32")}, {})
-    new = raw.raw_update({2: (0, 1)}, {"a": Place(6, 5, 2, "BF16")}, {})
+    old = raw.raw_update({1: (0, 0)}, {"a": MatrixShape(6, 5, 8, "F32")}, {})
+    new = raw.raw_update({2: (0, 1)}, {"a": MatrixShape(6, 5, 2, "BF16")}, {})
     for parts in ([old, new], [new, old]):
         joined = raw.concatenate(parts)
         assert (joined["adapter_rank"].item(), joined["storage"].item()) == (8, "BF16")

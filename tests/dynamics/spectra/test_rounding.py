@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from dynamics.checkpoints.files import TORCH_NAMES
+from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.spectra import raw, rounding, walk
-from dynamics.spectra.dataset import measured
+from dynamics.spectra.dataset import measure_update
 from dynamics.spectra.increments import cores, stack
-from dynamics.spectra.raw import Place
 from probes import LowRankMatrix
 from tests.matrices import moved, random_lora
 from tests.reference import rounding_noise_energy
@@ -48,9 +48,9 @@ def test_which_bf16_increments_are_flagged(relative, limited):
 
 
 def numerical_rank(matrix):
-    spectra = walk.solve([matrix])[0].spectra
-    place = Place(*matrix.shape, matrix.rank, TORCH_NAMES[matrix.dtype])
-    update = measured(raw.raw_update({1: (0, -1)}, {"w": place}, {(1, "w"): spectra}))["update"]
+    spectra = walk.solve_batch([matrix])[0].spectra
+    place = MatrixShape(*matrix.shape, matrix.rank, TORCH_NAMES[matrix.dtype])
+    update = measure_update(raw.raw_update({1: (0, -1)}, {"w": place}, {(1, "w"): spectra}))["update"]
     return update["numerical_rank"].sel(kind="total").item()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dynamics.checkpoints import open_trajectory
-from dynamics.spectra.dataset import raw_spectra
+from dynamics.spectra.trajectory import trajectory_spectra
 from dynamics.spectra.zero_blocks import ZeroBlock, of_dense, of_factors, zero_block
 from probes.low_rank import LowRankMatrix
 from tests.runs import random_factors, write_run
@@ -83,7 +83,7 @@ def test_a_run_of_parts_is_warned_of(tmp_path: Path) -> None:
     for matrices in steps.values():
         for left, _ in matrices.values():
             left[4:] = 0
-    _, findings = raw_spectra(open_trajectory(write_run(tmp_path, steps)))
+    _, findings = trajectory_spectra(open_trajectory(write_run(tmp_path, steps)))
     (warning,) = findings
     assert (warning.code, warning.severity, warning.step) == ("OD139", "warning", 20)
     assert "Only 4 of 32 rows of lora_B are not zero (12.5%) in 4 of 4 matrices" in warning.message
@@ -92,6 +92,6 @@ def test_a_run_of_parts_is_warned_of(tmp_path: Path) -> None:
 
 
 def test_whole_models_and_adapters_are_not_warned_of(tmp_path: Path) -> None:
-    assert raw_spectra(open_trajectory(write_run(tmp_path / "adapters")))[1] == []
+    assert trajectory_spectra(open_trajectory(write_run(tmp_path / "adapters")))[1] == []
     dense = write_dense_run(tmp_path / "dense", {10: model_tensors(1), 20: model_tensors(2)})
-    assert raw_spectra(open_trajectory(dense))[1] == []
+    assert trajectory_spectra(open_trajectory(dense))[1] == []

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.findings import Finding
 from dynamics.spectra import raw
-from dynamics.spectra.dataset import measured
-from dynamics.spectra.raw import Place
-from dynamics.store.merge import AGREEMENT, merge, raw_of, translated
+from dynamics.spectra.dataset import SAME_SPECTRA, measure_update
+from dynamics.store.merge import merge, unmeasured, with_live_names
 from tests.captures import drifting, records
 from tests.runs import NAMES, random_factors
 
@@ -53,7 +53,7 @@ def assert_same_at(found, expected, step):
 def test_where_both_have_a_step_the_record_wins_with_its_own_from_step():
     checkpoints, training = raw_steps([10, 20]), captured([5, 10, 15, 20])
     # Within what counts as agreement, but not the same: so it shows whose number stands there.
-    checkpoints["singular_value"].values *= 1 + AGREEMENT / 10
+    checkpoints["singular_value"].values *= 1 + SAME_SPECTRA / 10
     merged, findings = merge(checkpoints, training)
     assert findings == []
     assert column(merged, "from_step") == {5: 0, 10: 5, 15: 10, 20: 15}
@@ -143,7 +143,7 @@ def test_if_no_common_step_agrees_they_are_a_training_of_their_own():
     (finding,) = findings
     assert (finding.code, finding.severity, finding.step) == ("OD308", "warning", None)
     assert finding.evidence["steps"] == [10, 20]
-    assert finding.evidence["largest_difference"] > AGREEMENT
+    assert finding.evidence["largest_difference"] > SAME_SPECTRA
     assert "At steps 10, 20" in finding.message
     assert "No common step agrees, so the captured steps are numbered as a training of their own." in finding.message
 
@@ -158,7 +158,7 @@ def test_where_a_step_does_not_agree_nothing_of_the_checkpoint_is_kept():
 def test_a_difference_below_the_threshold_is_none_and_one_above_it_is_named():
     for factor, codes in ((0.9, []), (1.1, ["OD308"])):
         checkpoints = raw_steps([10])
-        checkpoints["singular_value"].values[0, TOTAL, 1] *= 1 / (1 - factor * AGREEMENT)
+        checkpoints["singular_value"].values[0, TOTAL, 1] *= 1 / (1 - factor * SAME_SPECTRA)
         _, findings = merge(checkpoints, captured([10]))
         assert [finding.code for finding in findings] == codes
         assert all(finding.matrix == NAMES[1] for finding in findings)
@@ -279,9 +279,9 @@ def test_every_number_is_where_the_rules_put_it(saved, taken, on_disk, watched):
 def test_a_capture_of_another_model_under_the_same_names_is_measured_all_the_same():
     merged, findings = merge(raw_steps([10], out=12, rank=4), captured([10, 20], out=2, rank=8))
     assert [finding.code for finding in findings] == ["OD308"]
-    assert np.isfinite(measured(merged)["update"]["stable_rank"].sel(kind="total")).all()
+    assert np.isfinite(measure_update(merged)["update"]["stable_rank"].sel(kind="total")).all()
     merged, _ = merge(raw_steps([10], out=2, rank=8), captured([20], out=12, rank=4))
-    assert np.isfinite(measured(merged)["update"]["stable_rank"].sel(kind="total")).all()
+    assert np.isfinite(measure_update(merged)["update"]["stable_rank"].sel(kind="total")).all()
 
 
 def test_merging_changes_neither():
@@ -303,7 +303,7 @@ def test_neither_is_refused():
 
 def test_names_on_disk_become_those_of_the_live_model_with_their_places():
     disk = raw_steps([10], names=NAMES[:2])
-    live = translated(disk, {NAMES[0]: "language_model.layers.3.mlp.fc1", "not there": "x"})
+    live = with_live_names(disk, {NAMES[0]: "language_model.layers.3.mlp.fc1", "not there": "x"})
     assert live["matrix"].values.tolist() == ["language_model.layers.3.mlp.fc1", NAMES[1]]
     assert live["layer"].values.tolist() == [3, 0]
     assert live["role"].values.tolist() == ["mlp.fc1", "self_attn.v_proj"]
@@ -314,7 +314,7 @@ def test_names_on_disk_become_those_of_the_live_model_with_their_places():
 
 
 def test_two_matrices_may_swap_their_names():
-    swapped = translated(raw_steps([10], names=NAMES[:2]), {NAMES[0]: NAMES[1], NAMES[1]: NAMES[0]})
+    swapped = with_live_names(raw_steps([10], names=NAMES[:2]), {NAMES[0]: NAMES[1], NAMES[1]: NAMES[0]})
     assert swapped["matrix"].values.tolist() == [NAMES[1], NAMES[0]]
 
 
@@ -330,14 +330,14 @@ def test_two_matrices_may_swap_their_names():
 )
 def test_two_matrices_never_get_one_name(names):
     disk = raw_steps([10])
-    live = translated(disk, names)
+    live = with_live_names(disk, names)
     assert len(set(live["matrix"].values.tolist())) == len(NAMES)
     assert live["matrix"].values.tolist()[:2] == list(NAMES[:2])
 
 
 def test_nothing_to_translate():
     disk = raw_steps([10])
-    assert translated(disk, {}) is disk
+    assert with_live_names(disk, {}) is disk
 
 
 # From the result back to the raw numbers.
@@ -361,8 +361,8 @@ def awkward():
 
 def test_measures_of_the_raw_numbers_of_a_result_are_the_result():
     update = awkward()
-    groups = measured(update)
-    again = measured(raw_of(groups["update"]))
+    groups = measure_update(update)
+    again = measure_update(unmeasured(groups["update"]))
     for name, group in groups.items():
         xr.testing.assert_allclose(again[name], group, rtol=1e-12)
         assert again[name].attrs == group.attrs
@@ -370,14 +370,14 @@ def test_measures_of_the_raw_numbers_of_a_result_are_the_result():
 
 def test_the_raw_numbers_of_a_result_are_those_it_was_measured_from():
     update = captured([5, 10, 15])
-    found = raw_of(measured(update)["update"])
+    found = unmeasured(measure_update(update)["update"])
     xr.testing.assert_allclose(found, update, rtol=1e-12)
     assert {name: found[name].attrs for name in found.variables} == {n: update[n].attrs for n in update.variables}
 
 
 def test_raw_numbers_of_no_matrix_at_all():
-    update = raw.raw_update({1: (0, -1)}, {"a": Place(3, 3, 1, "F32")}, {})
-    assert raw_of(measured(update)["update"]).sizes == {"step": 1, "kind": 2, "matrix": 1, "index": 0}
+    update = raw.raw_update({1: (0, -1)}, {"a": MatrixShape(3, 3, 1, "F32")}, {})
+    assert unmeasured(measure_update(update)["update"]).sizes == {"step": 1, "kind": 2, "matrix": 1, "index": 0}
 
 
 def test_a_finding_of_a_merge_can_be_stored():

@@ -114,39 +114,45 @@ def test_code_in_a_record_is_not_executed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../x.distcp", "/etc/x.distcp", "a\\x.distcp", "model.bin", ""])
 def test_files_outside_the_folder(name: str, tmp_path: Path) -> None:
     write_distributed(tmp_path, {"q.weight": torch.zeros(7, 4)})
-    edit(tmp_path, lambda m: [setattr(place, "relative_path", name) for place in m.storage_data.values()])
+    edit(tmp_path, lambda m: [setattr(record, "relative_path", name) for record in m.storage_data.values()])
     assert "is not the name of a .distcp file beside it" in problem(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (lambda place: setattr(place, "offset", -1), "It places a record at bytes -1"),
-        (lambda place: setattr(place, "length", 10**9), "It places a record at bytes 0 to 0+1000000000"),
-        (lambda place: setattr(place, "length", 10), "has not the size of its record"),
-        (lambda place: setattr(place, "transform_descriptors", ["zstd"]), "Its records are compressed"),
+        (lambda record: setattr(record, "offset", -1), "It places a record at bytes -1"),
+        (lambda record: setattr(record, "length", 10**9), "It places a record at bytes 0 to 0+1000000000"),
+        (lambda record: setattr(record, "length", 10), "does not match the size of its record"),
+        (lambda record: setattr(record, "transform_descriptors", ["zstd"]), "Its records are compressed"),
     ],
 )
-def test_places_that_lie(change: Callable[[Any], None], said: str, tmp_path: Path) -> None:
+def test_places_that_lie(change: Callable[[Any], None], message: str, tmp_path: Path) -> None:
     write_distributed(tmp_path, {"q.weight": torch.zeros(7, 4)})
-    edit(tmp_path, lambda metadata: [change(place) for place in metadata.storage_data.values()])
-    assert said in problem(tmp_path)
+    edit(tmp_path, lambda metadata: [change(record) for record in metadata.storage_data.values()])
+    assert message in problem(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (lambda entry: setattr(entry, "size", torch.Size((10**6, 10**6))), "do not make up its shape"),
-        (lambda entry: setattr(entry, "size", (7, "4")), "not sizes"),
-        (lambda entry: setattr(entry, "chunks", []), "do not make up its shape"),
-        (lambda entry: setattr(entry.chunks[0], "sizes", torch.Size((70, 4))), "does not lie in its shape"),
-        (lambda entry: setattr(entry.chunks[0], "offsets", torch.Size((1, 0))), "does not lie in its shape"),
+        (lambda entry: setattr(entry, "size", torch.Size((10**6, 10**6))), "do not fill its shape"),
+        (lambda entry: setattr(entry, "size", (7, "4")), "Expected a shape or offset of whole numbers"),
+        (lambda entry: setattr(entry, "chunks", []), "do not fill its shape"),
+        (lambda entry: setattr(entry.chunks[0], "sizes", torch.Size((70, 4))), "lies outside the shape"),
+        (lambda entry: setattr(entry.chunks[0], "offsets", torch.Size((1, 0))), "lies outside the shape"),
     ],
 )
-def test_shapes_that_lie(change: Callable[[Any], None], said: str, tmp_path: Path) -> None:
+def test_shapes_that_lie(change: Callable[[Any], None], message: str, tmp_path: Path) -> None:
     write_distributed(tmp_path, {"q.weight": torch.zeros(7, 4)})
     edit(tmp_path, lambda metadata: change(metadata.state_dict_metadata["q.weight"]))
-    assert said in problem(tmp_path)
+    assert message in problem(tmp_path)
+
+
+def test_a_chunk_that_no_file_holds(tmp_path: Path) -> None:
+    write_distributed(tmp_path, {"q.weight": torch.zeros(7, 4)})
+    edit(tmp_path, lambda metadata: metadata.storage_data.clear())
+    assert problem(tmp_path) == "No .distcp file holds this chunk of 'q.weight': [0, 0]."
 
 
 def test_two_chunks_of_one_record(tmp_path: Path) -> None:
@@ -157,11 +163,11 @@ def test_two_chunks_of_one_record(tmp_path: Path) -> None:
         entry = metadata.state_dict_metadata["q.weight"]
         entry.size = torch.Size((14, 4))
         entry.chunks.append(ChunkStorageMetadata(torch.Size((7, 0)), torch.Size((7, 4))))
-        (place,) = metadata.storage_data.values()
-        metadata.storage_data[MetadataIndex("q.weight", torch.Size((7, 0)), 1)] = place
+        (record,) = metadata.storage_data.values()
+        metadata.storage_data[MetadataIndex("q.weight", torch.Size((7, 0)), 1)] = record
 
     edit(tmp_path, change)
-    assert problem(tmp_path) == "Two chunks of 'q.weight' have one record."
+    assert problem(tmp_path) == "Two chunks of 'q.weight' share one record."
 
 
 def test_a_record_of_another_shape(tmp_path: Path) -> None:
@@ -175,7 +181,7 @@ def test_a_record_of_another_shape(tmp_path: Path) -> None:
     edit(tmp_path, change)
     with (
         read_distributed(tmp_path).open() as load,
-        pytest.raises(UnreadableFile, match="is not the tensor it should be"),
+        pytest.raises(UnreadableFile, match="has another shape or dtype than"),
     ):
         load("q.weight")
 
@@ -194,7 +200,7 @@ def test_a_missing_file_costs_one_checkpoint(tmp_path: Path) -> None:
     assert trajectory.steps == (10, 30)
     (error,) = [finding for finding in trajectory.findings if finding.code == "OD101"]
     assert error.file == "checkpoint-20/pytorch_model_fsdp_0/.metadata"
-    assert error.message == "Its file __0_0.distcp: The file is not there."
+    assert error.message == "Its file __0_0.distcp: The file does not exist."
 
 
 def test_a_file_that_goes_after_opening(tmp_path: Path) -> None:

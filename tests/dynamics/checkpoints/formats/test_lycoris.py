@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from dynamics.checkpoints import NotARun, Trajectory, open_trajectory
 from probes.low_rank import LowRankMatrix
 from tests.dynamics.checkpoints import foreign_twins as twins
+from tests.dynamics.checkpoints.test_folders import products, with_code
 
 
 def random(*shape: int) -> Tensor:
@@ -201,93 +201,30 @@ def test_other_tensors_are_listed(tmp_path: Path) -> None:
     assert note.evidence["examples"] == ["<s1>"]
 
 
-# --- diffusers' metadata -------------------------------------------------------------------------
-
-
-def with_metadata(folder: Path, content: Any) -> Path:
-    text = content if isinstance(content, str) else json.dumps(content)
-    save_file(FILES["diffusers"], folder / "lora.safetensors", metadata={"lora_adapter_metadata": text})
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("content", "scale"),
-    [
-        ({"transformer.r": 4, "transformer.lora_alpha": 8}, 2.0),
-        ({"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.use_rslora": True}, 4.0),
-        ({"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.alpha_pattern": {"to_q": 2}}, 0.5),
-        ({"text_encoder.r": 4, "text_encoder.lora_alpha": 8}, 1.0),
-    ],
-)
-def test_the_scale_that_diffusers_wrote(content: dict[str, Any], scale: float, tmp_path: Path) -> None:
-    trajectory = open_trajectory(with_metadata(tmp_path, content))
-    assert "no alpha" not in str(trajectory.findings)
-    with trajectory.checkpoints[0].open() as matrices:
-        matrix = matrices["transformer.h.0.to_q"]
-        assert isinstance(matrix, LowRankMatrix)
-        assert matrix.scale == scale
-
-
-@pytest.mark.parametrize(
-    ("content", "code", "said"),
-    [
-        ("{", "OD102", "is not valid JSON"),
-        ("[]", "OD102", "is no JSON object"),
-        ({"transformer.r": "four"}, "OD102", "Its r is 'four'"),
-        ({"transformer.r": 4, "transformer.use_dora": True}, "OD105", "It is DoRA"),
-    ],
-)
-def test_metadata_that_cannot_be_used(content: Any, code: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(NotARun) as raised:
-        open_trajectory(with_metadata(tmp_path, content))
-    (error,) = [finding for finding in raised.value.findings if finding.severity == "error"]
-    assert error.code == code
-    assert said in error.message
-
-
-# --- MLX-LM --------------------------------------------------------------------------------------
-
-MLX = {"fine_tune_type": "lora", "num_layers": 8, "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0}}
-
-
-def write_mlx(folder: Path, config: dict[str, Any], **tensors: Tensor) -> Path:
-    factors = {"model.layers.0.q.lora_a": random(10, 4), "model.layers.0.q.lora_b": random(4, 6), **tensors}
-    save_file(factors, folder / "adapters.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def test_mlx_stores_transposed_factors(tmp_path: Path) -> None:
-    """y = x Wᵀ + scale · (x a) b."""
-    a, b = random(10, 4), random(4, 6)
-    write_mlx(tmp_path, MLX, **{"model.layers.0.q.lora_a": a, "model.layers.0.q.lora_b": b})
-    with open_trajectory(tmp_path).checkpoints[0].open() as matrices:
-        matrix = matrices["model.layers.0.q"]
-        assert isinstance(matrix, LowRankMatrix)
-        torch.testing.assert_close(matrix.to_dense(), 20.0 * (a.double() @ b.double()).T, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("change", "code", "said"),
-    [
-        ({"fine_tune_type": "dora"}, "OD105", "MLX-LM's fine_tune_type 'dora'"),
-        ({"fine_tune_type": "full"}, "OD103", "MLX-LM's fine_tune_type 'full'"),
-        ({"lora_parameters": {"rank": 4}}, "OD102", "The scale in its lora_parameters is None; expected a number."),
-        ({"lora_parameters": {"scale": "20"}}, "OD102", "The scale in its lora_parameters is '20'; expected a number."),
-        ({"lora_parameters": []}, "OD102", "The scale in its lora_parameters is None; expected a number."),
-    ],
-)
-def test_mlx_configurations_that_are_refused(change: dict[str, Any], code: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(NotARun) as raised:
-        open_trajectory(write_mlx(tmp_path, {**MLX, **change}))
-    (error,) = raised.value.findings
-    assert error.code == code
-    assert said in error.message
-
-
-def test_mlx_experts_are_refused_by_name(tmp_path: Path) -> None:
-    experts = {"moe.w.lora_a": random(8, 10), "moe.w.lora_b": random(2, 6, 4)}
-    trajectory = open_trajectory(write_mlx(tmp_path, MLX, **experts))
-    (error,) = [finding for finding in trajectory.findings if finding.severity == "error"]
-    assert (error.code, error.matrix) == ("OD104", "moe.w")
-    assert trajectory.matrices == ("model.layers.0.q",)
+def test_changes_that_are_stored_whole(tmp_path: Path) -> None:
+    """ComfyUI's and LyCORIS' diff: matrices as they are; vectors by name."""
+    down, up = random(4, 16), random(24, 4)
+    change, kernel = torch.randn(24, 16), torch.randn(8, 4, 3, 3)
+    tensors = {
+        "diffusion_model.blocks.0.ffn.lora_down.weight": down,
+        "diffusion_model.blocks.0.ffn.lora_up.weight": up,
+        "diffusion_model.blocks.0.ffn.diff_b": torch.ones(24),
+        "diffusion_model.blocks.0.norm3.diff": torch.ones(16),
+        "diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 16),
+        "diffusion_model.head.diff": change,
+        "diffusion_model.patch.diff": kernel,
+    }
+    save_file(tensors, tmp_path / "wan.safetensors")
+    trajectory = open_trajectory(tmp_path)
+    held = products(trajectory.checkpoints[0])
+    assert set(held) == {f"diffusion_model.{name}" for name in ("blocks.0.ffn", "head", "patch")}
+    assert torch.equal(held["diffusion_model.head"], change.double())
+    assert torch.equal(held["diffusion_model.patch"], kernel.flatten(1).double())
+    assert trajectory.checkpoints[0].shapes["diffusion_model.head"].holds == "update"
+    (note,) = with_code(trajectory.findings, "OD109")
+    assert note.evidence["counts"] == {
+        "changes of biases": 1,
+        "changes of modulation tables": 1,
+        "changes of norms and other vectors": 1,
+    }
+    assert not [finding for finding in trajectory.findings if finding.severity == "error"]

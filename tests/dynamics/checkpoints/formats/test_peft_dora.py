@@ -67,7 +67,9 @@ def test_the_change_that_peft_merges(make: type[nn.Module], tmp_path: Path) -> N
     with trajectory.checkpoints[0].open() as matrices:
         torch.testing.assert_close(matrices["layer"], expected, rtol=1e-12, atol=1e-13)
     remarks = [finding.message for finding in trajectory.findings if finding.code == "OD121"]
-    assert remarks == ["DoRA: the update analysed is that of the whole weight, of full rank, formed with the base."]
+    assert remarks == [
+        "DoRA: the analysed update is the change of the whole weight, of full rank, formed with the base."
+    ]
 
 
 def test_a_small_update_keeps_its_digits() -> None:

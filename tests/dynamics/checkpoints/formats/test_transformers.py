@@ -79,12 +79,12 @@ def test_updates_are_counted_from_the_first_checkpoint_without_a_base(tmp_path: 
         "Updates of dense weights are counted from the first checkpoint of training 0, step 10, not from the start of "
         "training."
     )
-    assert note.remedy == "Give the weights before training (--base)."
+    assert note.remedy == "Pass the weights before training (--base)."
 
 
 def test_a_single_checkpoint_needs_a_base(tmp_path: Path) -> None:
     write_dense_run(tmp_path, (10,))
-    with pytest.raises(NotARun, match=r"Its dense weights have no update: .* step 10, and its only one") as raised:
+    with pytest.raises(NotARun, match=r"has one checkpoint \(step 10\): its dense weights have no update") as raised:
         open_trajectory(tmp_path)
     assert "--base" in str(raised.value)
 
@@ -96,7 +96,7 @@ def test_a_final_model_like_the_last_checkpoint_is_left_out(tmp_path: Path) -> N
     assert trajectory.steps == (10, 20)
     (note,) = [finding for finding in trajectory.findings if finding.code == "OD110"]
     assert note.message == (
-        "A model is saved beside the checkpoints; it is left out: it holds the same weights as the last checkpoint."
+        "The model saved beside the checkpoints is left out: it holds the same weights as the last checkpoint."
     )
     assert note.file == "model.safetensors"
 
@@ -264,7 +264,7 @@ def test_shards_without_an_index_are_refused_by_name(tmp_path: Path) -> None:
     trajectory = open_trajectory(tmp_path)
     (error,) = [finding for finding in trajectory.findings if finding.code == "OD106"]
     assert error.file == "checkpoint-20/model-00001-of-00003.safetensors"
-    assert error.message == "It is a part of a whole model's weights (3 are here), but their index is not there."
+    assert error.message == "The index of this shard is missing (3 shards in the folder)."
 
 
 def test_a_shard_that_changes_after_opening_costs_its_matrices(tmp_path: Path) -> None:

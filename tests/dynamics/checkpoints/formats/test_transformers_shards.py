@@ -76,7 +76,7 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
 def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
     index = write_shards(tmp_path, model_tensors())
     (tmp_path / SECOND).write_bytes((tmp_path / SECOND).read_bytes()[:-8])
-    assert problem(index).startswith(f"Its shard {SECOND}: It is truncated or its header lies")
+    assert problem(index).startswith(f"Its shard {SECOND}: It is truncated or its header is wrong")
 
 
 def test_a_shard_that_is_a_pointer_is_named(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from dynamics.relate import associate, association_notes, compare, comparison_notes
+from dynamics.relate import associate, compare, findings_of
 
 RUNS = ["a1", "a2", "a3", "b1", "b2", "b3"]
 GROUPS = {"a": RUNS[:3], "b": RUNS[3:]}
@@ -92,9 +92,13 @@ def test_unknown_directions_take_no_part_in_the_mean_and_are_noted():
     scores = SCORES.assign_coords(task=["qa/accuracy", "oddity"])
     found = related(scores=scores)
     assert found["task"].values.tolist() == ["qa/accuracy", "oddity"]
-    (note,) = (finding for finding in association_notes(found) if finding.code == "OD505")
+    (note,) = (finding for finding in findings_of(found) if finding.code == "OD505")
     assert note.evidence == {"tasks": ["oddity"]}
-    assert note.remedy == 'Say it, e.g. directions={"oddity": "higher"}.'
+    assert note.message == (
+        "Whether higher is better is unknown for oddity. Their associations keep the sign of the scores as given, and "
+        "the mean over tasks leaves them out."
+    )
+    assert note.remedy == "Pass --higher oddity or --lower oddity; in Python, directions={'oddity': 'higher'}."
 
 
 def twice(values, dim):
@@ -185,7 +189,7 @@ def test_runs_that_differ_by_a_seed_only_are_taken_for_repeats_where_there_are_o
     scores = named(runs)["m"].expand_dims(task=["qa/accuracy"])
     found = associate(named(runs), scores, headline="m")
     assert found.attrs["repeats"] == sets
-    assert [finding.evidence["sets"] for finding in association_notes(found) if finding.code == "OD509"] == (
+    assert [finding.evidence["sets"] for finding in findings_of(found) if finding.code == "OD509"] == (
         [sets] if sets else []
     )
     clusters = dict.fromkeys(runs, "one")
@@ -212,7 +216,7 @@ def test_runs_are_paired_by_their_names_without_the_groups(first, second, labels
     assert [pairs[run] for run in second[:6]] == labels
     assert found.attrs["pairs"] == "by name"
     assert found.attrs["unpaired"] == second[6:]
-    unpaired = [finding for finding in comparison_notes(found) if finding.code == "OD511"]
+    unpaired = [finding for finding in findings_of(found) if finding.code == "OD511"]
     assert [finding.evidence for finding in unpaired] == [{"runs": second[6:]}] * (len(second) - 6)
 
 
@@ -236,5 +240,5 @@ def test_runs_whose_names_say_nothing_are_not_paired(first, second):
 def test_runs_of_no_group_are_left_out_of_a_comparison_and_noted():
     found = compare(MEASURES, {"a": RUNS[:3], "b": RUNS[3:5]}, headline="m")
     assert found.attrs["runs_left_out"] == ["b3"]
-    (note,) = (finding for finding in comparison_notes(found) if finding.code == "OD508")
+    (note,) = (finding for finding in findings_of(found) if finding.code == "OD508")
     assert note.evidence == {"runs": ["b3"]}

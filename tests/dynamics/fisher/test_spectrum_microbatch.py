@@ -3,8 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from dynamics.fisher.samples import per_sample_gram
-from dynamics.fisher.spectrum import dominant_ratio_plug_in, fisher_eigenvalues
+from dynamics.fisher.spectrum import dominant_ratio_plug_in, fisher_eigenvalues, per_sample_gram
 from tests.dynamics.fisher.simulated import gradients, grams, power_law
 
 MEAN = np.full(40, 0.2)

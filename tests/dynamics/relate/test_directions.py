@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from dynamics.relate import score_tables as directions
-from dynamics.relate.score_tables import directions_of, metric_of
+from dynamics.relate import directions
+from dynamics.relate.directions import directions_of, metric_of
 
 HIGHER = """
 accuracy eval_accuracy acc acc_norm,none arc_easy/acc_norm,none valAcc hits@1 hits@10 pass@1 pass@k top1 top_1 top-5

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from dynamics.checkpoints import open_trajectory
-from dynamics.spectra import walk as engine
-from dynamics.spectra.dataset import analyse_spectra
+from dynamics.checkpoints.trajectory import Trajectory
+from dynamics.spectra import walk
+from dynamics.spectra.dataset import measure_update
+from dynamics.spectra.findings import findings_of
+from dynamics.spectra.trajectory import trajectory_spectra
 from probes import LowRankMatrix
 from tests.matrices import moved
 from tests.runs import NAMES, adapter_config, random_factors, write_adapter, write_run
@@ -32,9 +35,12 @@ def dense(runs, step, name):
     return SCALE * left.double() @ right.double()
 
 
-def analyse(folder):
-    groups, findings = analyse_spectra(open_trajectory(folder), workers=2)
-    return groups["update"], findings
+def analyse(run):
+    """The measured groups' update, and all findings, of a folder or a trajectory."""
+    trajectory = run if isinstance(run, Trajectory) else open_trajectory(run)
+    update, findings = trajectory_spectra(trajectory, workers=2)
+    measured = measure_update(update)["update"]
+    return measured, [*findings, *findings_of(measured)]
 
 
 @pytest.fixture
@@ -95,7 +101,7 @@ def test_direct_sum_equals_the_block_diagonal_matrix(runs, update):
 
 
 def test_entropy_deficit_is_null_minus_entropy(runs, tmp_path):
-    groups, _ = analyse_spectra(open_trajectory(write_run(tmp_path / "run", runs)))
+    groups = measure_update(trajectory_spectra(open_trajectory(write_run(tmp_path / "run", runs)))[0])
     update, null = groups["update"], groups["null"]
     expected = null["entropy_energy"] - update["entropy_energy"]
     np.testing.assert_array_equal(update["entropy_deficit"], expected)
@@ -193,8 +199,7 @@ def test_a_rank_that_changes(tmp_path):
     write_adapter(folder / "checkpoint-1", small, adapter_config(rank=2, alpha=4))
     write_adapter(folder / "checkpoint-2", large, adapter_config(rank=5, alpha=10))
     trajectory = open_trajectory(folder)
-    groups, _ = analyse_spectra(trajectory)
-    update = groups["update"]
+    update, _ = analyse(trajectory)
     assert update["adapter_rank"].values.tolist() == [5] * 4
     if trajectory.checkpoints[0].segment == trajectory.checkpoints[1].segment:
         change = 2.0 * (large[NAMES[0]][0].double() @ large[NAMES[0]][1].double())
@@ -212,7 +217,7 @@ def test_matrices_of_unequal_shape_and_any_batch_size(tmp_path, monkeypatch):
     }
     run = write_run(tmp_path / "run", {1: factors})
     together = analyse(run)[0]
-    monkeypatch.setattr(engine, "BATCH_BYTES", 1)
+    monkeypatch.setattr(walk, "BATCH_BYTES", {"cpu": 1})
     alone = analyse(run)[0]
     np.testing.assert_allclose(together["singular_value"], alone["singular_value"], rtol=1e-12)
     for name, (left, right) in factors.items():
@@ -247,7 +252,7 @@ def test_an_absurd_size_is_warned_of(tmp_path):
     factors = {10: random_factors(seed=1), 20: random_factors(seed=2)}
     left, right = factors[20][NAMES[0]]
     factors[20][NAMES[0]] = (left * 1e20, right)
-    _, findings = analyse_spectra(open_trajectory(write_run(tmp_path, factors)))
+    _, findings = analyse(write_run(tmp_path, factors))
     (warning,) = [finding for finding in findings if finding.code == "OD141"]
     assert (warning.severity, warning.matrix, warning.step) == ("warning", NAMES[0], 20)
     assert warning.evidence["largest"] > 1e19

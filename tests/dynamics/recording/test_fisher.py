@@ -1,0 +1,111 @@
+"""The record of a step: made from a ProbeGram, and read back into one."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dynamics import schema
+from dynamics.fisher.dataset import gram_of
+from dynamics.recording.fisher import FisherProbe, fisher_record, momentum_of, score_record
+from probes import ProbeGram, Score, Task, gradient_gram
+
+LABELS = {
+    "sample_task": ["a", "a", "b", "b"],
+    "sample_group": ["0", "0", "1", "2"],
+    "sample_id": ["a/0", "a/1", "b/0", "b/1"],
+}
+ROWS = np.random.default_rng(0).standard_normal((4, 3))
+
+
+def probe_gram(present=(0, 1, 2, 3)):
+    rows = ROWS[list(present)]
+    return ProbeGram(
+        gram={"w": rows @ rows.T, "global": 2 * rows @ rows.T},
+        update_product={"w": rows.sum(1), "global": rows.sum(1)},
+        update_norm_squared={"w": 3.0, "global": 3.5},
+        share_outside_space={"w": 0.25, "global": math.nan},
+        dimension={"w": 3, "global": 6},
+        losses=np.arange(4.0)[list(present)],
+        tasks=[LABELS["sample_task"][number] for number in present],
+        groups=[LABELS["sample_group"][number] for number in present],
+        sample_ids=[LABELS["sample_id"][number] for number in present],
+        space="tangent",
+        left_out=tuple(sorted({0, 1, 2, 3} - set(present))),
+    )
+
+
+@pytest.mark.parametrize("present", [(0, 1, 2, 3), (0, 2, 3)])
+def test_a_record_gives_its_gram_back(present):
+    gram = probe_gram(present)
+    record = fisher_record(gram, 20, 10, LABELS, batch_size=8, momentum=0.0)
+    found = gram_of(record.isel(step=0))
+    for name in ("gram", "update_product", "update_norm_squared", "share_outside_space", "dimension"):
+        for block, value in getattr(gram, name).items():
+            np.testing.assert_array_equal(getattr(found, name)[block], value, err_msg=f"{name} of {block}")
+    np.testing.assert_array_equal(found.losses, gram.losses)
+    for name in ("tasks", "groups", "sample_ids"):
+        assert list(getattr(found, name)) == list(getattr(gram, name)), name
+    assert (found.left_out, found.space, found.fisher) == (gram.left_out, "tangent", "empirical")
+    assert found.batch_size == 80  # of all ten steps
+
+
+def test_a_record_has_every_variable_of_the_schema():
+    record = fisher_record(probe_gram(), 20, 10, LABELS)
+    assert set(record) == {*schema.FISHER_RECORD, "momentum"}
+    for name, variable in schema.FISHER_RECORD.items():
+        assert (record[name].dims, record[name].attrs) == (variable.dims, variable.attributes), name
+    assert record["evaluated_at_step"].values.tolist() == [10]
+
+
+def test_a_sample_that_was_left_out_is_missing():
+    record = fisher_record(probe_gram((0, 2, 3)), 20, 10, LABELS).isel(step=0)
+    assert record["sample_id"].values.tolist() == LABELS["sample_id"]
+    assert np.isnan(record["gram"].values).any((0, 1)).tolist() == [True] * 4
+    assert np.isnan(record["gram"].values[:, 1]).all()
+    assert np.isnan(record["loss"].values).tolist() == [False, True, False, False]
+
+
+def test_an_update_that_is_unknown_for_a_block_is_unknown_for_all():
+    record = fisher_record(probe_gram(), 20, 10, LABELS, unknown=["w"]).isel(step=0)
+    for name in ("update_product", "update_norm_squared", "share_outside_space"):
+        assert np.isnan(record[name].values).all(), name
+    assert np.isfinite(record["gram"].values).all()
+
+
+def test_a_gram_without_an_update_has_no_product():
+    gram = ProbeGram({"w": np.eye(4)}, dimension={"w": 3}, losses=np.ones(4))
+    record = fisher_record(gram, 0, 0, LABELS).isel(step=0)
+    assert np.isnan(record["update_product"].values).all()
+    assert np.isnan(record["update_norm_squared"].values).all()
+
+
+def test_a_probe_records_the_gram_of_its_tasks():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2, bias=False)
+    rows = [{"x": torch.tensor(row), "image": str(number)} for number, row in enumerate(ROWS.astype(np.float32))]
+    tasks = [Task("t", rows, loss=lambda model, batch: model(batch["x"]).square().sum(1), group="image")]
+    record = FisherProbe(model, tasks, batch_size=4).record(0, 0, None)
+    expected = gradient_gram(model, tasks)
+    found = gram_of(record.isel(step=0))
+    assert (found.gram["global"] == expected.gram["global"].numpy()).all()
+    assert (found.tasks, found.groups, found.sample_ids) == (expected.tasks, expected.groups, expected.sample_ids)
+    assert record.attrs["batch_size"] == 4
+
+
+def test_scores_and_their_direction():
+    scores = [Score("a", 0.5, 4, 0.1, True), Score("b", 0.25, 2, 0.2, False), Score("c", 0.0, 1, 0.0, None)]
+    record = score_record(7, scores)
+    assert record["task"].values.tolist() == ["a", "b", "c"]
+    assert record["score"].values.tolist() == [[0.5, 0.25, 0.0]]
+    assert record["direction"].values.tolist() == [[1.0, -1.0, 0.0]]
+
+
+def test_momentum_is_the_largest_of_the_groups():
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": parameters[:1], "momentum": 0.5}, {"params": parameters[1:], "momentum": 0.8}]
+    assert momentum_of(torch.optim.SGD(groups, lr=0.1)) == 0.8
+    assert momentum_of(torch.optim.AdamW(parameters, betas=(0.85, 0.99))) == 0.85
+    assert math.isnan(momentum_of(object()))
