@@ -132,7 +132,8 @@ def analyze_run(
             there and its tasks; see ``recording.checkpoint_probe.Loader``.
         intruders: Compare directions of the newest update with the base's, too; takes seconds a matrix.
         weights: Measure the spectra of the last checkpoint's weights themselves, too.
-        higher, lower: Tasks for which a higher, or a lower, score is better, where names do not tell.
+        higher: Tasks for which a higher score is better, where names do not tell.
+        lower: Tasks for which a lower score is better.
         headline: The primary measure of associations and comparisons; choose it before looking at scores.
         given: What associations over steps hold equal: ``"loss"`` or ``"trend"``; see :func:`dynamics.associate`.
         device: ``"auto"``, ``"cpu"`` or ``"cuda[:i]"``: where the linear algebra runs.

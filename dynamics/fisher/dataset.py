@@ -195,7 +195,8 @@ def concentration(
             batch_size=…)`` returns them. Without ``batch_size`` there is no gradient null, and nothing is called
             concentrated.
         k: Numbers of leading directions.
-        splits, draws: Number of random halves, and of null gradients for each.
+        splits: Number of random halves.
+        draws: Number of null gradients for each half.
         seed: Seed of both.
 
     Returns:

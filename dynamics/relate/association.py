@@ -79,7 +79,8 @@ def associate(
         clusters: Run → what it shares with others (model, data set): then clusters are the independent units, and a
             cluster's runs are averaged.
         directions: Task → ``"higher"`` or ``"lower"``, where names do not tell which is better.
-        draws, seed: Of random permutations.
+        draws: Number of random permutations.
+        seed: Of the random permutations.
 
     Returns:
         Variables over ``(measure, task)``: ``coefficient``, ``low``, ``high`` (the interval that belongs to the

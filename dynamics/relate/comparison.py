@@ -54,7 +54,8 @@ def compare(
             seeds are no reason to pair runs that share neither data order nor initial adapter.
         headline: The measure named before looking: the p-value of its mean over steps is adjusted for the number of
             comparisons only. Everything else is adjusted over measures (and over steps) too.
-        draws, seed: Of random relabellings, where there are more than 10 000.
+        draws: Number of random relabellings, where there are more than 10 000 in all.
+        seed: Of the random relabellings.
 
     Returns:
         Over ``comparison`` (``"imax − dmax"``), ``measure`` and ``step``: ``difference``, ``low``, ``high``,
