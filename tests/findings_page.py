@@ -51,28 +51,50 @@ def _messages() -> dict[str, list[tuple[str, str]]]:
     """Return code → messages and remedies, as the code makes them."""
     messages: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for path in sorted((ROOT / "dynamics").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        assigned = _assigned(tree)
+        for node in ast.walk(tree):
             if not (isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant)):
                 continue
             code = node.args[0].value
             if code not in CATALOGUE:
                 continue
             keywords = {keyword.arg: keyword.value for keyword in node.keywords}
-            message = _text(node.args[1] if len(node.args) > 1 else keywords.get("message"))
-            remedy = _text(node.args[2] if len(node.args) > 2 else keywords.get("remedy"))
+            message = _text(node.args[1] if len(node.args) > 1 else keywords.get("message"), assigned)
+            remedy = _text(node.args[2] if len(node.args) > 2 else keywords.get("remedy"), assigned)
             if message and (message, remedy) not in messages[code]:
                 messages[code].append((message, remedy))
     return messages
 
 
-def _text(node: ast.expr | None) -> str:
-    """Return a message as it is written, with … for what is filled in."""
+def _assigned(tree: ast.Module) -> dict[str, list[tuple[int, ast.expr]]]:
+    """Return name → line and value of each assignment, in order of lines."""
+    values: dict[str, list[tuple[int, ast.expr]]] = defaultdict(list)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                pairs = [(target, node.value)]
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    pairs = list(zip(target.elts, node.value.elts, strict=True))
+                for name, value in pairs:
+                    if isinstance(name, ast.Name):
+                        values[name.id].append((node.lineno, value))
+    return {name: sorted(pairs, key=lambda pair: pair[0]) for name, pairs in values.items()}
+
+
+def _text(node: ast.expr | None, assigned: dict[str, list[tuple[int, ast.expr]]]) -> str:
+    """Return a message as it is written, with … for what is filled in; of a name, the last value before it."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
         return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)  # type: ignore[misc]
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return _text(node.left) + _text(node.right)
+        return _text(node.left, assigned) + _text(node.right, assigned)
+    if isinstance(node, ast.Name):
+        values = [value for line, value in assigned.get(node.id, []) if line < node.lineno]
+        earlier = {name: [pair for pair in pairs if pair[0] < node.lineno] for name, pairs in assigned.items()}
+        earlier.pop(node.id, None)
+        return _text(values[-1], earlier) if values else ""
     return ""
 
 
