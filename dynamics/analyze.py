@@ -86,7 +86,7 @@ def analyze(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON and nothing else.")] = False,
     report: Annotated[
         bool,
-        typer.Option("--report/--no-report", help="Write figures and report.html."),
+        typer.Option("--report/--no-report", help="Write figures and report.html. Without, earlier ones are removed."),
     ] = True,
     progress: Annotated[
         bool | None, typer.Option("--progress/--no-progress", help="Show progress on stderr. [default: on a terminal]")
@@ -101,7 +101,7 @@ def analyze(
 ) -> None:
     """Measure what training did to the weights: spectra of the updates, with a null model beside each number.
 
-    Writes analysis.zarr, summary.json, report.html, figures/, rank_pattern.json and run.yaml to RUN/dynamics/analysis.
+    Writes analysis.zarr, summary.json, report.html, figures/, rank_pattern.json and run.yaml to RUN/dynamics/analysis/.
 
     Exit status: 0 analysed; 1 an input was refused or a number is not finite (each is named, the rest is saved);
     2 nothing analysed; 130 interrupted.
@@ -168,8 +168,8 @@ def _tell(tree: xr.DataTree, folder: Path, as_json: bool, quiet: bool, fail_on: 
     elif not quiet:
         Console().print(terminal_summary(summary))
         # A report of an earlier analysis is removed with its result: what is there is new.
-        page = folder / "report.html"
-        typer.echo(one_line(str(page if page.exists() else folder / "summary.json")))
+        page = folder / "analysis" / "report.html"
+        typer.echo(one_line(str(page if page.exists() else page.with_name("summary.json"))))
     for line in finding_lines(summary, _severities(quiet)):
         _complain(line)
     counted = _LEVELS[: _LEVELS.index(fail_on) + 1]

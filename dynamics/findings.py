@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from dynamics.text import encodable, one_line, some
@@ -82,6 +82,7 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD316": ("warning", "an adapter is merged while training goes on"),
     "OD317": ("warning", "the spectrum of a gradient could not be measured"),
     "OD318": ("warning", "training may minimise a different loss than the one probed"),
+    "OD319": ("note", "records in two formats"),
     # 4xx: the Fisher
     "OD401": ("note", "intervals rest on few groups"),
     "OD402": ("warning", "a Gram matrix is not finite"),
@@ -114,7 +115,9 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD514": ("warning", "a quantity that could not be held equal"),
     "OD515": ("error", "scores and groups could not be related"),
     # 6xx: results on disk
-    "OD601": ("error", "another machine did not finish replacing a result"),
+    "OD601": ("warning", "an analysis was stopped while it put its result in place"),
+    "OD602": ("note", "results of an earlier version beside this one"),
+    "OD603": ("note", "an earlier result could not be removed"),
 }
 
 
@@ -177,15 +180,32 @@ def to_json(findings: Iterable[Finding]) -> str:
     return json.dumps(encodable([finding.to_dict() for finding in findings]), allow_nan=False)
 
 
-def from_json(text: str) -> list[Finding]:
-    """Return the findings of a result; a code that this version does not know is left out.
+def from_json(content: Any) -> list[Finding]:
+    """Return findings from JSON text, or from the list in it; what is not a finding of this version is left out.
 
     >>> from_json(to_json([Finding("OD202", "It is zero.", step=3)]))[0].step
     3
+    >>> from_json('[{"code": "OD999", "message": "from the future"}, 3]')
+    []
     """
-    names = [entry.name for entry in fields(Finding)]
-    entries = [entry for entry in json.loads(text) if entry.get("code") in CATALOGUE]
-    return [Finding(**{name: entry[name] for name in names if name in entry}) for entry in entries]
+    entries = json.loads(content) if isinstance(content, str) else content
+    findings = []
+    for entry in entries if isinstance(entries, list) else []:
+        if not (isinstance(entry, dict) and isinstance(entry.get("message"), str)):
+            continue
+        code, step, evidence = (entry.get(key) for key in ("code", "step", "evidence"))
+        if isinstance(code, str) and code in CATALOGUE:
+            texts = {key: value for key in ("remedy", "file", "matrix") if isinstance(value := entry.get(key), str)}
+            findings.append(
+                Finding(
+                    code,
+                    entry["message"],
+                    **texts,
+                    step=step if type(step) is int else None,
+                    evidence=evidence if isinstance(evidence, dict) else {},
+                )
+            )
+    return findings
 
 
 def worst_severity(findings: Iterable[Finding]) -> Severity | None:

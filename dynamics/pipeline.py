@@ -19,7 +19,7 @@ import yaml
 from dynamics import schema
 from dynamics.checkpoints import NotARun, Trajectory
 from dynamics.checkpoints.logs import log_groups
-from dynamics.findings import Finding
+from dynamics.findings import Finding, to_json
 from dynamics.recording.checkpoint_probe import Loader, load_function, probe_checkpoints
 from dynamics.relate.association import Given
 from dynamics.relate.run_measures import MEASURES, relate_runs
@@ -32,9 +32,10 @@ from dynamics.spectra.path import training_path
 from dynamics.spectra.trajectory import trajectory_spectra
 from dynamics.spectra.weights import weights
 from dynamics.store import RESULT, encodable_dataset, provenance, staged, write_text, write_tree, writing
-from dynamics.store.opening import add_findings, incomplete
-from dynamics.store.records import Captured, joined_fisher, joined_scores
-from dynamics.store.tree import Parts, Source, as_json, open_source, result_tree, results_folder
+from dynamics.store.opening import add_findings
+from dynamics.store.records import TrainingRecords, joined_fisher, joined_scores
+from dynamics.store.replace import notes_before
+from dynamics.store.tree import Parts, Source, open_source, result_tree, results_folder
 from dynamics.text import encodable, first_line, visible
 
 #: Where the result of several runs goes by default.
@@ -131,7 +132,8 @@ def analyze_run(
             there and its tasks; see ``recording.checkpoint_probe.Loader``.
         intruders: Compare directions of the newest update with the base's, too; takes seconds a matrix.
         weights: Measure the spectra of the last checkpoint's weights themselves, too.
-        higher, lower: Tasks for which a higher, or a lower, score is better, where names do not tell.
+        higher: Tasks for which a higher score is better, where names do not tell.
+        lower: Tasks for which a lower score is better.
         headline: The primary measure of associations and comparisons; choose it before looking at scores.
         given: What associations over steps hold equal: ``"loss"`` or ``"trend"``; see :func:`dynamics.associate`.
         device: ``"auto"``, ``"cpu"`` or ``"cuda[:i]"``: where the linear algebra runs.
@@ -163,7 +165,7 @@ def analyze_run(
             intruders=intruders,
             weights=weights,
             probe=probe if isinstance(probe, str) else None,
-            scores=tuple(map(fspath, scores)),
+            scores=tuple(fspath(path) for path in scores),
             higher=tuple(higher),
             lower=tuple(lower),
             headline=headline,
@@ -199,11 +201,11 @@ def analyze_runs(
     configuration = _configuration(runs.folders, folder, options)
 
     sources, refused = _open_all(runs.folders, options)
-    with staged(folder, _file_names(sources, options), ["figures"] if options.report else []) as stage:
+    with staged(folder) as stage:
         with writing(folder):
             write_text(stage / "run.yaml", yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True))
         trees = {
-            name: measure(source.trajectory, configuration, progress, source.captured, load, options)
+            name: measure(source.trajectory, configuration, progress, source.records, load, options)
             for name, source in sources.items()
         }
         for name, label in runs.labels.items():
@@ -211,7 +213,7 @@ def analyze_runs(
                 trees[name].attrs["label"] = encodable(label)
         tree = trees[""] if runs.alone else _joined(trees, refused, configuration)
         add_relations(tree, trees, {name: runs.folders[name] for name in sources}, options, runs.labels)
-        add_findings(tree, incomplete(folder))
+        add_findings(tree, notes_before(folder))
         schema.check(tree)
         texts = _drawn(tree) if options.report else {}
         with writing(folder):
@@ -343,11 +345,6 @@ def _refuse_names(names: Iterable[str]) -> None:
             raise ValueError(f"Expected the name of a run to be a plain name of at most 200 bytes, got {name!r}.")
 
 
-def _file_names(runs: Iterable[str], options: Options) -> list[str]:
-    patterns = [_rank_pattern_file(name) for name in runs]
-    return ["run.yaml", RESULT, "summary.json", *patterns, *(["report.html"] if options.report else [])]
-
-
 def _rank_pattern_file(run: str) -> str:
     return f"rank_pattern.{run}.json" if run else "rank_pattern.json"
 
@@ -380,7 +377,7 @@ def _joined(
     tree = xr.DataTree.from_dict({f"/runs/{name}": run for name, run in trees.items()})
     inputs = [{**file, "run": name} for name, run in trees.items() for file in json.loads(run.attrs["inputs"])]
     tree.attrs = provenance("", configuration, inputs, SEED)
-    tree.attrs["findings"] = as_json(refused)
+    tree.attrs["findings"] = to_json(refused)
     return tree
 
 
@@ -447,7 +444,7 @@ def measure(
     trajectory: Trajectory,
     configuration: Mapping[str, object] | None = None,
     progress: Progress = lambda run, done, total: None,
-    captured: Captured | None = None,
+    records: TrainingRecords | None = None,
     load: Loader | None = None,
     options: Options | None = None,
 ) -> xr.DataTree:
@@ -463,7 +460,7 @@ def measure(
     probed, probe_findings = _probed(trajectory, load, options.matrices, progress)
     groups, failures = _groups_of_checkpoints(trajectory, spectra, options, progress)
     findings = [*trajectory.findings, *findings, *probe_findings, *failures]
-    parts = Parts(trajectory.name, spectra, captured, log_groups(trajectory) | groups, findings, inputs, **probed)
+    parts = Parts(trajectory.name, spectra, records, log_groups(trajectory) | groups, findings, inputs, **probed)
     return result_tree(parts, configuration or {})
 
 

@@ -1,7 +1,7 @@
 """Watch a LoRA training while it runs: the Trainer with a `DynamicsCallback`. Seconds on a CPU, nothing to download.
 
 A tiny Llama, built from a configuration, learns to repeat what it has just seen. What training does to its weights goes
-into `OUT/dynamics/capture.zarr`, a summary into the training log, and from there into whatever the Trainer reports to.
+into `OUT/dynamics/records/`, a summary into the training log, and from there into whatever the Trainer reports to.
 
     python examples/train_with_callback.py --out runs/watched
     python -m dynamics.analyze runs/watched

@@ -37,7 +37,7 @@ def viewed(gradient: SampleGradient, view: Callable[[Tensor], Tensor] | None, pa
     return SampleGradient(tuple(part.shape), gradient.samples, [Materialised(values)])
 
 
-def as_matrix(
+def gradient_as_matrix(
     block: Block, layer: nn.Module, term: Term | None, gradients: Mapping[int, SampleGradient], samples: int
 ) -> SampleGradient:
     """Return the gradient of the adapted weight itself, from what its layer was given and gave.

@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from probes.sample_gradients import SampleGradient
 from probes.spaces import TangentSpace, tangent_space
 from probes.undisturbed import bare
-from probes.watched import Dense, Product, Watched, base_model, class_names, find, is_sharded, plain_path, unique_names
+from probes.watched import (
+    AdapterProduct,
+    Dense,
+    Watched,
+    base_model,
+    class_names,
+    find,
+    is_sharded,
+    plain_path,
+    unique_names,
+)
 
 
 @dataclass
@@ -28,7 +38,7 @@ class Block:
     """
 
     name: str
-    products: tuple[Product, ...] = ()
+    products: tuple[AdapterProduct, ...] = ()
     parameters: tuple[tuple[nn.Parameter, Callable[[Tensor], Tensor] | None], ...] = ()
     dimension: int = 0
     tangent: TangentSpace | None = None

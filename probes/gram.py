@@ -25,10 +25,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from probes.block_gradients import along, as_matrix, factors, in_tangent_space, part_of, viewed
+from probes.block_gradients import along, factors, gradient_as_matrix, in_tangent_space, part_of, viewed
 from probes.blocks import Block, Blocks, find_blocks, trained_parameters
 from probes.losses import token_losses
-from probes.per_sample import Chain, Recording, owners, recording, sample_gradients
+from probes.per_sample import Chain, ForwardCalls, owners, recording, sample_gradients
 from probes.sample_gradients import (
     Materialised,
     SampleGradient,
@@ -268,7 +268,7 @@ class _Measurement:
         if plain and len(losses) > 1 and self._in_order is not False:
             self._in_order = in_order
 
-    def _take(self, losses: Tensor, recorded: Recording, *, trusted: bool) -> bool:
+    def _take(self, losses: Tensor, recorded: ForwardCalls, *, trusted: bool) -> bool:
         """Take the gradients of one batch; return whether rows were in the samples' order."""
         chains = [self._chains[block.name] for block in self._blocks if self._needs_matrix(block, recorded)]
         taken = sample_gradients(losses, self._parameters, self._own, recorded, chains=chains, trusted=trusted)
@@ -284,7 +284,7 @@ class _Measurement:
                 precision = _precision(chain, recorded)
                 part = [in_tangent_space(block, block.tangent, matrix, precision, taken.parameters)]
             elif block.layer is not None:
-                part = [as_matrix(block, block.layer, matrix, taken.parameters, len(losses))]
+                part = [gradient_as_matrix(block, block.layer, matrix, taken.parameters, len(losses))]
             else:
                 part = [viewed(taken.parameters[id(p)], view, p) for p, view in block.parameters]
             block.parts.append(
@@ -292,7 +292,7 @@ class _Measurement:
             )
         return taken.in_order
 
-    def _needs_matrix(self, block: Block, recorded: Recording) -> bool:
+    def _needs_matrix(self, block: Block, recorded: ForwardCalls) -> bool:
         """Return whether ∇W comes from the layer itself: in weight space, or where solving would lose digits."""
         chain = self._chains.get(block.name)
         if chain is None or block.tangent is None:
@@ -405,7 +405,7 @@ class _Measurement:
         return inner_products(columns[0], coordinates), float(coordinates.square().sum()), size
 
 
-def _precision(chain: Chain | None, recorded: Recording) -> torch.dtype:
+def _precision(chain: Chain | None, recorded: ForwardCalls) -> torch.dtype:
     """Return the precision of the second module's output."""
     calls = recorded.calls.get(chain[1], []) if chain is not None else []
     return calls[0].output.dtype if calls else torch.float64

@@ -30,7 +30,7 @@ Chain: TypeAlias = tuple[nn.Module, nn.Module]
 
 
 @dataclass
-class Recording:
+class ForwardCalls:
     """Calls of modules during a forward pass."""
 
     calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
@@ -39,9 +39,9 @@ class Recording:
 
 
 @contextmanager
-def recording(modules: Sequence[nn.Module]) -> Iterator[Recording]:
+def recording(modules: Sequence[nn.Module]) -> Iterator[ForwardCalls]:
     """Record calls of modules; their hooks are gone afterwards."""
-    forward = Recording()
+    forward = ForwardCalls()
 
     def keep(module: nn.Module, inputs: tuple, keywords: dict, output: object) -> None:
         if len(inputs) >= 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
@@ -107,7 +107,7 @@ def sample_gradients(
     losses: Float[Tensor, " sample"],
     parameters: Sequence[nn.Parameter],
     owners_of: Mapping[int, Sequence[tuple[nn.Module, str]]],
-    recorded: Recording,
+    recorded: ForwardCalls,
     *,
     chains: Sequence[Chain] = (),
     trusted: bool = False,
@@ -191,7 +191,7 @@ def _split(
     return split_by(samples, [placed[id(call)] for call in calls], [len(rows[id(call)]) for call in calls])
 
 
-def _steps(chain: Chain, recorded: Recording) -> list[tuple[Call, Call]]:
+def _steps(chain: Chain, recorded: ForwardCalls) -> list[tuple[Call, Call]]:
     """Return calls of the first and of the second module that follow each other; none if any does not."""
     first, last = (recorded.calls.get(module, []) for module in chain)
     if len(first) != len(last) or not all(follows(*step) for step in zip(first, last, strict=True)):
@@ -200,7 +200,7 @@ def _steps(chain: Chain, recorded: Recording) -> list[tuple[Call, Call]]:
 
 
 def _ways(
-    parameter: nn.Parameter, owners_of: Sequence[tuple[nn.Module, str]], recorded: Recording
+    parameter: nn.Parameter, owners_of: Sequence[tuple[nn.Module, str]], recorded: ForwardCalls
 ) -> list[tuple[Call, str]] | None:
     """Return the calls that a parameter's gradient is the sum of; ``None`` if no rule covers it."""
     ways = []
@@ -256,7 +256,7 @@ def _count(node: Node, takers: Mapping[Node, Sequence[Node]]) -> int:
 def _require_seen(
     parameters: Sequence[nn.Parameter],
     owners_of: Mapping[int, Sequence[tuple[nn.Module, str]]],
-    recorded: Recording,
+    recorded: ForwardCalls,
     uses: _Uses,
 ) -> None:
     """Refuse what would come out as zero: layers that ran without a graph, inside an operation that makes its own."""

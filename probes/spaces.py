@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probes.low_rank import LowRankMatrix
-from probes.watched import Matrix, Product, whole
+from probes.watched import AdapterProduct, Matrix, whole
 
 #: Singular values of a factor below this share of its largest one, times its longer side, span no direction.
 _EPSILON = torch.finfo(torch.float64).eps
@@ -105,7 +105,7 @@ class TangentSpace:
         return self.coordinates(along[None], beside[None])[0]
 
 
-def tangent_space(products: Sequence[Product]) -> TangentSpace:
+def tangent_space(products: Sequence[AdapterProduct]) -> TangentSpace:
     """Return the tangent space of one matrix's adapters together, at their present values.
 
     Several adapters on one matrix are one with all their columns; AdaLoRA's diagonal is folded into the factor that it

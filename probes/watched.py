@@ -63,7 +63,7 @@ def _expert_right(index: int, count: int, tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Product:
+class AdapterProduct:
     """One adapter on one matrix: s · left · diag(diagonal) · right, parts of its parameters.
 
     Args:
@@ -133,7 +133,7 @@ class Watched:
     """
 
     name: str
-    terms: tuple[Product, ...] | Dense
+    terms: tuple[AdapterProduct, ...] | Dense
     part_of: str = ""
 
     @property
@@ -195,7 +195,7 @@ def _sum(products: list[LowRankMatrix]) -> LowRankMatrix:
 
 
 @dataclass(frozen=True)
-class Found:
+class WatchedModel:
     """What of a model is watched, and what is not.
 
     Args:
@@ -237,11 +237,11 @@ def find_watched(model: nn.Module, matrices: str | None = None) -> list[Watched]
     return list(find(model, matrices).watched)
 
 
-def find(model: nn.Module, matrices: str | None = None) -> Found:
+def find(model: nn.Module, matrices: str | None = None) -> WatchedModel:
     """Return what :func:`find_watched` does, with what is not watched, and why."""
     pattern = _compiled(matrices)
     base = base_model(model)
-    adapted: dict[str, dict[str, dict[str, Product]]] = {}
+    adapted: dict[str, dict[str, dict[str, AdapterProduct]]] = {}
     skipped: dict[str, str] = {}
     claimed: set[int] = set()
     for path, module in base.named_modules():
@@ -267,7 +267,7 @@ def find(model: nn.Module, matrices: str | None = None) -> Found:
     names = unique_names([*adapted, *dense], {path: _name(base, path) for path in (*adapted, *dense)})
     everything = [*_low_rank(adapted, names), *_weights(base, dense, names)]
     chosen = [watched for watched in _in_order(everything, base) if pattern is None or pattern.search(watched.name)]
-    return Found(tuple(chosen), skipped, *_coverage(base, chosen))
+    return WatchedModel(tuple(chosen), skipped, *_coverage(base, chosen))
 
 
 def _compiled(matrices: str | None) -> re.Pattern[str] | None:
@@ -285,7 +285,7 @@ class _NotAProduct(Exception):
     """An active adapter is not a product, so neither is the sum of the layer's adapters."""
 
 
-def _adapters(module: nn.Module) -> Iterator[tuple[str, dict[str, Product]]]:
+def _adapters(module: nn.Module) -> Iterator[tuple[str, dict[str, AdapterProduct]]]:
     """Yield the active adapters of one layer, each as products by what to add to the matrix's name."""
     for adapter in module.active_adapters:  # pyright: ignore[reportGeneralTypeIssues]
         pair = _pair(module, adapter)
@@ -325,12 +325,12 @@ def _not_a_product(module: nn.Module, adapter: str, left: nn.Parameter, right: n
     return ""
 
 
-def _products(module: nn.Module, adapter: str, left: nn.Parameter, right: nn.Parameter) -> dict[str, Product]:
+def _products(module: nn.Module, adapter: str, left: nn.Parameter, right: nn.Parameter) -> dict[str, AdapterProduct]:
     experts = getattr(module, "num_experts", 1) if "ParamWrapper" in class_names(module) else 1
     if experts > 1:
         scale = partial(_scale, module, adapter)
         return {
-            f"[{index}]": Product(
+            f"[{index}]": AdapterProduct(
                 left, right, scale, partial(_expert_left, index, experts), partial(_expert_right, index, experts)
             )
             for index in range(experts)
@@ -338,8 +338,8 @@ def _products(module: nn.Module, adapter: str, left: nn.Parameter, right: nn.Par
     diagonals = getattr(module, "lora_E", {})
     if adapter in diagonals:
         scale = partial(_adalora_scale, module, adapter)
-        return {"": Product(left, right, scale, diagonal=diagonals[adapter])}
-    return {"": Product(left, right, partial(_scale, module, adapter), _flat, _flat)}
+        return {"": AdapterProduct(left, right, scale, diagonal=diagonals[adapter])}
+    return {"": AdapterProduct(left, right, partial(_scale, module, adapter), _flat, _flat)}
 
 
 def _scale(module: nn.Module, adapter: str) -> float:
@@ -352,7 +352,7 @@ def _adalora_scale(module: nn.Module, adapter: str) -> float:
 
 
 def _low_rank(
-    adapted: Mapping[str, Mapping[str, Mapping[str, Product]]], names: Mapping[str, str]
+    adapted: Mapping[str, Mapping[str, Mapping[str, AdapterProduct]]], names: Mapping[str, str]
 ) -> Iterator[Watched]:
     for path, adapters in adapted.items():
         name = names[path]

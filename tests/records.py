@@ -1,14 +1,17 @@
-"""Records of a training, and what a capture store must hold when it holds them."""
+"""Records of a training, and what a folder must hold when it holds them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from dynamics.store import read_capture
+from dynamics.store.record_file import encoded_record, read_record, record_step
+from dynamics.store.record_folders import StoredRecords, record_folders, stored_records
 
 
 def update(step: int, matrices: Sequence[str] = ("a.q", "ä.v")) -> xr.Dataset:
@@ -48,15 +51,45 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def hidden(path: Path) -> list[str]:
-    """What a store holds beside Zarr's own files and the records."""
-    return sorted(entry.name for entry in path.iterdir() if entry.name.startswith(".") and ".z" not in entry.name)
+def records_of(run: Path) -> StoredRecords:
+    """The records of a run, or those in a folder of them."""
+    folders = record_folders(run)
+    assert folders is not None, run
+    return stored_records(folders)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, xr.Dataset]], object]) -> None:
+    """Change the groups of a record in place, as a program that writes the format could."""
+    step = record_step(path.name)
+    assert step is not None
+    groups = {name: dataset.copy(deep=True) for name, dataset in read_record(path).items()}
+    change(groups)
+    path.write_bytes(encoded_record(step, groups))
+
+
+def rewrite_header(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], object]) -> None:
+    """Change the header of a record in place: what safetensors knows of each tensor, and the groups in the metadata."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    metadata = header["__metadata__"]
+    groups = json.loads(metadata["groups"])
+    change(header, groups)
+    if metadata is header.get("__metadata__"):
+        metadata["groups"] = json.dumps(groups)
+    made = json.dumps(header).encode()
+    path.write_bytes(len(made).to_bytes(8, "little") + made + content[end:])
+
+
+def partial(path: Path) -> list[str]:
+    """Names of incomplete files in a folder of records."""
+    return sorted(entry.name for entry in path.iterdir() if entry.name.startswith(".partial"))
 
 
 def assert_holds(path: Path, *steps: int) -> None:
     """All of these records, whole, and nothing else."""
-    capture = read_capture(path)
-    assert (list(capture.records), capture.broken) == (list(steps), {})
-    for step, groups in capture.records.items():
+    found = records_of(path)
+    assert (list(found.records), found.broken) == (list(steps), {})
+    for step, groups in found.records.items():
         for name, expected in record(step).items():
             xr.testing.assert_identical(groups[name], expected)

@@ -1,4 +1,4 @@
-"""Makes runs: files of checkpoints from given factors, captures without a model, and tiny trainings by the Trainer.
+"""Makes runs: files of checkpoints from given factors, records without a model, and tiny trainings by the Trainer.
 
 A training is the same to the last bit whenever it is made with the same arguments. ``transformers`` and ``peft`` are
 imported by what needs them alone, for the sake of the many tests that do not.
@@ -22,7 +22,7 @@ from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.spectra import raw
 from dynamics.spectra.raw import GradientSpectrum
 from dynamics.spectra.walk import Previous, solve_batch
-from dynamics.store import CaptureStore
+from dynamics.store import RecordWriter
 from probes.low_rank import LowRankMatrix
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def random_factors(
 
 
 def drifting(steps: Sequence[int], seed: int = 0, **shape: Any) -> dict[int, dict[str, tuple]]:
-    """Step to factors that drift, as a training's do; for ``write_run`` and ``write_capture`` alike."""
+    """Step to factors that drift, as a training's do; for ``write_run`` and ``write_records`` alike."""
     start = random_factors(seed=seed, **shape)
     noises = {step: random_factors(seed=seed + 1 + step, **shape) for step in steps}
     return {
@@ -190,7 +190,7 @@ def write_run(
     return folder
 
 
-# ---- captures ----
+# ---- records ----
 
 #: What a recorder notes about a training, apart from what a test is about.
 ATTRIBUTES: Mapping[str, Any] = {
@@ -262,7 +262,7 @@ def _gradient(step: int, places: Mapping[str, MatrixShape], number: int, spectra
     return raw.raw_gradient(step, places, gradients)
 
 
-def write_capture(
+def write_records(
     run: Path,
     steps: Sequence[int] | Mapping[int, Factors] = (5, 10, 15, 20),
     *,
@@ -270,7 +270,7 @@ def write_capture(
     attributes: Mapping[str, Any] | None = None,
     **how: Any,
 ) -> Path:
-    """``run/dynamics/capture.zarr``, complete and closed; more steps are added to one that is there.
+    """``run/dynamics/records/``, complete and closed; more steps are added to one that is there.
 
     Args:
         run: The run folder; made if it is not there.
@@ -281,12 +281,12 @@ def write_capture(
     """
     folder = run / "dynamics"
     factors = steps if isinstance(steps, Mapping) else drifting(steps, seed)
-    with CaptureStore.resume(folder, 10**9, {**ATTRIBUTES, **(attributes or {})}) as store:
-        there = store.steps
+    with RecordWriter.resume(folder, 10**9, {**ATTRIBUTES, **(attributes or {})}) as writer:
+        there = writer.steps
         for step, record in records(factors, **how).items():
             if step not in there:
-                store.write(step, record)
-    return folder / "capture.zarr"
+                writer.write(step, record)
+    return folder / "records"
 
 
 # ---- trainings ----

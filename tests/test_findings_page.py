@@ -12,5 +12,5 @@ def test_it_is_up_to_date():
 
 def test_every_finding_is_on_it():
     page = PAGE.read_text()
-    assert all(f"**{code}** ({severity}) {title}" in page for code, (severity, title) in CATALOGUE.items())
+    assert all(f"### {code}: {title}\n\n**{severity}**\n" in page for code, (severity, title) in CATALOGUE.items())
     assert set(re.findall(r"OD\d{3}", page)) >= set(CATALOGUE)

@@ -147,7 +147,7 @@ def _spectra(
     factors[..., :rank] = moved[..., None]
     same = {"out": 256, "in": 128, "adapter_rank": rank}
     return xr.Dataset(
-        schema.labelled(
+        schema.label_arrays(
             schema.UPDATE,
             {
                 "singular_value": values,
@@ -211,7 +211,7 @@ def _flags(update: xr.Dataset) -> dict[str, xr.Variable]:
         "quantisation_limited": np.zeros(norm.shape, dtype=bool),
         "quantisation_noise_share": share,
     }
-    return schema.labelled(schema.UPDATE, arrays)
+    return schema.label_arrays(schema.UPDATE, arrays)
 
 
 def _geometry(update: xr.Dataset, seed: int) -> dict[str, xr.Variable]:
@@ -221,7 +221,7 @@ def _geometry(update: xr.Dataset, seed: int) -> dict[str, xr.Variable]:
         "path_length": np.nan_to_num(length).cumsum(0),
         "increment_cosine": np.where(length > 0, cosine, np.nan),
     }
-    return schema.labelled(schema.UPDATE, arrays)
+    return schema.label_arrays(schema.UPDATE, arrays)
 
 
 def _training(steps: list[int], segments: list[int]) -> xr.Dataset:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from dynamics.checkpoints.matrices import StoredMatrix, rows, stacked, turned
+from dynamics.checkpoints.matrices import StoredMatrix, rows, stack_blocks, turned
 
 Size = tuple[int, int]
 
@@ -159,7 +159,7 @@ def _joined(
     gate, up = matrices[names["gate_proj"]], matrices[names["up_proj"]]
     if gate.shape.in_ != up.shape.in_:
         return {}
-    by_role = {"gate_up_proj": stacked([gate, up]), "down_proj": matrices[names["down_proj"]]}
+    by_role = {"gate_up_proj": stack_blocks([gate, up]), "down_proj": matrices[names["down_proj"]]}
     parts = {"gate_up_proj": (names["gate_proj"], names["up_proj"]), "down_proj": (names["down_proj"],)}
     natural = {role: (matrix.shape.out, matrix.shape.in_) for role, matrix in by_role.items()}
     straight = all(natural[role] == size for role, size in wanted.items())

@@ -41,7 +41,7 @@ _MOST_OBJECTS = 1_000_000
 _MOST_VALUES = 10_000_000
 
 
-def read_start(path: Path, code: str, count: int = 64) -> tuple[int, bytes]:
+def read_head(path: Path, code: str, count: int = 64) -> tuple[int, bytes]:
     """Return the size and the first bytes of a regular file that is not a Git-LFS pointer.
 
     Args:
@@ -84,7 +84,7 @@ def read_text(path: Path, code: str) -> str:
     Raises:
         UnreadableFile: With ``code`` if it is too large, not UTF-8 or cannot be read; ``OD107`` for a Git-LFS pointer.
     """
-    size, _ = read_start(path, code)
+    size, _ = read_head(path, code)
     if size > _JSON_LIMIT:
         problem = f"It is too large for a JSON file of its kind: {size:,} bytes, at most {_JSON_LIMIT:,}."
         raise UnreadableFile(code, problem, "Check the file.")
@@ -312,7 +312,7 @@ def read_weight_file(path: Path) -> WeightFile:
 
 
 def _read_safetensors(path: Path) -> WeightFile:
-    size, start = read_start(path, "OD101", count=8)
+    size, start = read_head(path, "OD101", count=8)
     length = int.from_bytes(start, "little")
     if size < 8 or length > _HEADER_LIMIT:
         raise UnreadableFile("OD101", "Expected a safetensors file; its first bytes are not those of one.", _AGAIN)
@@ -392,7 +392,7 @@ def _fields(key: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]
 
 
 def _read_pickle(path: Path) -> WeightFile:
-    size, _ = read_start(path, "OD101")
+    size, _ = read_head(path, "OD101")
     _verify(path, size)
     state = _load_pickle(path)
     tensors = {

@@ -8,7 +8,7 @@ import xarray as xr
 from dynamics import schema
 from dynamics.checkpoints.names import shown
 from dynamics.checkpoints.trajectory import LogEntry, Trajectory
-from dynamics.schema import labelled
+from dynamics.schema import label_arrays
 
 #: The Trainer logs scores under this prefix; its other entries are about training.
 SCORE_PREFIX = "eval_"
@@ -67,7 +67,7 @@ def _training(entries: list[LogEntry]) -> xr.Dataset:
     segments, steps = np.asarray(rows, dtype=np.int64).T
     coordinates = {"metric": _names(metrics), "log_segment": segments, "log_step": steps}
     dataset = xr.Dataset(
-        labelled(schema.TRAINING, {"value": values}), coords=labelled(schema.LOG_COORDINATES, coordinates)
+        label_arrays(schema.TRAINING, {"value": values}), coords=label_arrays(schema.LOG_COORDINATES, coordinates)
     )
     dataset["value"].attrs["missing"] = "not logged at this step, or logged as NaN"
     return dataset
@@ -95,7 +95,7 @@ def _scores(entries: list[LogEntry], trajectory: Trajectory) -> xr.Dataset:
     unknown = np.full_like(values, np.nan)
     arrays = {"score": values, "items": unknown, "standard_error": unknown.copy()}
     coordinates = {"step": np.asarray(steps, dtype=np.int64), "task": _names(tasks), "segment": segment}
-    dataset = xr.Dataset(labelled(schema.SCORE, arrays), coords=labelled(schema.LOG_COORDINATES, coordinates))
+    dataset = xr.Dataset(label_arrays(schema.SCORE, arrays), coords=label_arrays(schema.LOG_COORDINATES, coordinates))
     for name in ("items", "standard_error"):
         dataset[name].attrs["missing"] = "the Trainer's log does not give it"
     return dataset

@@ -271,7 +271,7 @@ def oriented(matrix: StoredMatrix, shape: MatrixShape, is_transposed: bool) -> S
     return turned(matrix) if size[::-1] == size_in_run and shape.holds == "update" else None
 
 
-def stacked(blocks: Sequence[StoredMatrix]) -> StoredMatrix:
+def stack_blocks(blocks: Sequence[StoredMatrix]) -> StoredMatrix:
     """Return dense matrices of one width, one below the other, as one matrix."""
     dtype = coarser(*(block.shape.dtype for block in blocks))
     shape = replace(blocks[0].shape, out=sum(block.shape.out for block in blocks), dtype=dtype)

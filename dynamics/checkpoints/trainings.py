@@ -151,7 +151,7 @@ class Verdict:
     agreeing: int = 0
 
 
-def compare(earlier: Clues, later: Clues) -> Verdict:
+def compare_clues(earlier: Clues, later: Clues) -> Verdict:
     """Return whether the later checkpoint belongs to the training of the earlier one, by the rules above.
 
     Args:
@@ -342,7 +342,7 @@ def _apart_by_scale(clues: Sequence[Clues], numbers: Sequence[int]) -> tuple[lis
 
 def _against(clues: Sequence[Clues], segment: Sequence[int], clue: Clues) -> Verdict:
     """Return the verdict against the last checkpoint of a segment, or the last one with a log if that decides more."""
-    last = compare(clues[segment[-1]], clue)
+    last = compare_clues(clues[segment[-1]], clue)
     if last.answer != "unknown":
         return last
     for index in reversed(segment[:-1]):

@@ -30,8 +30,8 @@ from dynamics.fisher.samples import (
     Estimate,
     SampleGroups,
     StackedGram,
+    confidence_interval,
     counted_groups,
-    interval,
     weight_of,
 )
 from dynamics.fisher.spectrum import (
@@ -62,7 +62,7 @@ from dynamics.fisher.task_structure import (
     overlap,
     purity_gap,
 )
-from dynamics.schema import CONCENTRATION, FISHER, FISHER_RECORD, GLOBAL, SAMPLE_LABELS, TASKS, Variable, labelled
+from dynamics.schema import CONCENTRATION, FISHER, FISHER_RECORD, GLOBAL, SAMPLE_LABELS, TASKS, Variable, label_arrays
 from probes.gram import ProbeGram
 
 #: Numbers of leading directions in which the share of an update is measured.
@@ -73,7 +73,7 @@ _SHARE_LIMIT = 1 + 1e-3
 
 def _at_one_step(variables: Mapping[str, Variable], arrays: Mapping[str, np.ndarray]) -> dict[str, xr.Variable]:
     """Label arrays of one step: the schema's dimensions but for ``step``, which comes first."""
-    return labelled({name: replace(variables[name], dims=variables[name].dims[1:]) for name in arrays}, arrays)
+    return label_arrays({name: replace(variables[name], dims=variables[name].dims[1:]) for name in arrays}, arrays)
 
 
 @accepting("tasks", "groups", "dimension")
@@ -141,9 +141,9 @@ def _measures_of_task(
     values, vectors = fisher_eigenvectors(k) if spectrum is None else spectrum
     around_mean, of_directions = fisher_eigenvalues(centred(k)), fisher_eigenvalues(directional(k))
     counted = counted_groups(k, labels)
-    low, high = interval(np.zeros_like(values), eigenvalue_errors(values, vectors, membership), counted)
+    low, high = confidence_interval(np.zeros_like(values), eigenvalue_errors(values, vectors, membership), counted)
     entropy = fisher_entropy(values)
-    entropy_low, entropy_high = interval(entropy, entropy_error(values, vectors, membership), counted[:, 0])
+    entropy_low, entropy_high = confidence_interval(entropy, entropy_error(values, vectors, membership), counted[:, 0])
     rarefaction = rarefied(k, group, curve, seed=seed)
     plug_in, split = dominant_ratio_plug_in(values), dominant_ratio_split(k, group, seed=seed)
     error = dominant_ratio_error(values, vectors, membership)
@@ -195,7 +195,8 @@ def concentration(
             batch_size=…)`` returns them. Without ``batch_size`` there is no gradient null, and nothing is called
             concentrated.
         k: Numbers of leading directions.
-        splits, draws: Number of random halves, and of null gradients for each.
+        splits: Number of random halves.
+        draws: Number of null gradients for each half.
         seed: Seed of both.
 
     Returns:

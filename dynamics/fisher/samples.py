@@ -391,11 +391,11 @@ def jackknifed(
     count = relevant.sum(0)
     mean = ratio(np.where(relevant, left_out, 0.0).sum(1), count)
     corrected = count * estimate - (count - 1) * mean
-    low, high = interval(corrected, jackknife_error(left_out, relevant), groups)
+    low, high = confidence_interval(corrected, jackknife_error(left_out, relevant), groups)
     return Estimate(np.where(np.isnan(low), estimate, corrected), low, high)
 
 
-def interval(
+def confidence_interval(
     estimate: np.ndarray, error: np.ndarray, groups: np.ndarray | np.integer | int, level: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return estimate ± t·error with Student's t of groups − 1 degrees of freedom; NaN for fewer than two groups.

@@ -29,9 +29,9 @@ from dynamics.fisher.samples import (
     SPLITS,
     Estimate,
     SampleGroups,
+    confidence_interval,
     counted_groups,
     half_splits,
-    interval,
     jackknifed,
     log,
     pair_means,
@@ -294,7 +294,7 @@ def dominant_ratio_interval(
         error: Standard error of ln ρ, as :func:`dominant_ratio_error` returns it.
         groups: Number of groups.
     """
-    down, up = interval(np.zeros_like(error), error, groups)
+    down, up = confidence_interval(np.zeros_like(error), error, groups)
     return split * np.exp(down), np.minimum(plug_in * np.exp(up), 1.0)
 
 

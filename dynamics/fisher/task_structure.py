@@ -27,9 +27,9 @@ from scipy.special import xlogy
 from dynamics.fisher.samples import (
     Estimate,
     SampleGroups,
+    confidence_interval,
     counted_groups,
     diagonal_means,
-    interval,
     jackknife_error,
     jackknifed,
     log,
@@ -81,7 +81,7 @@ def cosines(gram: Float[np.ndarray, "block sample sample"], labels: SampleGroups
     products = pair_means(gram, labels)
     relevant, groups = _pairwise(labels)
     norms, norms_without = _norms(products.mean), _norms(products.left_out)
-    lowest, _ = interval(norms, jackknife_error(norms_without, labels.holds), labels.groups)
+    lowest, _ = confidence_interval(norms, jackknife_error(norms_without, labels.holds), labels.groups)
     resolved = lowest > 0
     both = resolved[:, :, None] & resolved[:, None, :]
     same = np.eye(labels.member.shape[1], dtype=bool)
@@ -145,7 +145,7 @@ def noise_scale(gram: Float[np.ndarray, "block sample sample"], labels: SampleGr
     products = pair_means(gram, labels)
     squares, squares_without = diagonal_means(np.diagonal(gram, axis1=1, axis2=2), labels)
     norms, norms_without = _norms(products.mean), _norms(products.left_out)
-    lowest, _ = interval(norms, jackknife_error(norms_without, labels.holds), labels.groups)
+    lowest, _ = confidence_interval(norms, jackknife_error(norms_without, labels.holds), labels.groups)
     estimate, left_out = log(ratio(squares, norms) - 1), log(ratio(squares_without, norms_without) - 1)
     logarithm = jackknifed(estimate, left_out, labels.holds, counted_groups(gram, labels))
     ends = (logarithm.estimate, logarithm.low, logarithm.high)
@@ -176,7 +176,7 @@ PERMUTATIONS = 99
 
 
 @dataclass(frozen=True)
-class Decomposition:
+class EntropyDecomposition:
     """Parts of SE of the pooled Fisher, in nats, ``[block]``.
 
     Args:
@@ -196,7 +196,7 @@ def decomposition(
     mixture: Float[np.ndarray, " block"],
     entropies: Float[np.ndarray, "block task"],
     traces: Float[np.ndarray, "block task"],
-) -> Decomposition:
+) -> EntropyDecomposition:
     """Return the parts of SE(F) = Σ w_s SE(f_s) + χ, for tasks that have no samples in common.
 
     Args:
@@ -211,10 +211,10 @@ def decomposition(
     weights = ratio(traces, traces.sum(-1, keepdims=True))
     within = np.where(weights == 0, 0.0, weights * entropies).sum(-1)
     # Rounding may leave −1e-16 where all tasks are the same.
-    return Decomposition(mixture, within, np.maximum(mixture - within, 0.0), -xlogy(weights, weights).sum(-1))
+    return EntropyDecomposition(mixture, within, np.maximum(mixture - within, 0.0), -xlogy(weights, weights).sum(-1))
 
 
-def decompose(gram: Float[np.ndarray, "block sample sample"], task: Int[np.ndarray, " sample"]) -> Decomposition:
+def decompose(gram: Float[np.ndarray, "block sample sample"], task: Int[np.ndarray, " sample"]) -> EntropyDecomposition:
     """Return the :func:`decomposition` of K for one assignment of samples to tasks.
 
     Args:

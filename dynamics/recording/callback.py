@@ -31,7 +31,7 @@ COMPARED = 10_000
 class DynamicsCallback(TrainerCallback):
     """Record what training does to the weights, at the steps of a schedule and wherever a checkpoint is saved.
 
-    The records go into ``out_dir/dynamics/capture.zarr``; read them with ``dynamics.open_run(out_dir)`` or analyse them
+    The records go into ``out_dir/dynamics/records/``; read them with ``dynamics.open_run(out_dir)`` or analyse them
     with ``python -m dynamics.analyze out_dir``. A summary of each goes into the training log as ``dynamics/…``.
 
     Training is the same, bit for bit, with and without the callback. If recording fails, training goes on: there is one
@@ -53,7 +53,7 @@ class DynamicsCallback(TrainerCallback):
 
     Raises:
         ValueError: If the preset is unknown; when training begins, if there is nothing to watch.
-        CaptureExists: When training begins, if the run has records and the training does not resume.
+        RecordsExist: When training begins, if the run has records and the training does not resume.
 
     Example: ``attach`` sends the numbers to every integration of ``report_to``, too::
 
@@ -120,7 +120,7 @@ class DynamicsCallback(TrainerCallback):
 
         Raises:
             ValueError: If there is nothing to watch.
-            CaptureExists: If the run has records and the training does not resume.
+            RecordsExist: If the run has records and the training does not resume.
         """
         self.close()
         self._waiting = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dynamics.findings import Finding
 from probes.low_rank import LowRankMatrix
-from probes.watched import Found, Watched, class_names, is_sharded
+from probes.watched import Watched, WatchedModel, class_names, is_sharded
 
 #: Names listed in a message.
 _NAMED = 3
@@ -216,7 +216,7 @@ class Change:
 
 
 def change_between(
-    before: ModelState, after: ModelState, was: Found, now: Found, rewritten: Iterable[str] = ()
+    before: ModelState, after: ModelState, was: WatchedModel, now: WatchedModel, rewritten: Iterable[str] = ()
 ) -> Change:
     """Return what changed between two states of a model.
 

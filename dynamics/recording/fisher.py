@@ -276,7 +276,7 @@ def fisher_record(
         **{name: ("sample", np.asarray(labels[name], dtype=str)) for name in schema.SAMPLE_LABELS},
     }
     return xr.Dataset(
-        schema.labelled({**schema.FISHER_RECORD, "momentum": schema.FISHER_MOMENTUM}, arrays),
+        schema.label_arrays({**schema.FISHER_RECORD, "momentum": schema.FISHER_MOMENTUM}, arrays),
         coords=coords,
         attrs={
             "space": gram.space,
@@ -299,7 +299,7 @@ def score_record(step: int, scores: Sequence[Score]) -> xr.Dataset:
     }
     arrays = {name: np.array([column], dtype=np.float64) for name, column in columns.items()}
     return xr.Dataset(
-        schema.labelled({**schema.SCORE, "direction": schema.SCORE_DIRECTION}, arrays),
+        schema.label_arrays({**schema.SCORE, "direction": schema.SCORE_DIRECTION}, arrays),
         coords={
             "step": np.array([step], dtype=np.int64),
             "task": np.asarray([score.task for score in scores], dtype=str),

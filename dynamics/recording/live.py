@@ -18,8 +18,8 @@ from dynamics.recording.snapshots import (
     Snapshot,
     factors_of,
     keys_of,
-    read_start,
     scaled_products,
+    start_snapshot,
     start_tensors,
     terms_of,
 )
@@ -28,7 +28,7 @@ from dynamics.spectra.increments import Workspace, difference
 from dynamics.spectra.singular_values import dense_singular_values, singular_values
 from dynamics.spectra.walk import BatchResult, MatrixSpectra, Previous
 from probes.low_rank import LowRankMatrix
-from probes.watched import Matrix, Product, Reading, Watched, is_sharded, whole
+from probes.watched import AdapterProduct, Matrix, Reading, Watched, is_sharded, whole
 
 #: Storage dtypes as safetensors names them.
 _STORAGE = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -70,7 +70,7 @@ class LiveSpectra:
         if start is None:
             self._take_start(watched)
         else:
-            self._start = read_start(start, step, watched, self._keys, self._home)
+            self._start = start_snapshot(start, step, watched, self._keys, self._home)
             self._nonzero = set(self._start.values)
         self._begun = {id(parameter): parameter for parameter in self._keys}
         self._batches = self._in_batches()
@@ -285,7 +285,7 @@ class LiveSpectra:
             if not begins:
                 continue
             values = [now.values[id(parameter)] for parameter in term.parameters]
-            zero = isinstance(term, Product) and not all(bool(value.any()) for value in values)
+            zero = isinstance(term, AdapterProduct) and not all(bool(value.any()) for value in values)
             for parameter, value in zip(term.parameters, values, strict=True):
                 self._begun[id(parameter)] = parameter
                 self._start.values.pop(id(parameter), None)
@@ -294,7 +294,7 @@ class LiveSpectra:
                     self._nonzero.add(id(parameter))
                     if self._leads:
                         self._start.values[id(parameter)] = self._copied(parameter, value)
-            if isinstance(term, Product) and not zero:
+            if isinstance(term, AdapterProduct) and not zero:
                 self._start.scales[factors_of(term)] = term.scale()
 
     def _forget_all_but(self, parameters: Collection[int]) -> None:
@@ -335,7 +335,7 @@ class LiveSpectra:
 
         def kind(name: str) -> tuple[int, bool, str | None]:
             terms = [t for t in terms_of(matrices[name]) if all(id(p) in self._nonzero for p in t.parameters)]
-            ranks = [t.matrix(_shape_only, 1.0).rank if isinstance(t, Product) else 0 for t in terms]
+            ranks = [t.matrix(_shape_only, 1.0).rank if isinstance(t, AdapterProduct) else 0 for t in terms]
             return sum(ranks), bool(terms), self._fresh.get(name)
 
         batches = walk.batches(self.shapes, lambda name: matrices[name].sources[0].device, kind)

@@ -19,7 +19,7 @@ from dynamics.spectra.dataset import parts_of_sums
 from dynamics.spectra.findings import NAMED
 from dynamics.spectra.measures import dominant_ratio, effective_rank
 from dynamics.text import counted, some
-from probes.watched import Found, find
+from probes.watched import WatchedModel, find
 
 #: A total counts as collapsed if one direction holds this share of its energy at two captured steps in a row.
 COLLAPSED = 0.99
@@ -181,7 +181,7 @@ def _evidence(names: Sequence[str]) -> dict[str, object]:
 _NAMED = 5
 
 
-def watched_or_refused(model: nn.Module, matrices: str | None) -> Found:
+def watched_or_refused(model: nn.Module, matrices: str | None) -> WatchedModel:
     """Return the matrices to watch.
 
     Raises:
@@ -205,7 +205,7 @@ def watched_or_refused(model: nn.Module, matrices: str | None) -> Found:
     return watched
 
 
-def findings_on_model(watched: Found, *, gradients: bool) -> list[Finding]:
+def findings_on_model(watched: WatchedModel, *, gradients: bool) -> list[Finding]:
     """Return findings on what of a model is not watched."""
     findings = []
     if watched.uncovered:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from probes.watched import Dense, Matrix, Product, Watched
+from probes.watched import AdapterProduct, Dense, Matrix, Watched
 
 
 @dataclass
@@ -35,17 +35,17 @@ class Snapshot:
         return watched.read(lambda parameter: self.values[id(parameter)], scales)
 
 
-def terms_of(watched: Watched) -> tuple[Product | Dense, ...]:
+def terms_of(watched: Watched) -> tuple[AdapterProduct | Dense, ...]:
     """Return the adapters that add up to a matrix, or the weight itself."""
     return (watched.terms,) if isinstance(watched.terms, Dense) else watched.terms
 
 
-def factors_of(product: Product) -> tuple[int, int]:
+def factors_of(product: AdapterProduct) -> tuple[int, int]:
     """Return the identities of an adapter's factors, which tell it from every other."""
     return id(product.left), id(product.right)
 
 
-def scaled_products(watched: Watched) -> list[tuple[Product, float]]:
+def scaled_products(watched: Watched) -> list[tuple[AdapterProduct, float]]:
     """Return each adapter of a matrix with its scale as it is now; none of a dense weight."""
     return [] if isinstance(watched.terms, Dense) else [(term, term.scale()) for term in watched.terms]
 
@@ -87,7 +87,7 @@ def start_tensors(
     return tensors
 
 
-def read_start(
+def start_snapshot(
     tensors: Mapping[str, Tensor],
     step: int,
     watched: Sequence[Watched],

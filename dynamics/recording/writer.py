@@ -1,4 +1,4 @@
-"""The records of one training in progress: where they go, what they give cause to say, and how a training goes on."""
+"""The records of a training in progress: where they go, what users should hear of them, how a training continues."""
 
 from __future__ import annotations
 
@@ -12,48 +12,52 @@ from typing import Any
 import xarray as xr
 from torch import Tensor
 
-from dynamics.findings import Finding
+from dynamics.findings import Finding, from_json
 from dynamics.recording.monitor import TrainingMonitor
 from dynamics.spectra.dataset import same_spectra
 from dynamics.spectra.null_models import SEED
-from dynamics.store import FOLDER, Capture, CaptureExists, CaptureStore, provenance, read_capture
 from dynamics.store.capture import CAPTURE, is_capture
-from dynamics.store.records import finding_of
-from dynamics.text import encodable
+from dynamics.store.record_folders import RECORDS, RecordFolders, StoredRecords, is_records, stored_records
+from dynamics.store.record_writer import RecordsExist, RecordWriter
+from dynamics.store.results import FOLDER, provenance
+from dynamics.text import counted, encodable
 
 #: Findings about a change in the middle of a training: they stay true of it.
 CHANGES = ("OD313", "OD314", "OD315", "OD316")
 
 
 def store_path(run: Path) -> Path:
-    """Where the records of a run go, whatever the run is called."""
-    return (run / FOLDER / CAPTURE).resolve()
+    """Return where the records of a run go, whatever the run is called."""
+    return (run / FOLDER / RECORDS).resolve()
 
 
-def earlier_capture(run: Path) -> Capture | None:
-    """What is recorded in a run's folder, ``None`` if nothing is.
+def earlier_records(run: Path) -> StoredRecords | None:
+    """Return what is recorded in a run's folder, in this format or the first; ``None`` if nothing is.
 
     Raises:
         ValueError: If it cannot be read.
     """
-    path = run / FOLDER / CAPTURE
-    return read_capture(path) if is_capture(path) else None
+    records, capture = (
+        path if not path.is_symlink() and test(path) else None
+        for path, test in ((run / FOLDER / RECORDS, is_records), (run / FOLDER / CAPTURE, is_capture))
+    )
+    return None if records is None and capture is None else stored_records(RecordFolders(records, capture))
 
 
 class Records:
-    """Writes the records of a training and keeps its root attributes true.
+    """Write the records of a training and keep the attributes beside them true.
 
     Args:
         run: The run folder.
-        notes: What is to be said of the whole training, from its beginning.
+        notes: Findings on the whole training.
         attributes: Beside provenance: ``disk_names``, ``covered_share``.
         configuration: How it is recorded, JSON-compatible.
         warmup_steps: See ``TrainingMonitor``.
-        resume_from: The step after which the training goes on, ``None`` if it begins.
-        earlier: What was recorded before, where it goes on.
+        resume_from: The step after which the training continues, ``None`` if it begins.
+        earlier: What was recorded before, if the training continues.
 
     Raises:
-        CaptureExists: If there are records and the training does not resume.
+        RecordsExist: If there are records and the training does not resume.
         OSError: If they cannot be written.
     """
 
@@ -66,7 +70,7 @@ class Records:
         configuration: Mapping[str, Any],
         warmup_steps: int,
         resume_from: int | None,
-        earlier: Capture | None,
+        earlier: StoredRecords | None,
     ) -> None:
         self._notes, self._monitor = list(notes), TrainingMonitor(warmup_steps)
         self._changes: list[Finding] = []
@@ -74,7 +78,7 @@ class Records:
         past = earlier.attributes if earlier is not None and resume_from is not None else {}
         kept = [] if earlier is None else [r for step, r in earlier.records.items() if step <= (resume_from or 0)]
         self._gaps = [gap for gap in _dictionaries(past.get("gaps")) if _step_of(gap) <= (resume_from or 0)]
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         now = datetime.now(UTC).isoformat(timespec="seconds")
         resumptions = _dictionaries(past.get("resumptions"))
         if resume_from is not None:
@@ -89,10 +93,8 @@ class Records:
         if resume_from is not None:
             self._changes = [
                 finding
-                for content in _dictionaries(past.get("findings"))
-                if content.get("code") in CHANGES
-                and (finding := finding_of(content)) is not None
-                and (finding.step or 0) <= resume_from
+                for finding in from_json(_dictionaries(past.get("findings")))
+                if finding.code in CHANGES and (finding.step or 0) <= resume_from
             ]
         for record in kept:
             self._monitor.observe(record["update"], record.get("gradient"))
@@ -101,18 +103,18 @@ class Records:
         folder.mkdir(parents=True, exist_ok=True)
         content |= self._noted
         if resume_from is None:
-            self._store = CaptureStore.create(folder, content)
+            self._writer = RecordWriter.create(folder, content)
         else:
-            self._store = CaptureStore.resume(folder, resume_from, content)
+            self._writer = RecordWriter.resume(folder, resume_from, content)
 
     @property
     def steps(self) -> list[int]:
-        """The steps that have a record."""
-        return self._store.steps
+        """The steps with a record."""
+        return self._writer.steps
 
     @property
     def findings(self) -> list[Finding]:
-        """What holds now."""
+        """The findings that hold now."""
         return [*self._notes, *self._changes, *self._unmeasured_findings(), *self._monitor.findings()]
 
     def _unmeasured_findings(self) -> list[Finding]:
@@ -122,9 +124,10 @@ class Records:
         return [
             Finding(
                 "OD317",
-                f"The spectrum of the gradient of {len(self._unmeasured)} matrices could not be measured, first at "
-                f"step {step} ({reason}); it is missing there. Norms and all other matrices are recorded.",
-                "Leave these matrices out (matrices=), or record norms alone (preset='economy').",
+                f"The gradient spectra of {counted(len(self._unmeasured), 'matrix', 'matrices')} could not be "
+                f"measured, first at step {step} ({reason}), and are missing. Norms and all other matrices are "
+                "recorded.",
+                "Leave these matrices out (matrices=), or only record norms (preset='economy').",
                 matrix=name if len(self._unmeasured) == 1 else "",
                 step=step,
                 evidence={"names": list(self._unmeasured)[:20]},
@@ -132,22 +135,22 @@ class Records:
         ]
 
     def unmeasured_gradients(self, step: int, reasons: Mapping[str, str]) -> None:
-        """Notes matrices whose gradient has no spectrum at this step, and why."""
+        """Note matrices whose gradient has no spectrum at this step, and why."""
         for name, reason in reasons.items():
             self._unmeasured.setdefault(name, (step, encodable(reason)))
 
     def write_start(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps what the training began with, for when it resumes."""
+        """Keep the initial weights, for when the training resumes."""
         if tensors:
-            self._store.write_start(tensors)
+            self._writer.write_start(tensors)
 
     def changed(self, findings: Iterable[Finding], start: Mapping[str, Tensor], disk_names: Mapping[str, Any]) -> None:
-        """Notes that what is trained has changed, says so once of each kind, and keeps what is new as it began.
+        """Note a change of what is trained, warn once of each kind, and keep the initial weights of new matrices.
 
         Args:
-            findings: What is to be said.
-            start: What new matrices began with.
-            disk_names: Of new matrices.
+            findings: Findings on the change.
+            start: Initial weights of new matrices.
+            disk_names: Names on disk of new matrices.
 
         Raises:
             OSError: If it cannot be written.
@@ -155,13 +158,13 @@ class Records:
         for finding in findings:
             self._changes.append(finding)
             self._tell(finding.code, str(finding))
-        named = self._store.attributes.get("disk_names")
-        self._store.annotate(
+        named = self._writer.attributes.get("disk_names")
+        self._writer.annotate(
             {"disk_names": {**(named if isinstance(named, dict) else {}), **encodable(dict(disk_names))}}
         )
         self.annotate()
         if start:
-            self._store.write_start({**self._store.read_start(), **start})
+            self._writer.write_start({**self._writer.read_start(), **start})
 
     def write(
         self,
@@ -170,26 +173,26 @@ class Records:
         gradient: xr.Dataset | None,
         probed: Mapping[str, xr.Dataset | None] | None = None,
     ) -> None:
-        """Adds a record; what is ``None`` was not measured.
+        """Add a record; what is ``None`` was not measured.
 
         Raises:
             OSError: If it cannot be written.
         """
         groups = {"update": update, "gradient": gradient, **(probed or {})}
-        self._store.write(step, {name: group for name, group in groups.items() if group is not None})
+        self._writer.write(step, {name: group for name, group in groups.items() if group is not None})
         self._monitor.observe(update, gradient)
 
     def gap(self, step: int, reason: str) -> None:
-        """Notes that a step could not be recorded, or not all of it, and says so the first time."""
+        """Note that a step could not be recorded, or not all of it, and warn the first time."""
         self._gaps.append({"step": step, "reason": encodable(reason)})
         self._tell(
             "OD305",
-            f"optimization-dynamics could not record step {step} ({reason}). Training goes on, and so does the "
-            "recording at the next captured step; this is said once.",
+            f"optimization-dynamics could not record step {step} ({reason}). Training goes on, and so does recording "
+            "at the next captured step. This warning appears once.",
         )
 
     def annotate(self) -> None:
-        """Brings the root attributes up to date, and says once what the records give cause to.
+        """Bring the attributes up to date, and warn once of each new finding.
 
         Raises:
             OSError: If they cannot be written; the next call tries again.
@@ -198,45 +201,45 @@ class Records:
             self._tell(finding.code, str(finding))
         changing = self._changing()
         if changing != self._noted:
-            self._store.annotate(changing)
+            self._writer.annotate(changing)
             self._noted = changing
 
     def close(self) -> None:
-        """Gives the store back."""
-        self._store.close()
+        """Close the records."""
+        self._writer.close()
 
     def _changing(self) -> dict[str, Any]:
         findings = encodable([finding.to_dict() for finding in self.findings])
         return {"findings": findings, "gaps": list(self._gaps)}
 
     def _tell(self, code: str, text: str) -> None:
-        if code not in self._told:
-            self._told.add(code)
+        if code not in self._warned:
+            self._warned.add(code)
             warnings.warn(text, UserWarning, stacklevel=2)
 
 
-def refuse_other_weights(earlier: Capture, step: int, now: xr.Dataset) -> bool:
-    """Whether there is a record of this step; refused if it is one of other weights.
+def refuse_other_weights(earlier: StoredRecords, step: int, now: xr.Dataset) -> bool:
+    """Return whether there is a record of this step; refuse a record of other weights.
 
     Raises:
-        CaptureExists: If the record does not agree with the model.
+        RecordsExist: If the record does not agree with the model.
     """
     record = earlier.records.get(step)
     if record is None:
         return False
     agreement = same_spectra(record["update"], now)
     if agreement.is_other:
-        raise CaptureExists(
-            f"'{earlier.path}' has a record of step {step} whose spectra differ from the model's by "
+        raise RecordsExist(
+            f"'{earlier.folders.path}' has a record of step {step} whose spectra differ from the model's by "
             f"{agreement.difference:.0%} ({agreement.matrix}): "
-            "it is another training's, or the weights come from another checkpoint. "
-            "Choose another folder, or move the capture away."
+            "it belongs to another training, or the weights come from another checkpoint. "
+            "Choose another folder, or move the records away."
         )
     return True
 
 
 def _dictionaries(value: Any) -> list[dict[str, Any]]:
-    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+    return [entry for entry in value if isinstance(entry, dict)] if isinstance(value, list) else []
 
 
 def _step_of(gap: Mapping[str, Any]) -> int:

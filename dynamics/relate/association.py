@@ -26,7 +26,7 @@ from dynamics.relate.pairwise import (
 )
 from dynamics.relate.permutations import DRAWS, EXACT_UNITS, LEVEL, false_discovery_rates
 from dynamics.relate.score_tables import ALL, as_scores, better, run_step_grid
-from dynamics.schema import ASSOCIATION, labelled
+from dynamics.schema import ASSOCIATION, label_arrays
 
 Given = Literal["loss", "trend"]
 #: The measure that is named before looking. The logarithm of the participation ratio is a lower bound of the
@@ -79,7 +79,8 @@ def associate(
         clusters: Run → what it shares with others (model, data set): then clusters are the independent units, and a
             cluster's runs are averaged.
         directions: Task → ``"higher"`` or ``"lower"``, where names do not tell which is better.
-        draws, seed: Of random permutations.
+        draws: Number of random permutations.
+        seed: Of the random permutations.
 
     Returns:
         Variables over ``(measure, task)``: ``coefficient``, ``low``, ``high`` (the interval that belongs to the
@@ -148,7 +149,7 @@ def associate(
         row["statement"] = statements.association_statement(row, context)
     columns["statement"] = np.array([row["statement"] for row in rows], dtype=str).reshape(shape)
     dataset = xr.Dataset(
-        labelled(ASSOCIATION, columns),
+        label_arrays(ASSOCIATION, columns),
         coords={"measure": x["measure"].values, "task": y["task"].values, "direction": ("task", y["direction"].values)},
     )
     dataset.attrs = {

@@ -20,7 +20,7 @@ from dynamics.relate.differences import (
 )
 from dynamics.relate.permutations import DRAWS, LEVEL, PermutationTest, false_discovery_rates
 from dynamics.relate.statements import ComparisonContext, difference_statement
-from dynamics.schema import COMPARISON, labelled
+from dynamics.schema import COMPARISON, label_arrays
 
 #: How differences are tested.
 _PAIRED = "mean of paired differences; p is the larger of exact sign flips of pairs and Student's t test"
@@ -54,7 +54,8 @@ def compare(
             seeds are no reason to pair runs that share neither data order nor initial adapter.
         headline: The measure named before looking: the p-value of its mean over steps is adjusted for the number of
             comparisons only. Everything else is adjusted over measures (and over steps) too.
-        draws, seed: Of random relabellings, where there are more than 10 000.
+        draws: Number of random relabellings, where there are more than 10 000 in all.
+        seed: Of the random relabellings.
 
     Returns:
         Over ``comparison`` (``"imax − dmax"``), ``measure`` and ``step``: ``difference``, ``low``, ``high``,
@@ -103,7 +104,7 @@ def compare(
         "run_group": ("run", [group for group, runs in groups.items() for _ in runs]),
         "run_pair": ("run", [labels.get(run, "") if run in paired_runs else "" for run in members]),
     }
-    dataset = xr.Dataset(labelled(COMPARISON, columns), coords)
+    dataset = xr.Dataset(label_arrays(COMPARISON, columns), coords)
     leading = coords["measure"].index(headline)
     others = np.argwhere(columns["holds"] & (np.arange(len(coords["measure"])) != leading))
     dataset.attrs = {

@@ -68,7 +68,7 @@ class Specification:
 
 
 @dataclass(frozen=True)
-class Block:
+class PairBlock:
     """Measures and tasks that have the same runs and steps.
 
     Args:
@@ -98,7 +98,7 @@ def blocks(
     y: Float[np.ndarray, "run step task"],
     cluster: Int[np.ndarray, " run"],
     specification: Specification,
-) -> Iterator[Block]:
+) -> Iterator[PairBlock]:
     """Yield all pairs, those with the same missing values together.
 
     >>> rng = np.random.default_rng(0)
@@ -124,7 +124,7 @@ def blocks(
                     None if specification.covariate is None else cluster_means(specification.covariate[chosen], units)
                 )
                 grids = [_centred(values, specification, covariate) for values in grids]
-            yield Block(measures, tasks, grid, *grids)
+            yield PairBlock(measures, tasks, grid, *grids)
 
 
 def _alike(values: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -232,13 +232,13 @@ def coefficients(
     return values
 
 
-def _count(block: Block, numbers: dict[str, np.ndarray]) -> None:
+def _count(block: PairBlock, numbers: dict[str, np.ndarray]) -> None:
     numbers["n_runs"][block.pairs] = len(block.grid.runs)
     numbers["n_units"][block.pairs] = block.units if block.grid.runs else 0
     numbers["n_steps"][block.pairs] = len(block.grid.steps)
 
 
-def _describe(block: Block, numbers: dict[str, np.ndarray]) -> None:
+def _describe(block: PairBlock, numbers: dict[str, np.ndarray]) -> None:
     described = describe_run(block.x[:, None, 0], block.y[None, :, 0])
     for name, column in vars(described).items():
         numbers[name][block.pairs] = column
@@ -247,7 +247,7 @@ def _describe(block: Block, numbers: dict[str, np.ndarray]) -> None:
 
 
 def _test(
-    family: list[Block],
+    family: list[PairBlock],
     families: int,
     specification: Specification,
     leading: np.ndarray,

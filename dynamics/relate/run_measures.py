@@ -47,7 +47,7 @@ class Related:
     findings: Sequence[Finding]
 
 
-def measures_of(tree: xr.DataTree) -> xr.Dataset:
+def measures_of_run(tree: xr.DataTree) -> xr.Dataset:
     """Return the measures of one run that can be related, ``(step)`` each: of Fisher, concentration and updates.
 
     ``ln_participation_ratio``, ``spectral_entropy``, ``dominant_ratio`` of the Fisher; ``ln_gain_16``; and medians over
@@ -93,7 +93,7 @@ def relate_runs(
     Raises:
         ValueError: If a direction is none.
     """
-    measures = _aligned({name: measures_of(tree) for name, tree in runs.items()})
+    measures = _aligned({name: measures_of_run(tree) for name, tree in runs.items()})
     chosen, findings = _headline(measures, headline)
     steps = {name: _measured_steps(measures, name) for name in runs}
     recorded = {name: tree["score"].to_dataset().load() for name, tree in runs.items() if "score" in tree.children}

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dynamics import schema
 from dynamics.checkpoints.trajectory import Matrix, OpenCheckpoint, Trajectory, UnreadableMatrix
-from dynamics.spectra.cache import content_key, read_tensors, write_tensors
-from dynamics.spectra.dense import gram
+from dynamics.spectra.cache import cached_tensors, content_key, write_tensors
+from dynamics.spectra.dense import gram_matrix
 from dynamics.spectra.singular_values import triangle
 from probes.low_rank import LowRankMatrix
 
@@ -30,7 +30,7 @@ INTRUDER_COSINE = 0.5
 
 
 @dataclass(frozen=True)
-class Decomposition:
+class BaseDecomposition:
     """All singular values and vectors of a weight, float64 on the host; vectors of σ < 1e-8 σ₁ are not resolved.
 
     Args:
@@ -78,7 +78,7 @@ class Intruders:
     null_energy_share: float
 
 
-def decompose(weight: Float[Tensor, "out in"]) -> Decomposition:
+def decompose_base(weight: Float[Tensor, "out in"]) -> BaseDecomposition:
     """Return the thin SVD of a weight, by the eigendecomposition of the Gram of its shorter side.
 
     Raises:
@@ -92,12 +92,12 @@ def decompose(weight: Float[Tensor, "out in"]) -> Decomposition:
         raise ValueError("Expected a finite weight, got one with NaN or infinity.")
     tall = dense.shape[0] > dense.shape[1]
     wide = dense.mT if tall else dense
-    squares, vectors = torch.linalg.eigh(gram(wide))
+    squares, vectors = torch.linalg.eigh(gram_matrix(wide))
     values, short = squares.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
     long = torch.linalg.qr(wide.mT @ short).Q
     # QR leaves the sign of each column open.
     long = long * torch.sign((long * (wide.mT @ short)).sum(0)).where(values > 0, torch.ones(()))
-    return Decomposition(long, values, short) if tall else Decomposition(short, values, long)
+    return BaseDecomposition(long, values, short) if tall else BaseDecomposition(short, values, long)
 
 
 def leading_vectors(update: Matrix, k: int) -> tuple[Float[Tensor, "out k"], Float[Tensor, "in k"]]:
@@ -111,11 +111,11 @@ def leading_vectors(update: Matrix, k: int) -> tuple[Float[Tensor, "out k"], Flo
         left, right = torch.linalg.qr(update.left.detach().cpu()), torch.linalg.qr(update.right.detach().cpu().mT)
         inner_left, _, inner_right = torch.linalg.svd(left.R @ right.R.mT)
         return left.Q @ inner_left[:, :k], right.Q @ inner_right.mT[:, :k]
-    whole = decompose(update)
+    whole = decompose_base(update)
     return whole.left[:, :k], whole.right[:, :k]
 
 
-def overlap(update: Matrix, base: Decomposition, k: int = TOP_K) -> Overlap:
+def base_overlap(update: Matrix, base: BaseDecomposition, k: int = TOP_K) -> Overlap:
     """Return what the update shares with the k leading directions of the base.
 
     Args:
@@ -150,7 +150,7 @@ def overlap(update: Matrix, base: Decomposition, k: int = TOP_K) -> Overlap:
 def intruders(
     update: Matrix,
     weight: Float[Tensor, "out in"],
-    base: Decomposition,
+    base: BaseDecomposition,
     *,
     k: int = TOP_K,
     cosine: float = INTRUDER_COSINE,
@@ -179,7 +179,7 @@ def intruders(
     return Intruders(count, share, float(np.mean(counts)), float(np.mean(shares)))
 
 
-def _intruding(tuned: Float[Tensor, "out in"], base: Decomposition, k: int, cosine: float) -> tuple[int, float]:
+def _intruding(tuned: Float[Tensor, "out in"], base: BaseDecomposition, k: int, cosine: float) -> tuple[int, float]:
     product = tuned @ tuned.mT
     k = min(k, len(base.values))
     if k < len(product) - 1:
@@ -264,7 +264,7 @@ def compare_with_base(
     base_norm = arrays["base_norm"]
     arrays["relative_size"] = np.divide(norm, base_norm, out=np.full_like(norm, np.nan), where=base_norm > 0)
     return xr.Dataset(
-        schema.labelled(schema.BASE, arrays),
+        schema.label_arrays(schema.BASE, arrays),
         coords={"step": raw_update["step"].variable, "matrix": raw_update["matrix"].variable},
         attrs={"k": k, "cosine": INTRUDER_COSINE, "at_step": last.step, "directions": int(directions)},
     )
@@ -285,7 +285,7 @@ def _of_matrix(name: str, before: OpenCheckpoint, after: OpenCheckpoint, k: int)
     if not _is_finite(weight) or not _is_finite(update):
         return numbers
     base = _decomposition(weight, k)
-    shared = overlap(update, base, k)
+    shared = base_overlap(update, base, k)
     numbers |= {f"overlap_{side}": getattr(shared, side) for side in ("left", "right", "left_null", "right_null")}
     numbers |= {"energy_left": shared.energy_left, "energy_right": shared.energy_right}
     strange = intruders(update, weight, base, k=k)
@@ -308,15 +308,15 @@ def _is_finite(matrix: Matrix) -> bool:
     return all(bool(part.isfinite().all()) for part in parts)
 
 
-def _decomposition(weight: Tensor, k: int) -> Decomposition:
+def _decomposition(weight: Tensor, k: int) -> BaseDecomposition:
     """Return all left singular vectors and the k leading right ones, in float32, from the cache if possible."""
     key = content_key(weight, "decomposition", _VERSION, k)
     count = min(weight.shape)
     k = min(k, count)
     shapes = {"left": (weight.shape[0], count), "values": (count,), "right": (weight.shape[1], k)}
-    kept = read_tensors(key, shapes)
+    kept = cached_tensors(key, shapes)
     if kept is None:
-        whole = decompose(weight)
+        whole = decompose_base(weight)
         kept = {"left": whole.left.float(), "values": whole.values, "right": whole.right[:, :k].float()}
         write_tensors(key, kept)
-    return Decomposition(kept["left"].double(), kept["values"].double(), kept["right"].double())
+    return BaseDecomposition(kept["left"].double(), kept["values"].double(), kept["right"].double())

@@ -38,7 +38,7 @@ def content_key(tensor: Tensor, *more: object) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(key: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
+def cached_tensors(key: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor] | None:
     """Read what is stored under a key; ``None`` unless it has exactly these names and shapes, and finite numbers."""
     try:
         tensors = load_file(cache_folder() / f"{key}.safetensors")

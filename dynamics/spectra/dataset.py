@@ -11,7 +11,7 @@ import torch
 import xarray as xr
 
 from dynamics import schema
-from dynamics.schema import Variable, labelled
+from dynamics.schema import Variable, label_arrays
 from dynamics.spectra import measures, null_models
 from dynamics.spectra.measures import known_quantiles
 from dynamics.spectra.null_models import NullModel
@@ -102,7 +102,7 @@ def measure_update(raw_update: xr.Dataset, raw_gradient: xr.Dataset | None = Non
     update = raw_update.drop_vars(["noise_energy", "inner_product"])
     flags = {"flag_values": list(range(len(schema.DECOMPOSITIONS))), "flag_meanings": " ".join(schema.DECOMPOSITIONS)}
     update["decomposition"].attrs |= flags
-    update = update.assign(labelled(schema.UPDATE, _norms(update["singular_value"].values)))
+    update = update.assign(label_arrays(schema.UPDATE, _norms(update["singular_value"].values)))
     update = update.assign(measures_of(update, noise))
     null, against_null = null_models_of(update)
     update = update.assign(against_null)
@@ -116,7 +116,7 @@ def _gradient_groups(raw_gradient: xr.Dataset) -> dict[str, xr.Dataset]:
     """Measure gradients by the functions of an update, as one of a single kind."""
     like_update = raw_gradient.expand_dims(kind=["gradient"], axis=1)
     norm = _norms(like_update["singular_value"].values)["frobenius_norm"]
-    like_update = like_update.assign(labelled(schema.UPDATE, {"frobenius_norm": norm}))
+    like_update = like_update.assign(label_arrays(schema.UPDATE, {"frobenius_norm": norm}))
     like_update = like_update.assign(measures_of(like_update))
     null, against_null = null_models_of(like_update)
     gradient = like_update.assign(against_null).isel(kind=0, drop=True)[[*schema.GRADIENT, *raw_gradient.coords]]
@@ -139,7 +139,7 @@ def measures_of(update: xr.Dataset, noise: np.ndarray | None = None) -> dict[str
     tolerance = torch.from_numpy(_rank_tolerance(update, noise))
     arrays = {name: measure(values).numpy() for name, measure in measures.MEASURES.items()}
     arrays["numerical_rank"] = measures.numerical_rank(values, tolerance).numpy()
-    return labelled(schema.UPDATE, arrays)
+    return label_arrays(schema.UPDATE, arrays)
 
 
 def _rank_tolerance(update: xr.Dataset, noise: np.ndarray | None) -> np.ndarray:
@@ -198,7 +198,7 @@ def null_models_of(update: xr.Dataset) -> tuple[xr.Dataset, dict[str, xr.Variabl
         "marchenko_pastur_outliers": outliers,
     }
     coords = {dim: update[dim].variable for dim in schema.UPDATE["singular_value"].dims}
-    return xr.Dataset(labelled(schema.NULL, null), coords), labelled(schema.UPDATE, against_null)
+    return xr.Dataset(label_arrays(schema.NULL, null), coords), label_arrays(schema.UPDATE, against_null)
 
 
 def _shape_models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ...], NullModel]]:
@@ -281,7 +281,7 @@ def direct_sums(update: xr.Dataset) -> dict[str, xr.Variable]:
         "energy_share_by_role": share,
         "entropy_energy_by_role": sums,
     }
-    return labelled(schema.COORDINATES, {"role_name": roles}) | labelled(schema.UPDATE, arrays)
+    return label_arrays(schema.COORDINATES, {"role_name": roles}) | label_arrays(schema.UPDATE, arrays)
 
 
 def parts_of_sums(names: list[str]) -> list[bool]:
@@ -297,7 +297,7 @@ def suggested_rank(update: xr.Dataset) -> dict[str, xr.Variable]:
     last = np.full(ranks.shape[1], np.nan)
     for row in ranks:
         last = np.where(np.isnan(row), last, row)
-    variables = labelled(schema.UPDATE, {"suggested_rank": last})
+    variables = label_arrays(schema.UPDATE, {"suggested_rank": last})
     variables["suggested_rank"].attrs["energy"] = measures.ENERGY
     return variables
 
@@ -322,7 +322,7 @@ def quantiles_over_matrices(
             measure, _, bound = name.rpartition("_null")
             arrays[name] = _over_matrices(null[f"{measure}{bound}"], (0.5,))[..., 0]
     coords = {dim: group[dim].variable for dim in ("step", "kind") if dim in group.dims}
-    return xr.Dataset(labelled(summary, arrays), {**coords, "quantile": list(schema.QUANTILES)})
+    return xr.Dataset(label_arrays(summary, arrays), {**coords, "quantile": list(schema.QUANTILES)})
 
 
 def _over_matrices(array: xr.DataArray, quantiles: Sequence[float]) -> np.ndarray:
@@ -357,7 +357,7 @@ def _rounding(update: xr.Dataset, noise: np.ndarray) -> dict[str, xr.Variable]:
         "quantisation_noise_share": share,
         "quantisation_limited": np.nan_to_num(share) > NOISE_LIMIT,
     }
-    return labelled(schema.UPDATE, arrays | above)
+    return label_arrays(schema.UPDATE, arrays | above)
 
 
 def _geometry(update: xr.Dataset, inner_product: np.ndarray) -> dict[str, xr.Variable]:
@@ -379,4 +379,4 @@ def _geometry(update: xr.Dataset, inner_product: np.ndarray) -> dict[str, xr.Var
             moved = sizes > 0  # a zero increment has no direction, and rounding must not lend it one
         np.divide(inner_product[row], sizes, out=cosine[row], where=moved)
         np.clip(cosine[row], -1, 1, out=cosine[row])
-    return labelled(schema.UPDATE, {"path_length": path, "increment_cosine": cosine})
+    return label_arrays(schema.UPDATE, {"path_length": path, "increment_cosine": cosine})

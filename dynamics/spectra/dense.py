@@ -74,7 +74,7 @@ def dense_spectrum(
             return DenseSpectrum(torch.zeros(count, dtype=torch.float64), "gram")
         # To the order of one, where squares would be lost below 1e-154; else without another copy of the matrix.
         scale = 1.0 if _SQUARES_SAFELY[0] < size < _SQUARES_SAFELY[1] else size
-        values = _from_gram(gram(dense if scale == 1.0 else dense / scale))
+        values = _from_gram(gram_matrix(dense if scale == 1.0 else dense / scale))
         if values is not None and (method == "gram" or gram_suffices(values, resolution)):
             return DenseSpectrum(values * scale, "gram")
     try:
@@ -83,17 +83,17 @@ def dense_spectrum(
         return DenseSpectrum(torch.full((count,), torch.nan, dtype=torch.float64), "failed")
 
 
-def gram(dense: Float[Tensor, "out in"]) -> Float[Tensor, "m m"]:
+def gram_matrix(dense: Float[Tensor, "out in"]) -> Float[Tensor, "m m"]:
     """Return XXᵀ of the shorter side, on the matrix's device; symmetric to the last bit.
 
     >>> gram(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64))
     tensor([[35., 44.],
             [44., 56.]], dtype=torch.float64)
     """
-    return inner_products(dense if dense.shape[0] <= dense.shape[1] else dense.mT)
+    return row_products(dense if dense.shape[0] <= dense.shape[1] else dense.mT)
 
 
-def inner_products(rows: Float[Tensor, "m n"]) -> Float[Tensor, "m m"]:
+def row_products(rows: Float[Tensor, "m n"]) -> Float[Tensor, "m m"]:
     """Return XXᵀ, symmetric to the last bit, for half of the work of a product.
 
     >>> inner_products(torch.tensor([[1.0], [2.0]], dtype=torch.float64))
@@ -190,7 +190,7 @@ def moments(matrix: Float[Tensor, "out in"]) -> Moments:
     energy = float(dense.square().sum())
     if energy == 0 or not math.isfinite(energy):
         return Moments(energy, math.nan, 0.0 if energy == 0 else math.nan, math.nan)
-    product = gram(dense).cpu() / energy
+    product = gram_matrix(dense).cpu() / energy
     if len(product) < 3:  # ARPACK wants more
         largest = float(torch.linalg.eigvalsh(product)[-1])
     else:

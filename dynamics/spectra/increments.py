@@ -256,7 +256,7 @@ def cross_grams(
     return (left @ left_before.mT).cpu(), (right @ right_before.mT).cpu()
 
 
-def inner_products(
+def increment_products(
     reduced: Cores,
     reduced_before: Cores,
     left_changes: Float[Tensor, "batch r r"],

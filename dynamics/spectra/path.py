@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dynamics import schema
 from dynamics.checkpoints.trajectory import Checkpoint, OpenCheckpoint, Trajectory, UnreadableMatrix
-from dynamics.spectra.dense import inner_products
+from dynamics.spectra.dense import row_products
 from probes.low_rank import LowRankMatrix
 
 try:
@@ -90,10 +90,10 @@ def path_gram(
         raise ValueError(f"Expected updates of one matrix, all factored or all dense, got updates {kinds}.")
     if not factored:
         rows = _flat(updates)
-        return (inner_products(rows) if others is None else rows @ _flat(others).mT).cpu().numpy()
+        return (row_products(rows) if others is None else rows @ _flat(others).mT).cpu().numpy()
     left, right, scales, starts = _stacked(factored[: len(updates)])
     if others is None:
-        products = inner_products(left) * inner_products(right) * torch.outer(scales, scales)
+        products = row_products(left) * row_products(right) * torch.outer(scales, scales)
         ends = starts
     else:
         left_, right_, scales_, ends = _stacked(factored[len(updates) :])
@@ -191,7 +191,7 @@ def training_path(trajectory: Trajectory, progress: Callable[[int], None] = lamb
     }
     ordered = np.array(steps, dtype=np.int64)[order]
     return xr.Dataset(
-        schema.labelled(schema.PATH, arrays),
+        schema.label_arrays(schema.PATH, arrays),
         coords={
             "step": ordered,
             "step_": ordered,
@@ -337,7 +337,7 @@ def _dense_gram(
         part = slice(first, min(first + rows, out))
         rows_of_weights = updates(weights, part)
         gram += (
-            inner_products(rows_of_weights) if others is None else rows_of_weights @ updates(others, part).mT
+            row_products(rows_of_weights) if others is None else rows_of_weights @ updates(others, part).mT
         ).numpy()
     return gram
 

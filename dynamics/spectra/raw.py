@@ -143,8 +143,8 @@ def _dataset(
         coordinates |= {"kind": (schema.KINDS, str), "segment": (segments, np.int64), "from_step": (origins, np.int64)}
     labels = {name: np.asarray(values, dtype) for name, (values, dtype) in coordinates.items()}
     return xr.Dataset(
-        schema.labelled(variables, {name: arrays[name] for name in variables}),
-        coords=schema.labelled(schema.COORDINATES, labels),
+        schema.label_arrays(variables, {name: arrays[name] for name in variables}),
+        coords=schema.label_arrays(schema.COORDINATES, labels),
     )
 
 
@@ -198,7 +198,7 @@ def completed(update: xr.Dataset) -> xr.Dataset:
     """Return a raw update with every variable; NaN for what earlier versions did not keep."""
     lacking = {name: UPDATE[name].dims for name in ADDED if name not in update}
     arrays = {name: np.full([update.sizes[dim] for dim in dims], np.nan) for name, dims in lacking.items()}
-    return update.assign(schema.labelled(UPDATE, arrays))
+    return update.assign(schema.label_arrays(UPDATE, arrays))
 
 
 def _origins(part: xr.Dataset) -> dict[int, tuple[int, int] | None]:

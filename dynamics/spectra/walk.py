@@ -253,7 +253,7 @@ def _inner_products(
         return [math.nan] * len(before)
     changes = increments.changes_between(before, previous.earlier, stacked.left.device, workspace)
     left, right = increments.cross_grams(stacked, *changes)
-    return increments.inner_products(reduced, increments.join(previous.cores), left, right).tolist()
+    return increments.increment_products(reduced, increments.join(previous.cores), left, right).tolist()
 
 
 def _solve_dense(

@@ -1,31 +1,25 @@
-"""Results on disk: Zarr, provenance, atomic outputs; and the records of a training."""
+"""What lies on disk: the records of a training, the results of analyses, and both as one tree."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dynamics.store.capture import Capture, CaptureExists, capture_path, read_capture
 from dynamics.store.replace import OutputError, staged, write_text, writing
 from dynamics.store.results import FOLDER, RESULT, encodable_dataset, provenance, read_tree, result_path, write_tree
-from dynamics.text import encodable
 
 if TYPE_CHECKING:
-    from dynamics.store.capture_store import CaptureStore
     from dynamics.store.opening import open_run
+    from dynamics.store.record_writer import RecordsExist, RecordWriter
 
 __all__ = [
     "FOLDER",
     "RESULT",
-    "Capture",
-    "CaptureExists",
-    "CaptureStore",
     "OutputError",
-    "capture_path",
-    "encodable",
+    "RecordWriter",
+    "RecordsExist",
     "encodable_dataset",
     "open_run",
     "provenance",
-    "read_capture",
     "read_tree",
     "result_path",
     "staged",
@@ -36,10 +30,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "CaptureStore":  # the only one that needs torch, which reading a result does not
-        from dynamics.store.capture_store import CaptureStore
+    if name in ("RecordWriter", "RecordsExist"):  # they need torch, which reading a result does not
+        from dynamics.store import record_writer
 
-        return CaptureStore
+        return getattr(record_writer, name)
     if name == "open_run":
         from dynamics.store.opening import open_run
 

@@ -33,7 +33,7 @@ _OF_INCREMENTS = ("left_factor_value", "right_factor_value", "left_factor_change
 
 
 def merge(checkpoints: xr.Dataset | None, records: xr.Dataset | None) -> tuple[xr.Dataset, list[Finding]]:
-    """Both as one raw update, by the rules above.
+    """Return both as one raw update, by the rules above.
 
     Args:
         checkpoints: Raw update of the checkpoints, under the names of the live model; ``None`` if there are none.
@@ -51,23 +51,23 @@ def merge(checkpoints: xr.Dataset | None, records: xr.Dataset | None) -> tuple[x
     agreements = {step: same_spectra(checkpoints.sel(step=step), records.sel(step=step)) for step in common}
     segment = _segment(checkpoints, agreements)
     checkpoints, misplaced = _without_false_start(checkpoints, records, segment)
-    own = dict(zip(checkpoints["step"].values.tolist(), checkpoints["segment"].values.tolist(), strict=True))
+    segments = dict(zip(checkpoints["step"].values.tolist(), checkpoints["segment"].values.tolist(), strict=True))
     records = records.assign_coords(segment=records["segment"].copy(data=np.full(records.sizes["step"], segment)))
     merged = raw.concatenate([_beside(checkpoints, records), records])
     for step in common:
         # Where nothing can be compared, a step belongs to the records' training or to another one.
-        if agreements[step].is_same or (not agreements[step].is_other and own[step] == segment):
+        if agreements[step].is_same or (not agreements[step].is_other and segments[step] == segment):
             _add_totals(merged, checkpoints, step)
     _drop_inner_products(merged, checkpoints)
     disagreeing = {step: agreement for step, agreement in agreements.items() if agreement.is_other}
     return _without_dangling(merged), [
         *misplaced,
-        *([_finding(disagreeing, segment in own.values())] if disagreeing else []),
+        *([_finding(disagreeing, segment in segments.values())] if disagreeing else []),
     ]
 
 
-def translated(checkpoints: xr.Dataset, names: Mapping[str, str]) -> xr.Dataset:
-    """A raw dataset under the names of the live model.
+def with_live_names(checkpoints: xr.Dataset, names: Mapping[str, str]) -> xr.Dataset:
+    """Return a raw dataset under the names of the live model.
 
     Args:
         checkpoints: Under names as on disk.
@@ -81,18 +81,15 @@ def translated(checkpoints: xr.Dataset, names: Mapping[str, str]) -> xr.Dataset:
         new = [live if taken[live] == 1 else name for name, live in zip(old, new, strict=True)]
     if new == old:
         return checkpoints
-    where = [schema.layer_and_role(name) for name in new]
-    columns = {
-        "matrix": new,
-        **{name: [each[i] for each in where] for i, name in enumerate(("layer", "role", "stack"))},
-    }
+    layers, roles, stacks = zip(*map(schema.layer_and_role, new), strict=True)
+    columns = {"matrix": new, "layer": layers, "role": roles, "stack": stacks}
     return checkpoints.assign_coords(
         {name: ("matrix", np.asarray(column), checkpoints[name].attrs) for name, column in columns.items()}
     )
 
 
-def raw_of(update: xr.Dataset) -> xr.Dataset:
-    """The raw dataset from which a finished ``/update`` was measured; ``measure_update`` makes the same of it again.
+def unmeasured(update: xr.Dataset) -> xr.Dataset:
+    """Return the raw dataset that a finished ``/update`` was measured from; ``measure_update`` gives the same again.
 
     Args:
         update: The ``/update`` group of a result.
@@ -109,17 +106,17 @@ def raw_of(update: xr.Dataset) -> xr.Dataset:
     if set(raw.ADDED) <= set(update):
         arrays |= {name: update[name].values for name in raw.ADDED}
     kept = update[["singular_value", "count", "factor_rank", "decomposition"]]
-    kept = kept.assign(schema.labelled(raw.UPDATE, arrays))
+    kept = kept.assign(schema.label_arrays(raw.UPDATE, arrays))
     return raw.completed(kept)
 
 
 def _segment(checkpoints: xr.Dataset, agreements: Mapping[int, Agreement]) -> int:
-    """Number of the training that the records belong to."""
-    own = dict(zip(checkpoints["step"].values.tolist(), checkpoints["segment"].values.tolist(), strict=True))
-    votes = Counter(own[step] for step, agreement in agreements.items() if agreement.is_same)
+    """Return the number of the training that the records belong to."""
+    segments = dict(zip(checkpoints["step"].values.tolist(), checkpoints["segment"].values.tolist(), strict=True))
+    votes = Counter(segments[step] for step, agreement in agreements.items() if agreement.is_same)
     if votes:
         return max(sorted(votes), key=votes.__getitem__)
-    newest = max(own.values(), default=0)
+    newest = max(segments.values(), default=0)
     return newest + 1 if any(agreement.is_other for agreement in agreements.values()) else newest
 
 
@@ -128,8 +125,8 @@ def _without_false_start(
 ) -> tuple[xr.Dataset, list[Finding]]:
     """Rule 5."""
     false = (checkpoints["step"].values == 0) & (checkpoints["segment"].values == segment)
-    known = 0 in records["from_step"].values and 0 not in records["step"].values
-    if not known or not np.nan_to_num(checkpoints["singular_value"].values[false, _TOTAL]).any():
+    begins = 0 in records["from_step"].values and 0 not in records["step"].values
+    if not begins or not np.nan_to_num(checkpoints["singular_value"].values[false, _TOTAL]).any():
         return checkpoints, []
     return checkpoints.isel(step=~false), [
         Finding(
@@ -143,26 +140,26 @@ def _without_false_start(
 
 
 def _beside(checkpoints: xr.Dataset, records: xr.Dataset) -> xr.Dataset:
-    """The steps that only checkpoints have; without any, a part of no step, so that their matrices have a place."""
+    """Return the steps that only checkpoints have; without any, no step, so that their matrices have a column."""
     return checkpoints.isel(step=~np.isin(checkpoints["step"].values, records["step"].values))
 
 
 def _add_totals(merged: xr.Dataset, checkpoints: xr.Dataset, step: int) -> None:
-    """At a step that is captured: the totals of matrices that only the checkpoint has there."""
-    row, from_row = (each.indexes["step"].get_loc(step) for each in (merged, checkpoints))
+    """Add, at a recorded step, the totals of matrices that only the checkpoint has there."""
+    row, from_row = (dataset.indexes["step"].get_loc(step) for dataset in (merged, checkpoints))
     column = {name: position for position, name in enumerate(merged["matrix"].values.tolist())}
     for position, name in enumerate(checkpoints["matrix"].values.tolist()):
         if checkpoints["count"].values[from_row, _TOTAL, position] and name in column:
-            place = (row, _TOTAL, column[name])
-            if not merged["count"].values[place]:
+            cell = (row, _TOTAL, column[name])
+            if not merged["count"].values[cell]:
                 for variable in _PER_KIND:
                     values = checkpoints[variable].values[from_row, _TOTAL, position]
                     target = merged[variable].values
-                    target[(*place, slice(np.size(values))) if np.ndim(values) else place] = values
+                    target[(*cell, slice(np.size(values))) if np.ndim(values) else cell] = values
 
 
 def _drop_inner_products(merged: xr.Dataset, checkpoints: xr.Dataset) -> None:
-    """Where the increment before is another one now than the one they were formed with."""
+    """Drop inner products where the increment before is another one now than when they were formed."""
     before, now = _origins(checkpoints), _origins(merged)
     for row, (step, origin) in enumerate(now.items()):
         if before.get(step) == origin and origin in before and now.get(origin) != before[origin]:
@@ -174,7 +171,7 @@ def _origins(dataset: xr.Dataset) -> dict[int, int]:
 
 
 def _without_dangling(update: xr.Dataset) -> xr.Dataset:
-    """Increments since a step that is not there are left out; changes ``update``."""
+    """Leave out increments since a step that is not there; changes ``update``."""
     segment = dict(zip(update["step"].values.tolist(), update["segment"].values.tolist(), strict=True))
     origins = update["from_step"].values.copy()
     for row, (step, origin) in enumerate(_origins(update).items()):

@@ -1,11 +1,4 @@
-"""A result tree on disk.
-
-Where a result comes from: versions, commit, configuration, inputs, time.
-
-Where results lie.
-
-Names from file systems and files as text that can be written: not everything that Python holds is Unicode.
-"""
+"""A result tree on disk: how it is written, where it lies, how it is opened, and where it comes from."""
 
 from __future__ import annotations
 
@@ -23,13 +16,15 @@ import zarr
 from zarr.storage import MemoryStore
 
 from dynamics._version import __version__
-from dynamics.store.arrays import read_file
-from dynamics.store.replace import complete, is_folder
+from dynamics.store.files import is_folder, read_file
+from dynamics.store.replace import ANALYSIS, PREVIOUS, RESULT
 from dynamics.text import encodable
 
 if TYPE_CHECKING:
     from zarr.core.buffer import Buffer
 
+#: Folder of a run that holds its records and its analysis.
+FOLDER = "dynamics"
 #: Zarr format 2: its string and boolean types are specified, so that no reader, old or new, has to warn or guess.
 _ZARR_FORMAT = 2
 #: What a result is decoded by, in the past and now.
@@ -38,7 +33,7 @@ _METADATA_LIMIT = 2**28  # bytes; a result of a hundred runs has some ten millio
 
 
 def write_tree(tree: xr.DataTree, path: Path) -> None:
-    """Writes a tree as one Zarr store; ``path`` must not exist.
+    """Write a tree as one Zarr store; ``path`` must not exist.
 
     A result is hundreds of small files, and zarr waits for a thread at each: into memory first, it takes a quarter of
     the time. What is held beside the tree is the compressed result. Consolidated once, where xarray would read all
@@ -87,13 +82,44 @@ def _refuse_codecs(path: Path) -> None:
                     raise ValueError(f"'{name}' names the codec {str(codec['id'])[:40]!r}")
 
 
+def result_path(run: Path) -> Path | None:
+    """Return where an analysis is stored; ``None`` without one. A link in its place is not followed.
+
+    Where a result is being replaced, or a process was killed at that, it is the one before.
+
+    Args:
+        run: A run folder, an output folder, the folder of a result, or the store. Results of the first edition, which
+            had no folder of their own, count where there is no other.
+    """
+    for folder in (run / FOLDER, run):
+        for name in (ANALYSIS, PREVIOUS, ANALYSIS):  # again: it may have been replaced in between
+            if is_folder(folder / name) and is_folder(folder / name / RESULT):
+                return folder / name / RESULT
+    for folder in (run / FOLDER, run):
+        if is_folder(folder / RESULT):
+            return folder / RESULT
+    return run if run.suffix == ".zarr" and run.exists() else None
+
+
+def encodable_dataset(dataset: xr.Dataset) -> xr.Dataset:
+    """Return the same dataset with every text in it encodable."""
+    texts = {
+        name: (variable.dims, np.asarray(encodable(variable.values.tolist()), dtype=str), encodable(variable.attrs))
+        for name, variable in dataset.variables.items()
+        if variable.dtype.kind in "UO"
+    }
+    return dataset.assign_coords({k: v for k, v in texts.items() if k in dataset.coords}).assign(
+        {k: v for k, v in texts.items() if k not in dataset.coords}
+    )
+
+
 _LIBRARIES = ("torch", "numpy", "scipy", "safetensors", "xarray", "zarr")
 
 
 def provenance(
     run: str, configuration: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]], seed: int
 ) -> dict[str, Any]:
-    """Root attributes of a result.
+    """Return the root attributes of a result.
 
     Args:
         run: The run's name, ``""`` for several.
@@ -124,7 +150,7 @@ def _library_versions() -> dict[str, str]:
 
 
 def _git_commit() -> str:
-    """Commit of the toolkit's own checkout, ``""`` for an installed package."""
+    """Return the commit of the toolkit's own checkout, ``""`` for an installed package."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""
@@ -133,31 +159,3 @@ def _git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""  # no git on this machine: the version has to do
-
-
-RESULT = "analysis.zarr"
-FOLDER = "dynamics"
-
-
-def result_path(run: Path) -> Path | None:
-    """Return where an analysis is stored; ``None`` without one. A link in the place of the store is not followed.
-
-    Args:
-        run: A run folder with ``dynamics/analysis.zarr``, a folder with ``analysis.zarr``, or the store.
-    """
-    for store in (run / FOLDER / RESULT, run / RESULT):
-        if is_folder(complete(store)):
-            return complete(store)
-    return complete(run) if run.suffix == ".zarr" and complete(run).exists() else None
-
-
-def encodable_dataset(dataset: xr.Dataset) -> xr.Dataset:
-    """The same with every text in it encodable."""
-    texts = {
-        name: (variable.dims, np.asarray(encodable(variable.values.tolist()), dtype=str), encodable(variable.attrs))
-        for name, variable in dataset.variables.items()
-        if variable.dtype.kind in "UO"
-    }
-    return dataset.assign_coords({k: v for k, v in texts.items() if k in dataset.coords}).assign(
-        {k: v for k, v in texts.items() if k not in dataset.coords}
-    )

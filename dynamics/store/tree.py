@@ -1,8 +1,7 @@
-"""From raw datasets to the result: merged, measured, labelled, with where it comes from.
+"""The result of one run as a tree: from raw datasets, measured, merged and labelled, with where it comes from.
 
-Results made when they are opened: of a training without an analysis, or one that has gone on since.
-
-What there is of a run to analyse: its checkpoints, its records, its log.
+Its parts come from an analysis, from the records of a training alone, or from a stored result and records that have
+gone on since.
 """
 
 from __future__ import annotations
@@ -21,17 +20,25 @@ from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.logs import log_groups
 from dynamics.checkpoints.steps import named_step
 from dynamics.checkpoints.trainings import read_training_state
-from dynamics.findings import Finding
+from dynamics.findings import Finding, from_json, to_json
 from dynamics.fisher import measure_fisher
 from dynamics.fisher.findings import findings_of as fisher_findings
 from dynamics.spectra.dataset import measure_update
 from dynamics.spectra.findings import findings_of
 from dynamics.spectra.null_models import SEED
 from dynamics.spectra.path import renamed_path
-from dynamics.store import FOLDER, capture_path, encodable_dataset, provenance, read_capture
 from dynamics.store.capture import CAPTURE
-from dynamics.store.merge import merge, raw_of, translated
-from dynamics.store.records import Captured, captured, find_captured, finding_of, is_current, raw_fisher, with_probed
+from dynamics.store.merge import merge, unmeasured, with_live_names
+from dynamics.store.record_folders import RECORDS, RecordFolders, record_folders
+from dynamics.store.records import (
+    TrainingRecords,
+    find_records,
+    is_current,
+    read_records,
+    unmeasured_fisher,
+    with_probed,
+)
+from dynamics.store.results import FOLDER, encodable_dataset, provenance
 from dynamics.text import encodable
 
 
@@ -42,7 +49,7 @@ class Parts:
     Args:
         run: The run's name.
         checkpoints: Raw update of the checkpoints, ``None`` if there are none.
-        captured: The records of the training, ``None`` if there are none.
+        records: The records of the training, ``None`` if there are none.
         logs: Groups that are in the result as they are: ``training``, ``score``, ``path``, ``base``.
         findings: What was found about the checkpoints; those of the records are their own.
         inputs: Fingerprints of the weight files.
@@ -52,7 +59,7 @@ class Parts:
 
     run: str
     checkpoints: xr.Dataset | None = None
-    captured: Captured | None = None
+    records: TrainingRecords | None = None
     logs: Mapping[str, xr.Dataset] = field(default_factory=dict)
     findings: Sequence[Finding] = ()
     inputs: Sequence[Mapping[str, Any]] = ()
@@ -61,7 +68,7 @@ class Parts:
 
 
 def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
-    """The result of one run.
+    """Return the result of one run.
 
     Where records and checkpoints were merged, ``/checkpoints`` and ``/probed`` keep what the checkpoints alone say, so
     that both can be merged again when the training has gone on.
@@ -69,65 +76,60 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
     Raises:
         ValueError: If there are neither checkpoints nor captured steps.
     """
-    checkpoints, captured = parts.checkpoints, parts.captured
-    if captured is None:
-        raw_update, found = merge(checkpoints, None)
+    checkpoints, records = parts.checkpoints, parts.records
+    if records is None:
+        raw_update, findings = merge(checkpoints, None)
         groups = measure_update(raw_update)
     else:
-        live = None if checkpoints is None else translated(checkpoints, captured.live_names)
-        raw_update, found = merge(live, captured.update)
-        groups = measure_update(raw_update, captured.gradient)
+        live = None if checkpoints is None else with_live_names(checkpoints, records.live_names)
+        raw_update, findings = merge(live, records.update)
+        groups = measure_update(raw_update, records.gradient)
         if checkpoints is not None:
             groups["checkpoints"] = checkpoints
-    found += findings_of(groups["update"])
+    findings += findings_of(groups["update"])
     groups |= parts.logs
-    if captured is not None and "base" in groups:
-        groups["base"] = _live(groups["base"], captured.live_names)
-    fisher, news = with_probed(None if captured is None else captured.fisher, parts.fisher)
-    found += news
-    if captured is not None and parts.fisher is not None:
+    if records is not None and "base" in groups:
+        groups["base"] = _live(groups["base"], records.live_names)
+    fisher, news = with_probed(None if records is None else records.fisher, parts.fisher)
+    findings += news
+    if records is not None and parts.fisher is not None:
         groups["probed"] = parts.fisher
     if fisher is not None:
         probed = measure_fisher(fisher)
         groups |= probed
-        found += fisher_findings(probed)
-    scores = [each for each in (captured and captured.score, parts.score, parts.logs.get("score")) if each is not None]
+        findings += fisher_findings(probed)
+    scores = [score for score in (records and records.score, parts.score, parts.logs.get("score")) if score is not None]
     if scores:
         groups["score"] = reduce(_scores, scores)
     tree = xr.DataTree.from_dict({f"/{name}": encodable_dataset(group) for name, group in groups.items()})
-    inputs, own = list(parts.inputs), _own_findings(parts)
-    if captured is not None:
-        inputs.append(captured.input)
-        found = [*captured.findings, *found]
+    inputs = list(parts.inputs)
+    if records is not None:
+        inputs.append(records.input)
+        findings = [*records.findings, *findings]
     tree.attrs = provenance(parts.run, configuration, inputs, SEED)
-    tree.attrs["findings"] = as_json([*own, *found])
-    if captured is not None:
+    tree.attrs["findings"] = to_json([*_findings_of_checkpoints(parts), *findings])
+    if records is not None:
         steps = [] if checkpoints is None else checkpoints["step"].values.tolist()
-        tree.attrs["captured"] = json.dumps(encodable({**captured.stamp, "checkpoints": steps}))
-        tree.attrs["checkpoint_findings"] = as_json(parts.findings)
+        tree.attrs["captured"] = json.dumps(encodable({**records.stamp, "checkpoints": steps}))
+        tree.attrs["checkpoint_findings"] = to_json(parts.findings)
     return tree
 
 
 def _live(group: xr.Dataset, live_names: Mapping[str, str]) -> xr.Dataset:
-    """Under the names of the live model."""
+    """Return a group under the names of the live model."""
     names = group["matrix"].values.tolist()
     return group.assign_coords(matrix=("matrix", [live_names.get(name, name) for name in names], group["matrix"].attrs))
 
 
 def _scores(first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
-    """Scores of both; where both have one, that of the first."""
+    """Return the scores of both; where both have one, that of the first."""
     return first.combine_first(second).assign_attrs(second.attrs)
 
 
-def as_json(findings: Sequence[Finding]) -> str:
-    """Findings as the root attribute holds them."""
-    return json.dumps(encodable([finding.to_dict() for finding in findings]), allow_nan=False)
-
-
-def _own_findings(parts: Parts) -> list[Finding]:
-    """Where the records say what matrices are called on disk, names as on disk need no mention."""
-    known = parts.captured is not None and isinstance(parts.captured.attributes.get("disk_names"), dict)
-    return [finding for finding in parts.findings if not (known and finding.code == "OD117")]
+def _findings_of_checkpoints(parts: Parts) -> list[Finding]:
+    """Return findings about checkpoints; where the records say what matrices are called on disk, OD117 is dropped."""
+    mapped = parts.records is not None and isinstance(parts.records.attributes.get("disk_names"), dict)
+    return [finding for finding in parts.findings if not (mapped and finding.code == "OD117")]
 
 
 #: Groups that the records do not change.
@@ -138,59 +140,59 @@ _FROM_NUMBERS = ("OD202", "OD203", "OD204", "OD205", "OD206", "OD208")
 _OF_RELATIONS = "OD5"
 
 
-def capture_alone(run: Path, store: Path) -> xr.DataTree:
-    """The result of a training of which nothing else is stored.
+def records_alone(run: Path, folders: RecordFolders) -> xr.DataTree:
+    """Return the result of a training of which only records are stored.
 
     Args:
         run: As it was asked for.
-        store: Its capture store.
+        folders: Where its records are.
 
     Raises:
         FileNotFoundError: If no step is captured yet.
-        ValueError: If the store does not open.
+        ValueError: If the records cannot be read.
     """
-    records = captured(read_capture(store))
+    records = read_records(folders)
     if records.update is None:
         raise FileNotFoundError(
-            f"The capture store '{store}' holds no step that can be used. Wait for the first one, or analyse "
+            f"The records in '{folders.path}' hold no step that can be used. Wait for the first one, or analyse "
             f"checkpoints with: python -m dynamics.analyze {run}"
         )
-    trajectory = without_checkpoints(store)
+    trajectory = without_checkpoints(folders.path)
     parts = Parts(trajectory.name, None, records, log_groups(trajectory), trajectory.findings)
     return result_tree(parts, _mapping(records.attributes.get("configuration")))
 
 
-def with_capture(stored: xr.DataTree, store: Path) -> xr.DataTree:
-    """An analysis with the records as they are now; as it is if it has them already, or is of several runs."""
-    if "runs" in stored.children or is_current(_mapping(stored.attrs.get("captured")), store):
+def reopened(stored: xr.DataTree, folders: RecordFolders) -> xr.DataTree:
+    """Return an analysis with the records as they are now; as it is if it has them already, or is of several runs."""
+    if "runs" in stored.children or is_current(_mapping(stored.attrs.get("captured")), folders):
         return stored
     attributes = stored.attrs
     configuration = _mapping(attributes["configuration"])
     matrices = configuration.get("matrices")
-    records, problems = find_captured(store, matrices if isinstance(matrices, str) else None)
+    records, problems = find_records(folders.path, matrices if isinstance(matrices, str) else None, folders)
     if records is None or records.update is None:
-        earlier = _findings(attributes["findings"])
+        earlier = from_json(attributes["findings"])
         news = [*problems, *(records.findings if records else ())]
-        attributes["findings"] = as_json([*earlier, *(finding for finding in news if finding not in earlier)])
+        attributes["findings"] = to_json([*earlier, *(finding for finding in news if finding not in earlier)])
         return stored
-    told = _findings(attributes["checkpoint_findings" if "captured" in attributes else "findings"])
-    told += [
+    kept = from_json(attributes["checkpoint_findings" if "captured" in attributes else "findings"])
+    kept += [
         finding
-        for finding in _findings(attributes["findings"])
-        if finding.code.startswith(_OF_RELATIONS) and finding not in told
+        for finding in from_json(attributes["findings"])
+        if finding.code.startswith(_OF_RELATIONS) and finding not in kept
     ]
     parts = Parts(
         run=str(attributes["run"]),
         checkpoints=_checkpoints(stored),
-        captured=records,
+        records=records,
         logs={
             name: renamed_path(stored[name].to_dataset()) if name == "path" else stored[name].to_dataset()
             for name in _KEPT
             if name in stored.children
         },
-        findings=[finding for finding in told if finding.code not in _FROM_NUMBERS],
-        inputs=[each for each in json.loads(attributes["inputs"]) if "captured_steps" not in each],
-        fisher=raw_fisher(stored),
+        findings=[finding for finding in kept if finding.code not in _FROM_NUMBERS],
+        inputs=[entry for entry in json.loads(attributes["inputs"]) if "captured_steps" not in entry],
+        fisher=unmeasured_fisher(stored),
     )
     tree = result_tree(parts, configuration)
     tree.attrs |= {name: attributes[name] for name in ("label",) if name in attributes}
@@ -198,23 +200,19 @@ def with_capture(stored: xr.DataTree, store: Path) -> xr.DataTree:
 
 
 def _checkpoints(stored: xr.DataTree) -> xr.Dataset | None:
-    """The raw update of the checkpoints alone."""
+    """Return the raw update of the checkpoints alone."""
     if "captured" not in stored.attrs:
-        return raw_of(stored["update"].to_dataset())
+        return unmeasured(stored["update"].to_dataset())
     return stored["checkpoints"].to_dataset().load() if "checkpoints" in stored.children else None
 
 
 def _mapping(content: Any) -> dict[str, Any]:
-    """An object from JSON, or the text of one; empty if it is none."""
+    """Return an object from JSON, or the text of one; empty if it is none."""
     try:
         value = json.loads(content) if isinstance(content, str) else content
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _findings(text: str) -> list[Finding]:
-    return [finding for each in json.loads(text) if (finding := finding_of(each))]
 
 
 _STATE = "trainer_state.json"
@@ -226,18 +224,18 @@ class Source:
 
     Args:
         trajectory: Its checkpoints and its log; without checkpoints where it has records only.
-        captured: Its records, ``None`` if there are none.
+        records: Its records, ``None`` if there are none.
     """
 
     trajectory: Trajectory
-    captured: Captured | None = None
+    records: TrainingRecords | None = None
 
 
 def open_source(run: Path, matrices: str | None = None, base: str | None = None) -> Source:
-    """Opens what there is of a run; reads records, but no weights.
+    """Open what there is of a run; reads records, but no weights.
 
     Args:
-        run: A run folder, one checkpoint, or a capture store.
+        run: A run folder, one checkpoint, or a folder of records.
         matrices: Regular expression; only matrices whose name it finds are watched.
         base: Folder of the weights before training.
 
@@ -245,38 +243,41 @@ def open_source(run: Path, matrices: str | None = None, base: str | None = None)
         NotARun: If there are neither checkpoints nor captured steps that can be analysed.
         ValueError: If ``matrices`` is not a regular expression.
     """
-    captured, problems = find_captured(run, matrices)
-    usable = captured is not None and captured.update is not None
-    if captured is not None and captured.path == run:
+    records, problems = find_records(run, matrices)
+    usable = records is not None and records.update is not None
+    if records is None and _is_folder_of_records(run):  # whose files are not checkpoints
+        raise NotARun(" ".join(problem.message for problem in problems), problems)
+    if records is not None and records.path == run:
         if not usable:
-            raise NotARun(_nothing_captured(captured, matrices), captured.findings)
-        return Source(without_checkpoints(run), captured)
+            raise NotARun(_nothing_recorded(records, matrices), records.findings)
+        return Source(without_checkpoints(run), records)
     try:
         trajectory = open_trajectory(run, matrices, base)
     except NotARun as error:
         if not usable:
-            beside = "" if captured is None else f" {_nothing_captured(captured, matrices)}"
-            found = () if captured is None else captured.findings
-            raise NotARun(f"{error}{beside}", [*error.findings, *problems, *found]) from error
+            beside = "" if records is None else f" {_nothing_recorded(records, matrices)}"
+            findings = () if records is None else records.findings
+            raise NotARun(f"{error}{beside}", [*error.findings, *problems, *findings]) from error
         trajectory = without_checkpoints(run, error.findings)
-    return Source(replace(trajectory, findings=(*trajectory.findings, *problems)), captured)
+    return Source(replace(trajectory, findings=(*trajectory.findings, *problems)), records)
 
 
 def run_folder(run: Path) -> Path:
-    """The run that a capture store, or the folder it lies in, is of; any other folder is itself."""
-    folder = run.absolute().parent if run.name == CAPTURE else run
-    return folder.absolute().parent if folder.name == FOLDER and _holds_results(folder) else folder
+    """Return the run that a folder of records, or the folder that it lies in, is of; any other folder is itself."""
+    inside = run.name in (RECORDS, CAPTURE) and _is_folder_of_records(run)
+    folder = run.absolute().parent if inside else run
+    return folder.absolute().parent if folder.name == FOLDER and _holds_records(folder) else folder
 
 
 def results_folder(run: Path) -> Path:
-    """Where results of a run go: beside its capture store where that, or the folder it lies in, is given as the run."""
-    if capture_path(run) == run:
+    """Return where results of a run go: beside its records where these, or the folder they are in, are given."""
+    if _is_folder_of_records(run):
         return run.parent
-    return run if run.name == FOLDER and _holds_results(run) else run / FOLDER
+    return run if run.name == FOLDER and _holds_records(run) else run / FOLDER
 
 
 def without_checkpoints(run: Path, findings: Sequence[Finding] = ()) -> Trajectory:
-    """A run of which only records can be analysed, with the log that its training left, if it left one."""
+    """Return a run of which only records can be analysed, with the log that its training left, if it left one."""
     folder = run_folder(run)
     log: tuple[LogEntry, ...] = ()
     problems = []
@@ -290,22 +291,28 @@ def without_checkpoints(run: Path, findings: Sequence[Finding] = ()) -> Trajecto
 
 
 def _states(folder: Path) -> list[Path]:
-    """Training states, that of the run first, then those of checkpoints, the newest first."""
+    """Return training states, that of the run first, then those of checkpoints, the newest first."""
     try:
         steps = [(named_step(entry.name), entry) for entry in folder.iterdir()]
     except OSError:
         return []
     numbered = {step.number: entry for step, entry in steps if step is not None and step.is_plain}
-    places = [folder, *(numbered[step] for step in sorted(numbered, reverse=True))]
-    return [place / _STATE for place in places if (place / _STATE).is_file()]
+    parents = [folder, *(numbered[step] for step in sorted(numbered, reverse=True))]
+    return [parent / _STATE for parent in parents if (parent / _STATE).is_file()]
 
 
-def _holds_results(folder: Path) -> bool:
-    return capture_path(folder) == folder / CAPTURE
+def _is_folder_of_records(folder: Path) -> bool:
+    folders = record_folders(folder)
+    return folders is not None and folders.path == folder
 
 
-def _nothing_captured(captured: Captured, matrices: str | None) -> str:
-    steps = len(captured.stamp["steps"])
+def _holds_records(folder: Path) -> bool:
+    folders = record_folders(folder)
+    return folders is not None and folders.path.parent == folder
+
+
+def _nothing_recorded(records: TrainingRecords, matrices: str | None) -> str:
+    steps = len(records.stamp["steps"])
     if steps and matrices is not None:
-        return f"matrices={matrices!r} is found in none of the matrices captured in '{captured.path}'."
-    return f"The capture store '{captured.path}' holds no step that can be used; wait for the first, or train on."
+        return f"matrices={matrices!r} matches none of the matrices recorded in '{records.path}'."
+    return f"The records in '{records.path}' hold no step that can be used; wait for the first, or train on."

@@ -113,7 +113,7 @@ def analyse(out: Path, arms: Sequence[str], seeds: Sequence[int]) -> None:
     units = [(name, seed) for seed in seeds for name in arms]
     write_table(out / "scores.csv", score_rows(out, units))
     runs = [f"{name}={out / f'{name}-{seed}'}" for name, seed in units]
-    command = [sys.executable, "-m", "dynamics.analyze", *runs, "--out", str(out / "analysis")]
+    command = [sys.executable, "-m", "dynamics.analyze", *runs, "--out", str(out)]
     run_process([*command, "--scores", str(out / "scores.csv"), *QUIETLY], out / "logs" / "analysis.log")
 
 

@@ -14,7 +14,7 @@ import xarray as xr
 from scipy import stats
 
 from dynamics.fisher.concentration import MOST_TIMES, matched_gain
-from dynamics.fisher.samples import SampleGroups, counted_groups, interval, weight_of
+from dynamics.fisher.samples import SampleGroups, confidence_interval, counted_groups, weight_of
 from dynamics.fisher.spectrum import directional, log_participation_ratio
 from dynamics.fisher.task_structure import divergence_test
 from dynamics.relate import associate, compare
@@ -210,8 +210,8 @@ def participation_coverage(rng: np.random.Generator, sets: int) -> Iterator[Row]
                 gram = grams(gradients(rng, 50, samples, spectrum) * norms(rng, law, 50, samples))
                 test, unit = (log_participation_ratio(part, labels) for part in (gram, directional(gram)))
                 counted = counted_groups(gram, labels)
-                _, reach = interval(np.zeros(1), np.ones(1), samples)
-                _, widened = interval(np.zeros(1), np.ones(1), counted)
+                _, reach = confidence_interval(np.zeros(1), np.ones(1), samples)
+                _, widened = confidence_interval(np.zeros(1), np.ones(1), counted)
                 narrow = np.abs(test.estimate - truth) <= (test.high - test.estimate) * reach / widened
                 wide = (test.low <= truth) & (truth <= test.high)
                 directions = (unit.low <= of_directions) & (of_directions <= unit.high)

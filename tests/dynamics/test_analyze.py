@@ -58,8 +58,8 @@ def test_a_clean_run(run):
     result = process(run)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    assert result.stdout.rstrip().endswith(str(run / "dynamics" / "report.html"))
-    written = sorted(entry.name for entry in (run / "dynamics").iterdir() if entry.name != ".staging")
+    assert result.stdout.rstrip().endswith(str(run / "dynamics" / "analysis" / "report.html"))
+    written = sorted(entry.name for entry in (run / "dynamics" / "analysis").iterdir())
     assert written == ["analysis.zarr", "figures", "rank_pattern.json", "report.html", "run.yaml", "summary.json"]
     tree = open_run(run)
     schema.check(tree)
@@ -82,7 +82,7 @@ def test_json_is_json_and_nothing_else(tmp_path):
 
     summary = json.loads(result.stdout, parse_constant=refuse)
     assert summary["matrices"] == 60
-    written = (tmp_path / "run" / "dynamics" / "summary.json").read_text()
+    written = (tmp_path / "run" / "dynamics" / "analysis" / "summary.json").read_text()
     assert json.loads(written, parse_constant=refuse) == summary
 
 
@@ -94,7 +94,7 @@ def test_only_the_matrices_asked_for(run):
 def test_quiet_and_no_report(run, tmp_path):
     result = analyze(run, "--quiet", "--no-report", "--out", tmp_path / "elsewhere")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    assert not (tmp_path / "elsewhere" / "report.html").exists()
+    assert not (tmp_path / "elsewhere" / "analysis" / "report.html").exists()
     assert not (run / "dynamics").exists()
 
 
@@ -251,7 +251,7 @@ def test_zero_updates_are_no_failure(tmp_path):
     factors = {name: (torch.zeros_like(left), right) for name, (left, right) in random_factors().items()}
     result = analyze(write_run(tmp_path / "run", {0: factors}))
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "run" / "dynamics" / "report.html").exists()
+    assert (tmp_path / "run" / "dynamics" / "analysis" / "report.html").exists()
 
 
 class Payload:
@@ -281,7 +281,7 @@ def test_text_from_files_is_escaped_in_the_page(tmp_path):
     name = "model.layers.0.<script>alert(1)</script>"
     run = write_run(tmp_path / "run", {1: random_factors([name])}, config=adapter_config(target_modules=["<script>"]))
     assert analyze(run).returncode == 0
-    page = (run / "dynamics" / "report.html").read_text()
+    page = (run / "dynamics" / "analysis" / "report.html").read_text()
     assert "<script>alert(1)" not in page
     assert "&lt;script&gt;alert(1)" in page
 
@@ -296,7 +296,7 @@ def test_an_output_folder_that_cannot_be_written(run, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux' /dev/full")
 def test_a_full_disk_leaves_the_old_result(run, tmp_path):
     assert analyze(run, "--quiet", "--no-report").returncode == 0
-    old = (run / "dynamics" / "summary.json").read_bytes()
+    old = (run / "dynamics" / "analysis" / "summary.json").read_bytes()
     # A file size limit fails writes as a full disk does: with an OSError from the system.
     script = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
@@ -306,9 +306,9 @@ def test_a_full_disk_leaves_the_old_result(run, tmp_path):
     command = [sys.executable, "-c", script, str(run), "--matrices", "layers.0"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert_refused(result, 2, "File too large while writing", str(run / "dynamics"), "an earlier result is as it was")
-    assert (run / "dynamics" / "summary.json").read_bytes() == old
+    assert (run / "dynamics" / "analysis" / "summary.json").read_bytes() == old
     assert len(open_run(run)["update"]["matrix"]) == len(NAMES)
-    assert not list((run / "dynamics" / ".staging").glob("*-*"))
+    assert [entry.name for entry in (run / "dynamics").iterdir()] == ["analysis"]
 
 
 def test_killed_at_any_moment_the_old_result_or_the_new_stands(run):
@@ -316,14 +316,16 @@ def test_killed_at_any_moment_the_old_result_or_the_new_stands(run):
     # Children of one process, which has imported everything: each is killed at a later call that moves a file.
     script = f"""
         import json, os, signal, sys
+        from pathlib import Path
         from dynamics import open_run, pipeline
+        from dynamics.store import result_path
         from dynamics.analyze import app
 
         def analysed(last):
             calls = 0
             def count(event, _):
                 nonlocal calls
-                if event in ("os.link", "os.rename"):
+                if event in ("os.rename", "shutil.rmtree"):
                     calls += 1
                     if calls == last:
                         os.kill(os.getpid(), signal.SIGKILL)
@@ -334,13 +336,14 @@ def test_killed_at_any_moment_the_old_result_or_the_new_stands(run):
         last = 0
         killed = True
         while killed:
-            last += 4
+            last += 1
             child = os.fork()
             if child == 0:
                 analysed(last)
             killed = os.waitpid(child, 0)[1] == signal.SIGKILL
-            with open({str(run / "dynamics" / "summary.json")!r}) as summary:
-                found = json.load(summary)["matrices"], open_run({str(run)!r})["update"].sizes["matrix"]
+            store = result_path(Path({str(run)!r}))
+            summary = json.loads((store.parent / "summary.json").read_text())
+            found = summary["matrices"], open_run({str(run)!r})["update"].sizes["matrix"]
             print(json.dumps(found), flush=True)
     """
     result = python(script)
@@ -359,14 +362,23 @@ def names_of(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-@pytest.mark.parametrize("name", ["report.html", "figures", "analysis.zarr", "summary.json", "run.yaml"])
+@pytest.mark.parametrize("name", ["analysis", "analysis/summary.json", "analysis/analysis.zarr"])
 def test_what_somebody_else_put_there_is_refused_before_computing(run, tmp_path, monkeypatch, name):
     out = tmp_path / "out"
-    (out / name).parent.mkdir()
-    (out / name).mkdir() if name != "figures" else (out / name).write_text("mine")
+    (out / name).mkdir(parents=True)
+    before = names_of(out)
     monkeypatch.setattr("dynamics.pipeline.measure", lambda *_: pytest.fail("it was computed"))
-    assert_refused(analyze(run, "--out", out), 2, str(out / name), "Move it away, or choose another folder")
-    assert names_of(out) == [name]
+    assert_refused(analyze(run, "--out", out), 2, str(out / "analysis"), "Move it away, or choose another folder")
+    assert names_of(out) == before
+
+
+@pytest.mark.parametrize("name", ["report.html", "figures", "summary.json", "run.yaml"])
+def test_what_lies_beside_the_result_is_left_alone(run, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    assert analyze(run, "--out", tmp_path / "out", "--quiet", "--no-report").returncode == 0
+    assert (tmp_path / "out" / name).read_text() == "mine"
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == sorted(["analysis", name])
 
 
 @pytest.fixture
@@ -387,7 +399,7 @@ def test_the_users_own_figures_stay(run):
     for _ in range(2):
         assert analyze(run, "--out", run, "--quiet").returncode == 0
     assert (run / "figures" / "mine.txt").read_text() == "x"
-    assert (run / "figures" / "spectra.svg").exists()
+    assert (run / "analysis" / "figures" / "spectra.svg").exists()
 
 
 @pytest.mark.usefixtures("one_figure")
@@ -395,9 +407,9 @@ def test_what_an_earlier_analysis_left_over_is_removed(run, tmp_path):
     out = tmp_path / "out"
     other = write_run(tmp_path / "other", seed=5)
     assert analyze(run, other, "--out", out, "--quiet").returncode == 0
-    assert (out / "figures" / "other" / "spectra.svg").exists()
+    assert (out / "analysis" / "figures" / "other" / "spectra.svg").exists()
     assert analyze(run, "--out", out, "--quiet", "--no-report").returncode == 0
-    left = sorted(entry.name for entry in out.iterdir() if entry.name != ".staging")
+    left = sorted(entry.name for entry in (out / "analysis").iterdir())
     assert left == ["analysis.zarr", "rank_pattern.json", "run.yaml", "summary.json"]
 
 
@@ -432,7 +444,7 @@ def test_names_that_look_like_markup(tmp_path, name):
     run = write_run(tmp_path / name, [1])
     out = tmp_path / "x[" / "bar]"  # x[/bar] is a closing tag
     result = analyze(run, "--no-report", "--out", out, "--progress")
-    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, str(out / "summary.json"))
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, str(out / "analysis" / "summary.json"))
 
 
 NAMES_OF_FOLDERS = (b"caf\xe9", "gr\u00fcn".encode(), b".hidden", b"x" * 255)
@@ -451,7 +463,7 @@ def test_no_folder_name_loses_the_run(tmp_path, names, options):
     result = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment, check=False)
     assert (result.returncode, result.stderr) == (0, b"")
     result.stdout.decode("ascii")
-    json.loads((tmp_path / "out" / "summary.json").read_bytes().decode("utf-8"))
+    json.loads((tmp_path / "out" / "analysis" / "summary.json").read_bytes().decode("utf-8"))
     tree = open_run(tmp_path / "out")
     schema.check(tree)
     assert len(tree.children.get("runs", {"one": tree})) == len(names)
@@ -520,17 +532,29 @@ def test_a_run_from_somebody_else_touches_nothing_outside(run, tmp_path):
         (staging / stage / "was").symlink_to(victim)
     (run / "dynamics" / "x").symlink_to("../../victim")
     (staging / "written.json").write_text(json.dumps({"names": ["x/secret.txt", "x/summary.json"], "commit": "c"}))
-    result = analyze(run, "--quiet", "--no-report")
-    assert_refused(result, 1, "OD601", "and 1 more", "remove .staging, and analyse the run again.")
-    assert {path.name: path.read_text() for path in victim.iterdir()} == dict.fromkeys(
-        ("secret.txt", "summary.json", "report.html"), "precious"
-    )
-    assert [finding["code"] for finding in json.loads(open_run(run).attrs["findings"])][-1] == "OD601"
-    for stage in staging.glob("old-*"):
-        (stage / "was").unlink()
-        (stage / "plan.json").unlink()
-        stage.rmdir()
+    (run / "dynamics" / ".analysis-0123").symlink_to(victim)
+    (run / "dynamics" / "analysis.previous").symlink_to(victim)
+    for _ in range(2):
+        analyze(run, "--quiet", "--no-report")
+        assert {path.name: path.read_text() for path in victim.iterdir()} == dict.fromkeys(
+            ("secret.txt", "summary.json", "report.html"), "precious"
+        )
+    (run / "dynamics" / "analysis.previous").unlink()
     assert analyze(run, "--quiet", "--no-report").returncode == 0
+    assert open_run(run)["update"].sizes["step"] == 3
+
+
+def test_results_of_the_first_edition_are_named(run):
+    assert analyze(run, "--quiet", "--no-report").returncode == 0
+    for path in (run / "dynamics" / "analysis").iterdir():
+        path.rename(run / "dynamics" / path.name)  # as the first edition had them
+    (run / "dynamics" / "analysis").rmdir()
+    assert open_run(run)["update"].sizes["step"] == 3
+    result = analyze(run, "--no-report")
+    (line,) = [line for line in result.stderr.splitlines() + result.stdout.splitlines() if "OD602" in line][:1]
+    assert "OD602" in line
+    assert (run / "dynamics" / "summary.json").exists()
+    assert "OD602" in [finding["code"] for finding in json.loads(open_run(run).attrs["findings"])]
 
 
 def test_an_output_folder_that_is_a_link_nobody_named_is_refused(run, tmp_path):
@@ -540,13 +564,13 @@ def test_an_output_folder_that_is_a_link_nobody_named_is_refused(run, tmp_path):
     assert_refused(analyze(run), 2, message, "If results belong there, name that folder with --out.")
     assert list((tmp_path / "elsewhere").iterdir()) == []
     assert analyze(run, "--quiet", "--no-report", "--out", run / "dynamics").returncode == 0
-    assert (tmp_path / "elsewhere" / "summary.json").exists()
+    assert (tmp_path / "elsewhere" / "analysis" / "summary.json").exists()
 
 
 def test_a_run_that_is_a_link_is_analysed(run, tmp_path):
     (tmp_path / "latest").symlink_to(run)
     assert analyze(tmp_path / "latest", "--quiet", "--no-report").returncode == 0
-    assert (run / "dynamics" / "summary.json").exists()
+    assert (run / "dynamics" / "analysis" / "summary.json").exists()
 
 
 @pytest.mark.parametrize("given", ["", "x="])
@@ -577,7 +601,7 @@ def test_the_root_of_several_runs_says_where_it_comes_from(run, tmp_path):
     configuration = json.loads(root["configuration"])
     assert configuration["device"] in ("cpu", "cuda")
     assert configuration["runs"] == [str(run), str(other), str(tmp_path / "nowhere")]
-    assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text()) == configuration
+    assert yaml.safe_load((tmp_path / "out" / "analysis" / "run.yaml").read_text()) == configuration
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".zgroup", "a/b", "x" * 201])

@@ -92,7 +92,7 @@ def test_a_base_that_is_none_is_refused(tmp_path, base):
     assert result.exit_code == 2
     assert "Traceback" not in result.stderr
     assert base in result.stderr
-    assert not (run / "dynamics" / "analysis.zarr").exists()
+    assert not (run / "dynamics" / "analysis").exists()
 
 
 def test_a_base_of_another_model_is_named(tmp_path):

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from dynamics import open_run, schema
 from dynamics.analyze import app
 from dynamics.findings import Finding
-from tests.runs import NAMES, drifting, write_capture, write_run, write_state
+from tests.records import rewrite, rewrite_header
+from tests.runs import NAMES, drifting, write_records, write_run, write_state
 from tests.trees import HOSTILE
 
-STORE = Path("dynamics") / "capture.zarr"
+STORE = Path("dynamics") / "records"
 
 
 def analyze(*arguments):
@@ -46,7 +47,7 @@ def codes(summary):
 def captured(tmp_path):
     """A capture alone."""
     run = tmp_path / "captured"
-    write_capture(run)
+    write_records(run)
     return run
 
 
@@ -54,7 +55,7 @@ def captured(tmp_path):
 def run(tmp_path):
     """A capture and checkpoints of one training."""
     run = write_run(tmp_path / "run", drifting([10, 20, 30]))
-    write_capture(run)
+    write_records(run)
     return run
 
 
@@ -65,15 +66,15 @@ def test_a_capture_alone(captured):
     text = " ".join(result.stdout.split())
     assert "captured: Recorded at 4 steps, without checkpoints (steps 5 to 20); 4 weight matrices" in text
     assert "At step 20 the median gradient norm of a matrix is" in text
-    assert result.stdout.rstrip().endswith(str(captured / "dynamics" / "report.html"))
+    assert result.stdout.rstrip().endswith(str(captured / "dynamics" / "analysis" / "report.html"))
     tree = open_run(captured)
     schema.check(tree)
     assert tree["update"]["from_step"].values.tolist() == [0, 5, 10, 15]
     assert tree["training"]["log_step"].values.tolist() == [5, 10, 15, 20]
-    page = (captured / "dynamics" / "report.html").read_text()
+    page = (captured / "dynamics" / "analysis" / "report.html").read_text()
     assert "What did the gradients look like?" in page
-    assert (captured / "dynamics" / "figures" / "gradient_norm.svg").is_file()
-    assert (captured / STORE / "step-000000000005").is_dir()
+    assert (captured / "dynamics" / "analysis" / "figures" / "gradient_norm.svg").is_file()
+    assert (captured / STORE / "step-000000000005.safetensors").is_file()
 
 
 def test_a_capture_and_checkpoints(run):
@@ -83,10 +84,10 @@ def test_a_capture_and_checkpoints(run):
     assert summary["segments"] == [{"segment": 0, "steps": [5, 10, 15, 20, 30]}]
     assert summary["gradient"]["step"] == 20
     assert not {"OD308", "OD309", "OD112"} & set(codes(summary))
-    written = json.loads((run / "dynamics" / "summary.json").read_text())
+    written = json.loads((run / "dynamics" / "analysis" / "summary.json").read_text())
     assert written == summary
     paths = [file["path"] for file in json.loads(open_run(run).attrs["inputs"])]
-    assert paths[-1] == "dynamics/capture.zarr"
+    assert paths[-1] == "dynamics/records"
     assert len(paths) == 4
     # The result beside the capture is not taken for something to analyse.
     assert {**summary_of(run), "created": ""} == {**summary, "created": ""}
@@ -94,7 +95,7 @@ def test_a_capture_and_checkpoints(run):
 
 def test_a_capture_of_another_training(tmp_path):
     run = write_run(tmp_path / "run", drifting([10, 20, 30], seed=0))
-    write_capture(run, seed=7)
+    write_records(run, seed=7)
     result = analyze(run, "--no-report")
     assert result.returncode == 0
     (line,) = [each for each in result.stderr.splitlines() if each.startswith("OD308 warning")]
@@ -108,7 +109,7 @@ def test_a_capture_of_another_training(tmp_path):
 def test_the_store_itself_or_its_folder_for_the_run(captured, place):
     summary = summary_of(captured / place)
     assert (summary["run"], summary["steps"]) == ("captured", [5, 10, 15, 20])
-    assert (captured / "dynamics" / "analysis.zarr").is_dir()
+    assert (captured / "dynamics" / "analysis").is_dir()
     assert sorted(entry.name for entry in captured.iterdir()) == ["dynamics"]
     schema.check(open_run(captured))
 
@@ -123,7 +124,7 @@ def test_only_the_matrices_asked_for(run):
 def test_no_matrix_has_the_name(captured):
     result = analyze(captured, "--matrices", "nothing")
     assert result.returncode == 2
-    assert f"matrices='nothing' is found in none of the matrices captured in '{captured / STORE}'." in result.stderr
+    assert f"matrices='nothing' matches none of the matrices recorded in '{captured / STORE}'." in result.stderr
 
 
 def test_several_runs_with_captures(run, captured, tmp_path):
@@ -147,7 +148,7 @@ def test_findings_of_the_training_are_those_of_the_analysis(captured):
     own = [Finding("OD301", "It gets no gradient.", matrix=NAMES[0]).to_dict()]
     attributes = {"findings": own, "gaps": [{"step": 7, "reason": "No space left on device"}]}
     shutil.rmtree(captured)
-    write_capture(captured, attributes=attributes)
+    write_records(captured, attributes=attributes)
     result = analyze(captured, "--no-report")
     assert result.returncode == 0  # warnings are no errors
     assert [line.split(":")[0] for line in result.stderr.splitlines()] == [
@@ -156,13 +157,12 @@ def test_findings_of_the_training_are_those_of_the_analysis(captured):
     ]
 
 
-def no_group(record):
-    (record / ".zgroup").unlink()
+def cut_short(record):
+    record.write_bytes(record.read_bytes()[:-8])
 
 
 def not_written_out(record):
-    shutil.rmtree(record / "gradient")
-    (record / "update" / "singular_value" / "0.0.0.0").write_bytes(b"")
+    record.write_bytes(b"")
 
 
 def linked(record):
@@ -172,46 +172,39 @@ def linked(record):
 
 
 def huge(record):
-    path = record / "update" / "out" / ".zarray"
-    path.write_text(path.read_text().replace("[4]", "[1000000000000]"))
+    rewrite_header(record, lambda header, _: header["update/out"].update(shape=[10**12]))
 
 
-def unpickled(record):
-    path = record / "update" / "singular_value" / ".zarray"
-    path.write_text(path.read_text().replace('"filters": null', '"filters": [{"id": "pickle"}]'))
+def of_another_kind(record):
+    rewrite_header(record, lambda header, _: header["__metadata__"].update(kind="something else"))
 
 
 def other_dimensions(record):
-    path = record / "update" / "count" / ".zattrs"
-    path.write_text(path.read_text().replace('"step"', '"task"'))
+    rewrite_header(record, lambda _, groups: groups["update"]["variables"]["count"].update(dims=["task", "kind", "a"]))
 
 
 def other_type(record):
-    path = record / "update" / "count" / ".zarray"
-    path.write_text(path.read_text().replace("<i8", "<f8"))
+    rewrite(record, lambda groups: groups["update"].update({"count": groups["update"]["count"].astype(float)}))
 
 
 def no_numbers(record):
-    path = record / "update" / "singular_value" / "0.0.0.0"
-    path.write_bytes(np.full(path.stat().st_size // 8, np.inf).tobytes())
+    rewrite(record, lambda groups: groups["update"]["singular_value"].values.fill(np.inf))
 
 
 def a_rank_that_fills_the_memory(record):
-    path = record / "update" / "factor_rank" / "0.0.0"
-    path.write_bytes(np.full(path.stat().st_size // 8, 10**9).tobytes())
+    rewrite(record, lambda groups: groups["update"]["factor_rank"].values.fill(10**9))
 
 
 def not_json(record):
-    path = record / "update" / ".zattrs"
-    path.write_text('{"space": ' * 10**5)
+    rewrite_header(record, lambda header, _: header.update(__metadata__={"groups": '{"space": ' * 10**4}))
 
 
 DAMAGES = (
-    no_group,
+    cut_short,
     not_written_out,
     linked,
     huge,
-    unpickled,
+    of_another_kind,
     other_dimensions,
     other_type,
     no_numbers,
@@ -223,15 +216,17 @@ DAMAGES = (
 def test_records_of_strangers_cost_only_themselves(tmp_path):
     run = tmp_path / "run"
     bad = {10 * (1 + number): damage for number, damage in enumerate(DAMAGES)}
-    write_capture(run, sorted([5, *bad, 105, 110]))
+    write_records(run, sorted([5, *bad, 105, 110]))
     for step, damage in bad.items():
-        damage(run / STORE / f"step-{step:012d}")
-    odd = run / STORE / "step-000000000110" / "update" / "count" / ".zattrs"
-    odd.write_text(odd.read_text().replace('"units": ', '"units": NaN, "was": '))
+        damage(run / STORE / f"step-{step:012d}.safetensors")
+    rewrite_header(
+        run / STORE / "step-000000000110.safetensors",
+        lambda _, groups: groups["update"]["variables"]["count"]["attributes"].update(units=float("nan")),
+    )
     result = analyze(run, "--no-report")
     assert result.returncode == 0
     assert [line.split(": ")[0] for line in result.stderr.splitlines()] == [
-        f"OD309 warning dynamics/capture.zarr/step-{step:012d}" for step in bad
+        f"OD309 warning dynamics/records/step-{step:012d}.safetensors" for step in bad
     ]
     assert result.stderr.count(": The captured step cannot be used: ") == len(bad)
     tree = open_run(run)
@@ -250,27 +245,27 @@ def test_text_of_records_is_escaped_in_the_page(tmp_path):
         "configuration": json.dumps({HOSTILE: HOSTILE}),
         "disk_names": {HOSTILE: HOSTILE},
     }
-    write_capture(run, drifting([5, 10], names=names), attributes=attributes)
+    write_records(run, drifting([5, 10], names=names), attributes=attributes)
     assert analyze(run).returncode == 0
-    page = (run / "dynamics" / "report.html").read_text()
+    page = (run / "dynamics" / "analysis" / "report.html").read_text()
     assert "<script>alert" not in page
     assert page.count("<script") == 1
     assert "&lt;script&gt;alert" in page
-    for figure in (run / "dynamics" / "figures").iterdir():
+    for figure in (run / "dynamics" / "analysis" / "figures").iterdir():
         assert "<script" not in figure.read_text()
 
 
 def test_a_capture_without_a_step_and_no_checkpoint(tmp_path):
-    store = write_capture(tmp_path / "run", [])
+    store = write_records(tmp_path / "run", [])
     result = analyze(tmp_path / "run")
     assert result.returncode == 2
-    assert f"The capture store '{store}' holds no step that can be used; wait for the first" in result.stderr
-    assert not (tmp_path / "run" / "dynamics" / "analysis.zarr").exists()
+    assert f"The records in '{store}' hold no step that can be used; wait for the first" in result.stderr
+    assert not (tmp_path / "run" / "dynamics" / "analysis").exists()
 
 
 def test_a_capture_without_a_step_beside_checkpoints(tmp_path):
     run = write_run(tmp_path / "run", drifting([10, 20]))
-    write_capture(run, [])
+    write_records(run, [])
     summary = summary_of(run)
     assert summary["steps"] == [10, 20]
     assert summary["captured"] == {"steps": 0, "checkpoints": 2}
@@ -278,18 +273,23 @@ def test_a_capture_without_a_step_beside_checkpoints(tmp_path):
 
 def test_a_store_that_is_none_beside_checkpoints(tmp_path):
     run = write_run(tmp_path / "run", drifting([10, 20]))
-    (write_capture(run) / ".zattrs").write_text("{")
+    path = write_records(run)
+    for record in path.glob("step-*"):
+        record.unlink()
+    (path / "run.json").write_text("{")
     result = analyze(run, "--no-report")
     assert result.returncode == 0
     (line,) = result.stderr.splitlines()
-    assert re.match(r"OD309 warning dynamics/capture\.zarr: Expected a capture store at '.*', but it is none \(", line)
+    assert re.match(
+        r"OD309 warning dynamics/records: It has the name of a folder of records, and no recorder wrote it", line
+    )
     assert open_run(run)["update"]["step"].values.tolist() == [10, 20]
 
 
 @pytest.mark.parametrize("place", ["", STORE], ids=["the run", "the store"])
 def test_a_store_that_is_none_alone(captured, place):
-    (captured / STORE / ".zattrs").write_text('{"kind": "optimization-dynamics capture", "format": 99}')
+    (captured / STORE / "run.json").write_text('{"kind": "optimization-dynamics records", "format": 99}')
     result = analyze(captured / place)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    assert "is of format 99, and this version reads 1. Upgrade optimization-dynamics." in result.stderr
+    assert "are of format 99, and this version reads 2. Upgrade optimization-dynamics." in result.stderr

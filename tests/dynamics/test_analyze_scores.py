@@ -84,7 +84,7 @@ def test_the_page_answers_first_and_links_to_its_tables(result):
     assert page.count('href="#comparison"') >= 1
     assert 'id="association"' in page
     assert "<figcaption>Every run, and the median of each group.</figcaption>" in page
-    summary = json.loads((result[1] / "summary.json").read_text())
+    summary = json.loads((result[1] / "analysis" / "summary.json").read_text())
     assert summary["comparison"]["statements"][0] in page.replace("&#39;", "'")
 
 
@@ -172,7 +172,7 @@ def test_relations_that_fail_cost_only_themselves(runs, scores, tmp_path, monkey
     found = analyze(*labelled(runs), "--scores", scores, "--out", tmp_path / "o", "--no-report")
     assert found.exit_code == 1
     assert "OD515" in found.stderr
-    assert (tmp_path / "o" / "analysis.zarr").exists()
+    assert (tmp_path / "o" / "analysis").exists()
 
 
 def test_a_score_file_that_is_none_is_named_and_the_rest_is_saved(runs, tmp_path):
@@ -180,7 +180,7 @@ def test_a_score_file_that_is_none_is_named_and_the_rest_is_saved(runs, tmp_path
     found = analyze(runs / "imax_s1", "--scores", tmp_path / "bad.json", "--out", tmp_path / "o", "--no-report")
     assert found.exit_code == 1
     assert "OD506" in found.stderr
-    assert (tmp_path / "o" / "analysis.zarr").exists()
+    assert (tmp_path / "o" / "analysis").exists()
 
 
 def test_directions_can_be_said(runs, tmp_path):

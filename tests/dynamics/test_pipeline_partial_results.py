@@ -36,19 +36,21 @@ def test_a_part_that_fails_is_named_and_the_rest_is_written(run, tmp_path, monke
     assert "\x1b" not in result.stderr + result.stdout
     tree = open_run(tmp_path)
     assert tree["update"]["frobenius_norm"].notnull().any()
-    assert "OD209" in [finding["code"] for finding in json.loads((tmp_path / "summary.json").read_text())["findings"]]
-    assert (tmp_path / "report.html").exists() == (part != "report.html")
-    assert (tmp_path / "figures").exists() == (part != "figures/")
+    assert "OD209" in [
+        finding["code"] for finding in json.loads((tmp_path / "analysis" / "summary.json").read_text())["findings"]
+    ]
+    assert (tmp_path / "analysis" / "report.html").exists() == (part != "report.html")
+    assert (tmp_path / "analysis" / "figures").exists() == (part != "figures/")
     if part != "report.html":
-        assert "OD209" in (tmp_path / "report.html").read_text()
-        assert "\x1b" not in (tmp_path / "report.html").read_text()
+        assert "OD209" in (tmp_path / "analysis" / "report.html").read_text()
+        assert "\x1b" not in (tmp_path / "analysis" / "report.html").read_text()
 
 
 def test_without_a_report_help_says_that_the_last_one_goes(run, tmp_path):
     assert CliRunner().invoke(app, [str(run), "--out", str(tmp_path)]).exit_code == 0
     result = CliRunner().invoke(app, [str(run), "--out", str(tmp_path), "--no-report"])
     assert result.exit_code == 0
-    assert not (tmp_path / "report.html").exists()
+    assert not (tmp_path / "analysis" / "report.html").exists()
     assert result.stdout.rstrip().endswith("summary.json")
     assert "Without, earlier ones are removed." in " ".join(CliRunner().invoke(app, ["--help"]).stdout.split()).replace(
         "│ │ ", ""

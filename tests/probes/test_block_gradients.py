@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from probes.block_gradients import along, as_matrix, factors, in_tangent_space, part_of, viewed
+from probes.block_gradients import along, factors, gradient_as_matrix, in_tangent_space, part_of, viewed
 from probes.blocks import find_blocks
 from probes.low_rank import LowRankMatrix
 from probes.sample_gradients import Materialised, SampleGradient
@@ -65,4 +65,4 @@ def test_tangent_space_from_the_factors_and_from_the_matrix_are_alike():
 def test_a_layer_that_computes_in_another_way_is_refused_in_weight_space():
     block, _, gradients = block_and_gradients("weight")
     with pytest.raises(ValueError, match=re.escape("Choose space='tangent'.")):
-        as_matrix(block, block.layer, None, gradients, SAMPLES)
+        gradient_as_matrix(block, block.layer, None, gradients, SAMPLES)

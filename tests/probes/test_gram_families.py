@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 import dynamics
-from probes.watched import Found, find
+from probes.watched import WatchedModel, find
 from tests.families import FAMILIES, Family
 
 #: Family → (watched matrices, share of the trainable numbers that belong to them) under the LoRA of tests/families.py.
@@ -41,7 +41,7 @@ class Adapted:
 
     family: Family
     model: PeftModel
-    found: Found
+    found: WatchedModel
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from probes import LowRankMatrix
 from probes.spaces import TangentSpace, change_energy, tangent_space
-from probes.watched import Product
+from probes.watched import AdapterProduct
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -21,9 +21,9 @@ LEFT, RIGHT, GRADIENTS = random(7, 3), random(3, 5), random(4, 7, 5)
 DEPENDENT = torch.cat([LEFT[:, :2], LEFT[:, :1] - LEFT[:, 1:2]], 1)
 
 
-def product(left: Tensor, right: Tensor, scale: float = 0.5, diagonal: Tensor | None = None) -> Product:
+def product(left: Tensor, right: Tensor, scale: float = 0.5, diagonal: Tensor | None = None) -> AdapterProduct:
     third = None if diagonal is None else nn.Parameter(diagonal)
-    return Product(nn.Parameter(left), nn.Parameter(right), lambda: scale, diagonal=third)
+    return AdapterProduct(nn.Parameter(left), nn.Parameter(right), lambda: scale, diagonal=third)
 
 
 def onto(columns: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, VeraConfig, ge
 from torch import Tensor, nn
 
 from probes.low_rank import LowRankMatrix
-from probes.watched import Found, find, find_watched, watched_matrices
+from probes.watched import WatchedModel, find, find_watched, watched_matrices
 from tests.families import FAMILIES
 
 
@@ -40,7 +40,7 @@ def adapted(config: Any, model: nn.Module | None = None) -> PeftModel:
     return get_peft_model(Network() if model is None else model, config)
 
 
-def names(found: Found) -> list[str]:
+def names(found: WatchedModel) -> list[str]:
     return [watched.name for watched in found.watched]
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dynamics.checkpoints.errors import UnreadableFile
-from dynamics.checkpoints.files import TORCH_DTYPES, TORCH_NAMES, Loader, TensorInfo, read_start
+from dynamics.checkpoints.files import TORCH_DTYPES, TORCH_NAMES, Loader, TensorInfo, read_head
 from dynamics.checkpoints.names import shown
 from dynamics.text import first_line
 
@@ -180,7 +180,7 @@ def read_distributed(folder: Path) -> DistributedWeights:
             the files do not have.
     """
     path = folder / METADATA
-    size, _ = read_start(path, "OD101")
+    size, _ = read_head(path, "OD101")
     if size > _LIMIT:
         raise UnreadableFile("OD101", f"It has {size} bytes: too large for the metadata of a checkpoint.", _AGAIN)
     content = path.read_bytes()
@@ -235,7 +235,7 @@ def _spans(folder: Path, storage: Mapping[Any, Any]) -> dict[str, dict[tuple[int
             raise UnreadableFile("OD101", "Its records are compressed or transformed; this is not read.", _CONVERT)
         if name not in sizes:
             try:
-                sizes[name], _ = read_start(folder / name, "OD101")
+                sizes[name], _ = read_head(folder / name, "OD101")
             except UnreadableFile as error:
                 problem = f"Its file {shown(name)}: {error.problem}"
                 raise UnreadableFile(error.code, problem, error.remedy) from error

@@ -130,7 +130,7 @@ def _kind(key: str) -> str:
     return _CHANGES.get(key.rpartition(".")[2], "saved weights")
 
 
-def _form(keys: Keys, tensors: Tensors) -> Form | Refusal:
+def _form(keys: Keys, tensors: Tensors) -> Factorisation | Refusal:
     """Return how a module's update is written, by the parts that are there."""
     parts = set(keys) - {"alpha"}
     if "dora" in parts:
@@ -149,7 +149,7 @@ def _form(keys: Keys, tensors: Tensors) -> Form | Refusal:
     return Refusal("OD103", f"It has {listing}: no factorisation that is analysed.", _SAVE)
 
 
-def _matrix(weights: Weights, keys: Keys, form: Form, scale: Scale) -> StoredMatrix | Refusal:
+def _matrix(weights: Weights, keys: Keys, form: Factorisation, scale: Scale) -> StoredMatrix | Refusal:
     tensors = weights.tensors
     sources = {part: TensorRef(weights.path, key) for part, key in keys.items() if part != "alpha"}
     shapes = {part: tensors[keys[part]].shape for part in sources}
@@ -173,7 +173,9 @@ def _matrix(weights: Weights, keys: Keys, form: Form, scale: Scale) -> StoredMat
     return StoredMatrix(shape, sources, partial(_low_rank, form, divisor, 1.0 if factor is None else factor))
 
 
-def _low_rank(form: Form, divisor: int, scale: float, alpha: Tensor | None = None, **parts: Tensor) -> LowRankMatrix:
+def _low_rank(
+    form: Factorisation, divisor: int, scale: float, alpha: Tensor | None = None, **parts: Tensor
+) -> LowRankMatrix:
     left, right = form.factors(parts)
     if alpha is not None:
         scale = float(alpha.double().flatten()[0]) / divisor
@@ -244,7 +246,7 @@ def parse_foreign(key: str, *, is_transposed: bool = False) -> tuple[str, str] |
 
 
 @dataclass(frozen=True)
-class Form:
+class Factorisation:
     """One way of writing an update: how the factors are built of its parts.
 
     Args:
@@ -259,14 +261,14 @@ class Form:
     is_derived: bool = False
 
 
-def form_of(parts: Collection[str]) -> Form | None:
+def form_of(parts: Collection[str]) -> Factorisation | None:
     """Return the form that has these parts; ``None`` if it is unknown.
 
     >>> form_of({"down", "up"}) is None, form_of({"down"}) is None
     (False, True)
     """
     if _is_lokr(parts):
-        return Form(_lokr_shape, _lokr_factors, is_derived=True)
+        return Factorisation(_lokr_shape, _lokr_factors, is_derived=True)
     return _FORMS.get(frozenset(parts))
 
 
@@ -379,15 +381,17 @@ def _no_factors(parts: Mapping[str, Tensor]) -> Factors:
 
 
 #: The change of a weight, stored whole (ComfyUI's and LyCORIS' ``diff``): no factors, and alpha does not count.
-DENSE = Form(_dense_shape, _no_factors)
+DENSE = Factorisation(_dense_shape, _no_factors)
 
 #: Parts → form. LoKr's parts come in several combinations.
-_FORMS: Mapping[frozenset[str], Form] = {
+_FORMS: Mapping[frozenset[str], Factorisation] = {
     frozenset({"diff"}): DENSE,
-    frozenset({"down", "up"}): Form(_plain_shape, _plain),
-    frozenset({"down", "mid", "up"}): Form(_tucker_shape, _tucker, is_derived=True),
-    frozenset({"mlx_a", "mlx_b"}): Form(_mlx_shape, _mlx),
-    frozenset(f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b")): Form(_loha_shape, _loha, is_derived=True),
+    frozenset({"down", "up"}): Factorisation(_plain_shape, _plain),
+    frozenset({"down", "mid", "up"}): Factorisation(_tucker_shape, _tucker, is_derived=True),
+    frozenset({"mlx_a", "mlx_b"}): Factorisation(_mlx_shape, _mlx),
+    frozenset(f"hada_{part}" for part in ("w1_a", "w1_b", "w2_a", "w2_b")): Factorisation(
+        _loha_shape, _loha, is_derived=True
+    ),
 }
 
 

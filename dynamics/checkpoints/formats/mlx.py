@@ -52,7 +52,7 @@ def mlx_scale(config: Mapping[str, Any]) -> float | Refusal:
         return Refusal("OD105" if kind == "dora" else "OD103", reason, "Analyse a LoRA run.")
     parameters = config.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    return finite(scale, "lora_parameters.scale", "MLX-LM")
+    return finite_setting(scale, "lora_parameters.scale", "MLX-LM")
 
 
 def is_mlx_vlm(file: AdapterFile) -> bool:
@@ -66,7 +66,7 @@ def read_mlx_vlm(file: AdapterFile) -> FileContent:
     Raises:
         UnreadableFile: ``OD102`` if alpha is no number.
     """
-    alpha = finite((file.config or {}).get("alpha"), "alpha", "MLX-VLM")
+    alpha = finite_setting((file.config or {}).get("alpha"), "alpha", "MLX-VLM")
     content = read_lycoris(file, alpha, is_transposed=True)
     return replace(content, remarks=(*content.remarks, Remark("OD121", _RANDOM_START)))
 
@@ -75,7 +75,7 @@ def _is_foreign(config: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]
     return config is not None and "peft_type" not in config
 
 
-def finite(value: object, name: str, writer: str) -> float:
+def finite_setting(value: object, name: str, writer: str) -> float:
     """Return a number of a configuration.
 
     Args:

@@ -7,7 +7,7 @@ from functools import partial
 from dynamics.checkpoints.errors import UnreadableFile
 from dynamics.checkpoints.files import read_json
 from dynamics.checkpoints.formats.lycoris import read_lycoris
-from dynamics.checkpoints.formats.mlx import finite
+from dynamics.checkpoints.formats.mlx import finite_setting
 from dynamics.checkpoints.formats.peft_config import AdapterFile
 from dynamics.checkpoints.matrices import FileContent, Refusal
 
@@ -31,7 +31,7 @@ def read_torchtune(file: AdapterFile) -> FileContent:
         reason = "It is a LoRA file in torchtune's format, and there is no adapter_config.json beside it."
         remedy = "Copy adapter_config.json, which has r and lora_alpha, from the same training."
         return FileContent(refusal=Refusal("OD102", reason, remedy))
-    rank, alpha = (finite(file.config.get(name), name, "torchtune") for name in ("r", "lora_alpha"))
+    rank, alpha = (finite_setting(file.config.get(name), name, "torchtune") for name in ("r", "lora_alpha"))
     if rank <= 0:
         problem = f"Its r is {rank:g}; expected a positive number."
         raise UnreadableFile("OD102", problem, "Restore the configuration that torchtune wrote.")
@@ -55,7 +55,7 @@ def read_mistral(file: AdapterFile) -> FileContent:
         UnreadableFile: ``OD102`` if rank or scaling is missing or no number.
     """
     lora = read_json(file.weights.path.parent / _PARAMS, "OD102")["lora"]
-    rank, scaling = (finite(lora.get(name), f"lora.{name}", "mistral-finetune") for name in ("rank", "scaling"))
+    rank, scaling = (finite_setting(lora.get(name), f"lora.{name}", "mistral-finetune") for name in ("rank", "scaling"))
     return read_lycoris(file, partial(_scale_of_rank, rank, scaling))
 
 

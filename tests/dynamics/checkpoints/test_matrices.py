@@ -20,7 +20,7 @@ from dynamics.checkpoints.matrices import (
     oriented,
     rows,
     since,
-    stacked,
+    stack_blocks,
     total,
     turned,
     weight,
@@ -142,13 +142,13 @@ def test_one_key_of_two_files_is_two_tensors() -> None:
 
 
 def test_the_files_that_a_matrix_of_matrices_reads() -> None:
-    matrix = stacked([dense(), turned(turned(dense(BASE)))])
+    matrix = stack_blocks([dense(), turned(turned(dense(BASE)))])
     assert (matrix.reads(RUN), matrix.reads(BASE), dense().reads(BASE)) == (True, True, False)
 
 
 def test_only_a_weight_as_stored_has_the_key_of_its_tensor() -> None:
     assert dense().key == "w"
-    assert [turned(dense()).key, rows(dense(), 0, 2).key, stacked([dense()]).key, product().key] == [""] * 4
+    assert [turned(dense()).key, rows(dense(), 0, 2).key, stack_blocks([dense()]).key, product().key] == [""] * 4
 
 
 def test_views_of_dense_weights() -> None:
@@ -156,7 +156,7 @@ def test_views_of_dense_weights() -> None:
     for matrix, expected in (
         (turned(dense()), stored.T),
         (rows(dense(), 1, 3), stored[1:3]),
-        (stacked([dense(), dense(BASE)]), torch.cat([stored, -stored])),
+        (stack_blocks([dense(), dense(BASE)]), torch.cat([stored, -stored])),
     ):
         assert torch.equal(matrix.load(STORED.__getitem__), expected)
         assert (matrix.shape.out, matrix.shape.in_) == tuple(expected.shape)

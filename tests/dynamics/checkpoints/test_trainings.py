@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dynamics.checkpoints import open_trajectory
-from dynamics.checkpoints.trainings import Clues, compare, find_segments, parse_training_state
+from dynamics.checkpoints.trainings import Clues, compare_clues, find_segments, parse_training_state
 from tests.runs import adapter_config, log_history, random_factors, write_adapter, write_run, write_state
 
 
@@ -90,7 +90,7 @@ def test_times_and_names_that_were_dropped_do_not_matter() -> None:
 
 def test_equal_learning_rates_alone_decide_nothing() -> None:
     log = [{"step": 5, "learning_rate": 1e-4}]
-    assert compare(clues(10, log_history=log), clues(20, log_history=log)).answer == "unknown"
+    assert compare_clues(clues(10, log_history=log), clues(20, log_history=log)).answer == "unknown"
 
 
 def test_log_that_became_empty_is_reported_and_not_split() -> None:

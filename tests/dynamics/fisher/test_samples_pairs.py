@@ -3,9 +3,9 @@ import pytest
 
 from dynamics.fisher.samples import (
     SampleGroups,
+    confidence_interval,
     counted_groups,
     diagonal_means,
-    interval,
     jackknife_error,
     jackknifed,
     pair_means,
@@ -81,7 +81,7 @@ def test_a_statistic_that_hangs_on_one_group_has_no_error():
 
 
 def test_interval_of_too_few_groups_is_missing():
-    low, high = interval(np.zeros(2), np.ones(2), np.array([1, 2]))
+    low, high = confidence_interval(np.zeros(2), np.ones(2), np.array([1, 2]))
     assert np.isnan([low[0], high[0]]).all()
     assert (low[1], high[1]) == pytest.approx((-12.7062, 12.7062), abs=1e-4)
 

@@ -16,9 +16,10 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from dynamics import DynamicsCallback
-from dynamics.store import Capture, read_capture
-from dynamics.store.records import captured
+from dynamics.store.record_folders import StoredRecords
+from dynamics.store.records import read_records
 from tests.families import FAMILIES
+from tests.records import records_of
 from tests.runs import arguments
 
 #: Family → (recorded matrices, share of the trainable numbers that belong to them).
@@ -58,13 +59,13 @@ class Repeated(Dataset):
         return self.batch
 
 
-def train(run: Path, model: nn.Module, batch: dict[str, Tensor], **changes: object) -> Capture:
+def train(run: Path, model: nn.Module, batch: dict[str, Tensor], **changes: object) -> StoredRecords:
     """Two steps, both captured; what was recorded."""
     options = {"max_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_grad_norm": 0}
     options |= {"save_strategy": "no", "remove_unused_columns": False, **changes}
     callback = DynamicsCallback(run, at=[1, 2])
     Trainer(model, arguments(run, **options), lambda samples: samples[0], Repeated(batch), callbacks=[callback]).train()
-    return read_capture(run / "dynamics" / "capture.zarr")
+    return records_of(run)
 
 
 def test_the_table_lists_every_family() -> None:
@@ -105,7 +106,7 @@ def test_names_on_disk_are_kept_and_lead_back(name: str, tmp_path: Path) -> None
     assert set(disk_names) <= recorded
     weights = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     saved = {key.removesuffix(".weight") for key, tensor in weights.items() if tensor.ndim > 1}
-    live_names = captured(capture).live_names
+    live_names = read_records(capture.folders).live_names
     found = {live_names.get(matrix, matrix) for matrix in saved}
     in_pieces = {live: pieces for live, pieces in disk_names.items() if isinstance(pieces, list)}
     assert recorded - found == set(in_pieces) == {matrix for matrix in recorded if "gate_up_proj" in matrix}

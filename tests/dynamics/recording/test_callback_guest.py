@@ -156,7 +156,7 @@ def test_left_over_hooks_are_inert(tmp_path):
 def test_the_same_callback_can_watch_a_second_training(tmp_path):
     callback = DynamicsCallback(tmp_path / "a", every=4)
     trainer(tmp_path / "a", [callback], max_steps=4).train()
-    with pytest.raises(dynamics.store.CaptureExists, match="holds 1 captured step, the last of them 4"):
+    with pytest.raises(dynamics.store.RecordsExist, match="holds 1 captured step, the last of them 4"):
         trainer(tmp_path / "b", [callback], max_steps=4).train()
 
 

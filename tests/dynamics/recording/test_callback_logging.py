@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer
 
 from dynamics import DynamicsCallback
-from dynamics.store import read_capture
+from tests.records import records_of
 from tests.runs import losses, trainer
 
 #: Captured steps; of these only the second is logged by the Trainer where it logs every third.
@@ -45,7 +45,7 @@ def entries(training: Trainer) -> list[dict[str, Any]]:
 
 def recorded_norms(run: Path) -> dict[int, float]:
     """Norm of all updates as one, from the records."""
-    records = read_capture(run / "dynamics" / "capture.zarr").records
+    records = records_of(run).records
     values = {step: record["update"]["singular_value"].sel(kind="total") for step, record in records.items()}
     return {step: float((each**2).sum() ** 0.5) for step, each in values.items()}
 

@@ -13,10 +13,11 @@ import xarray as xr
 
 import dynamics
 from dynamics import DynamicsCallback, Recorder
-from dynamics.store import CaptureExists, read_capture
+from dynamics.store import RecordsExist
+from tests.records import records_of
 from tests.runs import lora_llama, trainer
 
-STORE = Path("dynamics") / "capture.zarr"
+STORE = Path("dynamics") / "records"
 
 
 def train(run: Path, *, resume: Path | None = None, callback: DynamicsCallback | None = None, **changes) -> None:
@@ -57,18 +58,18 @@ def test_a_resumed_training_has_the_records_of_one_without_a_break(whole, run):
 
 
 def test_later_records_are_dropped_and_earlier_ones_stay_untouched(run):
-    before = {step: (run / STORE / f"step-{step:012d}").stat().st_ino for step in range(1, 9)}
+    before = {step: (run / STORE / f"step-{step:012d}.safetensors").stat().st_ino for step in range(1, 9)}
     callback = DynamicsCallback(run, preset="full", at=[6])
     train(run, resume=run / "checkpoint-4", callback=callback, max_steps=6, save_strategy="no")
-    assert list(read_capture(run / STORE).records) == [1, 2, 3, 4, 6]
-    assert all((run / STORE / f"step-{step:012d}").stat().st_ino == before[step] for step in (1, 2, 3, 4))
+    assert list(records_of(run).records) == [1, 2, 3, 4, 6]
+    assert all((run / STORE / f"step-{step:012d}.safetensors").stat().st_ino == before[step] for step in (1, 2, 3, 4))
     assert dynamics.open_run(run)["update"]["from_step"].values.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_resumption_is_noted(run):
-    before = read_capture(run / STORE).attributes
+    before = records_of(run).attributes
     train(run, resume=run / "checkpoint-4")
-    attributes = read_capture(run / STORE).attributes
+    attributes = records_of(run).attributes
     assert attributes["resumptions"][0]["created"] >= before["created"]
     assert all(attributes[name] == before[name] for name in ("run_id", "created"))  # it is the same training
     assert [each["step"] for each in attributes["resumptions"]] == [4]
@@ -79,9 +80,9 @@ def test_a_second_training_into_the_folder_is_refused(run):
     message = (
         f"'{run / STORE}' holds 8 captured steps, the last of them 8. Resume that training, or choose another folder."
     )
-    with pytest.raises(CaptureExists, match=re.escape(message)):
+    with pytest.raises(RecordsExist, match=re.escape(message)):
         train(run)
-    assert list(read_capture(run / STORE).records) == list(range(1, 9))
+    assert list(records_of(run).records) == list(range(1, 9))
 
 
 def test_resuming_from_other_weights_is_refused(run):
@@ -89,9 +90,9 @@ def test_resuming_from_other_weights_is_refused(run):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.ones_(parameter.data)
-    with pytest.raises(CaptureExists, match=r"has a record of step 4 whose spectra differ from the model's by \d+%"):
+    with pytest.raises(RecordsExist, match=r"has a record of step 4 whose spectra differ from the model's by \d+%"):
         Recorder(run, model, resume_from=4)
-    assert list(read_capture(run / STORE).records) == list(range(1, 9))
+    assert list(records_of(run).records) == list(range(1, 9))
 
 
 def test_resuming_where_nothing_was_recorded_says_what_is_not_known(run):
@@ -126,7 +127,7 @@ def test_a_smaller_batch_size_begins_again_in_the_same_records(tmp_path):
     assert (norm.sel(kind="total", step=0) > 0).all()  # since the start, which was before the first attempt
     assert norm.sel(kind="increment", step=0).isnull().all()
     another = trainer(tmp_path, [callback], **options, per_device_train_batch_size=1)
-    with pytest.raises(CaptureExists, match="holds 4 captured steps"):
+    with pytest.raises(RecordsExist, match="holds 4 captured steps"):
         another.train()  # the one before had ended
 
 

@@ -121,12 +121,12 @@ def test_only_matrices_that_are_asked_for(run):
 def test_records_of_the_training_win_and_come_again(captured, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(captured, folder)
-    store = folder / "dynamics" / "capture.zarr"
+    store = folder / "dynamics" / "records"
     for record in sorted(store.glob("step-*"))[1:]:
         shutil.move(record, tmp_path / record.name)
     tree = analyze_run(folder, probe=load, report=False)
     assert tree["fisher"]["evaluated_at_step"].values.tolist() == [0, 2, 4]  # that of step 2 is the training's own
-    for name in ("step-000000000004", "step-000000000006"):  # the training goes on
+    for name in ("step-000000000004.safetensors", "step-000000000006.safetensors"):  # the training goes on
         shutil.move(tmp_path / name, store / name)
     again = dynamics.open_run(folder)
     assert again["fisher"]["evaluated_at_step"].values.tolist() == [0, 2, 4]

@@ -14,7 +14,7 @@ from dynamics.recording.live import LiveSpectra, Snapshot
 from dynamics.spectra import walk
 from dynamics.spectra.walk import MatrixSpectra
 from probes.low_rank import LowRankMatrix
-from probes.watched import Dense, Product, Watched
+from probes.watched import AdapterProduct, Dense, Watched
 
 
 def parameter(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -25,7 +25,7 @@ def lora(name: str = "lora", *, seed: int = 0, zero: bool = False, scale: Callab
     left, right = parameter(7, 3, seed=seed), parameter(3, 5, seed=seed + 1)
     if zero:
         left.data.zero_()
-    return Watched(name, (Product(left, right, scale),))
+    return Watched(name, (AdapterProduct(left, right, scale),))
 
 
 def dense(seed: int = 0, dtype: torch.dtype = torch.float32) -> Watched:
@@ -39,7 +39,7 @@ def two_adapters() -> Watched:
 
 def with_diagonal() -> Watched:
     left, right, diagonal = parameter(7, 3, seed=1), parameter(3, 5, seed=2), parameter(3, 1, seed=3)
-    return Watched("adalora", (Product(left, right, lambda: 2.0, diagonal=diagonal),))
+    return Watched("adalora", (AdapterProduct(left, right, lambda: 2.0, diagonal=diagonal),))
 
 
 def expert() -> Watched:

@@ -23,9 +23,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import dynamics
 from dynamics import DynamicsCallback, Recorder
 from dynamics.spectra import walk
-from dynamics.store import CaptureExists, read_capture
-from dynamics.store.capture import KIND
+from dynamics.store import RecordsExist
+from dynamics.store.record_folders import RECORDS_KIND
 from tests.distributed import RANKS, Ranks
+from tests.records import records_of
 from tests.runs import VOCABULARY, arguments, llama, lora_llama, trainer
 
 STEPS = 3
@@ -133,7 +134,7 @@ def with_trainer(run: Path, batch: int = 2) -> tuple[int, int, bool]:
 def refused(run: Path, **options: Any) -> str:
     try:
         Recorder(run, sharded(model()), every=1, **options)
-    except (CaptureExists, ValueError) as error:
+    except (RecordsExist, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "not refused"
 
@@ -201,20 +202,20 @@ def test_what_the_first_rank_refuses_all_refuse(ranks, tmp_path):
     ranks(with_ddp, tmp_path)
     first, second = ranks(refused, tmp_path)
     assert first == second
-    assert first.startswith("CaptureExists: ")
+    assert first.startswith("RecordsExist: ")
     assert f"holds {STEPS} captured steps" in first
 
 
 @pytest.mark.parametrize(
     ("broken", "content", "message"),
     [
-        (".zattrs", f'{{"kind": "{KIND}", "format": 99}}', "is of format 99"),
-        (".start.safetensors", "broken", "does not open"),
+        ("run.json", f'{{"kind": "{RECORDS_KIND}", "format": 99}}', "are of format 99"),
+        ("start.safetensors", "broken", "does not open"),
     ],
 )
 def test_what_the_first_rank_cannot_read_all_refuse(ranks, tmp_path, broken, content, message):
     ranks(with_ddp, tmp_path)
-    (tmp_path / "dynamics" / "capture.zarr" / broken).write_text(content)
+    (tmp_path / "dynamics" / "records" / broken).write_text(content)
     first, second = ranks(refused, tmp_path, resume_from=STEPS)
     assert first == second
     assert message in first
@@ -275,7 +276,7 @@ def test_under_zero_2_updates_are_recorded_and_gradients_are_not(tmp_path, deeps
     state.global_step = 1
     callback.on_step_end(**events)
     callback.close()
-    capture = read_capture(tmp_path / "dynamics" / "capture.zarr")
+    capture = records_of(tmp_path)
     assert list(capture.records[1]) == ["update"]
     assert [finding["code"] for finding in capture.attributes["findings"]] == ["OD306", "OD311"]
     assert capture.attributes["gaps"] == []

@@ -18,7 +18,8 @@ import torch
 
 import dynamics
 from dynamics import Recorder
-from dynamics.store import CaptureStore, read_capture
+from dynamics.store import RecordWriter
+from tests.records import records_of
 
 
 def train(
@@ -42,14 +43,14 @@ def model() -> torch.nn.Module:
 @pytest.fixture
 def full_disk(monkeypatch):
     """No room for the records of steps 2 and 3."""
-    write = CaptureStore.write
+    write = RecordWriter.write
 
     def refuse(self, step, groups, **kwargs):
         if step in (2, 3):
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, step, groups, **kwargs)
 
-    monkeypatch.setattr(CaptureStore, "write", refuse)
+    monkeypatch.setattr(RecordWriter, "write", refuse)
 
 
 def test_a_full_disk_is_one_warning_and_a_gap(model, tmp_path, full_disk):
@@ -59,7 +60,7 @@ def test_a_full_disk_is_one_warning_and_a_gap(model, tmp_path, full_disk):
     told = [str(each.message) for each in caught if "optimization-dynamics" in str(each.message)]
     assert told == [
         "optimization-dynamics could not record step 2 (OSError: [Errno 28] No space left on device). Training goes "
-        "on, and so does the recording at the next captured step; this is said once."
+        "on, and so does recording at the next captured step. This warning appears once."
     ]
     tree = dynamics.open_run(tmp_path)
     assert tree["update"]["step"].values.tolist() == [1, 4, 5]
@@ -73,13 +74,12 @@ def test_gaps_after_the_step_that_is_resumed_from_are_forgotten(model, tmp_path,
     with Recorder(tmp_path, model, every=1) as recorder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         train(recorder, model, steps=3)
-    capture = tmp_path / "dynamics" / "capture.zarr"
-    assert [gap["step"] for gap in read_capture(capture).attributes["gaps"]] == [2, 3]
+    assert [gap["step"] for gap in records_of(tmp_path).attributes["gaps"]] == [2, 3]
     model.load_state_dict(start)
     with Recorder(tmp_path / "checkpoint", model, at=[]) as recorder:
         train(recorder, model, steps=1)
     Recorder(tmp_path, model, every=1, resume_from=1).close()
-    assert read_capture(capture).attributes["gaps"] == []
+    assert records_of(tmp_path).attributes["gaps"] == []
 
 
 def test_an_increment_after_a_gap_is_since_the_last_record(model, tmp_path, full_disk):
@@ -101,7 +101,7 @@ def test_an_increment_after_a_gap_is_since_the_last_record(model, tmp_path, full
 def test_strict_raises(model, tmp_path, full_disk):
     with Recorder(tmp_path, model, every=1, strict=True) as recorder, pytest.raises(OSError, match="No space left"):
         train(recorder, model)
-    assert list(read_capture(tmp_path / "dynamics" / "capture.zarr").records) == [1]
+    assert list(records_of(tmp_path).records) == [1]
 
 
 @pytest.mark.parametrize("method", ["measure", "gradients"])
@@ -195,7 +195,7 @@ def test_without_a_copy_of_this_step_the_next_increment_is_not_known(model, tmp_
 
 def test_notes_that_cannot_be_written_cost_no_record(model, tmp_path, monkeypatch):
     """What was found is written with the next record."""
-    annotate, calls = CaptureStore.annotate, []
+    annotate, calls = RecordWriter.annotate, []
 
     def fail(self, attributes):
         calls.append(attributes)
@@ -204,14 +204,14 @@ def test_notes_that_cannot_be_written_cost_no_record(model, tmp_path, monkeypatc
         annotate(self, attributes)
 
     with Recorder(tmp_path, model, every=1) as recorder:
-        monkeypatch.setattr(CaptureStore, "annotate", fail)
+        monkeypatch.setattr(RecordWriter, "annotate", fail)
         with pytest.warns(UserWarning, match="^OD302 |^OD304 |could not record step 1") as caught:
             train(recorder, model, steps=3, gradient=math.inf)
     told = [str(each.message) for each in caught]
     assert len([text for text in told if text.startswith("OD304 ")]) == 1  # though it was tried twice
     update = dynamics.open_run(tmp_path)["update"]
     assert (update["step"].values.tolist(), update["from_step"].values.tolist()) == ([1, 2, 3], [0, 1, 2])
-    stored = read_capture(tmp_path / "dynamics" / "capture.zarr").attributes
+    stored = records_of(tmp_path).attributes
     assert "OD304" in [finding["code"] for finding in stored["findings"]]
     assert [gap["step"] for gap in stored["gaps"]] == [1]
 
@@ -220,7 +220,7 @@ def test_a_recorder_that_cannot_close_in_order_gives_the_store_back(model, tmp_p
     recorder = Recorder(tmp_path, model, every=1, strict=True)
     train(recorder, model, steps=1)
     with monkeypatch.context() as patch:
-        patch.setattr(CaptureStore, "annotate", _full)
+        patch.setattr(RecordWriter, "annotate", _full)
         recorder._records.gap(2, "made up")
         with pytest.raises(OSError, match="No space left"):
             recorder.close()
@@ -229,7 +229,7 @@ def test_a_recorder_that_cannot_close_in_order_gives_the_store_back(model, tmp_p
 
 def test_a_recorder_that_cannot_begin_says_so_and_gives_the_store_back(model, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(CaptureStore, "write_start", _full)
+        patch.setattr(RecordWriter, "write_start", _full)
         with pytest.raises(OSError, match="No space left") as kept:  # as a notebook keeps what was raised
             Recorder(tmp_path, model, every=1)
     Recorder(tmp_path, model, every=1).close()
@@ -267,7 +267,7 @@ SCRIPT = """
     import torch
     from torch import nn
     from dynamics import Recorder
-    from dynamics.store import capture_path, read_capture
+    from dynamics.store.record_folders import record_folders, stored_records
 
     run, moments = Path(sys.argv[1]), random.Random(0)
     warnings.simplefilter("ignore")
@@ -313,8 +313,8 @@ SCRIPT = """
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         reported = [int(line) for line in reported + reports.readlines()]
-        place = capture_path(run)
-        left = read_capture(place) if place else None
+        folders = record_folders(run)
+        left = stored_records(folders) if folders else None
         steps = list(left.records) if left else []
         start = Model()
         errors = [
@@ -348,3 +348,16 @@ def test_a_training_killed_twenty_times_loses_the_step_in_flight_alone(tmp_path)
         assert one["worst"] < 1e-4
     assert sum(len(one["reported"]) for one in rounds) >= 20
     assert max(len(one["steps"]) for one in rounds) > 10
+
+
+def test_a_captured_step_is_one_sync(model, tmp_path, monkeypatch):
+    """And one more where it gives cause to a finding."""
+    syncs, notes, sync, annotate = [], [], os.fsync, RecordWriter.annotate
+    with Recorder(tmp_path, model, every=1) as recorder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(recorder, model, steps=1)
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (syncs.append(descriptor), sync(descriptor)))
+        monkeypatch.setattr(RecordWriter, "annotate", lambda *given: (notes.append(given), annotate(*given)))
+        train(recorder, model, steps=6, first=2)
+    assert len(syncs) == 6 + len(notes)
+    assert len(notes) < 6

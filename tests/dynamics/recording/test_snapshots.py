@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynamics.recording.snapshots import Snapshot, factors_of, keys_of, read_start, scaled_products, start_tensors
-from probes.watched import Dense, Product, Watched
+from dynamics.recording.snapshots import Snapshot, factors_of, keys_of, scaled_products, start_snapshot, start_tensors
+from probes.watched import AdapterProduct, Dense, Watched
 
 
-def product(seed: int, scale: float = 2.0) -> Product:
+def product(seed: int, scale: float = 2.0) -> AdapterProduct:
     generator = torch.Generator().manual_seed(seed)
     left, right = torch.randn(5, 2, generator=generator), torch.randn(2, 4, generator=generator)
-    return Product(nn.Parameter(left), nn.Parameter(right), lambda: scale)
+    return AdapterProduct(nn.Parameter(left), nn.Parameter(right), lambda: scale)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_part_has_the_adapters_whose_copies_are_there(pair, weight):
 def test_a_start_is_read_back_as_it_was_written(pair, weight):
     watched = [pair, weight]
     start, keys = snapshot_of(*watched), keys_of(watched)
-    again = read_start(start_tensors(start, watched, keys), 0, watched, keys, home)
+    again = start_snapshot(start_tensors(start, watched, keys), 0, watched, keys, home)
     for matrix in watched:
         torch.testing.assert_close(dense(matrix, again), dense(matrix, start), rtol=0, atol=0)
 
@@ -79,12 +79,12 @@ def test_the_start_of_a_later_step_counts_from_that_step_on(weight):
     weight.sources[0].data.fill_(7)
     tensors = {**first, **start_tensors(snapshot_of(weight), [weight], keys, step=5)}
     for step, value in ((4, torch.arange(6.0).reshape(2, 3)), (5, torch.full((2, 3), 7.0))):
-        torch.testing.assert_close(dense(weight, read_start(tensors, step, [weight], keys, home)), value)
+        torch.testing.assert_close(dense(weight, start_snapshot(tensors, step, [weight], keys, home)), value)
 
 
 def test_a_product_that_was_zero_at_a_later_step_has_no_copy(pair):
     keys, zero = keys_of([pair]), Snapshot()
     tensors = start_tensors(zero, [pair], keys, step=3)
     assert set(tensors) == {*(f"{key}~3" for key in keys.values()), "sum#scales~3"}
-    assert read_start(tensors, 3, [pair], keys, home).values == {}
+    assert start_snapshot(tensors, 3, [pair], keys, home).values == {}
     assert start_tensors(zero, [pair], keys) == {}

@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 
 from dynamics.relate import associate, compare, score_table
-from dynamics.relate.run_measures import MEASURES, UPDATE_HEADLINE, measures_of, relate_runs, training_loss
+from dynamics.relate.run_measures import MEASURES, UPDATE_HEADLINE, measures_of_run, relate_runs, training_loss
 from dynamics.relate.score_files import ScoreRow
 
 STEPS = (10, 20, 30, 40)
@@ -58,7 +58,7 @@ def codes(related):
 
 def test_measures_are_the_whole_fishers_and_medians_over_matrices():
     tree = result(0)
-    measures = measures_of(tree)
+    measures = measures_of_run(tree)
     whole = tree["fisher"].to_dataset().sel(block="global", task="all")
     for name in OF_FISHER:
         np.testing.assert_array_equal(measures[name], whole[name])
@@ -73,14 +73,14 @@ def test_measures_are_the_whole_fishers_and_medians_over_matrices():
 
 
 def test_a_run_without_a_fisher_has_the_measures_of_its_updates():
-    with_one, without = measures_of(result(0)), measures_of(result(0, with_fisher=False))
+    with_one, without = measures_of_run(result(0)), measures_of_run(result(0, with_fisher=False))
     assert set(with_one.data_vars) - set(without.data_vars) == set(OF_FISHER)
 
 
 def test_a_fisher_of_single_blocks_only_is_no_measure():
     tree = result(0)
     tree["fisher"] = xr.DataTree(tree["fisher"].to_dataset().sel(block=["layer0"]))
-    assert not set(OF_FISHER) & set(measures_of(tree).data_vars)
+    assert not set(OF_FISHER) & set(measures_of_run(tree).data_vars)
 
 
 def test_the_log_of_a_participation_ratio_of_nothing_is_missing():
@@ -88,7 +88,7 @@ def test_the_log_of_a_participation_ratio_of_nothing_is_missing():
     ratios = tree["summary"].to_dataset()
     ratios["participation_ratio_quantile"][:, 1] = 0.0
     tree["summary"] = xr.DataTree(ratios)
-    assert np.isnan(measures_of(tree)[UPDATE_HEADLINE]).values.tolist() == [False, True, False, False]
+    assert np.isnan(measures_of_run(tree)[UPDATE_HEADLINE]).values.tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize(("ranks", "present"), [([4, 16], True), ([4, 8], False)])
@@ -96,7 +96,7 @@ def test_the_gain_at_sixteen_directions_stands_for_concentration(ranks, present)
     gains = np.random.default_rng(0).standard_normal((2, len(STEPS), 2))
     coords = {"block": ["layer0", "global"], "step": list(STEPS), "k": ranks}
     tree = result(0, concentration=xr.Dataset({"ln_gain": (("block", "step", "k"), gains)}, coords))
-    measures = measures_of(tree)
+    measures = measures_of_run(tree)
     assert ("ln_gain_16" in measures) == present
     if present:
         np.testing.assert_array_equal(measures["ln_gain_16"], gains[1, :, 1])
@@ -106,7 +106,9 @@ def test_associations_are_those_of_associate_on_the_same_numbers():
     names = ["a", "b", "c", "d", "e"]
     runs = results(names)
     related = relate_runs(runs, accuracies(names))
-    measures = xr.concat([measures_of(tree) for tree in runs.values()], dim=xr.DataArray(names, dims="run", name="run"))
+    measures = xr.concat(
+        [measures_of_run(tree) for tree in runs.values()], dim=xr.DataArray(names, dims="run", name="run")
+    )
     expected = associate(measures, score_table(accuracies(names)).scores)
     association = related.groups["association"]
     assert association.attrs["headline"] == "ln_participation_ratio"
@@ -121,7 +123,7 @@ def test_what_was_related_stands_beside_to_be_drawn():
     rows = accuracies(names)
     association = relate_runs(runs, rows).groups["association"]
     drawn = association["measure_value"].sel(run="b", measure="spectral_entropy")
-    np.testing.assert_array_equal(drawn, measures_of(runs["b"])["spectral_entropy"])
+    np.testing.assert_array_equal(drawn, measures_of_run(runs["b"])["spectral_entropy"])
     scores = association["score"].sel(run="c", scored_task="qa/accuracy")
     assert scores.values.tolist() == [row.score for row in rows if row.run == "c"]
 
@@ -166,7 +168,7 @@ def test_runs_are_compared_by_their_labels():
     runs = results([*groups["imax"], *groups["dmax"]])
     related = relate_runs(runs, labels={run: group for group, names in groups.items() for run in names})
     names = xr.DataArray(list(runs), dims="run", name="run")
-    expected = compare(xr.concat([measures_of(tree) for tree in runs.values()], dim=names), groups)
+    expected = compare(xr.concat([measures_of_run(tree) for tree in runs.values()], dim=names), groups)
     comparison = related.groups["comparison"]
     assert set(related.groups) == {"comparison"}
     assert comparison["comparison"].values.tolist() == ["imax − dmax"]

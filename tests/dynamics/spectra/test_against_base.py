@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dynamics.spectra.against_base import decompose, intruders, leading_vectors, overlap
+from dynamics.spectra.against_base import base_overlap, decompose_base, intruders, leading_vectors
 from probes import LowRankMatrix
 
 
@@ -16,7 +16,7 @@ def low_rank(out: int, in_: int, rank: int, seed: int = 1, scale: float = 1.0) -
 @pytest.mark.parametrize("shape", [(6, 6), (5, 9), (9, 5), (1, 4)])
 def test_a_decomposition_gives_the_weight_back(shape):
     weight = gaussian(*shape)
-    found = decompose(weight)
+    found = decompose_base(weight)
     torch.testing.assert_close((found.left * found.values) @ found.right.mT, weight, rtol=0, atol=1e-10)
     for vectors in (found.left, found.right):
         torch.testing.assert_close(vectors.mT @ vectors, torch.eye(min(shape), dtype=torch.float64), rtol=0, atol=1e-10)
@@ -24,14 +24,14 @@ def test_a_decomposition_gives_the_weight_back(shape):
 
 def test_a_weight_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match=r"Expected a finite weight, got one with NaN or infinity\."):
-        decompose(torch.full((2, 2), torch.nan))
+        decompose_base(torch.full((2, 2), torch.nan))
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_factored_and_dense_updates_have_the_same_numbers(rank):
     update, weight = low_rank(12, 9, rank), gaussian(12, 9, seed=7)
-    base = decompose(weight)
-    factored, dense = overlap(update, base, k=rank), overlap(update.to_dense(), base, k=rank)
+    base = decompose_base(weight)
+    factored, dense = base_overlap(update, base, k=rank), base_overlap(update.to_dense(), base, k=rank)
     for name in ("left", "right", "energy_left", "energy_right", "left_null", "right_null"):
         assert getattr(factored, name) == pytest.approx(getattr(dense, name), abs=1e-9)
 
@@ -40,7 +40,7 @@ def test_overlap_is_that_of_the_explicit_projections():
     update, weight, k = low_rank(12, 9, 5).to_dense(), gaussian(12, 9, seed=7), 3
     u, _, vh = torch.linalg.svd(update)
     u0, _, vh0 = torch.linalg.svd(weight)
-    found = overlap(update, decompose(weight), k)
+    found = base_overlap(update, decompose_base(weight), k)
     assert found.left == pytest.approx(float((u[:, :k].T @ u0[:, :k]).square().sum() / k))
     assert found.right == pytest.approx(float((vh[:k] @ vh0[:k].T).square().sum() / k))
     inside = u0[:, :k] @ u0[:, :k].T @ update
@@ -48,8 +48,8 @@ def test_overlap_is_that_of_the_explicit_projections():
 
 
 def test_chance_is_the_mean_over_random_updates():
-    base = decompose(gaussian(30, 20, seed=3))
-    found = [overlap(low_rank(30, 20, 4, seed=10 * seed), base, k=4) for seed in range(200)]
+    base = decompose_base(gaussian(30, 20, seed=3))
+    found = [base_overlap(low_rank(30, 20, 4, seed=10 * seed), base, k=4) for seed in range(200)]
     for name in ("left", "right"):
         values = torch.tensor([getattr(each, name) for each in found])
         error = float(values.std()) / len(values) ** 0.5
@@ -58,7 +58,7 @@ def test_chance_is_the_mean_over_random_updates():
 
 def test_the_same_subspace_overlaps_wholly():
     weight = gaussian(10, 8)
-    found = overlap(weight, decompose(weight), k=3)
+    found = base_overlap(weight, decompose_base(weight), k=3)
     assert (found.left, found.right) == (pytest.approx(1), pytest.approx(1))
 
 
@@ -79,14 +79,14 @@ def spiked(size: float) -> tuple[torch.Tensor, LowRankMatrix]:
 
 def test_an_intruder_is_found_with_its_energy():
     weight, update = spiked(5.0)
-    found = intruders(update, weight, decompose(weight), k=4, draws=2)
+    found = intruders(update, weight, decompose_base(weight), k=4, draws=2)
     assert found.count >= 1
     assert found.energy_share > 0.8
 
 
 def test_a_small_update_brings_none_and_neither_does_scaling():
     weight = torch.diag(torch.linspace(5.0, 1.0, 40, dtype=torch.float64))
-    base = decompose(weight)
+    base = decompose_base(weight)
     for update in (low_rank(40, 40, 2, scale=1e-4), weight * 3):
         found = intruders(update, weight, base, k=4, draws=0)
         assert (found.count, found.energy_share) == (0, 0.0)
@@ -94,11 +94,11 @@ def test_a_small_update_brings_none_and_neither_does_scaling():
 
 def test_a_random_update_has_as_many_intruders_as_chance():
     weight = gaussian(40, 30, seed=5)
-    found = intruders(low_rank(40, 30, 3, seed=20), weight, decompose(weight), k=5, draws=20)
+    found = intruders(low_rank(40, 30, 3, seed=20), weight, decompose_base(weight), k=5, draws=20)
     assert abs(found.energy_share - found.null_energy_share) < 0.15
 
 
 def test_an_update_of_nothing_has_no_energy_to_share():
     weight = gaussian(6, 5)
-    found = overlap(LowRankMatrix(torch.zeros(6, 2), torch.ones(2, 5)), decompose(weight), k=2)
+    found = base_overlap(LowRankMatrix(torch.zeros(6, 2), torch.ones(2, 5)), decompose_base(weight), k=2)
     assert torch.tensor([found.energy_left, found.energy_right]).isnan().all()

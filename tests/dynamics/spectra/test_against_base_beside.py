@@ -7,7 +7,7 @@ import xarray as xr
 
 from dynamics.checkpoints import open_trajectory
 from dynamics.spectra import against_base as module
-from dynamics.spectra.against_base import compare_with_base, decompose, intruders, overlap
+from dynamics.spectra.against_base import base_overlap, compare_with_base, decompose_base, intruders
 from dynamics.spectra.cache import cache_folder, write_tensors
 from dynamics.spectra.trajectory import trajectory_spectra
 from tests.runs import write_run
@@ -43,9 +43,9 @@ def test_directions_are_those_of_the_functions(trajectory):
     found = found_of(trajectory, directions=True, k=3)
     weight = model_tensors()["model.layers.0.mlp.up_proj.weight"]
     update = model_tensors(20)["model.layers.0.mlp.up_proj.weight"].double() - weight.double()
-    base = decompose(weight)
+    base = decompose_base(weight)
     here = found.sel(matrix="model.layers.0.mlp.up_proj")
-    shared, strange = overlap(update, base, 3), intruders(update, weight, base, k=3)
+    shared, strange = base_overlap(update, base, 3), intruders(update, weight, base, k=3)
     for name, expected in {
         "overlap_left": shared.left,
         "overlap_right": shared.right,

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from dynamics.spectra import measures
-from dynamics.spectra.dense import dense_spectrum, gram, gram_suffices
+from dynamics.spectra.dense import dense_spectrum, gram_matrix, gram_suffices
 
 
 def planted(values: torch.Tensor, out: int, in_: int, seed: int = 0) -> torch.Tensor:
@@ -97,7 +97,7 @@ def test_no_convergence_is_flagged_and_never_made_up(monkeypatch):
 def test_the_gram_is_the_product(shape):
     matrix = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     wide = matrix if shape[0] <= shape[1] else matrix.mT
-    found = gram(matrix)
+    found = gram_matrix(matrix)
     torch.testing.assert_close(found, wide @ wide.mT, rtol=1e-14, atol=1e-14)
     assert torch.equal(found, found.mT)
 

@@ -106,7 +106,7 @@ def test_columns_of_different_scale():
     last = increments.stack([steps[2]], [steps[1]])
     reduced = increments.cores(last)
     left, right = increments.cross_grams(last, *increments.changes_between([steps[1]], [steps[0]]))
-    inner = increments.inner_products(reduced, middle, left, right)[0]
+    inner = increments.increment_products(reduced, middle, left, right)[0]
     assert abs(inner - (changes[0] * changes[1]).sum()) <= 1e-6 * changes[0].norm() * changes[1].norm()
 
 
@@ -122,7 +122,7 @@ def test_inner_product_of_consecutive_increments(relative, scales):
     now = increments.stack([third], [second])
     reduced, reduced_before = increments.cores(now), increments.cores(increments.stack([second], [first]))
     left, right = increments.cross_grams(now, *increments.changes_between([second], [first]))
-    value = increments.inner_products(reduced, reduced_before, left, right)[0]
+    value = increments.increment_products(reduced, reduced_before, left, right)[0]
     assert abs(value - expected) <= 1e-10 * size
 
 

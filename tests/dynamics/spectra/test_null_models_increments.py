@@ -12,7 +12,7 @@ from dynamics.spectra.findings import findings_of
 from dynamics.spectra.trajectory import trajectory_spectra
 from dynamics.store import open_run
 from probes import LowRankMatrix
-from tests.runs import random_factors, write_capture, write_run
+from tests.runs import random_factors, write_records, write_run
 
 
 def gaussian(*shape, seed):
@@ -129,7 +129,7 @@ def drifting_run():
 def test_records_and_checkpoints_have_the_same_null(tmp_path):
     steps = drifting_run()
     checkpoints = measure_update(trajectory_spectra(open_trajectory(write_run(tmp_path / "a", steps)))[0])
-    write_capture(tmp_path / "b", steps, from_start=False)
+    write_records(tmp_path / "b", steps, from_start=False)
     records = open_run(tmp_path / "b")
     for name in ("entropy_deficit", "null_percentile", "marchenko_pastur_outliers"):
         np.testing.assert_allclose(records["update"][name].values, checkpoints["update"][name].values, atol=1e-9)
@@ -139,7 +139,7 @@ def test_records_of_an_earlier_version_have_no_null_of_increments_and_say_so(tmp
     raw_update = raw.raw_update
     with monkeypatch.context() as earlier:
         earlier.setattr(raw, "raw_update", lambda *arguments: raw_update(*arguments).drop_vars(raw.ADDED))
-        write_capture(tmp_path, drifting_run(), from_start=False)
+        write_records(tmp_path, drifting_run(), from_start=False)
     tree = open_run(tmp_path)
     increment = tree["update"].sel(kind="increment", step=[20, 30])
     assert increment["entropy_energy"].notnull().all()

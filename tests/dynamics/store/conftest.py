@@ -1,8 +1,11 @@
-"""A capture store to begin with."""
+"""Records to begin with: two written now, and three of the first format as they are kept."""
+
+import tarfile
 
 import pytest
 
-from dynamics.store import CaptureStore
+from dynamics.store import RecordWriter
+from tests.golden_inputs import DATA
 from tests.records import record
 
 
@@ -12,9 +15,17 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def store(folder):
-    """An open store with two records."""
-    with CaptureStore.create(folder, {"preset": "standard"}) as store:
-        store.write(50, record(50))
-        store.write(100, record(100))
-        yield store
+def writer(folder):
+    """An open writer with two records."""
+    with RecordWriter.create(folder, {"preset": "standard"}) as writer:
+        writer.write(50, record(50))
+        writer.write(100, record(100))
+        yield writer
+
+
+@pytest.fixture(scope="session")
+def first_edition(tmp_path_factory):
+    """A run as the first edition left it: ``capture.zarr`` of the steps 1, 2 and 4, and results beside it."""
+    with tarfile.open(DATA / "first_format.tar.xz") as archive:
+        archive.extractall(folder := tmp_path_factory.mktemp("first"), filter="data")
+    return folder / "run"

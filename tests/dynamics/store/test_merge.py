@@ -8,7 +8,7 @@ from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.findings import Finding
 from dynamics.spectra import raw
 from dynamics.spectra.dataset import SAME_SPECTRA, measure_update
-from dynamics.store.merge import merge, raw_of, translated
+from dynamics.store.merge import merge, unmeasured, with_live_names
 from tests.runs import NAMES, drifting, random_factors, records
 
 TOTAL, INCREMENT = 0, 1
@@ -302,7 +302,7 @@ def test_neither_is_refused():
 
 def test_names_on_disk_become_those_of_the_live_model_with_their_places():
     disk = raw_steps([10], names=NAMES[:2])
-    live = translated(disk, {NAMES[0]: "language_model.layers.3.mlp.fc1", "not there": "x"})
+    live = with_live_names(disk, {NAMES[0]: "language_model.layers.3.mlp.fc1", "not there": "x"})
     assert live["matrix"].values.tolist() == ["language_model.layers.3.mlp.fc1", NAMES[1]]
     assert live["layer"].values.tolist() == [3, 0]
     assert live["role"].values.tolist() == ["mlp.fc1", "self_attn.v_proj"]
@@ -313,7 +313,7 @@ def test_names_on_disk_become_those_of_the_live_model_with_their_places():
 
 
 def test_two_matrices_may_swap_their_names():
-    swapped = translated(raw_steps([10], names=NAMES[:2]), {NAMES[0]: NAMES[1], NAMES[1]: NAMES[0]})
+    swapped = with_live_names(raw_steps([10], names=NAMES[:2]), {NAMES[0]: NAMES[1], NAMES[1]: NAMES[0]})
     assert swapped["matrix"].values.tolist() == [NAMES[1], NAMES[0]]
 
 
@@ -329,14 +329,14 @@ def test_two_matrices_may_swap_their_names():
 )
 def test_two_matrices_never_get_one_name(names):
     disk = raw_steps([10])
-    live = translated(disk, names)
+    live = with_live_names(disk, names)
     assert len(set(live["matrix"].values.tolist())) == len(NAMES)
     assert live["matrix"].values.tolist()[:2] == list(NAMES[:2])
 
 
 def test_nothing_to_translate():
     disk = raw_steps([10])
-    assert translated(disk, {}) is disk
+    assert with_live_names(disk, {}) is disk
 
 
 # From the result back to the raw numbers.
@@ -361,7 +361,7 @@ def awkward():
 def test_measures_of_the_raw_numbers_of_a_result_are_the_result():
     update = awkward()
     groups = measure_update(update)
-    again = measure_update(raw_of(groups["update"]))
+    again = measure_update(unmeasured(groups["update"]))
     for name, group in groups.items():
         xr.testing.assert_allclose(again[name], group, rtol=1e-12)
         assert again[name].attrs == group.attrs
@@ -369,14 +369,14 @@ def test_measures_of_the_raw_numbers_of_a_result_are_the_result():
 
 def test_the_raw_numbers_of_a_result_are_those_it_was_measured_from():
     update = captured([5, 10, 15])
-    found = raw_of(measure_update(update)["update"])
+    found = unmeasured(measure_update(update)["update"])
     xr.testing.assert_allclose(found, update, rtol=1e-12)
     assert {name: found[name].attrs for name in found.variables} == {n: update[n].attrs for n in update.variables}
 
 
 def test_raw_numbers_of_no_matrix_at_all():
     update = raw.raw_update({1: (0, -1)}, {"a": MatrixShape(3, 3, 1, "F32")}, {})
-    assert raw_of(measure_update(update)["update"]).sizes == {"step": 1, "kind": 2, "matrix": 1, "index": 0}
+    assert unmeasured(measure_update(update)["update"]).sizes == {"step": 1, "kind": 2, "matrix": 1, "index": 0}
 
 
 def test_a_finding_of_a_merge_can_be_stored():

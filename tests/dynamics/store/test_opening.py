@@ -1,4 +1,4 @@
-"""A run's stored result, wherever it lies: an analysis, a capture, or both."""
+"""A run's stored result, wherever it lies: an analysis, records, or both."""
 
 import json
 import re
@@ -14,7 +14,8 @@ from dynamics import open_run, schema
 from dynamics.pipeline import measure
 from dynamics.store import write_tree
 from dynamics.store.tree import open_source
-from tests.runs import drifting, write_capture, write_run
+from tests.records import rewrite
+from tests.runs import drifting, write_records, write_run
 
 
 @pytest.fixture
@@ -27,9 +28,12 @@ def tree():
     return tree
 
 
-@pytest.mark.parametrize("place", ["dynamics/analysis.zarr", "analysis.zarr"])
+PLACES = ["dynamics/analysis/analysis.zarr", "analysis/analysis.zarr", "dynamics/analysis.zarr", "analysis.zarr"]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_round_trip(tree, tmp_path, place):
-    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
     write_tree(tree, tmp_path / place)
     opened = open_run(tmp_path)
     xr.testing.assert_identical(opened.load(), tree)
@@ -43,8 +47,8 @@ def test_the_store_itself(tree, tmp_path):
 
 def test_nothing_is_stored(tmp_path):
     message = (
-        f"No stored result for '{tmp_path}' (looked for analysis.zarr and capture.zarr, there and in dynamics/). "
-        f"Make one with: python -m dynamics.analyze {tmp_path}"
+        f"No stored result for '{tmp_path}' (looked for analysis/, records/, analysis.zarr and capture.zarr, there and "
+        f"in dynamics/). Make one with: python -m dynamics.analyze {tmp_path}"
     )
     with pytest.raises(FileNotFoundError, match=re.escape(message)):
         open_run(tmp_path)
@@ -67,16 +71,31 @@ def test_a_store_that_is_a_link_is_not_followed(tree, tmp_path):
         open_run(tmp_path / "run")
 
 
-@pytest.mark.parametrize("place", ["analysis.zarr", ".staging/old-elsewhere-1-ab/was/analysis.zarr"])
-def test_a_result_that_another_machine_did_not_finish_says_so(tree, tmp_path, place):
-    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / ".staging" / "old-elsewhere-1-ab").mkdir(parents=True, exist_ok=True)
-    write_tree(tree, tmp_path / place)
+def test_a_result_of_the_first_edition_is_read_where_there_is_no_other(tree, tmp_path):
+    (tmp_path / "dynamics" / "analysis").mkdir(parents=True)
+    write_tree(tree, tmp_path / "dynamics" / "analysis.zarr")
+    assert open_run(tmp_path).attrs["run"] == "r"
+    tree.attrs["run"] = "new"
+    write_tree(tree, tmp_path / "dynamics" / "analysis" / "analysis.zarr")
+    assert open_run(tmp_path).attrs["run"] == "new"
+
+
+def test_a_run_of_the_first_edition_opens(first_edition):
+    opened = open_run(first_edition)
+    schema.check(opened)
+    assert opened["update"]["step"].values.tolist() == [1, 2, 4]
+    assert opened.attrs == open_run(first_edition / "dynamics" / "analysis.zarr").attrs
+
+
+def test_a_result_whose_replacement_was_interrupted_says_so(tree, tmp_path):
+    (tmp_path / "analysis.previous").mkdir()
+    write_tree(tree, tmp_path / "analysis.previous" / "analysis.zarr")
     (finding,) = json.loads(open_run(tmp_path).attrs["findings"])
-    assert (finding["code"], finding["severity"]) == ("OD601", "error")
-    assert finding["remedy"] == (
-        "Make sure that nothing is analysing this run there, remove .staging, and analyse the run again."
-    )
+    assert (finding["code"], finding["severity"]) == ("OD601", "warning")
+    assert finding["message"].endswith("This is the one before, in analysis.previous/.")
+    (tmp_path / "analysis").mkdir()
+    write_tree(tree, tmp_path / "analysis" / "analysis.zarr")
+    assert open_run(tmp_path).attrs["findings"] == "[]"
 
 
 @pytest.mark.parametrize(
@@ -98,12 +117,12 @@ def test_an_existing_store_is_not_overwritten(tree, tmp_path):
         write_tree(tree, tmp_path / "x.zarr")
 
 
-# A capture.
+# Records.
 
 
 @pytest.fixture
 def captured(tmp_path):
-    write_capture(tmp_path / "captured")
+    write_records(tmp_path / "captured")
     return tmp_path / "captured"
 
 
@@ -111,9 +130,10 @@ def captured(tmp_path):
 def written(tmp_path_factory):
     """A run whose analysis has the records in it."""
     run = write_run(tmp_path_factory.mktemp("written") / "both", drifting([10, 20, 30]))
-    write_capture(run)
+    write_records(run)
     source = open_source(run)
-    write_tree(measure(source.trajectory, captured=source.captured), run / "dynamics" / "analysis.zarr")
+    (run / "dynamics" / "analysis").mkdir()
+    write_tree(measure(source.trajectory, records=source.records), run / "dynamics" / "analysis" / "analysis.zarr")
     return run
 
 
@@ -122,7 +142,7 @@ def both(written, tmp_path):
     return shutil.copytree(written, tmp_path / "both")
 
 
-@pytest.mark.parametrize("place", ["", "dynamics", "dynamics/capture.zarr"])
+@pytest.mark.parametrize("place", ["", "dynamics", "dynamics/records"])
 def test_a_capture_alone(captured, place):
     opened = open_run(captured / place)
     schema.check(opened)
@@ -132,7 +152,7 @@ def test_a_capture_alone(captured, place):
 
 
 def test_a_capture_beside_the_run_folders_own_files(captured):
-    shutil.move(captured / "dynamics" / "capture.zarr", captured / "capture.zarr")
+    shutil.move(captured / "dynamics" / "records", captured / "records")
     assert open_run(captured)["update"]["step"].values.tolist() == [5, 10, 15, 20]
 
 
@@ -140,49 +160,56 @@ def test_an_analysis_that_has_the_records_is_opened_as_it_is(both):
     opened = open_run(both)
     schema.check(opened)
     assert opened["update"]["step"].values.tolist() == [5, 10, 15, 20, 30]
-    assert opened.identical(xr.open_datatree(both / "dynamics" / "analysis.zarr", engine="zarr"))
+    assert opened.identical(xr.open_datatree(both / "dynamics" / "analysis" / "analysis.zarr", engine="zarr"))
 
 
 def test_records_that_came_since_are_merged(both):
-    write_capture(both, [5, 10, 15, 20, 25])
+    write_records(both, [5, 10, 15, 20, 25])
     opened = open_run(both)
     schema.check(opened)
     assert opened["update"]["step"].values.tolist() == [5, 10, 15, 20, 25, 30]
     # In memory: what is stored stays as it was.
-    stored = xr.open_datatree(both / "dynamics" / "analysis.zarr", engine="zarr")
+    stored = xr.open_datatree(both / "dynamics" / "analysis" / "analysis.zarr", engine="zarr")
     assert stored["update"]["step"].values.tolist() == [5, 10, 15, 20, 30]
 
 
 def test_each_of_both_alone(both):
-    write_capture(both, [5, 10, 15, 20, 25])
-    assert open_run(both / "dynamics" / "analysis.zarr")["update"]["step"].values.tolist() == [5, 10, 15, 20, 30]
-    assert open_run(both / "dynamics" / "capture.zarr")["update"]["step"].values.tolist() == [5, 10, 15, 20, 25]
+    write_records(both, [5, 10, 15, 20, 25])
+    assert open_run(both / "dynamics" / "analysis" / "analysis.zarr")["update"]["step"].values.tolist() == [
+        5,
+        10,
+        15,
+        20,
+        30,
+    ]
+    assert open_run(both / "dynamics" / "records")["update"]["step"].values.tolist() == [5, 10, 15, 20, 25]
 
 
 def test_a_record_that_no_recorder_writes_is_a_finding(captured):
-    record = captured / "dynamics" / "capture.zarr" / "step-000000000010"
-    (record / "update" / "from_step" / "0").write_bytes(np.int64(11).tobytes())
+    record = captured / "dynamics" / "records" / "step-000000000010.safetensors"
+    rewrite(record, lambda groups: groups["update"]["from_step"].values.fill(11))
     opened = open_run(captured)
     schema.check(opened)
     assert opened["update"]["from_step"].values.tolist() == [0, -1, 15]
     (finding,) = [each for each in json.loads(opened.attrs["findings"]) if each["code"] == "OD309"]
-    assert finding["file"] == "dynamics/capture.zarr/step-000000000010"
+    assert finding["file"] == "dynamics/records/step-000000000010.safetensors"
 
 
-@pytest.mark.parametrize("place", ["", "dynamics/capture.zarr"])
+@pytest.mark.parametrize("place", ["", "dynamics/records"])
 def test_a_capture_whose_attributes_are_damaged(captured, place):
-    (captured / "dynamics" / "capture.zarr" / ".zattrs").write_text("{")
-    with pytest.raises(ValueError, match=r"^Expected a capture store at '.*', but it is none \('.*' does not parse"):
+    (captured / "dynamics" / "records" / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"^Expected the records of .*, but cannot read them \('.*' is not valid"):
         open_run(captured / place)
 
 
 def test_a_capture_of_no_step_yet(tmp_path):
-    write_capture(tmp_path / "run", [])
-    with pytest.raises(FileNotFoundError, match=r"holds no step that can be used\. Wait for the first one, or analyse"):
+    write_records(tmp_path / "run", [])
+    with pytest.raises(FileNotFoundError, match=r"hold no step that can be used\. Wait for the first one, or analyse"):
         open_run(tmp_path / "run")
 
 
 def test_reading_an_analysis_does_not_wait_for_torch(tree, tmp_path):
-    write_tree(tree, tmp_path / "analysis.zarr")
+    (tmp_path / "analysis").mkdir()
+    write_tree(tree, tmp_path / "analysis" / "analysis.zarr")
     code = f"import sys, dynamics; dynamics.open_run({str(tmp_path)!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

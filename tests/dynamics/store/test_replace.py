@@ -1,282 +1,286 @@
+"""A result takes the place of the one before whole, or not at all, whatever ends the process."""
+
 import errno
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from dynamics.store import OutputError, staged, write_text, writing
-from dynamics.store.replace import _machine, complete, read_written, replace_result
+from dynamics.store import OutputError, result_path, staged, write_text, writing
+from dynamics.store.replace import is_result, notes_before
 
-GONE = f"{socket.gethostname()}-{_machine()}-{2**22 + 1}-00000000"  # above Linux's largest process id
-ELSEWHERE = f"{socket.gethostname()}-000000000000-1-00000000"  # of the same name
-
-
-def fill(folder, text):
-    (folder / "summary.json").write_text(text)
-    (folder / "analysis.zarr").mkdir()
-    (folder / "analysis.zarr" / "chunk").write_text(text)
-    write_text(folder / "figures" / "a.svg", text)
+#: How often a process is killed at each place.
+ROUNDS = int(os.environ.get("DYNAMICS_KILL_ROUNDS", "20"))
+ROOT = Path(__file__).parents[3]
 
 
-def contents(out):
-    return [(out / name).read_text() for name in ("summary.json", "analysis.zarr/chunk", "figures/a.svg")]
+def fill(stage, text):
+    (stage / "analysis.zarr" / "update").mkdir(parents=True)
+    (stage / "analysis.zarr" / ".zattrs").write_text('{"findings": "[]"}')
+    (stage / "analysis.zarr" / "update" / "0.0").write_text(text)
+    (stage / "summary.json").write_text(text)
+    write_text(stage / "figures" / "a.svg", text)
 
 
-def visible(out):
-    return sorted(entry.name for entry in out.iterdir() if not entry.name.startswith("."))
+def contents(folder):
+    return [(folder / name).read_text() for name in ("summary.json", "analysis.zarr/update/0.0", "figures/a.svg")]
 
 
-def hidden(out):
-    return sorted(entry.name for entry in (out / ".staging").iterdir())
+def names(out):
+    return sorted(entry.name for entry in out.iterdir())
+
+
+def replace(out, text="new"):
+    with staged(out) as stage:
+        fill(stage, text)
 
 
 @pytest.fixture
 def old(tmp_path):
     """An output folder with a result."""
-    with staged(tmp_path / "out") as partial:
-        fill(partial, "old")
+    replace(tmp_path / "out", "old")
     return tmp_path / "out"
 
 
-def replace(out, text="new"):
-    with staged(out) as partial:
-        fill(partial, text)
+def test_a_result_is_one_folder_and_nothing_beside_it(old):
+    assert names(old) == ["analysis"]
+    assert contents(old / "analysis") == ["old"] * 3
 
 
-def test_entries_appear_together_and_nothing_else(tmp_path):
-    out = tmp_path / "deep" / "out"
-    with staged(out) as partial:
-        fill(partial, "new")
-        assert visible(out) == []
-    assert contents(out) == ["new"] * 3
-    assert visible(out) == ["analysis.zarr", "figures", "summary.json"]
-    assert hidden(out) == ["lock", "written.json"]
-
-
-def test_a_second_result_replaces_the_first_and_spares_what_is_not_its_own(old):
-    (old / "capture.zarr").mkdir()
+def test_a_result_is_replaced_whole(old):
     (old / "notes.txt").write_text("mine")
-    (old / "figures" / "mine.svg").write_text("mine")
-    replace(old)
-    assert contents(old) == ["new"] * 3
-    assert visible(old) == ["analysis.zarr", "capture.zarr", "figures", "notes.txt", "summary.json"]
-    assert (old / "figures" / "mine.svg").read_text() == "mine"
+    with staged(old) as stage:
+        assert contents(old / "analysis") == ["old"] * 3
+        (stage / "analysis.zarr").mkdir()
+        (stage / "analysis.zarr" / ".zattrs").write_text('{"findings": "[]"}')
+    assert names(old) == ["analysis", "notes.txt"]
+    assert names(old / "analysis") == ["analysis.zarr"]  # what the new one does not have is gone
 
 
-def test_what_an_earlier_result_has_beyond_the_new_one_is_removed(old):
-    (old / "kept.json").write_text("mine")
-    with staged(old) as partial:
-        (partial / "run.yaml").write_text("new")
-    assert visible(old) == ["kept.json", "run.yaml"]
+def test_an_exception_leaves_the_result_before(old):
+    for problem in (ValueError, KeyboardInterrupt):
+        with pytest.raises(problem), staged(old) as stage:  # noqa: PT012
+            fill(stage, "new")
+            raise problem
+        assert names(old) == ["analysis"]
+        assert contents(old / "analysis") == ["old"] * 3
 
 
-def stand(path, kind):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.mkdir() if kind == "folder" else path.write_text("mine")
+def test_folders_that_were_made_for_nothing_are_removed(tmp_path):
+    with pytest.raises(ValueError, match="no"), staged(tmp_path / "a" / "b"):
+        raise ValueError("no")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("call", range(3))
+def test_a_rename_that_fails_leaves_one_result_whole(old, monkeypatch, call):
+    """Of the result before, of the new one, and of what is to be removed: by then, the new one counts."""
+    rename, calls = os.rename, []
+
+    def fail(source, target):
+        calls.append(source)
+        if len(calls) == call + 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        message = r"Stale file handle while writing .* run again when it is back"
+        with pytest.raises(OutputError, match=message) if call < 2 else nullcontext():
+            replace(old)
+    assert contents(old / "analysis") == (["old"] if call < 2 else ["new"]) * 3
+    replace(old, "newer")
+    assert contents(old / "analysis") == ["newer"] * 3
+    assert names(old) == ["analysis"]
+
+
+# What may be in the folder already
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    "name", ["notes.txt", "figures/photo.png", "analysis.zarr/update/notes.txt", "figures/b.svg/c"]
+)
+def test_a_result_with_a_file_of_the_user_is_kept_and_named(old, name):
+    write_text(old / "analysis" / name, "mine")
+    (finding,) = notes_before(old)
+    assert finding.code == "OD603"
+    assert finding.file.startswith("analysis.previous/")
+    replace(old)
+    assert contents(old / "analysis") == ["new"] * 3
+    assert contents(old / "analysis.previous") == ["old"] * 3
+    assert (old / "analysis.previous" / name).read_text() == "mine"
+    with pytest.raises(OutputError, match=r"is not a result file of this user, and 'analysis\.previous' is needed"):
+        replace(old, "newer")
+    assert contents(old / "analysis") == ["new"] * 3
+
+
+def test_a_result_with_a_link_is_kept(old, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "0.0").write_text("precious")
+    (old / "analysis" / "analysis.zarr" / "linked").symlink_to(tmp_path / "elsewhere")
+    replace(old)
+    assert (old / "analysis.previous" / "analysis.zarr" / "linked" / "0.0").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "make",
     [
-        ("summary.json", "file"),
-        ("summary.json", "folder"),
-        ("analysis.zarr", "folder"),
-        ("analysis.zarr", "file"),
-        ("figures", "file"),
-        ("figures/a.svg", "folder"),
-        ("figures/a.svg", "file"),
+        lambda path: path.write_text("mine"),
+        lambda path: path.mkdir(),
+        lambda path: write_text(path / "notes.txt", "mine"),
+        lambda path: write_text(path / "summary.json", "mine"),
+        lambda path: write_text(path / "analysis.zarr" / ".zattrs", '{"kind": "mine"}'),
+        lambda path: path.symlink_to("elsewhere"),
     ],
 )
-def test_what_no_analysis_wrote_is_refused_and_stays(tmp_path, name, kind):
-    stand(tmp_path / name, kind)
-    message = (
-        f"'{tmp_path / name}' stands where a result must go, and no analysis wrote it. "
-        "Move it away, or choose another folder with --out."
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_what_no_analysis_wrote_is_refused(tmp_path, make, when):
+    out = tmp_path / "out"
+    write_text(out / "elsewhere" / "analysis.zarr" / ".zattrs", '{"findings": "[]"}')
+    if when == "before":
+        make(out / "analysis")
+    before = sorted(out.rglob("*"))
+    message = "stands where the result must go, and (is a link, which is not followed|was not written by an analysis)"
+    with pytest.raises(OutputError, match=message), staged(out) as stage:  # noqa: PT012
+        assert when == "meanwhile", "the block was entered"
+        fill(stage, "new")
+        make(out / "analysis")
+        before = sorted(path for path in out.rglob("*") if stage not in (path, *path.parents))
+    assert sorted(out.rglob("*")) == before
+
+
+def test_results_of_the_first_edition_are_named_and_left_alone(first_edition, tmp_path):
+    out = tmp_path / "out"
+    for name in ("summary.json", "run.yaml", "rank_pattern.json"):
+        write_text(out / name, "old")
+    write_text(out / "notes.txt", "mine")
+    write_text(out / "analysis.zarr" / ".zattrs", '{"findings": "[]"}')
+    (finding,) = notes_before(out)
+    assert (finding.code, finding.evidence) == (
+        "OD602",
+        {"names": ["analysis.zarr", "rank_pattern.json", "run.yaml", "summary.json"]},
     )
-    with pytest.raises(OutputError) as error:
-        replace(tmp_path)
-    assert str(error.value) == message
-    assert [path for path in tmp_path.rglob("*") if path.name != "lock" and ".staging" not in path.name] == [
-        *([tmp_path / "figures"] if "/" in name else []),
-        tmp_path / name,
+    assert result_path(out) == out / "analysis.zarr"
+    replace(out)
+    assert result_path(out) == out / "analysis" / "analysis.zarr"
+    assert (out / "summary.json").read_text() == "old"
+    assert [finding.code for finding in notes_before(first_edition / "dynamics")] == ["OD602"]
+
+
+def test_names_of_results():
+    ours = ["run.yaml", "summary.json", "report.html", "findings.sarif", "rank_pattern.json", "rank_pattern.a b.json"]
+    store = [f"analysis.zarr/{name}" for name in (".zgroup", ".zmetadata", "runs/a b/update/count/0.0.12", "x/.zarray")]
+    assert all(is_result(name) for name in [*ours, *store, "figures/a.svg", "figures/run 1/a.svg"])
+    others = ["records/run.json", "figures", "figures/.svg", "figures/a/b/c.svg", "figures/..svg/a.svg"]
+    others += [
+        "rank_pattern..json",
+        "analysis.zarr",
+        "analysis.zarr/notes.txt",
+        "analysis.zarr/../0",
+        "analysis.zarr/.x/0",
     ]
+    assert not any(is_result(name) for name in [*others, "/summary.json", "./summary.json", "summary.json/", "a\0.svg"])
 
 
-@pytest.mark.parametrize(("name", "folders"), [("summary.json", ()), ("figures", ("figures",))])
-def test_it_is_refused_before_anything_is_computed(tmp_path, name, folders):
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(OutputError, match=name), staged(tmp_path, ["summary.json"], folders):
-        pytest.fail("the block was entered")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [name]
+# Killed
+
+# One process that has imported everything, and a child for each round: it replaces the result, and is killed at a call
+# that moves or removes a folder, or in the middle of removing one.
+SCRIPT = """
+    import json, os, pathlib, signal, sys
+    from dynamics.store import replace, result_path, staged
+    from tests.dynamics.store.test_replace import contents, fill, names
+
+    def mortal(call, calls, when, half):
+        def wrapped(*arguments, **how):
+            calls.append(call)
+            if len(calls) == when:
+                if half:
+                    (pathlib.Path(arguments[0]) / "summary.json").unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **how)
+        return wrapped
+
+    def replace_and_die(out, when, half):
+        calls = []
+        os.rename = mortal(os.rename, calls, when, half)
+        replace.shutil.rmtree = mortal(replace.shutil.rmtree, calls, when, half)
+        with staged(out) as stage:
+            fill(stage, "new")
+            if when == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    folder, rounds = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+    for when, half in [(0, False), (1, False), (2, False), (3, False), (4, False), (4, True)]:
+        for number in range(rounds):
+            out = folder / f"{when}-{half}-{number}"
+            with staged(out) as stage:
+                fill(stage, "old")
+            child = os.fork()
+            if child == 0:
+                try:
+                    replace_and_die(out, when, half)
+                finally:
+                    os._exit(1)
+            killed = os.waitpid(child, 0)[1] == signal.SIGKILL
+            opened = contents(result_path(out).parent)
+            try:
+                with staged(out):
+                    raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                repaired = contents(out / "analysis"), names(out)
+            with staged(out) as stage:
+                fill(stage, "newest")
+            print(json.dumps([when, killed, opened, *repaired, contents(out / "analysis"), names(out)]), flush=True)
+"""
 
 
-def test_a_link_is_not_written_through(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "figures").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OutputError, match="figures"):
-        replace(tmp_path / "out")
-    assert list((tmp_path / "elsewhere").iterdir()) == []
-
-
-def test_a_copied_result_whose_list_was_lost_is_still_known(old):
-    (old / "analysis.zarr" / ".zattrs").write_text('{"findings": "[]"}')
-    (old / ".staging" / "written.json").unlink()
-    replace(old)
-    assert (old / "summary.json").read_text() == "new"
-
-
-def test_a_list_that_points_outside_removes_nothing_there(old):
-    (old.parent / "mine.txt").write_text("mine")
-    names = ["../mine.txt", str(old.parent / "mine.txt"), "summary.json", 3]
-    (old / ".staging" / "written.json").write_text(json.dumps({"commit": "x", "names": names}))
-    with staged(old):
-        pass
-    assert (old.parent / "mine.txt").exists()
-    assert not (old / "summary.json").exists()
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_an_interrupted_write_leaves_the_old_result(old, error):
-    def interrupted():
-        with staged(old) as partial:
-            fill(partial, "new")
-            raise error
-
-    with pytest.raises(type(error)):
-        interrupted()
-    assert contents(old) == ["old"] * 3
-    assert hidden(old) == ["lock", "written.json"]
-
-
-def test_nothing_is_left_where_nothing_was(tmp_path):
-    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "deep" / "out"):
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("failing", range(4))
-def test_a_replacement_that_fails_midway_is_undone(old, monkeypatch, failing):
-    """There are three things to put in place, and a list."""
-    move, calls = os.replace, []
-
-    def fails_once(source, target):
-        calls.append(source)
-        if len(calls) == failing + 1:
-            raise OSError(28, "No space left on device")
-        move(source, target)
-
-    monkeypatch.setattr(os, "replace", fails_once)
-    message = (
-        f"No space left on device while writing '{old}'; an earlier result is as it was. "
-        "Make room, or choose another folder with --out."
-    )
-
-    def replace_and_add():
-        with staged(old) as partial:
-            fill(partial, "new")
-            (partial / "summary.json").rename(partial / "run.yaml")
-
-    with pytest.raises(OutputError) as error:
-        replace_and_add()
-    assert str(error.value) == message
-    assert contents(old) == ["old"] * 3
-    assert visible(old) == ["analysis.zarr", "figures", "summary.json"]
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+def test_a_process_that_is_killed_leaves_one_result_whole(tmp_path):
+    """While making it; before the old one moves, the new one moves, the old one is hidden, and while it is removed."""
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path), str(ROUNDS)]
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rounds = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rounds) == 6 * ROUNDS
+    for when, killed, opened, repaired, left, final, rest in rounds:
+        assert killed
+        assert opened == repaired == ["old" if when < 3 else "new"] * 3
+        assert left == rest == ["analysis"]
+        assert final == ["newest"] * 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_the_replacement_waits_for_its_end(old, number):
+def test_a_signal_while_the_result_takes_its_place_is_put_off(old, number):
     script = f"""
         import os, pathlib, signal
         from dynamics.store import staged
-from dynamics.store import replace as staging
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
-        replace, out = os.replace, pathlib.Path({str(old)!r})
-        def replace_and_signal(source, target):
+        from tests.dynamics.store.test_replace import fill
+        rename = os.rename
+        def interrupted(*arguments):
             os.kill(os.getpid(), {int(number)})
-            replace(source, target)
-        os.replace = replace_and_signal
+            rename(*arguments)
         try:
-            with staged(out) as partial:
-                (partial / "summary.json").write_text("new")
-                (partial / "run.yaml").write_text("new")
+            with staged(pathlib.Path({str(old)!r})) as stage:
+                fill(stage, "new")
+                os.rename = interrupted
         except KeyboardInterrupt as error:
             print(error)
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False, cwd=Path.cwd()
-    )
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     expected = (0, "the new result is complete and in its place\n") if number == signal.SIGINT else (-number, "")
     assert (result.returncode, result.stdout) == expected
-    assert visible(old) == ["run.yaml", "summary.json"]
-    assert (old / "summary.json").read_text() == "new"
-
-
-def killed(old, when):
-    """A process that is killed while it writes a second result."""
-    script = f"""
-        import os, pathlib, signal
-        from dynamics.store import staged
-        calls, replace = [], os.replace
-        def replace_or_die(source, target):
-            if len(calls) == {when}:
-                os.kill(os.getpid(), signal.SIGKILL)
-            calls.append(source)
-            replace(source, target)
-        os.replace = replace_or_die
-        with staged(pathlib.Path({str(old)!r})) as partial:
-            (partial / "run.yaml").write_text("new")
-            (partial / "analysis.zarr").mkdir()
-            (partial / "analysis.zarr" / "chunk").write_text("new")
-            (partial / "summary.json").write_text("new")
-    """
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False).returncode == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("when", range(4))
-def test_a_killed_process_is_undone_by_the_next(old, when):
-    killed(old, when)
-    assert (complete(old / "analysis.zarr") / "chunk").read_text() in ("old", "new")
-    assert (old / "summary.json").read_text() in ("old", "new")
-    with pytest.raises(KeyboardInterrupt), staged(old):
-        raise KeyboardInterrupt
-    assert contents(old) == ["old"] * 3
-    assert visible(old) == ["analysis.zarr", "figures", "summary.json"]
-    assert hidden(old) == ["lock", "written.json"]
-
-
-def test_a_process_killed_when_its_result_counts_is_not_undone(old):
-    leftover = old / ".staging" / f"old-{GONE}"
-    write_text(leftover / "was" / "summary.json", "older")
-    content = json.loads((old / ".staging" / "written.json").read_text())
-    (old / ".staging" / "written.json").write_text(json.dumps({**content, "commit": GONE}))
-    replace(old)
-    assert contents(old) == ["new"] * 3
-    assert not leftover.exists()
-
-
-def test_remains_of_this_process_number_are_swept_too(old):
-    """In containers each process has the number 1."""
-    remains = old / ".staging" / f"partial-{socket.gethostname()}-{_machine()}-{os.getpid()}-00000000"
-    remains.mkdir()
-    replace(old)
-    assert not remains.exists()
-
-
-@pytest.mark.parametrize("owner", [ELSEWHERE, f"{socket.gethostname()}-{_machine()}-{os.getppid()}-00000000"])
-def test_what_may_be_at_work_is_left_alone(old, owner):
-    other = old / ".staging" / f"partial-{owner}"
-    other.mkdir()
-    replace(old)
-    assert other.exists()
+    assert contents(old / "analysis") == ["new"] * 3
+    assert names(old) == ["analysis"]
 
 
 def test_two_at_once_do_not_disturb_each_other(tmp_path):
@@ -285,9 +289,9 @@ def test_two_at_once_do_not_disturb_each_other(tmp_path):
     def work(text):
         try:
             for _ in range(20):
-                with staged(out) as partial:
+                with staged(out) as stage:
                     both.wait()
-                    fill(partial, text)
+                    fill(stage, text)
         except BaseException as error:
             failed.append(error)
             both.abort()
@@ -298,12 +302,28 @@ def test_two_at_once_do_not_disturb_each_other(tmp_path):
     for thread in threads:
         thread.join()
     assert failed == []
-    assert contents(out) in (["one"] * 3, ["two"] * 3)
-    assert hidden(out) == ["lock", "written.json"]
+    assert contents(out / "analysis") in (["one"] * 3, ["two"] * 3)
+    assert names(out) == ["analysis"]
 
 
-def test_the_list_says_what_was_written(old):
-    assert read_written(old).names == {"figures/a.svg", "analysis.zarr", "summary.json"}
+def test_a_result_in_the_making_is_not_swept_by_another(old):
+    with staged(old) as stage:
+        replace(old, "other")
+        fill(stage, "new")
+    assert contents(old / "analysis") == ["new"] * 3
+
+
+def test_where_there_are_no_locks_results_are_replaced_too(old, monkeypatch):
+    from dynamics.store import replace as module
+
+    monkeypatch.setattr(module, "lock", lambda descriptor, *, wait: None)
+    (old / ".analysis-0123").mkdir()  # it may be another's
+    replace(old)
+    assert contents(old / "analysis") == ["new"] * 3
+    assert names(old) == [".analysis-0123", "analysis"]
+
+
+# Errors of the system
 
 
 def test_an_output_folder_that_cannot_be_made(tmp_path):
@@ -340,10 +360,7 @@ def test_half_a_surrogate_pair_does_not_lose_a_file(tmp_path):
     assert (tmp_path / "x.txt").read_text() == "caf\\udce9"
 
 
-def test_nothing_is_moved_if_the_plan_cannot_be_written(old, monkeypatch):
-    (old.parent / "partial").mkdir()
-    (old.parent / "partial" / "summary.json").write_text("new")
-    monkeypatch.setattr(json, "dumps", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
-        replace_result(old, old.parent / "partial", GONE)
-    assert contents(old) == ["old"] * 3
+def test_a_store_that_names_findings_in_no_object_is_not_ours(tmp_path):
+    write_text(tmp_path / "analysis" / "analysis.zarr" / ".zattrs", json.dumps(3))
+    with pytest.raises(OutputError, match="was not written by an analysis"):
+        replace(tmp_path)

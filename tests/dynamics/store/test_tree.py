@@ -7,9 +7,9 @@ import pytest
 from dynamics import schema
 from dynamics.findings import Finding
 from dynamics.spectra import raw
-from dynamics.store.records import find_captured
+from dynamics.store.records import find_records
 from dynamics.store.tree import Parts, result_tree
-from tests.runs import NAMES, drifting, records, write_capture
+from tests.runs import NAMES, drifting, records, write_records
 
 
 def checkpoints(steps, seed=0, names=NAMES):
@@ -19,8 +19,8 @@ def checkpoints(steps, seed=0, names=NAMES):
 
 @pytest.fixture
 def captured(tmp_path):
-    write_capture(tmp_path / "run", gradients=[5, 10])
-    return find_captured(tmp_path / "run")[0]
+    write_records(tmp_path / "run", gradients=[5, 10])
+    return find_records(tmp_path / "run")[0]
 
 
 def codes(tree, attribute="findings"):
@@ -52,13 +52,13 @@ def test_both_keep_what_the_checkpoints_alone_say(captured):
     assert tree["update"]["step"].values.tolist() == [5, 10, 15, 20, 30]
     assert tree["checkpoints"].to_dataset().equals(alone)
     assert json.loads(tree.attrs["captured"])["checkpoints"] == [10, 30]
-    assert [file["path"] for file in json.loads(tree.attrs["inputs"])] == ["checkpoint-10", "dynamics/capture.zarr"]
+    assert [file["path"] for file in json.loads(tree.attrs["inputs"])] == ["checkpoint-10", "dynamics/records"]
 
 
 def test_findings_are_those_of_the_checkpoints_then_of_the_records_then_of_the_numbers(tmp_path):
     own = Finding("OD304", "A gradient is not finite.").to_dict()
-    write_capture(tmp_path / "run", attributes={"findings": [own]})
-    captured = find_captured(tmp_path / "run")[0]
+    write_records(tmp_path / "run", attributes={"findings": [own]})
+    captured = find_records(tmp_path / "run")[0]
     of_checkpoints = [Finding("OD109", "One."), Finding("OD204", "An increment.")]
     tree = result_tree(Parts("run", checkpoints([10], seed=7), captured, findings=of_checkpoints), {})
     assert codes(tree)[:4] == ["OD109", "OD204", "OD304", "OD308"]
@@ -67,15 +67,15 @@ def test_findings_are_those_of_the_checkpoints_then_of_the_records_then_of_the_n
 
 @pytest.mark.parametrize(("names", "told"), [({NAMES[0]: "disk"}, []), ({}, []), (None, ["OD117"])])
 def test_names_on_disk_are_no_finding_where_the_records_know_them(tmp_path, names, told):
-    write_capture(tmp_path / "run", attributes={"disk_names": names})
-    captured = find_captured(tmp_path / "run")[0]
+    write_records(tmp_path / "run", attributes={"disk_names": names})
+    captured = find_records(tmp_path / "run")[0]
     tree = result_tree(Parts("run", checkpoints([10]), captured, findings=[Finding("OD117", "As on disk.")]), {})
     assert [code for code in codes(tree) if code == "OD117"] == told
 
 
 def test_checkpoints_are_merged_under_their_live_names(tmp_path):
-    write_capture(tmp_path / "run", attributes={"disk_names": {NAMES[0]: "model.0.disk"}})
-    captured = find_captured(tmp_path / "run")[0]
+    write_records(tmp_path / "run", attributes={"disk_names": {NAMES[0]: "model.0.disk"}})
+    captured = find_records(tmp_path / "run")[0]
     on_disk = checkpoints([10, 30])
     on_disk = on_disk.assign_coords(matrix=["model.0.disk", *NAMES[1:]])
     tree = result_tree(Parts("run", on_disk, captured), {})

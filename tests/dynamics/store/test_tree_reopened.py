@@ -9,15 +9,16 @@ import xarray as xr
 
 from dynamics import open_run, schema
 from dynamics.pipeline import analyze_run, measure
-from dynamics.store.tree import capture_alone, open_source, with_capture
-from tests.runs import NAMES, drifting, write_capture, write_run
+from dynamics.store.record_folders import record_folders
+from dynamics.store.tree import open_source, records_alone, reopened
+from tests.runs import NAMES, drifting, write_records, write_run
 
 
 @pytest.fixture(scope="module")
 def analysed(tmp_path_factory):
     """Checkpoints and a capture of one training, analysed while it was at step 15."""
     run = write_run(tmp_path_factory.mktemp("analysed") / "run", drifting([10, 20, 30]))
-    write_capture(run, [5, 10, 15])
+    write_records(run, [5, 10, 15])
     with pytest.warns(DeprecationWarning, match="use analyze_run"):
         analyze_run(run, report=False, labels={"": "imax"})
     return run
@@ -49,7 +50,7 @@ def _findings_apart(value):
 def fresh(run, matrices=None):
     """What an analysis of the run as it is now says; not written, which takes most of the time."""
     source = open_source(run, matrices)
-    return measure(source.trajectory, captured=source.captured)
+    return measure(source.trajectory, records=source.records)
 
 
 @pytest.mark.parametrize("analysed_with", ["no capture", "an earlier capture"])
@@ -57,7 +58,7 @@ def test_a_capture_that_has_gone_on_is_merged_as_a_fresh_analysis_would(run, ana
     if analysed_with == "no capture":
         shutil.rmtree(run / "dynamics")
         analyze_run(run, report=False)
-    write_capture(run, [5, 10, 15, 20, 25])
+    write_records(run, [5, 10, 15, 20, 25])
     opened = open_run(run)
     schema.check(opened)
     assert opened["update"]["step"].values.tolist() == [5, 10, 15, 20, 25, 30]
@@ -69,36 +70,36 @@ def test_what_was_found_of_scores_stays_with_the_association(run, tmp_path):
     rows = "".join(f"run,{step},vqa,{0.1 * place}\n" for place, step in enumerate((10, 20, 30), 1))
     (tmp_path / "scores.csv").write_text(f"run,step,task,score\n{rows}")
     analyze_run(run, report=False, scores=[tmp_path / "scores.csv"])
-    write_capture(run, [5, 10, 15, 20, 25])
+    write_records(run, [5, 10, 15, 20, 25])
     opened = open_run(run)
     assert "association" in opened.children
     assert "OD505" in {finding["code"] for finding in json.loads(opened.attrs["findings"])}
 
 
 def test_a_capture_that_went_on_without_checkpoints(tmp_path):
-    write_capture(tmp_path / "run", [5, 10])
+    write_records(tmp_path / "run", [5, 10])
     analyze_run(tmp_path / "run", report=False)
-    write_capture(tmp_path / "run", [5, 10, 15])
+    write_records(tmp_path / "run", [5, 10, 15])
     opened = open_run(tmp_path / "run")
     assert opened["update"]["step"].values.tolist() == [5, 10, 15]
     assert_same_result(opened, fresh(tmp_path / "run"))
 
 
 def test_records_that_were_dropped_are_gone(run):
-    shutil.rmtree(run / "dynamics" / "capture.zarr" / "step-000000000015")
+    (run / "dynamics" / "records" / "step-000000000015.safetensors").unlink()
     opened = open_run(run)
     assert opened["update"]["step"].values.tolist() == [5, 10, 20, 30]
     assert_same_result(opened, fresh(run))
 
 
 def test_what_is_current_is_not_merged_again(run):
-    stored = xr.open_datatree(run / "dynamics" / "analysis.zarr", engine="zarr")
-    assert with_capture(stored, run / "dynamics" / "capture.zarr") is stored
+    stored = xr.open_datatree(run / "dynamics" / "analysis" / "analysis.zarr", engine="zarr")
+    assert reopened(stored, record_folders(run)) is stored
 
 
 def test_the_matrices_of_the_analysis_are_those_of_the_merge(run):
     analyze_run(run, report=False, matrices="q_proj")
-    write_capture(run, [5, 10, 15, 20])
+    write_records(run, [5, 10, 15, 20])
     opened = open_run(run)
     assert opened["update"]["matrix"].values.tolist() == [NAMES[0], NAMES[2]]
     assert_same_result(opened, fresh(run, "q_proj"))
@@ -106,18 +107,18 @@ def test_the_matrices_of_the_analysis_are_those_of_the_merge(run):
 
 def test_label_and_configuration_stay(run):
     before = open_run(run).attrs
-    write_capture(run, [5, 10, 15, 20])
+    write_records(run, [5, 10, 15, 20])
     after = open_run(run).attrs
     assert after["label"] == "imax"
     assert json.loads(after["configuration"]) == json.loads(before["configuration"])
 
 
 def test_a_record_that_is_damaged_meanwhile_is_told_and_the_others_are_used(run):
-    (run / "dynamics" / "capture.zarr" / "step-000000000015" / ".zgroup").write_text("{")
+    (run / "dynamics" / "records" / "step-000000000015.safetensors").write_text("{")
     opened = open_run(run)
     # Nothing has changed by name: the analysis has the record as it was.
     assert 15 in opened["update"]["step"].values
-    write_capture(run, [5, 10, 20])
+    write_records(run, [5, 10, 20])
     opened = open_run(run)
     schema.check(opened)
     assert opened["update"]["step"].values.tolist() == [5, 10, 20, 30]
@@ -126,13 +127,13 @@ def test_a_record_that_is_damaged_meanwhile_is_told_and_the_others_are_used(run)
 
 @pytest.mark.parametrize("damage", ["attributes", "every record"])
 def test_a_capture_that_cannot_be_used_any_more_leaves_the_analysis_and_a_finding(run, damage):
-    store = run / "dynamics" / "capture.zarr"
+    store = run / "dynamics" / "records"
     if damage == "attributes":
-        (store / ".zattrs").write_text("{")
+        (store / "run.json").write_text("{")
     else:
-        shutil.rmtree(store / "step-000000000005")
+        (store / "step-000000000005.safetensors").unlink()
         for step in (10, 15):
-            (store / f"step-{step:012d}" / ".zgroup").unlink()
+            (store / f"step-{step:012d}.safetensors").write_bytes(b"")
     opened = open_run(run)
     schema.check(opened)
     assert opened["update"]["step"].values.tolist() == [5, 10, 15, 20, 30]
@@ -142,23 +143,23 @@ def test_a_capture_that_cannot_be_used_any_more_leaves_the_analysis_and_a_findin
 
 def test_several_runs_are_left_as_they_are(run):
     analyze_run([run], report=False)
-    write_capture(run, [5, 10, 15, 20])
+    write_records(run, [5, 10, 15, 20])
     assert open_run(run)["runs/a/update"]["step"].values.tolist() == [5, 10, 15, 20, 30]
 
 
 def test_a_capture_without_a_step(tmp_path):
-    store = write_capture(tmp_path / "run", [])
+    store = write_records(tmp_path / "run", [])
     message = (
-        f"The capture store '{store}' holds no step that can be used. Wait for the first one, or analyse checkpoints "
+        f"The records in '{store}' hold no step that can be used. Wait for the first one, or analyse checkpoints "
         f"with: python -m dynamics.analyze {tmp_path / 'run'}"
     )
     with pytest.raises(FileNotFoundError, match=re.escape(message)):
-        capture_alone(tmp_path / "run", store)
+        records_alone(tmp_path / "run", record_folders(store))
 
 
 @pytest.mark.parametrize("configuration", ["{", "[]", None, 3, {"preset": "full"}])
 def test_the_configuration_is_the_recorders(tmp_path, configuration):
-    store = write_capture(tmp_path / "run", attributes={"configuration": configuration})
-    tree = capture_alone(tmp_path / "run", store)
+    store = write_records(tmp_path / "run", attributes={"configuration": configuration})
+    tree = records_alone(tmp_path / "run", record_folders(store))
     expected = configuration if isinstance(configuration, dict) else {}
     assert json.loads(tree.attrs["configuration"]) == expected

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import dynamics
 from dynamics import Recorder
-from dynamics.store import read_capture
+from tests.records import records_of
 from tests.runs import Tokens, lora_llama
 
 SIGNS = ("OD301", "OD302", "OD303", "OD304", "OD311", "OD201")
@@ -61,8 +61,8 @@ def train(
     return [text.split()[0] for each in caught if (text := str(each.message)).startswith(SIGNS)]
 
 
-def stored(run: Path) -> dict[str, dict]:
-    findings = read_capture(run / "dynamics" / "capture.zarr").attributes["findings"]
+def signs_of(run: Path) -> dict[str, dict]:
+    findings = records_of(run).attributes["findings"]
     return {finding["code"]: finding for finding in findings if finding["code"] in SIGNS}
 
 
@@ -70,14 +70,14 @@ def test_a_healthy_training_is_told_nothing(tmp_path):
     model = lora_llama()
     data = torch.stack([Tokens()[index]["input_ids"] for index in range(8)])
     assert train(tmp_path, model, lambda: model(input_ids=data, labels=data).loss, rate=0.1) == []
-    assert stored(tmp_path) == {}
+    assert signs_of(tmp_path) == {}
 
 
 def test_a_matrix_that_gets_no_gradient(tmp_path):
     model = TwoLayers(both=False)
     assert train(tmp_path, model, lambda: model(rows())) == ["OD301"]
-    assert stored(tmp_path)["OD301"]["matrix"] == "second"
-    assert stored(tmp_path)["OD301"]["message"].startswith(
+    assert signs_of(tmp_path)["OD301"]["matrix"] == "second"
+    assert signs_of(tmp_path)["OD301"]["message"].startswith(
         "This matrix had no gradient, or a gradient of zero, at each of the 4"
     )
 
@@ -95,7 +95,7 @@ def test_an_optimizer_that_steps_within_the_backward_pass(tmp_path, preset):
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(step)
     assert train(tmp_path, model, lambda: model(rows()), preset=preset) == ["OD311"]
-    assert stored(tmp_path)["OD311"]["message"].startswith("2 matrices had no gradient left to measure, first at")
+    assert signs_of(tmp_path)["OD311"]["message"].startswith("2 matrices had no gradient left to measure, first at")
     tree = dynamics.open_run(tmp_path)
     for name in ("norm_before_clip", "norm_after_clip", *(["singular_value"] if preset == "full" else [])):
         assert tree["gradient"][name].isnull().all(), name
@@ -107,7 +107,7 @@ def test_an_adapter_that_does_not_move(tmp_path):
     data = torch.stack([Tokens()[index]["input_ids"] for index in range(2)])
     codes = train(tmp_path, model, lambda: model(input_ids=data, labels=data).loss, rate=0.0, warmup_steps=2)
     assert codes == ["OD302"]
-    found = stored(tmp_path)["OD302"]
+    found = signs_of(tmp_path)["OD302"]
     assert (found["step"], found["evidence"]["matrices"]) == (4, 14)  # as it stands at the last step
 
 
@@ -115,7 +115,7 @@ def test_an_update_that_collapses(tmp_path):
     model = TwoLayers()
     one_row = torch.ones(1, 5)  # every gradient is a product of two vectors, and the first of them stays
     assert train(tmp_path, model, lambda: model(one_row), rate=1e-4) == ["OD303"]
-    assert stored(tmp_path)["OD303"]["evidence"]["names"] == ["first", "second"]
+    assert signs_of(tmp_path)["OD303"]["evidence"]["names"] == ["first", "second"]
 
 
 def test_a_gradient_that_is_not_finite(tmp_path):
@@ -133,7 +133,7 @@ def test_a_gradient_that_is_not_finite(tmp_path):
                 optimizer.zero_grad()
             assert [str(each.message).split()[0] for each in caught] == (["OD304"] if step == 2 else [])
     handle.remove()
-    found = stored(tmp_path)["OD304"]
+    found = signs_of(tmp_path)["OD304"]
     assert (found["matrix"], found["step"], found["evidence"]["steps"]) == ("first", 2, [2])
     tree = dynamics.open_run(tmp_path)
     norm = tree["gradient"]["norm_before_clip"].sel(matrix="first")
@@ -156,7 +156,7 @@ def test_weights_that_are_not_finite_cost_their_own_spectra_alone(tmp_path):
 
     codes = train(tmp_path, model, lambda: model(rows()), disturb=diverge, gradients=False)
     assert codes == ["OD201"]
-    assert (stored(tmp_path)["OD201"]["matrix"], stored(tmp_path)["OD201"]["step"]) == ("second", 3)
+    assert (signs_of(tmp_path)["OD201"]["matrix"], signs_of(tmp_path)["OD201"]["step"]) == ("second", 3)
     norm = dynamics.open_run(tmp_path)["update"]["frobenius_norm"].sel(kind="total")
     assert norm["step"].values.tolist() == [1, 2, 3, 4]
     assert np.isfinite(norm.sel(matrix="first")).all()
@@ -168,7 +168,7 @@ def test_a_resumed_training_knows_what_was_seen_before(tmp_path):
     train(tmp_path, model, lambda: model(rows()))
     codes = train(tmp_path, model, lambda: model(rows()), steps=range(5, 7), resume_from=4)
     assert codes == ["OD301"]
-    assert "at each of the 6 steps captured so far" in stored(tmp_path)["OD301"]["message"]
+    assert "at each of the 6 steps captured so far" in signs_of(tmp_path)["OD301"]["message"]
 
 
 def test_what_was_seen_after_the_step_that_is_resumed_from_is_forgotten(tmp_path):
@@ -182,7 +182,7 @@ def test_what_was_seen_after_the_step_that_is_resumed_from_is_forgotten(tmp_path
     again = TwoLayers()
     train(tmp_path / "checkpoint", again, lambda: again(rows()), rate=1e-4, steps=range(1, 3))
     assert train(run, again, lambda: again(rows()), rate=1e-4, steps=range(3, 5), resume_from=2) == []
-    assert stored(run) == {}
+    assert signs_of(run) == {}
 
 
 def test_a_sign_that_goes_away_was_told_and_is_not_kept(tmp_path):
@@ -192,4 +192,4 @@ def test_a_sign_that_goes_away_was_told_and_is_not_kept(tmp_path):
         model.both = step >= 2
 
     assert train(tmp_path, model, lambda: model(rows()), disturb=wake, rate=1e-3) == ["OD301"]
-    assert stored(tmp_path) == {}
+    assert signs_of(tmp_path) == {}

@@ -16,7 +16,8 @@ SCRIPT = """
     import json, os, random, signal, sys, time
     from pathlib import Path
     import numpy as np, xarray as xr
-    from dynamics.store import CaptureStore, capture_path, read_capture
+    from dynamics.store import RecordWriter
+    from dynamics.store.record_folders import record_folders, stored_records
 
     folder, moments = Path(sys.argv[1]), random.Random(0)
 
@@ -26,13 +27,13 @@ SCRIPT = """
         return {"update": dataset, "gradient": dataset}
 
     def train(after, pipe):
-        store = CaptureStore.resume(folder, after, {})
+        writer = RecordWriter.resume(folder, after, {})
         for step in range(after + 1, after + 1000):
-            store.write(step, record(step))
+            writer.write(step, record(step))
             os.write(pipe, f"{step}\\n".encode())
 
-    def values(capture):
-        return {step: groups["update"]["norm"].values.tolist() for step, groups in capture.records.items()}
+    def values(found):
+        return {step: groups["update"]["norm"].values.tolist() for step, groups in found.records.items()}
 
     last = 0
     for _ in range(20):
@@ -51,10 +52,10 @@ SCRIPT = """
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         reported = [int(line) for line in reported + reports.readlines()]
-        place = capture_path(folder.parent)
-        left = read_capture(place) if place else None
-        with CaptureStore.resume(folder, 10**9, {}) as store:
-            steps, partial = store.steps, [path.name for path in store.path.glob(".partial-*")]
+        folders = record_folders(folder.parent)
+        left = stored_records(folders) if folders else None
+        with RecordWriter.resume(folder, 10**9, {}) as writer:
+            steps, partial = writer.steps, [path.name for path in writer.path.glob(".partial-*")]
         last = max(steps, default=0)
         seen = values(left) if left else {}
         print(json.dumps({"before": after, "reported": reported, "values": list(seen.items()),

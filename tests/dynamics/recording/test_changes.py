@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import dynamics
 from dynamics import Recorder
 from dynamics.recording.changes import ModelState
-from dynamics.store import read_capture
 from probes import Task
 from probes.watched import find
+from tests.records import records_of
 from tests.runs import VOCABULARY, llama
 
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -127,7 +127,7 @@ def test_what_is_frozen_is_measured_once_more_and_ends(tmp_path):
     assert recorder.steps == [3, 6]
     increment = norm(tmp_path, "increment", QUERY)
     assert increment[6] == distance(kept[HALF][QUERY], kept[3][QUERY])  # nothing after the fourth step
-    trained = read_capture(tmp_path / "dynamics" / "capture.zarr").records[6]["gradient"]["matrix"].values
+    trained = records_of(tmp_path).records[6]["gradient"]["matrix"].values
     assert QUERY not in trained
     assert [finding.code for finding in recorder.findings] == ["OD313"]
     assert recorder.findings[0].evidence["ended"] == [QUERY]
@@ -359,7 +359,7 @@ def test_a_second_recorder_of_the_process_takes_the_records_over(tmp_path):
     first = Recorder(tmp_path, trained, every=1, strict=True)
     trained[0].weight.data += 1
     first.record(1)
-    with pytest.raises(dynamics.store.CaptureExists, match="Resume that training, or choose another folder"):
+    with pytest.raises(dynamics.store.RecordsExist, match="Resume that training, or choose another folder"):
         Recorder(tmp_path, trained, every=1)
     assert first.is_open  # what is refused closes nothing
     with pytest.warns(UserWarning, match="An earlier recorder of this process had"):

@@ -1,0 +1,83 @@
+"""The contract of the result: what its groups and variables are called, mean and are measured in; and its check.
+
+Each variable is said once, in the table of its group (``UPDATE``, ``FISHER``, ``ASSOCIATION``, …).
+"""
+
+from dynamics.schema.checks import ROOT_ATTRIBUTES, WRAPPERS, check, check_record, last_step_with, layer_and_role
+from dynamics.schema.fisher_groups import (
+    ALL,
+    CONCENTRATION,
+    FISHER,
+    FISHER_GROUPS,
+    FISHER_MOMENTUM,
+    FISHER_RECORD,
+    GLOBAL,
+    SAMPLE_LABELS,
+    TASKS,
+)
+from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_DIRECTION
+from dynamics.schema.update_groups import (
+    BASE,
+    COORDINATES,
+    GRADIENT,
+    LOG_COORDINATES,
+    MEASURES,
+    NULL,
+    NULL_MEASURES,
+    OF_CHECKPOINTS,
+    PATH,
+    RAW_GRADIENT,
+    RAW_UPDATE,
+    SUMMARY,
+    SUMMARY_GRADIENT,
+    TRAINING,
+    UPDATE,
+    UPDATE_COORDINATES,
+    WEIGHTS,
+)
+from dynamics.schema.variable import DECOMPOSITIONS, KINDS, PER_MATRIX, QUANTILES, Variable, label_arrays
+
+__all__ = [
+    "ALL",
+    "ASSOCIATION",
+    "BASE",
+    "COMPARISON",
+    "CONCENTRATION",
+    "COORDINATES",
+    "DECOMPOSITIONS",
+    "FISHER",
+    "FISHER_GROUPS",
+    "FISHER_MOMENTUM",
+    "FISHER_RECORD",
+    "GLOBAL",
+    "GRADIENT",
+    "KINDS",
+    "LOG_COORDINATES",
+    "MEASURES",
+    "NULL",
+    "NULL_MEASURES",
+    "OF_CHECKPOINTS",
+    "PATH",
+    "PER_MATRIX",
+    "QUANTILES",
+    "RAW_GRADIENT",
+    "RAW_UPDATE",
+    "ROOT_ATTRIBUTES",
+    "SAMPLE_LABELS",
+    "SCORE",
+    "SCORE_DIRECTION",
+    "SUMMARY",
+    "SUMMARY_GRADIENT",
+    "TASKS",
+    "TRAINING",
+    "UPDATE",
+    "UPDATE_COORDINATES",
+    "WEIGHTS",
+    "WRAPPERS",
+    "Variable",
+    "check",
+    "check_record",
+    "label_arrays",
+    "last_step_with",
+    "layer_and_role",
+]
