@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import os
 import random
@@ -31,8 +32,10 @@ def _checked(function: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
     # Beartype's wrapper and a local function hold each other, and so the file that the function reads from.
     if inspect.isfunction(function) and "<locals>" not in function.__qualname__:
         annotations = " ".join(map(str, function.__annotations__.values()))
-        named = (function.__globals__.get(name) for name in set(re.findall(r"\w+", annotations)))
-        if not any(type(value).__module__.startswith("jaxtyping") for value in named):
+        # A name that is imported for type checkers alone, or defined later, is a thing that jaxtyping can leave out.
+        known = {**vars(builtins), **function.__globals__}
+        named = [known.get(name, jaxtyping) for name in set(re.findall(r"(?<![\w.])[^\W\d]\w*", annotations))]
+        if not any(value is jaxtyping or type(value).__module__.startswith("jaxtyping") for value in named):
             return typechecker(function)
     return _with_shapes(function, typechecker=typechecker)
 

@@ -339,6 +339,24 @@ FAMILIES = {
     "mixtral": Family(_mixtral, ("q_proj", "v_proj"), ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")),
 }
 
+#: Family → (matrices that LoRA trains, share of the trainable numbers that belong to them).
+COVERED = {
+    "llava": (28, 1.0),
+    "qwen2_5_vl": (26, 1.0),
+    "internvl": (28, 1.0),
+    "paligemma": (27, 1.0),
+    "idefics3": (27, 1.0),
+    "smolvlm": (27, 1.0),
+    "gemma3": (26, 1.0),
+    "mllama": (33, 1.0),
+    "gpt2": (8, 1.0),
+    "llama": (14, 1.0),
+    "bert": (14, 1.0),
+    "t5": (32, 1.0),
+    "vit": (5, 1.0),
+    "mixtral": (16, 1.0),
+}
+
 #: Batches in which rows of the vision tower are not the samples in their order, or are of different numbers.
 UNEVEN = {
     "an image in two of three samples": Family(lambda: _llava_uneven((1, 0, 1))),

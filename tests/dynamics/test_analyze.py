@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
 
 from dynamics import open_run, plot, schema
-from dynamics.analyze import _labels_and_folders, app
+from dynamics.analyze import _labels_and_folders
 from dynamics.pipeline import analyze_run, named_runs, resolve_device
+from tests.command import analyze
 from tests.runs import NAMES, adapter_config, random_factors, write_adapter, write_run, write_state
 
 ROOT = Path(__file__).parents[2]
@@ -32,14 +32,6 @@ def process(*arguments):
 def python(script):
     command = [sys.executable, "-c", textwrap.dedent(script)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
-
-def analyze(*arguments):
-    """The command in this process, which has torch imported already; an exception fails the test."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
 
 @pytest.fixture

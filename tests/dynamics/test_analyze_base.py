@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from dynamics import open_run, schema
-from dynamics.analyze import app
+from tests.command import analyze
 from tests.runs import write_run
 from tests.whole_models import MATRICES, model_tensors, write_dense_run, write_model
 
@@ -18,20 +17,14 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def analyze(*arguments):
-    result = CliRunner().invoke(app, [*map(str, arguments), "--no-report"])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
 def codes(tree):
     return {finding["code"] for finding in json.loads(tree.attrs["findings"])}
 
 
 def test_totals_are_since_the_base(tmp_path):
     run, base = write_dense_run(tmp_path / "run", (10, 20, 30)), write_model(tmp_path / "base")
-    result = analyze(run, "--base", base, "--intruders")
-    assert result.exit_code == 0, result.stderr
+    result = analyze("--no-report", run, "--base", base, "--intruders")
+    assert result.returncode == 0, result.stderr
     tree = open_run(run)
     schema.check(tree)
     update = tree["update"].to_dataset()
@@ -59,14 +52,14 @@ def test_totals_are_since_the_base(tmp_path):
 
 def test_the_weights_themselves(tmp_path):
     run = write_dense_run(tmp_path / "run")
-    assert analyze(run, "--weights").exit_code == 0
+    assert analyze("--no-report", run, "--weights").returncode == 0
     assert np.isfinite(open_run(run)["weights"]["stable_rank"]).all()
 
 
 def test_without_a_base_the_first_checkpoint_is_the_start(tmp_path):
     run = write_dense_run(tmp_path / "run")
-    result = analyze(run)
-    assert result.exit_code == 0
+    result = analyze("--no-report", run)
+    assert result.returncode == 0
     tree = open_run(run)
     assert "base" not in tree.children
     assert np.isnan(tree["update"]["frobenius_norm"].sel(step=10)).all()
@@ -77,8 +70,8 @@ def test_without_a_base_the_first_checkpoint_is_the_start(tmp_path):
 
 def test_saved_modules_and_adapters_in_one_run(tmp_path):
     run = write_run(tmp_path / "run")
-    found = analyze(run, "--base", write_model(tmp_path / "base"))
-    assert found.exit_code in (0, 1)  # none of the adapter's matrices is in this base
+    found = analyze("--no-report", run, "--base", write_model(tmp_path / "base"))
+    assert found.returncode in (0, 1)  # none of the adapter's matrices is in this base
     assert open_run(run)["update"].sizes["matrix"] > 0
 
 
@@ -88,8 +81,8 @@ def test_a_base_that_is_none_is_refused(tmp_path, base):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     write_run(tmp_path / "adapter", steps=(5,))
-    result = analyze(run, "--base", tmp_path / base)
-    assert result.exit_code == 2
+    result = analyze("--no-report", run, "--base", tmp_path / base)
+    assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert base in result.stderr
     assert not (run / "dynamics" / "analysis").exists()
@@ -98,8 +91,8 @@ def test_a_base_that_is_none_is_refused(tmp_path, base):
 def test_a_base_of_another_model_is_named(tmp_path):
     run = write_dense_run(tmp_path / "run")
     other = {"model.layers.0.self_attn.q_proj.weight": torch.randn(8, 8), "lm_head.weight": torch.randn(30, 8)}
-    result = analyze(run, "--base", write_model(tmp_path / "base", other))
-    assert result.exit_code == 0, result.stderr
+    result = analyze("--no-report", run, "--base", write_model(tmp_path / "base", other))
+    assert result.returncode == 0, result.stderr
     tree = open_run(run)
     assert "OD124" in codes(tree)
     total = tree["update"]["frobenius_norm"].sel(kind="total", step=20)
@@ -114,7 +107,7 @@ def test_every_format_gives_the_same(tmp_path, style):
     other = write_dense_run(tmp_path / style, style=style), write_model(tmp_path / f"{style} base", style=style)
     values = []
     for run, base in (plain, other):
-        assert analyze(run, "--base", base).exit_code == 0
+        assert analyze("--no-report", run, "--base", base).returncode == 0
         values.append(open_run(run)["update"]["singular_value"].sel(matrix=list(MATRICES)).values)
     np.testing.assert_array_equal(*values)
 
@@ -123,9 +116,9 @@ def test_a_bfloat16_run_says_what_rounding_spoils(tmp_path):
     start = model_tensors(dtype=torch.bfloat16)
     moved = {key: (value.float() * (1 + 3e-3)).bfloat16() for key, value in start.items()}
     write_model(tmp_path / "run" / "checkpoint-5", moved)
-    result = analyze(tmp_path / "run", "--base", write_model(tmp_path / "base", start))
+    result = analyze("--no-report", tmp_path / "run", "--base", write_model(tmp_path / "base", start))
     update = open_run(tmp_path / "run")["update"]
     assert update["quantisation_limited"].sel(kind="total").any()
     assert (update["rank_above_rounding"].sel(kind="total") < 8).all()
     assert "OD203" in codes(open_run(tmp_path / "run"))
-    assert result.exit_code == 0
+    assert result.returncode == 0

@@ -3,29 +3,19 @@
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from dynamics import open_run, schema
-from dynamics.analyze import app
 from dynamics.findings import Finding
+from tests.command import analyze
 from tests.records import rewrite, rewrite_header
 from tests.runs import NAMES, drifting, write_records, write_run, write_state
 from tests.trees import HOSTILE
 
 STORE = Path("dynamics") / "records"
-
-
-def analyze(*arguments):
-    """The command in this process, which has torch imported already; an exception fails the test."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
 
 def summary_of(*arguments):

@@ -4,12 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from dynamics import analyze_run, open_run, schema
-from dynamics.analyze import app
 from dynamics.relate.run_measures import UPDATE_HEADLINE, training_loss
 from dynamics.report.page import page as page_of
+from tests.command import analyze
 from tests.runs import write_run, write_state
 
 STEPS = (10, 20, 30, 40)
@@ -35,12 +34,6 @@ def scores(runs):
     return path
 
 
-def analyze(*arguments):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
-
-
 def labelled(runs):
     return [f"{run[:4]}={runs / run}" for run in RUNS]
 
@@ -53,7 +46,7 @@ def codes(tree):
 def result(runs, scores, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "dynamics"
     found = analyze(*labelled(runs), "--scores", scores, "--out", out, "--no-report")
-    assert found.exit_code == 0, found.stderr
+    assert found.returncode == 0, found.stderr
     return found, out
 
 
@@ -91,7 +84,7 @@ def test_the_page_answers_first_and_links_to_its_tables(result):
 def test_a_single_run_is_described(runs, scores, tmp_path):
     out = tmp_path / "dynamics"
     found = analyze(runs / "imax_s1", "--scores", scores, "--out", out, "--no-report")
-    assert found.exit_code == 0
+    assert found.returncode == 0
     tree = open_run(tmp_path)
     assert tree["association"].attrs["question"] == "one_run"
     assert "OD501" in codes(tree)  # the file has scores of other runs
@@ -125,7 +118,7 @@ def test_without_scores_or_groups_nothing_is_added(runs, tmp_path):
 def test_what_is_no_argument_ends_with_two_before_anything_is_read(runs, tmp_path, monkeypatch, arguments, words):
     monkeypatch.setattr("dynamics.pipeline.open_source", lambda *_: pytest.fail("a run was opened"))
     found = analyze(runs / "imax_s1", runs / "imax_s2", "--out", tmp_path / "o", "--no-report", *arguments)
-    assert found.exit_code == 2
+    assert found.returncode == 2
     assert words in " ".join(found.stderr.replace("│", " ").split())
 
 
@@ -170,7 +163,7 @@ def test_relations_that_fail_cost_only_themselves(runs, scores, tmp_path, monkey
 
     monkeypatch.setattr("dynamics.pipeline.relate_runs", fail)
     found = analyze(*labelled(runs), "--scores", scores, "--out", tmp_path / "o", "--no-report")
-    assert found.exit_code == 1
+    assert found.returncode == 1
     assert "OD515" in found.stderr
     assert (tmp_path / "o" / "analysis").exists()
 
@@ -178,7 +171,7 @@ def test_relations_that_fail_cost_only_themselves(runs, scores, tmp_path, monkey
 def test_a_score_file_that_is_none_is_named_and_the_rest_is_saved(runs, tmp_path):
     (tmp_path / "bad.json").write_text("[1, 2]")
     found = analyze(runs / "imax_s1", "--scores", tmp_path / "bad.json", "--out", tmp_path / "o", "--no-report")
-    assert found.exit_code == 1
+    assert found.returncode == 1
     assert "OD506" in found.stderr
     assert (tmp_path / "o" / "analysis").exists()
 
@@ -195,7 +188,7 @@ def test_directions_can_be_said(runs, tmp_path):
 @pytest.mark.parametrize(("level", "status"), [("error", 0), ("note", 1)])
 def test_findings_can_fail_a_build(runs, tmp_path, level, status):
     found = analyze(runs / "imax_s1", "--out", tmp_path / "o", "--no-report", "--fail-on", level)
-    assert found.exit_code == status
+    assert found.returncode == status
 
 
 def test_a_headline_that_no_run_has_is_replaced_and_said(runs, scores, tmp_path):

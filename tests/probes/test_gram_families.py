@@ -14,25 +14,7 @@ from torch import Tensor, nn
 
 import dynamics
 from probes.watched import WatchedModel, find
-from tests.families import FAMILIES, Family
-
-#: Family → (watched matrices, share of the trainable numbers that belong to them) under the LoRA of tests/families.py.
-COVERED = {
-    "llava": (28, 1.0),
-    "qwen2_5_vl": (26, 1.0),
-    "internvl": (28, 1.0),
-    "paligemma": (27, 1.0),
-    "idefics3": (27, 1.0),
-    "smolvlm": (27, 1.0),
-    "gemma3": (26, 1.0),
-    "mllama": (33, 1.0),
-    "gpt2": (8, 1.0),
-    "llama": (14, 1.0),
-    "bert": (14, 1.0),
-    "t5": (32, 1.0),
-    "vit": (5, 1.0),
-    "mixtral": (16, 1.0),
-}
+from tests.families import COVERED, FAMILIES, Family
 
 
 @dataclass(frozen=True)

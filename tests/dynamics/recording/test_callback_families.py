@@ -18,27 +18,10 @@ from transformers import Trainer
 from dynamics import DynamicsCallback
 from dynamics.store.record_folders import StoredRecords
 from dynamics.store.records import read_records
-from tests.families import FAMILIES
+from tests.families import COVERED, FAMILIES
 from tests.records import records_of
 from tests.runs import arguments
 
-#: Family → (recorded matrices, share of the trainable numbers that belong to them).
-RECORDED = {
-    "llava": (28, 1.0),
-    "qwen2_5_vl": (26, 1.0),
-    "internvl": (28, 1.0),
-    "paligemma": (27, 1.0),
-    "idefics3": (27, 1.0),
-    "smolvlm": (27, 1.0),
-    "gemma3": (26, 1.0),
-    "mllama": (33, 1.0),
-    "gpt2": (8, 1.0),
-    "llama": (14, 1.0),
-    "bert": (14, 1.0),
-    "t5": (32, 1.0),
-    "vit": (5, 1.0),
-    "mixtral": (16, 1.0),
-}
 #: Of families whose weights are saved under other names than the live model's: a matrix, and its name on disk.
 RENAMED = {
     "llava": {"model.language_model.layers.0.self_attn.q_proj": "language_model.model.layers.0.self_attn.q_proj"},
@@ -69,7 +52,7 @@ def train(run: Path, model: nn.Module, batch: dict[str, Tensor], **changes: obje
 
 
 def test_the_table_lists_every_family() -> None:
-    assert RECORDED.keys() == FAMILIES.keys()
+    assert COVERED.keys() == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -82,7 +65,7 @@ def test_every_trainable_matrix_is_recorded(name: str, tmp_path: Path) -> None:
     capture = train(tmp_path, get_peft_model(model, family.lora()), batch)
 
     matrices = capture.records[2]["update"]["matrix"].values.tolist()
-    assert (len(matrices), capture.attributes["covered_share"]) == RECORDED[name]
+    assert (len(matrices), capture.attributes["covered_share"]) == COVERED[name]
     assert {matrix.partition("[")[0] for matrix in matrices} <= live
     assert [finding["code"] for finding in capture.attributes["findings"]] == []
     assert (capture.attributes["gaps"], capture.attributes["disk_names"]) == ([], {})  # PEFT saves live names
