@@ -67,7 +67,9 @@ def public_names() -> Counter[str]:
     for path in (path for path in sources() if "plot" not in path.parts):
         body = ast.parse(path.read_text()).body
         definitions = (node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef))
-        names.update({node.name for node in definitions if not node.name.startswith("_")})
+        names.update(
+            {node.name for node in definitions if not node.name.startswith("_") and node.name != "findings_of"}
+        )
     return names
 
 
