@@ -21,8 +21,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 RANKS = 2
+#: Imported before the processes are forked. None of these starts a thread, as a fork needs.
+_PRELOADED = ["torch.distributed.fsdp", "transformers.trainer", "peft", __name__]
 #: Characters of what a process wrote to its standard error that a failure shows.
-_SHOWN = 4000
+_SHOWN = 12_000
 
 
 class Ranks:
@@ -84,7 +86,8 @@ class Ranks:
     def _start(self) -> None:
         if self._processes:
             return
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # imports once for all processes
+        context.set_forkserver_preload(_PRELOADED)
         limit = timedelta(seconds=self.timeout)
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=limit)
         self._folder = tempfile.TemporaryDirectory()

@@ -24,8 +24,7 @@ from typer.testing import CliRunner
 
 import dynamics
 import probes
-from tests.runs import write_run
-from tests.trainings import VOCABULARY, Tokens, llama, lora_llama, trainer
+from tests.runs import VOCABULARY, Tokens, llama, lora_llama, trainer, write_run
 from tests.whole_models import model_tensors, write_dense_run, write_model
 
 ROOT = Path(__file__).parents[1]

@@ -24,6 +24,10 @@ RUN_FILES = {"adapter_config.json", "adapter_model.safetensors", "trainer_state.
 ABSOLUTE_PATH = re.compile(r'"(?:/|~|\\\\|[A-Za-z]:[/\\])[^"]*"')  # as a JSON string, on any system
 
 
+#: What makes the example small.
+BRIEFLY = ("--steps", "3", "--checkpoints", "2", "--base-steps", "2", "--rank", "2")
+
+
 def train(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the example as a user does; offline, so that a download would be an error.
 
@@ -37,14 +41,10 @@ def train(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def train_briefly(out: Path) -> subprocess.CompletedProcess[str]:
-    return train("--out", str(out), "--steps", "3", "--checkpoints", "2", "--base-steps", "2", "--rank", "2")
-
-
 @pytest.fixture(scope="module")
 def brief_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     out = tmp_path_factory.mktemp("example") / "run"
-    return out, train_briefly(out)
+    return out, train("--out", str(out), *BRIEFLY)
 
 
 @pytest.fixture
@@ -105,10 +105,11 @@ def test_it_evaluates_before_training_and_at_each_checkpoint(brief_run):
     assert list(evaluation_losses(out / "checkpoint-3")) == [0, 2, 3]
 
 
-def test_the_same_seed_gives_the_same_weights(brief_run, tmp_path):
+def test_the_same_seed_gives_the_same_weights(brief_run, example, tmp_path, monkeypatch):
+    """In a process of its own and in this one, which has trained other models before."""
     out, _ = brief_run
-    again = train_briefly(tmp_path / "again")
-    assert again.returncode == 0, again.stderr
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--out", str(tmp_path / "again"), *BRIEFLY])
+    example.main()
     first = (out / "checkpoint-3" / "adapter_model.safetensors").read_bytes()
     assert (tmp_path / "again" / "checkpoint-3" / "adapter_model.safetensors").read_bytes() == first
 

@@ -13,9 +13,8 @@ from typer.testing import CliRunner
 from dynamics import open_run, schema
 from dynamics.analyze import app
 from dynamics.findings import Finding
-from tests.captures import drifting, write_records
 from tests.records import rewrite, rewrite_header
-from tests.runs import NAMES, write_run, write_state
+from tests.runs import NAMES, drifting, write_records, write_run, write_state
 from tests.trees import HOSTILE
 
 STORE = Path("dynamics") / "records"

@@ -16,7 +16,7 @@ from probes.losses import token_losses
 from probes.watched import find
 from tests.families import FAMILIES
 from tests.reference import flat_gradients, per_sample_gradients
-from tests.trainings import VOCABULARY, llama
+from tests.runs import VOCABULARY, llama
 
 ROWS = torch.randint(VOCABULARY, (5, 8), generator=torch.Generator().manual_seed(3))
 

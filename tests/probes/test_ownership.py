@@ -13,7 +13,7 @@ from probes.layer_rules import Call
 from probes.losses import token_losses
 from probes.ownership import Split, samples_of_rows, split_by
 from tests.reference import flat_gradients
-from tests.trainings import VOCABULARY, llama
+from tests.runs import VOCABULARY, llama
 
 Batch = dict[str, Tensor]
 

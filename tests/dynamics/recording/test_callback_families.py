@@ -20,7 +20,7 @@ from dynamics.store.record_folders import StoredRecords
 from dynamics.store.records import read_records
 from tests.families import FAMILIES
 from tests.records import records_of
-from tests.trainings import arguments
+from tests.runs import arguments
 
 #: Family → (recorded matrices, share of the trainable numbers that belong to them).
 RECORDED = {

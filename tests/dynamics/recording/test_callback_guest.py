@@ -14,7 +14,7 @@ from torch import nn
 
 import dynamics
 from dynamics import DynamicsCallback
-from tests.trainings import llama, lora_llama, losses, random_states, trainer
+from tests.runs import llama, lora_llama, losses, random_states, trainer
 
 STATES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 
@@ -83,7 +83,7 @@ PYTHONS_STATE = """
 import random, sys
 from pathlib import Path
 from dynamics import DynamicsCallback
-from tests.trainings import trainer
+from tests.runs import trainer
 out, states = Path(sys.argv[1]), []
 for preset in (None, "economy", "standard", "full"):
     folder = out / str(preset)

@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from dynamics import DynamicsCallback
 from tests.records import records_of
-from tests.trainings import losses, trainer
+from tests.runs import losses, trainer
 
 #: Captured steps; of these only the second is logged by the Trainer where it logs every third.
 CAPTURED = [2, 3, 5]
@@ -144,7 +144,7 @@ class RunningMeans(Trainer):
 
 
 def test_a_trainers_own_means_are_over_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.trainings.Trainer", RunningMeans)
+    monkeypatch.setattr("transformers.Trainer", RunningMeans)
     plain = trainer(tmp_path / "plain", max_steps=6, save_strategy="no", logging_steps=3)
     plain.train()
 

@@ -15,7 +15,7 @@ import dynamics
 from dynamics import DynamicsCallback, Recorder
 from dynamics.store import RecordsExist
 from tests.records import records_of
-from tests.trainings import lora_llama, trainer
+from tests.runs import lora_llama, trainer
 
 STORE = Path("dynamics") / "records"
 

@@ -22,7 +22,7 @@ from dynamics.recording.fisher import momentum_of
 from probes import Task, gradient_gram, probe_batches, probe_loss
 from probes.watched import find
 from tests.records import records_of, rewrite
-from tests.trainings import VOCABULARY, Tokens, arguments, llama, lora_llama, losses, random_states, trainer
+from tests.runs import VOCABULARY, Tokens, arguments, llama, lora_llama, losses, random_states, trainer
 
 
 def task(name: str, seed: int, samples: int = 12, **options) -> Task:

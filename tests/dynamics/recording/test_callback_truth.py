@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 import dynamics
 from dynamics import DynamicsCallback, Recorder
-from tests.trainings import Tokens, llama, lora_llama, trainer
+from tests.runs import Tokens, llama, lora_llama, trainer
 
 
 def analysed_without_records(run, out) -> xr.Dataset:

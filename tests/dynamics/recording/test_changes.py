@@ -19,7 +19,7 @@ from dynamics.recording.changes import ModelState
 from probes import Task
 from probes.watched import find
 from tests.records import records_of
-from tests.trainings import VOCABULARY, llama
+from tests.runs import VOCABULARY, llama
 
 QUERY = "model.layers.0.self_attn.q_proj"
 EMBEDDING = "model.embed_tokens"

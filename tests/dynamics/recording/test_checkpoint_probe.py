@@ -21,7 +21,7 @@ from dynamics.analyze import app
 from dynamics.checkpoints import open_trajectory
 from dynamics.recording.checkpoint_probe import load_function, probe_checkpoints
 from probes import Task
-from tests.trainings import VOCABULARY, llama, lora_llama, trainer
+from tests.runs import VOCABULARY, llama, lora_llama, trainer
 
 
 def tasks() -> list[Task]:

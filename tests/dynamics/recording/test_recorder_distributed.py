@@ -27,7 +27,7 @@ from dynamics.store import RecordsExist
 from dynamics.store.record_folders import RECORDS_KIND
 from tests.distributed import RANKS, Ranks
 from tests.records import records_of
-from tests.trainings import VOCABULARY, arguments, llama, lora_llama, trainer
+from tests.runs import VOCABULARY, arguments, llama, lora_llama, trainer
 
 STEPS = 3
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dynamics
 from dynamics import Recorder
 from tests.records import records_of
-from tests.trainings import Tokens, lora_llama
+from tests.runs import Tokens, lora_llama
 
 SIGNS = ("OD301", "OD302", "OD303", "OD304", "OD311", "OD201")
 

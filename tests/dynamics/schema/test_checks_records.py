@@ -9,8 +9,7 @@ from dynamics.schema import check_record
 from dynamics.spectra import raw
 from dynamics.spectra.raw import GradientSpectrum
 from dynamics.store.records import OPTIONAL, TABLES
-from tests.captures import drifting, records
-from tests.runs import NAMES
+from tests.runs import NAMES, drifting, records
 
 
 def problems(record):

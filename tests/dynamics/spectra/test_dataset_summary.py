@@ -7,7 +7,7 @@ from dynamics import schema
 from dynamics.spectra import measures, null_models, rounding
 from dynamics.spectra.dataset import measure_update
 from dynamics.spectra.raw import concatenate
-from tests.captures import drifting, records
+from tests.runs import drifting, records
 
 
 @pytest.fixture

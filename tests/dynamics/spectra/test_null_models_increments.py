@@ -12,8 +12,7 @@ from dynamics.spectra.findings import findings_of
 from dynamics.spectra.trajectory_spectra import trajectory_spectra
 from dynamics.store import open_run
 from probes import LowRankMatrix
-from tests.captures import write_records
-from tests.runs import random_factors, write_run
+from tests.runs import random_factors, write_records, write_run
 
 
 def gaussian(*shape, seed):

@@ -11,8 +11,7 @@ from dynamics.checkpoints import open_trajectory
 from dynamics.checkpoints.checkpoint import CheckpointContent
 from dynamics.spectra import path as path_module
 from dynamics.spectra.path import path_shape, renamed_path, training_path
-from tests.captures import drifting
-from tests.runs import write_run, write_state
+from tests.runs import drifting, write_run, write_state
 from tests.whole_models import MATRICES, model_tensors, write_dense_run, write_model
 
 

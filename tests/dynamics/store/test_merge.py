@@ -9,8 +9,7 @@ from dynamics.findings import Finding
 from dynamics.spectra import raw
 from dynamics.spectra.dataset import SAME_SPECTRA, measure_update
 from dynamics.store.merge import merge, unmeasured, with_live_names
-from tests.captures import drifting, records
-from tests.runs import NAMES, random_factors
+from tests.runs import NAMES, drifting, random_factors, records
 
 TOTAL, INCREMENT = 0, 1
 

@@ -14,9 +14,8 @@ from dynamics import open_run, schema
 from dynamics.pipeline import measure
 from dynamics.store import write_tree
 from dynamics.store.tree import open_source
-from tests.captures import drifting, write_records
 from tests.records import rewrite
-from tests.runs import write_run
+from tests.runs import drifting, write_records, write_run
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ import pytest
 from dynamics.findings import Finding, from_json, to_json
 from dynamics.store.record_folders import record_folders
 from dynamics.store.records import find_records, is_current, read_records
-from tests.captures import write_records
 from tests.records import records_of, rewrite
-from tests.runs import NAMES
+from tests.runs import NAMES, write_records
 
 BAD = "step-000000000010.safetensors"
 

@@ -9,8 +9,7 @@ from dynamics.findings import Finding
 from dynamics.spectra import raw
 from dynamics.store.records import find_records
 from dynamics.store.tree import Parts, result_tree
-from tests.captures import drifting, records, write_records
-from tests.runs import NAMES
+from tests.runs import NAMES, drifting, records, write_records
 
 
 def checkpoints(steps, seed=0, names=NAMES):

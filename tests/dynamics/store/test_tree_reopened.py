@@ -11,8 +11,7 @@ from dynamics import open_run, schema
 from dynamics.pipeline import analyze_run, measure
 from dynamics.store.record_folders import record_folders
 from dynamics.store.tree import open_source, records_alone, reopened
-from tests.captures import drifting, write_records
-from tests.runs import NAMES, write_run
+from tests.runs import NAMES, drifting, write_records, write_run
 
 
 @pytest.fixture(scope="module")

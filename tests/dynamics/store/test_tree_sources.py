@@ -8,8 +8,7 @@ import pytest
 
 from dynamics.checkpoints import NotARun
 from dynamics.store.tree import open_source, results_folder, run_folder, without_checkpoints
-from tests.captures import drifting, write_records
-from tests.runs import NAMES, log_history, write_run, write_state
+from tests.runs import NAMES, drifting, log_history, write_records, write_run, write_state
 
 
 @pytest.fixture
