@@ -29,7 +29,7 @@ from dynamics.spectra.against_base import compare_with_base
 from dynamics.spectra.measures import rank_pattern
 from dynamics.spectra.null_models import SEED
 from dynamics.spectra.path import training_path
-from dynamics.spectra.trajectory import trajectory_spectra
+from dynamics.spectra.trajectory_spectra import trajectory_spectra
 from dynamics.spectra.weights import weights
 from dynamics.store import RESULT, encodable_dataset, provenance, staged, write_text, write_tree, writing
 from dynamics.store.opening import add_findings

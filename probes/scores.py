@@ -26,6 +26,10 @@ class Score:
         standard_error: Of the mean, samples of one group not taken as independent; NaN if there is only one group.
         higher_is_better: Which way it points, ``None`` if unknown.
         broken: Names of the samples whose value is not finite.
+
+    >>> score = Score("vqa", score=0.75, items=200, standard_error=0.04, higher_is_better=True)
+    >>> f"{score.task}: {score.score:.2f} ± {score.standard_error:.2f}"
+    'vqa: 0.75 ± 0.04'
     """
 
     task: str

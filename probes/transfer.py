@@ -31,6 +31,11 @@ class Transfer:
         loss: L_j(θ), mean loss of a sample in the half that is measured.
         step_kept: Share of each step that the weights' format kept, ⟨made, meant⟩/‖meant‖². Far from 1 in half
             precision, where a step that rounds away shows no transfer; NaN where the gradient is 0.
+
+    >>> ones = torch.ones(2, 2)
+    >>> transfer = Transfer(("report", "vqa"), 0.01 * ones, 0.02 * ones, loss=ones[0], step_kept=ones[0])
+    >>> round(float(transfer.look_ahead[transfer.tasks.index("report"), transfer.tasks.index("vqa")]), 2)
+    0.02
     """
 
     tasks: tuple[str, ...]

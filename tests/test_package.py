@@ -22,6 +22,12 @@ def test_documented(package, name):
 
 
 @each_public_name
+def test_shown_by_an_example(package, name):
+    text = inspect.getdoc(getattr(package, name)) or ""
+    assert name == "plot" or ">>>" in text or "Example:" in text
+
+
+@each_public_name
 def test_typed(package, name):
     thing = getattr(package, name)
     if inspect.isfunction(thing):

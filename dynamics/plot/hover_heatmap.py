@@ -43,6 +43,8 @@ def hover_heatmap(
 
     Raises:
         ValueError: If the variable is not in the result, or not one of matrices and steps.
+
+    Example: ``scale, panels = plot.hover_heatmap(dynamics.open_run("runs/imax"))``
     """
     update = group(data, "update")
     values = per_cell(update, variable, kind)

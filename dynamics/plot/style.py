@@ -175,6 +175,11 @@ def to_svg(figure: Figure) -> str:
 
     Args:
         figure: Any matplotlib figure; ``describe`` gives it its title and description.
+
+    Example: ``Path("spectra.svg").write_text(plot.to_svg(plot.spectrum(tree)))``
+
+    >>> to_svg(Figure())[:4]
+    '<svg'
     """
     drawn = StringIO()
     with mpl.rc_context(_OUTPUT), warnings.catch_warnings():

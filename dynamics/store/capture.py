@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from dynamics.store.files import read_file, read_json_file
+from dynamics.store.disk import read_file, read_json_file
 from dynamics.store.record_file import check_step
 
 CAPTURE = "capture.zarr"

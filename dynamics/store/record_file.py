@@ -20,7 +20,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from dynamics.store.files import encoded_json, parsed_json, read_file
+from dynamics.store.disk import encoded_json, parsed_json, read_file
 
 RECORD_KIND = "optimization-dynamics record"
 RECORD_FORMAT = 2

@@ -24,7 +24,7 @@ from dynamics.store.capture import (
     is_capture,
     read_capture_record,
 )
-from dynamics.store.files import read_json_file
+from dynamics.store.disk import read_json_file
 from dynamics.store.record_file import read_record, record_name, record_step
 from dynamics.store.results import FOLDER
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dynamics.store.capture import CAPTURE, CAPTURE_START, capture_attributes, is_capture
-from dynamics.store.files import PARTIAL, encoded_json, lock, replacing, sync_folder, write_file
+from dynamics.store.disk import PARTIAL, encoded_json, lock, replacing, sync_folder, write_file
 from dynamics.store.record_file import encoded_record, record_name, record_step
 from dynamics.store.record_folders import (
     RECORDS,

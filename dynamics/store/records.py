@@ -20,7 +20,7 @@ from dynamics.findings import Finding, from_json
 from dynamics.schema import WRAPPERS, Variable
 from dynamics.spectra import raw
 from dynamics.store.capture import CAPTURE, capture_steps
-from dynamics.store.files import is_folder
+from dynamics.store.disk import is_folder
 from dynamics.store.record_folders import (
     RECORDS,
     RecordFolders,

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 
 from dynamics.findings import Finding
-from dynamics.store.files import is_folder, lock, read_file
+from dynamics.store.disk import is_folder, lock, read_file
 
 ANALYSIS = "analysis"
 PREVIOUS = "analysis.previous"

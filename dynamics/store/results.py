@@ -16,7 +16,7 @@ import zarr
 from zarr.storage import MemoryStore
 
 from dynamics._version import __version__
-from dynamics.store.files import is_folder, read_file
+from dynamics.store.disk import is_folder, read_file
 from dynamics.store.replace import ANALYSIS, PREVIOUS, RESULT
 from dynamics.text import encodable
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from dynamics.checkpoints import Trajectory, open_trajectory
-from dynamics.spectra.trajectory import trajectory_spectra
+from dynamics.spectra.trajectory_spectra import trajectory_spectra
 from tests.benchmarks.seven_billion import write_run
 
 #: A process starts with its parent's peak memory on its account, so the one that is measured has a small parent.

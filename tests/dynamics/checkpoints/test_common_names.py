@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dynamics.checkpoints import open_trajectory
-from dynamics.spectra.trajectory import trajectory_spectra
+from dynamics.spectra.trajectory_spectra import trajectory_spectra
 from tests.runs import adapter_config, random_factors, write_adapter, write_state
 from tests.whole_models import write_dense_run
 

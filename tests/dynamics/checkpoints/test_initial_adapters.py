@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dynamics.checkpoints import open_trajectory
-from dynamics.spectra.trajectory import trajectory_spectra
+from dynamics.spectra.trajectory_spectra import trajectory_spectra
 from tests.runs import NAMES, adapter_config, random_factors, write_adapter, write_state
 
 METHODS = {"pissa_niter_16": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}

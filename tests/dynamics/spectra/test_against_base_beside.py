@@ -9,7 +9,7 @@ from dynamics.checkpoints import open_trajectory
 from dynamics.spectra import against_base as module
 from dynamics.spectra.against_base import base_overlap, compare_with_base, decompose_base, intruders
 from dynamics.spectra.cache import cache_folder, write_tensors
-from dynamics.spectra.trajectory import trajectory_spectra
+from dynamics.spectra.trajectory_spectra import trajectory_spectra
 from tests.runs import write_run
 from tests.whole_models import MATRICES, model_tensors, write_dense_run, write_model
 

@@ -9,7 +9,7 @@ from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.spectra import raw, walk
 from dynamics.spectra.dataset import measure_update
 from dynamics.spectra.findings import findings_of
-from dynamics.spectra.trajectory import trajectory_spectra
+from dynamics.spectra.trajectory_spectra import trajectory_spectra
 from dynamics.store import open_run
 from probes import LowRankMatrix
 from tests.runs import random_factors, write_records, write_run

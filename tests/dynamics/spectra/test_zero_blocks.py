@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dynamics.checkpoints import open_trajectory
-from dynamics.spectra.trajectory import trajectory_spectra
+from dynamics.spectra.trajectory_spectra import trajectory_spectra
 from dynamics.spectra.zero_blocks import ZeroBlock, of_dense, of_factors, zero_block
 from probes.low_rank import LowRankMatrix
 from tests.runs import random_factors, write_run

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from dynamics.store.files import encoded_json, parsed_json, read_file, read_json_file, write_file
+from dynamics.store.disk import encoded_json, parsed_json, read_file, read_json_file, write_file
 
 
 def test_a_file_is_written_with_one_sync_and_nothing_is_left_beside_it(tmp_path, monkeypatch):

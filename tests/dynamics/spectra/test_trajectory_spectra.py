@@ -11,7 +11,7 @@ from dynamics.checkpoints.trajectory import Trajectory
 from dynamics.spectra import walk
 from dynamics.spectra.dataset import measure_update
 from dynamics.spectra.findings import findings_of
-from dynamics.spectra.trajectory import trajectory_spectra
+from dynamics.spectra.trajectory_spectra import trajectory_spectra
 from probes import LowRankMatrix
 from tests.matrices import moved
 from tests.runs import NAMES, adapter_config, random_factors, write_adapter, write_run
