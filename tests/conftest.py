@@ -17,9 +17,11 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+from beartype import BeartypeConf, beartype
 from hypothesis import settings
 
 _with_shapes = jaxtyping.jaxtyped
+_by_beartype = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
 
 def _checked(function: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
@@ -36,7 +38,7 @@ def _checked(function: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
         known = {**vars(builtins), **function.__globals__}
         named = [known.get(name, jaxtyping) for name in set(re.findall(r"(?<![\w.])[^\W\d]\w*", annotations))]
         if not any(value is jaxtyping or type(value).__module__.startswith("jaxtyping") for value in named):
-            return typechecker(function)
+            return _by_beartype(function)
     return _with_shapes(function, typechecker=typechecker)
 
 
