@@ -144,7 +144,7 @@ def test_a_capture_that_cannot_be_used_any_more_leaves_the_analysis_and_a_findin
 def test_several_runs_are_left_as_they_are(run):
     analyze_run([run], report=False)
     write_records(run, [5, 10, 15, 20])
-    assert open_run(run)["runs/a/update"]["step"].values.tolist() == [5, 10, 15, 20, 30]
+    assert open_run(run)["runs/run/update"]["step"].values.tolist() == [5, 10, 15, 20, 30]
 
 
 def test_a_capture_without_a_step(tmp_path):
