@@ -72,7 +72,7 @@ def test_groups_are_compared_and_related(result):
 def test_the_page_answers_first_and_links_to_its_tables(result):
     drawn = {"comparison": "<svg></svg>"}
     page = page_of(open_run(result[1].parent), figures=drawn)
-    first = page.index("How do the groups differ, and what goes with scores?")
+    first = page.index("How do the groups differ, and which measures go with the scores?")
     assert first < page.index('id="run0"')
     assert page.count('href="#comparison"') >= 1
     assert 'id="association"' in page
@@ -111,7 +111,7 @@ def test_without_scores_or_groups_nothing_is_added(runs, tmp_path):
     [
         (["--headline", "nothing"], "headline: expected one of the measures"),
         (["--given", "lr"], "given: expected 'loss' or 'trend', got 'lr'"),
-        (["--higher", "vqa", "--lower", "vqa"], "Expected each task among higher or lower, got 'vqa' in both."),
+        (["--higher", "vqa", "--lower", "vqa"], "Expected each task in higher or in lower, got 'vqa' in both."),
         (["--fail-on", "never"], "expected note, warning or error, got 'never'"),
     ],
 )
