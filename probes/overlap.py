@@ -20,7 +20,7 @@ _LABELS = frozenset({"labels", "label", "label_ids"})
 def samples_of(dataset: Any) -> Iterator[Any]:
     """Yield the samples of a data set, map-style (by number) or iterable (a stream).
 
-    >>> list(each(torch.utils.data.TensorDataset(torch.tensor([3]))))
+    >>> list(samples_of(torch.utils.data.TensorDataset(torch.tensor([3]))))
     [(tensor(3),)]
     """
     # By number where that is possible: many map-style data sets never raise IndexError, so that iterating never ends.

@@ -160,7 +160,7 @@ def compare_clues(earlier: Clues, later: Clues) -> Verdict:
 
     >>> old = TrainingState(10, ((5, "loss", 2.0), (10, "loss", 1.5)), {})
     >>> new = TrainingState(20, ((5, "loss", 2.0), (10, "loss", 1.5), (15, "loss", 1.2)), {})
-    >>> compare(Clues(10, old), Clues(20, new)).answer
+    >>> compare_clues(Clues(10, old), Clues(20, new)).answer
     'continues'
     """
     logs = _compare_logs(earlier, later)

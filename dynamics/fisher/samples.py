@@ -400,7 +400,7 @@ def confidence_interval(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return estimate ± t·error with Student's t of groups − 1 degrees of freedom; NaN for fewer than two groups.
 
-    >>> low, high = interval(np.array([0.0]), np.array([1.0]), 3)
+    >>> low, high = confidence_interval(np.array([0.0]), np.array([1.0]), 3)
     >>> high.round(3)
     array([4.303])
     """

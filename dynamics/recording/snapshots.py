@@ -62,7 +62,7 @@ def keys_of(watched: Sequence[Watched]) -> dict[nn.Parameter, str]:
 def start_tensors(
     start: Snapshot, watched: Sequence[Watched], keys: Mapping[nn.Parameter, str], step: int | None = None
 ) -> dict[str, Tensor]:
-    """Return the start of matrices as tensors by name, for :func:`read_start`.
+    """Return the start of matrices as tensors by name, for :func:`start_snapshot`.
 
     Args:
         start: The values that are not those of a product of zero.

@@ -84,7 +84,7 @@ def decompose_base(weight: Float[Tensor, "out in"]) -> BaseDecomposition:
     Raises:
         ValueError: If it is not finite.
 
-    >>> decompose(torch.diag(torch.tensor([1.0, 2.0]))).values
+    >>> decompose_base(torch.diag(torch.tensor([1.0, 2.0]))).values
     tensor([2., 1.], dtype=torch.float64)
     """
     dense = weight.detach().to(device="cpu", dtype=torch.float64)
@@ -123,8 +123,8 @@ def base_overlap(update: Matrix, base: BaseDecomposition, k: int = TOP_K) -> Ove
         base: Of the weight that it changes.
         k: Directions; at most as many as there are.
 
-    >>> base = decompose(torch.diag(torch.tensor([3.0, 2.0, 1.0])))
-    >>> overlap(torch.diag(torch.tensor([0.0, 0.0, 1.0])), base, k=1).energy_left
+    >>> base = decompose_base(torch.diag(torch.tensor([3.0, 2.0, 1.0])))
+    >>> base_overlap(torch.diag(torch.tensor([0.0, 0.0, 1.0])), base, k=1).energy_left
     0.0
     """
     k = min(k, len(base.values), *update.shape)

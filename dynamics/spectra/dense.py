@@ -86,7 +86,7 @@ def dense_spectrum(
 def gram_matrix(dense: Float[Tensor, "out in"]) -> Float[Tensor, "m m"]:
     """Return XXᵀ of the shorter side, on the matrix's device; symmetric to the last bit.
 
-    >>> gram(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64))
+    >>> gram_matrix(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64))
     tensor([[35., 44.],
             [44., 56.]], dtype=torch.float64)
     """
@@ -96,7 +96,7 @@ def gram_matrix(dense: Float[Tensor, "out in"]) -> Float[Tensor, "m m"]:
 def row_products(rows: Float[Tensor, "m n"]) -> Float[Tensor, "m m"]:
     """Return XXᵀ, symmetric to the last bit, for half of the work of a product.
 
-    >>> inner_products(torch.tensor([[1.0], [2.0]], dtype=torch.float64))
+    >>> row_products(torch.tensor([[1.0], [2.0]], dtype=torch.float64))
     tensor([[1., 2.],
             [2., 4.]], dtype=torch.float64)
     """
