@@ -240,11 +240,11 @@ def _runs(
     if len(texts) < len(run):
         pairs = [(label, folder) for label, folders in run.items() for folder in _listed(folders)]
         return named_runs(pairs)
+    _refuse_names(texts)
     if texts:
         _deprecated(
             "analyze_run({'name': 'run'})", "analyze_run(['run']) or analyze_run({'label': ['run']})", stacklevel=4
         )
-    _refuse_names(texts)
     return Runs(texts, {name: label for name, label in (labels or {}).items() if label and name in texts})
 
 
