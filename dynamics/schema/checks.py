@@ -104,11 +104,11 @@ def _problems(tree: xr.DataTree) -> Iterator[str]:
         yield from _variable_problems("/null", tree["null"].to_dataset(), NULL, complete=False)
 
 
-def _dimension_problems(group: str, dataset: xr.Dataset, known: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
-    yield from (f"{group} lacks {name!r}" for name in known if name not in dataset)
+def _dimension_problems(group: str, dataset: xr.Dataset, expected: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    yield from (f"{group} lacks {name!r}" for name in expected if name not in dataset)
     yield from (
         f"{group}/{name} has dimensions {dataset[name].dims}, expected {dims}"
-        for name, dims in known.items()
+        for name, dims in expected.items()
         if name in dataset and dataset[name].dims != dims
     )
 
@@ -127,9 +127,9 @@ def last_step_with(array: xr.DataArray) -> int:
     5
     """
     others = [dim for dim in array.dims if dim != "step"]
-    known = array.notnull().any(others).values
+    present = array.notnull().any(others).values
     steps = array["step"].values
-    return int(steps[known][-1] if known.any() else steps[-1])
+    return int(steps[present][-1] if present.any() else steps[-1])
 
 
 def _is_json(text: object) -> bool:
@@ -144,12 +144,12 @@ def _is_json(text: object) -> bool:
 
 
 def _variable_problems(
-    group: str, dataset: xr.Dataset, known: Mapping[str, Variable], *, complete: bool
+    group: str, dataset: xr.Dataset, variables: Mapping[str, Variable], *, complete: bool
 ) -> Iterator[str]:
     if complete:
-        yield from (f"{group} lacks {name!r}" for name in known if name not in dataset)
+        yield from (f"{group} lacks {name!r}" for name in variables if name not in dataset)
     for name, variable in dataset.data_vars.items():
-        expected = known.get(str(name))
+        expected = variables.get(str(name))
         if expected is not None and variable.dims != expected.dims:
             yield f"{group}/{name} has dimensions {variable.dims}, expected {expected.dims}"
         yield from (
@@ -258,20 +258,20 @@ def check_record(
     for name, table in tables.items():
         if name in record:
             dataset = record[name]
-            known = {key: variable for key, variable in table.items() if key in dataset or key not in optional}
-            if problem := next(_record_problems(dataset, known), None):
+            variables = {key: variable for key, variable in table.items() if key in dataset or key not in optional}
+            if problem := next(_record_problems(dataset, variables), None):
                 problems[name] = problem
     return problems
 
 
-def _record_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> Iterator[str]:
+def _record_problems(dataset: xr.Dataset, variables: Mapping[str, Variable]) -> Iterator[str]:
     """Yield what is wrong with one group of a record. Each rule relies on those before it: only the first counts."""
-    dims = _record_dimensions(known)
+    dims = _record_dimensions(variables)
     for name, expected in dims.items():
         if name not in dataset.variables or dataset.variables[name].dims != expected:
             yield f"lacks {name!r} with the dimensions {expected}"
     for name in dims:
-        text, whole = name in _TEXTS, name in _COUNTS or name not in known
+        text, whole = name in _TEXTS, name in _COUNTS or name not in variables
         wanted = "text" if text else "whole numbers of 64 bits" if whole else "numbers"
         dtype = dataset.variables[name].dtype
         if not (dtype.kind == "U" if text else dtype == np.int64 if whole else dtype.kind == "f"):
@@ -299,33 +299,33 @@ def _record_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> Iter
             yield "is an increment since a later step" if name == "from_step" else "was evaluated at a later step"
     if "storage" in dims and not set(dataset.variables["storage"].values.tolist()) <= set(_FORMATS):
         yield f"is stored in a format that is none of {', '.join(_FORMATS)}"
-    yield from _recorded_spectrum_problems(dataset, known) if "singular_value" in known else ()
-    for name in (name for name in known if name not in _COUNTS):
+    yield from _recorded_spectrum_problems(dataset, variables) if "singular_value" in variables else ()
+    for name in (name for name in variables if name not in _COUNTS):
         numbers = dataset.variables[name].values.astype(np.float64)
-        least = 0.0 if "singular_value" in known and name != "inner_product" else -_LARGEST_NUMBER
+        least = 0.0 if "singular_value" in variables and name != "inner_product" else -_LARGEST_NUMBER
         # A gradient that is not finite has a norm that says so.
         allowed = np.isnan(numbers) | (numbers >= least) & (numbers <= _LARGEST_NUMBER)
         if not (allowed | (np.isposinf(numbers) & name.startswith("norm"))).all():
             yield f"has a number in {name!r} that is not from {least:g} to {_LARGEST_NUMBER:g}"
-    yield from _recorded_gram_problems(dataset) if "gram" in known else ()
+    yield from _recorded_gram_problems(dataset) if "gram" in variables else ()
 
 
-def _record_dimensions(known: Mapping[str, Variable]) -> dict[str, tuple[str, ...]]:
+def _record_dimensions(variables: Mapping[str, Variable]) -> dict[str, tuple[str, ...]]:
     """Return the coordinates and variables that a group of a record has."""
     coordinates: dict[str, tuple[str, ...]] = {"step": ("step",)}
-    if "gram" in known:
+    if "gram" in variables:
         coordinates |= {"block": ("block",), "evaluated_at_step": ("step",)}
         coordinates |= dict.fromkeys(SAMPLE_LABELS, ("sample",))
-    elif "singular_value" in known:
-        per_kind = "kind" in known["count"].dims
+    elif "singular_value" in variables:
+        per_kind = "kind" in variables["count"].dims
         coordinates |= {name: (name,) for name in ("matrix", "index", *(["kind"] if per_kind else []))}
         coordinates |= {name: (dim,) for name, dim in UPDATE_COORDINATES.items() if per_kind or dim != "step"}
     else:
         coordinates["task"] = ("task",)
-    return coordinates | {name: variable.dims for name, variable in known.items()}
+    return coordinates | {name: variable.dims for name, variable in variables.items()}
 
 
-def _recorded_spectrum_problems(dataset: xr.Dataset, known: Mapping[str, Variable]) -> Iterator[str]:
+def _recorded_spectrum_problems(dataset: xr.Dataset, variables: Mapping[str, Variable]) -> Iterator[str]:
     values, count, rank = (dataset.variables[name].values for name in ("singular_value", "count", "factor_rank"))
     shortest = np.minimum(dataset.variables["out"].values, dataset.variables["in"].values)
     factored = dataset.variables["adapter_rank"].values > 0
@@ -337,7 +337,7 @@ def _recorded_spectrum_problems(dataset: xr.Dataset, known: Mapping[str, Variabl
         yield f"has factors of more than {_LARGEST_RANK} columns"
     if "from_step" in dataset.coords and dataset.variables["from_step"].values[0] < 0 and count[:, 1].any():
         yield "has an increment since nothing"
-    if "decomposition" in known and (dataset.variables["decomposition"].values >= len(DECOMPOSITIONS)).any():
+    if "decomposition" in variables and (dataset.variables["decomposition"].values >= len(DECOMPOSITIONS)).any():
         yield "has singular values that were found in an unknown way"
     inside = np.arange(values.shape[-1]) < count[..., None]
     if not np.isnan(values[~inside]).all():
@@ -345,7 +345,7 @@ def _recorded_spectrum_problems(dataset: xr.Dataset, known: Mapping[str, Variabl
     missing = np.isnan(values) & inside
     if (missing.any(-1) & (missing.sum(-1) < count)).any():
         yield "lacks some of its singular values"
-    sides = [np.isfinite(dataset.variables[name].values) for name in known if name.endswith("factor_value")]
+    sides = [np.isfinite(dataset.variables[name].values) for name in variables if name.endswith("factor_value")]
     if any((~side[..., :-1] & side[..., 1:]).any() for side in sides):
         yield "has a gap in the singular values of its factors"
     if sides and (sum(side.sum(-1) for side in sides) > np.where(factored, rank[:, 1], 0)).any():

@@ -219,7 +219,9 @@ def read_start(folder: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: If it cannot be read.
     """
-    return read_tensors(folder / RECORDS / START) or read_tensors(folder / CAPTURE / CAPTURE_START)
+    candidates = ((folder / RECORDS, START), (folder / CAPTURE, CAPTURE_START))
+    starts = (read_tensors(path / name) for path, name in candidates if not path.is_symlink())
+    return next(filter(None, starts), {})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -135,6 +135,17 @@ def test_start_round_trip(writer, folder):
     assert_holds(writer.path, 50)
 
 
+@pytest.mark.parametrize("name", ["records", "capture.zarr"])
+def test_a_start_in_a_folder_that_is_a_link_is_not_read(tmp_path, name):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for start in ("start.safetensors", ".start.safetensors"):
+        save_file({"a": torch.ones(1)}, elsewhere / start)
+    (tmp_path / "dynamics").mkdir()
+    (tmp_path / "dynamics" / name).symlink_to(elsewhere)
+    assert read_start(tmp_path / "dynamics") == {}
+
+
 def test_no_start(writer):
     assert writer.read_start() == {}
 
