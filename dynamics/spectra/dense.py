@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.sparse.linalg import eigsh
@@ -103,7 +104,8 @@ def row_products(rows: Float[Tensor, "m n"]) -> Float[Tensor, "m m"]:
         return (product + product.mT) / 2
     # NumPy hands a product with its own transpose to syrk, without the GIL; SciPy's syrk would hold it.
     array = rows.contiguous().numpy()
-    return torch.from_numpy(array @ array.T)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite stays so
+        return torch.from_numpy(array @ array.T)
 
 
 def gram_suffices(values: Float[Tensor, " n"], resolution: float = 0.0) -> bool:

@@ -86,7 +86,7 @@ def triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batc
 
 #: A triangle of a Gram is taken where the square of the smallest pivot of its scaled Cholesky factor is at least this:
 #: with it a direction is off by about ε/pivot² of itself.
-TRUSTED = 1e-5
+TRUSTED = 1e-4
 
 
 def gram_triangles(

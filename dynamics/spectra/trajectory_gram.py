@@ -221,15 +221,16 @@ def _results(
     routes = ["gram_core" if is_gram else "qr_core" for is_gram in by_gram]
     results = []
     for step, matrix in enumerate(trajectory):
-        ranks = {before.rank for before in trajectory[max(step - 2, 0) : step + 1]}
         before = trajectory[step - 1] if step else None
+        # As in ``walk``: where a rank grew at this step or changed at the one before, there is none.
+        is_linked = before is not None and step > 1 and trajectory[step - 2].rank == before.rank >= matrix.rank
         columns = 0 if before is None else matrix.rank + before.rank
         spectra = MatrixSpectra(
             totals[step, : matrix.rank],
             changes[step, :columns] if step else None,
             noise[step],
             noise[step] + noise[step - 1] if step else 0.0,
-            inner[step - 2] if step > 1 and len(ranks) == 1 else float("nan"),
+            inner[step - 2] if is_linked else float("nan"),
             (matrix.rank, columns),
             found_by=(routes[step], routes[step]),
             factors=factors[step] if before is not None and before.rank == matrix.rank else None,
