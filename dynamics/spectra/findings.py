@@ -10,7 +10,7 @@ import xarray as xr
 from dynamics.findings import Finding
 from dynamics.spectra.measures import ENERGY
 from dynamics.spectra.rounding import NOISE_LIMIT
-from dynamics.text import some
+from dynamics.text import listed, some
 
 #: At most so many matrices are named in one finding's evidence.
 NAMED = 8
@@ -97,10 +97,10 @@ def _quantisation(update: xr.Dataset) -> Iterator[Finding]:
 def _missing_increments(update: xr.Dataset) -> Iterator[Finding]:
     first = update["step"].values[update["from_step"].values < 0].tolist()
     if first:
-        steps = ", ".join(str(step) for step in first)
+        steps = f"step{'s' * (len(first) > 1)} {listed(map(str, first))}"
         yield Finding(
             "OD204",
-            f"Step {steps} is the first checkpoint of its training, so it has no increment.",
+            f"The first checkpoint of a training has no increment: {steps}.",
             evidence={"steps": first},
         )
     count = update["count"]
@@ -110,9 +110,9 @@ def _missing_increments(update: xr.Dataset) -> Iterator[Finding]:
         if origin >= 0 and names:
             yield Finding(
                 "OD204",
-                f"At step {step} {_count(names, len(total))} has a total but no increment, since the previous "
-                f"checkpoint, step {origin}, does not hold it; the increment of all matrices together is "
-                "unknown there.",
+                f"At step {step} the increment of {_count(names, len(total))} is unknown, and so is that of all "
+                f"matrices together: the weights before it, of step {origin}, do not include "
+                f"{'it' if len(names) == 1 else 'them'}.",
                 matrix=names[0] if len(names) == 1 else "",
                 step=step,
                 evidence=_named(names),
