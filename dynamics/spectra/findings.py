@@ -10,7 +10,7 @@ import xarray as xr
 from dynamics.findings import Finding
 from dynamics.spectra.measures import ENERGY
 from dynamics.spectra.rounding import NOISE_LIMIT
-from dynamics.text import listed, some
+from dynamics.text import listed, percent, some
 
 #: At most so many matrices are named in one finding's evidence.
 NAMED = 8
@@ -87,8 +87,8 @@ def _quantisation(update: xr.Dataset) -> Iterator[Finding]:
         yield Finding(
             "OD203",
             f"In {cells} of {limited.size} {kind}s (step × matrix) rounding of the storage format ({formats}) is "
-            f"predicted to make up more than {NOISE_LIMIT:.0%} of the energy, at worst {worst:.0%}: their rank is "
-            "partly noise.",
+            f"predicted to make up more than {percent(NOISE_LIMIT, 0)} of the energy, at worst {percent(worst, 0)}: "
+            "their rank is partly noise.",
             remedy="Save checkpoints in float32, or further apart.",
             evidence={"kind": kind, "cells": cells, "threshold": NOISE_LIMIT, "largest_share": worst},
         )
@@ -160,7 +160,7 @@ def _unused_rank(update: xr.Dataset) -> Iterator[Finding]:
     if names:
         yield Finding(
             "OD206",
-            f"Half of the adapter's rank or less holds {ENERGY:.0%} of the update's energy in "
+            f"Half of the adapter's rank or less holds {percent(ENERGY, 0)} of the update's energy in "
             f"{_count(names, update.sizes['matrix'])}.",
             remedy="rank_pattern.json has a rank for each matrix; keep α/r by an alpha_pattern.",
             evidence={"energy": ENERGY, "threshold_share_of_rank": UNUSED, **_named(names)},
