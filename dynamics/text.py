@@ -107,13 +107,13 @@ def number(value: float | int | None, digits: int = 3) -> str:
     return f"{value:#.{digits}g}".rstrip(".")
 
 
-def percent(share: float | None) -> str:
-    """Return a share as percent.
+def percent(share: float | None, digits: int = 1) -> str:
+    """Return a share as percent, with so many digits after the point.
 
-    >>> percent(0.1234), percent(None)
-    ('12.3 %', '–')
+    >>> percent(0.1234), percent(0.99, 0), percent(None)
+    ('12.3 %', '99 %', '–')
     """
-    return UNKNOWN if share is None else f"{100 * share:.1f} %"
+    return UNKNOWN if share is None else f"{100 * share:.{digits}f} %"
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:

@@ -150,8 +150,8 @@ def _block(watched: Watched, space: str, adapted: Mapping[int, nn.Module]) -> Bl
     layer = None if "[" in watched.name else adapted.get(id(products[0].left))
     if layer is None:
         raise ValueError(
-            f"Expected matrices of layers in weight space, got {watched.name!r}, whose gradient no layer's inputs "
-            "and outputs say. Choose space='tangent', or other blocks."
+            f"Expected matrices of layers in weight space, got {watched.name!r}: its gradient does not follow from "
+            "the inputs and outputs of a layer. Choose space='tangent', or other blocks."
         )
     out, in_ = products[0].matrix(lambda p: p.detach()).shape
     return Block(watched.name, products, parameters, out * in_, layer=layer)

@@ -9,7 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from dynamics.checkpoints.formats.transformers import (
     ties_embeddings,
     whole_model,
 )
-from dynamics.checkpoints.matrices import FileContent, StoredMatrix, open_matrices, oriented
+from dynamics.checkpoints.matrices import FileContent, Refusal, StoredMatrix, open_matrices, oriented
 from dynamics.checkpoints.names import shown_path
 from dynamics.checkpoints.ties import embedding_of
 from dynamics.checkpoints.trajectory import Checkpoint, MatrixShape, OpenCheckpoint, by_training
@@ -69,15 +69,21 @@ class Base:
                     pairs[name] = embedding
         return {name: (pairs[name], matrices[pairs[name]]) for name in wanted if name in pairs}
 
-    def refused(self, names: Iterable[str]) -> dict[str, str]:
-        """Return name → why the base's matrix cannot be used, for each of these names that the base refuses.
+    def refused(self, names: Iterable[str]) -> dict[str, Refusal]:
+        """Return name → why the base's matrix cannot be used and what to do, for each of these that the base refuses.
 
         Args:
             names: Names in the run.
         """
         stems = {name: name.partition("@")[0].partition("[")[0] for name in names}
         pairs = aligned(dict.fromkeys(stems.values()), dict.fromkeys(self.content.refused, (0, 0)))
-        return {name: self.content.refused[pairs[stem]].reason for name, stem in stems.items() if stem in pairs}
+        refused = self.content.refused
+        return {name: _of_a_base(refused[pairs[stem]]) for name, stem in stems.items() if stem in pairs}
+
+
+def _of_a_base(refusal: Refusal) -> Refusal:
+    """Quantised weights of a base have an original: return the refusal with that as its remedy."""
+    return replace(refusal, remedy=UNPACKED) if refusal.code == "OD103" else refusal
 
 
 def open_base(folder: str | os.PathLike[str]) -> Base:
@@ -108,7 +114,7 @@ def open_base(folder: str | os.PathLike[str]) -> Base:
         reason, remedy = "", _REMEDY
         if content.refused:
             name, refusal = next(iter(content.refused.items()))
-            reason, remedy = f" {name}: {refusal.reason}", UNPACKED
+            reason, remedy = f" {name}: {refusal.reason}", _of_a_base(refusal).remedy
         raise NotARun(f"The base {str(folder)!r} holds no weight matrix that can be read.{reason} {remedy}")
     configured = [ties_embeddings(parent) for parent in dict.fromkeys((folder, (folder / name).parent))]
     return Base(folder, weights, content, next((ties for ties in configured if ties is not None), None))
@@ -176,7 +182,8 @@ def _lacking(
     for name in missing:
         is_weight = shapes[name].holds == "weight"
         if name in refused:
-            groups[f"The base's {{}} cannot be used. {refused[name]}", UNPACKED, is_weight].append(name)
+            refusal = refused[name]
+            groups[f"The base's {{}} cannot be used. {refusal.reason}", refusal.remedy, is_weight].append(name)
         else:
             remedy = "Pass the base that training started from; new layers are in no base."
             groups["The base has no {}.", remedy, is_weight].append(name)

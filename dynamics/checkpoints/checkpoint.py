@@ -26,7 +26,7 @@ from dynamics.checkpoints.names import natural_order, parse_key, shown, shown_pa
 from dynamics.checkpoints.ties import Tied, tied_matrices
 from dynamics.checkpoints.trajectory import OpenCheckpoint
 from dynamics.findings import Finding
-from dynamics.text import some
+from dynamics.text import counted, some
 
 _GIVE_BASE = "Give the base (--base) to analyse those of them that are weight matrices."
 _PUT_ELSEWHERE = "To analyse {}, put it into OTHER/checkpoint-{}, for each step; pass OTHER."
@@ -427,8 +427,9 @@ def _refused(refusal: Refusal, names: Sequence[str], file: str, step: int) -> Fi
 
 def _trained(tensors: int, matrices: Sequence[str], file: str, step: int) -> Finding:
     """Return a warning about weights outside the adapter."""
-    listing = f" ({len(matrices)} weight matrices: {some(list(map(shown, matrices)))})" if matrices else ""
-    message = f"Weights beside the adapter are not analysed: {tensors} tensors{listing}."
+    number = counted(len(matrices), "weight matrix", "weight matrices")
+    listing = f" ({number}: {some(map(shown, matrices))})" if matrices else ""
+    message = f"Weights beside the adapter are not analysed: {counted(tensors, 'tensor')}{listing}."
     remedy = "Give the base (--base) to analyse the matrices of this file with its checkpoint."
     evidence = {"matrices": list(matrices), "tensors": tensors}
     return Finding("OD128", message, remedy, file=file, step=step, evidence=evidence)
@@ -436,8 +437,8 @@ def _trained(tensors: int, matrices: Sequence[str], file: str, step: int) -> Fin
 
 def _beside(beside: Mapping[str, Sequence[str]], file: str, step: int, remedy: str = "") -> Finding:
     counts = {kind: len(keys) for kind, keys in sorted(beside.items())}
-    listing = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     keys = [shown(key) for keys in beside.values() for key in keys]
-    message = f"{sum(counts.values())} stored tensors are not low-rank updates and are not analysed: {listing}."
+    listing = ", ".join(f"{kind}: {count:,}" for kind, count in counts.items())
+    message = f"Not analysed: {counted(len(keys), 'stored tensor')}, {some(keys)} ({listing})."
     evidence = {"counts": counts, "examples": keys[:6]}
-    return Finding("OD109", f"{message} E.g. {some(keys)}.", remedy, file=file, step=step, evidence=evidence)
+    return Finding("OD109", message, remedy, file=file, step=step, evidence=evidence)

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from dynamics.findings import Finding
+from dynamics.text import counted, some
 from probes.low_rank import LowRankMatrix
 from probes.watched import Watched, WatchedModel, class_names, is_sharded
 
-#: Names listed in a message.
-_NAMED = 3
 #: Entries of each base weight that are compared.
 _SAMPLES = 128
 #: A base weight that differs by more than this many times its rounding has been rewritten: merging an adapter and
@@ -160,15 +159,16 @@ class Change:
             step: The last step done when the change was noticed.
             recorded: The captured step before it, −1 if there is none.
         """
-        since = f"counts from step {step}, or from when it was first trained"
+        since = f"totals count from step {step}, or from the first step that trained them"
+        matrices, parameters = ("matrix", "matrices"), ("parameter", "parameters")
         parts = [
-            (self.began, f"{{}} began to be trained; its total {since}"),
-            (self.switched, f"other adapters are active on {{}}; the total of each adapter {since}"),
-            (self.partly, "other factors of {} are trained"),
-            (self.ended, "{} ended and is not in later records"),
-            (self.others, "parameters outside the watched matrices began or ended: {}"),
+            (self.began, matrices, f"training began for {{}}, whose {since}"),
+            (self.switched, matrices, f"other adapters are active on {{}}, whose {since}"),
+            (self.partly, matrices, "other factors of {} are trained"),
+            (self.ended, matrices, "training ended for {}, which later records leave out"),
+            (self.others, parameters, "training began or ended for {} outside the watched matrices"),
         ]
-        changes = [text.format(_counted(names)) for names, text in parts if names]
+        changes = [text.format(_counted(names, *noun)) for names, noun, text in parts if names]
         if changes:
             yield Finding(
                 "OD313",
@@ -252,10 +252,9 @@ def _identities(parameters: Iterable[nn.Parameter]) -> list[int]:
     return [id(parameter) for parameter in parameters]
 
 
-def _counted(names: Sequence[str]) -> str:
+def _counted(names: Sequence[str], noun: str = "matrix", plural: str = "matrices") -> str:
     """Return how many, and the first of them."""
-    listed = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
-    return f"{len(names)} ({listed})"
+    return f"{counted(len(names), noun, plural)} ({some(names)})"
 
 
 class BaseWeights:

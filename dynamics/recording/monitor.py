@@ -18,7 +18,7 @@ from dynamics.schema import GLOBAL
 from dynamics.spectra.dataset import parts_of_sums
 from dynamics.spectra.findings import NAMED
 from dynamics.spectra.measures import dominant_ratio, effective_rank
-from dynamics.text import counted, some
+from dynamics.text import counted, percent, some
 from probes.watched import WatchedModel, find
 
 #: A total counts as collapsed if one direction holds this share of its energy at two captured steps in a row.
@@ -138,8 +138,9 @@ class TrainingMonitor:
         if names:
             yield Finding(
                 "OD303",
-                f"One direction holds more than {COLLAPSED:.0%} of the update's energy in {_words(names, start=False)} "
-                f"at step {step} and at the captured step before. The adapter has room for more.",
+                f"One direction holds more than {percent(COLLAPSED, 0)} of the update's energy in "
+                f"{_words(names, start=False)} at step {step} and at the captured step before. The adapter has room "
+                "for more.",
                 remedy="The learning rate may be too high. A smaller rank would hold the same update.",
                 matrix=_single(names),
                 step=step,
@@ -214,7 +215,7 @@ def findings_on_model(watched: WatchedModel, *, gradients: bool) -> list[Finding
             Finding(
                 "OD306",
                 f"{counted(len(names), 'trainable parameter')} outside the watched matrices: {some(names, _NAMED)}. "
-                f"The watched matrices hold {watched.covered_share:.1%} of what is trained.",
+                f"The watched matrices hold {percent(watched.covered_share)} of what is trained.",
                 evidence={"names": names[:_NAMED], "parameters": len(names), "covered_share": watched.covered_share},
             )
         )

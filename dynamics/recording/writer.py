@@ -20,7 +20,7 @@ from dynamics.store.capture import CAPTURE, is_capture
 from dynamics.store.record_folders import RECORDS, RecordFolders, StoredRecords, is_records, stored_records
 from dynamics.store.record_writer import RecordsExist, RecordWriter
 from dynamics.store.results import FOLDER, provenance
-from dynamics.text import counted, encodable
+from dynamics.text import counted, encodable, percent
 
 #: Findings about a change in the middle of a training: they stay true of it.
 CHANGES = ("OD313", "OD314", "OD315", "OD316")
@@ -231,7 +231,7 @@ def refuse_other_weights(earlier: StoredRecords, step: int, now: xr.Dataset) -> 
     if agreement.is_other:
         raise RecordsExist(
             f"'{earlier.folders.path}' has a record of step {step} whose spectra differ from the model's by "
-            f"{agreement.difference:.0%} ({agreement.matrix}): "
+            f"{percent(agreement.difference, 0)} ({agreement.matrix}): "
             "it belongs to another training, or the weights come from another checkpoint. "
             "Choose another folder, or move the records away."
         )

@@ -204,10 +204,13 @@ def _spectrum(fisher: Mapping[str, Any]) -> str:
 
 
 def _entropy(entropy: Mapping[str, float | None], samples: int) -> str:
-    """Return the plug-in value at this N, which is too small in expectation, and the lower bound of the Fisher's SE."""
+    """Return the plug-in value at this N, which is too small in expectation, and a lower bound of the Fisher's SE.
+
+    An entropy is never negative: a bound of 0 or less says nothing.
+    """
     error = "" if entropy["low"] is None else f", sampling error {_ends(entropy)}"
     bound = entropy["lower_bound"]
-    at_least = "" if bound is None else f" It is at least {number(bound)} nat, the low end of ln PR."
+    at_least = "" if bound is None or bound <= 0 else f" It is at least {number(bound)} nat, the low end of ln PR."
     return (
         f"The spectral entropy SE is {number(entropy['value'])} nat at N = {samples:,} (plug-in{error}); the Fisher's "
         f"own SE is larger by an unknown amount.{at_least}"

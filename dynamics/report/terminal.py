@@ -13,7 +13,7 @@ from rich.text import Text
 
 from dynamics.findings import FindingGroup, grouped, location
 from dynamics.report.sentences import answers, informative_directions, what_was_analysed
-from dynamics.text import counted, number, one_line
+from dynamics.text import counted, number, one_line, percent
 
 #: Rows of the table: what fits a screen together with the findings.
 ROWS = 12
@@ -74,7 +74,7 @@ def _table(summary: Mapping[str, Any]) -> Table:
         title_style="italic",
     )
     table.add_column("matrix", no_wrap=True, max_width=_NAME_WIDTH)
-    rank = f"rank for\n{100 * summary['suggested_rank_energy']:.0f} %"
+    rank = f"rank for\n{percent(summary['suggested_rank_energy'], 0)}"
     for heading in ("Frobenius\nnorm", "eff. rank\n(energy)", "adapter\nrank", "deficit\n(nat)", rank):
         table.add_column(heading, justify="right", no_wrap=True, min_width=max(map(len, heading.split("\n"))))
     for row in rows[:ROWS]:

@@ -49,7 +49,7 @@ MEASURES: Mapping[str, Variable] = {
             "rank_at_energy",
             "1",
             "rank at a share of energy",
-            "fewest directions holding 90% of Σσ²",
+            "fewest directions holding 90 % of Σσ²",
             "explained variance",
         ),
         (
@@ -161,7 +161,7 @@ UPDATE: Mapping[str, Variable] = {
         ("matrix",),
         "1",
         "rank that holds the stated share of energy of the newest total",
-        "fewest directions that hold 99% of Σσ² of the newest total",
+        "fewest directions that hold 99 % of Σσ² of the newest total",
     ),
     "frobenius_norm_all": Variable(("step", "kind"), "weight", "Frobenius norm over all matrices"),
     "entropy_energy_block_diagonal": Variable(("step", "kind"), "nat", "spectral entropy of the direct sum", _CHAIN),

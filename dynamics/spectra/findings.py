@@ -10,7 +10,7 @@ import xarray as xr
 from dynamics.findings import Finding
 from dynamics.spectra.measures import ENERGY
 from dynamics.spectra.rounding import NOISE_LIMIT
-from dynamics.text import some
+from dynamics.text import listed, percent, some
 
 #: At most so many matrices are named in one finding's evidence.
 NAMED = 8
@@ -87,8 +87,8 @@ def _quantisation(update: xr.Dataset) -> Iterator[Finding]:
         yield Finding(
             "OD203",
             f"In {cells} of {limited.size} {kind}s (step × matrix) rounding of the storage format ({formats}) is "
-            f"predicted to make up more than {NOISE_LIMIT:.0%} of the energy, at worst {worst:.0%}: their rank is "
-            "partly noise.",
+            f"predicted to make up more than {percent(NOISE_LIMIT, 0)} of the energy, at worst {percent(worst, 0)}: "
+            "their rank is partly noise.",
             remedy="Save checkpoints in float32, or further apart.",
             evidence={"kind": kind, "cells": cells, "threshold": NOISE_LIMIT, "largest_share": worst},
         )
@@ -97,10 +97,10 @@ def _quantisation(update: xr.Dataset) -> Iterator[Finding]:
 def _missing_increments(update: xr.Dataset) -> Iterator[Finding]:
     first = update["step"].values[update["from_step"].values < 0].tolist()
     if first:
-        steps = ", ".join(str(step) for step in first)
+        steps = f"step{'s' * (len(first) > 1)} {listed(map(str, first))}"
         yield Finding(
             "OD204",
-            f"Step {steps} is the first checkpoint of its training, so it has no increment.",
+            f"The first checkpoint of a training has no increment: {steps}.",
             evidence={"steps": first},
         )
     count = update["count"]
@@ -110,9 +110,9 @@ def _missing_increments(update: xr.Dataset) -> Iterator[Finding]:
         if origin >= 0 and names:
             yield Finding(
                 "OD204",
-                f"At step {step} {_count(names, len(total))} has a total but no increment, since the previous "
-                f"checkpoint, step {origin}, does not hold it; the increment of all matrices together is "
-                "unknown there.",
+                f"At step {step} the increment of {_count(names, len(total))} is unknown, and so is that of all "
+                f"matrices together: the weights before it, of step {origin}, do not include "
+                f"{'it' if len(names) == 1 else 'them'}.",
                 matrix=names[0] if len(names) == 1 else "",
                 step=step,
                 evidence=_named(names),
@@ -160,7 +160,7 @@ def _unused_rank(update: xr.Dataset) -> Iterator[Finding]:
     if names:
         yield Finding(
             "OD206",
-            f"Half of the adapter's rank or less holds {ENERGY:.0%} of the update's energy in "
+            f"Half of the adapter's rank or less holds {percent(ENERGY, 0)} of the update's energy in "
             f"{_count(names, update.sizes['matrix'])}.",
             remedy="rank_pattern.json has a rank for each matrix; keep α/r by an alpha_pattern.",
             evidence={"energy": ENERGY, "threshold_share_of_rank": UNUSED, **_named(names)},

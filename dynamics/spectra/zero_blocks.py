@@ -17,6 +17,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from dynamics.findings import Finding
+from dynamics.text import percent
 from probes.low_rank import LowRankMatrix
 
 #: A run of zero rows counts from this share of the rows on; of a side of a vocabulary's length, from the second.
@@ -159,7 +160,7 @@ def zero_block_findings(blocks: Sequence[tuple[int, str, ZeroBlock]], matrices: 
         evidence = {"matrices": len(names), "names": list(names)[:_MOST_NAMED], "share": 1 - share, "steps": steps}
         yield Finding(
             "OD139",
-            f"Only {first.size - first.zero} of {first.size} {axis} of {tensor} are not zero ({1 - share:.1%}) in "
+            f"Only {first.size - first.zero} of {first.size} {axis} of {tensor} are not zero ({percent(1 - share)}) in "
             f"{len(names)} of {matrices} matrices, e.g. {next(iter(names))}; the others are exactly zero. "
             "That is what one process holds of a sharded model: norms and ranks are those of the part.",
             remedy,

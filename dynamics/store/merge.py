@@ -25,7 +25,7 @@ from dynamics import schema
 from dynamics.findings import Finding
 from dynamics.spectra import raw
 from dynamics.spectra.dataset import SAME_SPECTRA, Agreement, same_spectra
-from dynamics.text import some
+from dynamics.text import percent, some
 
 _TOTAL, _INCREMENT = range(len(schema.KINDS))
 _PER_KIND = ("singular_value", "count", "factor_rank", "decomposition", "noise_energy", "rounding_edge")
@@ -197,8 +197,8 @@ def _finding(disagreeing: Mapping[int, Agreement], has_agreeing: bool) -> Findin
     return Finding(
         "OD308",
         f"At {where} the update captured during training is not the one in the checkpoint: spectra differ by up to "
-        f"{size:.1%} of the update's norm ({matrix}, step {worst}). The captured numbers stand there in place of the "
-        f"checkpoint's.{kept}",
+        f"{percent(size)} of the update's norm ({matrix}, step {worst}). The captured numbers stand there in place of "
+        f"the checkpoint's.{kept}",
         "Keep each training in a folder of its own, with its checkpoints and its capture.",
         matrix=matrix if len(steps) == 1 else "",
         step=steps[0] if len(steps) == 1 else None,

@@ -10,7 +10,7 @@ import xarray as xr
 
 from dynamics.findings import Finding, from_json, to_json
 from dynamics.store.capture import CAPTURE
-from dynamics.store.record_folders import RECORDS, record_folders
+from dynamics.store.record_folders import RECORDS, record_folders, records_below
 from dynamics.store.replace import ANALYSIS, PREVIOUS, RESULT
 from dynamics.store.results import FOLDER, read_tree, result_path
 
@@ -46,7 +46,7 @@ def open_run(run: str | PathLike[str]) -> xr.DataTree:
             raise FileNotFoundError(f"'{linked[0]}' is a link, which is not followed. Open what it points to instead.")
         raise FileNotFoundError(
             f"No stored result for '{folder}' (looked for {ANALYSIS}/, {RECORDS}/, {RESULT} and {CAPTURE}, there and "
-            f"in {FOLDER}/). Make one with: python -m dynamics.analyze {folder}"
+            f"in {FOLDER}/).{records_below(folder) or f' Make one with: python -m dynamics.analyze {folder}'}"
         )
     if result is None or (folders is not None and folder != result):
         # Here, not above: reading a result must not wait for torch.

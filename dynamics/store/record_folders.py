@@ -27,6 +27,7 @@ from dynamics.store.capture import (
 from dynamics.store.disk import read_json_file
 from dynamics.store.record_file import read_record, record_name, record_step
 from dynamics.store.results import FOLDER
+from dynamics.text import one_line, some
 
 RECORDS = "records"
 RECORDS_KIND = "optimization-dynamics records"
@@ -120,6 +121,17 @@ def record_folders(run: Path) -> RecordFolders | None:
     if is_records(run):
         return RecordFolders(run)
     return RecordFolders(None, run) if is_capture(run) else None
+
+
+def records_below(folder: Path) -> str:
+    """Return a sentence about subfolders that hold records, such as the trials of a search; ``""`` without any."""
+    try:
+        inside = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    except OSError:
+        return ""
+    names = [one_line(path.name) for path in inside if record_folders(path) is not None]
+    subfolders = some(sorted(names, key=lambda name: (len(name), name)))
+    return f" Records are in its subfolders: {subfolders}. Pass one of them." if names else ""
 
 
 def stored_records(folders: RecordFolders) -> StoredRecords:

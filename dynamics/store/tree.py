@@ -29,7 +29,7 @@ from dynamics.spectra.null_models import SEED
 from dynamics.spectra.path import renamed_path
 from dynamics.store.capture import CAPTURE
 from dynamics.store.merge import merge, unmeasured, with_live_names
-from dynamics.store.record_folders import RECORDS, RecordFolders, record_folders
+from dynamics.store.record_folders import RECORDS, RecordFolders, record_folders, records_below
 from dynamics.store.records import (
     TrainingRecords,
     find_records,
@@ -255,7 +255,7 @@ def open_source(run: Path, matrices: str | None = None, base: str | None = None)
         trajectory = open_trajectory(run, matrices, base)
     except NotARun as error:
         if not usable:
-            beside = "" if records is None else f" {_nothing_recorded(records, matrices)}"
+            beside = records_below(run) if records is None else f" {_nothing_recorded(records, matrices)}"
             findings = () if records is None else records.findings
             raise NotARun(f"{error}{beside}", [*error.findings, *problems, *findings]) from error
         trajectory = without_checkpoints(run, error.findings)

@@ -29,7 +29,7 @@ from dynamics.checkpoints.formats.peft_config import (
     AdapterFile,
     parse_adapter_config,
 )
-from dynamics.checkpoints.formats.transformers import UNPACKED, ShardedWeights, sort_tensors
+from dynamics.checkpoints.formats.transformers import ShardedWeights, sort_tensors
 from dynamics.checkpoints.matrices import (
     FLOATS,
     FileContent,
@@ -245,8 +245,8 @@ def _matrices(
                 _, weight = in_base.get(source, ("", None))
                 matrix = _dora(matrix, keys["magnitude_vector"], weight, config, file.weights)
                 if weight is None and (why := file.base.refused([source]).get(source)):
-                    reason = f"It has a DoRA magnitude, and the base does not give its weight. {why}"
-                    matrix = Refusal("OD105", reason, UNPACKED)
+                    reason = f"It has a DoRA magnitude, and the base does not give its weight. {why.reason}"
+                    matrix = Refusal("OD105", reason, why.remedy)
             matrices[live_name] = matrix
     for owner, levels in wrapped.items():
         name = matrix_names([owner])[owner]

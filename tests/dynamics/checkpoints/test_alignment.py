@@ -163,6 +163,23 @@ def test_what_is_not_compared_is_counted(kind: str, tmp_path: Path) -> None:
     assert lacking[names[2]].evidence == {"matrices": [names[2]], "compared": 1, "of": 3}
 
 
+def test_weights_that_were_not_gathered_are_not_called_quantised(tmp_path: Path) -> None:
+    """The remedy is that of the fault: of a shard's empty tensors no 16-bit original is asked for."""
+    run = write_adapter(tmp_path / "run", random_factors(("a.q", "a.v")), adapter_config())
+    empty = {"a.q.weight": torch.zeros(12, 0)}
+    some = write_model(tmp_path / "some", {**empty, "a.v.weight": torch.randn(12, 10)})
+    (lacking,) = codes(open_trajectory(run, base=some), "OD124")
+    assert "not gathered before saving" in lacking.message
+    assert lacking.remedy == "Gather sharded parameters (ZeRO-3, FSDP) before saving."
+    with pytest.raises(ValueError, match=r"not gathered before saving.*Gather sharded parameters"):
+        open_trajectory(run, base=write_model(tmp_path / "none", empty))
+    magnitude = {"base_model.model.a.q.lora_magnitude_vector": torch.ones(12)}
+    config = adapter_config(use_dora=True)
+    dora = write_adapter(tmp_path / "dora", random_factors(("a.q",)), config, extra=magnitude)
+    with pytest.raises(ValueError, match=r"DoRA magnitude.*not gathered before saving.*Gather sharded parameters"):
+        open_trajectory(dora, base=some)
+
+
 def test_a_base_that_is_quantised_throughout_says_so(tmp_path: Path) -> None:
     run = write_adapter(tmp_path / "run", random_factors(("a.q",)), adapter_config())
     base = write_model(tmp_path / "base", {"a.q.weight": torch.ones(60, 1, dtype=torch.uint8)})

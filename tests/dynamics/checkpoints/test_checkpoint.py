@@ -84,6 +84,7 @@ def test_trained_weights_beside_an_adapter_are_named(name: str, tmp_path: Path) 
     (warning,) = with_code(trajectory.findings, "OD128")
     assert (warning.file, warning.severity) == (f"checkpoint-10/{name}", "warning")
     assert warning.evidence == {"matrices": ["model.mm_projector.0"], "tensors": 2, "steps": [10, 20]}
+    assert warning.message.endswith(": 2 tensors (1 weight matrix: model.mm_projector.0).")
     assert "(--base)" in warning.remedy
 
 

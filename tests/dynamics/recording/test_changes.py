@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dynamics
 from dynamics import Recorder
-from dynamics.recording.changes import ModelState
+from dynamics.recording.changes import Change, ModelState
 from probes import Task
 from probes.watched import find
 from tests.records import records_of
@@ -93,6 +93,16 @@ def distance(one: Tensor, other: Tensor) -> object:
 
 def unfreeze(model: nn.Module) -> None:
     model.get_input_embeddings().weight.requires_grad_(True)
+
+
+def test_a_change_is_told_with_what_changed():
+    change = Change(began=("e",), partly=("a", "b", "c", "d"), others=("norm.weight",))
+    (finding,) = change.findings(step=3, recorded=3)
+    assert finding.message == (
+        "The set of trained parameters changed after step 3: training began for 1 matrix (e), whose totals count from "
+        "step 3, or from the first step that trained them; other factors of 4 matrices (a, b, c and 1 more) are "
+        "trained; training began or ended for 1 parameter (norm.weight) outside the watched matrices."
+    )
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -50,6 +50,13 @@ def test_the_spectrum_has_its_intervals_and_says_when_it_was_taken(fisher):
     )
 
 
+@pytest.mark.parametrize(("bound", "is_told"), [(0.01, True), (0.0, False), (-4.9, False), (None, False)])
+def test_a_bound_that_holds_of_every_entropy_is_not_told(fisher, bound, is_told):
+    fisher = copy.deepcopy(fisher)
+    fisher["spectral_entropy"]["lower_bound"] = bound
+    assert ("It is at least" in informative_directions({"fisher": fisher})[0]) == is_told
+
+
 def test_the_update_stands_beside_both_nulls(fisher):
     row = fisher["concentration"]["at_k"]
     _, beside_random, beside_gradient, _ = informative_directions({"fisher": fisher})

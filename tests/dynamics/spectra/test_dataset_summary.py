@@ -7,6 +7,7 @@ from dynamics import schema
 from dynamics.spectra import measures, null_models, rounding
 from dynamics.spectra.dataset import measure_update
 from dynamics.spectra.raw import concatenate
+from dynamics.text import percent
 from tests.runs import drifting, records
 
 
@@ -50,6 +51,6 @@ def test_definitions_state_the_numbers_that_measures_use():
     assert f"{null_models.DRAWS} products" in schema.NULL["gini"].definition
     assert f"({null_models.DRAWS};" in schema.MEASURES["null_percentile"].definition
     assert f"the {measures.TOP_K} largest" in schema.MEASURES["energy_top_k"].definition
-    assert f"{measures.ENERGY_SHARE:.0%}" in schema.MEASURES["rank_at_energy"].definition
-    assert f"{measures.ENERGY:.0%}" in schema.UPDATE["suggested_rank"].definition
+    assert percent(measures.ENERGY_SHARE, 0) in schema.MEASURES["rank_at_energy"].definition
+    assert percent(measures.ENERGY, 0) in schema.UPDATE["suggested_rank"].definition
     assert schema.UPDATE["quantisation_limited"].definition == f"quantisation_noise_share > {rounding.NOISE_LIMIT}"

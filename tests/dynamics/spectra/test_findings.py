@@ -34,6 +34,25 @@ def test_one_zero_update_is_named(update):
     assert "1 of 4 matrices" in finding.message
 
 
+@pytest.mark.parametrize(("first", "steps"), [([100], "step 100"), ([100, 300], "steps 100 and 300")])
+def test_first_checkpoints_are_listed(update, first, steps):
+    update["from_step"].values[:] = [-1 if step in first else step - 100 for step in (100, 200, 300)]
+    assert only(update, "OD204").message == f"The first checkpoint of a training has no increment: {steps}."
+
+
+def test_weights_before_the_first_checkpoint_are_not_called_one(update):
+    """From a base at step 0, matrices that it does not have get no increment."""
+    update["from_step"].values[:] = [0, 100, 200]
+    update["count"].loc[{"kind": "increment"}] = 8
+    update["count"].loc[{"step": 100, "kind": "increment", "matrix": update["matrix"].values[:2]}] = 0
+    finding = only(update, "OD204")
+    assert finding.evidence["matrices"] == 2
+    assert finding.message == (
+        "At step 100 the increment of 2 of 4 matrices is unknown, and so is that of all matrices together: the weights "
+        "before it, of step 0, do not include them."
+    )
+
+
 @pytest.mark.parametrize(("factor", "count"), [(0.99, 0), (1.01, 1)])
 def test_an_absurd_size_is_one_beyond_the_threshold(update, factor, count):
     norm = factor * findings.ABSURD * np.sqrt(256 * 128)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from dynamics import open_run, schema
+from dynamics import NotARun, open_run, schema
 from dynamics.pipeline import measure
 from dynamics.store import write_tree
 from dynamics.store.tree import open_source
@@ -52,6 +52,18 @@ def test_nothing_is_stored(tmp_path):
     )
     with pytest.raises(FileNotFoundError, match=re.escape(message)):
         open_run(tmp_path)
+
+
+def test_the_records_of_several_trainings_are_not_those_of_their_folder(tmp_path):
+    """As a search for hyperparameters leaves them: a folder for each trial."""
+    for trial in (0, 2, 10):
+        write_records(tmp_path / f"run-{trial}")
+    (tmp_path / "run-3").symlink_to(tmp_path / "run-0", target_is_directory=True)
+    message = "Records are in its subfolders: run-0, run-2, run-10. Pass one of them."
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
+        open_run(tmp_path)
+    with pytest.raises(NotARun, match=r"No checkpoints in .*" + re.escape(message)):
+        open_source(tmp_path)
 
 
 def test_a_store_that_does_not_open(tmp_path):

@@ -162,6 +162,10 @@ def test_what_is_no_matrix_is_listed(tmp_path: Path) -> None:
     trajectory = only_checkpoint(tmp_path, {"q.weight": torch.randn(4, 4), **others})
     (note,) = [finding for finding in trajectory.findings if finding.code == "OD109"]
     assert note.evidence["counts"] == {"bias": 1, "buffer": 2, "vector or scalar": 1}
+    assert note.message == (
+        "Not analysed: 4 stored tensors, h.0.attn.bias, position_ids, norm.weight and 1 more "
+        "(bias: 1, buffer: 2, vector or scalar: 1)."
+    )
     assert trajectory.matrices == ("q",)
 
 
