@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -149,12 +149,15 @@ def path_shape(gram: Float[np.ndarray, "step step"]) -> PathShape:
     return PathShape(distance, length, straightness, share, ratio)
 
 
-def training_path(trajectory: Trajectory, progress: Callable[[int], None] = lambda done: None) -> xr.Dataset | None:
+def training_path(
+    trajectory: Trajectory, grams: Mapping[tuple[int, str], Float[np.ndarray, "step step"]] | None = None
+) -> xr.Dataset | None:
     """Return the path of each training (segment) that has at least two checkpoints; ``None`` if none has.
 
     Args:
         trajectory: The run.
-        progress: Called with the number of matrices just finished.
+        grams: Inner products of a matrix's updates at all steps, by segment and name, where they are known already
+            (``trajectory_spectra`` gives them).
 
     Returns:
         The group ``/path``, see ``schema.PATH``; ``step_segment(step)`` is the segment of each step.
@@ -166,8 +169,12 @@ def training_path(trajectory: Trajectory, progress: Callable[[int], None] = lamb
     if not segments:
         return None
     blocks = [
-        _segment_gram(checkpoints, [trajectory.start_of(checkpoint) for checkpoint in checkpoints], progress)
-        for checkpoints in segments.values()
+        _segment_gram(
+            checkpoints,
+            [trajectory.start_of(checkpoint) for checkpoint in checkpoints],
+            {name: gram for (number, name), gram in (grams or {}).items() if number == segment},
+        )
+        for segment, checkpoints in segments.items()
     ]
     steps = [checkpoint.step for checkpoints in segments.values() for checkpoint in checkpoints]
     numbers = [number for number, checkpoints in segments.items() for _ in checkpoints]
@@ -208,14 +215,18 @@ def renamed_path(path: xr.Dataset) -> xr.Dataset:
 
 
 def _segment_gram(
-    checkpoints: Sequence[Checkpoint], starts: Sequence[Checkpoint | None], progress: Callable[[int], None]
+    checkpoints: Sequence[Checkpoint],
+    starts: Sequence[Checkpoint | None],
+    solved: Mapping[str, Float[np.ndarray, "step step"]],
 ) -> tuple[Float[np.ndarray, "step step"], int]:
     """Return the Gram matrix of one training, and the number of matrices in it."""
-    names = [name for name in checkpoints[0].shapes if _is_shared(name, checkpoints)]
+    shared = [name for name in checkpoints[0].shapes if _is_shared(name, checkpoints)]
+    names = [name for name in shared if name not in solved]
     weights = any(checkpoints[0].shapes[name].holds == "weight" for name in names)
     start = next((checkpoint for checkpoint in starts if checkpoint is not None), None) if weights else None
     blocks = _blocks(names, checkpoints, start)
-    gram, count = np.zeros((len(checkpoints), len(checkpoints))), 0
+    finite = [solved[name] for name in shared if name in solved and np.isfinite(solved[name]).all()]
+    gram, count = sum(finite, np.zeros((len(checkpoints), len(checkpoints)))), len(finite)
     for batch in _batches(names, checkpoints, min(len(checkpoints), 2 * blocks[0].stop)):
         grams = {name: np.zeros_like(gram) for name in batch}
         for position, rows in enumerate(blocks):
@@ -233,19 +244,24 @@ def _segment_gram(
                             array[columns, rows] = np.nan if block is None else block.T
         finite = [array for array in grams.values() if np.isfinite(array).all()]
         gram, count = sum(finite, gram), count + len(finite)
-        progress(len(batch))
     return gram, count
 
 
 def _blocks(names: Sequence[str], checkpoints: Sequence[Checkpoint], start: Checkpoint | None) -> list[slice]:
     """Return groups of checkpoints of which two may be open, with one matrix's factors in memory, at the same time."""
-    files = max(len(checkpoint.inputs) for checkpoint in checkpoints) or 1
-    room = max(2, min(_MOST_OPEN, (_allowed_files() - (0 if start is None else len(start.inputs))) // files))
+    room = checkpoints_open_at_once(checkpoints, [start])
     largest = max((_numbers(name, checkpoints) for name in names if checkpoints[0].shapes[name].rank), default=0)
     if largest:
         room = max(2, min(room, BUDGET // (4 * largest)))
     length = len(checkpoints) if len(checkpoints) <= room else room // 2
     return [slice(first, min(first + length, len(checkpoints))) for first in range(0, len(checkpoints), length)]
+
+
+def checkpoints_open_at_once(checkpoints: Sequence[Checkpoint], starts: Sequence[Checkpoint | None]) -> int:
+    """Return how many checkpoints may be open at the same time, beside what they are counted from; at least two."""
+    files = max(len(checkpoint.inputs) for checkpoint in checkpoints) or 1
+    beside = {id(start): len(start.inputs) for start in starts if start is not None}
+    return max(2, min(_MOST_OPEN, (_allowed_files() - sum(beside.values())) // files))
 
 
 def _allowed_files() -> int:
