@@ -170,7 +170,7 @@ def words_of(figure: Figure) -> tuple[str, str]:
 
 @contextmanager
 def _laid_out(figure: Figure) -> Iterator[None]:
-    """Lay a figure out for SVG; on its own, matplotlib would draw all of it once for the layout and once for the file."""
+    """Lay a figure out for SVG; by itself, matplotlib draws all of it for the layout, and again for the file."""
     engine, canvas, dpi = figure.get_layout_engine(), figure.canvas, figure.dpi
     if engine is None:
         yield
