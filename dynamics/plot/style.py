@@ -17,6 +17,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -167,6 +168,27 @@ def words_of(figure: Figure) -> tuple[str, str]:
     return title, description
 
 
+@contextmanager
+def _laid_out(figure: Figure) -> Iterator[None]:
+    """Lay a figure out for SVG; by itself, matplotlib draws all of it for the layout, and again for the file."""
+    engine, canvas, dpi = figure.get_layout_engine(), figure.canvas, figure.dpi
+    if engine is None:
+        yield
+        return
+    FigureCanvasSVG(figure)
+    try:
+        figure.dpi = 72  # of every SVG
+        engine.execute(figure)
+        figure.dpi = dpi
+        with mpl.rc_context({"figure.autolayout": False, "figure.constrained_layout.use": False}):
+            figure.set_layout_engine(None)
+        yield
+    finally:
+        figure.dpi = dpi
+        figure.set_layout_engine(engine)
+        figure.set_canvas(canvas)
+
+
 def to_svg(figure: Figure) -> str:
     """Return a figure as one ``<svg>`` element, for a file of its own or for a page.
 
@@ -185,7 +207,8 @@ def to_svg(figure: Figure) -> str:
     with mpl.rc_context(_OUTPUT), warnings.catch_warnings():
         # The letters are drawn by the reader's fonts, not by the one matplotlib measures with.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        figure.savefig(drawn, format="svg", metadata=_NO_METADATA)
+        with _laid_out(figure):
+            figure.savefig(drawn, format="svg", metadata=_NO_METADATA)
     text = _EMPTY_METADATA.sub("", _PROLOGUE.sub("", drawn.getvalue()))
     # A style for * would reach the whole page; on the root it reaches what is inside.
     text = _GLOBAL_STYLE.sub("", text).replace("<svg ", '<svg stroke-linejoin="round" stroke-linecap="butt" ', 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -315,15 +316,16 @@ def _base_weight(layer: Any) -> Tensor | None:
     return weight.detach() if weight.is_floating_point() and weight.numel() else None
 
 
-def _positions(weight: Tensor) -> Tensor:
-    """Return positions in the flattened weight; the odd stride goes through all rows and columns."""
-    stride = weight.numel() // _SAMPLES | 1
-    return torch.arange(_SAMPLES, device=weight.device) * stride % weight.numel()
+@lru_cache(maxsize=1000)
+def _positions(size: int, device: torch.device) -> Tensor:
+    """Return positions in a flattened weight of so many entries; the odd stride goes through all rows and columns."""
+    stride = size // _SAMPLES | 1
+    return torch.arange(_SAMPLES, device=device) * stride % size
 
 
 def _entries(weight: Tensor | None) -> Tensor:
     assert weight is not None
-    return torch.take(weight, _positions(weight))
+    return torch.take(weight, _positions(weight.numel(), weight.device))
 
 
 def _equal(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
@@ -356,7 +358,7 @@ def _is_rewritten(
 
 def _product_entries(layer: Any, weight: Tensor, product: LowRankMatrix) -> Tensor:
     """Return the product at the positions of the entries, float64."""
-    positions, columns = _positions(weight), weight[0].numel()
+    positions, columns = _positions(weight.numel(), weight.device), weight[0].numel()
     row, column = positions // columns, positions % columns
     if "Embedding" in class_names(layer) or getattr(layer, "fan_in_fan_out", False) is True:
         row, column = column, row

@@ -25,7 +25,7 @@ from dynamics.recording.snapshots import (
 )
 from dynamics.spectra import walk
 from dynamics.spectra.increments import Workspace, difference
-from dynamics.spectra.singular_values import dense_singular_values, singular_values
+from dynamics.spectra.singular_values import batched_singular_values, dense_singular_values
 from dynamics.spectra.walk import BatchResult, MatrixSpectra, Previous
 from probes.low_rank import LowRankMatrix
 from probes.watched import AdapterProduct, Matrix, Reading, Watched, is_sharded, whole
@@ -352,6 +352,7 @@ class LiveSpectra:
             [self._start.read(part) for part in parts] or None,
             device=batch[0].sources[0].device,
             workspace=workspace,
+            fast=True,
         )
         return {matrix.name: result for matrix, result in zip(batch, results, strict=True)}
 
@@ -399,4 +400,8 @@ def _low_rank(snapshot: Snapshot, batch: Sequence[Watched]) -> list[LowRankMatri
 def _values_of(matrices: Sequence[Matrix]) -> list[Tensor]:
     factored = [matrix for matrix in matrices if isinstance(matrix, LowRankMatrix)]
     dense = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
-    return singular_values(factored) if factored else [dense_singular_values(one.to(torch.float64)) for one in dense]
+    return (
+        batched_singular_values(factored, fast=True)
+        if factored
+        else [dense_singular_values(one.to(torch.float64)) for one in dense]
+    )

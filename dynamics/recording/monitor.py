@@ -49,8 +49,9 @@ class TrainingMonitor:
         """Take in the raw update and the raw gradient of one step."""
         step = int(update["step"].values[0])
         names = update["matrix"].values.tolist()
-        totals = update["singular_value"].sel(kind="total").values[0]
-        present = update["count"].sel(kind="total").values[0] > 0
+        total = update["kind"].values.tolist().index("total")
+        totals = update["singular_value"].values[0, total]
+        present = update["count"].values[0, total] > 0
         broken = present & np.isnan(totals).all(-1)
         self._broken = {name: self._broken.get(name, step) for name in _chosen(names, broken)} | self._broken
         if gradient is not None:
@@ -59,7 +60,7 @@ class TrainingMonitor:
             return
         zero = present & ~broken & (np.nan_to_num(totals) == 0).all(-1) & (update["adapter_rank"].values > 0)
         self._unmoved = (step, _chosen(names, zero))
-        several = update["factor_rank"].sel(kind="total").values[0] > 1
+        several = update["factor_rank"].values[0, total] > 1
         ratio = dominant_ratio(torch.from_numpy(totals)).numpy() if totals.shape[-1] else np.full(len(names), np.nan)
         wide = np.minimum(update["out"].values, update["in"].values) > 1
         collapsed = _chosen(names, several & wide & (np.nan_to_num(ratio) >= COLLAPSED))
@@ -254,9 +255,9 @@ def update_numbers(update: xr.Dataset, gradient: xr.Dataset | None = None) -> di
     """
     numbers: dict[str, float] = {}
     alone = ~np.asarray(parts_of_sums(update["matrix"].values.tolist()), dtype=bool)
-    for kind in update["kind"].values.tolist():
-        values = update["singular_value"].sel(kind=kind).values[0]
-        present = alone & (update["count"].sel(kind=kind).values[0] > 0)
+    columns = (update[name].values[0] for name in ("singular_value", "count"))
+    for kind, values, count in zip(update["kind"].values.tolist(), *columns, strict=True):
+        present = alone & (count > 0)
         norms = np.where(np.isnan(values).all(-1), np.nan, np.sqrt(np.nansum(values**2, -1)))
         numbers[f"{kind}/frobenius_norm"] = _together(norms[present])
         numbers[f"{kind}/effective_rank_energy"] = _median(effective_rank(torch.from_numpy(values)).numpy())

@@ -148,9 +148,10 @@ def centred_ranks(values: Float[np.ndarray, "*sets unit"]) -> Float[np.ndarray, 
     >>> round(float((ranks[0] * ranks[1]).sum()), 12)
     -1.0
     """
-    from scipy.stats import rankdata  # here: a second, which most analyses need not wait for
-
-    return centred_numbers(rankdata(values, axis=-1))
+    ranks = np.full(values.shape, 0.5)
+    for unit in np.moveaxis(values[..., None], -2, 0):
+        ranks += (values > unit) + (values == unit) / 2
+    return centred_numbers(np.where(np.isnan(values).any(-1, keepdims=True), np.nan, ranks))
 
 
 def centred_numbers(values: Float[np.ndarray, "*sets unit"]) -> Float[np.ndarray, "*sets unit 1"]:

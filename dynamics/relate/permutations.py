@@ -176,10 +176,10 @@ def false_discovery_rates(p_values: Float[np.ndarray, "*sets"]) -> Float[np.ndar
     >>> false_discovery_rates(np.array([0.01, np.nan, 0.04]))
     array([0.02,  nan, 0.04])
     """
-    from scipy.stats import false_discovery_control  # here: a second, which most analyses need not wait for
-
     finite = np.isfinite(p_values)
+    ascending, places = np.unique(p_values[finite], return_inverse=True)
+    not_above = np.bincount(places, minlength=len(ascending)).cumsum()  # of all p-values, for each that occurs
+    at_each = ascending * (finite.sum() / not_above)
     rates = np.full(p_values.shape, np.nan)
-    if finite.any():
-        rates[finite] = false_discovery_control(p_values[finite])
+    rates[finite] = np.minimum(np.minimum.accumulate(at_each[::-1])[::-1], 1.0)[places]
     return rates

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache
 
 import numpy as np
 import xarray as xr
@@ -31,6 +32,7 @@ WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
 _JSON_ATTRIBUTES = ("library_versions", "configuration", "inputs", "findings")
 
 
+@lru_cache(maxsize=10_000)
 def layer_and_role(name: str) -> tuple[int, str, str]:
     """Layer number (−1 if none), role within the layer, and the stack of layers it belongs to.
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
-from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from dynamics import schema
@@ -183,6 +182,8 @@ def _intruding(tuned: Float[Tensor, "out in"], base: BaseDecomposition, k: int, 
     product = tuned @ tuned.mT
     k = min(k, len(base.values))
     if k < len(product) - 1:
+        from scipy.sparse.linalg import eigsh  # here: no product of factors needs it
+
         start = product.sum(1).numpy()
         squares, vectors = eigsh(product.numpy(), k=k, v0=start)
         squares, left = torch.from_numpy(squares), torch.from_numpy(vectors)

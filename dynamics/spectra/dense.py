@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 Method = Literal["gram", "svd", "failed"]
@@ -193,6 +192,8 @@ def moments(matrix: Float[Tensor, "out in"]) -> Moments:
     if len(product) < 3:  # ARPACK wants more
         largest = float(torch.linalg.eigvalsh(product)[-1])
     else:
+        from scipy.sparse.linalg import eigsh  # here: no product of factors needs it
+
         start = product.sum(1).numpy()  # ARPACK's own start is random
         largest = float(eigsh(product.numpy(), k=1, v0=start, return_eigenvectors=False)[0])
     return Moments(energy, 1 / float(product.square().sum()), math.sqrt(largest * energy), 1 / largest)

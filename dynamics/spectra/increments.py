@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dynamics.spectra.singular_values import core_singular_values, tall_triangle
@@ -127,6 +127,7 @@ class Cores:
     Args:
         left, right: Triangular factors of the two sides, ``(batch, k, columns)``.
         rank, scale, scale_before: As in the stack.
+        by_gram: Which members have both triangles from a Gram.
     """
 
     left: Float[Tensor, "batch k columns"]
@@ -134,6 +135,7 @@ class Cores:
     rank: int
     scale: Float[Tensor, "batch rank"]
     scale_before: Float[Tensor, "batch rank"] | None
+    by_gram: Bool[Tensor, " batch"] | None = None
 
     def member(self, index: int) -> Cores:
         """Return one matrix of the batch, as a batch of one."""
@@ -222,15 +224,18 @@ def _columns(cores: Float[Tensor, "batch k r"], scale: Float[Tensor, "batch r"])
     return cores * scale[:, None, :]
 
 
-def cores(stacked: Stack) -> Cores:
-    """Return the triangular factors, on the host: all the work in the matrices' own dimensions happens here."""
-    return Cores(
-        tall_triangle(stacked.left.mT),
-        tall_triangle(stacked.right.mT),
-        stacked.rank,
-        stacked.scale,
-        stacked.scale_before,
+def cores(stacked: Stack, *, fast: bool = False) -> Cores:
+    """Return the triangular factors, on the host: all the work in the matrices' own dimensions happens here.
+
+    Args:
+        stacked: The factors.
+        fast: As in :func:`~dynamics.spectra.singular_values.tall_triangle`.
+    """
+    (left, left_by_gram), (right, right_by_gram) = (
+        tall_triangle(side.mT, fast=fast) for side in (stacked.left, stacked.right)
     )
+    by_gram = left_by_gram & right_by_gram
+    return Cores(left, right, stacked.rank, stacked.scale, stacked.scale_before, by_gram)
 
 
 def changes_between(

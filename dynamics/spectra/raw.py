@@ -71,7 +71,7 @@ def raw_update(
         for kind, (values, noise) in enumerate(parts):
             if values is not None:
                 cell = (row, kind, column)
-                arrays["singular_value"][(*cell, slice(len(values)))] = values
+                arrays["singular_value"][(*cell, slice(len(values)))] = values.numpy()
                 arrays["count"][cell] = len(values)
                 arrays["factor_rank"][cell] = matrix.ranks[kind]
                 arrays["decomposition"][cell] = schema.DECOMPOSITIONS.index(matrix.found_by[kind])
@@ -82,7 +82,7 @@ def raw_update(
                 ("left", factors.left, factors.left_change),
                 ("right", factors.right, factors.right_change),
             ):
-                arrays[f"{side}_factor_value"][row, column, : len(values)] = values
+                arrays[f"{side}_factor_value"][row, column, : len(values)] = values.numpy()
                 arrays[f"{side}_factor_change"][row, column] = _finite(change)
     return _dataset(UPDATE, arrays, steps, shapes)
 
@@ -106,7 +106,7 @@ def raw_gradient(step: int, shapes: Mapping[str, MatrixShape], gradients: Mappin
         arrays["norm_before_clip"][0, column] = gradient.norm_before_clip
         arrays["norm_after_clip"][0, column] = gradient.norm_after_clip
         if gradient.values is not None:
-            arrays["singular_value"][0, column, : len(gradient.values)] = gradient.values
+            arrays["singular_value"][0, column, : len(gradient.values)] = gradient.values.numpy()
             arrays["count"][0, column] = len(gradient.values)
             arrays["factor_rank"][0, column] = gradient.rank
     return _dataset(GRADIENT, arrays, {step: None}, shapes)

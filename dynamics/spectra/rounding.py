@@ -67,6 +67,21 @@ def _ulp_squared(factor: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
     return powers.square_().mul_(4.0**-bits)
 
 
+def stacked_ulp_energy(rows: Float[Tensor, "*batch n"], dtype: torch.dtype) -> Float[Tensor, "*batch"]:
+    """Return :func:`ulp_energy` of each row of numbers that were stored in another format, given in float64.
+
+    >>> stacked_ulp_energy(torch.tensor([[1.5, 1.0]], dtype=torch.float64), torch.bfloat16) * 2**14
+    tensor([2.], dtype=torch.float64)
+    """
+    if dtype not in _FORMATS:
+        return torch.zeros(rows.shape[:-1], dtype=torch.float64)
+    _, _, bits, smallest = _FORMATS[dtype]
+    powers = torch.bitwise_and(rows.view(torch.int64), 0x7FF0000000000000).view(torch.float64)
+    if dtype == torch.float16:
+        powers.clamp_min_(smallest)
+    return powers.square_().sum(-1).mul_(4.0**-bits).cpu()
+
+
 def noise_energy(
     matrix: LowRankMatrix, left_energy: Float[Tensor, " rank"], right_energy: Float[Tensor, " rank"]
 ) -> float:
@@ -77,9 +92,19 @@ def noise_energy(
         left_energy: ‖B_k‖², squared norms of the columns of B.
         right_energy: ‖A_k‖², squared norms of the rows of A.
     """
-    left_noise = ulp_energy(matrix.left_factor, dim=0) / 12
-    right_noise = ulp_energy(matrix.right_factor, dim=1) / 12
-    return float(matrix.scales().cpu().square() @ (left_noise * right_energy + left_energy * right_noise))
+    left_ulp, right_ulp = ulp_energy(matrix.left_factor, dim=0), ulp_energy(matrix.right_factor, dim=1)
+    return float(noise_of_ulps(matrix.scales().cpu(), left_ulp, right_ulp, left_energy, right_energy))
+
+
+def noise_of_ulps(
+    scales: Float[Tensor, "*batch rank"],
+    left_ulp: Float[Tensor, "*batch rank"],
+    right_ulp: Float[Tensor, "*batch rank"],
+    left_energy: Float[Tensor, "*batch rank"],
+    right_energy: Float[Tensor, "*batch rank"],
+) -> Float[Tensor, "*batch"]:
+    """Return Σ_k s_k² (ulp²_B,k ‖A_k‖² + ‖B_k‖² ulp²_A,k)/12 with the ulps of the columns of B and the rows of A."""
+    return (scales.square() * (left_ulp / 12 * right_energy + left_energy * (right_ulp / 12))).sum(-1)
 
 
 def product_noise_energy(matrix: LowRankMatrix) -> float:

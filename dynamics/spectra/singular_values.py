@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TypeAlias, overload
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from probes.low_rank import LowRankMatrix
@@ -44,11 +44,12 @@ def singular_values(matrix: Matrix | Sequence[Matrix]) -> Tensor | list[Tensor]:
     tensor([2., 1.], dtype=torch.float64)
     """
     if isinstance(matrix, Tensor | LowRankMatrix):
-        return _batched([matrix])[0]
-    return _batched(list(matrix))
+        return batched_singular_values([matrix])[0]
+    return batched_singular_values(matrix)
 
 
-def _batched(matrices: list[Matrix]) -> list[Tensor]:
+def batched_singular_values(matrices: Sequence[Matrix], *, fast: bool = False) -> list[Tensor]:
+    """Return :func:`singular_values` of a list; ``fast`` as in :func:`tall_triangle`."""
     groups: dict[tuple, list[int]] = defaultdict(list)
     for position, matrix in enumerate(matrices):
         if isinstance(matrix, LowRankMatrix):
@@ -65,18 +66,21 @@ def _batched(matrices: list[Matrix]) -> list[Tensor]:
             dense = torch.stack([matrices[i].detach().to(torch.float64) for i in members])  # type: ignore[union-attr]
             values = core_singular_values(dense)
         else:
-            values = core_singular_values(_cores([matrices[i] for i in members]))  # type: ignore[arg-type]
+            values = core_singular_values(_cores([matrices[i] for i in members], fast=fast))  # type: ignore[arg-type]
         for position, row in zip(members, values, strict=True):
             result[position] = row.to(device)
     return result
 
 
-def _cores(matrices: Sequence[LowRankMatrix]) -> Float[Tensor, "batch k l"]:
-    """Return R_B R_Aᵀ of matrices of one shape, on the host."""
-    left = torch.stack([matrix.left_factor.detach().to(torch.float64) for matrix in matrices])
-    right = torch.stack([matrix.right_factor.detach().to(torch.float64) for matrix in matrices])
+def _cores(matrices: Sequence[LowRankMatrix], *, fast: bool) -> Float[Tensor, "batch k l"]:
+    """Return R_B S R_Aᵀ of matrices of one shape and rank, on the host; ``fast`` as in :func:`tall_triangle`."""
+    left, right = (
+        torch.stack([factor.detach() for factor in side]).to(torch.float64)
+        for side in ([m.left_factor for m in matrices], [m.right_factor for m in matrices])
+    )
     scales = torch.stack([matrix.scales() for matrix in matrices])
-    return (tall_triangle(left) * scales.cpu()[:, None, :]) @ tall_triangle(right.mT).mT
+    (of_left, _), (of_right, _) = (tall_triangle(side, fast=fast) for side in (left, right.mT))
+    return (of_left * scales.cpu()[:, None, :]) @ of_right.mT
 
 
 def triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch k columns"]:
@@ -87,6 +91,8 @@ def triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batc
 #: A triangle of a Gram is taken where the square of the smallest pivot of its scaled Cholesky factor is at least this:
 #: with it a direction is off by about ε/pivot² of itself.
 TRUSTED = 1e-4
+#: Squared norms below this are not told from zero, and may have lost digits.
+FAINT = 1e-200
 
 
 def gram_triangles(
@@ -115,21 +121,28 @@ def gram_triangles(
     return lower.mT * size[..., None, :], pivots
 
 
-def gram_triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch columns columns"]:
-    r"""Return R with RᵀR = XᵀX, on the host, from Grams formed on the device: batched QR is slow on accelerators.
+def gram_triangle(
+    tall: Float[Tensor, "*batch rows columns"],
+) -> tuple[Float[Tensor, "*batch columns columns"], Bool[Tensor, "*batch"]]:
+    r"""Return R with RᵀR = XᵀX, on the host, from Grams formed on the device, and which of them are.
 
-    Where columns are nearly dependent the Gram no longer holds their difference, and those matrices go through QR.
+    Where columns are nearly dependent, or so small that squares vanish, the Gram no longer holds their difference, and
+    those matrices go through QR.
 
     >>> x = torch.tensor([[3.0, 0.0], [4.0, 0.0]], dtype=torch.float64)
     >>> gram_triangle(x)
-    tensor([[5., 0.],
-            [0., 0.]], dtype=torch.float64)
+    (tensor([[5., 0.],
+            [0., 0.]], dtype=torch.float64), tensor(True))
     """
-    triangles, pivots = gram_triangles((tall.mT @ tall).cpu())
-    dependent = pivots.square() < TRUSTED
-    if dependent.any():
-        triangles[dependent] = padded_triangle(tall[dependent.to(tall.device)]).cpu()
-    return triangles
+    grams = (tall.mT @ tall).cpu()
+    triangles, pivots = gram_triangles(grams)
+    held = pivots.square() >= TRUSTED
+    faint = grams.diagonal(dim1=-2, dim2=-1) < FAINT
+    if faint.any():
+        held &= ~(faint & (tall != 0).any(-2).cpu()).any(-1)
+    if not held.all():
+        triangles[~held] = padded_triangle(tall[~held.to(tall.device)]).cpu()
+    return triangles, held
 
 
 def padded_triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch columns columns"]:
@@ -138,9 +151,18 @@ def padded_triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor,
     return torch.nn.functional.pad(upper, (0, 0, 0, upper.shape[-1] - upper.shape[-2]))
 
 
-def tall_triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch k columns"]:
-    """Return R on the host: by QR on the CPU, which keeps all digits, by :func:`gram_triangle` on an accelerator."""
-    return triangle(tall) if tall.device.type == "cpu" else gram_triangle(tall)
+def tall_triangle(
+    tall: Float[Tensor, "*batch rows columns"], *, fast: bool = False
+) -> tuple[Float[Tensor, "*batch k columns"], Bool[Tensor, "*batch"]]:
+    """Return R on the host, and where it comes from a Gram.
+
+    Args:
+        tall: On the CPU it is decomposed by QR, which keeps all digits; on an accelerator by :func:`gram_triangle`.
+        fast: By :func:`gram_triangle` on the CPU as well.
+    """
+    if fast or tall.device.type != "cpu":
+        return gram_triangle(tall)
+    return triangle(tall), torch.zeros(tall.shape[:-2], dtype=torch.bool)
 
 
 def dense_singular_values(dense: Float[Tensor, "rows columns"]) -> Float[Tensor, " n"]:

@@ -30,12 +30,9 @@ from dynamics.spectra import increments, rounding
 from dynamics.spectra.dense import row_products
 from dynamics.spectra.increments import Cores, Workspace
 from dynamics.spectra.path import path_gram
-from dynamics.spectra.singular_values import TRUSTED, core_singular_values, gram_triangles, padded_triangle
+from dynamics.spectra.singular_values import FAINT, TRUSTED, core_singular_values, gram_triangles, padded_triangle
 from dynamics.spectra.walk import BatchResult, MatrixSpectra
 from probes.low_rank import LowRankMatrix
-
-#: Squared norms below this are not told from zero, and may have lost digits.
-_TINY = 1e-200
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def _side(
     gram = _row_products(rows.flatten(1, 2))
     energies = gram.diagonal(dim1=1, dim2=2).unflatten(1, (steps, rank))
     is_held = gram.isfinite().flatten(1).all(1)
-    for index, step, column in torch.nonzero(energies < _TINY).tolist():
+    for index, step, column in torch.nonzero(energies < FAINT).tolist():
         is_held[index] &= not bool(rows[index, step, column].any())
     gram[~is_held] = 0.0
     return _reduced(matrices, name, gram.unflatten(1, (steps, rank)).unflatten(3, (steps, rank)), energies), is_held

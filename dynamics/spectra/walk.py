@@ -149,6 +149,7 @@ def solve_batch(
     *,
     device: torch.device | str = "cpu",
     workspace: Workspace | None = None,
+    fast: bool = False,
 ) -> list[BatchResult]:
     """Return the spectra of a batch of matrices of one shape, all dense or all of one rank.
 
@@ -161,6 +162,7 @@ def solve_batch(
         start: The same at the start of training; of low-rank matrices only if their product was not zero then.
         device: Where tall factors are worked on; the small cores are solved on the host.
         workspace: Buffers to use again, of this thread.
+        fast: Whether triangular factors come from Grams where those hold them, see ``singular_values.tall_triangle``.
     """
     if isinstance(now[0], Tensor):
         before, first = (
@@ -168,7 +170,7 @@ def solve_batch(
         )
         return [_solve_dense(*ends) for ends in zip(_dense(now), before, first, strict=True)]
     begins = None if start is None else factored(start)
-    return _solve_factors(factored(now), previous, begins, device, workspace or Workspace())
+    return _solve_factors(factored(now), previous, begins, device, workspace or Workspace(), fast=fast)
 
 
 def _dense(matrices: Sequence[Matrix]) -> list[Tensor]:
@@ -188,25 +190,31 @@ def _solve_factors(
     start: Sequence[LowRankMatrix] | None,
     device: torch.device | str,
     workspace: Workspace,
+    *,
+    fast: bool,
 ) -> list[BatchResult]:
     rank = now[0].rank
     noise_at_start, values_from_start = [0.0] * len(now), None
     if start is not None:
-        values_from_start, noise_at_start = _since(now, start, device, workspace)
+        from_start, noise_at_start = _since(now, start, device, workspace, fast=fast)
+        values_from_start = core_singular_values(from_start.increment())[:, : rank + start[0].rank]
     before = None if previous is None else factored(previous.matrices)
     stacked = increments.stack(now, before, device, workspace)
-    reduced = increments.cores(stacked)
+    reduced = increments.cores(stacked, fast=fast)
     total_cores = reduced.total()
     energies = [side[:, :rank] for side in reduced.energies()]
-    noise = [rounding.noise_energy(*row) for row in zip(now, *energies, strict=True)]
+    noise = _noise(now, stacked, *energies)
     totals = core_singular_values(total_cores)[:, :rank] if values_from_start is None else values_from_start
     total_rank = rank if start is None else rank + start[0].rank
     finite = total_cores.isfinite().all(-1).all(-1)
     same_rank = before is not None and before[0].rank == rank
+    routes = _routes(reduced)
+    found_by = list(zip(routes if start is None else _routes(from_start), routes, strict=True))
     total_noise = [a + b for a, b in zip(noise, noise_at_start, strict=True)]
     if previous is None or before is None:
         spectra = [
-            MatrixSpectra(totals[i], None, total_noise[i], 0.0, math.nan, (total_rank, 0)) for i in range(len(now))
+            MatrixSpectra(totals[i], None, total_noise[i], 0.0, math.nan, (total_rank, 0), found_by[i])
+            for i in range(len(now))
         ]
     else:
         columns = rank + before[0].rank
@@ -221,6 +229,7 @@ def _solve_factors(
                 noise[i] + previous.noise[i],
                 inner[i],
                 (total_rank, columns),
+                found_by[i],
                 factors=factors[i],
             )
             for i in range(len(now))
@@ -232,13 +241,38 @@ def _solve_factors(
     ]
 
 
+def _noise(
+    now: Sequence[LowRankMatrix],
+    stacked: increments.Stack,
+    left_energy: Float[Tensor, "batch rank"],
+    right_energy: Float[Tensor, "batch rank"],
+) -> list[float]:
+    """Return the predicted energy of the rounding noise in each matrix as it is stored."""
+    rank, formats = now[0].rank, {(matrix.left_factor.dtype, matrix.right_factor.dtype) for matrix in now}
+    if len(formats) > 1:
+        return [rounding.noise_energy(*row) for row in zip(now, left_energy, right_energy, strict=True)]
+    sides = zip((stacked.left, stacked.right), formats.pop(), strict=True)
+    ulps = [rounding.stacked_ulp_energy(side[:, :rank], dtype) for side, dtype in sides]
+    return rounding.noise_of_ulps(stacked.scale[:, :rank], *ulps, left_energy, right_energy).tolist()
+
+
 def _since(
-    now: Sequence[LowRankMatrix], start: Sequence[LowRankMatrix], device: torch.device | str, workspace: Workspace
-) -> tuple[Float[Tensor, "batch k"], list[float]]:
-    """Return the singular values of the change since the start, and the rounding energy of the start."""
-    reduced = increments.cores(increments.stack(now, start, device, workspace))
-    values = core_singular_values(reduced.increment())[:, : now[0].rank + start[0].rank]
-    return values, [rounding.product_noise_energy(matrix) for matrix in start]
+    now: Sequence[LowRankMatrix],
+    start: Sequence[LowRankMatrix],
+    device: torch.device | str,
+    workspace: Workspace,
+    *,
+    fast: bool,
+) -> tuple[Cores, list[float]]:
+    """Return the triangular factors of the change since the start, and the rounding energy of the start."""
+    reduced = increments.cores(increments.stack(now, start, device, workspace), fast=fast)
+    return reduced, [rounding.product_noise_energy(matrix) for matrix in start]
+
+
+def _routes(reduced: Cores) -> list[str]:
+    """Return how each member's triangular factors were found, as ``schema.DECOMPOSITIONS`` has it."""
+    assert reduced.by_gram is not None
+    return ["gram_core" if by_gram else "qr_core" for by_gram in reduced.by_gram.tolist()]
 
 
 def _inner_products(

@@ -145,13 +145,13 @@ def holds_result(folder: Path) -> bool:
 def first_foreign(folder: Path) -> Path | None:
     """Return the first thing in a folder that is not a regular file of this user under a name of a result."""
     for parent, folders, files in os.walk(folder):
-        top = Path(parent)
-        for path in sorted(top / name for name in (*folders, *files)):
-            status = path.lstat()
-            name = path.relative_to(folder).as_posix()
-            plain = stat.S_ISDIR(status.st_mode) or (stat.S_ISREG(status.st_mode) and is_result(name))
+        inner = parent[len(os.fspath(folder)) :].replace(os.sep, "/").lstrip("/")
+        for name in sorted((*folders, *files)):
+            status = os.lstat(os.path.join(parent, name))
+            path = f"{inner}/{name}" if inner else name
+            plain = stat.S_ISDIR(status.st_mode) or (stat.S_ISREG(status.st_mode) and is_result(path))
             if not plain or (hasattr(os, "geteuid") and status.st_uid != os.geteuid()):
-                return path
+                return Path(parent, name)
     return None
 
 

@@ -121,14 +121,21 @@ def test_help_needs_no_torch():
     assert result.stdout.splitlines()[-1] == "set()"
 
 
-def test_analysis_imports_neither_transformers_nor_peft(run):
+@pytest.mark.parametrize(
+    ("report", "needless"),
+    [
+        (False, {"transformers", "peft", "scipy.stats", "scipy.sparse", "zarr", "matplotlib", "seaborn", "jinja2"}),
+        (True, {"transformers", "peft", "scipy.stats", "scipy.sparse", "zarr", "matplotlib.pyplot", "seaborn"}),
+    ],
+)
+def test_analysis_imports_only_what_it_needs(run, report, needless):
     script = f"""
         import sys
         from dynamics.analyze import _analyze
-        _analyze([{str(run)!r}], {{"report": False}}, None, False, None, True)
-        print({{"transformers", "peft"}} & set(sys.modules))
+        print(_analyze([{str(run)!r}], {{"report": {report}}}, None, False, None, True))
+        print({needless!r} & set(sys.modules))
     """
-    assert python(script).stdout.splitlines()[-1] == "set()"
+    assert python(script).stdout.splitlines() == ["0", "set()"]
 
 
 def test_progress_goes_to_stderr(run):

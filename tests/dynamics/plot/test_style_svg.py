@@ -1,10 +1,12 @@
 import re
+from contextlib import nullcontext
 from xml.etree import ElementTree
 
 import pytest
 from matplotlib.figure import Figure
 
 from dynamics import plot
+from dynamics.plot import style
 from dynamics.plot.style import describe
 from tests.trees import HOSTILE, example_tree
 
@@ -61,3 +63,20 @@ def test_foreign_letters_are_left_to_the_reader():
     figure = Figure()
     figure.subplots().set_title("层 0")
     assert "层 0" in plot.to_svg(figure)
+
+
+@pytest.mark.parametrize("draw", [plot.trajectory, plot.heatmap, plot.training_log])
+@pytest.mark.parametrize("layout", ["constrained", "compressed", "tight", "none", None])
+def test_a_figure_that_is_laid_out_before_is_drawn_as_matplotlib_would(tree, draw, layout, monkeypatch):
+    def figure_in_layout():
+        figure = draw(tree)
+        if layout != "tight" or draw is not plot.heatmap:  # a colour bar stands in the way of this one
+            figure.set_layout_engine(layout)
+        return figure
+
+    figure = figure_in_layout()
+    before = figure.get_layout_engine(), figure.canvas, figure.dpi
+    drawn = plot.to_svg(figure)
+    assert (figure.get_layout_engine(), figure.canvas, figure.dpi) == before
+    monkeypatch.setattr(style, "_laid_out", nullcontext)
+    assert drawn == plot.to_svg(figure_in_layout())

@@ -47,6 +47,12 @@ def test_numbers_and_ranks_correlate_as_scipy_has_it(centre, twin):
     assert (centre(x) * centre(y)).sum() == pytest.approx(twin(x, y).statistic)
 
 
+def test_ranks_are_scipys_among_equal_and_missing_numbers():
+    values = np.random.default_rng(6).integers(0, 5, (3, 4, 9)).astype(float)
+    values[1, 2, 3] = np.nan
+    np.testing.assert_array_equal(centred_ranks(values), centred_numbers(stats.rankdata(values, axis=-1)))
+
+
 @pytest.mark.parametrize("centre", [centred_numbers, centred_ranks])
 def test_of_a_constant_nothing_is_left(centre):
     assert np.isnan(centre(np.full((2, 5), 0.1))).all()
