@@ -56,7 +56,7 @@ def trajectory_spectra(
     spectra: dict[tuple[int, str], MatrixSpectra] = {}
     findings: list[Finding] = []
     blocks: list[tuple[int, str, ZeroBlock]] = []
-    with _single_threaded_workers(workers or _available_cores()) as executor:
+    with single_threaded_workers(workers or available_cores()) as executor:
         for segment in sorted({checkpoint.segment for checkpoint in trajectory.checkpoints}):
             checkpoints = [checkpoint for checkpoint in trajectory.checkpoints if checkpoint.segment == segment]
             starts = {checkpoint.step: trajectory.start_of(checkpoint) for checkpoint in checkpoints}
@@ -100,12 +100,13 @@ def _shapes(trajectory: Trajectory) -> dict[str, MatrixShape]:
     return shapes
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
-def _single_threaded_workers(workers: int) -> Iterator[Executor]:
+def single_threaded_workers(workers: int) -> Iterator[Executor]:
     """Start threads that use one core each: many small decompositions gain nothing from threads of their own."""
     threads = torch.get_num_threads()
     try:
