@@ -233,7 +233,7 @@ def _progress_bar(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
         def advance(run: str, done: int, total: int) -> None:
             if run not in tasks:
                 tasks[run] = bar.add_task(one_line(run), total=total)
-            bar.update(tasks[run], completed=done)
+            bar.update(tasks[run], completed=done, total=total)
 
         yield advance
 

@@ -83,6 +83,7 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD317": ("warning", "the spectrum of a gradient could not be measured"),
     "OD318": ("warning", "training may minimise a different loss than the one probed"),
     "OD319": ("note", "records in two formats"),
+    "OD320": ("note", "a record of the Fisher is large"),
     # 4xx: the Fisher
     "OD401": ("note", "intervals rest on few groups"),
     "OD402": ("warning", "a Gram matrix is not finite"),

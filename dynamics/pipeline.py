@@ -41,7 +41,8 @@ from dynamics.text import encodable, first_line, visible
 
 #: Where the result of several runs goes by default.
 COMPARISON = Path("dynamics-comparison")
-#: Called with a run's name, the number of matrices done (all steps counted) and the number of all matrices.
+#: Called with a run's name, the number of matrices done (all steps counted) and the number of all matrices; with
+#: ``"NAME: Fisher"``, the numbers of probe samples.
 Progress = Callable[[str, int, int], None]
 Folder = str | PathLike[str]
 

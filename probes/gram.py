@@ -153,7 +153,7 @@ def gradient_gram(
             same in all three.
         fisher: ``"empirical"``: gradients for the data's labels. ``"sampled"``: for labels drawn from the model's own
             prediction, whose mean is the true Fisher; only with the model's own loss.
-        blocks: Names of the blocks to measure; by default all.
+        blocks: Names of the blocks to measure; by default all. ``["global"]``: of all blocks, keep only their sum.
         seed: Seed of the sampled labels and of the projection.
         projection: k: project each sample's gradient of a block randomly to k numbers, so that only N·k are held. K is
             then an estimate (:mod:`probes.sample_gradients`), b is exact. 0 for none.
@@ -181,13 +181,15 @@ def gradient_gram(
     if projection < 0:
         raise ValueError(f"Expected a projection to at least 1 number, or 0 for none, got {projection}.")
     batches, labels = _batches_and_labels(tasks, loss)
-    measurement = _Measurement(model, find_blocks(model, space, blocks), loss, space, fisher, seed, projection, update)
+    together = blocks is not None and list(blocks) == [GLOBAL]
+    found = find_blocks(model, space, None if together else blocks)
+    measurement = _Measurement(model, found, loss, space, fisher, seed, projection, update)
     with undisturbed(model) as quiet, torch.enable_grad():
         for batch in batches:
             measurement.add(quiet, batch)
     if not measurement.losses:
         raise ValueError("Expected at least one batch of probe samples, got none.")
-    return measurement.result(labels, batch_size, skip_broken)
+    return measurement.result(labels, batch_size, skip_broken, together=together)
 
 
 def _batches_and_labels(tasks: Any, loss: Loss | None) -> tuple[Iterable[Any], Sequence[Sequence[str]]]:
@@ -333,10 +335,13 @@ class _Measurement:
         parts = self._products[block.name]
         return torch.cat([product for product, _, _ in parts]), *parts[0][1:]
 
-    def result(self, labels: Sequence[Sequence[str]], batch_size: int, skip_broken: bool) -> ProbeGram:
-        """Return K and b of all batches, with the labels of the samples that are kept."""
+    def result(
+        self, labels: Sequence[Sequence[str]], batch_size: int, skip_broken: bool, *, together: bool = False
+    ) -> ProbeGram:
+        """Return K and b of all batches, or only their sum, with the labels of the samples that are kept."""
         update, losses = self._update, torch.cat(self.losses)
-        together: list[SampleGradient] = []
+        projections: list[SampleGradient] = []
+        whole = torch.zeros(len(losses), len(losses), dtype=torch.float64)
         grams: dict[str, Tensor] = {}
         products: dict[str, Tensor] = {}
         inside: dict[str, float] = {}
@@ -344,32 +349,34 @@ class _Measurement:
         for block in self._blocks:
             columns = [stacked(part) for part in zip(*block.parts, strict=True)]
             block.parts.clear()
-            grams[block.name] = sum(
-                (gram(column) for column in columns), torch.zeros(len(losses), len(losses)).double()
-            )
-            together += columns if self._projection else ()
+            k = sum((gram(column) for column in columns), torch.zeros(len(losses), len(losses)).double())
+            whole += k
+            if not together:
+                grams[block.name] = k
+            projections += columns if self._projection else ()
             if update is not None:
                 product, inside[block.name], norms[block.name] = self._product_of(block, columns, len(losses))
                 products[block.name] = product
         # Projected gradients of all blocks are added, not their K, so that global is one projection to k numbers too.
-        grams[GLOBAL] = (
-            gram(added(together)) if together else sum(grams.values(), torch.zeros(len(losses), len(losses)).double())
-        )
+        grams[GLOBAL] = gram(added(projections)) if projections else whole
         if update is not None:
             products[GLOBAL] = sum(products.values(), torch.zeros(len(losses)).double())
             inside[GLOBAL], norms[GLOBAL] = sum(inside.values()), sum(norms.values())
         kept = _kept(losses, grams[GLOBAL], skip_broken)
         left_out = tuple(sorted(set(range(len(losses))) - set(kept)))
         dimension = {block.name: block.dimension for block in self._blocks}
+        dimension[GLOBAL] = sum(dimension.values())
         tasks, groups, sample_ids = (tuple(names[sample] for sample in kept) if names else () for names in labels)
         return ProbeGram(
             gram={name: k[kept][:, kept] for name, k in grams.items()},
-            update_product={name: b[kept] for name, b in products.items()},
-            update_norm_squared=inside,
+            update_product={name: products[name][kept] for name in grams if name in products},
+            update_norm_squared={name: inside[name] for name in grams if name in inside},
             share_outside_space={
-                name: max(0.0, 1 - inside[name] / norm) if norm > 0 else float("nan") for name, norm in norms.items()
+                name: max(0.0, 1 - inside[name] / norms[name]) if norms[name] > 0 else float("nan")
+                for name in grams
+                if name in norms
             },
-            dimension={**dimension, GLOBAL: sum(dimension.values())},
+            dimension={name: dimension[name] for name in grams},
             losses=losses[kept],
             tasks=tasks,
             groups=groups,

@@ -45,10 +45,11 @@ from dynamics.fisher.samples import (
     jackknifed,
     log,
     ratio,
+    splits_of,
 )
 from dynamics.fisher.spectrum import centred, fisher_eigenvectors, inverse_roots
 
-#: Null gradients drawn for each half.
+#: Null gradients drawn for each half of four splits.
 DRAWS = 25
 #: Fewer groups than this cannot be split into halves that each have pairs.
 LEAST_GROUPS = 4
@@ -166,8 +167,8 @@ def matched_gain(
     k: Sequence[int],
     *,
     centre: bool = False,
-    splits: int = SPLITS,
-    draws: int = DRAWS,
+    splits: int | None = None,
+    draws: int | None = None,
     seed: int = 0,
     level: float = 0.95,
 ) -> Gain:
@@ -181,7 +182,8 @@ def matched_gain(
         gram: K, b, ‖δ‖, groups and the number of samples behind the update. Groups are never divided.
         k: Numbers of directions; NaN where a half has fewer.
         centre: Take the directions of the centred Fisher F − ḡḡᵀ, without the mean gradient.
-        splits, draws: Number of random splits, and of null gradients for each half.
+        splits: Number of random splits; by default :func:`dynamics.fisher.samples.splits_of` the groups.
+        draws: Number of null gradients for each half; by default 25, more where there are fewer than four splits.
         seed: Seed of both.
         level: Level of the interval.
 
@@ -192,6 +194,8 @@ def matched_gain(
     missing = np.full((len(products), len(k)), np.nan)
     if gram.batch_size < 1 or len(np.unique(group)) < LEAST_GROUPS:
         return Gain(*[missing] * 8)
+    splits = splits or splits_of(group)
+    draws = draws or DRAWS * max(1, SPLITS // splits)
     generator = np.random.default_rng(seed)
     halves = list(half_splits(group, splits, seed))
     columns, exists = _columns(k, min(len(first) for first, _ in halves))

@@ -6,7 +6,7 @@ informative directions) and ``tasks`` (how tasks share or contest directions).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 import xarray as xr
 
 from dynamics.fisher.concentration import (
-    DRAWS,
     MOST_TIMES,
     effective_batches,
     energy_share,
@@ -26,7 +25,6 @@ from dynamics.fisher.concentration import (
 from dynamics.fisher.deprecated import accepting
 from dynamics.fisher.rarefaction import rarefied, sizes_up_to
 from dynamics.fisher.samples import (
-    SPLITS,
     Estimate,
     SampleGroups,
     StackedGram,
@@ -35,7 +33,7 @@ from dynamics.fisher.samples import (
     weight_of,
 )
 from dynamics.fisher.spectrum import (
-    centred,
+    centred_eigenvalues,
     directional,
     dominant_ratio_error,
     dominant_ratio_interval,
@@ -50,6 +48,7 @@ from dynamics.fisher.spectrum import (
     log_participation_ratio,
     normalised_by_sample_rank,
     participation_ratio_plug_in,
+    shares_by_group,
     spectral_entropy_block_diagonal,
 )
 from dynamics.fisher.task_structure import (
@@ -63,6 +62,7 @@ from dynamics.fisher.task_structure import (
     purity_gap,
 )
 from dynamics.schema import CONCENTRATION, FISHER, FISHER_RECORD, GLOBAL, SAMPLE_LABELS, TASKS, Variable, label_arrays
+from dynamics.spectra.workers import available_cores, single_threaded_workers
 from probes.gram import ProbeGram
 
 #: Numbers of leading directions in which the share of an update is measured.
@@ -99,11 +99,28 @@ def fisher_measures(gram: ProbeGram, *, seed: int = 0) -> xr.Dataset:
     0.5
     """
     samples = StackedGram.of(gram)
-    return _fisher_dataset(samples, fisher_eigenvectors(samples.gram), seed)
+    (arrays,) = _by_parts(samples, lambda part: [_fisher_arrays(part, fisher_eigenvectors(part.gram), seed)])
+    return _fisher_dataset(samples, arrays)
 
 
-def _fisher_dataset(gram: StackedGram, spectrum: tuple[np.ndarray, np.ndarray], seed: int) -> xr.Dataset:
-    """Return :func:`fisher_measures`, given the eigenvalues and eigenvectors of all samples together."""
+def _by_parts(
+    gram: StackedGram, measure: Callable[[StackedGram], list[dict[str, np.ndarray]]]
+) -> list[dict[str, np.ndarray]]:
+    """Return arrays of all blocks, from those of a few at a time, each ``[block, …]``.
+
+    Parts are measured side by side, on one core each: then numbers do not depend on how many cores there are.
+    """
+    parts = gram.parts()
+    with single_threaded_workers(min(len(parts), available_cores())) as executor:
+        measured = list(executor.map(measure, parts))
+    return [
+        {name: np.concatenate([part[name] for part in group]) for name in group[0]}
+        for group in zip(*measured, strict=True)
+    ]
+
+
+def _fisher_arrays(gram: StackedGram, spectrum: tuple[np.ndarray, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    """Return the measures of each block, given the eigenvalues and eigenvectors of all samples together."""
     labels = gram.labels
     curve = sizes_up_to(len(np.unique(labels.group)))
     by_task = [
@@ -114,10 +131,18 @@ def _fisher_dataset(gram: StackedGram, spectrum: tuple[np.ndarray, np.ndarray], 
         ends = _with_ends(f"ln_participation_ratio{suffix}", log_participation_ratio(k, labels, gram.projection))
         arrays |= ends | {name.removeprefix("ln_"): np.exp(value) for name, value in ends.items()}
     weight = weight_of(gram.gram, labels)
-    arrays |= {
+    return arrays | {
         "effective_groups": weight.groups,
         "largest_group_share": weight.largest_group,
         "largest_samples_share": weight.largest_samples,
+    }
+
+
+def _fisher_dataset(gram: StackedGram, arrays: dict[str, np.ndarray]) -> xr.Dataset:
+    """Return :func:`fisher_measures`, given the measures of each block."""
+    labels = gram.labels
+    curve = sizes_up_to(len(np.unique(labels.group)))
+    arrays |= {
         "samples": labels.samples.astype(np.float64),
         "groups": labels.groups.astype(np.float64),
         "spectral_entropy_block_diagonal": _block_diagonal(gram.blocks, arrays),
@@ -135,19 +160,20 @@ def _measures_of_task(
 ) -> dict[str, np.ndarray]:
     """Return measures of one task's samples, each ``[block, …]``, the spectrum padded with NaN."""
     samples = np.flatnonzero(member)
-    k, group = gram.gram[:, samples[:, None], samples], gram.labels.group[samples]
+    k = gram.gram if member.all() else gram.gram[:, samples[:, None], samples]
+    group = gram.labels.group[samples]
     labels = SampleGroups.of_one_task(group)
-    membership = labels.membership
     values, vectors = fisher_eigenvectors(k) if spectrum is None else spectrum
-    around_mean, of_directions = fisher_eigenvalues(centred(k)), fisher_eigenvalues(directional(k))
-    counted = counted_groups(k, labels)
-    low, high = confidence_interval(np.zeros_like(values), eigenvalue_errors(values, vectors, membership), counted)
+    around_mean, of_directions = centred_eigenvalues(values, vectors), fisher_eigenvalues(directional(k))
+    by_group, counted = shares_by_group(vectors, labels), counted_groups(k, labels)
+    errors = eigenvalue_errors(values, by_group, labels.membership.mean(0))
+    low, high = confidence_interval(np.zeros_like(values), errors, counted)
     entropy = fisher_entropy(values)
-    entropy_low, entropy_high = confidence_interval(entropy, entropy_error(values, vectors, membership), counted[:, 0])
-    rarefaction = rarefied(k, group, curve, seed=seed)
+    entropy_low, entropy_high = confidence_interval(entropy, entropy_error(values, by_group), counted[:, 0])
+    rarefaction = rarefied(k, group, curve, seed=seed, eigenvalues=values)
     plug_in, split = dominant_ratio_plug_in(values), dominant_ratio_split(k, group, seed=seed)
-    error = dominant_ratio_error(values, vectors, membership)
-    ratio_low, ratio_high = dominant_ratio_interval(split, plug_in, error, membership.shape[1])
+    error = dominant_ratio_error(values, by_group)
+    ratio_low, ratio_high = dominant_ratio_interval(split, plug_in, error, by_group.shape[1])
     padding = ((0, 0), (0, len(member) - len(samples)))
     return {
         "trace": np.trace(k, axis1=1, axis2=2) / len(samples),
@@ -186,7 +212,12 @@ def _block_diagonal(blocks: Sequence[str], arrays: Mapping[str, np.ndarray]) -> 
 
 @accepting("update_product", "update_norm", "groups", "batch_size", "dimension")
 def concentration(
-    gram: ProbeGram, *, k: Sequence[int] = LEADING, splits: int = SPLITS, draws: int = DRAWS, seed: int = 0
+    gram: ProbeGram,
+    *,
+    k: Sequence[int] = LEADING,
+    splits: int | None = None,
+    draws: int | None = None,
+    seed: int = 0,
 ) -> xr.Dataset:
     """Return the share of an update in the Fisher's leading directions, beside an isotropic and a gradient null.
 
@@ -195,8 +226,9 @@ def concentration(
             batch_size=…)`` returns them. Without ``batch_size`` there is no gradient null, and nothing is called
             concentrated.
         k: Numbers of leading directions.
-        splits: Number of random halves.
-        draws: Number of null gradients for each half.
+        splits: Number of random splits into halves; by default four, one of more than 256 samples in more than 64
+            groups.
+        draws: Number of null gradients for each half; by default 200 over all halves.
         seed: Seed of both.
 
     Returns:
@@ -229,9 +261,11 @@ def concentration(
         )
     samples = StackedGram.of(gram)
     samples.require_exact()
-    shares = _concentration_dataset(
-        samples, fisher_eigenvectors(samples.gram), k, splits=splits, draws=draws, seed=seed
+    options = {"splits": splits, "draws": draws, "seed": seed}
+    (arrays,) = _by_parts(
+        samples, lambda part: [_concentration_arrays(part, fisher_eigenvectors(part.gram), k, **options)]
     )
+    shares = _concentration_dataset(samples, arrays, k)
     largest = np.nan_to_num(shares["captured"].values).max(1)
     if (largest > _SHARE_LIMIT).any():
         block = int(largest.argmax())
@@ -242,12 +276,11 @@ def concentration(
     return shares
 
 
-def _concentration_dataset(
-    gram: StackedGram, spectrum: tuple[np.ndarray, np.ndarray], k: Sequence[int], **sampling: int
-) -> xr.Dataset:
-    """Return :func:`concentration` without its check of b and ‖δ‖ against K; ``sampling`` is for the gradient null."""
-    product, norm, batch_size = gram.update_product, gram.update_norm, gram.batch_size
-    limit = MOST_TIMES * (len(gram.labels.group) // 2)
+def _concentration_arrays(
+    gram: StackedGram, spectrum: tuple[np.ndarray, np.ndarray], k: Sequence[int], **sampling: Any
+) -> dict[str, np.ndarray]:
+    """Return the shares of each block; ``sampling`` is for the gradient null."""
+    product, norm = gram.update_product, gram.update_norm
     arrays = {
         "captured": energy_share(*spectrum, product, norm, k),
         **_with_ends("null_isotropic", Estimate(*isotropic_null(gram.dimension, k))),
@@ -264,15 +297,23 @@ def _concentration_dataset(
             f"gain_low{suffix}": gain.low,
             f"gain_high{suffix}": gain.high,
         }
-    arrays |= {
-        "concentrated": (batch_size <= limit) & (arrays["gain_low"] > 1) & (arrays["gain_low_centred"] > 1),
-        "null_batch": np.array(batch_size if batch_size > 0 else np.nan),
-        "null_batch_limit": np.array(float(limit)),
+    return arrays | {
         **_with_ends("rayleigh_ratio", rayleigh_ratio(gram)),
         "relative_rayleigh_ratio": relative_rayleigh_ratio(spectrum[0], product, norm),
         "update_norm": norm,
     }
-    return xr.Dataset(_at_one_step(CONCENTRATION, arrays), {"block": list(gram.blocks), "k": list(k)})
+
+
+def _concentration_dataset(gram: StackedGram, arrays: dict[str, np.ndarray], k: Sequence[int]) -> xr.Dataset:
+    """Return :func:`concentration` without its check of b and ‖δ‖ against K, given the shares of each block."""
+    batch_size, limit = gram.batch_size, MOST_TIMES * (len(gram.labels.group) // 2)
+    arrays |= {
+        "concentrated": (batch_size <= limit) & (arrays["gain_low"] > 1) & (arrays["gain_low_centred"] > 1),
+        "null_batch": np.array(batch_size if batch_size > 0 else np.nan),
+        "null_batch_limit": np.array(float(limit)),
+    }
+    ordered = {name: arrays[name] for name in CONCENTRATION if name in arrays}
+    return xr.Dataset(_at_one_step(CONCENTRATION, ordered), {"block": list(gram.blocks), "k": list(k)})
 
 
 @accepting("tasks", "groups", "losses", "space")
@@ -303,22 +344,26 @@ def task_structure(gram: ProbeGram, *, permuted: Sequence[str] = (GLOBAL,), seed
         )
     samples = StackedGram.of(gram)
     samples.require_exact()
-    by_task = map(np.flatnonzero, samples.labels.member.T)
-    entropies = [fisher_entropy(fisher_eigenvalues(samples.gram[:, task[:, None], task])) for task in by_task]
-    return _task_dataset(samples, np.stack(entropies, axis=1), permuted, seed)
+    by_task = [np.flatnonzero(task) for task in samples.labels.member.T]
+
+    def measure(part: StackedGram) -> list[dict[str, np.ndarray]]:
+        entropies = [fisher_entropy(fisher_eigenvalues(part.gram[:, task[:, None], task])) for task in by_task]
+        return [_task_arrays(part, np.stack(entropies, axis=1), permuted, seed)]
+
+    return _task_dataset(samples, *_by_parts(samples, measure))
 
 
-def _task_dataset(
+def _task_arrays(
     gram: StackedGram, entropies: np.ndarray, permuted: Sequence[str] = (GLOBAL,), seed: int = 0
-) -> xr.Dataset:
-    """Return :func:`task_structure`, given SE of all samples and of each task, ``[block, task]``."""
+) -> dict[str, np.ndarray]:
+    """Return the measures of each block, given SE of all samples and of each task, ``[block, task]``."""
     k, labels = gram.gram, gram.labels
     only_tasks = SampleGroups(labels.group, labels.member[:, 1:])
     angles = cosines(k, labels)
     in_conflict, decided = conflict_rate(angles.cosine.low[:, 1:, 1:], angles.cosine.high[:, 1:, 1:])
     parts = decomposition(entropies[:, 0], entropies[:, 1:], gram.norms @ only_tasks.member)
     gap = purity_gap(k, only_tasks)
-    arrays = {
+    return {
         **_with_ends("cosine", angles.cosine),
         "unresolved": angles.unresolved,
         "cosine_raw": angles.raw,
@@ -336,6 +381,10 @@ def _task_dataset(
         **_with_ends("purity_gap", gap.gap),
         "sharing": gap.sharing,
     }
+
+
+def _task_dataset(gram: StackedGram, arrays: Mapping[str, np.ndarray]) -> xr.Dataset:
+    """Return :func:`task_structure`, given the measures of each block."""
     coords = {"block": list(gram.blocks), "task": list(gram.tasks), "task_": list(gram.tasks)}
     return xr.Dataset(_at_one_step(TASKS, {name: arrays[name] for name in TASKS}), coords)
 
@@ -406,12 +455,18 @@ def measure_fisher(record: xr.Dataset, *, k: Sequence[int] = LEADING, seed: int 
 def _at_step(record: xr.Dataset, k: Sequence[int], seed: int) -> dict[str, xr.Dataset]:
     """Return the three groups of one step."""
     gram = StackedGram.of(gram_of(record))
-    spectrum = fisher_eigenvectors(gram.gram)
-    fisher = _fisher_dataset(gram, spectrum, seed)
+
+    def measure(part: StackedGram) -> list[dict[str, np.ndarray]]:
+        spectrum = fisher_eigenvectors(part.gram)
+        fisher = _fisher_arrays(part, spectrum, seed)
+        shares = _concentration_arrays(part, spectrum, k, seed=seed)
+        return [fisher, shares, _task_arrays(part, fisher["spectral_entropy"], seed=seed)]
+
+    fisher, shares, tasks = _by_parts(gram, measure)
     return {
-        "fisher": fisher,
-        "concentration": _concentration_dataset(gram, spectrum, k, seed=seed),
-        "tasks": _task_dataset(gram, fisher["spectral_entropy"].values, seed=seed),
+        "fisher": _fisher_dataset(gram, fisher),
+        "concentration": _concentration_dataset(gram, shares, k),
+        "tasks": _task_dataset(gram, tasks),
     }
 
 
@@ -425,7 +480,7 @@ def gram_of(record: xr.Dataset) -> ProbeGram:
     finite = np.asarray(np.isfinite(np.diagonal(record["gram"].values, axis1=1, axis2=2)).any(0))
     # If no sample has a gradient, all stay, and the measures are NaN.
     present = finite if finite.any() else np.ones_like(finite)
-    step = record.isel(sample=present, sample_=present)
+    step = record if present.all() else record.isel(sample=present, sample_=present)
 
     def by_block(name: str) -> dict[str, Any]:
         return dict(zip(blocks, step[name].values, strict=True))

@@ -53,8 +53,17 @@ def rarefied(
     sizes: Sequence[int],
     draws: int = DRAWS,
     seed: int = 0,
+    eigenvalues: Float[np.ndarray, "block sample"] | None = None,
 ) -> Rarefied:
     """Return measures of n groups with one sample of each, for every n of ``sizes``, over random subsets.
+
+    Args:
+        gram: K.
+        group: Group of each sample.
+        sizes: Values of n.
+        draws: Random subsets of each size.
+        seed: Seed of the subsets.
+        eigenvalues: Those of all samples, where they are known.
 
     >>> rarefied(np.eye(4)[None], np.arange(4), [2, 4]).participation_ratio
     array([[2., 4.]])
@@ -64,27 +73,29 @@ def rarefied(
     for column, size in enumerate(sizes):
         if not 1 <= size <= groups:
             continue
-        # All groups, each of one sample, are one subset.
-        subsets = _subsets(group, size, 1 if size == len(group) else draws, seed)
-        parts = gram[:, subsets[:, :, None], subsets[:, None, :]].reshape(-1, size, size)
-        entropy, ratio, participation = _measures(parts).reshape(3, len(gram), len(subsets))
-        deviation = entropy.std(-1, ddof=1) if len(subsets) > 1 else np.zeros(len(gram))
+        if size == len(group):  # one subset: all samples
+            values = fisher_eigenvalues(gram) if eigenvalues is None else eigenvalues
+        else:
+            subsets = _subsets(group, size, draws, seed)
+            values = fisher_eigenvalues(gram[:, subsets[:, :, None], subsets[:, None, :]].reshape(-1, size, size))
+        entropy, ratio, participation = _measures(values).reshape(3, len(gram), -1)
+        deviation = entropy.std(-1, ddof=1) if entropy.shape[1] > 1 else np.zeros(len(gram))
         curves[:, :, column] = entropy.mean(-1), deviation, ratio.mean(-1), participation.mean(-1)
     return Rarefied(*curves)
 
 
 def _subsets(group: np.ndarray, size: int, draws: int, seed: int) -> Int[np.ndarray, "draw n"]:
     """Return the samples of random subsets: one random sample of each of ``size`` random groups."""
-    generator = np.random.default_rng([seed, size])
+    generator, codes = np.random.default_rng([seed, size]), np.unique(group)
     subsets = []
     for _ in range(draws):
-        one_each = {code: sample for sample in generator.permutation(len(group)) for code in [group[sample]]}
-        subsets.append([one_each[code] for code in generator.permutation(np.unique(group))[:size]])
+        order = generator.permutation(len(group))[::-1]
+        one_each = order[np.unique(group[order], return_index=True)[1]]  # of each group the last in random order
+        subsets.append(one_each[np.searchsorted(codes, generator.permutation(codes)[:size])])
     return np.array(subsets)
 
 
-def _measures(gram: np.ndarray) -> np.ndarray:
-    eigenvalues = fisher_eigenvalues(gram)
+def _measures(eigenvalues: np.ndarray) -> np.ndarray:
     return np.stack(
         [fisher_entropy(eigenvalues), dominant_ratio_plug_in(eigenvalues), participation_ratio_plug_in(eigenvalues)]
     )

@@ -13,7 +13,7 @@ hold without bias. Everything here is O(N²) a block, leaving out each group in 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,8 @@ from scipy import special
 from dynamics.schema import ALL
 from probes.gram import ProbeGram
 
+#: Numbers in the K of as many blocks as are measured at a time (8 MiB).
+_PART = 2**20
 #: K and Kᵀ may differ by this share of the largest entry: sums in float32 do.
 _ASYMMETRY = 1e-4
 
@@ -75,12 +77,22 @@ class SampleGroups:
         """Return the groups of samples that all belong to one task."""
         return cls(group, np.ones((len(group), 1), dtype=bool))
 
-    @property
+    @cached_property
     def membership(self) -> Float[np.ndarray, "sample group"]:
         """1 where a sample belongs to a group."""
         return (self.group[:, None] == np.unique(self.group)[None]).astype(np.float64)
 
-    @property
+    @cached_property
+    def apart(self) -> Bool[np.ndarray, "sample sample"]:
+        """Whether two samples are of different groups."""
+        return self.group[:, None] != self.group[None]
+
+    @cached_property
+    def pairs(self) -> tuple[Float[np.ndarray, "1 task task"], Float[np.ndarray, "1 group task task"]]:
+        """Number of pairs (i in task s, j in task t) of different groups: all, and without each group."""
+        return _sums_of_products(np.ones((1, len(self.group))), self)
+
+    @cached_property
     def holds(self) -> Bool[np.ndarray, "group task"]:
         """Whether a group has a sample of a task."""
         return self.membership.T @ self.member > 0
@@ -162,6 +174,22 @@ class StackedGram:
         """Squared norm of each gradient, K_ii."""
         return np.diagonal(self.gram, axis1=1, axis2=2)
 
+    def parts(self) -> list[StackedGram]:
+        """Return the blocks, a few at a time where there are many samples, so that temporary arrays stay small."""
+        size = max(1, _PART // self.gram.shape[-1] ** 2)
+        slices = [slice(start, start + size) for start in range(0, len(self.blocks), size)]
+        return [
+            replace(
+                self,
+                blocks=self.blocks[part],
+                gram=self.gram[part],
+                update_product=self.update_product[part],
+                update_norm=self.update_norm[part],
+                dimension=self.dimension[part],
+            )
+            for part in slices
+        ]
+
     def require_exact(self) -> None:
         """Refuse a K estimated from projected gradients, where directions or squares are needed.
 
@@ -186,27 +214,28 @@ def _stack(grams: Mapping[str, Any]) -> Float[np.ndarray, "block sample sample"]
     """Return K of all blocks, exactly symmetric and checked."""
     if not grams:
         raise ValueError("Expected at least one block with its Gram matrix, got none.")
-    arrays = {str(name): as_array(values) for name, values in grams.items()}
-    samples = len(next(iter(arrays.values()))) if next(iter(arrays.values())).ndim else 0
-    for name, array in arrays.items():
+    first = as_array(next(iter(grams.values())))
+    samples = len(first) if first.ndim else 0
+    stacked = np.empty((len(grams), samples, samples))
+    for block, (name, values) in enumerate(grams.items()):
+        array = as_array(values)
         if array.ndim != 2 or array.shape[0] != array.shape[1] or not array.size:
             raise ValueError(
-                f"Expected the Gram matrix K = GGᵀ of block {name!r} as [sample, sample], got shape {array.shape}."
+                f"Expected the Gram matrix K = GGᵀ of block {str(name)!r} as [sample, sample], got shape {array.shape}."
             )
         if len(array) != samples:
-            raise ValueError(f"Expected {samples} samples in every block, got {len(array)} in {name!r}.")
-    stacked = np.stack(list(arrays.values()))
-    broken = np.array([not np.isfinite(array).all() for array in stacked])
-    finite = np.where(broken[:, None, None], 0.0, stacked)
-    transposed = finite.swapaxes(1, 2)
-    apart = np.abs(finite - transposed).max((1, 2)) > _ASYMMETRY * np.abs(finite).max((1, 2))
-    negative = np.diagonal(finite, axis1=1, axis2=2).min(1) < 0
-    for name, lopsided, below in zip(arrays, apart.tolist(), negative.tolist(), strict=True):
-        if lopsided:
-            raise ValueError(f"Expected a symmetric K = GGᵀ, got one that is not for block {name!r}.")
-        if below:
-            raise ValueError(f"Expected squared norms on the diagonal of K = GGᵀ, got a negative one for {name!r}.")
-    return np.where(broken[:, None, None], np.nan, (finite + transposed) / 2)
+            raise ValueError(f"Expected {samples} samples in every block, got {len(array)} in {str(name)!r}.")
+        stacked[block] = _symmetric(array, str(name)) if np.isfinite(array).all() else np.nan
+    return stacked
+
+
+def _symmetric(array: np.ndarray, name: str) -> np.ndarray:
+    """Return (K + Kᵀ)/2, and refuse what is no Gram matrix."""
+    if np.abs(array - array.T).max() > _ASYMMETRY * np.abs(array).max():
+        raise ValueError(f"Expected a symmetric K = GGᵀ, got one that is not for block {name!r}.")
+    if np.diagonal(array).min() < 0:
+        raise ValueError(f"Expected squared norms on the diagonal of K = GGᵀ, got a negative one for {name!r}.")
+    return (array + array.T) / 2
 
 
 def _by_block(values: Mapping[str, Any], blocks: Sequence[str], shape: tuple[int, ...], what: str) -> np.ndarray:
@@ -312,19 +341,40 @@ def pair_means(values: Float[np.ndarray, "block sample sample"], labels: SampleG
     >>> pair_means(np.array([[[9.0, 9.0, 1.0], [9.0, 9.0, 3.0], [1.0, 3.0, 9.0]]]), labels).mean
     array([[[2.]]])
     """
-    sums, without = _pair_sums(values, labels)
-    counts, counts_without = _pair_sums(np.ones((1, *values.shape[1:])), labels)
+    member = labels.member.astype(np.float64)
+    by_task = np.where(labels.apart, values, 0.0) @ member  # of sample i with all j of task t
+    products = member[:, :, None] * by_task[:, :, None, :]
+    tasks = member.shape[1]
+    rows = labels.membership.T @ products.reshape(*by_task.shape[:2], -1)
+    return _means(*_sums(rows.reshape(len(values), -1, tasks, tasks)), labels)
+
+
+def pair_means_of_products(numbers: Float[np.ndarray, "block sample"], labels: SampleGroups) -> PairMeans:
+    """Return :func:`pair_means` of the products x_i x_j, from sums by group: O(N) a block.
+
+    >>> labels = SampleGroups.of_one_task(np.array([0, 0, 1]))
+    >>> pair_means_of_products(np.array([[1.0, 3.0, 5.0]]), labels).mean
+    array([[[10.]]])
+    """
+    return _means(*_sums_of_products(numbers, labels), labels)
+
+
+def _sums_of_products(numbers: np.ndarray, labels: SampleGroups) -> tuple[np.ndarray, np.ndarray]:
+    by_group = labels.membership.T @ (numbers[:, :, None] * labels.member)
+    # Of all other groups, without a difference that would cancel where one group is far larger.
+    before, after = (np.zeros_like(by_group) for _ in range(2))
+    before[:, 1:] = np.cumsum(by_group, axis=1)[:, :-1]
+    after[:, :-1] = np.cumsum(by_group[:, ::-1], axis=1)[:, -2::-1]
+    return _sums(by_group[:, :, :, None] * (before + after)[:, :, None, :])
+
+
+def _means(sums: np.ndarray, without: np.ndarray, labels: SampleGroups) -> PairMeans:
+    counts, counts_without = labels.pairs
     return PairMeans(ratio(sums, counts), ratio(without, counts_without))
 
 
-def _pair_sums(values: np.ndarray, labels: SampleGroups) -> tuple[np.ndarray, np.ndarray]:
-    member, membership = labels.member.astype(np.float64), labels.membership
-    apart = labels.group[:, None] != labels.group[None]
-    by_task = np.where(apart, values, 0.0) @ member  # of sample i with all j of task t
-    products = member[:, :, None] * by_task[:, :, None, :]
-    rows = (membership.T @ products.reshape(*by_task.shape[:2], -1)).reshape(
-        len(values), membership.shape[1], member.shape[1], member.shape[1]
-    )
+def _sums(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sums over all pairs, and without each group, from those of each group with all others."""
     total = rows.sum(1)
     return total, total[:, None] - rows - rows.swapaxes(2, 3)
 
@@ -409,8 +459,21 @@ def confidence_interval(
     return estimate - reach, estimate + reach
 
 
-#: Number of random splits, each used in both directions.
+#: Number of random splits, each used in both directions; see :func:`splits_of`.
 SPLITS = 4
+#: What costs O(N³) a time is done on fewer halves, or on so many samples, where there are more, in many groups.
+MOST_SAMPLES, _MANY_GROUPS = 256, 64
+
+
+def splits_of(group: Int[np.ndarray, " sample"]) -> int:
+    """Return how many random splits are taken: four, or one of more than 256 samples in more than 64 groups.
+
+    A half's eigenvectors cost O(N³), while the halves of many groups differ little.
+
+    >>> splits_of(np.arange(256)), splits_of(np.arange(512)), splits_of(np.arange(512) // 8)
+    (4, 1, 4)
+    """
+    return 1 if len(group) > MOST_SAMPLES and len(np.unique(group)) > _MANY_GROUPS else SPLITS
 
 
 def half_splits(

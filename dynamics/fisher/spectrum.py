@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.special import xlogy
+from torch import Tensor
 
 from dynamics.fisher.samples import (
-    SPLITS,
     Estimate,
     SampleGroups,
     confidence_interval,
@@ -35,7 +35,9 @@ from dynamics.fisher.samples import (
     jackknifed,
     log,
     pair_means,
+    pair_means_of_products,
     ratio,
+    splits_of,
 )
 from dynamics.spectra import measures
 from dynamics.spectra.measures import entropy_of_direct_sum
@@ -110,7 +112,8 @@ def fisher_eigenvalues(gram: Float[np.ndarray, "block sample sample"]) -> Float[
     array([[2., 1.]])
     """
     broken, finite = _finite(gram)
-    return _not_negative(np.linalg.eigvalsh(finite)[:, ::-1] / gram.shape[-1], broken)
+    values = torch.linalg.eigvalsh(torch.tensor(finite)).numpy()
+    return _not_negative(values[:, ::-1] / gram.shape[-1], broken)
 
 
 def fisher_eigenvectors(
@@ -121,9 +124,9 @@ def fisher_eigenvectors(
     Column u_j belongs to the direction v_j = Gᵀu_j/√eig_j of parameter space, which is never formed.
     """
     broken, finite = _finite(gram)
-    values, vectors = np.linalg.eigh(finite)
-    vectors = np.where(broken[:, None, None], np.nan, vectors[:, :, ::-1])
-    return _not_negative(values[:, ::-1] / gram.shape[-1], broken), vectors
+    values, vectors = (part.flip(-1).numpy() for part in torch.linalg.eigh(torch.tensor(finite)))
+    vectors[broken] = np.nan
+    return _not_negative(values / gram.shape[-1], broken), vectors
 
 
 def inverse_roots(eigenvalues: Float[np.ndarray, "block index"]) -> Float[np.ndarray, "block index"]:
@@ -137,32 +140,101 @@ def inverse_roots(eigenvalues: Float[np.ndarray, "block index"]) -> Float[np.nda
     return np.where(np.isnan(eigenvalues), np.nan, roots)
 
 
+def shares_by_group(
+    vectors: Float[np.ndarray, "block sample index"], labels: SampleGroups
+) -> Float[np.ndarray, "block group index"]:
+    """Return the share of each group in λ_j, Σ u_ij² over its samples i; over all groups it sums to 1.
+
+    λ_j is the mean over samples of their squared projections on v_j, N λ_j u_ij², which are its derivatives with
+    respect to the samples' weights (Hellmann–Feynman). So standard errors by the infinitesimal jackknife over groups
+    follow from these shares, without the eigenvalues of any sample left out.
+
+    >>> shares_by_group(np.eye(3)[None], SampleGroups.of_one_task(np.array([0, 1, 0])))[0].tolist()
+    [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+    """
+    codes, group = np.unique(labels.group, return_inverse=True)
+    shares = torch.zeros(len(vectors), len(codes), vectors.shape[-1], dtype=torch.float64)
+    return shares.index_add_(1, torch.from_numpy(group), torch.from_numpy(vectors).square()).numpy()
+
+
 def eigenvalue_errors(
-    eigenvalues: Float[np.ndarray, "block sample"],
-    vectors: Float[np.ndarray, "block sample sample"],
-    membership: Float[np.ndarray, "sample group"],
-) -> Float[np.ndarray, "block sample"]:
+    eigenvalues: Float[np.ndarray, "block index"],
+    by_group: Float[np.ndarray, "block group index"],
+    weight: Float[np.ndarray, " group"],
+) -> Float[np.ndarray, "block index"]:
     """Return the standard error of each ln λ_j, by the infinitesimal jackknife over groups.
 
-    λ_j is the mean over samples of their squared projections on v_j, N λ_j u_ij²; its derivative with respect to a
-    sample's weight is that projection (Hellmann–Feynman). The bias of λ_j is not part of it.
+    The bias of λ_j is not part of it.
+
+    Args:
+        eigenvalues: λ_j.
+        by_group: As :func:`shares_by_group` returns them.
+        weight: Share of the samples in each group.
 
     Returns:
         NaN for fewer than two groups and for zero eigenvalues.
     """
-    groups = membership.shape[1]
+    groups = len(weight)
     if groups < 2:
         return np.full(eigenvalues.shape, np.nan)
-    share = membership.T @ vectors**2  # of λ_j, by group; they sum to 1
-    weight = membership.sum(0) / len(membership)
-    error = np.sqrt(groups / (groups - 1) * ((share - weight[:, None]) ** 2).sum(1))
+    error = np.sqrt(groups / (groups - 1) * ((by_group - weight[:, None]) ** 2).sum(1))
     return np.where(eigenvalues > RESOLVED * eigenvalues[:, :1], error, np.nan)
+
+
+def centred_eigenvalues(
+    eigenvalues: Float[np.ndarray, "block sample"], vectors: Float[np.ndarray, "block sample sample"]
+) -> Float[np.ndarray, "block sample"]:
+    r"""Return :func:`fisher_eigenvalues` of :func:`centred` K from the eigenpairs of K, in O(N²).
+
+    They are 0 and the stationary values μ of uᵀKu/N over unit vectors u with Σu_i = 0 (Golub 1973),
+
+    .. math:: g(μ) = \sum_j \frac{z_j^2}{λ_j - μ} = 0, \qquad z_j = \sum_i u_{ij} / \sqrt{N},
+
+    one between each two eigenvalues, where g rises from −∞ to ∞. Each step solves a + b/(λ_j − μ) + c/(λ_{j+1} − μ) = 0
+    with the value and the first two derivatives of g (Borges & Gragg 1993), or halves the bracket where that leads out.
+
+    >>> vectors = np.array([[[1.0, 1.0], [1.0, -1.0]]]) / 2**0.5
+    >>> centred_eigenvalues(np.array([[3.0, 2.0]]), vectors)
+    array([[2., 0.]])
+    """
+    values = torch.tensor(eigenvalues)
+    weight = torch.from_numpy(vectors.mean(1) ** 2 * vectors.shape[1])[:, :, None]
+    least = 4 * torch.finfo(values.dtype).eps * values[:, :1]
+    roots = (values[:, :-1] + values[:, 1:]) / 2
+    lower, upper = values[:, 1:].clone(), values[:, :-1].clone()
+    columns = torch.arange(roots.shape[1])
+    while len(columns := columns[(upper - lower > least)[:, columns].any(0)]):
+        root, above, below = roots[:, columns], upper[:, columns], lower[:, columns]
+        inverse = (values[:, None, :] - root[:, :, None]).reciprocal_()
+        at = (inverse @ weight)[:, :, 0]
+        squares = inverse * inverse
+        slope = (squares @ weight)[:, :, 0]
+        curve = (squares.mul_(inverse) @ weight)[:, :, 0]
+        step = _root_step(at, slope, curve, values[:, columns] - root, values[:, columns + 1] - root)
+        below, above = torch.where(at < 0, root, below), torch.where(at < 0, above, root)
+        inside = (root + step > below) & (root + step < above)
+        nearest = torch.minimum(values[:, columns] - root, root - values[:, columns + 1])
+        done = (step.abs() <= 1e-6 * nearest) & inside | (step.abs() <= least)  # the next step is as its cube
+        found = torch.where(inside | done, root + step, (below + above) / 2)
+        lower[:, columns], upper[:, columns] = torch.where(done, found, below), torch.where(done, found, above)
+        roots[:, columns] = found
+    return torch.cat([roots, 0 * values[:, :1]], dim=1).numpy()
+
+
+def _root_step(at: Tensor, slope: Tensor, curve: Tensor, high: Tensor, low: Tensor) -> Tensor:
+    """Return s with a + b/(high − s) + c/(low − s) = 0, of which value, slope and half the curvature at 0 are given."""
+    first = high * (low * curve - slope) / (low - high)  # b/high²
+    second = slope - first
+    constant = at - first * high - second * low
+    linear = constant * (high + low) + first * high**2 + second * low**2
+    size = (linear**2 - 4 * constant * high * low * at).clamp(min=0).sqrt()
+    return torch.where(linear > 0, 2 * high * low * at / (linear + size), (linear - size) / (2 * constant))
 
 
 def _finite(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return which blocks are broken, and K with these as 0."""
     broken = np.array([not np.isfinite(block).all() for block in gram])
-    return broken, np.where(broken[:, None, None], 0.0, gram)
+    return broken, np.where(broken[:, None, None], 0.0, gram) if broken.any() else gram
 
 
 def _not_negative(values: np.ndarray, broken: np.ndarray) -> np.ndarray:
@@ -187,24 +259,26 @@ def fisher_entropy(eigenvalues: Float[np.ndarray, "*batch index"]) -> np.ndarray
 
 
 def entropy_error(
-    eigenvalues: Float[np.ndarray, "block sample"],
-    vectors: Float[np.ndarray, "block sample sample"],
-    membership: Float[np.ndarray, "sample group"],
+    eigenvalues: Float[np.ndarray, "block index"], by_group: Float[np.ndarray, "block group index"]
 ) -> Float[np.ndarray, " block"]:
     """Return the standard error of the plug-in SE about its expectation at this N, by the infinitesimal jackknife.
 
-    The derivative of SE with respect to λ_j is −(ln p_j + SE)/tr F, that of λ_j with respect to a sample's weight its
-    squared projection. The bias of SE, usually larger, is not part of the error.
+    The derivative of SE with respect to λ_j is −(ln p_j + SE)/tr F. The bias of SE, usually larger, is not part of the
+    error.
+
+    Args:
+        eigenvalues: λ_j.
+        by_group: As :func:`shares_by_group` returns them.
 
     Returns:
         NaN for fewer than two groups.
     """
-    groups = membership.shape[1]
+    groups = by_group.shape[1]
     if groups < 2:
         return np.full(len(eigenvalues), np.nan)
     shares = ratio(eigenvalues, eigenvalues.sum(-1, keepdims=True))
     slope = -(xlogy(shares, shares) + shares * fisher_entropy(eigenvalues)[:, None])
-    influence = (membership.T @ (vectors**2 @ slope[:, :, None]))[:, :, 0]
+    influence = (by_group @ slope[:, :, None])[:, :, 0]
     return np.sqrt(groups / (groups - 1) * (influence**2).sum(-1))
 
 
@@ -263,20 +337,21 @@ def dominant_ratio_noise_reduced(eigenvalues: Float[np.ndarray, "block sample"])
 
 
 def dominant_ratio_error(
-    eigenvalues: Float[np.ndarray, "block sample"],
-    vectors: Float[np.ndarray, "block sample sample"],
-    membership: Float[np.ndarray, "sample group"],
+    eigenvalues: Float[np.ndarray, "block index"], by_group: Float[np.ndarray, "block group index"]
 ) -> Float[np.ndarray, " block"]:
     """Return the standard error of ln ρ, plug-in, about its expectation, by the infinitesimal jackknife over groups.
+
+    Args:
+        eigenvalues: λ_j.
+        by_group: As :func:`shares_by_group` returns them.
 
     Returns:
         NaN for fewer than two groups or a zero matrix.
     """
-    groups = membership.shape[1]
+    groups = by_group.shape[1]
     if groups < 2:
         return np.full(len(eigenvalues), np.nan)
     shares = ratio(eigenvalues, eigenvalues.sum(-1, keepdims=True))
-    by_group = membership.T @ vectors**2  # of each λ_j
     influence = by_group[:, :, 0] - (by_group @ shares[:, :, None])[:, :, 0]
     return np.sqrt(groups / (groups - 1) * (influence**2).sum(-1))
 
@@ -301,13 +376,19 @@ def dominant_ratio_interval(
 def dominant_ratio_split(
     gram: Float[np.ndarray, "block sample sample"],
     group: Int[np.ndarray, " sample"],
-    splits: int = SPLITS,
+    splits: int | None = None,
     seed: int = 0,
 ) -> Float[np.ndarray, " block"]:
     """Return the Rayleigh quotient of one half's first direction on the other half over its trace; mean over splits.
 
     No direction v has vᵀFv above λ_1, and v does not depend on the half that judges it: at most ρ in expectation, up to
     the noise of the trace. That holds for any v, so power iteration finds it well enough.
+
+    Args:
+        gram: K.
+        group: Group of each sample; groups are never divided.
+        splits: Number of random splits; by default :func:`splits_of` the groups.
+        seed: Seed of the splits.
 
     Returns:
         NaN for fewer than two groups.
@@ -317,26 +398,25 @@ def dominant_ratio_split(
     """
     if len(np.unique(group)) < 2:
         return np.full(len(gram), np.nan)
-    ratios = []
-    for first, second in half_splits(group, splits, seed):
-        weights = _leading_vector(gram[:, first[:, None], first])
-        projections = gram[:, second[:, None], first] @ weights[:, :, None]
-        length = (weights[:, None, :] @ gram[:, first[:, None], first] @ weights[:, :, None])[:, 0, 0]
-        along = ratio((projections[:, :, 0] ** 2).mean(-1), length)
-        trace = np.trace(gram[:, second[:, None], second], axis1=1, axis2=2) / len(second)
-        ratios.append(ratio(along, trace))
+    norms, ratios = np.diagonal(gram, axis1=1, axis2=2), []
+    for first, second in half_splits(group, splits or splits_of(group), seed):
+        of_first = gram[:, first[:, None], first]
+        weights = _leading_vector(of_first)[:, :, None]
+        projections = (gram[:, second[:, None], first] @ weights)[:, :, 0]
+        length = (weights * (of_first @ weights)).sum((1, 2))
+        ratios.append(ratio(ratio((projections**2).mean(-1), length), norms[:, second].mean(-1)))
     return np.mean(ratios, axis=0)
 
 
 def _leading_vector(gram: Float[np.ndarray, "block sample sample"]) -> Float[np.ndarray, "block sample"]:
     """Return weights u of the samples for which Gᵀu is nearly the leading direction: the largest column of K⁶⁴."""
-    power = gram
-    for _ in range(6):
-        size = np.trace(power, axis1=1, axis2=2)[:, None, None]
-        power = ratio(power, size)
+    power = torch.tensor(gram)
+    for _ in range(5):
+        power /= power.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
         power = power @ power
-    largest = np.diagonal(power, axis1=1, axis2=2).argmax(1)
-    return power[np.arange(len(power)), :, largest]
+    # The diagonal of K⁶⁴ are the squared norms of the rows of K³².
+    largest = power.square().sum(-1).argmax(1)
+    return (power @ power[torch.arange(len(power)), :, largest, None])[:, :, 0].numpy()
 
 
 def participation_ratio_plug_in(eigenvalues: Float[np.ndarray, "block index"]) -> Float[np.ndarray, " block"]:
@@ -390,8 +470,7 @@ def log_participation_ratio(
     >>> np.exp(log_participation_ratio(gram, labels).estimate).round(6)
     array([[4.]])
     """
-    norms = np.diagonal(gram, axis1=1, axis2=2)
-    traces = pair_means(norms[:, :, None] * norms[:, None, :], labels)
+    traces = pair_means_of_products(np.diagonal(gram, axis1=1, axis2=2), labels)
     squares = pair_means(gram**2, labels)
     square, trace = without_projection(squares.mean, traces.mean, projection)
     squares_left_out, traces_left_out = without_projection(squares.left_out, traces.left_out, projection)

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from scipy.special import xlogy
 
 from dynamics.fisher.samples import (
+    MOST_SAMPLES,
     Estimate,
     SampleGroups,
     confidence_interval,
@@ -34,6 +35,7 @@ from dynamics.fisher.samples import (
     jackknifed,
     log,
     pair_means,
+    pair_means_of_products,
     ratio,
     root,
 )
@@ -290,7 +292,8 @@ def divergence_test(
     task has heavy-tailed norms.
 
     Groups whose samples are all of one task exchange their labels as a whole; within the others, samples do. Either
-    way the resemblance within groups is kept.
+    way the resemblance within groups is kept. Of more than 256 samples, random whole groups with at most 256 are
+    tested: each permutation costs O(N³), and plug-in χ depends on N. The test is exact for them.
 
     Args:
         gram: K.
@@ -303,6 +306,8 @@ def divergence_test(
         Band and p are NaN where no exchange changes anything.
     """
     generator = np.random.default_rng(seed)
+    chosen = _some_groups(labels.group, generator)
+    gram, labels = gram[:, chosen[:, None], chosen], SampleGroups(labels.group[chosen], labels.member[chosen])
     task = labels.member.argmax(1)
     observed = decompose(with_equal_traces(gram, task), task)
     shuffled = [_exchanged(task, labels.group, generator) for _ in range(permutations)]
@@ -315,6 +320,16 @@ def divergence_test(
     exceeding = (null >= observed.divergence - 1e-12).sum(0)
     p = np.where(np.isnan(observed.mixture), np.nan, (exceeding + 1) / (permutations + 1))
     return DivergenceTest(observed.divergence, observed.largest, low, high, p)
+
+
+def _some_groups(group: np.ndarray, generator: np.random.Generator) -> Int[np.ndarray, " chosen"]:
+    """Return the samples of random groups, at most ``MOST_SAMPLES``; all samples where there are no more."""
+    if len(group) <= MOST_SAMPLES:
+        return np.arange(len(group))
+    codes, sizes = np.unique(group, return_counts=True)
+    order = generator.permutation(len(codes))
+    fits = max(int(np.searchsorted(np.cumsum(sizes[order]), MOST_SAMPLES, side="right")), 1)
+    return np.flatnonzero(np.isin(group, codes[order[:fits]]))
 
 
 def _exchanged(task: np.ndarray, group: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -355,7 +370,7 @@ def purity_gap(gram: Float[np.ndarray, "block sample sample"], labels: SampleGro
     norms = np.diagonal(gram, axis1=1, axis2=2)
     weights = ratio(norms @ labels.member, norms.sum(-1, keepdims=True))
     squares = pair_means(gram**2, labels)
-    traces = pair_means(norms[:, :, None] * norms[:, None, :], labels)
+    traces = pair_means_of_products(norms, labels)
     gap, largest = _gap(squares.mean, traces.mean, weights)
     without, _ = _gap(squares.left_out, traces.left_out, weights[:, None])
     relevant = np.ones(len(labels.holds), dtype=bool)

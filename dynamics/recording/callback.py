@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -26,6 +27,8 @@ from probes.undisturbed import undisturbed
 PREFIX = "dynamics/"
 #: Training sets of at most so many samples are read when training begins, to see that no probe sample is among them.
 COMPARED = 10_000
+#: Seconds after which the probe samples of a captured step have a progress bar.
+SLOW = 3.0
 
 
 class DynamicsCallback(TrainerCallback):
@@ -42,7 +45,7 @@ class DynamicsCallback(TrainerCallback):
             ``out_dir/run-<number>``, where its checkpoints are.
         tasks: Held-out probe samples, each a :class:`probes.Task`: with them each captured step also has the Fisher at
             the start of its increment, and the tasks' scores. Samples that are also in the training set are refused,
-            where that can be told.
+            where that can be told. A step that takes long has a progress bar, unless ``disable_tqdm``.
         preset: ``"economy"``: spectra of updates and gradient norms; ``"standard"``: spectra of gradients as well;
             ``"full"``: also cosines of consecutive increments, for a second copy of the watched factors.
         every: Capture every so many steps instead of the preset's.
@@ -90,6 +93,7 @@ class DynamicsCallback(TrainerCallback):
         self._trials = 0  # of a hyperparameter search
         self._batch_size: int | None = None  # of a training that has taken a step and has not ended
         self._waiting: dict[str, float] = {}
+        self._bar: Any = None  # of the probe samples
         self.recorder: Recorder | None = None
 
     def attach(self, trainer: Trainer) -> DynamicsCallback:
@@ -137,6 +141,7 @@ class DynamicsCallback(TrainerCallback):
             disk_names=lambda names: _disk_names(model, names),
             batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             notes=self._findings_on_loss(args),
+            progress=_nothing if args.disable_tqdm else self._show,
             **self._settings,
         )
 
@@ -242,6 +247,15 @@ class DynamicsCallback(TrainerCallback):
         smaller = before is not None and state.train_batch_size is not None and state.train_batch_size < before
         return 0 if args.auto_find_batch_size and smaller else None
 
+    def _show(self, done: int, total: int) -> None:
+        """Show how many probe samples are measured, if it takes longer than ``SLOW``."""
+        if self._bar is not None and (done == 0 or done >= total):
+            self._bar.close()
+            self._bar = None
+        if done < total:
+            self._bar = self._bar or tqdm(total=total, desc="probe samples", unit="", leave=False, delay=SLOW)
+            self._bar.update(done - self._bar.n)
+
     def _log(self, state: TrainerState, *, will_log: bool) -> None:
         """Hand a record's summary to the training log, together with the Trainer's own numbers if there are any."""
         assert self.recorder is not None
@@ -253,6 +267,10 @@ class DynamicsCallback(TrainerCallback):
             Trainer.log(self._trainer, numbers)
         else:
             state.log_history.append({**numbers, "epoch": state.epoch, "step": state.global_step})
+
+
+def _nothing(done: int, total: int) -> None:
+    """Show no progress."""
 
 
 def _is_saved(step: int, args: TrainingArguments, state: TrainerState) -> bool:

@@ -95,18 +95,28 @@ def probe_checkpoints(
             trained must be the same at all checkpoints. Parameters must require gradients: with PEFT,
             ``PeftModel.from_pretrained(base, folder, is_trainable=True)``.
         matrices: Whether a block is measured, by its name; by default everything that is trained.
-        progress: Called with the number of checkpoints done, and of all.
+        progress: Called with the number of probe samples measured, all checkpoints counted, and of all; the latter is
+            an estimate while a checkpoint may have other tasks.
 
     Returns:
         Records as those of a training. The first checkpoint of each training has K alone, at its own weights.
     """
     probed, before = Probed(), None
-    for number, checkpoint in enumerate(checkpoints):
-        progress(number, len(checkpoints))
+    done, samples, left = 0, 0, len(checkpoints)
+
+    def advance(measured: int, total: int) -> None:
+        nonlocal samples
+        samples = total
+        progress(done + measured, done + total * left)
+
+    progress(0, len(checkpoints))
+    for checkpoint in checkpoints:
+        samples = 0
         if before is not None and before.segment != checkpoint.segment:
             before = None
         try:
-            before = _probe(probed, checkpoint, load, matrices, before)
+            before = _probe(probed, checkpoint, load, matrices, before, advance)
+            done += samples
         except (Exception, SystemExit) as error:  # a user's function may raise anything
             probed.findings.append(
                 Finding(
@@ -117,7 +127,8 @@ def probe_checkpoints(
                     step=checkpoint.step,
                 )
             )
-    progress(len(checkpoints), len(checkpoints))
+        left -= 1
+    progress(max(done, 1), max(done, 1))
     return probed
 
 
@@ -127,6 +138,7 @@ def _probe(
     load: Loader,
     matrices: Callable[[str], bool] | None,
     before: _State | None,
+    progress: Callable[[int, int], None],
 ) -> _State:
     model, tasks, batch_size, momentum = _loaded(load(str(checkpoint.folder)))
     if not trained_parameters(model):
@@ -137,10 +149,12 @@ def _probe(
     state = _State(checkpoint.step, checkpoint.segment, _trained(model), _frozen(model))
     blocks = None if matrices is None else [name for name in _block_names(model) if matrices(name)]
     probe = FisherProbe(model, tasks, blocks=blocks, batch_size=batch_size)
+    if not probed.findings:
+        probed.findings += probe.findings()
     if (scores := probe.scores(state.step)) is not None:
         probed.score.append(scores)
     if before is None:
-        probed.fisher.append(probe.record(state.step, state.step, None))
+        probed.fisher.append(probe.record(state.step, state.step, None, progress=progress))
         return state
     _require_alike(before, state)
     now = _matrices(model)
@@ -148,7 +162,7 @@ def _probe(
     with probe.at_start():
         earlier = _matrices(model)
     changes = {name: _change(matrix, earlier[name]) for name, matrix in now.items()}
-    probed.fisher.append(probe.record(state.step, before.step, changes, momentum))
+    probed.fisher.append(probe.record(state.step, before.step, changes, momentum, progress))
     return state
 
 

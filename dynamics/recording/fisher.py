@@ -7,7 +7,7 @@ are set for the moment, and multiplied with the increment that the optimizer the
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,15 +17,28 @@ import xarray as xr
 from torch import Tensor, nn
 
 from dynamics import schema
+from dynamics.findings import Finding
 from probes.blocks import trained_parameters
 from probes.gram import ProbeGram, gradient_gram
 from probes.scores import Score, evaluate
-from probes.tasks import Task, probe_batches, probe_loss
+from probes.tasks import ProbeBatch, Task, probe_batches, probe_loss
 from probes.undisturbed import swapped
 from probes.watched import Matrix, find, is_sharded
 
 #: The space in which gradients and updates are compared: what a step of LoRA can reach, whatever its gauge.
 SPACE = "tangent"
+#: A record with a larger K, in bytes, holds only that of all blocks together unless blocks are chosen: twenty captured
+#: steps are 1.3 GB then, and in memory K, in float64, takes eight times as much while a step is measured.
+MOST_BYTES = 64 * 2**20
+
+
+def record_bytes(blocks: int, samples: int) -> int:
+    """Return the size of K on disk: the upper triangle of each block's in float32.
+
+    >>> record_bytes(28, 512)
+    14708736
+    """
+    return blocks * samples * (samples + 1) // 2 * 4
 
 
 class FisherProbe:
@@ -37,7 +50,8 @@ class FisherProbe:
     Args:
         model: The model in training, in its wrappers; each process measures its own copy.
         tasks: Held-out samples, each with its task and group.
-        blocks: Names of the watched matrices, where only some are watched; ``None`` for all that is trained.
+        blocks: Names of the watched matrices, where they were chosen; ``None`` for all that is trained, each by itself
+            unless records would be larger than ``MOST_BYTES``.
         on_host: Parameters whose copies are kept on the host.
         batch_size: Samples of one optimizer step, for the gradient null; 0 if unknown.
 
@@ -64,10 +78,10 @@ class FisherProbe:
                 "python -m dynamics.analyze RUN --probe module:function"
             )
         self._model, self._tasks = model, tuple(tasks)
-        self._blocks = None if blocks is None else list(blocks)
         self._batch_size = batch_size
         self._host = {id(parameter) for parameter in on_host}
         self._matrices, self._others = self._block_names()
+        self._blocks = self._chosen(blocks)
         self._before = {name: self._copied(parameter) for name, parameter in self._trained.items()}
         self._ended: list[tuple[nn.Parameter, Tensor]] = []  # trained until lately, as they were
         self._unknown: set[str] = set()  # blocks whose change is unknown
@@ -78,6 +92,47 @@ class FisherProbe:
         of_matrices = {id(parameter) for matrix in watched for parameter in matrix.parameters}
         others = [name for name, parameter in self._trained.items() if id(parameter) not in of_matrices]
         return {matrix.name for matrix in watched if not matrix.part_of and matrix.parameters}, others
+
+    def _chosen(self, blocks: Sequence[str] | None) -> list[str] | None:
+        """Return the blocks to measure, ``None`` for all, ``["global"]`` for their sum alone."""
+        if blocks is not None:
+            return list(blocks)
+        return [schema.GLOBAL] if record_bytes(self._of_all, self._samples) > MOST_BYTES else None
+
+    @property
+    def _of_all(self) -> int:
+        return len(self._matrices) + len(self._others) + 1
+
+    @property
+    def _samples(self) -> int:
+        return len(self._labels["sample_id"])
+
+    def findings(self) -> list[Finding]:
+        """Return a finding on the size of a record, if it is large or would be if all blocks were in it."""
+        alone = self._blocks == [schema.GLOBAL]
+        blocks = self._of_all if alone or self._blocks is None else len(self._blocks) + 1
+        size = record_bytes(blocks, self._samples)
+        evidence = {"bytes": size, "blocks": blocks, "samples": self._samples}
+        if alone:
+            return [
+                Finding(
+                    "OD320",
+                    f"A record of the Fisher would take {_mebibytes(size)} with all {blocks} blocks of {self._samples} "
+                    f"probe samples. It holds only all blocks together, {_mebibytes(record_bytes(1, self._samples))}.",
+                    "To record each matrix as well, choose them: matrices='.' for all. Or probe fewer samples.",
+                    evidence=evidence,
+                )
+            ]
+        if size <= MOST_BYTES:
+            return []
+        return [
+            Finding(
+                "OD320",
+                f"A record of the Fisher takes {_mebibytes(size)}: {blocks} blocks of {self._samples} probe samples.",
+                "If that is too much, choose fewer matrices, or probe fewer samples.",
+                evidence=evidence,
+            )
+        ]
 
     def _copied(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach().to("cpu" if id(parameter) in self._host else parameter.device, copy=True)
@@ -103,13 +158,14 @@ class FisherProbe:
         parameters = {id(parameter): parameter for parameter in (*before.values(), *(p for p, _ in self._ended))}
         copies = {key: copy for key, copy in copies.items() if key not in rewritten}
         self._host |= {id(parameter) for parameter in on_host}
-        self._trained, self._blocks = after, None if blocks is None else list(blocks)
+        self._trained = after
         self._before = {
             name: copies[id(p)] if id(p) in copies else self._copied(p) for name, p in self._trained.items()
         }
         trained = {id(parameter) for parameter in after.values()}
         self._ended = [(parameters[key], copy) for key, copy in copies.items() if key not in trained]
         self._matrices, self._others = self._block_names()
+        self._blocks = self._chosen(blocks)
         if moved:
             self._unknown |= {name for name, parameter in after.items() if id(parameter) not in copies}
 
@@ -129,6 +185,7 @@ class FisherProbe:
         evaluated_at: int,
         increments: Mapping[str, Matrix] | None,
         momentum: float = math.nan,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> xr.Dataset:
         """Return the record of K and b of the increment that ends at this step, at the weights where it began.
 
@@ -137,6 +194,7 @@ class FisherProbe:
             evaluated_at: The captured step before.
             increments: Watched matrix → its change between the two; ``None`` for K alone.
             momentum: Momentum of the optimizer, see :func:`momentum_of`; NaN if unknown.
+            progress: Called with the number of probe samples measured, and of all.
 
         Returns:
             As :func:`fisher_record`. A sample whose loss or gradient is not finite has NaN, and so has the update of a
@@ -147,7 +205,7 @@ class FisherProbe:
         with torch.enable_grad(), self.at_start():
             gram = gradient_gram(
                 self._model,
-                self._batches,
+                self._counted(progress),
                 probe_loss,
                 space=SPACE,
                 blocks=self._blocks,
@@ -165,6 +223,15 @@ class FisherProbe:
             momentum=momentum,
         )
 
+    def _counted(self, progress: Callable[[int, int], None]) -> Iterator[ProbeBatch]:
+        """Yield the batches; when one is measured, the next is asked for."""
+        done = 0
+        progress(done, self._samples)
+        for batch in self._batches:
+            yield batch
+            done += batch.samples
+            progress(done, self._samples)
+
     def scores(self, step: int) -> xr.Dataset | None:
         """Return the scores of the model as it is now, for tasks with a score of their own; ``None`` if none has."""
         scored = [task for task in self._tasks if task.score is not None]
@@ -178,7 +245,8 @@ class FisherProbe:
 
     def _of_blocks(self, changes: Mapping[str, Matrix | None]) -> dict[str, Any]:
         """Return the changes of the measured blocks."""
-        names = {*self._matrices, *self._others} if self._blocks is None else set(self._blocks)
+        every = self._blocks is None or self._blocks == [schema.GLOBAL]
+        names = {*self._matrices, *self._others} if every else set(self._blocks or ())
         return {name: change for name, change in changes.items() if name in names}
 
     def _changes(self) -> dict[str, Tensor]:
@@ -188,6 +256,10 @@ class FisherProbe:
             for name in self._others
             if name not in self._unknown
         }
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def momentum_of(optimizer: Any) -> float:

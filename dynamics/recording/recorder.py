@@ -93,11 +93,14 @@ class Recorder:
         disk_names: Matrix → its name in saved weights, where that differs; or a function that returns this for the
             names of dense matrices, including those that are trained later.
         tasks: Held-out probe samples. With them a record has the Fisher at the start of the increment, K and b, and the
-            scores of tasks that have one; one forward-backward pass over all probe samples a captured step.
+            scores of tasks that have one; one forward-backward pass over all probe samples a captured step. Where K
+            of every block would take more than 64 MiB a record, it holds only that of all together, and a warning says
+            so; choose ``matrices`` (``"."``: all) to record theirs as well.
         batch_size: Samples that the optimizer sees in one step, over all processes and accumulated; for the null of
             concentration. 0: unknown.
         notes: Findings about the whole training, kept with its records.
         strict: Raise if recording fails, instead of one warning and a gap in the records.
+        progress: Called with the number of probe samples measured at a captured step, and of all.
 
     Raises:
         ValueError: If there is nothing to watch, or the preset, the schedule or the regular expression is invalid.
@@ -133,13 +136,14 @@ class Recorder:
         batch_size: int = 0,
         notes: Sequence[Finding] = (),
         strict: bool = False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.preset = preset_named(preset)
         self._schedule = schedule_of(self.preset, interval=every, steps=at, schedule=schedule)
         watched = watched_or_refused(model, matrices)
         self._leads = not _distributed() or dist.get_rank() == 0
         self._takes_part = self._leads or any(is_sharded(p) for matrix in watched.watched for p in matrix.sources)
-        self._gradients, self._strict = gradients, strict
+        self._gradients, self._strict, self._progress = gradients, strict, progress
         self._model, self._pattern, self._state = model, matrices, ModelState(model)
         self._bases = BaseWeights(model) if self._leads else None
         self._take_parameters(watched)
@@ -147,6 +151,9 @@ class Recorder:
         self._in_flight: _InFlight | None = None
         self._records: Records | None = None
         self._probe = self._probe_of(model, tasks, watched, batch_size, restricted=matrices is not None)
+        probe_findings = [] if self._probe is None else self._probe.findings()
+        for finding in probe_findings:
+            warnings.warn(str(finding), UserWarning, stacklevel=2)
         self._momentum = math.nan
         self.scalars: dict[str, float] = {}
         name = None if schedule is None else getattr(schedule, "__qualname__", type(schedule).__name__)
@@ -154,7 +161,7 @@ class Recorder:
         configuration = {"preset": preset, **choices, "matrices": matrices, "gradients": gradients}
         self._disk_names = disk_names if callable(disk_names) else lambda _: disk_names or {}
         content = {"disk_names": self._named(watched), "covered_share": watched.covered_share}
-        self._open(Path(run), notes, resume_from, warmup_steps, encodable(configuration), content)
+        self._open(Path(run), [*probe_findings, *notes], resume_from, warmup_steps, encodable(configuration), content)
 
     @property
     def steps(self) -> list[int]:
@@ -404,7 +411,9 @@ class Recorder:
         groups: dict[str, xr.Dataset | None] = {}
         if self._probe is not None and self._from_step >= 0 and not self._lost_start:
             with self._forgiven(step):
-                groups["fisher"] = self._probe.record(step, self._from_step, self._live.increments(), self._momentum)
+                groups["fisher"] = self._probe.record(
+                    step, self._from_step, self._live.increments(), self._momentum, self._progress
+                )
         if self._probe is not None:
             with self._forgiven(step):
                 groups["score"] = self._probe.scores(step)

@@ -557,3 +557,19 @@ def test_chosen_blocks_say_what_they_leave_out():
     assert len(found.uncovered) == 2 * 13
     whole = gradient_gram(model, tokens())
     assert relative(found.gram[name], whole.gram[name]) < 1e-12
+
+
+@pytest.mark.parametrize("projection", [0, 16])
+def test_only_all_blocks_together(projection):
+    model = adapted()
+    update = {"model.layers.0.self_attn.q_proj": torch.ones(16, 16)}
+    found, whole = (
+        gradient_gram(model, tokens(), update=update, blocks=blocks, projection=projection)
+        for blocks in (["global"], None)
+    )
+    assert found.blocks == ("global",)
+    for name in ("gram", "update_product"):
+        assert torch.equal(getattr(found, name)["global"], getattr(whole, name)["global"]), name
+    for name in ("update_norm_squared", "share_outside_space", "dimension"):
+        assert getattr(found, name) == {"global": getattr(whole, name)["global"]}, name
+    assert found.covered_share == 1

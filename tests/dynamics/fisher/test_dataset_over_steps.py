@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from dynamics.fisher import concentration, fisher_measures, measure_fisher, task_structure
+from dynamics.fisher import concentration, fisher_measures, measure_fisher, samples, task_structure
 from dynamics.fisher.concentration import effective_batches
 from dynamics.fisher.dataset import gram_of
 from dynamics.schema import FISHER_RECORD
@@ -121,3 +121,9 @@ def test_a_record_is_read_back_into_one_value(raw):
     assert list(gram.sample_ids) == raw["sample_id"].values[kept].tolist()
     assert list(gram.groups) == raw["sample_group"].values[kept].tolist()
     assert list(gram.tasks) == raw["sample_task"].values[kept].tolist()
+
+
+def test_blocks_measured_one_at_a_time_are_those_measured_together(raw, groups, monkeypatch):
+    monkeypatch.setattr(samples, "_PART", 1)
+    for name, found in measure_fisher(raw).items():
+        xr.testing.assert_allclose(found, groups[name], rtol=1e-12)

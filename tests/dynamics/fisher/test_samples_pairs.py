@@ -9,6 +9,7 @@ from dynamics.fisher.samples import (
     jackknife_error,
     jackknifed,
     pair_means,
+    pair_means_of_products,
     weight_of,
 )
 from tests.dynamics.fisher.simulated import gradients, grams, power_law
@@ -44,6 +45,19 @@ def test_pair_means_are_those_of_a_loop(labels):
                 for g in range(5):
                     slow = slow_mean(values[block], labels, s, t, left_out=g)
                     assert found.left_out[block, g, s, t] == pytest.approx(slow, abs=1e-12)
+
+
+@pytest.mark.parametrize("largest", [1.0, 1e12])
+def test_pair_means_of_products_are_those_of_all_pairs(labels, largest):
+    numbers = np.random.default_rng(3).uniform(1, 2, (2, 8))
+    numbers[:, 2] *= largest
+    found, slow = (
+        pair_means_of_products(numbers, labels),
+        pair_means(numbers[:, :, None] * numbers[:, None, :], labels),
+    )
+    np.testing.assert_allclose(found.mean, slow.mean, rtol=1e-13)
+    for g in range(5):
+        np.testing.assert_allclose(found.left_out[:, g], slow.left_out[:, g], rtol=1e-12, atol=1e-13 * largest)
 
 
 def test_diagonal_means_are_those_of_a_loop(labels):

@@ -1,12 +1,15 @@
 import numpy as np
 import pytest
 
+from dynamics.fisher.samples import SampleGroups
 from dynamics.fisher.spectrum import (
     centred,
+    centred_eigenvalues,
     eigenvalue_errors,
     fisher_eigenvalues,
     fisher_eigenvectors,
     inverse_roots,
+    shares_by_group,
 )
 from tests.dynamics.fisher.simulated import gradients, grams, planted, power_law
 
@@ -42,17 +45,49 @@ def test_directions_beyond_the_rank_are_left_out():
 
 def test_standard_errors_are_those_of_repeated_data():
     rows = gradients(np.random.default_rng(2), 600, 64, np.array([8.0, 3.0, 1.0]), per_group=2, correlation=0.5)
-    membership = np.repeat(np.eye(32), 2, axis=0)
+    labels = SampleGroups.of_one_task(np.arange(64) // 2)
     values, vectors = fisher_eigenvectors(grams(rows))
-    errors = eigenvalue_errors(values, vectors, membership)
+    errors = eigenvalue_errors(values, shares_by_group(vectors, labels), labels.membership.mean(0))
     spread = np.log(values[:, :2]).std(0)
     np.testing.assert_allclose(errors[:, :2].mean(0), spread, rtol=0.15)
     assert np.isnan(errors[:, 3:]).all()  # of zeros
 
 
+def test_shares_of_groups_are_sums_of_squares():
+    group = np.array([0, 2, 2, 5, 0])
+    vectors = np.random.default_rng(3).standard_normal((2, 5, 5))
+    slow = np.stack([(vectors[:, group == code] ** 2).sum(1) for code in (0, 2, 5)], axis=1)
+    np.testing.assert_allclose(shares_by_group(vectors, SampleGroups.of_one_task(group)), slow, rtol=1e-14)
+
+
+def centring_cases():
+    """K of many kinds: means of any size, repeated eigenvalues and samples, no rank to spare, any scale."""
+    rng = np.random.default_rng(4)
+    mean = gradients(rng, 1, 1, power_law(80))
+    rows = gradients(rng, 2, 40, power_law(80))
+    without = rows - rows.mean(1, keepdims=True)
+    kinds = [rows, rows + mean, rows + 100 * mean, without, rows[:, :, :7], rows[:, :, :1], np.repeat(rows, 2, axis=1)]
+    kinds += [gradients(rng, 2, 40, power_law(80, 4.0)), 1e-10 * rows, 1e10 * rows, rows[:, :2], rows[:, :1]]
+    kinds += [np.ones((1, 5, 1)), np.eye(5)[None], np.diag([3.0, 3.0, 1.0, 1.0, 1.0])[None], np.zeros((1, 4, 4))]
+    return [grams(kind) for kind in kinds]
+
+
+@pytest.mark.parametrize("gram", centring_cases())
+def test_centred_eigenvalues_are_those_of_the_centred_gram(gram):
+    values, vectors = fisher_eigenvectors(gram)
+    found, slow = centred_eigenvalues(values, vectors), fisher_eigenvalues(centred(gram))
+    np.testing.assert_allclose(found, slow, rtol=0, atol=1e-13 * values.max())
+
+
+def test_centred_eigenvalues_of_a_broken_block_are_missing():
+    gram = np.stack([np.full((3, 3), np.nan), np.diag([3.0, 2.0, 1.0])])
+    found = centred_eigenvalues(*fisher_eigenvectors(gram))
+    assert np.isnan(found[0, :2]).all()
+    np.testing.assert_allclose(found[1], fisher_eigenvalues(centred(gram[1:]))[0], atol=1e-14)
+
+
 def test_one_group_has_no_standard_error():
-    values, vectors = fisher_eigenvectors(np.eye(3)[None])
-    assert np.isnan(eigenvalue_errors(values, vectors, np.ones((3, 1)))).all()
+    assert np.isnan(eigenvalue_errors(np.ones((1, 3)), np.ones((1, 1, 3)), np.ones(1))).all()
 
 
 def test_nan_stays_in_its_block():

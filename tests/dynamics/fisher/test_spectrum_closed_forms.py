@@ -27,7 +27,7 @@ def test_linear_regression_empirical(distance):
     along = sigma @ distance
     truth = ((NOISE**2 + distance @ along) * sigma + 2 * np.outer(along, along)) / NOISE**4
     values, vectors = fisher_eigenvectors(grams(linear_regression(1200, distance, sampled=False))[None])
-    errors = eigenvalue_errors(values, vectors, np.eye(1200))[0, :3]
+    errors = eigenvalue_errors(values, vectors**2, np.full(1200, 1 / 1200))[0, :3]
     expected = np.linalg.eigvalsh(truth)[::-1]
     assert (np.abs(np.log(values[0, :3] / expected)) < 4 * errors).all()
     assert errors.max() < 0.1
@@ -36,7 +36,7 @@ def test_linear_regression_empirical(distance):
 def test_linear_regression_with_sampled_labels_is_the_true_fisher():
     """Σ/σ², wherever θ is."""
     values, vectors = fisher_eigenvectors(grams(linear_regression(1200, np.ones(3), sampled=True))[None])
-    errors = eigenvalue_errors(values, vectors, np.eye(1200))[0, :3]
+    errors = eigenvalue_errors(values, vectors**2, np.full(1200, 1 / 1200))[0, :3]
     assert (np.abs(np.log(values[0, :3] / (SIGMA / NOISE**2))) < 4 * errors).all()
 
 

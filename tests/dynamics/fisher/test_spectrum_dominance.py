@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from dynamics.fisher.samples import half_splits
+from dynamics.fisher.samples import SampleGroups, half_splits
 from dynamics.fisher.spectrum import (
+    _leading_vector,
     dominant_ratio_error,
     dominant_ratio_interval,
     dominant_ratio_noise_reduced,
@@ -10,6 +11,7 @@ from dynamics.fisher.spectrum import (
     dominant_ratio_split,
     fisher_eigenvalues,
     fisher_eigenvectors,
+    shares_by_group,
 )
 from tests.dynamics.fisher.simulated import gradients, grams, planted, power_law
 
@@ -39,10 +41,10 @@ def test_interval_holds_the_truth_where_the_bracket_alone_does_not(exponent, per
     truth, group = eigenvalues[0] / eigenvalues.sum(), np.arange(64) // per_group
     rows = gradients(np.random.default_rng(4), 200, 64, eigenvalues, per_group=per_group, correlation=correlation)
     values, vectors = fisher_eigenvectors(grams(rows))
-    membership = (group[:, None] == np.unique(group)).astype(float)
+    by_group = shares_by_group(vectors, SampleGroups.of_one_task(group))
     split, plug_in = dominant_ratio_split(grams(rows), group), dominant_ratio_plug_in(values)
-    error = dominant_ratio_error(values, vectors, membership)
-    low, high = dominant_ratio_interval(split, plug_in, error, len(membership.T))
+    error = dominant_ratio_error(values, by_group)
+    low, high = dominant_ratio_interval(split, plug_in, error, by_group.shape[1])
     assert ((split <= truth) & (truth <= plug_in)).mean() < 0.8
     assert ((low <= truth) & (truth <= high)).mean() >= 0.94
     assert high.max() <= 1
@@ -65,6 +67,14 @@ def test_split_is_that_of_explicit_directions(gram):
         slow.append(((rows[0, second] @ direction) ** 2).sum() / (rows[0, second] ** 2).sum())
     found = dominant_ratio_split(grams(rows), np.arange(12), splits=3, seed=7)
     assert found[0] == pytest.approx(np.mean(slow), rel=1e-3)
+
+
+def test_weights_are_the_largest_column_of_a_high_power():
+    gram = grams(gradients(np.random.default_rng(5), 3, 20, power_law(40, 0.3)))
+    power = np.linalg.matrix_power(gram / np.trace(gram, axis1=1, axis2=2)[:, None, None], 64)
+    for found, block in zip(_leading_vector(gram), power, strict=True):
+        slow = block[:, block.diagonal().argmax()]
+        np.testing.assert_allclose(found / np.abs(found).max(), slow / np.abs(slow).max(), rtol=1e-9)
 
 
 def test_groups_are_never_divided():

@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
 
+from dynamics.fisher.samples import SampleGroups
 from dynamics.fisher.spectrum import (
     entropy_error,
     fisher_eigenvalues,
     fisher_eigenvectors,
     fisher_entropy,
     normalised_by_sample_rank,
+    shares_by_group,
     spectral_entropy_block_diagonal,
 )
 from tests.dynamics.fisher.simulated import gradients, grams, planted, power_law
@@ -36,14 +38,14 @@ def test_plug_in_lies_below_the_truth_and_below_log_n():
 def test_standard_error_is_that_of_repeated_data():
     rows = gradients(np.random.default_rng(1), 500, 64, power_law(30), per_group=2, correlation=0.6)
     values, vectors = fisher_eigenvectors(grams(rows))
-    errors = entropy_error(values, vectors, np.repeat(np.eye(32), 2, axis=0))
+    errors = entropy_error(values, shares_by_group(vectors, SampleGroups.of_one_task(np.arange(64) // 2)))
     spread = fisher_entropy(values).std()
     assert errors.mean() == pytest.approx(spread, rel=0.2)
 
 
 def test_one_group_has_no_standard_error():
     values, vectors = fisher_eigenvectors(np.eye(3)[None])
-    assert np.isnan(entropy_error(values, vectors, np.ones((3, 1)))).all()
+    assert np.isnan(entropy_error(values, shares_by_group(vectors, SampleGroups.of_one_task(np.zeros(3, int))))).all()
 
 
 def test_block_diagonal_is_the_spectra_together_and_at_least_the_whole():

@@ -1,10 +1,19 @@
+from importlib import import_module
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamics.fisher.samples import SampleGroups
-from dynamics.fisher.task_structure import _exchanged, decompose, divergence_test, purity_gap, with_equal_traces
+from dynamics.fisher.task_structure import (
+    _exchanged,
+    _some_groups,
+    decompose,
+    divergence_test,
+    purity_gap,
+    with_equal_traces,
+)
 from tests.dynamics.fisher.simulated import gradients, grams, power_law, within_three_errors
 
 
@@ -144,6 +153,28 @@ def test_one_group_of_several_tasks_does_not_keep_the_others_from_being_exchange
     group = np.arange(32)
     group[16] = 0  # one image with both tasks
     assert divergence_test(grams(rows), SampleGroups(group, task[:, None] == np.arange(2))).p_value == 0.01
+
+
+def test_of_many_samples_whole_groups_are_tested(monkeypatch):
+    rows = gradients(np.random.default_rng(6), 1, 48, power_law(30), per_group=4, correlation=0.5)
+    labels, seed = two_tasks(24, per_group=4), 3
+    monkeypatch.setattr(import_module("dynamics.fisher.task_structure"), "MOST_SAMPLES", 30)
+    found = divergence_test(grams(rows), labels, permutations=9, seed=seed)
+    chosen = _some_groups(labels.group, np.random.default_rng(seed))
+    assert len(chosen) == 28  # seven groups of four
+    assert set(np.bincount(labels.group[chosen])) == {0, 4}
+    task = labels.member.argmax(1)[chosen]
+    expected = decompose(with_equal_traces(grams(rows[:, chosen]), task), task)
+    np.testing.assert_allclose(found.divergence, expected.divergence)
+    np.testing.assert_allclose(found.largest, expected.largest)
+
+
+def test_many_samples_find_disjoint_tasks_and_no_others():
+    rng = np.random.default_rng(7)
+    same = divergence_of(rng, 8, 160, 3, 1)
+    disjoint = divergence_of(rng, 8, 160, 3, 1, disjoint=True)
+    assert (same.p_value <= 0.05).mean() <= 0.25
+    assert (disjoint.p_value <= 0.05).all()
 
 
 def test_exchanges_keep_groups_whole():

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from transformers.trainer_utils import HPSearchBackend
 import dynamics
 from dynamics import DynamicsCallback, Recorder, schema
 from dynamics.fisher.concentration import effective_batches
+from dynamics.recording import fisher
 from dynamics.recording.fisher import momentum_of
 from probes import Task, gradient_gram, probe_batches, probe_loss
 from probes.watched import find
@@ -295,6 +297,57 @@ def test_momentum_is_what_the_optimizer_says(optimizer, expected):
 def test_the_largest_momentum_of_several_groups_counts():
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "momentum": beta} for beta in (0.5, 0.9)]
     assert momentum_of(torch.optim.SGD(groups, lr=0.1)) == 0.9
+
+
+# ---- many samples ----
+
+
+def test_the_size_of_large_records_is_said_before_training_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(fisher, "MOST_BYTES", 1000)
+    said = []
+    callback = DynamicsCallback(tmp_path, [task("a", 11)], at=[1])
+    caught = pytest.warns(UserWarning, match="OD320.*a record of the Fisher would take")
+    training = trainer(tmp_path, [callback, Begins(lambda: said.extend(map(str, caught.list)))], max_steps=1)
+    with caught:
+        training.train()
+    assert any("OD320" in text for text in said)
+    tree = dynamics.open_run(tmp_path)
+    assert tree["fisher"]["block"].values.tolist() == ["global"]
+    assert np.isfinite(tree["fisher"]["update_product"]).all()
+    assert "OD320" in tree.attrs["findings"]
+
+
+class Begins(TrainerCallback):
+    def __init__(self, call) -> None:
+        self.call = call
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.call()
+
+
+class Bar:
+    """Stands in for a progress bar, and keeps what it was told."""
+
+    made: ClassVar[list[Bar]] = []
+
+    def __init__(self, *, total, **_) -> None:
+        self.total, self.n, self.open = total, 0, True
+        self.made.append(self)
+
+    def update(self, number) -> None:
+        self.n += number
+
+    def close(self) -> None:
+        self.open = False
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_probe_samples_have_a_progress_bar(tmp_path, monkeypatch, disabled):
+    monkeypatch.setattr(Bar, "made", [])
+    monkeypatch.setattr("dynamics.recording.callback.tqdm", Bar)
+    callback = DynamicsCallback(tmp_path, tasks(), at=[1, 2])
+    trainer(tmp_path, [callback], max_steps=2, save_strategy="no", disable_tqdm=disabled).train()
+    assert [(bar.total, bar.n, bar.open) for bar in Bar.made] == ([] if disabled else [(24, 16, False)] * 2)
 
 
 # ---- another loss than the one probed ----

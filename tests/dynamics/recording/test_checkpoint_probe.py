@@ -111,6 +111,19 @@ def test_one_model_whose_weights_are_exchanged(run, probed):
     )
 
 
+def test_progress_moves_within_a_checkpoint(run):
+    told = []
+
+    def fails_in_the_middle(folder):
+        if folder.endswith("-4"):
+            raise RuntimeError("out of memory")
+        return load(folder)
+
+    checkpoints = open_trajectory(run).checkpoints
+    probe_checkpoints(checkpoints, fails_in_the_middle, progress=lambda done, total: told.append((done, total)))
+    assert told == [(0, 3), (0, 72), (8, 72), (16, 72), (24, 72), (24, 48), (32, 48), (40, 48), (48, 48), (48, 48)]
+
+
 def test_only_matrices_that_are_asked_for(run):
     tree = analyze_run(run, probe=load, report=False, matrices="layers.0.*q_proj")
     blocks = tree["fisher"]["block"].values.tolist()

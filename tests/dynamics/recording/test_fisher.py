@@ -5,11 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch import nn
 
 from dynamics import schema
 from dynamics.fisher.dataset import gram_of
-from dynamics.recording.fisher import FisherProbe, fisher_record, momentum_of, score_record
+from dynamics.recording import fisher
+from dynamics.recording.fisher import FisherProbe, fisher_record, momentum_of, record_bytes, score_record
+from dynamics.store.record_file import packed
 from probes import ProbeGram, Score, Task, gradient_gram
 
 LABELS = {
@@ -93,6 +96,53 @@ def test_a_probe_records_the_gram_of_its_tasks():
     assert (found.gram["global"] == expected.gram["global"].numpy()).all()
     assert (found.tasks, found.groups, found.sample_ids) == (expected.tasks, expected.groups, expected.sample_ids)
     assert record.attrs["batch_size"] == 4
+
+
+def small_probe(blocks=None):
+    """Two blocks of a model, four samples."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 2, bias=False))
+    rows = [{"x": torch.tensor(row)} for row in ROWS.astype(np.float32)]
+    task = Task("t", rows, loss=lambda model, batch: model(batch["x"]).square().sum(1), batch_size=3)
+    return FisherProbe(model, [task], blocks=blocks)
+
+
+def test_the_size_of_a_record_is_that_of_the_packed_gram():
+    k = np.random.default_rng(1).standard_normal((1, 3, 17, 17))
+    triangle, _ = packed(k + k.swapaxes(-1, -2))
+    assert record_bytes(3, 17) == triangle.nbytes
+
+
+def test_a_small_record_has_every_block_and_no_finding():
+    probe = small_probe()
+    assert probe.record(0, 0, None)["block"].values.tolist() == ["0", "1", "global"]
+    assert probe.findings() == []
+
+
+def test_a_large_record_has_all_blocks_together_unless_they_are_chosen(monkeypatch):
+    change = {"0": torch.ones(2, 3), "1": torch.ones(2, 2)}
+    everything = small_probe().record(2, 0, change).sel(block=["global"])
+    monkeypatch.setattr(fisher, "MOST_BYTES", record_bytes(3, 4) - 1)
+    probe = small_probe()
+    xr.testing.assert_identical(probe.record(2, 0, change), everything)
+    (finding,) = probe.findings()
+    assert finding.code == "OD320"
+    assert "with all 3 blocks of 4 probe samples" in finding.message
+    assert "choose them: matrices='.'" in finding.remedy
+    assert finding.evidence == {"bytes": record_bytes(3, 4), "blocks": 3, "samples": 4}
+
+    probe.follow(blocks=None)
+    assert probe.record(2, 0, change)["block"].values.tolist() == ["global"]
+    chosen = small_probe(["0", "1"])
+    assert chosen.record(2, 0, change)["block"].values.tolist() == ["0", "1", "global"]
+    (finding,) = chosen.findings()
+    assert finding.message.startswith("A record of the Fisher takes 0.0 MiB: 3 blocks of 4 probe samples.")
+
+
+def test_progress_counts_the_samples_measured():
+    told = []
+    small_probe().record(0, 0, None, progress=lambda done, total: told.append((done, total)))
+    assert told == [(0, 4), (3, 4), (4, 4)]
 
 
 def test_scores_and_their_direction():
