@@ -18,7 +18,7 @@ from torch import nn
 import dynamics
 from dynamics import Recorder
 from dynamics.store import RecordWriter
-from tests.killed import ROUNDS, killed_twenty_times
+from tests.forks import ROUNDS, killed_twenty_times
 from tests.records import records_of
 
 

@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 
 from dynamics.store import RecordWriter
-from tests.killed import ROUNDS, killed_twenty_times
+from tests.forks import ROUNDS, killed_twenty_times
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 

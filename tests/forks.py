@@ -1,14 +1,17 @@
-"""Trainings that are killed at work, in processes that fork from that of the tests, which has imported everything."""
+"""Processes that fork from that of the tests, which has imported everything already, and are killed or interrupted."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
+import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 
 from dynamics.store.record_folders import StoredRecords, record_folders, stored_records
 
@@ -16,16 +19,45 @@ ROUNDS = 20
 
 
 def forked(work: Callable[[], object]) -> int:
-    """Return the identifier of a child process that does the work and ends; what the work raises goes to stderr."""
+    """Return the identifier of a child process that does the work and ends.
+
+    Its exit status is that of ``SystemExit``, 0 after work that raises nothing, 1 after an exception, which is
+    written to stderr.
+    """
     child = os.fork()
     if child:
         return child
+    status = 1
     try:
         work()
+        status = 0
+    except SystemExit as leaving:
+        status = leaving.code if isinstance(leaving.code, int) else 1
     except BaseException:
         traceback.print_exc()
     finally:
-        os._exit(1)
+        os._exit(status)
+
+
+def finished(work: Callable[[], object]) -> CompletedProcess[str]:
+    """Return how a child process ended that did the work, and what it wrote to its stdout and stderr."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+
+        def written() -> None:
+            for number, file in ((1, out), (2, errors)):
+                os.dup2(file.fileno(), number)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8") for number in (1, 2))
+            try:
+                work()
+            finally:
+                sys.stdout.flush()
+
+        status = os.waitstatus_to_exitcode(os.waitpid(forked(written), 0)[1])
+        texts = []
+        for file in (out, errors):
+            file.seek(0)
+            texts.append(file.read().decode())
+    return CompletedProcess([], status, *texts)
 
 
 def killed_twenty_times(
