@@ -1,8 +1,11 @@
-"""The command line as a user meets it: whole processes, their output, their exit status."""
+"""The command line as a user meets it: its output, its exit status, and processes that are killed or interrupted."""
 
+import itertools
 import json
 import os
 import pickle
+import resource
+import signal
 import subprocess
 import sys
 import textwrap
@@ -14,19 +17,21 @@ import torch
 import yaml
 
 from dynamics import open_run, plot, schema
-from dynamics.analyze import _labels_and_folders
+from dynamics.analyze import _labels_and_folders, app
 from dynamics.pipeline import analyze_run, named_runs, resolve_device
+from dynamics.store import result_path
 from tests.command import analyze
+from tests.forks import finished
 from tests.runs import NAMES, adapter_config, random_factors, write_adapter, write_run, write_state
 
 ROOT = Path(__file__).parents[2]
+FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1000\n"
 
 
-def process(*arguments):
-    """The command in a process of its own."""
-    command = [sys.executable, "-m", "dynamics.analyze", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+def command(*arguments):
+    """The command as a program begins it, for a process of its own."""
+    return lambda: app([str(argument) for argument in arguments])
 
 
 def python(script):
@@ -47,7 +52,8 @@ def assert_refused(result, status, *words):
 
 
 def test_a_clean_run(run):
-    result = process(run)
+    program = [sys.executable, "-m", "dynamics.analyze", str(run)]
+    result = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert result.stdout.rstrip().endswith(str(run / "dynamics" / "analysis" / "report.html"))
@@ -61,11 +67,12 @@ def test_a_clean_run(run):
     ]
 
 
+@FORKS
 def test_json_is_json_and_nothing_else(tmp_path):
     names = [f"model.layers.{layer}.{role}" for layer in range(30) for role in ("q_proj", "v_proj")]
     factors = random_factors(names)
     factors[names[0]] = (torch.zeros(12, 4), factors[names[0]][1])  # has NaN among its measures
-    result = process(write_run(tmp_path / "run", {1: factors}), "--json", "--no-report")
+    result = finished(command(write_run(tmp_path / "run", {1: factors}), "--json", "--no-report"))
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
 
@@ -296,60 +303,45 @@ def test_an_output_folder_that_cannot_be_written(run, tmp_path):
 def test_a_full_disk_leaves_the_old_result(run, tmp_path):
     assert analyze(run, "--quiet", "--no-report").returncode == 0
     old = (run / "dynamics" / "analysis" / "summary.json").read_bytes()
-    # A file size limit fails writes as a full disk does: with an OSError from the system.
-    script = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096));"
-        "from dynamics.analyze import app; app()"
-    )
-    command = [sys.executable, "-c", script, str(run), "--matrices", "layers.0"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+    def limited():  # a file size limit fails writes as a full disk does: with an OSError from the system
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        command(run, "--matrices", "layers.0")()
+
+    result = finished(limited)
     assert_refused(result, 2, "File too large while writing", str(run / "dynamics"), "an earlier result is as it was")
     assert (run / "dynamics" / "analysis" / "summary.json").read_bytes() == old
     assert len(open_run(run)["update"]["matrix"]) == len(NAMES)
     assert [entry.name for entry in (run / "dynamics").iterdir()] == ["analysis"]
 
 
+@FORKS
 def test_killed_at_any_moment_the_old_result_or_the_new_stands(run):
+    """Each process is killed at a later call that moves a file."""
     assert analyze(run, "--quiet", "--no-report").returncode == 0
-    # Children of one process, which has imported everything: each is killed at a later call that moves a file.
-    script = f"""
-        import json, os, signal, sys
-        from pathlib import Path
-        from dynamics import open_run, pipeline
-        from dynamics.store import result_path
-        from dynamics.analyze import app
+    found = []
+    killed = True
+    while killed:
 
-        def analysed(last):
-            calls = 0
+        def analysed():
+            calls = itertools.count()
+
             def count(event, _):
-                nonlocal calls
-                if event in ("os.rename", "shutil.rmtree"):
-                    calls += 1
-                    if calls == last:
-                        os.kill(os.getpid(), signal.SIGKILL)
-            sys.addaudithook(count)
-            sys.argv = ["analyze", {str(run)!r}, "--quiet", "--no-report", "--matrices", "layers.0"]
-            app()
+                if event in ("os.rename", "shutil.rmtree") and next(calls) == len(found):
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-        last = 0
-        killed = True
-        while killed:
-            last += 1
-            child = os.fork()
-            if child == 0:
-                analysed(last)
-            killed = os.waitpid(child, 0)[1] == signal.SIGKILL
-            store = result_path(Path({str(run)!r}))
-            summary = json.loads((store.parent / "summary.json").read_text())
-            found = summary["matrices"], open_run({str(run)!r})["update"].sizes["matrix"]
-            print(json.dumps(found), flush=True)
-    """
-    result = python(script)
-    found = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(found) > 2, result.stderr
+            sys.addaudithook(count)
+            command(run, "--quiet", "--no-report", "--matrices", "layers.0")()
+
+        result = finished(analysed)
+        killed = result.returncode == -signal.SIGKILL
+        assert killed or (result.returncode, result.stderr) == (0, "")
+        summary = json.loads((result_path(run).parent / "summary.json").read_text())
+        found.append((summary["matrices"], open_run(run)["update"].sizes["matrix"]))
+    assert len(found) > 2
     assert {count for both in found for count in both} == {2, 4}
-    assert found[-1] == [2, 2]
+    assert found[-1] == (2, 2)
 
 
 def test_states_alone_are_not_a_run(tmp_path):
@@ -609,17 +601,15 @@ def test_names_of_runs_are_plain(run, tmp_path, name):
         analyze_run({name: run}, out=tmp_path / "out")
 
 
-def test_interrupted_while_computing(run):
-    script = f"""
-        import os, signal, sys
-        from dynamics import pipeline
+@FORKS
+def test_interrupted_while_computing(run, monkeypatch):
+    monkeypatch.setattr("dynamics.pipeline.measure", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+
+    def interrupted():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
-        pipeline.measure = lambda *_: os.kill(os.getpid(), signal.SIGINT)
-        sys.argv = ["analyze", {str(run)!r}]
-        from dynamics.analyze import app
-        app()
-    """
-    result = python(script)
+        command(run)()
+
+    result = finished(interrupted)
     assert (result.returncode, result.stderr) == (130, "Interrupted; an earlier result is as it was.\n")
     assert not (run / "dynamics").exists()
 

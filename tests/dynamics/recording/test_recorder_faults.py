@@ -7,23 +7,23 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
-import textwrap
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import dynamics
 from dynamics import Recorder
 from dynamics.store import RecordWriter
+from tests.forks import ROUNDS, killed_twenty_times
 from tests.records import records_of
 
 
 def train(
-    recorder: Recorder, model: torch.nn.Module, steps: int = 5, *, first: int = 1, gradient: float | None = None
+    recorder: Recorder, model: nn.Module, steps: int = 5, *, first: int = 1, gradient: float | None = None
 ) -> None:
     """Plain steps, with gradients of the loss or of one number."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -35,9 +35,9 @@ def train(
 
 
 @pytest.fixture
-def model() -> torch.nn.Module:
+def model() -> nn.Module:
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
 
 
 @pytest.fixture
@@ -259,95 +259,46 @@ def test_an_optimizer_that_is_none_of_torchs_costs_the_norm_after_clipping(model
 
 # ---- killed ----
 
-# A training of two factors that moves by a known amount each step. It resumes as trainings do, from a checkpoint of its
-# weights that it writes before the record; both are of the same step or the record is missing.
-SCRIPT = """
-    import json, os, random, signal, sys, time, warnings
-    from pathlib import Path
-    import torch
-    from torch import nn
-    from dynamics import Recorder
-    from dynamics.store.record_folders import record_folders, stored_records
 
-    run, moments = Path(sys.argv[1]), random.Random(0)
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+class Moving(nn.Module):
+    """Two matrices that move by a known amount each step, as if they had been trained."""
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            generator = torch.Generator().manual_seed(0)
-            self.first, self.second = (nn.Linear(12, 12, bias=False) for _ in range(2))
-            for layer in (self.first, self.second):
-                layer.weight.data = torch.randn(12, 12, generator=generator)
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.first, self.second = (nn.Linear(12, 12, bias=False) for _ in range(2))
+        for layer in (self.first, self.second):
+            layer.weight.data = torch.randn(12, 12, generator=generator)
 
-        def at(self, step):
-            weights = Model()
-            for layer, start in ((self.first, weights.first), (self.second, weights.second)):
-                layer.weight.data.copy_(start.weight.data * (1 + 0.01 * step))
-            return self
-
-    def train(after, pipe):
-        model = Model().at(after)
-        recorder = Recorder(run, model, preset="economy", every=1, resume_from=after or None)
-        for step in range(after + 1, after + 1000):
-            recorder.before_backward(step)
-            model.at(step)
-            assert recorder.after_optimizer_step()
-            os.write(pipe, f"{step}\\n".encode())
-
-    last = 0
-    for _ in range(20):
-        after = max(0, last - 2)
-        receiver, sender = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                train(after, sender)
-            finally:
-                os._exit(1)
-        os.close(sender)
-        reports = os.fdopen(receiver)
-        reported = [reports.readline() for _ in range(moments.randint(0, 4))]
-        time.sleep(moments.uniform(0, 0.05))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        reported = [int(line) for line in reported + reports.readlines()]
-        folders = record_folders(run)
-        left = stored_records(folders) if folders else None
-        steps = list(left.records) if left else []
-        start = Model()
-        errors = [
-            abs(float(groups["update"]["singular_value"].sel(kind="total")[0, index, 0])
-                / float(torch.linalg.svdvals(weight)[0] * 0.01 * step) - 1)
-            for step, groups in (left.records.items() if left else ())
-            for index, weight in enumerate((start.first.weight, start.second.weight))
-        ]
-        last = max(steps, default=0)
-        print(json.dumps({"after": after, "reported": reported, "steps": steps, "broken": left.broken if left else {},
-                          "worst": max(errors, default=0.0)}), flush=True)
-"""
+    def at(self, step: int) -> Moving:
+        for layer, start in zip(self.children(), Moving().children(), strict=True):
+            layer.weight.data.copy_(start.weight.data * (1 + 0.01 * step))
+        return self
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 def test_a_training_killed_twenty_times_loses_the_step_in_flight_alone(tmp_path):
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parents[3], timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    rounds = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rounds) == 20
-    for one in rounds:
-        finished = one["reported"][-1] if one["reported"] else one["after"]
-        assert one["broken"] == {}
-        assert one["steps"] == list(range(1, len(one["steps"]) + 1))
-        assert len(one["steps"]) >= finished
-        # A record may be whole when its step has not been reported yet; records that resuming drops go one by one.
-        assert len(one["steps"]) <= finished + (1 if one["reported"] else 2)
-        assert one["worst"] < 1e-4
-    assert sum(len(one["reported"]) for one in rounds) >= 20
-    assert max(len(one["steps"]) for one in rounds) > 10
+    """It resumes as trainings do, from a checkpoint whose weights are of the step of the last record that is kept."""
+
+    def train(after, report):
+        warnings.simplefilter("ignore")
+        model = Moving().at(after)
+        recorder = Recorder(tmp_path, model, preset="economy", every=1, resume_from=after or None)
+        for step in range(after + 1, after + 1000):
+            recorder.before_backward(step)
+            model.at(step)
+            assert recorder.after_optimizer_step()
+            report(step)
+
+    largest = [float(torch.linalg.svdvals(layer.weight.detach())[0]) for layer in Moving().children()]
+    steps: list[list[int]] = []
+    for _, left in killed_twenty_times(tmp_path, train, longest=0.05):
+        steps.append(list(left.records) if left else [])
+        for step, groups in left.records.items() if left else ():
+            found = groups["update"]["singular_value"].sel(kind="total")[0, :, 0].values
+            np.testing.assert_allclose(found, np.array(largest) * 0.01 * step, rtol=1e-4)
+    assert len(steps) == ROUNDS
+    assert max(map(len, steps)) > 10
 
 
 def test_a_captured_step_is_one_sync(model, tmp_path, monkeypatch):

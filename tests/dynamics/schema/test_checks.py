@@ -12,9 +12,14 @@ from tests.fishers import with_fisher
 from tests.runs import write_run
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    return measure(open_trajectory(write_run(tmp_path_factory.mktemp("measured") / "run")))
+
+
 @pytest.fixture
-def tree(tmp_path):
-    return measure(open_trajectory(write_run(tmp_path / "run")))
+def tree(measured):
+    return measured.copy(deep=True)
 
 
 def changed(tree, **variables):
@@ -145,8 +150,8 @@ def test_layer_role_and_stack(name, expected):
 
 
 @pytest.fixture(scope="module")
-def with_the_fisher(tmp_path_factory):
-    return with_fisher(measure(open_trajectory(write_run(tmp_path_factory.mktemp("fisher") / "run"))))
+def with_the_fisher(measured):
+    return with_fisher(measured.copy(deep=True))
 
 
 def test_the_fishers_groups_keep_the_schema(with_the_fisher):
