@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 from dynamics import schema
 from dynamics.checkpoints.trajectory import Checkpoint, OpenCheckpoint, Trajectory, UnreadableMatrix
 from dynamics.spectra.dense import row_products
+from dynamics.spectra.workers import single_threaded_workers
 from probes.low_rank import LowRankMatrix
 
 try:
@@ -227,24 +229,41 @@ def _segment_gram(
     blocks = _blocks(names, checkpoints, start)
     finite = [solved[name] for name in shared if name in solved and np.isfinite(solved[name]).all()]
     gram, count = sum(finite, np.zeros((len(checkpoints), len(checkpoints)))), len(finite)
-    for batch in _batches(names, checkpoints, min(len(checkpoints), 2 * blocks[0].stop)):
-        grams = {name: np.zeros_like(gram) for name in batch}
-        for position, rows in enumerate(blocks):
-            # Closed after each batch: mapped files that were read count as memory until then.
-            with ExitStack() as stack:
-                beginning = None if start is None else stack.enter_context(start.open())
-                first = [stack.enter_context(checkpoint.open()) for checkpoint in checkpoints[rows]]
-                for columns in blocks[position:]:
-                    with ExitStack() as second_stack:
-                        beside = [] if rows == columns else checkpoints[columns]
-                        second = [second_stack.enter_context(checkpoint.open()) for checkpoint in beside]
-                        for name, array in grams.items():
-                            block = _matrix_gram(name, first, second or None, beginning)
-                            array[rows, columns] = np.nan if block is None else block
-                            array[columns, rows] = np.nan if block is None else block.T
-        finite = [array for array in grams.values() if np.isfinite(array).all()]
-        gram, count = sum(finite, gram), count + len(finite)
+    factored = [name for name in names if checkpoints[0].shapes[name].rank]
+    dense = [name for name in names if not checkpoints[0].shapes[name].rank]
+    for group in (factored, dense):
+        for batch in _batches(group, checkpoints, min(len(checkpoints), 2 * blocks[0].stop)):
+            # Products of factors are small: one thread each. Dense matrices are large, and few: all threads for one.
+            with single_threaded_workers() if group is factored else nullcontext() as executor:
+                grams = _batch_grams(batch, checkpoints, start, blocks, executor.map if executor else map)
+            finite = [array for array in grams if np.isfinite(array).all()]
+            gram, count = sum(finite, gram), count + len(finite)
     return gram, count
+
+
+def _batch_grams(
+    names: Sequence[str],
+    checkpoints: Sequence[Checkpoint],
+    start: Checkpoint | None,
+    blocks: Sequence[slice],
+    map_: Callable[..., Iterable[Float[np.ndarray, "rows columns"] | None]],
+) -> list[Float[np.ndarray, "step step"]]:
+    """Return the Gram matrix of each matrix, block by block; NaN where it is not known."""
+    grams = [np.zeros((len(checkpoints), len(checkpoints))) for _ in names]
+    for position, rows in enumerate(blocks):
+        # Closed after each batch: mapped files that were read count as memory until then.
+        with ExitStack() as stack:
+            beginning = None if start is None else stack.enter_context(start.open())
+            first = [stack.enter_context(checkpoint.open()) for checkpoint in checkpoints[rows]]
+            for columns in blocks[position:]:
+                with ExitStack() as second_stack:
+                    beside = [] if rows == columns else checkpoints[columns]
+                    second = [second_stack.enter_context(checkpoint.open()) for checkpoint in beside] or None
+                    parts = map_(partial(_matrix_gram, opened=first, others=second, beginning=beginning), names)
+                    for gram, block in zip(grams, parts, strict=True):
+                        gram[rows, columns] = np.nan if block is None else block
+                        gram[columns, rows] = np.nan if block is None else block.T
+    return grams
 
 
 def _blocks(names: Sequence[str], checkpoints: Sequence[Checkpoint], start: Checkpoint | None) -> list[slice]:

@@ -227,9 +227,15 @@ def _solve_tile(
     for part in _read_together([*names], checkpoints[tile], workers):
         with ExitStack() as stack:
             opened = [stack.enter_context(checkpoint.open()) for checkpoint in checkpoints[tile]]
-            distinct = {id(start): start for start in starts[tile] if start is not None}
+            weights = any(
+                checkpoint.shapes[name].holds == "weight"
+                for checkpoint in opened
+                for name in part
+                if name in checkpoint.shapes
+            )
+            distinct = {id(start): start for start in starts[tile] if start is not None and weights}
             beginnings = {key: stack.enter_context(start.open()) for key, start in distinct.items()}
-            begins = [None if start is None else beginnings[id(start)] for start in starts[tile]]
+            begins = [beginnings.get(id(start)) for start in starts[tile]]
             window = _Window(tile.start, lead, opened, begins, follows_start, device)
             tasks = [executor.submit(_solve, batch, window) for batch in _batches(part, window)]
             for task in as_completed(tasks):

@@ -7,12 +7,17 @@ wait for each other. Results do not depend on the number of workers.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 def available_cores() -> int:
@@ -48,3 +53,19 @@ def single_threaded_workers(workers: int | None = None) -> Iterator[Executor]:
         except BaseException:
             executor.shutdown(cancel_futures=True)  # ^C must not wait for what has not begun
             raise
+
+
+def mapped(
+    executor: Executor, function: Callable[[_Item], _Result], items: Iterable[_Item], ahead: int
+) -> Iterator[_Result]:
+    """Yield what a function gives for each item, in order; unlike ``Executor.map`` no more than ``ahead`` are pending.
+
+    Items are made in this thread, so that random numbers come in the same order whatever the number of workers.
+    """
+    pending: deque[Future[_Result]] = deque()
+    for item in items:
+        pending.append(executor.submit(function, item))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
