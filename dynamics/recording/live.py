@@ -7,7 +7,8 @@ all ranks in the same order; one rank computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -258,12 +259,28 @@ class LiveSpectra:
             gathered = [_gather(batch, reading) for reading in (_value, *readings)]
             if self._leads and failure is None:
                 try:
-                    function(batch, *gathered)
+                    with self._threads_for(batch):
+                        function(batch, *gathered)
                 except Exception as error:  # the other ranks wait for this one to gather the rest
                     failure = error
             del gathered  # before the next batch is
         if failure is not None:
             raise failure
+
+    @contextmanager
+    def _threads_for(self, batch: Sequence[Watched]) -> Iterator[None]:
+        """Keep what fits a core's cache to one thread: where others want the cores, two wait for each other."""
+        shapes = [self.shapes[matrix.name] for matrix in batch]
+        size = sum(16 * shape.rank * (shape.out + shape.in_) for shape in shapes)
+        threads = torch.get_num_threads()
+        small = 0 < size <= walk.BATCH_BYTES["cpu"] and batch[0].sources[0].device.type == "cpu"
+        try:
+            if small:
+                torch.set_num_threads(1)
+            yield
+        finally:
+            if small:
+                torch.set_num_threads(threads)
 
     def _watch(self, watched: Sequence[Watched]) -> None:
         self._watched = list(watched)

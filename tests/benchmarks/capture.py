@@ -58,20 +58,22 @@ class RandomTokens(Dataset):
 
 
 class TimedCallback(DynamicsCallback):
-    """Adds up the time spent in each event."""
+    """Adds up the time spent in each event, by the clock and of all threads of the process."""
 
     seconds = 0.0
+    processor_seconds = 0.0
 
 
 def _timed(event: str) -> Callable[..., Any]:
     inherited = getattr(DynamicsCallback, event)
 
     def run(self: TimedCallback, *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
+        start, processor_start = time.perf_counter(), time.process_time()
         try:
             return inherited(self, *args, **kwargs)
         finally:
             self.seconds += time.perf_counter() - start
+            self.processor_seconds += time.process_time() - processor_start
 
     return run
 
@@ -105,8 +107,8 @@ def model() -> nn.Module:
     return get_peft_model(LlamaForCausalLM(config), lora)
 
 
-def train(contestant: str, options: argparse.Namespace) -> tuple[float, float, int]:
-    """Seconds of the steps of one training, seconds inside the callback, and captured steps."""
+def train(contestant: str, options: argparse.Namespace) -> tuple[float, float, int, float]:
+    """Seconds of the steps of one training, seconds inside the callback, captured steps, processor seconds inside."""
     set_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         callback = None if contestant == WITHOUT else TimedCallback(folder, preset=contestant)
@@ -130,10 +132,11 @@ def train(contestant: str, options: argparse.Namespace) -> tuple[float, float, i
             callback.attach(trainer)
         trainer.train()
         if callback is None:
-            return clock.seconds, 0.0, 0
+            return clock.seconds, 0.0, 0, 0.0
         recorder = callback.recorder
         assert recorder is not None
-        return clock.seconds, callback.seconds, sum(map(PRESETS[contestant].schedule, range(1, options.steps + 1)))
+        captured = sum(map(PRESETS[contestant].schedule, range(1, options.steps + 1)))
+        return clock.seconds, callback.seconds, captured, callback.processor_seconds
 
 
 def peak_memory(contestant: str, options: argparse.Namespace) -> float:
@@ -173,7 +176,7 @@ def main() -> None:
     )
     print("| | median | range |\n|---|---|---|")
     contestants = [WITHOUT, *options.presets]
-    rounds: list[dict[str, tuple[float, float, int]]] = []
+    rounds: list[dict[str, tuple[float, float, int, float]]] = []
     for number in range(options.rounds):
         order = contestants if number % 2 == 0 else contestants[::-1]
         rounds.append({contestant: train(contestant, options) for contestant in order})
@@ -182,12 +185,12 @@ def main() -> None:
     for preset in options.presets:
         taken = [each[preset] for each in rounds]
         captured = max(1, taken[0][2])
-        print(
-            row(f"{preset}: {captured} captured steps, each", [1e3 * inside / captured for _, inside, _ in taken], "ms")
-        )
-        wholes = [100 * (whole / bare - 1) for (whole, _, _), bare in zip(taken, plain, strict=True)]
+        each = f"{preset}: {captured} captured steps, each"
+        print(row(each, [1e3 * inside / captured for _, inside, _, _ in taken], "ms"))
+        print(row(f"{each}, processor", [1e3 * processor / captured for *_, processor in taken], "ms"))
+        wholes = [100 * (whole / bare - 1) for (whole, *_), bare in zip(taken, plain, strict=True)]
         print(row(f"{preset}: whole training, over without", wholes, "%"))
-        inside = [100 * inside / (whole - inside) for whole, inside, _ in taken]
+        inside = [100 * inside / (whole - inside) for whole, inside, *_ in taken]
         print(row(f"{preset}: time inside the callback, of the rest", inside, "%"), flush=True)
     copy = sum(p.numel() * p.element_size() for p in factors) / 2**20
     print(f"\nOne copy of the watched factors: {copy:.1f} MiB.\n\n| peak memory | MiB | over without |\n|---|---|---|")

@@ -123,3 +123,43 @@ def test_a_tensor_that_is_not_a_matrix_is_refused():
         ValueError, match=re.escape("Expected a matrix of shape (out, in), got a tensor of shape (2, 2, 2).")
     ):
         singular_values(torch.ones(2, 2, 2))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_grams_of_factors_give_the_spectra_of_their_qr_decompositions(spectrum, scale, shape):
+    matrix = planted(SPECTRA[spectrum], *SHAPES[shape])
+    matrix = LowRankMatrix(matrix.left_factor, matrix.right_factor, scale)
+    (values,), expected = module.batched_singular_values([matrix], fast=True), singular_values(matrix)
+    assert (values - expected).abs().max() <= 1e-11 * expected[0]
+
+
+TALL = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+COLUMNS = {
+    "independent": (TALL, True),
+    "of very different size": (TALL * torch.tensor([1e8, 1.0, 1e-8, 1e-20], dtype=torch.float64), True),
+    "one is zero": (TALL * torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64), True),
+    "two are equal": (TALL[:, [0, 1, 2, 1]], False),
+    "two nearly are": (torch.cat([TALL[:, :3], TALL[:, :1] + 1e-3 * TALL[:, 3:]], 1), False),
+    "squares vanish": (TALL * torch.tensor([1.0, 1.0, 1e-180, 1.0], dtype=torch.float64), False),
+    "squares overflow": (TALL * 1e180, False),
+    "more than rows": (TALL[:3], False),
+}
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_a_gram_is_taken_only_where_it_holds_the_columns(columns):
+    tall, held = COLUMNS[columns]
+    triangles, by_gram = module.gram_triangle(torch.stack([TALL[: len(tall)], tall]))
+    assert by_gram.tolist() == [len(tall) > 3, held]
+    size = tall.abs().amax(0)
+    unit, triangle = (side / torch.where(size > 0, size, 1.0) for side in (tall, triangles[1]))
+    torch.testing.assert_close(triangle.mT @ triangle, unit.mT @ unit, rtol=1e-13, atol=1e-13)
+
+
+def test_columns_that_are_not_finite_have_no_triangle():
+    triangles, by_gram = module.gram_triangle(torch.stack([TALL, torch.full_like(TALL, torch.nan)]))
+    assert by_gram.tolist() == [True, False]
+    assert triangles[0].isfinite().all()
+    assert not triangles[1].isfinite().all()

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.spectra import rounding, walk
+from dynamics.spectra.measures import spectral_entropy
 from dynamics.spectra.walk import Previous, batches, solve_batch
 from probes.low_rank import LowRankMatrix
+from tests.matrices import moved, random_lora
 
 
 def low_rank(seed: int, rank: int = 3) -> LowRankMatrix:
@@ -107,3 +109,35 @@ def test_a_batch_holds_one_shape_one_device_and_one_kind(monkeypatch):
     groups = batches(shapes, lambda name: devices.get(name, torch.device("cpu")), lambda name: name == "c")
     assert sorted(groups) == [["a", "b"], ["c"], ["d"], ["e"], ["f"], ["g"]]
     assert batches(dict.fromkeys("abc", small), lambda name: torch.device("cpu"), lambda name: 0) == [["a", "b"], ["c"]]
+
+
+@pytest.mark.parametrize("relative", [1.0, 1e-3, 1e-6, 1e-10])
+@pytest.mark.parametrize("from_start", [False, True])
+def test_grams_give_what_qr_decompositions_give(relative, from_start):
+    before = [random_lora(60, 40, 4, seed=seed, dtype=torch.float64) for seed in range(3)]
+    now = [moved(matrix, relative, seed=10 + seed) for seed, matrix in enumerate(before)]
+    start = [random_lora(60, 40, 4, seed=9, dtype=torch.float64)] * 3 if from_start else None
+    previous = Previous.of_factors(before, [None] * 3, None)
+    solved, exact = (solve_batch(now, previous, start, fast=fast) for fast in (True, False))
+    for one, twin in zip(solved, exact, strict=True):
+        assert (one.spectra.found_by, twin.spectra.found_by) == (("gram_core",) * 2, ("qr_core",) * 2)
+        for kind in ("total", "increment"):
+            values, expected = getattr(one.spectra, kind), getattr(twin.spectra, kind)
+            torch.testing.assert_close(values, expected, rtol=0, atol=1e-11 * float(expected[0]))
+            torch.testing.assert_close(spectral_entropy(values), spectral_entropy(expected), rtol=0, atol=1e-12)
+        assert one.noise == pytest.approx(twin.noise, rel=1e-11)
+
+
+def test_where_columns_are_dependent_the_route_is_a_qr_decomposition():
+    dependent = LowRankMatrix(torch.ones(8, 2), torch.randn(2, 6), 0.5)
+    routes = [result.spectra.found_by[0] for result in solve_batch([low_rank(0, 2), dependent], fast=True)]
+    assert routes == ["gram_core", "qr_core"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_rounding_of_a_batch_is_that_of_each_matrix(dtype):
+    matrices = [random_lora(30, 20, 3, seed=seed, dtype=dtype) for seed in range(2)]
+    mixed = LowRankMatrix(matrices[0].left_factor, matrices[0].right_factor.double(), 0.5)
+    for batch in (matrices, [*matrices, mixed]):
+        predicted = [rounding.product_noise_energy(matrix) for matrix in batch]
+        assert [result.noise for result in solve_batch(batch)] == pytest.approx(predicted, rel=1e-11)
