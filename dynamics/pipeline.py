@@ -12,6 +12,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TypeVar, cast
 
+import numpy as np
 import torch
 import xarray as xr
 import yaml
@@ -454,12 +455,13 @@ def measure(
     total = sum(len(checkpoint.shapes) for checkpoint in trajectory.checkpoints)
     advance = _counter(progress, trajectory.name, total)
     device = resolve_device(options.device)
-    spectra, findings = trajectory_spectra(trajectory, device=device, progress=advance) if total else (None, [])
+    nothing: tuple[None, list[Finding], Mapping[tuple[int, str], np.ndarray]] = (None, [], {})
+    spectra, findings, grams = trajectory_spectra(trajectory, device=device, progress=advance) if total else nothing
     inputs = [{**file, "step": checkpoint.step} for checkpoint in trajectory.checkpoints for file in checkpoint.inputs]
     if trajectory.base is not None:
         inputs += [{**file, "step": trajectory.base.step, "role": "base"} for file in trajectory.base.inputs]
     probed, probe_findings = _probed(trajectory, load, options.matrices, progress)
-    groups, failures = _groups_of_checkpoints(trajectory, spectra, options, progress)
+    groups, failures = _groups_of_checkpoints(trajectory, spectra, grams, options, progress)
     findings = [*trajectory.findings, *findings, *probe_findings, *failures]
     parts = Parts(trajectory.name, spectra, records, log_groups(trajectory) | groups, findings, inputs, **probed)
     return result_tree(parts, configuration or {})
@@ -478,7 +480,11 @@ def _counter(progress: Progress, name: str, total: int) -> Callable[[int], None]
 
 
 def _groups_of_checkpoints(
-    trajectory: Trajectory, update: xr.Dataset | None, options: Options, progress: Progress
+    trajectory: Trajectory,
+    update: xr.Dataset | None,
+    grams: Mapping[tuple[int, str], np.ndarray],
+    options: Options,
+    progress: Progress,
 ) -> tuple[dict[str, xr.Dataset], list[Finding]]:
     """Return the groups ``path``, ``base`` and ``weights`` as far as there are any, and a finding for each failure."""
     if update is None:
@@ -486,7 +492,7 @@ def _groups_of_checkpoints(
     advance = _counter(progress, f"{trajectory.name}: base", update.sizes["matrix"])
     shown = advance if options.intruders else lambda matrices: None
     makers: dict[str, Callable[[], xr.Dataset | None]] = {
-        "path": lambda: training_path(trajectory),
+        "path": lambda: training_path(trajectory, grams),
         "base": lambda: compare_with_base(trajectory, update, directions=options.intruders, progress=shown),
     }
     if options.weights:

@@ -7,18 +7,21 @@ imported by what needs them alone, for the sake of the many tests that do not.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 import torch
 import xarray as xr
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from dynamics.checkpoints.trajectory import MatrixShape
+from dynamics.checkpoints.checkpoint import CheckpointContent
+from dynamics.checkpoints.trajectory import MatrixShape, OpenCheckpoint, Trajectory
 from dynamics.spectra import raw
 from dynamics.spectra.raw import GradientSpectrum
 from dynamics.spectra.walk import Previous, solve_batch
@@ -206,6 +209,25 @@ ATTRIBUTES: Mapping[str, Any] = {
     "covered_share": 1.0,
     "seed": 0,
 }
+
+
+def counted_openings(monkeypatch: pytest.MonkeyPatch, trajectory: Trajectory) -> Callable[[], int]:
+    """Return a function that tells how many checkpoints were open at most at one time."""
+    opened = [0, 0]
+
+    @contextmanager
+    def counted(self: CheckpointContent) -> Iterator[OpenCheckpoint]:
+        opened[0] += 1
+        opened[1] = max(opened)
+        with actual(self) as matrices:
+            yield matrices
+        opened[0] -= 1
+
+    actual = CheckpointContent.open
+    monkeypatch.setattr(CheckpointContent, "open", counted)
+    for checkpoint in trajectory.checkpoints:
+        object.__setattr__(checkpoint, "open", checkpoint.open.__self__.open)
+    return lambda: opened[1]
 
 
 def records(

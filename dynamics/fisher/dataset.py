@@ -62,7 +62,7 @@ from dynamics.fisher.task_structure import (
     purity_gap,
 )
 from dynamics.schema import CONCENTRATION, FISHER, FISHER_RECORD, GLOBAL, SAMPLE_LABELS, TASKS, Variable, label_arrays
-from dynamics.spectra.trajectory_spectra import available_cores, single_threaded_workers
+from dynamics.spectra.workers import available_cores, single_threaded_workers
 from probes.gram import ProbeGram
 
 #: Numbers of leading directions in which the share of an update is measured.

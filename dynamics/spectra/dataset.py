@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import chain
 
@@ -16,6 +17,7 @@ from dynamics.spectra import measures, null_models
 from dynamics.spectra.measures import known_quantiles
 from dynamics.spectra.null_models import NullModel
 from dynamics.spectra.rounding import NOISE_LIMIT, above_rounding
+from dynamics.spectra.workers import single_threaded_workers
 
 _EPSILON = {
     "F64": torch.finfo(torch.float64).eps,
@@ -179,17 +181,18 @@ def null_models_of(update: xr.Dataset) -> tuple[xr.Dataset, dict[str, xr.Variabl
     null = {name: np.full(entropy.shape, np.nan) for name in statistics}
     null |= {f"singular_value{bound}": np.full(values.shape, np.nan) for bound in ("_low", "_high")}
     outliers, percentile = np.full(entropy.shape, np.nan), np.full(entropy.shape, np.nan)
-    for cells, model in chain(_shape_models(update), _increment_models(update)):
-        for bound, numbers in (("", model.mean), ("_low", model.low), ("_high", model.high)):
-            for name in schema.NULL_MEASURES:
-                null[f"{name}{bound}"][cells] = numbers[name]
-        # A matrix has its newest shape; where it was smaller before, it had fewer values than that allows.
-        count = min(model.spectrum_low.shape[-1], values.shape[-1])
-        for bound, spectrum in (("_low", model.spectrum_low), ("_high", model.spectrum_high)):
-            relative = spectrum[..., :count].numpy()
-            null[f"singular_value{bound}"][(*cells, slice(count))] = norm[cells][:, None] * relative
-        outliers[cells] = null_models.outliers(torch.from_numpy(values[cells]), model.edge).numpy()
-        percentile[cells] = model.percentile(torch.from_numpy(entropy[cells])).numpy()
+    with single_threaded_workers() as executor:
+        for cells, model in chain(_shape_models(update), _increment_models(update, executor)):
+            for bound, numbers in (("", model.mean), ("_low", model.low), ("_high", model.high)):
+                for name in schema.NULL_MEASURES:
+                    null[f"{name}{bound}"][cells] = numbers[name]
+            # A matrix has its newest shape; where it was smaller before, it had fewer values than that allows.
+            count = min(model.spectrum_low.shape[-1], values.shape[-1])
+            for bound, spectrum in (("_low", model.spectrum_low), ("_high", model.spectrum_high)):
+                relative = spectrum[..., :count].numpy()
+                null[f"singular_value{bound}"][(*cells, slice(count))] = norm[cells][:, None] * relative
+            outliers[cells] = null_models.outliers(torch.from_numpy(values[cells]), model.edge).numpy()
+            percentile[cells] = model.percentile(torch.from_numpy(entropy[cells])).numpy()
     shapes = zip(update["out"].values.tolist(), update["in"].values.tolist(), strict=True)
     null["entropy_energy_gaussian"] = np.array([null_models.page_entropy(*shape) for shape in shapes], dtype=np.float64)
     against_null = {
@@ -226,7 +229,7 @@ def _is_factored_increment(update: xr.Dataset) -> np.ndarray:
     return (update["factor_rank"].values > 0) & increments[:, None] & (update["adapter_rank"].values > 0)
 
 
-def _increment_models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ...], NullModel]]:
+def _increment_models(update: xr.Dataset, executor: Executor) -> Iterator[tuple[tuple[np.ndarray, ...], NullModel]]:
     """Yield cells of LoRA increments whose factors are known, with a null for each.
 
     The noise depends on the shape and the order of the cells alone, so that checkpoints and records of the same steps
@@ -248,7 +251,15 @@ def _increment_models(update: xr.Dataset) -> Iterator[tuple[tuple[np.ndarray, ..
         chosen = (keys == key).all(1)
         values, sizes = ([torch.from_numpy(array[moved][chosen]) for array in arrays] for arrays in (factors, changes))
         for part, model in null_models.increment_null(
-            values[0][:, :p], values[1][:, :q], sizes[0], sizes[1], out, in_, count=count, seed=null_models.SEED
+            values[0][:, :p],
+            values[1][:, :q],
+            sizes[0],
+            sizes[1],
+            out,
+            in_,
+            executor,
+            count=count,
+            seed=null_models.SEED,
         ):
             rows = step[chosen][part]
             yield (rows, np.full(len(rows), kind), matrix[chosen][part]), model

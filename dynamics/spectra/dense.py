@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.linalg.blas import dsyrk  # pyright: ignore[reportAttributeAccessIssue]
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
@@ -103,10 +102,10 @@ def row_products(rows: Float[Tensor, "m n"]) -> Float[Tensor, "m m"]:
     if rows.device.type != "cpu":
         product = rows @ rows.mT
         return (product + product.mT) / 2
-    # BLAS is column-major: the transpose of a row-major array is its own view, so nothing is copied.
+    # NumPy hands a product with its own transpose to syrk, without the GIL; SciPy's syrk would hold it.
     array = rows.contiguous().numpy()
-    upper = dsyrk(1.0, array.T, trans=1)
-    return torch.from_numpy(np.triu(upper) + np.triu(upper, 1).T)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite stays so
+        return torch.from_numpy(array @ array.T)
 
 
 def gram_suffices(values: Float[Tensor, " n"], resolution: float = 0.0) -> bool:

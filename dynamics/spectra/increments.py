@@ -83,20 +83,21 @@ def stack(
         left[index, :rank_now] = matrix.left_factor.detach().mT
         right[index, :rank_now] = matrix.right_factor.detach()
     if before is None:
-        return Stack(left, right, rank, _scales(now, rank), None)
+        return Stack(left, right, rank, scales(now, rank), None)
     for index, matrix in enumerate(before):
         left[index, rank : rank + matrix.rank] = matrix.left_factor.detach().mT
         right[index, rank : rank + matrix.rank] = matrix.right_factor.detach()
     torch.sub(left[:, :rank], left[:, rank:], out=left[:, rank:])
     torch.sub(right[:, :rank], right[:, rank:], out=right[:, rank:])
-    return Stack(left, right, rank, _scales(now, rank), _scales(before, rank))
+    return Stack(left, right, rank, scales(now, rank), scales(before, rank))
 
 
-def _scales(matrices: Sequence[LowRankMatrix], rank: int) -> Float[Tensor, "batch rank"]:
-    scales = torch.ones(len(matrices), rank, dtype=torch.float64)
-    for row, matrix in zip(scales, matrices, strict=True):
+def scales(matrices: Sequence[LowRankMatrix], rank: int) -> Float[Tensor, "batch rank"]:
+    """Return the scales of the columns of each matrix, ones up to ``rank``."""
+    columns = torch.ones(len(matrices), rank, dtype=torch.float64)
+    for row, matrix in zip(columns, matrices, strict=True):
         row[: matrix.rank] = matrix.scales()
-    return scales
+    return columns
 
 
 def difference(now: LowRankMatrix, before: LowRankMatrix) -> LowRankMatrix:
@@ -136,9 +137,12 @@ class Cores:
 
     def member(self, index: int) -> Cores:
         """Return one matrix of the batch, as a batch of one."""
-        one = slice(index, index + 1)
-        before = None if self.scale_before is None else self.scale_before[one]
-        return Cores(self.left[one], self.right[one], self.rank, self.scale[one], before)
+        return self.members(slice(index, index + 1))
+
+    def members(self, part: slice) -> Cores:
+        """Return consecutive matrices of the batch."""
+        before = None if self.scale_before is None else self.scale_before[part]
+        return Cores(self.left[part], self.right[part], self.rank, self.scale[part], before)
 
     def energies(self) -> tuple[Float[Tensor, "batch rank"], Float[Tensor, "batch rank"]]:
         """Return ‖B₁ₖ‖² and ‖A₁ₖ‖²: squared norms of the columns of B₁ and of the rows of A₁."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -33,6 +34,7 @@ from scipy.special import digamma, stdtrit
 from torch import Tensor
 
 from dynamics.spectra import measures
+from dynamics.spectra.workers import mapped
 
 #: Draws of a null model: enough that its 5 % and 95 % points are known to about 1.5 percentiles.
 DRAWS = 256
@@ -45,8 +47,8 @@ _INCREMENT_WORK = 2**13
 _FEWEST_OF_INCREMENTS = 8
 #: Below so many draws the 5 %, 95 % and 99 % points are Student's, not order statistics.
 _ENOUGH_TO_SORT = 100
-#: Numbers in one batch of cores.
-_BATCH = 2**18
+#: Numbers in one batch of cores, and batches that are drawn before they are needed.
+_BATCH, _AHEAD = 2**18, 16
 SEED = 0
 QUANTILES = (0.05, 0.95)
 
@@ -118,6 +120,21 @@ def increment_draws(columns: int) -> int:
     return max(_FEWEST_OF_INCREMENTS, min(DRAWS, _INCREMENT_WORK // columns**2))
 
 
+def white_changes(
+    out: int, in_: int, p: int, q: int, cells: int, draws: int, generator: np.random.Generator
+) -> tuple[Float[Tensor, "cells draws rows q"], Float[Tensor, "cells draws p columns"]]:
+    """Draw ΔB and ΔA of norm 1 in the bases of B's and A's singular vectors; of what is outside, the triangular factor.
+
+    Args:
+        out, in_: Dimensions of the matrix.
+        p, q: Number of rows of ΔA and of columns of ΔB.
+        cells, draws: Number of increments, and of draws for each.
+        generator: Of the noise.
+    """
+    left = _white(out, min(out, p), q, (cells, draws), generator)
+    return left, _white(in_, min(in_, q), p, (cells, draws), generator).mT
+
+
 def increment_spectra(
     left: Float[Tensor, "cells p"],
     right: Float[Tensor, "cells q"],
@@ -125,8 +142,7 @@ def increment_spectra(
     right_change: Float[Tensor, " cells"],
     out: int,
     in_: int,
-    draws: int,
-    generator: np.random.Generator,
+    changes: tuple[Float[Tensor, "cells draws rows q"], Float[Tensor, "cells draws p columns"]],
 ) -> Float[Tensor, "cells draws k"]:
     """Return singular values of (B + ΔB)(A + ΔA) − BA with ΔB and ΔA white: ``(cells, draws, min(out, in, p + q))``.
 
@@ -135,15 +151,14 @@ def increment_spectra(
         right: Singular values of A, ``(q, in)``; q is the number of columns of ΔB.
         left_change, right_change: ‖ΔB‖_F and ‖ΔA‖_F.
         out, in_: Dimensions of the matrix.
-        draws: Number of draws for each cell.
-        generator: Of the noise.
+        changes: What :func:`white_changes` draws.
     """
-    (cells, p), q = left.shape, right.shape[1]
+    p, q = left.shape[1], right.shape[1]
     a, b, shared = min(out, p), min(in_, q), min(p, q)
     # Each side relative to its largest number, so that squares neither overflow nor vanish.
     left_size, right_size = _largest(left, left_change), _largest(right, right_change)
-    left_noise = _white(out, a, q, (cells, draws), generator) * (left_change / left_size)[:, None, None, None]
-    right_noise = _white(in_, b, p, (cells, draws), generator).mT * (right_change / right_size)[:, None, None, None]
+    left_noise = changes[0] * (left_change / left_size)[:, None, None, None]
+    right_noise = changes[1] * (right_change / right_size)[:, None, None, None]
     # B ΔA lies in the leading a rows, ΔB A in the leading b columns.
     product = left_noise[..., :shared] @ right_noise[:, :, :shared]
     product[:, :, :a] += (left / left_size[:, None])[:, None, :a, None] * right_noise[:, :, :a]
@@ -254,6 +269,7 @@ def increment_null(
     right_change: Float[Tensor, " cells"],
     out: int,
     in_: int,
+    executor: Executor,
     *,
     count: int,
     seed: int = SEED,
@@ -261,18 +277,25 @@ def increment_null(
     """Yield the null of LoRA increments of one shape, batch by batch; arguments as in :func:`increment_spectra`.
 
     Args:
+        executor: Computes the batches; their noise is drawn here, in one order.
         count: How many singular values the increments have; more than the null's where columns did not move.
         seed: Of the noise.
     """
-    generator = np.random.default_rng([seed, out, in_, left.shape[1], right.shape[1]])
-    draws = increment_draws(left.shape[1] + right.shape[1])
-    length = max(1, _BATCH // (draws * (left.shape[1] + right.shape[1]) ** 2))
-    for first in range(0, len(left), length):
-        cells = slice(first, first + length)
+    p, q = left.shape[1], right.shape[1]
+    generator = np.random.default_rng([seed, out, in_, p, q])
+    draws = increment_draws(p + q)
+    length = max(1, _BATCH // (draws * (p + q) ** 2))
+    parts = [slice(first, min(first + length, len(left))) for first in range(0, len(left), length)]
+    noise = ((part, white_changes(out, in_, p, q, part.stop - part.start, draws, generator)) for part in parts)
+
+    def model(batch: tuple[slice, tuple[Tensor, Tensor]]) -> tuple[slice, NullModel]:
+        cells, changes = batch
         spectra = increment_spectra(
-            left[cells], right[cells], left_change[cells], right_change[cells], out, in_, draws, generator
+            left[cells], right[cells], left_change[cells], right_change[cells], out, in_, changes
         )
-        yield cells, _null_model(torch.nn.functional.pad(spectra, (0, count - spectra.shape[-1])))
+        return cells, _null_model(torch.nn.functional.pad(spectra, (0, count - spectra.shape[-1])))
+
+    yield from mapped(executor, model, noise, _AHEAD)
 
 
 def dense_draws(out: int, in_: int) -> int:

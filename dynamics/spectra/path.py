@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 from dynamics import schema
 from dynamics.checkpoints.trajectory import Checkpoint, OpenCheckpoint, Trajectory, UnreadableMatrix
 from dynamics.spectra.dense import row_products
+from dynamics.spectra.workers import single_threaded_workers
 from probes.low_rank import LowRankMatrix
 
 try:
@@ -149,12 +151,15 @@ def path_shape(gram: Float[np.ndarray, "step step"]) -> PathShape:
     return PathShape(distance, length, straightness, share, ratio)
 
 
-def training_path(trajectory: Trajectory, progress: Callable[[int], None] = lambda done: None) -> xr.Dataset | None:
+def training_path(
+    trajectory: Trajectory, grams: Mapping[tuple[int, str], Float[np.ndarray, "step step"]] | None = None
+) -> xr.Dataset | None:
     """Return the path of each training (segment) that has at least two checkpoints; ``None`` if none has.
 
     Args:
         trajectory: The run.
-        progress: Called with the number of matrices just finished.
+        grams: Inner products of a matrix's updates at all steps, by segment and name, where they are known already
+            (``trajectory_spectra`` gives them).
 
     Returns:
         The group ``/path``, see ``schema.PATH``; ``step_segment(step)`` is the segment of each step.
@@ -166,8 +171,12 @@ def training_path(trajectory: Trajectory, progress: Callable[[int], None] = lamb
     if not segments:
         return None
     blocks = [
-        _segment_gram(checkpoints, [trajectory.start_of(checkpoint) for checkpoint in checkpoints], progress)
-        for checkpoints in segments.values()
+        _segment_gram(
+            checkpoints,
+            [trajectory.start_of(checkpoint) for checkpoint in checkpoints],
+            {name: gram for (number, name), gram in (grams or {}).items() if number == segment},
+        )
+        for segment, checkpoints in segments.items()
     ]
     steps = [checkpoint.step for checkpoints in segments.values() for checkpoint in checkpoints]
     numbers = [number for number, checkpoints in segments.items() for _ in checkpoints]
@@ -208,44 +217,70 @@ def renamed_path(path: xr.Dataset) -> xr.Dataset:
 
 
 def _segment_gram(
-    checkpoints: Sequence[Checkpoint], starts: Sequence[Checkpoint | None], progress: Callable[[int], None]
+    checkpoints: Sequence[Checkpoint],
+    starts: Sequence[Checkpoint | None],
+    solved: Mapping[str, Float[np.ndarray, "step step"]],
 ) -> tuple[Float[np.ndarray, "step step"], int]:
     """Return the Gram matrix of one training, and the number of matrices in it."""
-    names = [name for name in checkpoints[0].shapes if _is_shared(name, checkpoints)]
+    shared = [name for name in checkpoints[0].shapes if _is_shared(name, checkpoints)]
+    names = [name for name in shared if name not in solved]
     weights = any(checkpoints[0].shapes[name].holds == "weight" for name in names)
     start = next((checkpoint for checkpoint in starts if checkpoint is not None), None) if weights else None
     blocks = _blocks(names, checkpoints, start)
-    gram, count = np.zeros((len(checkpoints), len(checkpoints))), 0
-    for batch in _batches(names, checkpoints, min(len(checkpoints), 2 * blocks[0].stop)):
-        grams = {name: np.zeros_like(gram) for name in batch}
-        for position, rows in enumerate(blocks):
-            # Closed after each batch: mapped files that were read count as memory until then.
-            with ExitStack() as stack:
-                beginning = None if start is None else stack.enter_context(start.open())
-                first = [stack.enter_context(checkpoint.open()) for checkpoint in checkpoints[rows]]
-                for columns in blocks[position:]:
-                    with ExitStack() as second_stack:
-                        beside = [] if rows == columns else checkpoints[columns]
-                        second = [second_stack.enter_context(checkpoint.open()) for checkpoint in beside]
-                        for name, array in grams.items():
-                            block = _matrix_gram(name, first, second or None, beginning)
-                            array[rows, columns] = np.nan if block is None else block
-                            array[columns, rows] = np.nan if block is None else block.T
-        finite = [array for array in grams.values() if np.isfinite(array).all()]
-        gram, count = sum(finite, gram), count + len(finite)
-        progress(len(batch))
+    finite = [solved[name] for name in shared if name in solved and np.isfinite(solved[name]).all()]
+    gram, count = sum(finite, np.zeros((len(checkpoints), len(checkpoints)))), len(finite)
+    factored = [name for name in names if checkpoints[0].shapes[name].rank]
+    dense = [name for name in names if not checkpoints[0].shapes[name].rank]
+    for group in (factored, dense):
+        for batch in _batches(group, checkpoints, min(len(checkpoints), 2 * blocks[0].stop)):
+            # Products of factors are small: one thread each. Dense matrices are large, and few: all threads for one.
+            with single_threaded_workers() if group is factored else nullcontext() as executor:
+                grams = _batch_grams(batch, checkpoints, start, blocks, executor.map if executor else map)
+            finite = [array for array in grams if np.isfinite(array).all()]
+            gram, count = sum(finite, gram), count + len(finite)
     return gram, count
+
+
+def _batch_grams(
+    names: Sequence[str],
+    checkpoints: Sequence[Checkpoint],
+    start: Checkpoint | None,
+    blocks: Sequence[slice],
+    map_: Callable[..., Iterable[Float[np.ndarray, "rows columns"] | None]],
+) -> list[Float[np.ndarray, "step step"]]:
+    """Return the Gram matrix of each matrix, block by block; NaN where it is not known."""
+    grams = [np.zeros((len(checkpoints), len(checkpoints))) for _ in names]
+    for position, rows in enumerate(blocks):
+        # Closed after each batch: mapped files that were read count as memory until then.
+        with ExitStack() as stack:
+            beginning = None if start is None else stack.enter_context(start.open())
+            first = [stack.enter_context(checkpoint.open()) for checkpoint in checkpoints[rows]]
+            for columns in blocks[position:]:
+                with ExitStack() as second_stack:
+                    beside = [] if rows == columns else checkpoints[columns]
+                    second = [second_stack.enter_context(checkpoint.open()) for checkpoint in beside] or None
+                    parts = map_(partial(_matrix_gram, opened=first, others=second, beginning=beginning), names)
+                    for gram, block in zip(grams, parts, strict=True):
+                        gram[rows, columns] = np.nan if block is None else block
+                        gram[columns, rows] = np.nan if block is None else block.T
+    return grams
 
 
 def _blocks(names: Sequence[str], checkpoints: Sequence[Checkpoint], start: Checkpoint | None) -> list[slice]:
     """Return groups of checkpoints of which two may be open, with one matrix's factors in memory, at the same time."""
-    files = max(len(checkpoint.inputs) for checkpoint in checkpoints) or 1
-    room = max(2, min(_MOST_OPEN, (_allowed_files() - (0 if start is None else len(start.inputs))) // files))
+    room = checkpoints_open_at_once(checkpoints, [start])
     largest = max((_numbers(name, checkpoints) for name in names if checkpoints[0].shapes[name].rank), default=0)
     if largest:
         room = max(2, min(room, BUDGET // (4 * largest)))
     length = len(checkpoints) if len(checkpoints) <= room else room // 2
     return [slice(first, min(first + length, len(checkpoints))) for first in range(0, len(checkpoints), length)]
+
+
+def checkpoints_open_at_once(checkpoints: Sequence[Checkpoint], starts: Sequence[Checkpoint | None]) -> int:
+    """Return how many checkpoints may be open at the same time, beside what they are counted from; at least two."""
+    files = max(len(checkpoint.inputs) for checkpoint in checkpoints) or 1
+    beside = {id(start): len(start.inputs) for start in starts if start is not None}
+    return max(2, min(_MOST_OPEN, (_allowed_files() - sum(beside.values())) // files))
 
 
 def _allowed_files() -> int:

@@ -84,37 +84,58 @@ def triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batc
     return torch.linalg.qr(tall, mode="r").R
 
 
-#: Below this the diagonal of a scaled Cholesky factor has lost more than half of its digits.
-_INDEPENDENT = 1e-7
+#: A triangle of a Gram is taken where the square of the smallest pivot of its scaled Cholesky factor is at least this:
+#: with it a direction is off by about ε/pivot² of itself.
+TRUSTED = 1e-4
+
+
+def gram_triangles(
+    grams: Float[Tensor, "*batch columns columns"],
+) -> tuple[Float[Tensor, "*batch columns columns"], Float[Tensor, "*batch"]]:
+    r"""Return R with RᵀR = XᵀX, given XᵀX on the host, and how far the columns of X are from dependent.
+
+    The columns are brought to norm 1 before the Cholesky factorization, so that columns of very different size (a
+    weight and its change) cost no digits; zero columns stay zero.
+
+    Returns:
+        The triangles, and the smallest pivot of each: 1 where columns are orthogonal, near 0 where they are dependent,
+        0 where there is no factor.
+
+    >>> gram_triangles(torch.tensor([[25.0, 0.0], [0.0, 0.0]], dtype=torch.float64))
+    (tensor([[5., 0.],
+            [0., 0.]], dtype=torch.float64), tensor(1., dtype=torch.float64))
+    """
+    size = grams.diagonal(dim1=-2, dim2=-1).sqrt()
+    unit = torch.where(size > 0, size, 1.0)
+    scaled = grams / unit[..., :, None] / unit[..., None, :]
+    scaled.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    finite = scaled.isfinite().all(-1).all(-1)
+    lower, failed = torch.linalg.cholesky_ex(torch.where(finite[..., None, None], scaled, 0.0))
+    pivots = torch.where(finite & (failed == 0), lower.diagonal(dim1=-2, dim2=-1).amin(-1), 0.0)
+    return lower.mT * size[..., None, :], pivots
 
 
 def gram_triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch columns columns"]:
     r"""Return R with RᵀR = XᵀX, on the host, from Grams formed on the device: batched QR is slow on accelerators.
 
-    The columns are brought to norm 1 before the Cholesky factorization, so that columns of very different size (a
-    weight and its change) cost no digits; zero columns stay zero. Where columns are dependent to 10⁻⁷ the Gram no
-    longer holds their difference, and those matrices go through QR.
+    Where columns are nearly dependent the Gram no longer holds their difference, and those matrices go through QR.
 
     >>> x = torch.tensor([[3.0, 0.0], [4.0, 0.0]], dtype=torch.float64)
     >>> gram_triangle(x)
     tensor([[5., 0.],
             [0., 0.]], dtype=torch.float64)
     """
-    gram = (tall.mT @ tall).cpu()
-    size = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    unit = torch.where(size > 0, size, 1.0)
-    scaled = gram / unit[..., :, None] / unit[..., None, :]
-    scaled.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    finite = scaled.isfinite().all(-1).all(-1)
-    lower, failed = torch.linalg.cholesky_ex(torch.where(finite[..., None, None], scaled, torch.nan).nan_to_num(0.0))
-    triangles = lower.mT * size[..., None, :]
-    dependent = (failed != 0) | (lower.diagonal(dim1=-2, dim2=-1).amin(-1) < _INDEPENDENT) | ~finite
+    triangles, pivots = gram_triangles((tall.mT @ tall).cpu())
+    dependent = pivots.square() < TRUSTED
     if dependent.any():
-        rows, columns = tall.shape[-2:]
-        exact = torch.zeros(int(dependent.sum()), columns, columns, dtype=tall.dtype)
-        exact[:, : min(rows, columns)] = triangle(tall[dependent.to(tall.device)]).cpu()
-        triangles[dependent] = exact
+        triangles[dependent] = padded_triangle(tall[dependent.to(tall.device)]).cpu()
     return triangles
+
+
+def padded_triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch columns columns"]:
+    """Return R of the QR decomposition, square: rows of zeros where there are fewer rows than columns."""
+    upper = triangle(tall)
+    return torch.nn.functional.pad(upper, (0, 0, 0, upper.shape[-1] - upper.shape[-2]))
 
 
 def tall_triangle(tall: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch k columns"]:

@@ -1,36 +1,54 @@
-"""Spectra of a whole trajectory, labelled: one checkpoint at a time, batches of matrices over the cores.
+"""Spectra of a whole trajectory, labelled: tiles of checkpoints, batches of matrices over the cores.
 
-At most three checkpoints of one training are open at once (an increment needs the previous one, its inner product with
-the last increment the one before), so memory does not grow with the number of checkpoints.
+The steps of one matrix are solved together (``trajectory_gram``). So that memory does not grow with the number of
+checkpoints, a training is cut into tiles of as many as may be open and fit; a tile begins with the last two checkpoints
+of the one before, of which one is needed for its first increment, the other for that increment's inner product with the
+previous one. Within a tile some matrices at a time are read from all of its checkpoints, which are closed after that:
+mapped files that were read count as memory until then.
 """
 
 from __future__ import annotations
 
-import os
+import math
+import sys
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cache
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Executor, as_completed
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Float
 from torch import Tensor
 
 from dynamics.checkpoints.trajectory import (
     Checkpoint,
-    Matrix,
     MatrixShape,
     OpenCheckpoint,
     Trajectory,
     UnreadableMatrix,
 )
 from dynamics.findings import Finding
-from dynamics.spectra import raw, zero_blocks
+from dynamics.spectra import raw, walk, zero_blocks
 from dynamics.spectra.increments import Workspace
-from dynamics.spectra.walk import BatchResult, MatrixSpectra, Previous, batches, factored, solve_batch
+from dynamics.spectra.path import checkpoints_open_at_once
+from dynamics.spectra.trajectory_gram import TrajectoryResult, solve_trajectories
+from dynamics.spectra.walk import BATCH_BYTES_ELSEWHERE, BatchResult, MatrixSpectra, Previous, factored, solve_batch
+from dynamics.spectra.workers import available_cores, single_threaded_workers
 from dynamics.spectra.zero_blocks import ZeroBlock, zero_block_findings
+from probes.low_rank import LowRankMatrix
+
+#: Bytes that all workers' factors of one matrix at all steps of a tile may take in float64, with their Grams.
+TILE_BYTES = 2**30
+#: Bytes of stored matrices that are read from the files of a tile between opening and closing them.
+READ_BYTES = 2**28
+#: Copies of a Gram that are in memory while one matrix is solved.
+_GRAM_COPIES = 8
+#: Checkpoints at the beginning of a tile that belong to the tile before.
+_OVERLAP = 2
 
 #: Buffers of each thread.
 _THREAD = threading.local()
@@ -42,34 +60,47 @@ def trajectory_spectra(
     device: str | torch.device = "cpu",
     workers: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
-) -> tuple[xr.Dataset, list[Finding]]:
+) -> tuple[xr.Dataset, list[Finding], dict[tuple[int, str], Float[np.ndarray, "step step"]]]:
     """Return the raw update (see ``raw``) of every matrix at every checkpoint, and what went wrong by file and matrix.
 
     A matrix that cannot be read is missing; one that is not finite has NaN.
 
     Args:
         trajectory: The run.
-        device: Where the QR decompositions run; the small cores are solved on the host.
+        device: Where the Grams are formed; the small cores are solved on the host.
         workers: Threads; by default one for each core this process may use.
         progress: Called with the number of matrices just finished.
+
+    Returns:
+        The raw update, the findings, and ⟨D_s, D_t⟩ of the totals of each matrix (segment, name) where they came with
+        the spectra: for ``path.training_path``.
     """
+    workers = workers or available_cores()
     spectra: dict[tuple[int, str], MatrixSpectra] = {}
     findings: list[Finding] = []
     blocks: list[tuple[int, str, ZeroBlock]] = []
-    with single_threaded_workers(workers or available_cores()) as executor:
-        for segment in sorted({checkpoint.segment for checkpoint in trajectory.checkpoints}):
-            checkpoints = [checkpoint for checkpoint in trajectory.checkpoints if checkpoint.segment == segment]
-            starts = {checkpoint.step: trajectory.start_of(checkpoint) for checkpoint in checkpoints}
-            for checkpoint, outcomes in _solve_segment(checkpoints, starts, executor, torch.device(device), progress):
-                for outcome in sorted(outcomes, key=lambda outcome: outcome.name):
-                    if outcome.result is not None:
-                        spectra[checkpoint.step, outcome.name] = outcome.result.spectra
-                    if outcome.code:
-                        findings.append(_finding(outcome, checkpoint))
-                    if outcome.zero_block is not None:
-                        blocks.append((checkpoint.step, outcome.name, outcome.zero_block))
+    paths: dict[tuple[int, str], np.ndarray] = {}
+    with single_threaded_workers(workers) as executor:
+        for checkpoints in trajectory.trainings:
+            starts = [trajectory.start_of(checkpoint) for checkpoint in checkpoints]
+            tiles = _tiles(checkpoints, starts, workers)
+            outcomes: list[_Outcome] = []
+            for tile in tiles:
+                for part, path in _solve_tile(tile, checkpoints, starts, executor, torch.device(device), workers):
+                    outcomes += part
+                    progress(len(part))
+                    if len(tiles) == 1:
+                        paths |= {(checkpoints[0].segment, name): gram for name, gram in path.items()}
+            for outcome in sorted(outcomes, key=lambda outcome: (outcome.position, outcome.name)):
+                checkpoint = checkpoints[outcome.position]
+                if outcome.spectra is not None:
+                    spectra[checkpoint.step, outcome.name] = outcome.spectra
+                if outcome.code:
+                    findings.append(_finding(outcome, checkpoint))
+                if outcome.zero_block is not None:
+                    blocks.append((checkpoint.step, outcome.name, outcome.zero_block))
     findings += zero_block_findings(blocks, len(trajectory.matrices))
-    return raw.raw_update(_steps(trajectory), _shapes(trajectory), spectra), findings
+    return raw.raw_update(_steps(trajectory), _shapes(trajectory), spectra), findings, paths
 
 
 def _steps(trajectory: Trajectory) -> dict[int, tuple[int, int]]:
@@ -100,181 +131,256 @@ def _shapes(trajectory: Trajectory) -> dict[str, MatrixShape]:
     return shapes
 
 
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# --- tiles ------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def single_threaded_workers(workers: int) -> Iterator[Executor]:
-    """Start threads that use one core each: many small decompositions gain nothing from threads of their own."""
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(workers, initializer=_prepare_worker) as executor:
-            try:
-                yield executor
-            except BaseException:
-                executor.shutdown(cancel_futures=True)  # ^C must not wait for what has not begun
-                raise
-    finally:
-        torch.set_num_threads(threads)
+def _tiles(checkpoints: Sequence[Checkpoint], starts: Sequence[Checkpoint | None], workers: int) -> list[slice]:
+    """Return the checkpoints of each tile, the first two of all but the first tile being the last of the one before."""
+    room = checkpoints_open_at_once(checkpoints, starts)
+    columns: dict[str, tuple[int, int]] = {}
+    for checkpoint in checkpoints:
+        for name, shape in checkpoint.shapes.items():
+            rank, sides = columns.get(name, (0, 0))
+            columns[name] = max(rank, shape.rank), max(sides, shape.out + shape.in_)
+    for rank, sides in set(columns.values()):
+        room = min(room, _steps_that_fit(rank, sides, TILE_BYTES // workers))
+    length = max(room, _OVERLAP + 1)
+    tiles = [slice(0, min(length, len(checkpoints)))]
+    while tiles[-1].stop < len(checkpoints):
+        first = tiles[-1].stop - _OVERLAP
+        tiles.append(slice(first, min(first + length, len(checkpoints))))
+    return tiles
 
 
-def _prepare_worker() -> None:
-    torch.set_num_threads(1)
-    _THREAD.workspace = Workspace()
+def _steps_that_fit(rank: int, sides: int, room: int) -> int:
+    """Return for how many steps the factors and Grams of a matrix fit: 8·r·sides·T + 8·copies·(rT)² bytes.
+
+    >>> _steps_that_fit(16, 4096 + 11008, 2**29)
+    140
+    """
+    if not rank:
+        return sys.maxsize  # a dense matrix is solved step by step
+    linear, square = 8 * rank * sides, 8 * _GRAM_COPIES * rank**2
+    return int((math.sqrt(linear**2 + 4 * square * room) - linear) / (2 * square))
 
 
 @dataclass(frozen=True)
 class _Window:
-    """Consecutive open checkpoints of one training, newest first.
+    """The open checkpoints of one tile.
 
     Args:
-        now, before, earlier: The checkpoints.
-        start: What dense weights are counted from.
-        results: What the previous step gave.
+        first: Position of the tile's first checkpoint in its training.
+        lead: How many of its checkpoints belong to the tile before.
+        opened: The checkpoints, ascending.
+        starts: What dense weights are counted from, for each checkpoint.
+        follows_start: Whether the first increment is what changed since the start.
+        device: Where tall factors and dense matrices are worked on.
     """
 
-    now: OpenCheckpoint
-    before: OpenCheckpoint | None = None
-    earlier: OpenCheckpoint | None = None
-    start: OpenCheckpoint | None = None
-    results: Mapping[str, BatchResult] = field(default_factory=dict)
+    first: int
+    lead: int
+    opened: Sequence[OpenCheckpoint]
+    starts: Sequence[OpenCheckpoint | None]
+    follows_start: bool
+    device: torch.device
 
-    def alone(self) -> _Window:
-        """Return the same without predecessors."""
-        return _Window(self.now, start=self.start)
+    def before(self, step: int) -> OpenCheckpoint | None:
+        """Return what the increment of a step is counted from."""
+        if step > 0:
+            return self.opened[step - 1]
+        return self.starts[0] if step == 0 and self.follows_start else None
+
+    def alone(self, step: int) -> _Window:
+        """Return the same where the checkpoint before a step does not exist."""
+        absent = OpenCheckpoint({}, lambda name: torch.empty(0))
+        opened = [*self.opened[: max(step - 1, 0)], *[absent][:step], *self.opened[step:]]
+        return replace(self, opened=opened, follows_start=False)
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """One matrix of one checkpoint; ``result`` is ``None`` if it could not be read, ``code`` that of a finding."""
+    """One matrix of one checkpoint; ``spectra`` is ``None`` if it could not be read, ``code`` that of a finding."""
 
+    position: int
     name: str
-    result: BatchResult | None = None
+    spectra: MatrixSpectra | None = None
     code: str = ""
     message: str = ""
     zero_block: ZeroBlock | None = None
 
 
-def _solve_segment(
+_Solved = tuple[list[_Outcome], dict[str, Float[np.ndarray, "step step"]]]
+
+
+def _solve_tile(
+    tile: slice,
     checkpoints: Sequence[Checkpoint],
-    starts: Mapping[int, Checkpoint | None],
+    starts: Sequence[Checkpoint | None],
     executor: Executor,
     device: torch.device,
-    progress: Callable[[int], None],
-) -> Iterator[tuple[Checkpoint, list[_Outcome]]]:
-    opened: list[tuple[ExitStack, OpenCheckpoint]] = []
-    results: dict[str, BatchResult] = {}
-    try:
-        for checkpoint in checkpoints:
-            stack = ExitStack()
-            matrices = stack.enter_context(checkpoint.open())
-            # A matrix is needed three times: as itself, as a predecessor, and for the next inner product.
-            opened.insert(0, (stack, OpenCheckpoint(matrices.shapes, _kept_factors(matrices))))
-            now, before, earlier = [matrices for _, matrices in opened] + [None] * (3 - len(opened))
-            assert now is not None
-            start = starts[checkpoint.step]
-            beginning = None if start is None else stack.enter_context(start.open())
-            if before is None and start is not None and start.step < checkpoint.step:
-                before = beginning  # the first increment is what changed since the base
-            window = _Window(now, before, earlier, beginning, results)
-            outcomes: list[_Outcome] = []
-            tasks = [executor.submit(_solve_names, names, window, device) for names in _window_batches(window, device)]
+    workers: int,
+) -> Iterator[_Solved]:
+    lead = _OVERLAP if tile.start else 0
+    first_start = starts[0]
+    follows_start = not tile.start and first_start is not None and first_start.step < checkpoints[0].step
+    names = dict.fromkeys(name for checkpoint in checkpoints[tile][lead:] for name in checkpoint.shapes)
+    for part in _read_together([*names], checkpoints[tile], workers):
+        with ExitStack() as stack:
+            opened = [stack.enter_context(checkpoint.open()) for checkpoint in checkpoints[tile]]
+            weights = any(
+                checkpoint.shapes[name].holds == "weight"
+                for checkpoint in opened
+                for name in part
+                if name in checkpoint.shapes
+            )
+            distinct = {id(start): start for start in starts[tile] if start is not None and weights}
+            beginnings = {key: stack.enter_context(start.open()) for key, start in distinct.items()}
+            begins = [beginnings.get(id(start)) for start in starts[tile]]
+            window = _Window(tile.start, lead, opened, begins, follows_start, device)
+            tasks = [executor.submit(_solve, batch, window) for batch in _batches(part, window)]
             for task in as_completed(tasks):
-                outcomes += task.result()
-                progress(len(task.result()))
-            yield checkpoint, outcomes
-            results = {outcome.name: outcome.result for outcome in outcomes if outcome.result is not None}
-            if len(opened) == 3:
-                opened.pop()[0].close()
-    finally:
-        for stack, _ in opened:
-            stack.close()
+                yield task.result()
 
 
-def _kept_factors(matrices: OpenCheckpoint) -> Callable[[str], Matrix]:
-    """Return a reader that reads factors once; dense matrices are too large to be kept."""
-    kept = cache(matrices.__getitem__)
-    return lambda name: kept(name) if matrices.shapes[name].rank else matrices[name]
+def _read_together(names: Sequence[str], checkpoints: Sequence[Checkpoint], workers: int) -> Iterator[list[str]]:
+    """Yield as many matrices as are read before the files are closed, at least one for each worker."""
+    part: list[str] = []
+    held = 0
+    for name in names:
+        shapes = [checkpoint.shapes[name] for checkpoint in checkpoints if name in checkpoint.shapes]
+        size = sum(4 * (shape.rank * (shape.out + shape.in_) or shape.out * shape.in_) for shape in shapes)
+        if len(part) >= workers and held + size > READ_BYTES:
+            yield part
+            part, held = [], 0
+        part.append(name)
+        held += size
+    if part:
+        yield part
 
 
-def _window_batches(window: _Window, device: torch.device) -> list[list[str]]:
-    def kind(name: str) -> Hashable:
-        result = window.results.get(name)
-        shapes = [past.shapes.get(name) for past in (window.before, window.earlier) if past is not None]
-        sizes = tuple(None if shape is None else (shape.out, shape.in_, shape.rank) for shape in shapes)
-        return sizes, result is not None and result.cores is not None
-
-    return batches(window.now.shapes, lambda name: device, kind)
-
-
-def _solve_names(names: Sequence[str], window: _Window, device: torch.device) -> list[_Outcome]:
-    """Solve one batch; a matrix that cannot be read costs only itself, a predecessor only the increment."""
-    try:
-        return _solve(names, window, device)
-    except UnreadableMatrix as error:
-        if len(names) > 1:
-            return [outcome for name in names for outcome in _solve_names([name], window, device)]
-        if window.before is not None:
-            return _solve_names(names, window.alone(), device)
-        return [_Outcome(names[0], code="OD101", message=str(error))]
+def _batches(names: Sequence[str], window: _Window) -> Iterator[list[str]]:
+    """Yield the matrices that are solved together: of one shape at each step, as many as stay in a CPU's cache."""
+    groups: dict[Hashable, list[str]] = defaultdict(list)
+    for name in names:
+        shapes = tuple(matrices.shapes.get(name) for matrices in window.opened)
+        groups[shapes if _has_gram(name, window) else name].append(name)
+    allowed = walk.BATCH_BYTES.get(window.device.type, BATCH_BYTES_ELSEWHERE)
+    for members in groups.values():
+        shapes = [matrices.shapes[members[0]] for matrices in window.opened if members[0] in matrices.shapes]
+        numbers = len(shapes) * max(shape.rank for shape in shapes) * (shapes[-1].out + shapes[-1].in_)
+        length = max(1, allowed // (8 * numbers)) if numbers else 1
+        yield from (members[first : first + length] for first in range(0, len(members), length))
 
 
-def _solve(names: Sequence[str], window: _Window, device: torch.device) -> list[_Outcome]:
-    shape = window.now.shapes[names[0]]
-    if not shape.rank:
-        return [_solve_weight(name, window, device) for name in names]
-    now = factored([window.now[name] for name in names])
-    results = solve_batch(now, _previous(names, window), device=device, workspace=_THREAD.workspace)
-    failures = [_failure(result, [result.spectra.total]) for result in results]
-    if shape.holds == "state":
-        results = [replace(result, spectra=result.spectra.without_total()) for result in results]
-    return [
-        _Outcome(name, result, *failure, zero_blocks.of_factors(matrix))
-        for name, matrix, result, failure in zip(names, now, results, failures, strict=True)
-    ]
+def _has_gram(name: str, window: _Window) -> bool:
+    """Return whether a matrix is a product of factors of one size at each step."""
+    shapes = [matrices.shapes.get(name) for matrices in window.opened]
+    sizes = {None if shape is None or not shape.rank else (shape.out, shape.in_) for shape in shapes}
+    return len(sizes) == 1 and None not in sizes
 
 
-def _previous(names: Sequence[str], window: _Window) -> Previous | None:
-    shape = window.now.shapes[names[0]]
-    before, earlier = window.before, window.earlier
-    past = None if before is None else before.shapes.get(names[0])
+# --- one batch --------------------------------------------------------------------------------------------------------
+
+
+def _solve(names: Sequence[str], window: _Window) -> _Solved:
+    """Solve matrices of one shape at all steps of a tile, by one Gram a side where that is possible."""
+    outcomes: list[_Outcome] = []
+    paths: dict[str, np.ndarray] = {}
+    results: Sequence[TrajectoryResult | None] = [None] * len(names)
+    trajectories: list[list[LowRankMatrix]] = []
+    if _has_gram(names[0], window):
+        with suppress(UnreadableMatrix):  # what can be read is solved step by step
+            trajectories = [factored([checkpoint[name] for checkpoint in window.opened]) for name in names]
+            results = solve_trajectories(trajectories, device=window.device, workspace=_workspace())
+    for index, (name, result) in enumerate(zip(names, results, strict=True)):
+        if result is None:
+            outcomes += _solve_by_steps(name, window)
+            continue
+        steps = list(enumerate(zip(trajectories[index], result.steps, strict=True)))
+        outcomes += [_outcome(name, step, *pair, window) for step, pair in steps[window.lead :]]
+        if window.opened[-1].shapes[name].holds != "state":
+            paths[name] = result.path
+    return outcomes, paths
+
+
+def _workspace() -> Workspace:
+    if not hasattr(_THREAD, "workspace"):
+        _THREAD.workspace = Workspace()
+    return _THREAD.workspace
+
+
+def _solve_by_steps(name: str, window: _Window) -> Iterator[_Outcome]:
+    """Solve one matrix step by step; where it cannot be read costs only that step and the increment after it."""
+    result: BatchResult | None = None
+    for step, checkpoint in enumerate(window.opened):
+        shape = checkpoint.shapes.get(name)
+        if shape is None or step < window.lead - bool(shape.rank):
+            result = None  # of products the step before the tile's first new one, for the inner product
+            continue
+        solve = _solve_factors if shape.rank else _solve_weight
+        try:
+            outcome, result = solve(name, step, window, result)
+        except UnreadableMatrix:
+            try:
+                outcome, result = solve(name, step, window.alone(step), result)
+            except UnreadableMatrix as error:
+                outcome, result = _Outcome(window.first + step, name, code="OD101", message=str(error)), None
+        if step >= window.lead:
+            yield outcome
+
+
+def _solve_factors(
+    name: str, step: int, window: _Window, before: BatchResult | None
+) -> tuple[_Outcome, BatchResult | None]:
+    now = factored([window.opened[step][name]])
+    previous = _previous(name, step, window, before)
+    (result,) = solve_batch(now, previous, device=window.device, workspace=_workspace())
+    return _outcome(name, step, now[0], result, window), result
+
+
+def _previous(name: str, step: int, window: _Window, result: BatchResult | None) -> Previous | None:
+    shape, before = window.opened[step].shapes[name], window.before(step)
+    past = None if before is None else before.shapes.get(name)
     if before is None or past is None or not past.rank or (past.out, past.in_) != (shape.out, shape.in_):
         return None  # where it is another matrix the reader's finding says so
-    matrices = factored([before[name] for name in names])
-    return Previous.of_factors(
-        matrices,
-        [window.results.get(name) for name in names],
-        None if earlier is None else lambda: factored([earlier[name] for name in names]),
-    )
+    earlier = window.before(step - 1)
+    inner = None if earlier is None else lambda: factored([earlier[name]])
+    return Previous.of_factors(factored([before[name]]), [result], inner)
 
 
-def _solve_weight(name: str, window: _Window, device: torch.device) -> _Outcome:
+def _outcome(name: str, step: int, matrix: LowRankMatrix, result: BatchResult, window: _Window) -> _Outcome:
+    failure = _failure(result, [result.spectra.total])
+    is_state = window.opened[step].shapes[name].holds == "state"
+    spectra = result.spectra.without_total() if is_state else result.spectra
+    return _Outcome(window.first + step, name, spectra, *failure, zero_blocks.of_factors(matrix))
+
+
+def _solve_weight(name: str, step: int, window: _Window, _: BatchResult | None) -> tuple[_Outcome, None]:
     """Solve one dense matrix: a weight, of which the start is subtracted, or an update as it is."""
-    now = _dense(name, window.now, window, device)
+    now = _dense(name, step, window.opened[step], window)
     assert now is not None
-    is_update = window.now.shapes[name].holds == "update"
-    start = torch.zeros_like(now) if is_update else _dense(name, window.start, window, device)
-    since_base = window.before is window.start and not is_update
-    before = start if since_base else _dense(name, window.before, window, device)
+    is_update = window.opened[step].shapes[name].holds == "update"
+    beginning, before_it = window.starts[step], window.before(step)
+    start = torch.zeros_like(now) if is_update else _dense(name, step, beginning, window)
+    since_base = before_it is beginning and not is_update
+    before = start if since_base else _dense(name, step, before_it, window)
     previous = None if before is None else Previous([before])
     (result,) = solve_batch([now], previous, None if start is None else [start])
     values = [values for values in (result.spectra.total, result.spectra.increment) if values is not None]
     block = zero_blocks.of_dense(now, start, is_update=is_update)
-    return _Outcome(name, result, *_failure(result, values), block)
+    return _Outcome(window.first + step, name, result.spectra, *_failure(result, values), block), None
 
 
-def _dense(name: str, checkpoint: OpenCheckpoint | None, window: _Window, device: torch.device) -> Tensor | None:
-    """Read the matrix from another checkpoint, if it is the same kind of matrix there."""
-    shape = window.now.shapes[name]
+def _dense(name: str, step: int, checkpoint: OpenCheckpoint | None, window: _Window) -> Tensor | None:
+    """Read the matrix from a checkpoint, if it is the same kind of matrix there as at a step."""
+    shape = window.opened[step].shapes[name]
     other = None if checkpoint is None else checkpoint.shapes.get(name)
     if checkpoint is None or other is None:
         return None
     if (other.out, other.in_, other.rank, other.holds) != (shape.out, shape.in_, 0, shape.holds):
         return None
     matrix = checkpoint[name]
-    return matrix.to(device) if isinstance(matrix, Tensor) else None
+    return matrix.to(window.device) if isinstance(matrix, Tensor) else None
 
 
 def _failure(result: BatchResult, spectra: Sequence[Tensor]) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from probes.low_rank import LowRankMatrix
 
 #: Bytes of float64 stack that one batch works on: what stays in a CPU's last-level cache, what fills an accelerator.
 BATCH_BYTES = {"cpu": 2**23}
-_BATCH_BYTES_ELSEWHERE = 2**26
+BATCH_BYTES_ELSEWHERE = 2**26
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def batches(
         groups[shape, device(name), kind(name)].append(name)
     chunks = []
     for (shape, where, _), names in groups.items():
-        allowed = BATCH_BYTES.get(where.type, _BATCH_BYTES_ELSEWHERE)
+        allowed = BATCH_BYTES.get(where.type, BATCH_BYTES_ELSEWHERE)
         length = max(1, allowed // (16 * shape.rank * (shape.out + shape.in_))) if shape.rank else 1
         chunks += [names[first : first + length] for first in range(0, len(names), length)]
     return chunks

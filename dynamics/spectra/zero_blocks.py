@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -28,6 +29,8 @@ _DENSE = 0.9
 #: In how many parts matrices are cut at most.
 _MOST_PARTS = 128
 _MOST_NAMED = 8
+#: Whole numbers of the size of each format.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, order=True)
@@ -77,6 +80,8 @@ def of_factors(matrix: LowRankMatrix) -> ZeroBlock | None:
 
     Rows of A and columns of B that are zero together only mean a smaller rank; in a sum of adapters one may be zero.
     """
+    if _is_full(matrix.left_factor) and _is_full(matrix.right_factor):
+        return None
     left, right = matrix.left_factor != 0, matrix.right_factor != 0
     blocks = []
     for tensor, axis, is_zero, other in (
@@ -91,6 +96,12 @@ def of_factors(matrix: LowRankMatrix) -> ZeroBlock | None:
             blocks.append(("lora_A", "rows", inner_a, _of_rank(inner_a)))
             blocks.append(("lora_B", "columns", inner_b, _of_rank(inner_b)))
     return _largest(ZeroBlock(tensor, axis, zero, len(mask)) for tensor, axis, mask, zero in blocks if zero)
+
+
+def _is_full(factor: Tensor) -> bool:
+    """Return whether no number is zero, by its bits but for the sign: many times faster than by comparing numbers."""
+    bits = factor.detach().cpu().contiguous().view(_BITS[factor.element_size()]).numpy()
+    return bool(np.count_nonzero(bits << 1) == bits.size)
 
 
 def _of_rank(is_zero: Bool[Tensor, " rank"]) -> int:

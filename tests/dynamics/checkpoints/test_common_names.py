@@ -30,7 +30,7 @@ def test_checkpoints_before_and_after_an_upgrade_are_one_training(tmp_path: Path
     assert not codes(trajectory, "OD115")
     (note,) = codes(trajectory, "OD136")
     assert (note.step, note.evidence) == (10, {"matrices": [*NEW], "called": [*OLD]})
-    update, _ = trajectory_spectra(trajectory)
+    update, _, _ = trajectory_spectra(trajectory)
     for old, new in zip(OLD, NEW, strict=True):
         change = 2.0 * (
             later[new][0].double() @ later[new][1].double() - earlier[old][0].double() @ earlier[old][1].double()

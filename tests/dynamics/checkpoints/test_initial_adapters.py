@@ -35,7 +35,7 @@ def dense(step: int, name: str) -> torch.Tensor:
 
 
 def spectra(run: Path) -> dict[tuple[int, str, str], torch.Tensor]:
-    update, findings = trajectory_spectra(open_trajectory(run))
+    update, findings, _ = trajectory_spectra(open_trajectory(run))
     assert not findings
     values = update["singular_value"]
     return {

@@ -4,6 +4,7 @@ import torch
 from scipy import stats
 
 from dynamics.spectra import measures, null_models
+from dynamics.spectra.workers import single_threaded_workers
 
 
 def purity(spectra):
@@ -140,7 +141,8 @@ def test_increment_draws_have_the_law_of_the_explicit_difference(out, in_, rank,
     values = [torch.linalg.svdvals(factor) for factor in (left, right)]
     values = [torch.nn.functional.pad(value, (0, rank - len(value)))[None] for value in values]
     sizes = [torch.tensor([change], dtype=torch.float64) for change in changes]
-    spectra = null_models.increment_spectra(*values, *sizes, out, in_, draws, np.random.default_rng(1))[0]
+    noise = null_models.white_changes(out, in_, rank, rank, 1, draws, np.random.default_rng(1))
+    spectra = null_models.increment_spectra(*values, *sizes, out, in_, noise)[0]
     count = min(out, in_, 2 * rank)
     assert spectra.shape == (draws, count)
     smallest = rank - 1 if left_size == 0 or changes[0] == 0 else count - 1
@@ -151,9 +153,11 @@ def test_increment_draws_have_the_law_of_the_explicit_difference(out, in_, rank,
 def test_the_null_of_an_increment_rises_from_one_rank_to_two_as_b_grows():
     values, steps = torch.ones(1, 8, dtype=torch.float64), torch.full((1,), 0.01, dtype=torch.float64)
     means = []
-    for size in (0.0, 0.1, 1.0):
-        ((_, model),) = null_models.increment_null(size * values, values, steps, steps, 512, 512, count=16)
-        means.append(float(model.mean["effective_rank_energy"][0]))
+    with single_threaded_workers() as executor:
+        for size in (0.0, 0.1, 1.0):
+            factors = (size * values, values, steps, steps)
+            ((_, model),) = null_models.increment_null(*factors, 512, 512, executor, count=16)
+            means.append(float(model.mean["effective_rank_energy"][0]))
     assert means[0] == pytest.approx(8, rel=0.03)
     assert 8.2 < means[1] < 9
     assert means[2] == pytest.approx(16, rel=0.05)

@@ -1,17 +1,14 @@
 """The path of a run is that of its updates stacked into vectors."""
 
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
 import xarray as xr
 
 from dynamics.checkpoints import open_trajectory
-from dynamics.checkpoints.checkpoint import CheckpointContent
 from dynamics.spectra import path as path_module
 from dynamics.spectra.path import path_shape, renamed_path, training_path
-from tests.runs import drifting, write_run, write_state
+from tests.runs import counted_openings, drifting, write_run, write_state
 from tests.whole_models import MATRICES, model_tensors, write_dense_run, write_model
 
 
@@ -110,25 +107,6 @@ def test_block_by_block_it_is_the_same(tmp_path, monkeypatch, files, dense):
     assert most_open() <= files + dense
     np.testing.assert_allclose(in_blocks["gram"].values, whole["gram"].values, rtol=1e-12)
     assert in_blocks["matrices"].item() == whole["matrices"].item() == len(trajectory.matrices)
-
-
-def counted_openings(monkeypatch, trajectory):
-    """A function that tells how many checkpoints were open at most at one time."""
-    opened = [0, 0]
-
-    @contextmanager
-    def counted(self):
-        opened[0] += 1
-        opened[1] = max(opened)
-        with actual(self) as matrices:
-            yield matrices
-        opened[0] -= 1
-
-    actual = CheckpointContent.open
-    monkeypatch.setattr(CheckpointContent, "open", counted)
-    for checkpoint in trajectory.checkpoints:
-        object.__setattr__(checkpoint, "open", checkpoint.open.__self__.open)
-    return lambda: opened[1]
 
 
 def test_a_matrix_that_is_not_finite_at_one_step_is_left_out_of_every_block(tmp_path, monkeypatch):

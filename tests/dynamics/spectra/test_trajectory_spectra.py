@@ -38,7 +38,7 @@ def dense(runs, step, name):
 def analyse(run):
     """The measured groups' update, and all findings, of a folder or a trajectory."""
     trajectory = run if isinstance(run, Trajectory) else open_trajectory(run)
-    update, findings = trajectory_spectra(trajectory, workers=2)
+    update, findings, _ = trajectory_spectra(trajectory, workers=2)
     measured = measure_update(update)["update"]
     return measured, [*findings, *findings_of(measured)]
 

@@ -83,7 +83,7 @@ def test_a_run_of_parts_is_warned_of(tmp_path: Path) -> None:
     for matrices in steps.values():
         for left, _ in matrices.values():
             left[4:] = 0
-    _, findings = trajectory_spectra(open_trajectory(write_run(tmp_path, steps)))
+    _, findings, _ = trajectory_spectra(open_trajectory(write_run(tmp_path, steps)))
     (warning,) = findings
     assert (warning.code, warning.severity, warning.step) == ("OD139", "warning", 20)
     assert "Only 4 of 32 rows of lora_B are not zero (12.5%) in 4 of 4 matrices" in warning.message
