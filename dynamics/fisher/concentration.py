@@ -45,11 +45,10 @@ from dynamics.fisher.samples import (
     jackknifed,
     log,
     ratio,
-    splits_of,
 )
-from dynamics.fisher.spectrum import centred, fisher_eigenvectors, inverse_roots
+from dynamics.fisher.spectrum import centred, inverse_roots, leading_eigenvectors
 
-#: Null gradients drawn for each half of four splits.
+#: Null gradients drawn for each half.
 DRAWS = 25
 #: Fewer groups than this cannot be split into halves that each have pairs.
 LEAST_GROUPS = 4
@@ -167,8 +166,8 @@ def matched_gain(
     k: Sequence[int],
     *,
     centre: bool = False,
-    splits: int | None = None,
-    draws: int | None = None,
+    splits: int = SPLITS,
+    draws: int = DRAWS,
     seed: int = 0,
     level: float = 0.95,
 ) -> Gain:
@@ -182,8 +181,7 @@ def matched_gain(
         gram: K, b, ‖δ‖, groups and the number of samples behind the update. Groups are never divided.
         k: Numbers of directions; NaN where a half has fewer.
         centre: Take the directions of the centred Fisher F − ḡḡᵀ, without the mean gradient.
-        splits: Number of random splits; by default :func:`dynamics.fisher.samples.splits_of` the groups.
-        draws: Number of null gradients for each half; by default 25, more where there are fewer than four splits.
+        splits, draws: Number of random splits, and of null gradients for each half.
         seed: Seed of both.
         level: Level of the interval.
 
@@ -194,8 +192,6 @@ def matched_gain(
     missing = np.full((len(products), len(k)), np.nan)
     if gram.batch_size < 1 or len(np.unique(group)) < LEAST_GROUPS:
         return Gain(*[missing] * 8)
-    splits = splits or splits_of(group)
-    draws = draws or DRAWS * max(1, SPLITS // splits)
     generator = np.random.default_rng(seed)
     halves = list(half_splits(group, splits, seed))
     columns, exists = _columns(k, min(len(first) for first, _ in halves))
@@ -246,8 +242,8 @@ def effective_batches(steps: int, before: int, momentum: float) -> float:
 
 def _directions(gram: np.ndarray, most: int, centre: bool) -> np.ndarray:
     """Return U/√eig, by which K_BA and b_A become projections on the half's leading directions: [block, sample, j]."""
-    values, vectors = fisher_eigenvectors(centred(gram) if centre else gram)
-    leading = vectors[:, :, :most] * inverse_roots(values * gram.shape[-1])[:, None, :most]
+    values, vectors = leading_eigenvectors(centred(gram) if centre else gram, most)
+    leading = vectors * inverse_roots(values * gram.shape[-1])[:, None]
     # The direction is (HG)ᵀu/√eig = Gᵀ(Hu)/√eig.
     return leading - leading.mean(1, keepdims=True) if centre else leading
 

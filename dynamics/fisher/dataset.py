@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.fisher.concentration import (
+    DRAWS,
     MOST_TIMES,
     effective_batches,
     energy_share,
@@ -25,6 +26,7 @@ from dynamics.fisher.concentration import (
 from dynamics.fisher.deprecated import accepting
 from dynamics.fisher.rarefaction import rarefied, sizes_up_to
 from dynamics.fisher.samples import (
+    SPLITS,
     Estimate,
     SampleGroups,
     StackedGram,
@@ -215,8 +217,8 @@ def concentration(
     gram: ProbeGram,
     *,
     k: Sequence[int] = LEADING,
-    splits: int | None = None,
-    draws: int | None = None,
+    splits: int = SPLITS,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> xr.Dataset:
     """Return the share of an update in the Fisher's leading directions, beside an isotropic and a gradient null.
@@ -226,9 +228,8 @@ def concentration(
             batch_size=…)`` returns them. Without ``batch_size`` there is no gradient null, and nothing is called
             concentrated.
         k: Numbers of leading directions.
-        splits: Number of random splits into halves; by default four, one of more than 256 samples in more than 64
-            groups.
-        draws: Number of null gradients for each half; by default 200 over all halves.
+        splits: Number of random halves.
+        draws: Number of null gradients for each half.
         seed: Seed of both.
 
     Returns:

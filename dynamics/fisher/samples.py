@@ -459,16 +459,17 @@ def confidence_interval(
     return estimate - reach, estimate + reach
 
 
-#: Number of random splits, each used in both directions; see :func:`splits_of`.
+#: Number of random splits, each used in both directions.
 SPLITS = 4
 #: What costs O(N³) a time is done on fewer halves, or on so many samples, where there are more, in many groups.
 MOST_SAMPLES, _MANY_GROUPS = 256, 64
 
 
 def splits_of(group: Int[np.ndarray, " sample"]) -> int:
-    """Return how many random splits are taken: four, or one of more than 256 samples in more than 64 groups.
+    """Return how many random splits do: four, or one of more than 256 samples in more than 64 groups.
 
-    A half's eigenvectors cost O(N³), while the halves of many groups differ little.
+    For what hardly depends on the split where halves are large, such as the dominant ratio: simulated at N = 512, its
+    intervals hold the truth in 98 to 99 % of cases with one split as with four.
 
     >>> splits_of(np.arange(256)), splits_of(np.arange(512)), splits_of(np.arange(512) // 8)
     (4, 1, 4)

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.linalg
 import torch
 from jaxtyping import Float, Int
 from scipy.special import xlogy
@@ -46,6 +47,8 @@ from dynamics.spectra.measures import entropy_of_direct_sum
 _ROUNDING = 1e-4
 #: Directions whose eigenvalue is below this share of the largest one are rounding.
 RESOLVED = 1e-10
+#: Of this many times as many samples, the leading eigenvectors are cheaper by themselves than with all others.
+_FEW = 8
 
 
 def centred(gram: Float[np.ndarray, "block sample sample"]) -> Float[np.ndarray, "block sample sample"]:
@@ -127,6 +130,26 @@ def fisher_eigenvectors(
     values, vectors = (part.flip(-1).numpy() for part in torch.linalg.eigh(torch.tensor(finite)))
     vectors[broken] = np.nan
     return _not_negative(values / gram.shape[-1], broken), vectors
+
+
+def leading_eigenvectors(
+    gram: Float[np.ndarray, "block sample sample"], count: int
+) -> tuple[Float[np.ndarray, "block index"], Float[np.ndarray, "block sample index"]]:
+    """Return the first ``count`` of :func:`fisher_eigenvectors`; of many more samples, without computing the rest.
+
+    >>> leading_eigenvectors(np.diag([1.0, 4.0])[None], 1)[0]
+    array([[2.]])
+    """
+    samples = gram.shape[-1]
+    if samples < _FEW * count:
+        values, vectors = fisher_eigenvectors(gram)
+        return values[:, :count], vectors[:, :, :count]
+    broken, finite = _finite(gram)
+    pairs = [scipy.linalg.eigh(block, subset_by_index=(samples - count, samples - 1)) for block in finite]
+    values, vectors = (np.stack(part)[..., ::-1] for part in zip(*pairs, strict=True))
+    values, vectors = np.maximum(values / samples, 0.0), vectors.copy()
+    values[broken], vectors[broken] = np.nan, np.nan
+    return values, vectors
 
 
 def inverse_roots(eigenvalues: Float[np.ndarray, "block index"]) -> Float[np.ndarray, "block index"]:

@@ -34,7 +34,6 @@ FISHER_RECORD: Mapping[str, Variable] = {
 #: Beside the record, where the optimizer is known; NaN where it is not.
 FISHER_MOMENTUM = Variable(("step",), "1", "momentum of the optimizer", "β₁ of Adam, the momentum of SGD")
 _SQUARED = "(loss/weight)²"
-_SPLITS = "four splits, or one of more than 256 samples in more than 64 groups"
 _PER_BLOCK = ("step", "block")
 _PER_TASK = ("step", "block", "task")
 _PER_PAIR = ("step", "block", "task", "task_")
@@ -121,7 +120,7 @@ FISHER: Mapping[str, Variable] = {
         "1",
         "dominant ratio ρ, of held-out directions",
         "Rayleigh quotient of one half's first direction on the other half over its trace, mean over random halves of "
-        f"the groups ({_SPLITS}): too small in expectation",
+        "the groups (four splits, or one of more than 256 samples in more than 64 groups): too small in expectation",
     ),
     "dominant_ratio_noise_reduced": Variable(
         _PER_TASK,
@@ -231,7 +230,7 @@ FISHER: Mapping[str, Variable] = {
 }
 
 _SHARE = "Σ_{j≤k} ⟨δ, v_j⟩²/‖δ‖², v_j the leading eigenvectors of the"
-_HALVES = f"over random halves of the groups ({_SPLITS}): directions from one half, gradients from the other"
+_HALVES = "over random halves of the groups: directions from one half, gradients from the other"
 _RATIO = "central 95 % of update over null gradient, over halves and draws"
 
 #: The group that follows from K, b and ‖δ‖.

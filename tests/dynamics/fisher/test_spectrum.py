@@ -9,6 +9,7 @@ from dynamics.fisher.spectrum import (
     fisher_eigenvalues,
     fisher_eigenvectors,
     inverse_roots,
+    leading_eigenvectors,
     shares_by_group,
 )
 from tests.dynamics.fisher.simulated import gradients, grams, planted, power_law
@@ -84,6 +85,16 @@ def test_centred_eigenvalues_of_a_broken_block_are_missing():
     found = centred_eigenvalues(*fisher_eigenvectors(gram))
     assert np.isnan(found[0, :2]).all()
     np.testing.assert_allclose(found[1], fisher_eigenvalues(centred(gram[1:]))[0], atol=1e-14)
+
+
+def test_leading_eigenvectors_are_the_first_of_all():
+    gram = grams(gradients(np.random.default_rng(5), 3, 40, power_law(60)))
+    gram[1] = np.nan
+    values, vectors = fisher_eigenvectors(gram)
+    leading, directions = leading_eigenvectors(gram, 4)
+    np.testing.assert_allclose(leading, values[:, :4], rtol=1e-12)
+    aligned = directions * np.sign((directions * vectors[:, :, :4]).sum(1, keepdims=True))
+    np.testing.assert_allclose(aligned, vectors[:, :, :4], atol=1e-11)
 
 
 def test_one_group_has_no_standard_error():
