@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import gc
 import inspect
 import os
 import random
@@ -51,6 +52,12 @@ settings.load_profile("quick")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--seed``: what every test's random numbers start from. Tests should hold at any; CI takes the default."""
     parser.addoption("--seed", type=int, default=0, help="what each test's random numbers start from")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of all later garbage collections: each training begins with one, half its time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures are made
