@@ -16,3 +16,10 @@ def analyze(*arguments: Any) -> CompletedProcess[str]:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
+
+
+def assert_refused(result: CompletedProcess[str], status: int, *words: str) -> None:
+    """A line on stderr has the words; there is no traceback."""
+    assert result.returncode == status, result.stderr
+    assert "Traceback" not in result.stderr
+    assert any(all(word in line for word in words) for line in result.stderr.splitlines()), result.stderr

@@ -91,9 +91,10 @@ def test_a_model_compiled_in_regions_is_measured_and_trained_alike(tmp_path):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         model, folder = lora_llama(), tmp_path / name
-        for layer in model.base_model.model.model.layers:
-            if compiled:
-                layer.compile(backend="aot_eager")
+        layers = model.base_model.model.model.layers
+        del layers[1:]  # each is compiled by itself, in seconds
+        if compiled:
+            layers[0].compile(backend="aot_eager")
         callbacks = [DynamicsCallback(folder, tasks(), at=[1, 3])] if probed else []
         training = trainer(folder, callbacks, model, save_strategy="no", max_steps=3)
         training.train()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -82,8 +83,8 @@ def train(
     return recorder, kept
 
 
-def norm(run: Path, kind: str, matrix: str) -> dict[int, float]:
-    found = dynamics.open_run(run)["update"]["frobenius_norm"].sel(kind=kind, matrix=matrix)
+def norm(tree: xr.DataTree, kind: str, matrix: str) -> dict[int, float]:
+    found = tree["update"]["frobenius_norm"].sel(kind=kind, matrix=matrix)
     return dict(zip(found["step"].values.tolist(), found.values.tolist(), strict=True))
 
 
@@ -111,20 +112,21 @@ def test_a_weight_that_is_unfrozen(tmp_path, every, late):
     recorder, kept = train(tmp_path, model(), unfreeze, every=every, late=late)
     assert [finding.code for finding in recorder.findings].count("OD313") == 1
     start = kept[HALF + 0.5][EMBEDDING]
-    total, increment = (norm(tmp_path, kind, EMBEDDING) for kind in ("total", "increment"))
+    tree = dynamics.open_run(tmp_path)
+    total, increment = (norm(tree, kind, EMBEDDING) for kind in ("total", "increment"))
     last = HALF
     for step in [step for step in recorder.steps if step > HALF]:
         assert total[step] == distance(kept[step][EMBEDDING], start)
         assert increment[step] == distance(kept[step][EMBEDDING], start if last == HALF else kept[last][EMBEDDING])
         last = step
     assert all(np.isnan(total[step]) for step in recorder.steps if step <= HALF)
-    fisher = dynamics.open_run(tmp_path)["fisher"].to_dataset()
+    fisher = tree["fisher"].to_dataset()
     assert fisher["step"].values.tolist() == recorder.steps
     moved = fisher["update_norm_squared"].sel(block=EMBEDDING, step=recorder.steps[-1]).item()
     assert moved == pytest.approx(increment[recorder.steps[-1]] ** 2, rel=1e-6)
     unknown = np.isnan(fisher["update_norm_squared"].sel(block="global")).values
     assert fisher["step"].values[unknown].tolist() == ([HALF] if late and every == 1 else [])
-    assert "OD402" not in dynamics.open_run(tmp_path).attrs["findings"]
+    assert "OD402" not in tree.attrs["findings"]
 
 
 def test_what_is_frozen_is_measured_once_more_and_ends(tmp_path):
@@ -135,13 +137,14 @@ def test_what_is_frozen_is_measured_once_more_and_ends(tmp_path):
 
     recorder, kept = train(tmp_path, model(), freeze, every=3)
     assert recorder.steps == [3, 6]
-    increment = norm(tmp_path, "increment", QUERY)
+    tree = dynamics.open_run(tmp_path)
+    increment = norm(tree, "increment", QUERY)
     assert increment[6] == distance(kept[HALF][QUERY], kept[3][QUERY])  # nothing after the fourth step
     trained = records_of(tmp_path).records[6]["gradient"]["matrix"].values
     assert QUERY not in trained
     assert [finding.code for finding in recorder.findings] == ["OD313"]
     assert recorder.findings[0].evidence["ended"] == [QUERY]
-    assert dynamics.open_run(tmp_path)["fisher"]["step"].values.tolist() == [3, 6]
+    assert tree["fisher"]["step"].values.tolist() == [3, 6]
 
 
 def test_a_phase_that_comes_back_keeps_its_start(tmp_path):
@@ -165,9 +168,10 @@ def test_a_phase_that_comes_back_keeps_its_start(tmp_path):
                             parameter -= 0.5 * parameter.grad
                         parameter.grad = None
             moments.append(weights(trained).get(QUERY))
-    assert norm(tmp_path, "total", QUERY)[7] == distance(moments[6], start)
-    assert np.isnan(norm(tmp_path, "total", QUERY)[5])
-    assert norm(tmp_path, "increment", QUERY)[6] == distance(moments[5], moments[3])
+    tree = dynamics.open_run(tmp_path)
+    assert norm(tree, "total", QUERY)[7] == distance(moments[6], start)
+    assert np.isnan(norm(tree, "total", QUERY)[5])
+    assert norm(tree, "increment", QUERY)[6] == distance(moments[5], moments[3])
 
 
 def two_adapters() -> nn.Module:
@@ -183,10 +187,11 @@ def test_an_adapter_that_is_switched(tmp_path, every):
     recorder, kept = train(tmp_path, two_adapters(), lambda model: model.set_adapter("second"), every=every)
     after = kept[HALF + 0.5]
     last = recorder.steps[-1]
-    assert norm(tmp_path, "total", QUERY)[last] == distance(kept[last][QUERY], after[QUERY])
+    tree = dynamics.open_run(tmp_path)
+    assert norm(tree, "total", QUERY)[last] == distance(kept[last][QUERY], after[QUERY])
     key = QUERY.replace("q_proj", "k_proj")
-    assert norm(tmp_path, "total", key)[last] == distance(kept[last][key], after[key])
-    assert dynamics.open_run(tmp_path)["fisher"]["step"].values.tolist() == recorder.steps
+    assert norm(tree, "total", key)[last] == distance(kept[last][key], after[key])
+    assert tree["fisher"]["step"].values.tolist() == recorder.steps
 
 
 def test_an_adapter_that_is_added_beside(tmp_path):
@@ -197,10 +202,11 @@ def test_an_adapter_that_is_added_beside(tmp_path):
 
     _, kept = train(tmp_path, two_adapters(), beside)
     change = kept[8][QUERY] - kept[HALF + 0.5][QUERY] + kept[HALF][QUERY] - kept[0][QUERY]
-    assert norm(tmp_path, "total", QUERY)[8] == pytest.approx(float(change.norm()), rel=1e-6)
-    assert norm(tmp_path, "increment", QUERY)[5] == distance(kept[5][QUERY], kept[HALF + 0.5][QUERY])
+    tree = dynamics.open_run(tmp_path)
+    assert norm(tree, "total", QUERY)[8] == pytest.approx(float(change.norm()), rel=1e-6)
+    assert norm(tree, "increment", QUERY)[5] == distance(kept[5][QUERY], kept[HALF + 0.5][QUERY])
     second = f"{QUERY}@second"
-    assert norm(tmp_path, "total", second)[8] == distance(kept[8][second], kept[HALF + 0.5][second])
+    assert norm(tree, "total", second)[8] == distance(kept[8][second], kept[HALF + 0.5][second])
 
 
 def restart(model: nn.Module) -> None:
@@ -228,11 +234,12 @@ def test_an_adapter_that_is_merged_and_started_again(tmp_path, dtype, every, lat
     last = recorder.steps[-1]
     tolerance = 1e-6 if dtype == torch.float64 else 1e-2
     expected = float((kept[last][QUERY] - kept[begun][QUERY]).norm())
-    assert norm(tmp_path, "total", QUERY)[last] == pytest.approx(expected, rel=tolerance)
+    tree = dynamics.open_run(tmp_path)
+    assert norm(tree, "total", QUERY)[last] == pytest.approx(expected, rel=tolerance)
     if every == 3:
-        assert np.isnan(norm(tmp_path, "increment", QUERY)[6])  # from before the restart to after it
+        assert np.isnan(norm(tree, "increment", QUERY)[6])  # from before the restart to after it
     if late:
-        assert np.isnan(norm(tmp_path, "total", QUERY)[HALF])
+        assert np.isnan(norm(tree, "total", QUERY)[HALF])
 
 
 def test_merging_and_unmerging_is_no_restart(tmp_path):
@@ -254,9 +261,10 @@ def test_a_scale_that_changes(tmp_path, every):
     recorder, kept = train(tmp_path, model(), scale, every=every)
     assert [finding.code for finding in recorder.findings] == ["OD315"]
     last = recorder.steps[-1]
-    assert norm(tmp_path, "total", QUERY)[last] == distance(kept[last][QUERY], kept[0][QUERY])
-    increment = norm(tmp_path, "increment", QUERY)
-    b = dynamics.open_run(tmp_path)["fisher"]["update_norm_squared"].sel(block="global")
+    tree = dynamics.open_run(tmp_path)
+    assert norm(tree, "total", QUERY)[last] == distance(kept[last][QUERY], kept[0][QUERY])
+    increment = norm(tree, "increment", QUERY)
+    b = tree["fisher"]["update_norm_squared"].sel(block="global")
     if every == 1:
         assert increment[5] == distance(kept[5][QUERY], kept[HALF + 0.5][QUERY])
         assert np.isfinite(b).all()
@@ -275,7 +283,8 @@ def test_a_new_adapter_after_merging_and_unloading(tmp_path):
 
     recorder, kept = train(tmp_path, model(), renew, tasks=False)
     assert [finding.code for finding in recorder.findings] == ["OD313"]
-    assert norm(tmp_path, "total", QUERY)[8] == distance(kept[8][QUERY], kept[HALF + 0.5][QUERY])
+    tree = dynamics.open_run(tmp_path)
+    assert norm(tree, "total", QUERY)[8] == distance(kept[8][QUERY], kept[HALF + 0.5][QUERY])
 
 
 @pytest.mark.parametrize("at", [2, 6])
@@ -295,7 +304,7 @@ def test_resuming_before_and_after_a_change(tmp_path, at):
             states[step] = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
             if step == HALF:
                 trained.set_adapter("second")
-    before = norm(tmp_path, "total", QUERY)
+    before = norm(dynamics.open_run(tmp_path), "total", QUERY)
     resumed = two_adapters()
     if at > HALF:
         resumed.set_adapter("second")
@@ -304,7 +313,7 @@ def test_resuming_before_and_after_a_change(tmp_path, at):
         resumed.load_state_dict(states[at + 1])
         assert recorder.record(at + 1)
         codes = [finding.code for finding in recorder.findings]
-    assert norm(tmp_path, "total", QUERY)[at + 1] == pytest.approx(before[at + 1], rel=1e-6)
+    assert norm(dynamics.open_run(tmp_path), "total", QUERY)[at + 1] == pytest.approx(before[at + 1], rel=1e-6)
     assert codes.count("OD313") == (at > HALF)
 
 
