@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -76,13 +77,19 @@ def in_tangent_space(
     It comes from gradients of the factors, or from s ∇W itself for a side where solving would lose too many digits.
     """
     solve_left, solve_right = (True, True) if matrix is None else tangent.is_solvable(precision)
-    scale = block.products[0].scale()
+    products, scale = block.products, block.products[0].scale()
+    samples = next(iter(gradients.values())).samples
+    zero = at_least_single(products[0].left.new_zeros(samples, 0, 1))
     if matrix is None or solve_left:
-        along = tangent.solved_left(_beside([(p.right, p.right_view) for p in block.products], gradients, tangent, 1))
+        trained = [viewed(gradients[id(p.right)], p.right_view, p.right) for p in products if p.right.requires_grad]
+        along = _solved(tangent.from_right, trained, zero.expand(-1, -1, len(tangent.right)))
     else:
         along = tangent.projected_left(*_factored(matrix)) / scale
     if matrix is None or solve_right:
-        beside = tangent.solved_right(_beside([(p.left, p.left_view) for p in block.products], gradients, tangent, 2))
+        trained = [viewed(gradients[id(p.left)], p.left_view, p.left) for p in products if p.left.requires_grad]
+        beside = _solved(
+            tangent.from_left.mT, [g.transposed() for g in trained], zero.expand(-1, -1, len(tangent.left))
+        )
     else:
         beside = tangent.projected_right(*_factored(matrix)) / scale
     coordinates = tangent.coordinates(along, beside)
@@ -98,16 +105,13 @@ def _factored(matrix: Term) -> tuple[Float[Tensor, "sample token out"], Float[Te
     return ones.expand(len(matrix.values), *ones.shape), matrix.values
 
 
-def _beside(
-    factors: Sequence[tuple[nn.Parameter, Callable[[Tensor], Tensor]]],
-    gradients: Mapping[int, SampleGradient],
-    tangent: TangentSpace,
-    dimension: int,
-) -> Tensor:
-    """Return gradients of all trained A stacked, or of all trained B side by side."""
-    trained = [torch.vmap(view)(gradients[id(p)].dense(p)) for p, view in factors if p.requires_grad]
-    if trained:
-        return torch.cat(trained, dimension)
-    samples, like = next(iter(gradients.values())).samples, factors[0][0]
-    shape = (samples, 0, len(tangent.right)) if dimension == 1 else (samples, len(tangent.left), 0)
-    return at_least_single(like.new_zeros(shape))
+def _solved(
+    solution: Float[Tensor, "basis r"], factors: Sequence[SampleGradient], zero: Float[Tensor, "sample 0 length"]
+) -> Float[Tensor, "sample basis length"]:
+    """Return the solution times gradients of factors, ``(rank, length)`` each, below each other.
+
+    It is multiplied to the side of the rank, before tokens are summed: there are fewer numbers there.
+    """
+    parts = solution.split([factor.shape[0] for factor in factors], 1)
+    solved = [factor.led_by(part).dense(zero) for factor, part in zip(factors, parts, strict=True)]
+    return functools.reduce(torch.add, solved) if solved else solution.to(zero.dtype) @ zero

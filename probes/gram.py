@@ -48,6 +48,7 @@ from probes.tasks import (
     one_each,
     probe_batches,
     probe_loss,
+    some_samples,
     with_sampled_labels,
 )
 from probes.undisturbed import bare, undisturbed
@@ -258,22 +259,39 @@ class _Measurement:
         loss = self._loss or probe_loss_of(batch)
         if self._fisher == "sampled":
             batch = with_sampled_labels(model, batch, self._generator)
-        with recording(self._modules) as recorded:
-            losses = one_each(loss(model, batch), getattr(batch, "samples", None), "loss(model, batch)")
+        losses, recorded = self._forward(model, batch, loss)
         if not losses.requires_grad:
             raise ValueError("Expected losses with a graph, got some that do not depend on any trainable parameter.")
         self.losses.append(losses.detach().to(device="cpu", dtype=torch.float64))
         # A sample may have any number of images, and a user's loss may let samples interact: each batch is checked. For
-        # text and the model's own loss, checking the first batch is enough.
+        # text and the model's own loss, checking two samples of the first batch is enough.
         plain = is_text(batch, len(losses)) and not _is_users(loss, batch)
-        in_order = self._take(losses, recorded, trusted=plain and self._in_order is True)
+        separable = plain and all(isinstance(value, Tensor) for value in batch.values())
+        alone = lambda numbers: self._forward(model, some_samples(batch, numbers), loss)  # noqa: E731
+        trusted = plain and self._in_order is True
+        in_order = self._take(losses, recorded, trusted=trusted, alone=alone if separable else None)
         if plain and len(losses) > 1 and self._in_order is not False:
             self._in_order = in_order
 
-    def _take(self, losses: Tensor, recorded: ForwardCalls, *, trusted: bool) -> bool:
+    def _forward(self, model: nn.Module, batch: Any, loss: Loss) -> tuple[Tensor, ForwardCalls]:
+        """Return the losses of a batch, and the calls that gave them."""
+        with recording(self._modules) as recorded:
+            losses = one_each(loss(model, batch), getattr(batch, "samples", None), "loss(model, batch)")
+        return losses, recorded
+
+    def _take(
+        self,
+        losses: Tensor,
+        recorded: ForwardCalls,
+        *,
+        trusted: bool,
+        alone: Callable[[Sequence[int]], tuple[Tensor, ForwardCalls]] | None,
+    ) -> bool:
         """Take the gradients of one batch; return whether rows were in the samples' order."""
         chains = [self._chains[block.name] for block in self._blocks if self._needs_matrix(block, recorded)]
-        taken = sample_gradients(losses, self._parameters, self._own, recorded, chains=chains, trusted=trusted)
+        taken = sample_gradients(
+            losses, self._parameters, self._own, recorded, chains=chains, trusted=trusted, alone=alone
+        )
         slow = {chain for chain in taken.one_by_one if isinstance(chain, tuple)}
         for block in self._blocks:
             for parameter, _ in block.parameters:

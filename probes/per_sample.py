@@ -3,14 +3,15 @@ r"""Gradients of each sample of a batch, from one forward and one backward pass.
 For a module y = W x, ∇_W of sample i is Σ_t δ_it x_itᵀ, with x its inputs and δ the gradients of its outputs. Autograd
 is therefore asked for gradients of outputs alone; those of parameters, summed over samples, are never formed. That
 holds for linear layers, convolutions (inputs unfolded), embeddings, normalisations and biases. Which sample a row of an
-output belongs to is found out by further backward passes (:mod:`probes.ownership`). Whatever else a parameter does (it
-is used by a function, several samples share a row, its output is changed in place) is found out too, not assumed, and
-costs one backward pass for each sample.
+output belongs to is found out by further backward passes (:mod:`probes.ownership`), of the whole batch or, where its
+rows are expected to be in order, of two samples by themselves. Whatever else a parameter does (it is used by a
+function, several samples share a row, its output is changed in place) is found out too, not assumed, and costs one
+backward pass for each sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -27,6 +28,9 @@ from probes.sample_gradients import Materialised, SampleGradient, Term, at_least
 
 #: The module that takes the inputs, and the one that gives the outputs.
 Chain: TypeAlias = tuple[nn.Module, nn.Module]
+
+#: From fewer samples on, two by themselves take too large a part of a batch's time to stand for all.
+FEWEST = 16
 
 
 @dataclass
@@ -111,6 +115,7 @@ def sample_gradients(
     *,
     chains: Sequence[Chain] = (),
     trusted: bool = False,
+    alone: Callable[[Sequence[int]], tuple[Tensor, ForwardCalls]] | None = None,
 ) -> SampleGradients:
     """Return the gradient of each sample's loss with respect to each parameter.
 
@@ -123,6 +128,9 @@ def sample_gradients(
             leaves that open. Otherwise it is found out.
         chains: Pairs of modules of which a whole matrix Σ δ xᵀ is wanted too, of the first one's inputs and the
             second one's outputs: a layer itself, twice, or LoRA's A and B.
+        alone: From the numbers of some samples to their losses, and the forward pass that gave these, without the
+            others. If given, two samples of a batch of ``FEWEST`` or more may stand for all: their rows are found to be
+            their own exactly, and the same within the batch to half the digits. Else all are looked at.
 
     Raises:
         ValueError: If a layer ran inside an operation that hides its graph.
@@ -136,6 +144,8 @@ def sample_gradients(
     rows = _gradient_rows(losses, list(calls.values()))
     calls = {key: call for key, call in calls.items() if key in rows}  # the losses depend on no other
     doubtful = [call for call in calls.values() if samples > 1 and not (trusted and not _is_open(call, samples))]
+    if doubtful and alone and samples >= FEWEST and not any(_is_open(call, samples) for call in doubtful):
+        doubtful = [] if _two_are_in_order(losses, doubtful, rows, recorded, alone) else doubtful
     placed = samples_of_rows(losses, doubtful, rows) if doubtful else {}
     placed = {key: None for key in calls if key not in {id(call) for call in doubtful}} | placed
 
@@ -294,6 +304,48 @@ def _is_open(call: Call, samples: int) -> bool:
     """Return whether a shape leaves open which of its dimensions counts samples."""
     shape = call.output.shape
     return shape[0] != samples or len(shape) == 2 or samples in shape[1:-1] or is_convolution(call.module)
+
+
+def _two_are_in_order(
+    losses: Tensor,
+    calls: Sequence[Call],
+    rows: Mapping[int, Tensor],
+    recorded: ForwardCalls,
+    alone: Callable[[Sequence[int]], tuple[Tensor, ForwardCalls]],
+) -> bool:
+    """Return whether two samples by themselves have rows of their own, with the gradients that they have in the batch.
+
+    The first is exact, whatever share of a row is another sample's. The second, up to half of the digits, is about what
+    only a larger batch, or other samples, would show.
+    """
+    finite = losses.detach().isfinite().nonzero().flatten().tolist()
+    if len(finite) < 2:
+        return False
+    chosen = [finite[0], finite[len(finite) // 2]]
+    few, seen = alone(chosen)
+    twins: dict[int, Call] = {}
+    for module in {call.module: None for call in calls}:
+        given, own = recorded.calls[module], seen.calls.get(module, [])
+        if len(given) != len(own):
+            return False
+        twins |= {id(call): twin for call, twin in zip(given, own, strict=True)}
+    own_calls = [twins[id(call)] for call in calls]
+    own_rows = _gradient_rows(few, own_calls)
+    if len(own_rows) < len(own_calls):
+        return False
+    placed = samples_of_rows(few, own_calls, own_rows)
+    if any(placed.get(id(call), ...) is not None for call in own_calls):
+        return False
+    allowed = max(torch.finfo(call.output.dtype).eps for call in calls) ** 0.5
+    for call in calls:
+        within = rows[id(call)].unflatten(0, (len(losses), -1))[chosen].flatten(1)
+        found = own_rows[id(twins[id(call)])].flatten()
+        if found.numel() != within.numel():
+            return False
+        apart = (within - found.view_as(within)).norm(dim=1)
+        if not bool((apart <= allowed * within.norm(dim=1)).all()):
+            return False
+    return True
 
 
 def _one_by_one(

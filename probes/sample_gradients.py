@@ -16,6 +16,7 @@ N/(2k) nat. S is never stored, but made again from its seed for each batch.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from probes.low_rank import LowRankMatrix
 
 #: Bytes that multiplied-out gradients, or token-by-token products, may take at once.
 BUDGET = 2**28
+
+#: The same on a processor, where they are read again soonest from its cache; rows that a product should have at least.
+CACHE, FEWEST_ROWS = 2**22, 32
 
 
 def at_least_single(tensor: Tensor) -> Tensor:
@@ -116,7 +120,30 @@ class SampleGradient:
         """Return the gradients multiplied out, ``(sample, *shape)``."""
         if not self.terms:
             return at_least_single(like.new_zeros(self.samples, *self.shape))
-        return sum(term.rows(0, self.shape[0]) for term in self.terms).reshape(self.samples, *self.shape)  # pyright: ignore[reportAttributeAccessIssue]
+        return self.rows(0, self.shape[0]).reshape(self.samples, *self.shape)
+
+    def transposed(self) -> SampleGradient:
+        """Return the transposes of gradients that are matrices."""
+        terms = [
+            Outer(term.right, term.left) if isinstance(term, Outer) else Materialised(term.rows(0, self.shape[0]).mT)
+            for term in self.terms
+        ]
+        return SampleGradient(self.shape[::-1], self.samples, terms)
+
+    def led_by(self, matrix: Float[Tensor, "new row"]) -> SampleGradient:
+        """Return the products of a matrix and each gradient."""
+        terms: list[Term] = []
+        for term in self.terms:
+            factor = matrix.to(_tensor(term))
+            if isinstance(term, Outer):
+                terms.append(Outer(term.left @ factor.mT, term.right))
+            else:
+                terms.append(Materialised(factor @ term.rows(0, self.shape[0])))
+        return SampleGradient((len(matrix), *self.shape[1:]), self.samples, terms)
+
+    def rows(self, first: int, last: int) -> Float[Tensor, "sample row column"]:
+        """Return rows of the gradients as matrices; there must be a term."""
+        return functools.reduce(torch.add, [term.rows(first, last) for term in self.terms])
 
 
 def stacked(parts: Sequence[SampleGradient]) -> SampleGradient:
@@ -165,15 +192,28 @@ def gram(gradient: SampleGradient) -> Float[Tensor, "n n"]:
         return total
     if len(gradient.terms) == 1 and _token_by_token_is_cheaper(gradient.terms[0]):
         return _token_by_token(gradient.terms[0])
-    columns = max(1, math.prod(gradient.shape[1:]))
-    size = _tensor(gradient.terms[0]).element_size()
-    step = max(1, BUDGET // (gradient.samples * columns * size))
-    length = gradient.shape[0]  # pyright: ignore[reportGeneralTypeIssues]
-    for first in range(0, length, step):
-        last = min(first + step, length)
-        rows = sum(term.rows(first, last) for term in gradient.terms).flatten(1)  # pyright: ignore[reportAttributeAccessIssue]
+    gradient = _longer_first(gradient)
+    step = _rows_at_once(gradient)
+    for first in range(0, gradient.shape[0], step):
+        rows = gradient.rows(first, min(first + step, gradient.shape[0])).flatten(1)
         total += (rows @ rows.mT).to(device="cpu", dtype=torch.float64)
     return total
+
+
+def _longer_first(gradient: SampleGradient) -> SampleGradient:
+    """Return gradients whose inner products are the same, transposed where that makes products of longer rows."""
+    if any(not isinstance(term, Outer) for term in gradient.terms) or gradient.shape[0] >= gradient.shape[-1]:
+        return gradient
+    return gradient.transposed()
+
+
+def _rows_at_once(gradient: SampleGradient) -> int:
+    tensor = _tensor(gradient.terms[0])
+    row = gradient.samples * max(1, math.prod(gradient.shape[1:])) * tensor.element_size()
+    step = max(1, BUDGET // row)
+    if tensor.device.type != "cpu" or all(isinstance(term, Materialised) for term in gradient.terms):
+        return step
+    return min(step, max(FEWEST_ROWS, CACHE // row))
 
 
 def inner_products(gradient: SampleGradient, change: Tensor | LowRankMatrix) -> Float[Tensor, " n"]:
@@ -282,7 +322,7 @@ def projected(gradient: SampleGradient, dimension: int, seed: int, like: Tensor)
     generator = torch.Generator(device=like.device).manual_seed(seed)
     for first in range(0, gradient.shape[0] if gradient.terms else 0, step):
         last = min(first + step, gradient.shape[0])
-        rows = sum(term.rows(first, last) for term in gradient.terms).flatten(1)  # pyright: ignore[reportAttributeAccessIssue]
+        rows = gradient.rows(first, last).flatten(1)
         part = torch.randn(rows.shape[1], dimension, generator=generator, dtype=projection.dtype, device=like.device)
         projection += rows.to(projection.dtype) @ part
     return projection / dimension**0.5

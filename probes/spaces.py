@@ -38,8 +38,8 @@ class TangentSpace:
     Args:
         left: Q_B ``(out, b)``; b = 0 while B is zero, as LoRA begins: then only X A can be reached.
         right: Q_A ``(in, a)``.
-        from_left: From ∇_B to ∇W Q_A: ``(r, a)``.
-        from_right: From ∇_A to Q_Bᵀ∇W: ``(b, r)``.
+        from_left: From ∇_B, of the adapters whose B is trained, side by side, to ∇W Q_A = ∇_B from_left: ``(r, a)``.
+        from_right: From ∇_A, of those whose A is trained, below each other, to Q_Bᵀ∇W = from_right ∇_A: ``(b, q)``.
         left_condition: Ratio of the largest to the smallest singular value of B, of those that are not zero.
         right_condition: The same of A.
     """
@@ -66,14 +66,6 @@ class TangentSpace:
         rounding = torch.finfo(precision).eps
         return self.left_condition * rounding <= _LOST, self.right_condition * rounding <= _LOST
 
-    def solved_left(self, gradient: Float[Tensor, "sample q in"]) -> Float[Tensor, "sample b in"]:
-        """Return Q_Bᵀ∇W from ∇_A, of the adapters whose A is trained, below each other."""
-        return self.from_right.to(gradient.dtype) @ gradient
-
-    def solved_right(self, gradient: Float[Tensor, "sample out r"]) -> Float[Tensor, "sample out a"]:
-        """Return ∇W Q_A from ∇_B, of the adapters whose B is trained, beside each other."""
-        return gradient @ self.from_left.to(gradient.dtype)
-
     def projected_left(
         self, left: Float[Tensor, "sample token out"], right: Float[Tensor, "sample token in"]
     ) -> Float[Tensor, "sample b in"]:
@@ -82,26 +74,26 @@ class TangentSpace:
 
     def projected_right(
         self, left: Float[Tensor, "sample token out"], right: Float[Tensor, "sample token in"]
-    ) -> Float[Tensor, "sample out a"]:
-        """Return ∇W Q_A of ∇W = Σ_t left_t right_tᵀ."""
-        return left.mT @ (right @ self.right.to(right.dtype))
+    ) -> Float[Tensor, "sample a out"]:
+        """Return (∇W Q_A)ᵀ of ∇W = Σ_t left_t right_tᵀ."""
+        return (right @ self.right.to(right.dtype)).mT @ left
 
     def coordinates(
-        self, along: Float[Tensor, "sample b in"], beside: Float[Tensor, "sample out a"]
+        self, along: Float[Tensor, "sample b in"], beside: Float[Tensor, "sample a out"]
     ) -> Float[Tensor, "sample number"]:
-        """Return the coordinates of X from Q_BᵀX and X Q_A: the one, and what the other adds to it."""
-        basis = self.left.to(beside.dtype)
-        beside = beside - basis @ (basis.mT @ beside)
+        """Return the coordinates of X from Q_BᵀX and (X Q_A)ᵀ: the one, and what the other adds to it."""
+        basis = self.left.to(beside.dtype)  # the long side last: rows stay where they are in every product
+        beside = beside - (beside @ basis) @ basis.mT
         return torch.cat([along.flatten(1), beside.flatten(1)], 1)
 
     def of_change(self, change: Matrix) -> Float[Tensor, " number"]:
         """Return the coordinates of a change of the matrix, in float64."""
         if isinstance(change, LowRankMatrix):
             left, right = (factor.detach().to(self.left.device) for factor in (change.left, change.right))
-            along, beside = (self.left.mT @ left) @ right, left @ (right @ self.right)
+            along, beside = (self.left.mT @ left) @ right, (left @ (right @ self.right)).mT
         else:
             dense = change.detach().to(self.left.device, torch.float64)
-            along, beside = self.left.mT @ dense, dense @ self.right
+            along, beside = self.left.mT @ dense, (dense @ self.right).mT
         return self.coordinates(along[None], beside[None])[0]
 
 

@@ -332,6 +332,16 @@ def on_device(batch: Any, device: torch.device) -> Any:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
+def some_samples(batch: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
+    """Return some samples of a batch whose tensors all have a row for each.
+
+    >>> some_samples({"input_ids": torch.tensor([[1], [2], [3]])}, [0, 2])["input_ids"].tolist()
+    [[1], [3]]
+    """
+    chosen = {key: value[list(numbers)] for key, value in batch.items()}
+    return ProbeBatch(chosen, len(numbers), batch.loss) if isinstance(batch, ProbeBatch) else chosen
+
+
 def is_text(batch: Mapping[str, Any], samples: int) -> bool:
     """Return whether all that the model is given is one row of tokens, or one number, a sample.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from probes import Task, gradient_gram, probe_batches
@@ -187,36 +188,111 @@ def test_sentences_packed_into_one_row() -> None:
 
 
 class Mixed(nn.Module):
-    """A language model whose samples meet, with its own loss."""
+    """A language model that does something to the rows of its samples, with its own loss."""
 
-    def __init__(self, meet: bool) -> None:
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.inner, self.meet = llama().double(), meet
+        torch.manual_seed(0)
+        self.inner, self.between = llama().double(), between
         self.config = self.inner.config
         self.mix = nn.Linear(16, 16).double()
 
     def forward(self, input_ids: Tensor, labels: Tensor, **_: object) -> object:
-        embedded = self.mix(self.inner.model.embed_tokens(input_ids))
-        if self.meet:
-            embedded = embedded + 0.1 * embedded.mean(0)
+        embedded = self.between(self.mix(self.inner.model.embed_tokens(input_ids)))
         return self.inner(inputs_embeds=embedded, labels=labels)
 
 
-@pytest.mark.parametrize("meet", [True, False])
-def test_texts_and_the_models_own_loss_are_looked_at_once_a_stream(meet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[int] = []
+@pytest.fixture
+def looked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of samples whose rows were looked at."""
+    numbers: list[int] = []
     real = samples_of_rows
     monkeypatch.setattr(
         "probes.per_sample.samples_of_rows",
-        lambda losses, calls, rows: looked.append(len(calls)) or real(losses, calls, rows),
+        lambda losses, calls, rows: numbers.append(len(losses)) or real(losses, calls, rows),
     )
-    rows = torch.randint(VOCABULARY, (6, 5), generator=torch.Generator().manual_seed(0))
-    batches = [{"input_ids": part, "labels": part} for part in rows.split(2)]
-    model = Mixed(meet)
+    return numbers
+
+
+def texts(samples: int, tokens: int = 5) -> Batch:
+    rows = torch.randint(VOCABULARY, (samples, tokens), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": rows, "labels": rows}
+
+
+@pytest.mark.parametrize("meet", [True, False])
+def test_texts_and_the_models_own_loss_are_looked_at_once_a_stream(meet: bool, looked: list[int]) -> None:
+    batches = [{"input_ids": part, "labels": part} for part in texts(6)["labels"].split(2)]
+    model = Mixed((lambda x: x + 0.1 * x.mean(0)) if meet else nn.Identity())
     found = gradient_gram(model, batches)
     expected = torch.cat([flat_gradients(model, batch, token_losses) for batch in batches])
     torch.testing.assert_close(found.gram["global"], expected @ expected.mT, rtol=1e-9, atol=1e-12)
-    assert len(looked) == (3 if meet else 1)
+    assert looked == ([2, 2, 2] if meet else [2])
+
+
+#: Two samples by themselves, the first and one in the middle, tell that the rows of all have to be looked at.
+TOLD_BY_TWO = {
+    "means of the batch": lambda x: x + 0.1 * x.mean(0),
+    "batch normalisation": lambda x: (x - x.mean(0)) / (x.var(0) + 1).sqrt(),
+    "attention over samples": lambda x: MEET["attention over samples"](x).reshape(x.shape),
+    "neighbours": lambda x: x + 1e-3 * x.roll(1, 0),
+    "hardly": lambda x: x + 1e-11 * x.roll(1, 0),
+    "sums from the first": lambda x: x.cumsum(0) / 4,
+    "sums from the last": lambda x: x.flip(0).cumsum(0).flip(0) / 4,
+    "the first to all": lambda x: x + 1e-9 * x[:1],
+    "the last to all": lambda x: x + 1e-9 * x[-1:],
+    "only many": lambda x: x + 1e-3 * x.mean(0) if len(x) > 2 else x,
+    "only samples like the others": lambda x: x + 0.1 * torch.where(x[:, :1].mean(2) > 0, x.mean(1), 0).mean(0),
+    "a common scale": lambda x: x / x.abs().amax(),
+}
+
+
+@pytest.mark.parametrize("name", TOLD_BY_TWO)
+def test_two_texts_tell_that_samples_meet(name: str, looked: list[int]) -> None:
+    model, batch = Mixed(TOLD_BY_TWO[name]), texts(16)
+    found = gradient_gram(model, batch)
+    gradients = flat_gradients(model, batch, token_losses)
+    torch.testing.assert_close(found.gram["global"], gradients @ gradients.mT, rtol=1e-9, atol=1e-12)
+    assert looked[-1] == 16
+    assert "mix" in {name.split(".")[0] for name in found.one_by_one}
+
+
+@pytest.mark.parametrize("between", [halves_swapped, lambda x: x.flip(0)])
+def test_two_texts_tell_that_samples_change_places(between: Callable[[Tensor], Tensor], looked: list[int]) -> None:
+    model, batch = Mixed(between), texts(16)
+    found = gradient_gram(model, batch)
+    gradients = flat_gradients(model, batch, token_losses)
+    torch.testing.assert_close(found.gram["global"], gradients @ gradients.mT, rtol=1e-9, atol=1e-12)
+    assert looked[-1] == 16
+    assert found.one_by_one == ()
+
+
+@pytest.mark.parametrize("space", ["tangent", "factor", "weight"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_two_texts_stand_for_those_of_a_stream(space: str, dtype: torch.dtype, looked: list[int]) -> None:
+    """K is the same to the last digit as with all rows looked at."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(llama(), lora).to(dtype)  # pyright: ignore[reportArgumentType]
+    batches = [{key: value[first : first + 16] for key, value in texts(32, 9).items()} for first in (0, 16)]
+    found = gradient_gram(model, batches, space=space)
+    assert looked == [2]
+    all_of_them = gradient_gram(model, [batch | {"return_dict": True} for batch in batches], space=space)
+    assert looked == [2, 16]
+    assert found.gram.keys() == all_of_them.gram.keys()
+    assert all(torch.equal(gram, all_of_them.gram[name]) for name, gram in found.gram.items())
+
+
+def test_texts_without_labels_do_not_stand_for_others(looked: list[int]) -> None:
+    model, batch = Mixed(nn.Identity()), texts(17)
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][[0, 8]] = -100
+    found = gradient_gram(model, batch, skip_broken=True)
+    assert found.left_out == (0, 8)
+    assert looked == [2]
+    batch["labels"][1:] = -100
+    batch["labels"][0] = batch["input_ids"][0]
+    assert len(gradient_gram(model, batch, skip_broken=True).left_out) == 16
+    assert looked == [2, 17]
 
 
 @pytest.mark.parametrize("how", ["loss=", "Task"])

@@ -81,6 +81,24 @@ def test_what_takes_less_memory_is_kept(tokens, smaller):
     torch.testing.assert_close(kept.dense(random(1)), dense(given))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_transposed_and_multiplied(kind):
+    given, matrix = gradient(kind), random(2, ROWS)
+    torch.testing.assert_close(given.transposed().dense(random(1)), dense(given).mT)
+    torch.testing.assert_close(given.led_by(matrix).dense(random(1)), matrix @ dense(given))
+
+
+@pytest.mark.parametrize("kind", ["outer", "all"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gram_by_rows_that_fit_the_cache(kind, transposed, monkeypatch):
+    """Two rows at a time, of the longer side where each term is a product."""
+    monkeypatch.setattr(sample_gradients, "CACHE", 1)
+    monkeypatch.setattr(sample_gradients, "FEWEST_ROWS", 2)
+    given = gradient(kind, tokens=40).transposed() if transposed else gradient(kind, tokens=40)
+    flat = given.dense(random(1)).flatten(1)
+    torch.testing.assert_close(gram(given), flat @ flat.mT)
+
+
 def test_nothing_is_zero():
     nothing = SampleGradient((ROWS, COLUMNS), 3, [])
     assert gram(nothing).tolist() == [[0.0] * 3] * 3

@@ -38,7 +38,7 @@ def projected(matrices: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 def solved(space: TangentSpace, left: Tensor, right: Tensor) -> Tensor:
     """Coordinates from the factors' gradients."""
-    return space.coordinates(space.solved_left(right), space.solved_right(left))
+    return space.coordinates(space.from_right @ right, (left @ space.from_left).mT)
 
 
 def assert_same_inner_products(coordinates: Tensor, matrices: Tensor) -> None:
