@@ -52,6 +52,13 @@ def analyze(
     weights: Annotated[
         bool, typer.Option("--weights", help="Measure the last checkpoint's weights themselves, too.")
     ] = False,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            help="Only the K leading singular values of dense matrices; entropies get bounds. For 7B and more.",
+        ),
+    ] = None,
     probe: Annotated[
         str | None,
         typer.Option(
@@ -108,7 +115,8 @@ def analyze(
     2 nothing analysed; 130 interrupted.
     """
     choices = {"matrices": matrices, "device": device, "report": report, "base": base and str(base)}
-    choices |= {"intruders": intruders, "weights": weights, "probe": probe, "headline": headline, "given": given}
+    choices |= {"intruders": intruders, "weights": weights, "top": top, "probe": probe}
+    choices |= {"headline": headline, "given": given}
     choices |= {"scores": tuple(map(str, scores or ())), "higher": tuple(higher or ()), "lower": tuple(lower or ())}
     if fail_on not in _LEVELS:
         raise typer.BadParameter(f"expected note, warning or error, got {fail_on!r}", param_hint="--fail-on")

@@ -63,6 +63,7 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD207": ("error", "singular values did not converge"),
     "OD208": ("note", "an increment without a null model"),
     "OD209": ("error", "part of the result could not be made"),
+    "OD210": ("note", "only leading singular values were computed"),
     # 3xx: capturing a training
     "OD301": ("warning", "a matrix gets no gradient"),
     "OD302": ("warning", "an adapter has not moved after the warm-up"),

@@ -52,8 +52,8 @@ class Options:
     """The choices behind one analysis, as ``run.yaml`` and the result hold them; see :func:`analyze_run`.
 
     Raises:
-        ValueError: If a task is in both ``higher`` and ``lower``, the headline is not a measure, or ``given`` is
-            neither ``"loss"`` nor ``"trend"``.
+        ValueError: If a task is in both ``higher`` and ``lower``, the headline is not a measure, ``given`` is neither
+            ``"loss"`` nor ``"trend"``, or ``top`` is less than 1.
     """
 
     matrices: str | None = None
@@ -62,6 +62,7 @@ class Options:
     base: str | None = None
     intruders: bool = False
     weights: bool = False
+    top: int | None = None
     probe: str | None = None
     scores: tuple[str, ...] = ()
     higher: tuple[str, ...] = ()
@@ -76,6 +77,8 @@ class Options:
             raise ValueError(f"headline: expected one of the measures {', '.join(MEASURES)}, got {self.headline!r}.")
         if self.given not in (None, "loss", "trend"):
             raise ValueError(f"given: expected 'loss' or 'trend', got {self.given!r}.")
+        if self.top is not None and self.top < 1:
+            raise ValueError(f"top: expected at least 1 singular value, got {self.top}.")
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ def analyze_run(
     probe: str | Loader | None = None,
     intruders: bool = False,
     weights: bool = False,
+    top: int | None = None,
     higher: Sequence[str] = (),
     lower: Sequence[str] = (),
     headline: str | None = None,
@@ -134,6 +138,8 @@ def analyze_run(
             there and its tasks; see ``recording.checkpoint_probe.Loader``.
         intruders: Compare directions of the newest update with the base's, too; takes seconds a matrix.
         weights: Measure the spectra of the last checkpoint's weights themselves, too.
+        top: Compute only so many leading singular values of dense matrices; norms and participation ratios stay exact,
+            entropies get bounds, what needs all values is NaN. For matrices of 4096 rows and more.
         higher: Tasks for which a higher score is better, where names do not tell.
         lower: Tasks for which a lower score is better.
         headline: The primary measure of associations and comparisons; choose it before looking at scores.
@@ -166,6 +172,7 @@ def analyze_run(
             base=None if base is None else fspath(base),
             intruders=intruders,
             weights=weights,
+            top=top,
             probe=probe if isinstance(probe, str) else None,
             scores=tuple(fspath(path) for path in scores),
             higher=tuple(higher),
@@ -456,7 +463,9 @@ def measure(
     advance = _counter(progress, trajectory.name, total)
     device = resolve_device(options.device)
     nothing: tuple[None, list[Finding], Mapping[tuple[int, str], np.ndarray]] = (None, [], {})
-    spectra, findings, grams = trajectory_spectra(trajectory, device=device, progress=advance) if total else nothing
+    spectra, findings, grams = nothing
+    if total:
+        spectra, findings, grams = trajectory_spectra(trajectory, top=options.top, device=device, progress=advance)
     inputs = [{**file, "step": checkpoint.step} for checkpoint in trajectory.checkpoints for file in checkpoint.inputs]
     if trajectory.base is not None:
         inputs += [{**file, "step": trajectory.base.step, "role": "base"} for file in trajectory.base.inputs]
@@ -496,7 +505,7 @@ def _groups_of_checkpoints(
         "base": lambda: compare_with_base(trajectory, update, directions=options.intruders, progress=shown),
     }
     if options.weights:
-        makers["weights"] = lambda: weights(trajectory)
+        makers["weights"] = lambda: weights(trajectory, top=options.top)
     failures: list[Finding] = []
     groups = {name: attempt(f"/{name}", make, failures) for name, make in makers.items()}
     return {name: dataset for name, dataset in groups.items() if dataset is not None}, failures

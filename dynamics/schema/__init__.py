@@ -18,6 +18,7 @@ from dynamics.schema.fisher_groups import (
 from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_DIRECTION
 from dynamics.schema.update_groups import (
     BASE,
+    BOUNDS,
     COORDINATES,
     GRADIENT,
     LOG_COORDINATES,
@@ -27,6 +28,7 @@ from dynamics.schema.update_groups import (
     OF_CHECKPOINTS,
     PATH,
     RAW_GRADIENT,
+    RAW_REMAINDER,
     RAW_UPDATE,
     SUMMARY,
     SUMMARY_GRADIENT,
@@ -41,6 +43,7 @@ __all__ = [
     "ALL",
     "ASSOCIATION",
     "BASE",
+    "BOUNDS",
     "COMPARISON",
     "CONCENTRATION",
     "COORDINATES",
@@ -61,6 +64,7 @@ __all__ = [
     "PER_MATRIX",
     "QUANTILES",
     "RAW_GRADIENT",
+    "RAW_REMAINDER",
     "RAW_UPDATE",
     "ROOT_ATTRIBUTES",
     "SAMPLE_LABELS",

@@ -12,7 +12,7 @@ import xarray as xr
 
 from dynamics.schema.fisher_groups import ALL, FISHER_GROUPS, SAMPLE_LABELS
 from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE
-from dynamics.schema.update_groups import GRADIENT, MEASURES, NULL, OF_CHECKPOINTS, UPDATE, UPDATE_COORDINATES
+from dynamics.schema.update_groups import BOUNDS, GRADIENT, MEASURES, NULL, OF_CHECKPOINTS, UPDATE, UPDATE_COORDINATES
 from dynamics.schema.variable import DECOMPOSITIONS, KINDS, Variable
 from dynamics.text import encodable
 
@@ -151,7 +151,7 @@ def _variable_problems(
     if complete:
         yield from (f"{group} lacks {name!r}" for name in variables if name not in dataset)
     for name, variable in dataset.data_vars.items():
-        expected = variables.get(str(name))
+        expected = variables.get(str(name), BOUNDS.get(str(name)) if group == "/update" else None)
         if expected is not None and variable.dims != expected.dims:
             yield f"{group}/{name} has dimensions {variable.dims}, expected {expected.dims}"
         yield from (

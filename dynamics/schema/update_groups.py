@@ -181,6 +181,18 @@ UPDATE: Mapping[str, Variable] = {
     ),
 }
 
+#: Bounds of the entropy; in /update and /weights of an analysis that asked for leading singular values.
+BOUNDS: Mapping[str, Variable] = {
+    f"entropy_energy_{bound}": Variable(
+        PER_MATRIX,
+        "nat",
+        f"{words} bound of the spectral entropy (energy)",
+        f"{words} bound of −Σ p ln p with p = σ²/Σσ², from the leading σ, Σσ² and Σσ⁴; NaN where all σ are known",
+        "Harremoës & Topsøe 2001; Audenaert 2007",
+    )
+    for bound, words in (("low", "lower"), ("high", "upper"))
+}
+
 _GRADIENT_OF = (
     "of a dense weight ∇W; of a LoRA pair s(∇_B·A + B·∇_A), what a small step along the factors' gradients does to the "
     "matrix"
@@ -229,6 +241,11 @@ RAW_UPDATE: Mapping[str, Variable] = {
     },
     "noise_energy": Variable(PER_MATRIX, "weight²", "predicted energy of the storage's rounding"),
     "inner_product": Variable(("step", "matrix"), "weight²", "inner product with the previous increment"),
+}
+#: What a raw update has besides if leading singular values were asked for: known of whole spectra without the others.
+RAW_REMAINDER: Mapping[str, Variable] = {
+    **{name: UPDATE[name] for name in ("frobenius_norm", "participation_ratio")},
+    **BOUNDS,
 }
 #: The raw gradient, from which everything in /gradient follows.
 RAW_GRADIENT: Mapping[str, Variable] = {

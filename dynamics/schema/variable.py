@@ -11,8 +11,9 @@ import xarray as xr
 KINDS = ("total", "increment")
 QUANTILES = (0.25, 0.5, 0.75)
 #: How singular values were found, by number: not at all; from triangular factors by QR decompositions; from the Gram of
-#: a dense matrix's shorter side; by an SVD; in vain; from triangular factors of the Grams of both sides.
-DECOMPOSITIONS = ("none", "qr_core", "gram", "svd", "failed", "gram_core")
+#: a dense matrix's shorter side; by an SVD; in vain; from triangular factors of the Grams of both sides; the leading
+#: ones alone, by Lanczos iteration.
+DECOMPOSITIONS = ("none", "qr_core", "gram", "svd", "failed", "gram_core", "lanczos")
 
 #: Dimensions of most variables of /update.
 PER_MATRIX = ("step", "kind", "matrix")

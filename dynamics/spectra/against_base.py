@@ -262,6 +262,8 @@ def compare_with_base(
     arrays = {name: np.array([rows.get(matrix, {}).get(name, np.nan) for matrix in names]) for name in per_matrix}
     values = raw_update["singular_value"].sel(kind="total").values
     norm = np.where(np.isfinite(values).any(-1), np.sqrt(np.nansum(values**2, -1)), np.nan)
+    if "frobenius_norm" in raw_update:  # of spectra of which only leading values are known
+        norm = raw_update["frobenius_norm"].sel(kind="total").fillna(norm).values
     base_norm = arrays["base_norm"]
     arrays["relative_size"] = np.divide(norm, base_norm, out=np.full_like(norm, np.nan), where=base_norm > 0)
     return xr.Dataset(

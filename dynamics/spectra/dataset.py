@@ -10,10 +10,11 @@ from itertools import chain
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Bool
 
 from dynamics import schema
 from dynamics.schema import Variable, label_arrays
-from dynamics.spectra import measures, null_models
+from dynamics.spectra import leading, measures, null_models
 from dynamics.spectra.measures import known_quantiles
 from dynamics.spectra.null_models import NullModel
 from dynamics.spectra.rounding import NOISE_LIMIT, above_rounding
@@ -25,6 +26,9 @@ _EPSILON = {
     "BF16": torch.finfo(torch.bfloat16).eps,
     "F16": torch.finfo(torch.float16).eps,
 }
+
+#: Number of the decomposition that gives leading singular values alone.
+_LEADING = schema.DECOMPOSITIONS.index("lanczos")
 
 #: Two spectra of one matrix whose relative ℓ2 distance exceeds this do not belong to the same weights. By Mirsky's
 #: inequality ‖σ(X) − σ(Y)‖₂ ≤ ‖X − Y‖_F, so storing factors in another format moves a spectrum by no more than the
@@ -79,7 +83,17 @@ def same_spectra(a: xr.Dataset, b: xr.Dataset) -> Agreement:
     if not comparable.any():
         return Agreement(float("nan"), "")
     longest = max(values.shape[-1] for values in totals)
-    first, second = (np.pad(np.nan_to_num(values), ((0, 0), (0, longest - values.shape[-1]))) for values in totals)
+    first, second = (
+        np.pad(values, ((0, 0), (0, longest - values.shape[-1])), constant_values=np.nan) for values in totals
+    )
+    # Of leading values alone, those that both have; else what is not there is zero.
+    found_by = [
+        update["decomposition"].sel(kind="total").values.reshape(-1)[row]
+        for update, row in zip((a, b), rows, strict=True)
+    ]
+    alone = (found_by[0] == _LEADING) | (found_by[1] == _LEADING)
+    both = (np.isfinite(first) & np.isfinite(second)) | ~alone[:, None]
+    first, second = (np.where(both, np.nan_to_num(values), 0.0) for values in (first, second))
     largest = np.maximum(first.max(-1), second.max(-1))[:, None]
     first, second = (
         np.divide(values, largest, out=np.zeros_like(values), where=largest > 0) for values in (first, second)
@@ -101,11 +115,14 @@ def measure_update(raw_update: xr.Dataset, raw_gradient: xr.Dataset | None = Non
         ``update``, ``null``, ``summary``, and of gradients ``gradient``, ``null_gradient``, ``summary_gradient``.
     """
     noise, inner_product = raw_update["noise_energy"].values, raw_update["inner_product"].values
-    update = raw_update.drop_vars(["noise_energy", "inner_product"])
+    remainder = raw_update[[name for name in schema.RAW_REMAINDER if name in raw_update]]
+    update = raw_update.drop_vars(["noise_energy", "inner_product", *remainder])
     flags = {"flag_values": list(range(len(schema.DECOMPOSITIONS))), "flag_meanings": " ".join(schema.DECOMPOSITIONS)}
     update["decomposition"].attrs |= flags
     update = update.assign(label_arrays(schema.UPDATE, _norms(update["singular_value"].values)))
     update = update.assign(measures_of(update, noise))
+    if remainder:
+        update = update.assign(_of_leading(update, remainder, noise))
     null, against_null = null_models_of(update)
     update = update.assign(against_null)
     update = update.assign(_rounding(update, noise)).assign(_geometry(update, inner_product))
@@ -142,6 +159,26 @@ def measures_of(update: xr.Dataset, noise: np.ndarray | None = None) -> dict[str
     arrays = {name: measure(values).numpy() for name, measure in measures.MEASURES.items()}
     arrays["numerical_rank"] = measures.numerical_rank(values, tolerance).numpy()
     return label_arrays(schema.UPDATE, arrays)
+
+
+def _leading_alone(update: xr.Dataset) -> Bool[np.ndarray, "step kind matrix"]:
+    """Return where only leading singular values are known; nowhere in a gradient."""
+    found_by = update["decomposition"].values if "decomposition" in update else np.zeros(update["count"].shape)
+    return found_by == _LEADING
+
+
+def _of_leading(update: xr.Dataset, remainder: xr.Dataset, noise: np.ndarray) -> dict[str, xr.Variable]:
+    """Return the bounds, and norms and measures with what leading values leave open as NaN, the rest exact."""
+    alone = _leading_alone(update)
+    values = update["singular_value"].values[alone]
+    norm, ratio = (remainder[name].values[alone] for name in ("frobenius_norm", "participation_ratio"))
+    known = leading.measures_of_leading(values, norm, ratio, _rank_tolerance(update, noise)[alone])
+    arrays = {}
+    for name in ("frobenius_norm", "nuclear_norm", "numerical_rank", *measures.MEASURES):
+        arrays[name] = update[name].values.copy()
+        arrays[name][alone] = norm if name == "frobenius_norm" else known.get(name, np.nan)
+    bounds = {name: remainder[name].values for name in schema.BOUNDS}
+    return label_arrays({**schema.UPDATE, **schema.BOUNDS}, arrays | bounds)
 
 
 def _rank_tolerance(update: xr.Dataset, noise: np.ndarray | None) -> np.ndarray:
@@ -193,6 +230,7 @@ def null_models_of(update: xr.Dataset) -> tuple[xr.Dataset, dict[str, xr.Variabl
                 null[f"singular_value{bound}"][(*cells, slice(count))] = norm[cells][:, None] * relative
             outliers[cells] = null_models.outliers(torch.from_numpy(values[cells]), model.edge).numpy()
             percentile[cells] = model.percentile(torch.from_numpy(entropy[cells])).numpy()
+    outliers[_leading_alone(update)] = np.nan  # the median is not known
     shapes = zip(update["out"].values.tolist(), update["in"].values.tolist(), strict=True)
     null["entropy_energy_gaussian"] = np.array([null_models.page_entropy(*shape) for shape in shapes], dtype=np.float64)
     against_null = {
@@ -305,9 +343,12 @@ def suggested_rank(update: xr.Dataset) -> dict[str, xr.Variable]:
     """Return ``suggested_rank``, from each matrix's total at the last step where it has one."""
     values = update["singular_value"].sel(kind="total").values
     ranks = measures.rank_at_energy(torch.from_numpy(values), measures.ENERGY).numpy()
+    alone = _leading_alone(update)[:, update["kind"].values.tolist().index("total")]
+    norm = update["frobenius_norm"].sel(kind="total").values
+    ranks[alone] = leading.rank_at_energy_of_leading(values[alone], norm[alone], measures.ENERGY)
     last = np.full(ranks.shape[1], np.nan)
-    for row in ranks:
-        last = np.where(np.isnan(row), last, row)
+    for row, unknown in zip(ranks, alone, strict=True):
+        last = np.where(np.isnan(row) & ~unknown, last, row)
     variables = label_arrays(schema.UPDATE, {"suggested_rank": last})
     variables["suggested_rank"].attrs["energy"] = measures.ENERGY
     return variables
@@ -363,6 +404,10 @@ def _rounding(update: xr.Dataset, noise: np.ndarray) -> dict[str, xr.Variable]:
         noise,
         np.minimum(update["out"].values, update["in"].values).astype(np.float64),
     )
+    beyond = leading.count_beyond(update["singular_value"].values, above["rounding_edge"])
+    unknown = _leading_alone(update) & np.isnan(beyond)
+    for name in set(above) - {"rounding_edge"}:
+        above[name] = np.where(unknown, np.nan, above[name])
     arrays = {
         "is_zero": norm == 0,
         "quantisation_noise_share": share,

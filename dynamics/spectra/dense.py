@@ -1,17 +1,18 @@
-r"""Exact spectra of dense matrices: the Gram matrix of the shorter side in float64, and its eigenvalues.
+r"""Spectra of dense matrices: the Gram matrix of the shorter side in float64, and its eigenvalues.
 
 For m ≤ n, σ² are the eigenvalues of XXᵀ: m²n/2 multiplications by BLAS ``syrk``, which forms one triangle, and an
 eigendecomposition of m×m without vectors, against the many passes of an SVD over the whole of X. What it costs are
 small singular values: an eigenvalue is off by about ε·m·σ₁², so σ by that over 2σ. Where this spoils a measure, an SVD
 is taken instead, and the spectrum says so.
 
-If the shorter side is too long for that, :func:`moments` are exact without a decomposition, and :func:`entropy_bracket`
-gives leading singular values by randomised subspace iteration (Halko, Martinsson & Tropp 2011) and bounds the rest.
+The difference of two stored matrices, and float64, are formed block by block: in memory are the Gram matrix and some
+rows. On request only the leading values are found, from the same Gram matrix (:mod:`dynamics.spectra.leading`).
 """
 
 from __future__ import annotations
 
-import math
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Method = Literal["gram", "svd", "failed"]
+from dynamics.spectra.leading import Remainder, leading_spectrum
+
+Method = Literal["gram", "svd", "failed", "lanczos"]
 
 #: Largest share of Σσ by which the Gram may be off: entropy_amplitude, the most sensitive measure, then keeps 1e-6.
 AMPLITUDE_ERROR = 1e-6
@@ -30,6 +33,10 @@ _ROUNDING = 4.0
 _MARGIN = 10.0
 #: Entries between these square and add up without overflow, and without loss below the smallest number.
 _SQUARES_SAFELY = (1e-100, 1e100)
+#: Bytes of a matrix that are in float64 at a time.
+_BLOCK_BYTES = 2**26
+#: An SVD needs the whole matrix in float64, and a copy: one at a time.
+_ONE_SVD = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -37,48 +44,97 @@ class DenseSpectrum:
     """Singular values of a dense matrix, and how they were found.
 
     Args:
-        values: ``(min(out, in),)``, descending, on the host; NaN where the matrix is not finite or nothing converged.
-        method: ``"gram"``, ``"svd"``, or ``"failed"``.
+        values: ``(min(out, in),)``, or as many leading ones as were asked for, descending, on the host; NaN where the
+            matrix is not finite or nothing converged.
+        method: ``"gram"``, ``"svd"``, ``"failed"``, or ``"lanczos"`` for leading ones alone.
+        remainder: What is known of the whole spectrum where only leading values are.
     """
 
     values: Float[Tensor, " n"]
     method: Method
+    remainder: Remainder | None = None
 
 
 def dense_spectrum(
-    matrix: Float[Tensor, "out in"], *, resolution: float = 0.0, method: Literal["auto", "gram", "svd"] = "auto"
+    matrix: Float[Tensor, "out in"],
+    *,
+    minus: Float[Tensor, "out in"] | None = None,
+    top: int | None = None,
+    resolution: float = 0.0,
+    method: Literal["auto", "gram", "svd"] = "auto",
 ) -> DenseSpectrum:
-    r"""Return all singular values of a dense matrix, in float64.
+    r"""Return the singular values of a dense matrix, or of a difference of two, in float64.
 
     Args:
         matrix: Real; computed on its own device.
+        minus: Is subtracted, in float64.
+        top: How many leading ones are wanted; by default all. Where all cost no more, or the leading ones do not
+            converge, it is all.
         resolution: σ/σ₁ down to which singular values must be told from zero; what the matrix's storage format
             resolves, max(out, in)·ε. 0: wherever the Gram's own error lies.
         method: ``"auto"`` takes the Gram, and an SVD where the Gram would be off by more than 1e-6 in Σσ, or does not
             resolve ``resolution``.
 
-    >>> dense_spectrum(torch.diag(torch.tensor([3.0, 4.0])))
-    DenseSpectrum(values=tensor([4., 3.], dtype=torch.float64), method='gram')
+    >>> dense_spectrum(torch.diag(torch.tensor([3.0, 4.0]))).values
+    tensor([4., 3.], dtype=torch.float64)
     >>> dense_spectrum(torch.diag(torch.tensor([1.0, 1e-9], dtype=torch.float64))).values.tolist()
     [1.0, 1e-09]
     """
-    dense = matrix.detach().to(torch.float64)
-    count = min(dense.shape)
-    if not bool(dense.isfinite().all()):
-        return DenseSpectrum(torch.full((count,), torch.nan, dtype=torch.float64), "failed")
+    count = min(matrix.shape)
+    missing = DenseSpectrum(torch.full((count,), torch.nan, dtype=torch.float64), "failed")
     if method != "svd":
-        size = max(float(dense.max()), -float(dense.min())) if dense.numel() else 0.0
+        size, product = _size_and_gram(matrix, minus)
         if size == 0.0:
             return DenseSpectrum(torch.zeros(count, dtype=torch.float64), "gram")
-        # To the order of one, where squares would be lost below 1e-154; else without another copy of the matrix.
+        if size != size or size == float("inf"):
+            return missing
+        # To the order of one, where squares would be lost below 1e-154; else in the same pass.
         scale = 1.0 if _SQUARES_SAFELY[0] < size < _SQUARES_SAFELY[1] else size
-        values = _from_gram(gram_matrix(dense if scale == 1.0 else dense / scale))
+        if scale != 1.0:
+            _, product = _size_and_gram(matrix, minus, scale)
+        found = None if top is None else leading_spectrum(product, top)
+        if found is not None:
+            return DenseSpectrum(found[0] * scale, "lanczos", found[1].scaled(scale))
+        values = _from_gram(product)
+        del product
         if values is not None and (method == "gram" or gram_suffices(values, resolution)):
             return DenseSpectrum(values * scale, "gram")
-    try:
-        return DenseSpectrum(torch.linalg.svdvals(dense).cpu(), "svd")
-    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-        return DenseSpectrum(torch.full((count,), torch.nan, dtype=torch.float64), "failed")
+    with _ONE_SVD:
+        dense = torch.cat([rows.clone() for rows in _blocks(matrix, minus, 0)])
+        if not bool(dense.isfinite().all()):
+            return missing
+        try:
+            return DenseSpectrum(torch.linalg.svdvals(dense).cpu(), "svd")
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+            return missing
+
+
+def _blocks(matrix: Tensor, minus: Tensor | None, axis: int) -> Iterator[Float[Tensor, "rows columns"]]:
+    """Yield some rows (``axis`` 0) or columns (1) of a matrix, or of a difference, after others, in float64."""
+    matrix, minus = matrix.detach(), None if minus is None else minus.detach()
+    length = max(1, _BLOCK_BYTES // (8 * max(1, matrix.shape[1 - axis])))
+    for first in range(0, matrix.shape[axis], length):
+        part = (slice(None),) * axis + (slice(first, first + length),)
+        block = matrix[part].to(torch.float64)
+        yield block if minus is None else block - minus[part].to(matrix.device, torch.float64)
+
+
+def _size_and_gram(
+    matrix: Float[Tensor, "out in"], minus: Float[Tensor, "out in"] | None, scale: float = 1.0
+) -> tuple[float, Float[Tensor, "m m"]]:
+    """Return the largest absolute entry, NaN if one is not a number, and the Gram of the shorter side over scale²."""
+    axis = int(matrix.shape[0] <= matrix.shape[1])
+    size, product = 0.0, None
+    for block in _blocks(matrix, minus, axis):
+        if block.numel():
+            largest = max(float(block.max()), -float(block.min()))
+            size = largest if largest != largest else max(size, largest)
+        rows = block if axis else block.mT
+        part = row_products(rows if scale == 1.0 else rows / scale)
+        product = part if product is None else product.add_(part)
+        if size != size:
+            break
+    return size, matrix.new_zeros(0, 0, dtype=torch.float64) if product is None else product
 
 
 def gram_matrix(dense: Float[Tensor, "out in"]) -> Float[Tensor, "m m"]:
@@ -88,7 +144,7 @@ def gram_matrix(dense: Float[Tensor, "out in"]) -> Float[Tensor, "m m"]:
     tensor([[35., 44.],
             [44., 56.]], dtype=torch.float64)
     """
-    return row_products(dense if dense.shape[0] <= dense.shape[1] else dense.mT)
+    return _size_and_gram(dense, None)[1]
 
 
 def row_products(rows: Float[Tensor, "m n"]) -> Float[Tensor, "m m"]:
@@ -134,147 +190,3 @@ def _from_gram(product: Float[Tensor, "m m"]) -> Float[Tensor, " m"] | None:
         return torch.linalg.eigvalsh(product).cpu().flip(-1).clamp_min(0).sqrt()
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         return None
-
-
-#: Probes of the residual: its norm is underestimated with a probability of 10 to the minus this.
-_PROBES = 10
-#: Power steps on each probe; the factor of the bound is the (2·steps + 1)-th root of 10√(2/π).
-_STEPS = 3
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Numbers of a spectrum that need no decomposition.
-
-    Args:
-        energy: Σσ², the squared Frobenius norm.
-        participation_ratio: (Σσ²)²/Σσ⁴.
-        spectral_norm: σ₁, to machine precision.
-        stable_rank: Σσ²/σ₁².
-    """
-
-    energy: float
-    participation_ratio: float
-    spectral_norm: float
-    stable_rank: float
-
-
-@dataclass(frozen=True)
-class Bracket:
-    """Leading singular values of a spectrum, and bounds of its entropy.
-
-    Args:
-        values: ``(k,)``, descending; each at most the singular value that it stands for.
-        energy: Σσ² of the whole matrix.
-        entropy_low, entropy_high: −Σp ln p with p ∝ σ² lies between these, in nats.
-    """
-
-    values: Float[Tensor, " k"]
-    energy: float
-    entropy_low: float
-    entropy_high: float
-
-
-def moments(matrix: Float[Tensor, "out in"]) -> Moments:
-    r"""Return the exact participation ratio and stable rank for the price of one Gram matrix G.
-
-    Σσ² = tr G and Σσ⁴ = ‖G‖_F²; σ₁² is G's largest eigenvalue, by Lanczos iteration (ARPACK). NaN where there is no
-    spectrum: a matrix that is zero or not finite.
-
-    >>> round(moments(torch.diag(torch.tensor([2.0, 1.0]))).participation_ratio, 6)  # 25 / 17
-    1.470588
-    """
-    dense = matrix.detach().to(torch.float64)
-    energy = float(dense.square().sum())
-    if energy == 0 or not math.isfinite(energy):
-        return Moments(energy, math.nan, 0.0 if energy == 0 else math.nan, math.nan)
-    product = gram_matrix(dense).cpu() / energy
-    if len(product) < 3:  # ARPACK wants more
-        largest = float(torch.linalg.eigvalsh(product)[-1])
-    else:
-        from scipy.sparse.linalg import eigsh  # here: no product of factors needs it
-
-        start = product.sum(1).numpy()  # ARPACK's own start is random
-        largest = float(eigsh(product.numpy(), k=1, v0=start, return_eigenvectors=False)[0])
-    return Moments(energy, 1 / float(product.square().sum()), math.sqrt(largest * energy), 1 / largest)
-
-
-def entropy_bracket(
-    matrix: Float[Tensor, "out in"], directions: int = 64, *, iterations: int = 4, seed: int = 0
-) -> Bracket:
-    r"""Return leading singular values, and bounds of the spectral entropy that hold whatever the rest looks like.
-
-    With P the projection on the directions found, XᵀX = XᵀPX + Xᵀ(1−P)X without a cross term. The spectrum of X
-    majorises the two spectra side by side, so its entropy is at most theirs, which is largest if the rest, of energy R,
-    is spread evenly:
-
-    .. math:: H \le -\sum_i p_i \ln p_i + R \ln\frac{n-k}{R}
-
-    and by Ky Fan's inequality the sum of its j largest eigenvalues is at most Σ_{i≤j} σ̃_i² + min(j r², R), with r the
-    spectral norm of the rest, so its entropy is at least that of the spectrum with just these sums. r is bounded by
-    power iteration from random vectors (Halko, Martinsson & Tropp 2011, Lemma 4.1), wrong with a probability of 1e-10.
-
-    Args:
-        matrix: ``(out, in)``.
-        directions: k, how many to look for.
-        iterations: Of the subspace.
-        seed: Of the random vectors; the same seed gives the same numbers.
-
-    Raises:
-        ValueError: If no direction is asked for.
-
-    >>> bracket = entropy_bracket(torch.diag(torch.tensor([3.0, 2.0, 1e-9])), directions=2)
-    >>> round(bracket.entropy_low, 6), round(bracket.entropy_high, 6)  # H(9/13, 4/13)
-    (0.617242, 0.617242)
-    """
-    if directions < 1:
-        raise ValueError(f"Expected at least 1 direction, got {directions}.")
-    dense = matrix.detach().to(torch.float64)
-    wide = dense if dense.shape[0] <= dense.shape[1] else dense.mT
-    count, k = wide.shape[0], min(directions, wide.shape[0])
-    energy = float(wide.square().sum())
-    if energy == 0 or not math.isfinite(energy):
-        return Bracket(torch.full((k,), 0.0 if energy == 0 else math.nan).double(), energy, math.nan, math.nan)
-    generator = torch.Generator(wide.device).manual_seed(seed)
-    basis = torch.linalg.qr(wide @ _normal(wide.shape[1], k, generator, wide)).Q
-    for _ in range(iterations):
-        basis = torch.linalg.qr(wide @ torch.linalg.qr(wide.mT @ basis).Q).Q
-    inside = basis.mT @ wide
-    values = torch.linalg.svdvals(inside)
-    shares = values.square() / energy
-    rest = max(0.0, 1.0 - float(shares.sum()))
-    low = _most_concentrated(shares.cpu(), rest, _residual_norm(wide, basis, generator) ** 2 / energy, count)
-    high = _entropy(shares.cpu()) + (rest * math.log((count - k) / rest) if rest > 0 and count > k else 0.0)
-    return Bracket(values.cpu(), energy, low, max(low, high))
-
-
-def _normal(rows: int, columns: int, generator: torch.Generator, like: Tensor) -> Float[Tensor, "rows columns"]:
-    return torch.randn(rows, columns, generator=generator, dtype=like.dtype, device=like.device)
-
-
-def _residual_norm(wide: Float[Tensor, "m n"], basis: Float[Tensor, "m k"], generator: torch.Generator) -> float:
-    """Return an upper bound of ‖(1−P)X‖₂."""
-
-    def outside(columns: Tensor) -> Tensor:
-        return columns - basis @ (basis.mT @ columns)
-
-    probes = outside(wide @ _normal(wide.shape[1], _PROBES, generator, wide))
-    for _ in range(_STEPS):
-        probes = outside(wide @ (wide.mT @ probes))
-    largest = float(probes.norm(dim=0).max())
-    return (10 * math.sqrt(2 / math.pi) * largest) ** (1 / (2 * _STEPS + 1))
-
-
-def _most_concentrated(shares: Float[Tensor, " k"], rest: float, peak: float, count: int) -> float:
-    """Return the entropy of the spectrum whose j largest shares sum to Σ_{i≤j} shares_i + min(j·peak, rest)."""
-    if rest == 0 or peak == 0:
-        return _entropy(shares)
-    peak = min(peak, rest)
-    numbers = torch.arange(1, count + 1, dtype=torch.float64)
-    added = torch.diff((numbers * peak).clamp_max(rest), prepend=torch.zeros(1, dtype=torch.float64))
-    added[: len(shares)] += shares
-    return _entropy(added)
-
-
-def _entropy(shares: Float[Tensor, " n"]) -> float:
-    return -float(torch.xlogy(shares, shares).sum())

@@ -32,6 +32,7 @@ def findings_of(update: xr.Dataset) -> list[Finding]:
         *_against_null(update),
         *_without_null(update),
         *_unused_rank(update),
+        *_leading_alone(update),
     ]
 
 
@@ -164,4 +165,23 @@ def _unused_rank(update: xr.Dataset) -> Iterator[Finding]:
             f"{_count(names, update.sizes['matrix'])}.",
             remedy="rank_pattern.json has a rank for each matrix; keep α/r by an alpha_pattern.",
             evidence={"energy": ENERGY, "threshold_share_of_rank": UNUSED, **_named(names)},
+        )
+
+
+def _leading_alone(update: xr.Dataset) -> Iterator[Finding]:
+    alone = np.isfinite(update["entropy_energy_low"].values) if "entropy_energy_low" in update else np.array(False)
+    if alone.any():
+        counts = np.unique(update["count"].values[alone]).tolist()
+        width = (update["entropy_energy_high"] - update["entropy_energy_low"]).values[alone]
+        yield Finding(
+            "OD210",
+            f"Only the {' or '.join(map(str, counts))} leading singular values of {int(alone.sum())} of "
+            f"{int((update['count'] > 0).sum())} totals and increments (step × matrix) were computed. Their norms, "
+            "participation ratio and stable rank are exact; their spectral entropy (energy) lies between "
+            f"entropy_energy_low and entropy_energy_high, which are up to {width.max():.2g} nat apart. What needs all "
+            "singular values is NaN, and no median counts it: the entropies and effective ranks, nuclear norm and rank, "
+            "condition number, Gini and Hoyer coefficients, outliers; and the rank at a share of energy, or above a "
+            "tolerance, where it exceeds what was computed.",
+            "Analyse without --top (top=None) for all singular values.",
+            evidence={"top": counts, "cells": int(alone.sum()), "widest_bound_nat": float(width.max())},
         )

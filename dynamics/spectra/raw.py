@@ -18,6 +18,7 @@ from torch import Tensor
 from dynamics import schema
 from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.schema import RAW_GRADIENT as GRADIENT
+from dynamics.schema import RAW_REMAINDER as REMAINDER
 from dynamics.schema import RAW_UPDATE as UPDATE
 from dynamics.schema import Variable
 from dynamics.spectra.walk import MatrixSpectra
@@ -62,7 +63,8 @@ def raw_update(
         shapes: Matrix → its shape, in the model's order.
         spectra: ``(step, matrix)`` to spectra; what is not in it is missing.
     """
-    arrays = _empty(UPDATE, len(steps), len(shapes), max(map(len, _spectra_in(spectra.values())), default=0))
+    variables = {**UPDATE, **(REMAINDER if any(any(matrix.remainders) for matrix in spectra.values()) else {})}
+    arrays = _empty(variables, len(steps), len(shapes), max(map(len, _spectra_in(spectra.values())), default=0))
     rows, columns = ({label: position for position, label in enumerate(labels)} for labels in (steps, shapes))
     for (step, name), matrix in spectra.items():
         row, column = rows[step], columns[name]
@@ -77,6 +79,9 @@ def raw_update(
                 arrays["decomposition"][cell] = schema.DECOMPOSITIONS.index(matrix.found_by[kind])
                 arrays["noise_energy"][cell] = _finite(noise)
                 arrays["rounding_edge"][cell] = _finite(matrix.edges[kind])
+            if (remainder := matrix.remainders[kind]) is not None:
+                for variable in REMAINDER:
+                    arrays[variable][row, kind, column] = getattr(remainder, variable)
         if (factors := matrix.factors) is not None:
             for side, values, change in (
                 ("left", factors.left, factors.left_change),
@@ -84,7 +89,7 @@ def raw_update(
             ):
                 arrays[f"{side}_factor_value"][row, column, : len(values)] = values.numpy()
                 arrays[f"{side}_factor_change"][row, column] = _finite(change)
-    return _dataset(UPDATE, arrays, steps, shapes)
+    return _dataset(variables, arrays, steps, shapes)
 
 
 def _spectra_in(spectra: Iterable[MatrixSpectra]) -> Iterator[Tensor]:
@@ -177,6 +182,8 @@ def concatenate(parts: Sequence[xr.Dataset]) -> xr.Dataset:
     if len(set(steps)) != len(steps):
         raise ValueError(f"Expected each step once, got {sorted(steps)}.")
     variables = UPDATE if "kind" in parts[0].dims else GRADIENT
+    added = {name: variable for name, variable in REMAINDER.items() if any(name in part for part in parts)}
+    variables = {**variables, **added}
     ordered = dict(sorted(origin for part in parts for origin in _origins(part).items()))
     shapes = _newest_shapes(parts)
     arrays = _empty(variables, len(steps), len(shapes), max(part.sizes["index"] for part in parts))
@@ -189,7 +196,7 @@ def concatenate(parts: Sequence[xr.Dataset]) -> xr.Dataset:
             "index": np.arange(part.sizes["index"]),
         }
         for name, variable in variables.items():
-            if name in part.variables or name not in ADDED:
+            if name in part.variables or name not in (*ADDED, *REMAINDER):
                 arrays[name][np.ix_(*(positions[dim] for dim in variable.dims))] = part.variables[name].values
     return _dataset(variables, arrays, ordered, shapes)
 

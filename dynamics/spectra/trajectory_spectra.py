@@ -57,6 +57,7 @@ _THREAD = threading.local()
 def trajectory_spectra(
     trajectory: Trajectory,
     *,
+    top: int | None = None,
     device: str | torch.device = "cpu",
     workers: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
@@ -67,6 +68,7 @@ def trajectory_spectra(
 
     Args:
         trajectory: The run.
+        top: How many leading singular values of dense matrices are wanted; by default all.
         device: Where the Grams are formed; the small cores are solved on the host.
         workers: Threads; by default one for each core this process may use.
         progress: Called with the number of matrices just finished.
@@ -86,7 +88,7 @@ def trajectory_spectra(
             tiles = _tiles(checkpoints, starts, workers)
             outcomes: list[_Outcome] = []
             for tile in tiles:
-                for part, path in _solve_tile(tile, checkpoints, starts, executor, torch.device(device), workers):
+                for part, path in _solve_tile(tile, checkpoints, starts, executor, torch.device(device), workers, top):
                     outcomes += part
                     progress(len(part))
                     if len(tiles) == 1:
@@ -175,6 +177,7 @@ class _Window:
         starts: What dense weights are counted from, for each checkpoint.
         follows_start: Whether the first increment is what changed since the start.
         device: Where tall factors and dense matrices are worked on.
+        top: How many leading singular values of dense matrices are wanted.
     """
 
     first: int
@@ -183,6 +186,7 @@ class _Window:
     starts: Sequence[OpenCheckpoint | None]
     follows_start: bool
     device: torch.device
+    top: int | None = None
 
     def before(self, step: int) -> OpenCheckpoint | None:
         """Return what the increment of a step is counted from."""
@@ -219,6 +223,7 @@ def _solve_tile(
     executor: Executor,
     device: torch.device,
     workers: int,
+    top: int | None,
 ) -> Iterator[_Solved]:
     lead = _OVERLAP if tile.start else 0
     first_start = starts[0]
@@ -236,7 +241,7 @@ def _solve_tile(
             distinct = {id(start): start for start in starts[tile] if start is not None and weights}
             beginnings = {key: stack.enter_context(start.open()) for key, start in distinct.items()}
             begins = [beginnings.get(id(start)) for start in starts[tile]]
-            window = _Window(tile.start, lead, opened, begins, follows_start, device)
+            window = _Window(tile.start, lead, opened, begins, follows_start, device, top)
             tasks = [executor.submit(_solve, batch, window) for batch in _batches(part, window)]
             for task in as_completed(tasks):
                 yield task.result()
@@ -365,7 +370,7 @@ def _solve_weight(name: str, step: int, window: _Window, _: BatchResult | None) 
     since_base = before_it is beginning and not is_update
     before = start if since_base else _dense(name, step, before_it, window)
     previous = None if before is None else Previous([before])
-    (result,) = solve_batch([now], previous, None if start is None else [start])
+    (result,) = solve_batch([now], previous, None if start is None else [start], top=window.top)
     values = [values for values in (result.spectra.total, result.spectra.increment) if values is not None]
     block = zero_blocks.of_dense(now, start, is_update=is_update)
     return _Outcome(window.first + step, name, result.spectra, *_failure(result, values), block), None

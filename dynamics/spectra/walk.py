@@ -18,6 +18,7 @@ from dynamics.checkpoints.trajectory import Matrix, MatrixShape
 from dynamics.spectra import increments, rounding
 from dynamics.spectra.dense import dense_spectrum
 from dynamics.spectra.increments import Cores, FactorSpectra, Workspace
+from dynamics.spectra.leading import Remainder
 from dynamics.spectra.singular_values import core_singular_values
 from probes.low_rank import LowRankMatrix
 
@@ -40,6 +41,7 @@ class MatrixSpectra:
         found_by: How the values of both were found, one of ``schema.DECOMPOSITIONS`` each.
         edges: Largest singular value of the rounding noise alone in each; NaN for products of factors.
         factors: What the increment's null is conditioned on; ``None`` for dense matrices and across a change of rank.
+        remainders: What is known of the whole spectrum of each where only leading values are.
     """
 
     total: Float[Tensor, " k"]
@@ -51,6 +53,7 @@ class MatrixSpectra:
     found_by: tuple[str, str] = ("qr_core", "qr_core")
     edges: tuple[float, float] = (math.nan, math.nan)
     factors: FactorSpectra | None = None
+    remainders: tuple[Remainder | None, Remainder | None] = (None, None)
 
     def without_total(self) -> MatrixSpectra:
         """Return the same where the start of training is not known: only the increment is an update."""
@@ -147,6 +150,7 @@ def solve_batch(
     previous: Previous | None = None,
     start: Sequence[Matrix] | None = None,
     *,
+    top: int | None = None,
     device: torch.device | str = "cpu",
     workspace: Workspace | None = None,
     fast: bool = False,
@@ -160,6 +164,7 @@ def solve_batch(
         now: The matrices. Dense ones are decomposed where they are, in float64 (:func:`dense_spectrum`).
         previous: The same at the previous step, if there is one.
         start: The same at the start of training; of low-rank matrices only if their product was not zero then.
+        top: How many leading singular values of dense matrices are wanted; by default all.
         device: Where tall factors are worked on; the small cores are solved on the host.
         workspace: Buffers to use again, of this thread.
         fast: Whether triangular factors come from Grams where those hold them, see ``singular_values.tall_triangle``.
@@ -168,7 +173,7 @@ def solve_batch(
         before, first = (
             [None] * len(now) if past is None else _dense(past) for past in (previous and previous.matrices, start)
         )
-        return [_solve_dense(*ends) for ends in zip(_dense(now), before, first, strict=True)]
+        return [_solve_dense(*ends, top) for ends in zip(_dense(now), before, first, strict=True)]
     begins = None if start is None else factored(start)
     return _solve_factors(factored(now), previous, begins, device, workspace or Workspace(), fast=fast)
 
@@ -291,33 +296,30 @@ def _inner_products(
 
 
 def _solve_dense(
-    now: Float[Tensor, "out in"], before: Float[Tensor, "out in"] | None, start: Float[Tensor, "out in"] | None
+    now: Float[Tensor, "out in"],
+    before: Float[Tensor, "out in"] | None,
+    start: Float[Tensor, "out in"] | None,
+    top: int | None,
 ) -> BatchResult:
     count = min(now.shape)
     profile = rounding.noise_profile(now)
-    total, how, of_total = torch.empty(0, dtype=torch.float64), "none", None
+    total = increment = None
+    of_total = of_change = None
     if start is not None:
-        spectrum = dense_spectrum(_change(now, start))
-        total, how, of_total = spectrum.values, spectrum.method, profile + rounding.noise_profile(start)
-    if before is None:
-        increment, how_changed, of_change = None, "none", None
-    elif before is start:  # what changed since the start is what changed at all
-        increment, how_changed, of_change = total.clone(), how, of_total
-    else:
-        spectrum = dense_spectrum(_change(now, before))
-        increment, how_changed, of_change = spectrum.values, spectrum.method, profile + rounding.noise_profile(before)
+        total, of_total = dense_spectrum(now, minus=start, top=top), profile + rounding.noise_profile(start)
+    if before is start:  # what changed since the start is what changed at all
+        increment, of_change = total, of_total
+    elif before is not None:
+        increment, of_change = dense_spectrum(now, minus=before, top=top), profile + rounding.noise_profile(before)
     spectra = MatrixSpectra(
-        total,
-        increment,
+        torch.empty(0, dtype=torch.float64) if total is None else total.values,
+        None if increment is None else increment.values.clone(),
         math.nan if of_total is None else of_total.energy,
         0.0 if of_change is None else of_change.energy,
         math.nan,
-        (0 if start is None else count, 0 if increment is None else count),
-        (how, how_changed),
+        (0 if total is None else count, 0 if increment is None else count),
+        ("none" if total is None else total.method, "none" if increment is None else increment.method),
         (math.nan if of_total is None else of_total.edge, math.nan if of_change is None else of_change.edge),
+        remainders=(total and total.remainder, increment and increment.remainder),
     )
     return BatchResult(spectra, None, bool(now.isfinite().all()), profile.energy)
-
-
-def _change(now: Tensor, before: Tensor) -> Float[Tensor, "out in"]:
-    return now.detach().to(torch.float64) - before.detach().to(device=now.device, dtype=torch.float64)

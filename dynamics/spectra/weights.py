@@ -21,11 +21,14 @@ from dynamics.spectra.walk import MatrixSpectra
 from probes.low_rank import LowRankMatrix
 
 
-def weights(trajectory: Trajectory, progress: Callable[[int], None] = lambda done: None) -> xr.Dataset | None:
+def weights(
+    trajectory: Trajectory, *, top: int | None = None, progress: Callable[[int], None] = lambda done: None
+) -> xr.Dataset | None:
     """Return spectra and measures of every weight that is known whole: a dense one, or an adapter's beside its base.
 
     Args:
         trajectory: The run.
+        top: How many leading singular values are wanted; by default all.
         progress: Called with the number of matrices just finished.
 
     Returns:
@@ -40,21 +43,21 @@ def weights(trajectory: Trajectory, progress: Callable[[int], None] = lambda don
         for name, shape in last.shapes.items():
             weight = _weight(name, after, before)
             if weight is not None:
-                spectra[last.step, name] = _spectrum(weight)
+                spectra[last.step, name] = _spectrum(weight, top)
                 shapes[name] = replace(shape, rank=0)
             progress(1)
     if not shapes:
         return None
     groups = measure_update(raw.raw_update({last.step: (last.segment, -1)}, shapes, spectra))
     update = groups["update"].sel(kind="total").isel(step=0).reset_coords(drop=True)
-    dataset = update[list(schema.WEIGHTS)]
-    for name, variable in dataset.data_vars.items():
-        variable.attrs |= schema.WEIGHTS[str(name)].attributes
+    dataset = update[[*schema.WEIGHTS, *(name for name in schema.BOUNDS if name in update)]]
+    for name, variable in schema.WEIGHTS.items():
+        dataset[name].attrs |= variable.attributes
     return dataset.assign_coords(index=groups["update"]["index"].variable).assign_attrs(at_step=last.step)
 
 
-def _spectrum(weight: Tensor) -> MatrixSpectra:
-    spectrum, noise, size = dense_spectrum(weight), noise_profile(weight), min(weight.shape)
+def _spectrum(weight: Tensor, top: int | None) -> MatrixSpectra:
+    spectrum, noise, size = dense_spectrum(weight, top=top), noise_profile(weight), min(weight.shape)
     return MatrixSpectra(
         spectrum.values,
         None,
@@ -64,6 +67,7 @@ def _spectrum(weight: Tensor) -> MatrixSpectra:
         (size, 0),
         (spectrum.method, "none"),
         (noise.edge, math.nan),
+        remainders=(spectrum.remainder, None),
     )
 
 

@@ -105,8 +105,11 @@ def unmeasured(update: xr.Dataset) -> xr.Dataset:
     # The rounding_edge of an earlier version is another quantity; the others are not there then.
     if set(raw.ADDED) <= set(update):
         arrays |= {name: update[name].values for name in raw.ADDED}
+    if set(schema.BOUNDS) <= set(update):
+        alone = update["decomposition"].values == schema.DECOMPOSITIONS.index("lanczos")
+        arrays |= {name: np.where(alone, update[name].values, np.nan) for name in raw.REMAINDER}
     kept = update[["singular_value", "count", "factor_rank", "decomposition"]]
-    kept = kept.assign(schema.label_arrays(raw.UPDATE, arrays))
+    kept = kept.assign(schema.label_arrays({**raw.UPDATE, **raw.REMAINDER}, arrays))
     return raw.completed(kept)
 
 
@@ -152,7 +155,7 @@ def _add_totals(merged: xr.Dataset, checkpoints: xr.Dataset, step: int) -> None:
         if checkpoints["count"].values[from_row, _TOTAL, position] and name in column:
             cell = (row, _TOTAL, column[name])
             if not merged["count"].values[cell]:
-                for variable in _PER_KIND:
+                for variable in (*_PER_KIND, *(name for name in raw.REMAINDER if name in checkpoints)):
                     values = checkpoints[variable].values[from_row, _TOTAL, position]
                     target = merged[variable].values
                     target[(*cell, slice(np.size(values))) if np.ndim(values) else cell] = values
@@ -179,7 +182,7 @@ def _without_dangling(update: xr.Dataset) -> xr.Dataset:
             origins[row] = -1
             for name in ("count", "factor_rank", "decomposition"):
                 update[name].values[row, _INCREMENT] = 0
-            for name in ("singular_value", "noise_energy", "rounding_edge"):
+            for name in ("singular_value", "noise_energy", "rounding_edge", *(set(raw.REMAINDER) & set(update))):
                 update[name].values[row, _INCREMENT] = np.nan
             for name in ("inner_product", *_OF_INCREMENTS):
                 update[name].values[row] = np.nan

@@ -54,7 +54,7 @@ def test_a_dense_weight_without_its_start_has_no_total():
 
 def test_the_first_increment_since_the_start_is_the_total_and_is_solved_once(monkeypatch):
     solved, spectrum = [], walk.dense_spectrum
-    monkeypatch.setattr(walk, "dense_spectrum", lambda matrix: solved.append(1) or spectrum(matrix))
+    monkeypatch.setattr(walk, "dense_spectrum", lambda *ends, **wanted: solved.append(1) or spectrum(*ends, **wanted))
     start = dense(1)
     (result,) = solve_batch([dense(0)], Previous([start]), [start])
     assert len(solved) == 1
