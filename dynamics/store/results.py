@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
-from numcodecs import Blosc
 from xarray.conventions import encode_dataset_coordinates
 
 from dynamics._version import __version__
@@ -20,8 +19,13 @@ from dynamics.store.disk import is_folder, read_file
 from dynamics.store.replace import ANALYSIS, PREVIOUS, RESULT
 from dynamics.text import encodable
 
+if TYPE_CHECKING:
+    from zarr.core.buffer import Buffer
+
 #: Folder of a run that holds its records and its analysis.
 FOLDER = "dynamics"
+#: Zarr format 2: its string and boolean types are specified, so that no reader, old or new, has to warn or guess.
+_ZARR_FORMAT = 2
 #: What a result is decoded by, in the past and now.
 _CODECS = {"blosc", "gzip", "lz4", "vlen-utf8", "zlib", "zstd"}
 #: Numbers that one file holds before they are compressed; Blosc takes less than 2**31.
@@ -32,64 +36,46 @@ _METADATA_LIMIT = 2**28  # bytes; a result of a hundred runs has some ten millio
 def write_tree(tree: xr.DataTree, path: Path) -> None:
     """Write a tree as one Zarr store, its metadata consolidated; ``path`` must not exist.
 
-    Format 2: its string and boolean types are specified, so that no reader, old or new, has to warn or guess.
-    A result is hundreds of small arrays. xarray and zarr take milliseconds for each, and a second to write any: here
-    each is one file of metadata, one of attributes, and mostly one of numbers.
+    A result is hundreds of small arrays, and xarray takes milliseconds for each: zarr itself is given them, each as one
+    chunk in the main, and in memory first, since it waits for a thread at each file. What is held beside the tree is
+    the compressed result.
 
     Raises:
         ValueError: If an array holds neither numbers, booleans nor text.
     """
-    path.mkdir(parents=True)
-    metadata: dict[str, Any] = {}
+    # Here, not above: what only reads records does not need it.
+    import zarr
+    from numcodecs import Blosc
+    from zarr.storage import MemoryStore
 
-    def note(name: str, content: Mapping[str, Any]) -> None:
-        metadata[name] = content
-        (path / name).write_text(json.dumps(content, indent=2, default=_plain))
-
+    files: dict[str, Buffer] = {}
+    store = MemoryStore(files)
     for node in tree.subtree:
-        group = "" if node is tree else f"{node.relative_to(tree)}/"
         variables, attributes = encode_dataset_coordinates(node.to_dataset(inherit=node is tree))
-        (path / group).mkdir(exist_ok=True)
-        note(f"{group}.zgroup", {"zarr_format": 2})
-        note(f"{group}.zattrs", attributes)
+        place = {} if node is tree else {"path": node.relative_to(tree)}
+        group = zarr.create_group(store, **place, zarr_format=_ZARR_FORMAT, attributes=encodable(dict(attributes)))
         for name, variable in variables.items():
-            (path / group / name).mkdir()
-            note(f"{group}{name}/.zarray", _write_array(path / group / name, variable.values))
-            note(f"{group}{name}/.zattrs", {**variable.attrs, "_ARRAY_DIMENSIONS": variable.dims})
-    consolidated = {"metadata": metadata, "zarr_consolidated_format": 1}
-    (path / ".zmetadata").write_text(json.dumps(consolidated, default=_plain))
-
-
-def _write_array(folder: Path, values: np.ndarray) -> dict[str, Any]:
-    """Write the chunks of an array, none where all is NaN, and return its metadata."""
-    if values.dtype.kind not in "biufU":
-        raise ValueError(f"Expected numbers, booleans or text in '{folder.name}', got {values.dtype}.")
-    rows = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
-    length = max(1, min(len(rows), _CHUNK_BYTES * len(rows) // max(1, rows.nbytes)))
-    compressor = Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE)
-    for number, first in enumerate(range(0, len(rows), length)):
-        chunk = rows[first : first + length]
-        if chunk.size and not (chunk.dtype.kind == "f" and np.isnan(chunk).all()):
-            whole = np.pad(chunk, [(0, length - len(chunk)), *[(0, 0)] * (chunk.ndim - 1)])  # the last one, too
-            (folder / ".".join([str(number), *"0" * (chunk.ndim - 1)])).write_bytes(compressor.encode(whole))
-    return {
-        "shape": values.shape,
-        "chunks": [length, *(max(1, size) for size in values.shape[1:])][: values.ndim],
-        "dtype": rows.dtype.str,
-        "fill_value": "NaN" if rows.dtype.kind == "f" else None,
-        "order": "C",
-        "filters": None,
-        "dimension_separator": ".",
-        "compressor": compressor.get_config(),
-        "zarr_format": 2,
-    }
-
-
-def _plain(value: Any) -> Any:
-    """Return an array or a number of numpy as JSON has it."""
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    raise TypeError(f"Expected an attribute that JSON can hold, got {type(value).__name__}.")
+            values = variable.values
+            if values.dtype.kind not in "biufU":
+                raise ValueError(f"Expected numbers, booleans or text in {name!r}, got {values.dtype}.")
+            rows = max(1, min(len(values), _CHUNK_BYTES * len(values) // max(1, values.nbytes))) if values.ndim else 1
+            array = group.create_array(
+                str(name),
+                shape=values.shape,
+                dtype=values.dtype,
+                chunks=(rows, *(max(1, size) for size in values.shape[1:]))[: values.ndim],
+                compressors=Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE),
+                fill_value=np.nan if values.dtype.kind == "f" else None,
+                attributes={**encodable(variable.attrs), "_ARRAY_DIMENSIONS": list(variable.dims)},
+            )
+            if values.size:
+                array[...] = values
+    zarr.consolidate_metadata(store, zarr_format=_ZARR_FORMAT)
+    path.mkdir(parents=True)
+    for name, content in files.items():
+        file = path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content.to_bytes())
 
 
 def read_tree(path: Path) -> xr.DataTree:

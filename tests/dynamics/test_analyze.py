@@ -121,8 +121,8 @@ def test_help_needs_no_torch():
 @pytest.mark.parametrize(
     ("report", "needless"),
     [
-        (False, {"transformers", "peft", "scipy.stats", "scipy.sparse", "zarr", "matplotlib", "seaborn", "jinja2"}),
-        (True, {"transformers", "peft", "scipy.stats", "scipy.sparse", "zarr", "matplotlib.pyplot", "seaborn"}),
+        (False, {"transformers", "peft", "scipy.stats", "scipy.sparse", "matplotlib", "seaborn", "jinja2"}),
+        (True, {"transformers", "peft", "scipy.stats", "scipy.sparse", "matplotlib.pyplot", "seaborn"}),
     ],
 )
 def test_analysis_imports_only_what_it_needs(run, report, needless):
