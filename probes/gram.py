@@ -3,11 +3,13 @@ r"""The empirical Fisher of a model on probe samples: the Gram matrix of per-sam
 With G ``(N, d)`` the gradients of N samples' losses, F = GᵀG/N and K = GGᵀ share their spectrum (eigenvalues of K over
 N), and for an update δ the vector b = Gδ is enough: δᵀFδ = ‖b‖²/N. Neither G nor F is formed.
 
-Cost: one forward and one backward pass a batch, and a second backward pass where rows have to be matched to samples:
-for the first batch of text, each batch of images, and each batch with a user's loss. Until K is complete, a sample
-takes r(out + in) numbers for each LoRA matrix in tangent or factor space, in the model's precision, single at least.
-For each dense weight, and in weight space, it takes the inputs and output gradients of the layer, T·(out + in) numbers
-for T tokens, or out·in where that is less. Inner products between batches need the gradients of all samples: to bound
+Cost: one forward and one backward pass a batch. Rows have to be matched to samples by a second backward pass for each
+batch of images and each batch with a user's loss, and for the first batch of text if it is small; for 16 texts or more
+with the model's own loss, two of them, forward once more and backward twice, stand for all. Until K is complete, a
+sample takes r(out + in) numbers for each LoRA matrix in tangent or factor space, in the model's precision, single at
+least. For each dense weight, and in weight space, it takes the inputs and output gradients of the layer, T·(out + in)
+numbers for T tokens, or out·in where that is less; their inner products, at N samples in a batch, ½ + N/(2T) of the
+operations of a forward and backward pass. Inner products between batches need the gradients of all samples: to bound
 memory, choose ``blocks`` and call again.
 
 In tangent space ∇W is projected from gradients of the factors, by r×r solves. Where these would amplify rounding, it
@@ -138,7 +140,8 @@ def gradient_gram(
     The model is in evaluation mode meanwhile, outside DDP and ``torch.compile``; modes, random states, gradients and
     hooks are as before afterwards. Every trainable number is covered: where no rule separates the samples, each takes a
     backward pass of its own (``one_by_one``). The gradient of a sample is that of its own loss within its batch: where
-    samples interact (in-batch negatives, batch statistics), it depends on the batch.
+    samples interact (in-batch negatives, batch statistics), it depends on the batch. In 16 texts or more, two are
+    checked; if only others interact, that goes unnoticed.
 
     Args:
         model: With adapters, dense trainable weights, or both.
@@ -266,10 +269,10 @@ class _Measurement:
         # A sample may have any number of images, and a user's loss may let samples interact: each batch is checked. For
         # text and the model's own loss, checking two samples of the first batch is enough.
         plain = is_text(batch, len(losses)) and not _is_users(loss, batch)
-        separable = plain and all(isinstance(value, Tensor) for value in batch.values())
+        unknown = plain and self._in_order is None and all(isinstance(value, Tensor) for value in batch.values())
         alone = lambda numbers: self._forward(model, some_samples(batch, numbers), loss)  # noqa: E731
         trusted = plain and self._in_order is True
-        in_order = self._take(losses, recorded, trusted=trusted, alone=alone if separable else None)
+        in_order = self._take(losses, recorded, trusted=trusted, alone=alone if unknown else None)
         if plain and len(losses) > 1 and self._in_order is not False:
             self._in_order = in_order
 

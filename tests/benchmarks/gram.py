@@ -3,11 +3,13 @@
     python -m tests.benchmarks.gram [--rounds 7] [--threads 1]
 
 N = 32 sequences of 64 tokens, a Llama of 6 layers, 512 wide, with LoRA of rank 16 on all linear layers, float32, all
-probes in one batch. Contestants in turns; each line is the ratio to the plain pass of the same round, median and range.
-Times are those of the processor, so that others on the machine disturb them less: with one thread, they are what a
-free machine would take. Weight space stands beside its model, ½ + N/(4T) of a plain pass on top of it. Then the 16
-largest eigenvalues of the Fisher: from K, and by Lanczos on the empirical Fishers of hessian-eigenthings and of
-curvlinops, if they are installed.
+probes in one batch; then what each further batch of a stream takes, whose rows are not checked any more, and 64
+sequences in batches of 8. Contestants in turns; each line is the ratio to the plain passes of the same batches in the
+same round, median and range. Times are those of the processor, so that others on the machine disturb them less: with
+one thread, they are what a free machine would take. Weight space stands beside a count of its operations, ½ for the
+gradients multiplied out and N/(2T) for their inner products on top of a plain pass. Then the 16 largest eigenvalues of
+the Fisher: from K, and by Lanczos on the empirical Fishers of hessian-eigenthings and of curvlinops, if they are
+installed.
 """
 
 from __future__ import annotations
@@ -25,10 +27,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from probes.gram import gradient_gram
+from probes.gram import SPACES, gradient_gram
 from probes.losses import token_losses
 
 SAMPLES, TOKENS, VOCABULARY, LEADING = 32, 64, 1024, 16
+
+#: Batches of a stream, from which follows what one more takes; the other setting.
+BATCHES, SMALL_BATCH = 3, 8
 
 
 def model() -> nn.Module:
@@ -47,10 +52,17 @@ def batch() -> dict[str, Tensor]:
     return {"input_ids": rows, "labels": rows}
 
 
-def plain(model: nn.Module, given: dict[str, Tensor]) -> None:
-    """One forward-backward pass of the same losses."""
-    token_losses(model, given).sum().backward()
-    model.zero_grad()
+def small_batches() -> list[dict[str, Tensor]]:
+    """Random tokens of twice as many sequences."""
+    rows = torch.randint(VOCABULARY, (2 * SAMPLES, TOKENS), generator=torch.Generator().manual_seed(2))
+    return [{"input_ids": part, "labels": part} for part in rows.split(SMALL_BATCH)]
+
+
+def plain(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
+    """One forward-backward pass of the same losses for each batch."""
+    for given in batches:
+        token_losses(model, given).sum().backward()
+        model.zero_grad()
 
 
 def autogram(model: nn.Module) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
@@ -76,9 +88,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     net, given = model(), batch()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    contestants: dict[str, Callable[[], object]] = {"plain forward-backward": lambda: plain(net, given)}
-    for space in ("tangent", "factor", "weight"):
+    small, base, small_base = small_batches(), "plain forward-backward", f"plain, batches of {SMALL_BATCH}"
+    contestants: dict[str, Callable[[], object]] = {base: lambda: plain(net, [given])}
+    for space in SPACES:
         contestants[f"K in {space} space"] = lambda space=space: gradient_gram(net, given, space=space)
+    for space in SPACES:
+        contestants[f"K in {space} space, {BATCHES} batches"] = lambda space=space: gradient_gram(
+            net, [given] * BATCHES, space=space
+        )
+    contestants[small_base] = lambda: plain(net, small)
+    for space in SPACES:
+        contestants[f"K in {space} space, batches of {SMALL_BATCH}"] = lambda space=space: gradient_gram(
+            net, small, space=space
+        )
     times: dict[str, list[float]] = {name: [] for name in contestants}
     memory = {}
     for name, contestant in contestants.items():  # once to warm up, and for the memory
@@ -97,16 +119,20 @@ def main() -> None:
         order = list(contestants) if number % 2 == 0 else list(contestants)[::-1]
         for name in order:
             times[name].append(timed(contestants[name])[0])
-    base = times["plain forward-backward"]
     print(f"{options.threads} threads, torch {torch.__version__}\n")
     print("| | median | range | peak memory on top |\n|---|---|---|---|")
-    for name, each in times.items():
-        ratios = [a / b for a, b in zip(each, base, strict=True)]
+    for name, seconds in times.items():
+        plain_times = times[small_base if name.endswith(f"of {SMALL_BATCH}") else base]
+        if name.endswith(f"{BATCHES} batches"):
+            first = times[name.removesuffix(f", {BATCHES} batches")]
+            seconds = [(all_of_them - one) / (BATCHES - 1) for all_of_them, one in zip(seconds, first, strict=True)]
+            name = name.replace(f"{BATCHES} batches", "each further batch")
+        ratios = [one / other for one, other in zip(seconds, plain_times, strict=True)]
         more = f"{memory[name]:+.0f} MiB" if name in memory else ""
         print(f"| {name} | {statistics.median(ratios):.2f} × | {min(ratios):.2f} – {max(ratios):.2f} | {more} |")
     print(
-        f"\nOne plain pass: {1e3 * statistics.median(base):.0f} ms. Model of weight space: "
-        f"{1 + 0.5 + SAMPLES / (4 * TOKENS):.2f} ×."
+        f"\nOne plain pass: {1e3 * statistics.median(times[base]):.0f} ms. By count of operations, weight space takes "
+        f"{1 + 0.5 + SAMPLES / (2 * TOKENS):.2f} ×, without the check of rows."
     )
     eigenvalues(net, given)
 
