@@ -39,8 +39,8 @@ class Group(NamedTuple):
 GROUPS: Mapping[str, Group] = {
     "update": Group(
         "Measured from the singular values σ of the update ΔW of each matrix. `kind` is `total` (since the start of "
-        "training) or `increment` (since the previous step). With `--top K` entropy_energy of dense matrices is NaN, and "
-        "lies between `entropy_energy_low` and `entropy_energy_high`.",
+        "training) or `increment` (since the previous step). With `--top K` entropy_energy of dense matrices is NaN, "
+        "and lies between `entropy_energy_low` and `entropy_energy_high`.",
         'tree["update"]["stable_rank"].sel(kind="total").median("matrix")',
     ),
     "null": Group(

@@ -34,7 +34,7 @@ _MARGIN = 10.0
 #: Entries between these square and add up without overflow, and without loss below the smallest number.
 _SQUARES_SAFELY = (1e-100, 1e100)
 #: Bytes of a matrix that are in float64 at a time.
-_BLOCK_BYTES = 2**26
+_BLOCK_BYTES = 2**25
 #: An SVD needs the whole matrix in float64, and a copy: one at a time.
 _ONE_SVD = threading.Lock()
 
@@ -115,8 +115,8 @@ def _blocks(matrix: Tensor, minus: Tensor | None, axis: int) -> Iterator[Float[T
     length = max(1, _BLOCK_BYTES // (8 * max(1, matrix.shape[1 - axis])))
     for first in range(0, matrix.shape[axis], length):
         part = (slice(None),) * axis + (slice(first, first + length),)
-        block = matrix[part].to(torch.float64)
-        yield block if minus is None else block - minus[part].to(matrix.device, torch.float64)
+        block = matrix[part].to(torch.float64, copy=minus is not None)
+        yield block if minus is None else block.sub_(minus[part].to(matrix.device))
 
 
 def _size_and_gram(

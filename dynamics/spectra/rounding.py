@@ -38,6 +38,9 @@ from probes.low_rank import LowRankMatrix
 #: Above this predicted share of noise energy an update is flagged ``quantisation_limited``.
 NOISE_LIMIT = 0.1
 
+#: Numbers of a weight that are looked at together.
+_BLOCK = 2**22
+
 #: dtype -> (integer view, mask of the exponent bits, significand bits behind the point, smallest normal number)
 _FORMATS: dict[torch.dtype, tuple[torch.dtype, int, int, float]] = {
     torch.bfloat16: (torch.int16, 0x7F80, 7, 2.0**-126),
@@ -148,8 +151,12 @@ def noise_profile(weight: Float[Tensor, "out in"]) -> NoiseProfile:
     >>> noise_profile(torch.ones(1, 3, dtype=torch.bfloat16)).energy == 3 / 12 * 2**-14
     True
     """
-    squared = _ulp_squared(weight)
-    return NoiseProfile(squared.sum(1).cpu() / 12, squared.sum(0).cpu() / 12)
+    rows, columns = [], torch.zeros(weight.shape[1], dtype=torch.float64)
+    for block in weight.split(max(1, _BLOCK // max(1, weight.shape[1]))):
+        squared = _ulp_squared(block)
+        rows.append(squared.sum(1).cpu())
+        columns += squared.sum(0).cpu()
+    return NoiseProfile(torch.cat(rows) / 12, columns / 12)
 
 
 def above_rounding(
