@@ -79,15 +79,15 @@ INTENDED: tuple[Intended, ...] = (
         "a dimension has this name now, so its number at a step has another",
         "step_segment",
     ),
+    Intended("recorded/*", "*/share_outside_space", "values", "1 − inside/all is rounding where all is inside."),
+    Intended("recorded/*", "*/condition_number*_low", "values", "Of a null whose smallest singular value is rounding."),
     Intended("*", "*/decomposition", "values", "Triangular factors come from Grams where those hold all digits."),
     Intended("*", "*/path/training", "renamed", "one word for a training's number, as everywhere else", "segment"),
 )
-_OF_K = re.compile(r"/(fisher|concentration|tasks|association|comparison)/|summary\.json:fisher|^OD4")
-#: What follows from K agrees to a relative tolerance. Records hold K in float32, so that of an input that is recorded
-#: anew is larger. Elsewhere K is the same, and its eigenvalues come from another LAPACK and by other steps.
-ROUNDED = {"recorded": (_OF_K, 1e-5)} | dict.fromkeys(
-    ("probed", "two_tasks", "capture", "capture_checkpoints", "first_format", "six_runs"), (_OF_K, 1e-9)
-)
+#: Of inputs whose training or model runs anew: what follows from K, whose gradients are in float32, and null models of
+#: increments, whose factors' smallest singular values cancel at the first steps.
+_ANEW = re.compile(r"/(fisher|concentration|tasks|association|comparison|null)/|_null|summary\.json:fisher|^OD4")
+ROUNDED = {"recorded": (_ANEW, 1e-4), "probed": (_ANEW, 1e-4)}
 #: Largest number of differences printed for one input.
 SHOWN = 60
 #: Input to the analyses that a test compares, too.
