@@ -8,7 +8,7 @@ import inspect
 import os
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 # Tests run side by side: threads of their own would only wait for each other. Before torch is imported.
@@ -36,8 +36,8 @@ def _checked(function: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
     if inspect.isfunction(function) and "<locals>" not in function.__qualname__:
         annotations = " ".join(map(str, function.__annotations__.values()))
         # A name that is imported for type checkers alone, or defined later, is a thing that jaxtyping can leave out.
-        known = {**vars(builtins), **function.__globals__}
-        named = [known.get(name, jaxtyping) for name in set(re.findall(r"(?<![\w.])[^\W\d]\w*", annotations))]
+        names = set(re.findall(r"(?<![\w.])[^\W\d]\w*", annotations))
+        named = [function.__globals__.get(name, getattr(builtins, name, jaxtyping)) for name in names]
         if not any(value is jaxtyping or type(value).__module__.startswith("jaxtyping") for value in named):
             return _by_beartype(function)
     return _with_shapes(function, typechecker=typechecker)
@@ -82,10 +82,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
-def pytest_collection_finish() -> None:
-    """Leave what is imported out of all later garbage collections: each training begins with one, half its time."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Leave what tests import out of all garbage collections: each training begins with one, once half its time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures are made

@@ -16,18 +16,21 @@ from subprocess import CompletedProcess
 from dynamics.store.record_folders import StoredRecords, record_folders, stored_records
 
 ROUNDS = 20
+SECONDS = 300
 
 
 def forked(work: Callable[[], object]) -> int:
     """Return the identifier of a child process that does the work and ends.
 
-    Its exit status is that of ``SystemExit``, 0 after work that raises nothing, 1 after an exception, which is
-    written to stderr.
+    It ends after :data:`SECONDS` at the latest. Its exit status is that of ``SystemExit``, 0 after work that raises
+    nothing, and 1 after an exception, which is written to stderr.
     """
     child = os.fork()
     if child:
         return child
     status = 1
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(SECONDS)
     try:
         work()
         status = 0
@@ -46,7 +49,7 @@ def finished(work: Callable[[], object]) -> CompletedProcess[str]:
         def written() -> None:
             for number, file in ((1, out), (2, errors)):
                 os.dup2(file.fileno(), number)
-            sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8") for number in (1, 2))
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, encoding="utf-8") for number in (1, 2))
             try:
                 work()
             finally:
@@ -61,7 +64,7 @@ def finished(work: Callable[[], object]) -> CompletedProcess[str]:
 
 
 def killed_twenty_times(
-    run: Path, train: Callable[[int, Callable[[int], None]], None], longest: float
+    run: Path, train: Callable[[int, Callable[[int], object]], None], longest: float
 ) -> Iterator[tuple[list[int], StoredRecords | None]]:
     """Kill a training that records each step, resume it two steps back, as from a checkpoint, and so on.
 
