@@ -91,7 +91,10 @@ def how_many_directions(summary: Mapping[str, Any]) -> str:
         return f"The effective rank (energy) of the update is {number(rank['median'])}{chance}."
     quartiles = f"quartiles {number(rank['lower_quartile'])} to {number(rank['upper_quartile'])}"
     median = number(rank["median"])
-    return f"The median effective rank (energy) of a matrix's update is {median} ({quartiles}){chance}."
+    moved = [row["effective_rank_energy"] for row in summary["table"] if row["frobenius_norm"]]
+    known = len(moved) - moved.count(None)
+    stated = "" if known == len(moved) else f", known of {known:,} of {len(moved):,} matrices,"
+    return f"The median effective rank (energy) of a matrix's update{stated} is {median} ({quartiles}){chance}."
 
 
 def how_straight(summary: Mapping[str, Any]) -> str:

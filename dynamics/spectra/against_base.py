@@ -17,6 +17,13 @@ from torch import Tensor
 
 from dynamics import schema
 from dynamics.checkpoints.trajectory import Matrix, OpenCheckpoint, Trajectory, UnreadableMatrix
+from dynamics.spectra.base_directions import (
+    BaseDecomposition,
+    LeadingDecomposition,
+    decompose_base,
+    decompose_leading,
+    leading_left,
+)
 from dynamics.spectra.cache import cached_tensors, content_key, write_tensors
 from dynamics.spectra.dense import gram_matrix
 from dynamics.spectra.singular_values import triangle
@@ -26,21 +33,6 @@ from probes.low_rank import LowRankMatrix
 TOP_K = 10
 #: A direction with no larger cosine with any singular vector of the base is an intruder (Shuttleworth et al. 2024).
 INTRUDER_COSINE = 0.5
-
-
-@dataclass(frozen=True)
-class BaseDecomposition:
-    """All singular values and vectors of a weight, float64 on the host; vectors of σ < 1e-8 σ₁ are not resolved.
-
-    Args:
-        left: ``(out, k)``, orthonormal columns, k = min(out, in).
-        values: ``(k,)``, descending.
-        right: ``(in, j)``, the j ≤ k leading ones.
-    """
-
-    left: Float[Tensor, "out k"]
-    values: Float[Tensor, " k"]
-    right: Float[Tensor, "in j"]
 
 
 @dataclass(frozen=True)
@@ -77,28 +69,6 @@ class Intruders:
     null_energy_share: float
 
 
-def decompose_base(weight: Float[Tensor, "out in"]) -> BaseDecomposition:
-    """Return the thin SVD of a weight, by the eigendecomposition of the Gram of its shorter side.
-
-    Raises:
-        ValueError: If it is not finite.
-
-    >>> decompose_base(torch.diag(torch.tensor([1.0, 2.0]))).values
-    tensor([2., 1.], dtype=torch.float64)
-    """
-    dense = weight.detach().to(device="cpu", dtype=torch.float64)
-    if not bool(dense.isfinite().all()):
-        raise ValueError("Expected a finite weight, got one with NaN or infinity.")
-    tall = dense.shape[0] > dense.shape[1]
-    wide = dense.mT if tall else dense
-    squares, vectors = torch.linalg.eigh(gram_matrix(wide))
-    values, short = squares.flip(-1).clamp_min(0).sqrt(), vectors.flip(-1)
-    long = torch.linalg.qr(wide.mT @ short).Q
-    # QR leaves the sign of each column open.
-    long = long * torch.sign((long * (wide.mT @ short)).sum(0)).where(values > 0, torch.ones(()))
-    return BaseDecomposition(long, values, short) if tall else BaseDecomposition(short, values, long)
-
-
 def leading_vectors(update: Matrix, k: int) -> tuple[Float[Tensor, "out k"], Float[Tensor, "in k"]]:
     """Return the k leading left and right singular vectors; of a product of factors from its r×r core alone.
 
@@ -110,11 +80,11 @@ def leading_vectors(update: Matrix, k: int) -> tuple[Float[Tensor, "out k"], Flo
         left, right = torch.linalg.qr(update.left.detach().cpu()), torch.linalg.qr(update.right.detach().cpu().mT)
         inner_left, _, inner_right = torch.linalg.svd(left.R @ right.R.mT)
         return left.Q @ inner_left[:, :k], right.Q @ inner_right.mT[:, :k]
-    whole = decompose_base(update)
-    return whole.left[:, :k], whole.right[:, :k]
+    leading = decompose_leading(update, k)
+    return leading.left[:, :k], leading.right[:, :k]
 
 
-def base_overlap(update: Matrix, base: BaseDecomposition, k: int = TOP_K) -> Overlap:
+def base_overlap(update: Matrix, base: BaseDecomposition | LeadingDecomposition, k: int = TOP_K) -> Overlap:
     """Return what the update shares with the k leading directions of the base.
 
     Args:
@@ -149,7 +119,7 @@ def base_overlap(update: Matrix, base: BaseDecomposition, k: int = TOP_K) -> Ove
 def intruders(
     update: Matrix,
     weight: Float[Tensor, "out in"],
-    base: BaseDecomposition,
+    base: BaseDecomposition | LeadingDecomposition,
     *,
     k: int = TOP_K,
     cosine: float = INTRUDER_COSINE,
@@ -171,31 +141,22 @@ def intruders(
         seed: Of the draws.
     """
     start = weight.detach().to(device="cpu", dtype=torch.float64)
-    count, share = _intruding(start + _dense(update), base, k, cosine)
+    product = base.product if isinstance(base, LeadingDecomposition) else gram_matrix(start)
+
+    def intruding(change: Matrix) -> tuple[int, float]:
+        squares, left = leading_left(start, product, change, min(k, *start.shape))
+        strange = base.strange(left, cosine)
+        total = float(squares.sum())
+        return int(strange.sum()), float(squares[strange].sum()) / total if total > 0 else float("nan")
+
+    count, share = intruding(update)
     generator = torch.Generator().manual_seed(seed)
-    null = [_intruding(start + _turned(update, generator), base, k, cosine) for _ in range(draws)]
+    null = [intruding(_turned(update, generator)) for _ in range(draws)]
     counts, shares = zip(*null, strict=True) if null else ((float("nan"),), (float("nan"),))
     return Intruders(count, share, float(np.mean(counts)), float(np.mean(shares)))
 
 
-def _intruding(tuned: Float[Tensor, "out in"], base: BaseDecomposition, k: int, cosine: float) -> tuple[int, float]:
-    product = tuned @ tuned.mT
-    k = min(k, len(base.values))
-    if k < len(product) - 1:
-        from scipy.sparse.linalg import eigsh  # here: no product of factors needs it
-
-        start = product.sum(1).numpy()
-        squares, vectors = eigsh(product.numpy(), k=k, v0=start)
-        squares, left = torch.from_numpy(squares), torch.from_numpy(vectors)
-    else:
-        squares, left = torch.linalg.eigh(product)
-        squares, left = squares[-k:], left[:, -k:]
-    strange = (left.mT @ base.left).abs().amax(1) < cosine
-    total = float(squares.sum())
-    return int(strange.sum()), float(squares[strange].sum()) / total if total > 0 else float("nan")
-
-
-def _turned(update: Matrix, generator: torch.Generator) -> Float[Tensor, "out in"]:
+def _turned(update: Matrix, generator: torch.Generator) -> LowRankMatrix | Tensor:
     """Return a matrix of the same singular values between random orthonormal vectors."""
     if isinstance(update, LowRankMatrix):
         core = triangle(update.left.detach().cpu()) @ triangle(update.right.detach().cpu().mT).mT
@@ -207,7 +168,7 @@ def _turned(update: Matrix, generator: torch.Generator) -> Float[Tensor, "out in
         for length in update.shape
     )
     left, right = sides
-    return (left * values) @ right.mT
+    return LowRankMatrix(left * values, right.mT) if isinstance(update, LowRankMatrix) else (left * values) @ right.mT
 
 
 def _dense(update: Matrix) -> Float[Tensor, "out in"]:
@@ -287,7 +248,7 @@ def _of_matrix(name: str, before: OpenCheckpoint, after: OpenCheckpoint, k: int)
         return {}
     if not _is_finite(weight) or not _is_finite(update):
         return numbers
-    base = _decomposition(weight, k)
+    base = decompose_leading(weight, k, lambda: _decomposition(weight, k))
     shared = base_overlap(update, base, k)
     numbers |= {f"overlap_{side}": getattr(shared, side) for side in ("left", "right", "left_null", "right_null")}
     numbers |= {"energy_left": shared.energy_left, "energy_right": shared.energy_right}

@@ -180,8 +180,8 @@ def _leading_alone(update: xr.Dataset) -> Iterator[Finding]:
             "participation ratio and stable rank are exact; their spectral entropy (energy) lies between "
             f"entropy_energy_low and entropy_energy_high, which are up to {width.max():.2g} nat apart. What needs all "
             "singular values is NaN, and no median counts it: the entropies and effective ranks, nuclear norm and "
-            "rank, condition number, Gini and Hoyer coefficients, outliers; and the rank at a share of energy, or above "
-            "a tolerance, where it exceeds what was computed.",
+            "rank, condition number, Gini and Hoyer coefficients, outliers; and the rank at a share of energy, or "
+            "above a tolerance, where it exceeds what was computed.",
             "Analyse without --top (top=None) for all singular values.",
             evidence={"top": counts, "cells": int(alone.sum()), "widest_bound_nat": float(width.max())},
         )

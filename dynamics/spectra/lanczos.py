@@ -63,7 +63,7 @@ def leading_eigenpairs(
     images = torch.empty_like(basis)
     width = used = 0
     block = _orthonormal(_random(product, _BLOCK, generator), basis[:, :0])
-    confirmed = -1.0
+    confirmed, nothing = -1.0, 1e-13 * float(torch.linalg.vector_norm(product))
     while True:
         new = slice(width, width + block.shape[1])
         basis[:, new] = block
@@ -86,7 +86,10 @@ def leading_eigenpairs(
             if used > allowed:
                 return None
         # The residuals of all Ritz pairs lie in the span of the next block.
-        image = _with_random_for_zeros(image - basis[:, :width] @ (basis[:, :width].mT @ image), product, generator)
+        image = image - basis[:, :width] @ (basis[:, :width].mT @ image)
+        lost = torch.linalg.vector_norm(image, dim=0) <= nothing
+        if bool(lost.any()):  # no new direction, nothing but rounding
+            image = torch.where(lost, _random(product, _BLOCK, generator), image)
         block = _orthonormal(image, basis[:, :width])
         if not fits:
             kept = min(k + 2 * _BLOCK, width)
@@ -97,12 +100,6 @@ def leading_eigenpairs(
 
 def _random(product: Tensor, columns: int, generator: torch.Generator) -> Float[Tensor, "n columns"]:
     return torch.randn(len(product), columns, generator=generator, dtype=product.dtype, device=product.device)
-
-
-def _with_random_for_zeros(block: Tensor, product: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a block whose columns without a new direction, nothing but rounding, are random ones."""
-    lost = torch.linalg.vector_norm(block, dim=0) <= 1e-13 * torch.linalg.vector_norm(product)
-    return torch.where(lost, _random(product, block.shape[1], generator), block)
 
 
 def _orthonormal(block: Float[Tensor, "n b"], basis: Float[Tensor, "n d"]) -> Float[Tensor, "n b"]:

@@ -45,6 +45,8 @@ from probes.low_rank import LowRankMatrix
 TILE_BYTES = 2**30
 #: Bytes of stored matrices that are read from the files of a tile between opening and closing them.
 READ_BYTES = 2**28
+#: Bytes for each core that the Grams of dense matrices may take, and how many such arrays are in memory for one.
+CORE_BYTES, _DENSE_COPIES = 2**29, 3
 #: Copies of a Gram that are in memory while one matrix is solved.
 _GRAM_COPIES = 8
 #: Checkpoints at the beginning of a tile that belong to the tile before.
@@ -82,7 +84,8 @@ def trajectory_spectra(
     findings: list[Finding] = []
     blocks: list[tuple[int, str, ZeroBlock]] = []
     paths: dict[tuple[int, str], np.ndarray] = {}
-    with single_threaded_workers(workers) as executor:
+    side_by_side = _workers_that_fit(trajectory, workers)
+    with single_threaded_workers(side_by_side, workers // side_by_side) as executor:
         for checkpoints in trajectory.trainings:
             starts = [trajectory.start_of(checkpoint) for checkpoint in checkpoints]
             tiles = _tiles(checkpoints, starts, workers)
@@ -103,6 +106,13 @@ def trajectory_spectra(
                     blocks.append((checkpoint.step, outcome.name, outcome.zero_block))
     findings += zero_block_findings(blocks, len(trajectory.matrices))
     return raw.raw_update(_steps(trajectory), _shapes(trajectory), spectra), findings, paths
+
+
+def _workers_that_fit(trajectory: Trajectory, workers: int) -> int:
+    """Return how many dense matrices are solved side by side: on one thread each, fewer where they are large."""
+    shapes = {shape for checkpoint in trajectory.checkpoints for shape in checkpoint.shapes.values() if not shape.rank}
+    largest = max((8 * _DENSE_COPIES * min(shape.out, shape.in_) ** 2 for shape in shapes), default=0)
+    return max(1, min(workers, workers * CORE_BYTES // largest)) if largest else workers
 
 
 def _steps(trajectory: Trajectory) -> dict[int, tuple[int, int]]:

@@ -26,27 +26,29 @@ def available_cores() -> int:
 
 
 @contextmanager
-def single_threaded() -> Iterator[None]:
-    """Keep torch and BLAS to one thread, in this thread and in those of :func:`single_threaded_workers`."""
-    threads = torch.get_num_threads()
+def single_threaded(threads: int = 1) -> Iterator[None]:
+    """Keep torch and BLAS to one thread, or to some, in this thread and in those of :func:`single_threaded_workers`."""
+    before = torch.get_num_threads()
     try:
-        with threadpool_limits(1):
-            torch.set_num_threads(1)
+        with threadpool_limits(threads):
+            torch.set_num_threads(threads)
             yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 @contextmanager
-def single_threaded_workers(workers: int | None = None) -> Iterator[Executor]:
+def single_threaded_workers(workers: int | None = None, threads: int = 1) -> Iterator[Executor]:
     """Start threads that use one core each.
 
     Args:
         workers: How many; by default one for each core this process may use.
+        threads: Threads of torch and BLAS in each, more than one where memory allows fewer workers than cores.
     """
+    count = workers or available_cores()
     with (
-        single_threaded(),
-        ThreadPoolExecutor(workers or available_cores(), initializer=torch.set_num_threads, initargs=(1,)) as executor,
+        single_threaded(threads),
+        ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(threads,)) as executor,
     ):
         try:
             yield executor

@@ -52,8 +52,8 @@ def write_tree(tree: xr.DataTree, path: Path) -> None:
     store = MemoryStore(files)
     for node in tree.subtree:
         variables, attributes = encode_dataset_coordinates(node.to_dataset(inherit=node is tree))
-        place = {} if node is tree else {"path": node.relative_to(tree)}
-        group = zarr.create_group(store, **place, zarr_format=_ZARR_FORMAT, attributes=_plain(attributes))
+        place = "" if node is tree else node.relative_to(tree)
+        group = zarr.create_group(store, path=place, zarr_format=_ZARR_FORMAT, attributes=_plain(attributes))
         for name, variable in variables.items():
             values = variable.values
             if values.dtype.kind not in "biufU":
@@ -66,7 +66,7 @@ def write_tree(tree: xr.DataTree, path: Path) -> None:
                 chunks=(rows, *(max(1, size) for size in values.shape[1:]))[: values.ndim],
                 compressors=Blosc(cname="lz4", clevel=5, shuffle=Blosc.SHUFFLE),
                 fill_value=np.nan if values.dtype.kind == "f" else None,
-                attributes={**_plain(variable.attrs), "_ARRAY_DIMENSIONS": list(variable.dims)},
+                attributes=_plain({**variable.attrs, "_ARRAY_DIMENSIONS": list(variable.dims)}),
             )
             if values.size:
                 array[...] = values

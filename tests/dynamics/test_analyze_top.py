@@ -109,6 +109,7 @@ def test_the_command_reports_it(folders, tmp_path):
     result = analyze(run, "--base", base, "--top", "8", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "entropy_energy_low" in open_run(tmp_path)["update"]
+    assert "of a matrix's update, known of 1 of 3 matrices, is" in " ".join(result.stdout.split())
     assert "OD210" in (tmp_path / "analysis" / "report.html").read_text()
 
 

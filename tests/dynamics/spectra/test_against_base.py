@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from dynamics.spectra.against_base import base_overlap, decompose_base, intruders, leading_vectors
+from dynamics.spectra.against_base import base_overlap, intruders, leading_vectors
+from dynamics.spectra.base_directions import decompose_base
 from probes import LowRankMatrix
 
 

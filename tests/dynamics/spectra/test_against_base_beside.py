@@ -7,7 +7,8 @@ import xarray as xr
 
 from dynamics.checkpoints import open_trajectory
 from dynamics.spectra import against_base as module
-from dynamics.spectra.against_base import base_overlap, compare_with_base, decompose_base, intruders
+from dynamics.spectra.against_base import base_overlap, compare_with_base, intruders
+from dynamics.spectra.base_directions import decompose_base
 from dynamics.spectra.cache import cache_folder, write_tensors
 from dynamics.spectra.trajectory_spectra import trajectory_spectra
 from tests.runs import write_run

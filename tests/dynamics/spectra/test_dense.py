@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dynamics.spectra import measures
+from dynamics.spectra import dense, measures
 from dynamics.spectra.dense import dense_spectrum, gram_matrix, gram_suffices
 
 
@@ -127,3 +127,27 @@ def test_gaussian_matrices_have_wisharts_purity():
 def test_sufficiency_is_a_matter_of_ratio_alone():
     values = torch.logspace(0, -4, 30, dtype=torch.float64)
     assert gram_suffices(values) == gram_suffices(values * 1e-30) == gram_suffices(values * 1e30)
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_blocks_of_a_difference_give_the_spectrum_of_the_whole_and_leave_it_as_it_was(monkeypatch, shape, dtype):
+    generator = torch.Generator().manual_seed(5)
+    now, before = (torch.randn(*shape, generator=generator).to(dtype) for _ in range(2))
+    copies = now.clone(), before.clone()
+    exact = torch.linalg.svdvals(now.double() - before.double())
+    for size in (dense._BLOCK_BYTES, 8 * 40 * 7):
+        monkeypatch.setattr(dense, "_BLOCK_BYTES", size)
+        for method in ("gram", "svd"):
+            values = dense_spectrum(now, minus=before, method=method).values
+            torch.testing.assert_close(values, exact, rtol=1e-11, atol=1e-12)
+    assert torch.equal(now, copies[0])
+    assert torch.equal(before, copies[1])
+
+
+@pytest.mark.parametrize("where", [0, 89])
+def test_one_number_that_is_none_is_seen_in_any_block(monkeypatch, where):
+    monkeypatch.setattr(dense, "_BLOCK_BYTES", 8 * 40 * 7)
+    matrix = torch.ones(40, 90)
+    matrix[3, where] = torch.nan
+    assert dense_spectrum(matrix).method == "failed"

@@ -76,3 +76,12 @@ def test_exact_factors_have_the_rank_that_float64_resolves():
     left, right = torch.randn(40, 4, dtype=torch.float64), torch.randn(4, 30, dtype=torch.float64)
     left[:, 3] = left[:, 2]
     assert numerical_rank(LowRankMatrix(left, right)) == 3
+
+
+def test_rows_that_are_looked_at_one_by_one_have_the_same_noise(monkeypatch):
+    weight = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole = rounding.noise_profile(weight)
+    monkeypatch.setattr(rounding, "_BLOCK", 1)
+    parts = rounding.noise_profile(weight)
+    torch.testing.assert_close(parts.rows, whole.rows, rtol=0, atol=0)
+    torch.testing.assert_close(parts.columns, whole.columns, rtol=1e-15, atol=0)

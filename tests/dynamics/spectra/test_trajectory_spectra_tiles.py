@@ -75,3 +75,17 @@ def test_what_a_gram_cannot_hold_is_solved_by_qr(tmp_path):
     assert steps[NAMES[1]] == [10, 20, 40, 50, 60, 70]  # absent at one step
     assert steps[NAMES[2]] == [50, 60]  # zero, and all of it new at the step after
     assert steps[NAMES[3]] == []
+
+
+@pytest.mark.parametrize(("bytes_", "side_by_side"), [(2**29, 4), (8 * 3 * 8**2 // 2, 2), (1, 1)])
+def test_large_dense_matrices_have_fewer_workers_with_more_threads(tmp_path, monkeypatch, bytes_, side_by_side):
+    trajectory = dense(tmp_path)
+    whole = trajectory_spectra(trajectory, workers=1)[0]
+    chosen, workers = [], module.single_threaded_workers
+    monkeypatch.setattr(module, "CORE_BYTES", bytes_)
+    monkeypatch.setattr(
+        module, "single_threaded_workers", lambda *counts: chosen.append(counts) or workers(counts[0], 1)
+    )
+    found = trajectory_spectra(trajectory, workers=4)[0]
+    assert chosen == [(side_by_side, 4 // side_by_side)]
+    np.testing.assert_array_equal(found["singular_value"], whole["singular_value"])

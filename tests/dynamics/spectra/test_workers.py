@@ -72,3 +72,8 @@ def test_mapped_keeps_the_order_and_few_pending(ahead):
 def test_an_error_of_an_item_is_raised():
     with pytest.raises(ZeroDivisionError), single_threaded_workers(2) as executor:
         list(mapped(executor, lambda number: 1 / number, iter([1, 0, 2]), 1))
+
+
+def test_fewer_workers_have_several_threads_each():
+    with single_threaded_workers(2, threads=3) as executor:
+        assert list(executor.map(lambda _: torch.get_num_threads(), range(4))) == [3] * 4
