@@ -257,8 +257,8 @@ def _noise(
     if len(formats) > 1:
         return [rounding.noise_energy(*row) for row in zip(now, left_energy, right_energy, strict=True)]
     sides = zip((stacked.left, stacked.right), formats.pop(), strict=True)
-    ulps = [rounding.stacked_ulp_energy(side[:, :rank], dtype) for side, dtype in sides]
-    return rounding.noise_of_ulps(stacked.scale[:, :rank], *ulps, left_energy, right_energy).tolist()
+    left_ulps, right_ulps = (rounding.stacked_ulp_energy(side[:, :rank], dtype) for side, dtype in sides)
+    return rounding.noise_of_ulps(stacked.scale[:, :rank], left_ulps, right_ulps, left_energy, right_energy).tolist()
 
 
 def _since(
