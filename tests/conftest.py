@@ -56,18 +56,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 #: Files that take longest, in processor time. They come first, so that no worker ends with one of them alone.
 LONGEST = (
-    "test_checkpoint_probe.py",
-    "test_page.py",
     "test_docs.py",
+    "test_analyze.py",
+    "test_checkpoint_probe.py",
+    "test_analyze_scores.py",
+    "test_page.py",
     "test_notebooks.py",
-    "test_callback_tasks.py",
     "test_analyze_capture.py",
     "test_callback_guest.py",
+    "test_callback_tasks.py",
     "test_figures.py",
-    "test_changes.py",
     "test_callback_truth.py",
-    "test_analyze.py",
     "test_train.py",
+    "test_changes.py",
     "test_tree_reopened.py",
     "test_examples.py",
 )
