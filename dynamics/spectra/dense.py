@@ -35,6 +35,8 @@ _MARGIN = 10.0
 _SQUARES_SAFELY = (1e-100, 1e100)
 #: Bytes of a matrix that are in float64 at a time.
 _BLOCK_BYTES = 2**25
+#: Rows and columns of a Gram that are added to at a time.
+_TILE = 2048
 #: An SVD needs the whole matrix in float64, and a copy: one at a time.
 _ONE_SVD = threading.Lock()
 
@@ -130,11 +132,24 @@ def _size_and_gram(
             largest = max(float(block.max()), -float(block.min()))
             size = largest if largest != largest else max(size, largest)
         rows = block if axis else block.mT
-        part = row_products(rows if scale == 1.0 else rows / scale)
-        product = part if product is None else product.add_(part)
+        product = _plus_products(product, rows if scale == 1.0 else rows / scale)
         if size != size:
             break
     return size, matrix.new_zeros(0, 0, dtype=torch.float64) if product is None else product
+
+
+def _plus_products(product: Float[Tensor, "m m"] | None, rows: Float[Tensor, "m n"]) -> Float[Tensor, "m m"]:
+    """Add XXᵀ to a Gram, in place and tile by tile: a sum of two whole ones would take twice the memory."""
+    if product is None and len(rows) <= _TILE:
+        return row_products(rows)
+    product = rows.new_zeros(len(rows), len(rows)) if product is None else product
+    tiles = [slice(first, first + _TILE) for first in range(0, len(rows), _TILE)]
+    for index, tile in enumerate(tiles):
+        for other in tiles[:index]:
+            product[tile, other] += rows[tile] @ rows[other].mT
+            product[other, tile] = product[tile, other].mT
+        product[tile, tile] += row_products(rows[tile])
+    return product
 
 
 def gram_matrix(dense: Float[Tensor, "out in"]) -> Float[Tensor, "m m"]:

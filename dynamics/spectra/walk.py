@@ -25,6 +25,8 @@ from probes.low_rank import LowRankMatrix
 #: Bytes of float64 stack that one batch works on: what stays in a CPU's last-level cache, what fills an accelerator.
 BATCH_BYTES = {"cpu": 2**23}
 BATCH_BYTES_ELSEWHERE = 2**26
+#: Rows of a dense matrix that are looked at together.
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -322,4 +324,4 @@ def _solve_dense(
         (math.nan if of_total is None else of_total.edge, math.nan if of_change is None else of_change.edge),
         remainders=(total and total.remainder, increment and increment.remainder),
     )
-    return BatchResult(spectra, None, bool(now.isfinite().all()), profile.energy)
+    return BatchResult(spectra, None, all(bool(rows.isfinite().all()) for rows in now.split(_ROWS)), profile.energy)

@@ -125,7 +125,7 @@ def intruder_search(rounds: int) -> None:
 
 
 def write_checkpoints(folder: Path, shapes: Mapping[str, tuple[int, int]], layers: int) -> None:
-    """A base and one checkpoint in bfloat16, a file for each layer; all layers have the same numbers."""
+    """A base and one checkpoint in bfloat16, a file for each layer: the same rows, begun at another."""
     generator = torch.Generator().manual_seed(0)
     base = {role: (0.02 * torch.randn(*shape, generator=generator)).bfloat16() for role, shape in shapes.items()}
     moved = {
@@ -137,7 +137,7 @@ def write_checkpoints(folder: Path, shapes: Mapping[str, tuple[int, int]], layer
         places = {}
         for layer in range(layers):
             file = f"model-{layer + 1:05d}-of-{layers:05d}.safetensors"
-            named = {f"model.layers.{layer}.{role}.weight": value for role, value in tensors.items()}
+            named = {f"model.layers.{layer}.{role}.weight": value.roll(layer, 0) for role, value in tensors.items()}
             save_file(named, folder / name / file, metadata={"format": "pt"})
             places |= dict.fromkeys(named, file)
         (folder / name / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))

@@ -136,8 +136,11 @@ def test_blocks_of_a_difference_give_the_spectrum_of_the_whole_and_leave_it_as_i
     now, before = (torch.randn(*shape, generator=generator).to(dtype) for _ in range(2))
     copies = now.clone(), before.clone()
     exact = torch.linalg.svdvals(now.double() - before.double())
-    for size in (dense._BLOCK_BYTES, 8 * 40 * 7):
+    for size, tile in ((dense._BLOCK_BYTES, dense._TILE), (8 * 40 * 7, 40), (8 * 40 * 7, 9)):
         monkeypatch.setattr(dense, "_BLOCK_BYTES", size)
+        monkeypatch.setattr(dense, "_TILE", tile)
+        product = dense._size_and_gram(now, before)[1]
+        assert torch.equal(product, product.mT)
         for method in ("gram", "svd"):
             values = dense_spectrum(now, minus=before, method=method).values
             torch.testing.assert_close(values, exact, rtol=1e-11, atol=1e-12)
