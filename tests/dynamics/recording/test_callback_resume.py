@@ -90,7 +90,7 @@ def test_resuming_from_other_weights_is_refused(run):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.ones_(parameter.data)
-    with pytest.raises(RecordsExist, match=r"has a record of step 4 whose spectra differ from the model's by \d+%"):
+    with pytest.raises(RecordsExist, match=r"has a record of step 4 whose spectra differ from the model's by \d+ %"):
         Recorder(run, model, resume_from=4)
     assert list(records_of(run).records) == list(range(1, 9))
 

@@ -307,7 +307,7 @@ def test_the_size_of_large_records_is_said_before_training_begins(tmp_path, monk
     monkeypatch.setattr(fisher, "MOST_BYTES", 1000)
     said = []
     callback = DynamicsCallback(tmp_path, [task("a", 11)], at=[1])
-    caught = pytest.warns(UserWarning, match="OD320.*a record of the Fisher would take")
+    caught = pytest.warns(UserWarning, match="OD320 A record of the Fisher would take")
     training = trainer(tmp_path, [callback, Begins(lambda: said.extend(map(str, caught.list)))], max_steps=1)
     with caught:
         training.train()

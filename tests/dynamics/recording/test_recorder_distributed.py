@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,6 +95,7 @@ class Gathers:
         DTensor.full_tensor = self._full_tensor
 
     def _noted(self, whole: Tensor) -> Tensor:
+        gc.collect()  # whatever waits for it does not count
         # By their storage: a view keeps it alive without the tensor.
         self._alive = [(storage, size) for storage, size in self._alive if not storage.expired()]
         self._alive.append((StorageWeakRef(whole.untyped_storage()), whole.numel()))
