@@ -47,6 +47,8 @@ _FORMATS: dict[torch.dtype, tuple[torch.dtype, int, int, float]] = {
     torch.float16: (torch.int16, 0x7C00, 10, 2.0**-14),
     torch.float32: (torch.int32, 0x7F800000, 23, 2.0**-126),
 }
+#: Numbers of which a copy stays in a core's cache.
+_CACHED = 2**18
 
 
 def ulp_energy(factor: Tensor, dim: int) -> Float[Tensor, " k"]:
@@ -79,10 +81,13 @@ def stacked_ulp_energy(rows: Float[Tensor, "*batch n"], dtype: torch.dtype) -> F
     if dtype not in _FORMATS:
         return torch.zeros(rows.shape[:-1], dtype=torch.float64)
     _, _, bits, smallest = _FORMATS[dtype]
-    powers = torch.bitwise_and(rows.view(torch.int64), 0x7FF0000000000000).view(torch.float64)
-    if dtype == torch.float16:
-        powers.clamp_min_(smallest)
-    return powers.square_().sum(-1).mul_(4.0**-bits).cpu()
+    norms = []
+    for part in rows.flatten(0, -2).split(max(1, _CACHED // max(1, rows.shape[-1]))):
+        powers = torch.bitwise_and(part.view(torch.int64), 0x7FF0000000000000).view(torch.float64)
+        if dtype == torch.float16:
+            powers.clamp_min_(smallest)
+        norms.append(torch.linalg.vector_norm(powers, dim=-1))
+    return torch.cat(norms).square_().mul_(4.0**-bits).cpu().view(rows.shape[:-1])
 
 
 def noise_energy(

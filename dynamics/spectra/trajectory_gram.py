@@ -58,6 +58,7 @@ class _Side:
         products: B_sᵀB_t.
         changes: ΔB_tᵀΔB_{t−1}, from the second step on.
         is_summable: Whether no B_t is much smaller than what it is the sum of, so that ``products`` hold.
+        ulps: Σ ulp² over each column of B_t as it is stored.
     """
 
     triangles: Float[Tensor, "batch step columns columns"]
@@ -65,6 +66,7 @@ class _Side:
     products: Float[Tensor, "batch step r step r"]
     changes: Float[Tensor, "batch later r r"]
     is_summable: Bool[Tensor, " batch"]
+    ulps: Float[Tensor, "batch step r"]
 
 
 def solve_trajectories(
@@ -108,7 +110,8 @@ def solve_trajectories(
         path = paths[index] if is_summable[index] else path_gram(matrices[index])
         cores = Cores(left.triangles[index], right.triangles[index], rank, scales[index], _shifted(scales[index]))
         by_gram = (left.by_gram[index] & right.by_gram[index]).tolist()
-        steps = _results(matrices[index], cores, by_gram, left.changes[index], right.changes[index])
+        noise = rounding.noise_of_ulps(scales[index], left.ulps[index], right.ulps[index], *cores.energies())
+        steps = _results(matrices[index], cores, by_gram, noise.tolist(), left.changes[index], right.changes[index])
         results[index] = TrajectoryResult(steps, path)
     return results
 
@@ -123,29 +126,33 @@ def _side(
 ) -> tuple[_Side, Bool[Tensor, " batch"]]:
     """Return one side, and of which matrices it holds."""
     steps = len(matrices[0])
-    rows = _rows(matrices, name, rank, device, workspace)
+    rows, ulps = _rows(matrices, name, rank, device, workspace)
     for step in range(steps - 1, 0, -1):
         rows[:, step] -= rows[:, step - 1]
     gram = _row_products(rows.flatten(1, 2))
     energies = gram.diagonal(dim1=1, dim2=2).unflatten(1, (steps, rank))
-    is_held = gram.isfinite().flatten(1).all(1)
+    is_held = energies.isfinite().flatten(1).all(1)  # no entry is larger than those of the diagonal
     for index, step, column in torch.nonzero(energies < FAINT).tolist():
         is_held[index] &= not bool(rows[index, step, column].any())
     gram[~is_held] = 0.0
-    return _reduced(matrices, name, gram.unflatten(1, (steps, rank)).unflatten(3, (steps, rank)), energies), is_held
+    blocks = gram.unflatten(1, (steps, rank)).unflatten(3, (steps, rank))
+    return _reduced(matrices, name, blocks, energies, ulps), is_held
 
 
 def _rows(
     matrices: Sequence[Sequence[LowRankMatrix]], name: str, rank: int, device: torch.device | str, workspace: Workspace
-) -> Float[Tensor, "batch step r n"]:
-    """Return the columns of B_t, or the rows of A_t, in float64; zeros up to the largest rank."""
+) -> tuple[Float[Tensor, "batch step r n"], Float[Tensor, "batch step r"]]:
+    """Return the columns of B_t, or the rows of A_t, in float64, and Σ ulp² of each; zeros up to the largest rank."""
     size = matrices[0][0].shape[0 if name == "left" else 1]
     rows = workspace.take(name, (len(matrices), len(matrices[0]), rank, size), device)
+    ulps = torch.zeros(rows.shape[:-1], dtype=torch.float64)
     for index, trajectory in enumerate(matrices):
         for step, matrix in enumerate(trajectory):
-            rows[index, step, : matrix.rank] = _factor(matrix, name)
+            factor, present = _factor(matrix, name), rows[index, step, : matrix.rank]
+            present[:] = factor
             rows[index, step, matrix.rank :] = 0
-    return rows
+            ulps[index, step, : matrix.rank] = rounding.stacked_ulp_energy(present, factor.dtype)
+    return rows, ulps
 
 
 def _row_products(rows: Float[Tensor, "batch columns n"]) -> Float[Tensor, "batch columns columns"]:
@@ -160,6 +167,7 @@ def _reduced(
     name: str,
     gram: Float[Tensor, "batch step r step r"],
     energies: Float[Tensor, "batch step r"],
+    ulps: Float[Tensor, "batch step r"],
 ) -> _Side:
     rank = gram.shape[2]
     beside = gram.cumsum(1)  # B_sᵀΔB_t
@@ -172,7 +180,7 @@ def _reduced(
     by_gram = pivots.square() * shares >= TRUSTED
     for index, step in torch.nonzero(~by_gram).tolist():
         triangles[index, step] = _exact_triangle(matrices[index], name, step, rank)
-    return _Side(triangles, by_gram, products, _of_steps(gram, later=1), (shares >= TRUSTED).all(1))
+    return _Side(triangles, by_gram, products, _of_steps(gram, later=1), (shares >= TRUSTED).all(1), ulps)
 
 
 def _of_steps(blocks: Float[Tensor, "batch step r step r"], later: int = 0) -> Float[Tensor, "batch steps r r"]:
@@ -200,6 +208,7 @@ def _results(
     trajectory: Sequence[LowRankMatrix],
     cores: Cores,
     by_gram: Sequence[bool],
+    noise: Sequence[float],
     left_changes: Float[Tensor, "later r r"],
     right_changes: Float[Tensor, "later r r"],
 ) -> list[BatchResult]:
@@ -207,10 +216,6 @@ def _results(
     total_cores = cores.total()
     totals, changes = core_singular_values(total_cores), core_singular_values(cores.increment())
     finite = total_cores.isfinite().all(-1).all(-1).tolist()
-    noise = [
-        rounding.noise_energy(matrix, left[: matrix.rank], right[: matrix.rank])
-        for matrix, left, right in zip(trajectory, *cores.energies(), strict=True)
-    ]
     factors = cores.factors()
     inner = increments.increment_products(
         cores.members(slice(2, None)), cores.members(slice(1, -1)), left_changes[1:], right_changes[1:]
