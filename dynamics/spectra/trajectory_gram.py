@@ -27,7 +27,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dynamics.spectra import increments, rounding
-from dynamics.spectra.dense import row_products
 from dynamics.spectra.increments import Cores, Workspace
 from dynamics.spectra.path import path_gram
 from dynamics.spectra.singular_values import FAINT, TRUSTED, core_singular_values, gram_triangles, padded_triangle
@@ -101,7 +100,7 @@ def solve_trajectories(
     scales = torch.stack([increments.scales(steps, rank) for steps in matrices])
     left, is_left_held = _side(matrices, "left", rank, device, workspace)
     right, is_right_held = _side(matrices, "right", rank, device, workspace)
-    products = left.products * right.products * scales[:, :, :, None, None] * scales[:, None, None]
+    products = left.products.mul_(right.products).mul_(scales[:, :, :, None, None]).mul_(scales[:, None, None])
     paths = products.sum((2, 4)).numpy()
     results: list[TrajectoryResult | None] = [None] * len(matrices)
     held = is_left_held & is_right_held
@@ -129,14 +128,14 @@ def _side(
     rows, ulps = _rows(matrices, name, rank, device, workspace)
     for step in range(steps - 1, 0, -1):
         rows[:, step] -= rows[:, step - 1]
-    gram = _row_products(rows.flatten(1, 2))
+    gram = _row_products(rows.flatten(1, 2), name, workspace)
     energies = gram.diagonal(dim1=1, dim2=2).unflatten(1, (steps, rank))
     is_held = energies.isfinite().flatten(1).all(1)  # no entry is larger than those of the diagonal
     for index, step, column in torch.nonzero(energies < FAINT).tolist():
         is_held[index] &= not bool(rows[index, step, column].any())
     gram[~is_held] = 0.0
     blocks = gram.unflatten(1, (steps, rank)).unflatten(3, (steps, rank))
-    return _reduced(matrices, name, blocks, energies, ulps), is_held
+    return _reduced(matrices, name, blocks, energies, ulps, workspace), is_held
 
 
 def _rows(
@@ -155,11 +154,17 @@ def _rows(
     return rows, ulps
 
 
-def _row_products(rows: Float[Tensor, "batch columns n"]) -> Float[Tensor, "batch columns columns"]:
+def _row_products(
+    rows: Float[Tensor, "batch columns n"], name: str, workspace: Workspace
+) -> Float[Tensor, "batch columns columns"]:
     """Return XXᵀ of each member, on the host."""
     if rows.device.type != "cpu":
         return (rows @ rows.mT).cpu()
-    return torch.stack([row_products(member) for member in rows])
+    grams = workspace.take(f"{name} gram", (*rows.shape[:2], rows.shape[1]), "cpu")
+    for member, gram in zip(rows.numpy(), grams.numpy(), strict=True):
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite stays so
+            np.matmul(member, member.T, out=gram)  # which NumPy hands to syrk
+    return grams
 
 
 def _reduced(
@@ -168,10 +173,13 @@ def _reduced(
     gram: Float[Tensor, "batch step r step r"],
     energies: Float[Tensor, "batch step r"],
     ulps: Float[Tensor, "batch step r"],
+    workspace: Workspace,
 ) -> _Side:
     rank = gram.shape[2]
-    beside = gram.cumsum(1)  # B_sᵀΔB_t
-    products = beside.cumsum(3)
+    # Into buffers: arrays of this size that come and go leave holes in the memory of each thread.
+    beside, products = (workspace.take(f"{name} {part}", tuple(gram.shape), "cpu") for part in ("beside", "products"))
+    torch.cumsum(gram, 1, out=beside)  # B_sᵀΔB_t
+    torch.cumsum(beside, 3, out=products)
     total, mixed, change = (_of_steps(array) for array in (products, beside, gram))
     mixed[:, 0], change[:, 0] = 0.0, 0.0  # B₁ stands in the place of a change
     triangles, pivots = gram_triangles(torch.cat([torch.cat([total, mixed], 3), torch.cat([mixed.mT, change], 3)], 2))
