@@ -75,8 +75,8 @@ def _ulp_squared(factor: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
 def stacked_ulp_energy(rows: Float[Tensor, "*batch n"], dtype: torch.dtype) -> Float[Tensor, "*batch"]:
     """Return :func:`ulp_energy` of each row of numbers that were stored in another format, given in float64.
 
-    >>> stacked_ulp_energy(torch.tensor([[1.5, 1.0]], dtype=torch.float64), torch.bfloat16) * 2**14
-    tensor([2.], dtype=torch.float64)
+    >>> stacked_ulp_energy(torch.tensor([[1.5, 1.0, 1.2, 1.9]], dtype=torch.float64), torch.bfloat16) * 2**14
+    tensor([4.], dtype=torch.float64)
     """
     if dtype not in _FORMATS:
         return torch.zeros(rows.shape[:-1], dtype=torch.float64)

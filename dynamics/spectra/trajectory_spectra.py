@@ -168,7 +168,7 @@ def _steps_that_fit(rank: int, sides: int, room: int) -> int:
     """Return for how many steps the factors and Grams of a matrix fit: 8·r·sides·T + 8·copies·(rT)² bytes.
 
     >>> _steps_that_fit(16, 4096 + 11008, 2**29)
-    140
+    131
     """
     if not rank:
         return sys.maxsize  # a dense matrix is solved step by step
