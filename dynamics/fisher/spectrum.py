@@ -238,9 +238,9 @@ def centred_eigenvalues(
         inside = (root + step > below) & (root + step < above)
         nearest = torch.minimum(values[:, columns] - root, root - values[:, columns + 1])
         done = (step.abs() <= 1e-6 * nearest) & inside | (step.abs() <= least)  # the next step is as its cube
-        found = torch.where(inside | done, root + step, (below + above) / 2)
-        lower[:, columns], upper[:, columns] = torch.where(done, found, below), torch.where(done, found, above)
-        roots[:, columns] = found
+        moved = torch.where(inside | done, root + step, (below + above) / 2)
+        lower[:, columns], upper[:, columns] = torch.where(done, moved, below), torch.where(done, moved, above)
+        roots[:, columns] = moved
     return torch.cat([roots, 0 * values[:, :1]], dim=1).numpy()
 
 

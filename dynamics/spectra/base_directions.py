@@ -101,15 +101,13 @@ class LeadingDecomposition:
             inside = dense @ torch.cholesky_solve(dense.mT @ rest, factor)
             if float((dense.mT @ (rest - inside)).norm()) > 1e-8 * float((dense.mT @ rest).norm()):
                 return torch.ones(rest.shape[1], dtype=torch.float64)
-            return _largest_atoms(
-                lambda x: dense @ (dense.mT @ x), self.left, inside, float(self.values[-1]) ** 2, enough
-            )
+            return _largest_atoms(lambda x: dense @ (dense.mT @ x), self.left, inside, largest, enough)
         return _largest_atoms(lambda x: self.product @ x, self.left, rest, largest, enough)
 
 
 def _largest_atoms(
     apply: Callable[[Tensor], Tensor],
-    known: Float[Tensor, "out k"],
+    eigenvectors: Float[Tensor, "out k"],
     starts: Float[Tensor, "out n"],
     largest: float,
     enough: float,
@@ -118,7 +116,7 @@ def _largest_atoms(
 
     Args:
         apply: The operator, positive semi-definite.
-        known: Eigenvectors that the columns are orthogonal to.
+        eigenvectors: Those that the columns are orthogonal to.
         starts: The columns.
         largest: Bound of the other eigenvalues.
         enough: Smaller bounds are not asked for.
@@ -131,7 +129,7 @@ def _largest_atoms(
         image = apply(basis[step])
         middle[step] = (basis[step] * image).sum(0)
         for _ in range(2):
-            image = image - known @ (known.mT @ image)
+            image = image - eigenvectors @ (eigenvectors.mT @ image)
             image = image - torch.einsum("snk,sk->nk", basis[: step + 1], (basis[: step + 1] * image).sum(1))
         beside[step] = image.square().sum(0).sqrt()
         if bool((beside[step] <= 1e-12 * largest).any()):  # the column lies in a few eigenvectors
@@ -258,11 +256,11 @@ def leading_left(
 
 def _leading_vectors(product: Float[Tensor, "m m"], k: int) -> tuple[Float[Tensor, " k"], Float[Tensor, "m k"]] | None:
     """Return leading eigenvalues and vectors that are off by less than ``ANGLE``; ``None`` where they are not."""
-    found = leading_eigenpairs(product, k + 1, tolerance=_RESIDUAL)
-    if found is None or not float(found.values[-1]) > 1e-12 * float(found.values[0]):
+    pairs = leading_eigenpairs(product, k + 1, tolerance=_RESIDUAL)
+    if pairs is None or not float(pairs.values[-1]) > 1e-12 * float(pairs.values[0]):
         return None
-    gap = float(-found.values.diff().amax())
-    return (found.values[:k], found.vectors[:, :k]) if found.residual <= ANGLE * gap else None
+    gap = float(-pairs.values.diff().amax())
+    return (pairs.values[:k], pairs.vectors[:, :k]) if pairs.residual <= ANGLE * gap else None
 
 
 def _host(weight: Tensor) -> Float[Tensor, "out in"]:

@@ -94,9 +94,10 @@ def dense_spectrum(
         scale = 1.0 if _SQUARES_SAFELY[0] < size < _SQUARES_SAFELY[1] else size
         if scale != 1.0:
             _, product = _size_and_gram(matrix, minus, scale)
-        found = None if top is None else leading_spectrum(product, top)
-        if found is not None:
-            return DenseSpectrum(found[0] * scale, "lanczos", found[1].scaled(scale))
+        leading = None if top is None else leading_spectrum(product, top)
+        if leading is not None:
+            values, remainder = leading
+            return DenseSpectrum(values * scale, "lanczos", remainder.scaled(scale))
         values = _from_gram(product)
         del product
         if values is not None and (method == "gram" or gram_suffices(values, resolution)):

@@ -69,11 +69,11 @@ def leading_spectrum(product: Float[Tensor, "n n"], k: int) -> tuple[Float[Tenso
     """
     energy = float(product.trace())
     share = product / energy
-    found = leading_eigenpairs(share, k, tolerance=_RESIDUAL)
-    if found is None:
+    pairs = leading_eigenpairs(share, k, tolerance=_RESIDUAL)
+    if pairs is None:
         return None
-    low, high, purity = _entropy_bounds(share, found.values.cpu(), found.residual)
-    values = (found.values.cpu().clamp_min(0) * energy).sqrt()
+    low, high, purity = _entropy_bounds(share, pairs.values.cpu(), pairs.residual)
+    values = (pairs.values.cpu().clamp_min(0) * energy).sqrt()
     return values, Remainder(math.sqrt(energy), 1 / purity, low, high)
 
 
@@ -145,8 +145,8 @@ def measures_of_leading(
         participation_ratio: Of the whole spectra.
         tolerance: Of ``numerical_rank``.
 
-    >>> known = measures_of_leading(np.array([[2.0, 1.0]]), np.array([10.0]) ** 0.5, np.array([3.0]), np.array([0.1]))
-    >>> known["stable_rank"].item(), known["rank_at_energy"].item(), known["numerical_rank"].item()
+    >>> leading = measures_of_leading(np.array([[2.0, 1.0]]), np.array([10.0]) ** 0.5, np.array([3.0]), np.array([0.1]))
+    >>> leading["stable_rank"].item(), leading["rank_at_energy"].item(), leading["numerical_rank"].item()
     (2.5, nan, nan)
     """
     relative = values / norm[:, None]
