@@ -54,7 +54,7 @@ def has_rule(call: Call, name: str) -> bool:
         return False
     if is_convolution(module):
         return call.output.ndim == _dimensions(module) + 2  # else one image without a dimension of images
-    if _is_linear(module) or _is_conv1d(module):
+    if _is_linear(module) or is_conv1d(module):
         return True
     return (name == "weight" and _is_embedding(module)) or _is_elementwise(call, name)
 
@@ -81,7 +81,7 @@ def follows(first: Call, last: Call) -> bool:
 def _has_matrix(module: nn.Module) -> bool:
     """Return whether the gradient of the module's weight, or of the weight it adapts, is Σ δ xᵀ."""
     base = adapted_layer(module)
-    return isinstance(base, nn.Linear) or _is_conv1d(base) or is_convolution(base) or _is_embedding(base)
+    return isinstance(base, nn.Linear) or is_conv1d(base) or is_convolution(base) or _is_embedding(base)
 
 
 def adapted_layer(module: nn.Module) -> nn.Module:
@@ -93,7 +93,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
     """Return whether a module is GPT-2's linear layer, whose weight is (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
@@ -199,11 +199,11 @@ def term(
         by_sample: Takes rows of all calls apart: ``(sample, token, …)``.
     """
     module = calls[0].module
-    if is_convolution(module) or _is_linear(module) or _is_conv1d(module):
+    if is_convolution(module) or _is_linear(module) or is_conv1d(module):
         if name == "bias":
             return Materialised(by_sample(rows).sum(1))
         matrix = matrix_term(calls, rows, by_sample)
-        return Outer(matrix.right, matrix.left) if _is_conv1d(module) and isinstance(matrix, Outer) else matrix
+        return Outer(matrix.right, matrix.left) if is_conv1d(module) and isinstance(matrix, Outer) else matrix
     if _is_embedding(module):
         return matrix_term(calls, rows, by_sample)
     slopes = [gradient_rows(call, _slope(call, name)) for call in calls]

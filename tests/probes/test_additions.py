@@ -1,0 +1,138 @@
+"""A change that is added to a layer's output is a change of its weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from probes import LowRankMatrix, watched_matrices
+from probes.additions import added
+
+
+class Layers(nn.Module):
+    """One layer of each kind, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(11, 6)
+        self.linear = nn.Linear(6, 5)
+        self.conv1d = Conv1D(4, 5)
+        self.images = nn.Conv2d(4, 3, 2, stride=1, padding=1)
+        self.norm = nn.LayerNorm(3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.conv1d(torch.tanh(self.linear(self.words(ids))))  # (sample, place, 4)
+        images = hidden.mT.unflatten(2, (2, 3))
+        return self.norm(self.images(images).flatten(2).mT)
+
+
+NAMES = ("words", "linear", "conv1d", "images")
+IDS = torch.arange(18).reshape(3, 6) % 11
+
+
+def adapted(dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    model = get_peft_model(Layers(), LoraConfig(r=2, target_modules=list(NAMES), lora_alpha=3)).to(dtype)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "embedding_B" in name:
+            nn.init.normal_(parameter)
+    return model.eval()
+
+
+def dense(dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return Layers().to(dtype).eval()
+
+
+def changes_of(model: nn.Module, *, low_rank: bool) -> dict[str, torch.Tensor | LowRankMatrix]:
+    generator = torch.Generator().manual_seed(1)
+    changes: dict[str, torch.Tensor | LowRankMatrix] = {}
+    for name, matrix in watched_matrices(model).items():
+        out, in_ = matrix.shape
+        left, right = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((out, 3), (3, in_)))
+        product = LowRankMatrix(left, right, 0.1)
+        changes[name] = product if low_rank else product.to_dense()
+    return changes
+
+
+def with_merged(model: nn.Module, changes: dict[str, torch.Tensor | LowRankMatrix]) -> torch.Tensor:
+    """What the model gives with the changes in its weights, by the orientation of each layer's own weight."""
+    for name, change in changes.items():
+        matrix = change.to_dense() if isinstance(change, LowRankMatrix) else change
+        layer = model.get_submodule(name if hasattr(model, "linear") else f"base_model.model.{name}")
+        is_adapter = hasattr(layer, "get_base_layer")
+        weight = layer.get_base_layer().weight if is_adapter else layer.weight
+        turned = is_adapter and name in ("words", "conv1d")
+        weight.data += (matrix.mT if turned else matrix).reshape(weight.shape).to(weight.dtype)
+    return model(IDS)
+
+
+@pytest.mark.parametrize("low_rank", [True, False])
+@pytest.mark.parametrize("make", [adapted, dense])
+def test_added_changes_are_changes_of_the_weights(make, low_rank: bool) -> None:
+    model = make()
+    before = model(IDS)
+    changes = changes_of(model, low_rank=low_rank)
+    assert set(changes) == set(NAMES)
+    with added(model, changes), torch.no_grad():
+        values = model(IDS)
+    torch.testing.assert_close(model(IDS), before, rtol=0, atol=0)
+    torch.testing.assert_close(values, with_merged(make(), changes), rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(values, before)
+
+
+def test_a_change_too_small_for_the_weights_format_counts() -> None:
+    small = {"linear": 1e-4 * torch.ones(5, 6)}
+    exact = dense(torch.float32)
+    with added(exact, small):
+        expected = exact.linear(torch.ones(6))
+    model = dense(torch.bfloat16)
+    with added(model, small):
+        values = model.linear(torch.ones(6, dtype=torch.bfloat16))
+    assert values.dtype == torch.bfloat16
+    torch.testing.assert_close(values.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_vectors_are_changed_in_place_and_back() -> None:
+    model = dense()
+    kept = model.norm.weight.detach().clone()
+    with added(model, {"norm.weight": torch.tensor([1.0, 2.0, 3.0])}):
+        torch.testing.assert_close(model.norm.weight.detach(), kept + torch.tensor([1.0, 2.0, 3.0]))
+    assert torch.equal(model.norm.weight, kept)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"nothing": torch.ones(1)}, "such as"),
+        ({"linear": torch.ones(2, 2)}, "shape"),
+        ({"norm.weight": torch.ones(3)}, "single precision"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_leaves_no_hook(changes, what: str) -> None:
+    model = dense(torch.bfloat16)
+    with pytest.raises(ValueError, match=what), added(model, changes):
+        pass
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_tied_weight_is_refused() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
+    model["b"].weight = model["a"].weight
+    with pytest.raises(ValueError, match="one layer"), added(model, {"a": torch.ones(3, 3)}):
+        pass
+
+
+def test_hooks_are_gone_after_an_error() -> None:
+    model = dense()
+
+    def fail() -> None:
+        with added(model, {"linear": torch.ones(5, 6)}):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert not any(module._forward_hooks for module in model.modules())
