@@ -120,6 +120,12 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD601": ("warning", "an analysis was stopped while it put its result in place"),
     "OD602": ("note", "results of an earlier version beside this one"),
     "OD603": ("note", "an earlier result could not be removed"),
+    # 7xx: interventions
+    "OD701": ("note", "an update whose effect cannot be told from 0"),
+    "OD702": ("note", "parts of an update that have no shares"),
+    "OD703": ("note", "a concentrated part that does not lower the loss"),
+    "OD704": ("warning", "equal passes over the samples give different losses"),
+    "OD705": ("note", "parts of an update in half precision"),
 }
 
 

@@ -274,13 +274,14 @@ def _decomposed(
     on, off, whole = on[:, at], off[:, at], full[0, at]
     parts = decompose(on, off, whole, captured, labels)
     change = effects(whole[None], labels).estimate
-    paid = (on + whole - off) / 2 - captured * whole
+    attributed = (on + whole - off) / 2
     kept = parts.is_resolved & parts.is_separable
     arrays: dict[str, np.ndarray] = {
         "captured": effects(captured, labels).estimate,
         **_ends("interaction", parts.interaction),
+        **_ends("attributed", effects(attributed, labels)),
         **_ends("excess", parts.excess),
-        "excess_p": adjusted_p(paid, labels),
+        "excess_p": adjusted_p(attributed - captured * whole, labels),
         "relative_excess": np.where(
             parts.is_resolved, parts.excess.estimate / np.where(change == 0, np.nan, change), np.nan
         ),

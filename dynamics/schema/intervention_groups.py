@@ -70,13 +70,22 @@ INTERVENTION: Mapping[str, Variable] = {
         _JACKKNIFE,
     ),
     **_with_interval(
+        "attributed",
+        Variable(
+            _PER_K,
+            "nat",
+            "effect attributed to the part",
+            "φ = ½(D(on) + D(full) − D(off)), Shapley: with half of the interaction",
+        ),
+        _JACKKNIFE,
+    ),
+    **_with_interval(
         "excess",
         Variable(
             _PER_K,
             "nat",
             "effect beyond the share of the norm",
-            "T = ½(D(on) + D(full) − D(off)) − c D(full): 0 for any part that is random with respect to δ, and for "
-            "every part of a step −η∇L",
+            "T = φ − c D(full): 0 for any part that is random with respect to δ, and for every part of a step −η∇L",
         ),
         _JACKKNIFE,
     ),
@@ -92,8 +101,7 @@ INTERVENTION: Mapping[str, Variable] = {
             _PER_K,
             "1",
             "share of the effect",
-            "s = ½(D(on) + D(full) − D(off))/D(full), Shapley: the two parts' add to 1; NaN where not resolved or not "
-            "separable",
+            "s = φ/D(full): the two parts' add to 1; NaN where not resolved or not separable",
         ),
         _FIELLER,
     ),
