@@ -15,7 +15,7 @@ import xarray as xr
 
 from dynamics.findings import Finding
 from dynamics.schema import ALL
-from dynamics.text import counted, finite, integer, interval, listed, number, p_value, percent, with_minus
+from dynamics.text import counted, finite, integer, interval, listed, number, p_value, percent, some, with_minus
 
 #: What is said of one step's update and of its part in the leading directions, by the first rule that applies.
 VERDICTS: Mapping[str, str] = {
@@ -258,32 +258,28 @@ def _tasks(at_step: xr.Dataset) -> list[str]:
     return names if len(names) > 1 else [ALL]
 
 
-def _elsewhere(at_step: xr.Dataset, k: int) -> str:
+def _elsewhere(at_step: xr.Dataset, leading: int) -> str:
     """Return which other k and tasks differ from their share of the norm, by the p of all together."""
-    if "excess_p" not in at_step:
+    if "excess_p" not in at_step or (tested := int(at_step["excess_p"].notnull().sum())) < 2:
         return ""
-    p = at_step["excess_p"]
-    tested = int(np.isfinite(p.values).sum())
-    if tested < 2:
-        return ""
-    shown = []
-    for row in p["k"].values.tolist():
+    shown: dict[str, dict[int, list[str]]] = {"more": {}, "less": {}}
+    largest = 0.0
+    for k in at_step["k"].values.tolist():
         for task in dict.fromkeys([ALL, *_tasks(at_step)]):
-            at = at_step.sel(k=row, task=task)
-            decided = float(at["resolved"]) == 1 and float(at["separable"]) == 1
-            if (row, task) != (k, ALL) and decided and float(at["excess_p"]) <= _SIGNIFICANT:
+            at = at_step.sel(k=k, task=task)
+            decided, p = float(at["resolved"]) == float(at["separable"]) == 1, float(at["excess_p"])
+            if (k, task) != (leading, ALL) and decided and p <= _SIGNIFICANT:
                 way = "more" if float(at["excess"]) > 0 else "less"
-                of = "" if task == ALL else f" for {task}"
-                size, chance = _nat(float(at["excess"])), p_value(float(at["excess_p"]))
-                shown.append(f"{way} with k = {row}{of} (excess {size}, p = {chance})")
-    if not shown:
+                shown[way].setdefault(k, []).append("all samples" if task == ALL else task)
+                largest = max(largest, p)
+    clauses = []
+    for way, by_k in shown.items():
+        cases = [f"k = {k} ({some(names, _NAMED)})" for k, names in by_k.items()]
+        clauses += [f"{way} than its share of the norm for {listed(cases)}"] if cases else []
+    if not clauses:
         return ""
-    rest = len(shown) - _NAMED
-    more = [f"{rest} more such cases"] if rest > 0 else []
-    return (
-        f"Beside the headline, the part pays {listed([*shown[:_NAMED], *more])}; p is adjusted for all {tested} k and "
-        "tasks."
-    )
+    adjusted = f"p ≤ {p_value(largest)}, adjusted for all {tested} k and tasks"
+    return f"Beside the headline, that part pays {'; '.join(clauses)}: {adjusted}."
 
 
 def _over_steps(group: xr.Dataset, steps: list[int]) -> str:
@@ -372,8 +368,8 @@ def _no_gain(at: Mapping[int, xr.Dataset], verdicts: Mapping[int, str]) -> Itera
         where = "Alone," if len(verdicts) == 1 else f"Alone, at step {steps[-1]:,},"
         yield Finding(
             "OD703",
-            f"{_at(steps, verdicts)} the update's part in the leading directions contributes less than its share of the "
-            f"norm and is not shown to lower the loss. {where} it {_lowers(on, 'the loss', first=True)}.",
+            f"{_at(steps, verdicts)} the update's part in the leading directions contributes less than its share of "
+            f"the norm and is not shown to lower the loss. {where} it {_lowers(on, 'the loss', first=True)}.",
             "Do not read the captured share as progress. Compare with the rest of the update (off).",
             evidence={"steps": steps, "effect": on.value, "excess": excess.value, "captured": float(last["captured"])},
             step=steps[-1],

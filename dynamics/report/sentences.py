@@ -175,6 +175,15 @@ def informative_directions(summary: Mapping[str, Any]) -> list[str]:
     return [paragraph for paragraph in paragraphs if paragraph]
 
 
+def does_it_matter(summary: Mapping[str, Any]) -> list[str]:
+    """Return whether the part along informative directions lowers the loss; nothing where no update was taken apart.
+
+    Args:
+        summary: Of one run, see ``summarise``.
+    """
+    return [] if summary["intervention"] is None else summary["intervention"]["statements"]
+
+
 def _spectrum(fisher: Mapping[str, Any]) -> str:
     name = _FISHERS.get(fisher["fisher"], f"{fisher['fisher']} Fisher".strip())
     samples, groups = fisher["samples"] or 0, fisher["groups"] or 0
