@@ -51,13 +51,13 @@ class Related:
 
 
 def measures_of_run(tree: xr.DataTree) -> xr.Dataset:
-    """Return the measures of one run that can be related, ``(step)`` each: of Fisher, concentration, effects and updates.
+    """Return the measures of one run that can be related, ``(step)`` each: of Fisher, concentration, parts and updates.
 
     ``ln_participation_ratio``, ``spectral_entropy``, ``dominant_ratio`` of the Fisher; ``ln_gain_16``; medians over
-    matrices of increments and totals (``increment/effective_rank_energy``, …); and, of each update that was taken apart,
-    at the headline's k and of all samples, ``intervention/share``, the leading part's share of the effect s = φ/D(full),
-    NaN where the effect is not resolved or parts have no shares, and ``intervention/relative_excess``, T/D(full), NaN
-    where it is not resolved.
+    matrices of increments and totals (``increment/effective_rank_energy``, …). Of each update that was taken apart, at
+    the headline's k and of all samples: ``intervention/share``, the share s = φ/D(full) of the effect that its leading
+    part has, NaN where the effect is not resolved or the parts have no shares, and ``intervention/relative_excess``,
+    T/D(full), NaN where it is not resolved.
     """
     measures: dict[str, xr.DataArray] = {}
     if "fisher" in tree.children and GLOBAL in tree["fisher"].to_dataset()["block"].values:

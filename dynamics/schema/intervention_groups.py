@@ -86,7 +86,8 @@ INTERVENTION: Mapping[str, Variable] = {
             _PER_K,
             "nat",
             "effect beyond the share of the norm",
-            "T = φ − c D(full): 0 for any part that is random with respect to δ, and for every part of a step −η∇L",
+            "T = φ − c D(full), with c of each fold: 0 for any part that is random with respect to δ, and for every "
+            "part of a step −η∇L",
         ),
         _JACKKNIFE,
     ),
