@@ -65,7 +65,8 @@ def value_of(at: xr.Dataset, name: str, **chosen: str | float) -> Value:
     """Return a variable of one step, k and task with its interval; of effects, one arm and length."""
     if name not in at:
         return Value(np.nan, np.nan, np.nan)
-    return Value(*(float(at[f"{name}{end}"].sel(chosen)) for end in ("", "_low", "_high")))
+    value, low, high = (float(at[f"{name}{end}"].sel(chosen)) for end in ("", "_low", "_high"))
+    return Value(value, low, high)
 
 
 def verdict(at: xr.Dataset) -> str:

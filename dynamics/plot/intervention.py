@@ -219,14 +219,15 @@ def _draw_norm(axes: Axes, rows: xr.Dataset) -> None:
     value, low, high = (rows[f"attributed{end}"].values for end in ("", "_low", "_high"))
     reach = min(1.02, 1.3 * float(np.nanmax(share)))
     axes.axhline(0, **_ZERO)
-    axes.plot([0, 1], [0, whole], color="#444444", linewidth=1.2, label="pays for its norm")
+    axes.axline((0, 0), slope=whole, color="#444444", linewidth=1.2, label="pays for its norm")
     axes.vlines(share, low, high, color=COLOURS[0])
     axes.plot(share, value, "o", color=COLOURS[0], markersize=7, label="leading directions, 95 % interval")
     alone = rows["effect"].sel(arm="on", scale=1.0).values
     axes.plot(share, alone, "s", color=COLOURS[0], markerfacecolor="white", markersize=4, label="the same, alone")
-    for at, height, k in zip(share, value, rows["k"].values.tolist(), strict=True):
-        axes.annotate(f"k = {k}", (at, height), (6, 4), textcoords="offset points", fontsize=8)
+    for at, top, k in zip(share, high, rows["k"].values.tolist(), strict=True):
+        axes.annotate(f"k = {k}", (at, top), (0, 3), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xlim(0, reach)
+    axes.margins(y=0.12)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda part, _: f"{100 * part:g} %"))
     axes.set_xlabel("Share of the update's squared norm")
     axes.set_ylabel("Attributed fall of the loss (nat)")

@@ -80,9 +80,8 @@ def test_the_effect_over_the_norm_stands_beside_what_would_pay_for_it(group):
     np.testing.assert_array_equal(x, at["captured"])
     np.testing.assert_array_equal(y, at["attributed"])
     np.testing.assert_array_equal(drawn(figure, "the same, alone")[1], at["effect"].sel(arm="on", scale=1.0))
-    line = drawn(figure, "pays for its norm")
-    assert (line[0].tolist(), line[1][0]) == ([0, 1], 0)
-    assert line[1][1] == at["effect"].sel(arm="full", scale=1.0, k=16)
+    (line,) = [line for line in figure.axes[0].lines if line.get_label() == "pays for its norm"]
+    assert (line.get_xy1(), line.get_slope()) == ((0, 0), at["effect"].sel(arm="full", scale=1.0, k=16))
     assert [text.get_text() for text in figure.axes[0].texts] == ["k = 4", "k = 16"]
 
 
