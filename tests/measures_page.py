@@ -83,7 +83,7 @@ GROUPS: Mapping[str, Group] = {
     "intervention": Group(
         "Measured by running the model with versions of an update (`arm`) added to the weights from which it began, on "
         "samples whose groups gave no direction. `scale` is the length λ; `all` stands for all samples.",
-        'effects.sel(arm="on", scale=1.0, task="all")["effect"]',
+        'tree["intervention"]["effect"].sel(arm="on", scale=1.0, task="all")',
     ),
     "score": Group(
         "Measured on the probe samples of tasks that have a `score`. Score files are used where they are.",

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 import dynamics
 import probes
+from tests.interventions import CASES, intervention
 from tests.runs import VOCABULARY, Tokens, llama, lora_llama, trainer, write_run
 from tests.whole_models import model_tensors, write_dense_run, write_model
 
@@ -171,8 +172,10 @@ def results() -> dict[str, Any]:
     groups = {"imax": ["imax_s1", "imax_s2"], "dmax": ["dmax_s1", "dmax_s2"]}
     of_runs = {"headline": "stable_rank"}
     options = {"intruders": True, "weights": True, "report": False}
+    tree = dynamics.open_run("runs/probed")
+    tree["intervention"] = xr.DataTree(intervention(CASES["more"]))
     return {
-        "tree": dynamics.open_run("runs/probed"),
+        "tree": tree,
         "full": dynamics.analyze_run("runs/full", base="models/base", **options),
         "study": {
             "association": dynamics.associate(tables["measures"], tables["scores"], **of_runs),
@@ -185,6 +188,7 @@ SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": readme,
     "recording.md": training,
     "informative-directions.md": probed_run,
+    "interventions.md": probed_run,
     "full-fine-tuning.md": whole_models,
     "comparing-runs.md": two_recipes,
     "measures.md": results,

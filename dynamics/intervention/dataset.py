@@ -46,7 +46,7 @@ def intervene(
     :func:`dynamics.intervention.effects.decompose`.
 
     Costs, with two splits, one k and the default arms and lengths, 28 forward passes over the probe samples and two
-    passes forward and backward for the directions. Each further k takes 16 more.
+    passes forward and backward for the directions. Each further k takes 18 more.
 
     Args:
         model: At the weights where the update began; it is left as it was.

@@ -131,7 +131,7 @@ INTERVENTION: Mapping[str, Variable] = {
     "headline": Variable(
         ("step", "k"),
         "1",
-        "k of the headline",
+        "whether k is the headline's",
         "16, or the largest of 1, 2, 4, 8, 16 of at most a quarter of a fold's samples",
     ),
 }
