@@ -26,6 +26,8 @@ VERDICTS: Mapping[str, str] = {
     "no_gain": "that part does not lower the loss",
     "as_much": "that part is not shown to pay more or less than its share of the norm",
 }
+#: Without these nothing is said of parts.
+_OF_PARTS = ("captured", "interaction", "excess", "resolved", "separable", "separable_scale")
 #: p-values up to this one are significant.
 _SIGNIFICANT = 0.05
 #: The smallest share that a percentage with one decimal shows.
@@ -63,17 +65,21 @@ def headline(group: xr.Dataset, step: int) -> xr.Dataset:
 
 def value_of(at: xr.Dataset, name: str, **chosen: str | float) -> Value:
     """Return a variable of one step, k and task with its interval; of effects, one arm and length."""
-    if name not in at:
-        return Value(np.nan, np.nan, np.nan)
-    value, low, high = (float(at[f"{name}{end}"].sel(chosen)) for end in ("", "_low", "_high"))
+    value, low, high = (number_of(at, f"{name}{end}", **chosen) for end in ("", "_low", "_high"))
     return Value(value, low, high)
+
+
+def number_of(at: xr.Dataset, name: str, **chosen: str | float) -> float:
+    """Return one number of one step, k and task; NaN for a variable that was not recorded."""
+    return float(at[name].sel(chosen)) if name in at else np.nan
 
 
 def verdict(at: xr.Dataset) -> str:
     """Return which of ``VERDICTS`` holds of one step, k and task; ``""`` where ``on`` and ``off`` were not run."""
-    excess, on = value_of(at, "excess"), value_of(at, "effect", arm="on", scale=1.0) if "on" in at["arm"] else None
-    if on is None or np.isnan(excess.value):
+    excess = value_of(at, "excess")
+    if not {"on", "off"} <= set(at["arm"].values.tolist()) or not set(_OF_PARTS) <= set(at) or np.isnan(excess.value):
         return ""
+    on = value_of(at, "effect", arm="on", scale=1.0)
     if float(at["resolved"]) != 1:
         return "unresolved"
     if float(at["separable"]) != 1:
@@ -140,7 +146,8 @@ def _lowers(effect: Value, loss: str = "it", *, first: bool = False) -> str:
 def _judged(at: xr.Dataset, attributes: Mapping[str, Any]) -> str:
     """Return what follows of the part: the sentence of its verdict."""
     excess, harmful = value_of(at, "excess"), value_of(at, "effect", arm="full", scale=1.0).high < 0
-    ends = interval(*sorted((abs(excess.low), abs(excess.high))), _nat)
+    nearer, farther = sorted((abs(excess.low), abs(excess.high)))
+    ends = interval(nearer, farther, _nat)
     size = f"{_nat(abs(excess.value))}, {ends}"
     match verdict(at):
         case "unresolved":
@@ -170,7 +177,7 @@ def _judged(at: xr.Dataset, attributes: Mapping[str, Any]) -> str:
 
 def _needed(at: xr.Dataset, attributes: Mapping[str, Any]) -> str:
     """Return how many groups would resolve the whole update's effect, if it is as large as it was found."""
-    needed, groups = integer(at["required_groups"].sel(arm="full")), int(attributes.get("groups", 0))
+    needed, groups = integer(number_of(at, "required_groups", arm="full")), int(attributes.get("groups", 0))
     if needed is None or needed <= groups:
         return ""
     return f" If it is as large as estimated, about {needed:,} groups instead of {groups:,} would show it."
@@ -227,7 +234,7 @@ def _overshoots(at: xr.Dataset) -> Iterator[str]:
         shorter, whole = (value_of(at, "effect", arm=arm, scale=scale) for scale in (best, 1.0))
         if shorter.low > max(whole.high, 0.0):
             yield f"At {_length(best)} length, {subject} would have lowered the loss by more ({_nat(shorter.value)})."
-        elif arm == "on" and shorter.value > 0 and best != float(at["separable_scale"]):
+        elif arm == "on" and shorter.value > 0 and best != number_of(at, "separable_scale"):
             higher = f"the estimate for {subject} is higher ({_nat(shorter.value)}), but the intervals overlap"
             yield f"At {_length(best)} length, {higher}."
 
@@ -268,7 +275,7 @@ def _elsewhere(at_step: xr.Dataset, leading: int) -> str:
     for k in at_step["k"].values.tolist():
         for task in dict.fromkeys([ALL, *_tasks(at_step)]):
             at = at_step.sel(k=k, task=task)
-            decided, p = float(at["resolved"]) == float(at["separable"]) == 1, float(at["excess_p"])
+            decided, p = verdict(at) not in ("", "unresolved", "together"), float(at["excess_p"])
             if (k, task) != (leading, ALL) and decided and p <= _SIGNIFICANT:
                 way = "more" if float(at["excess"]) > 0 else "less"
                 shown[way].setdefault(k, []).append("all samples" if task == ALL else task)
@@ -336,7 +343,7 @@ def _unresolved(
 ) -> Iterator[Finding]:
     if steps := _with(verdicts, "unresolved"):
         groups = int(attributes.get("groups", 0))
-        needed = [integer(at[step]["required_groups"].sel(arm="full")) for step in steps]
+        needed = [integer(number_of(at[step], "required_groups", arm="full")) for step in steps]
         more = needed[-1] is not None and needed[-1] > groups
         advice = f"Probe samples of about {needed[-1]:,} groups" if more else "Probe samples of more groups"
         yield Finding(

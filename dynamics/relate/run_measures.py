@@ -67,10 +67,13 @@ def measures_of_run(tree: xr.DataTree) -> xr.Dataset:
         concentration = tree["concentration"].to_dataset().sel(block=GLOBAL)
         if GAIN_AT in concentration["k"].values and "ln_gain" in concentration:
             measures[f"ln_gain_{GAIN_AT}"] = concentration["ln_gain"].sel(k=GAIN_AT)
-    if "intervention" in tree.children and "share" in (group := tree["intervention"].to_dataset()):
+    if "intervention" in tree.children:
+        group = tree["intervention"].to_dataset()
+        at_headline = group.sel(task=ALL).where(group["headline"] == 1)
         # Of a step only the headline's k is left, so the largest is its.
-        at_headline = group[list(_OF_INTERVENTIONS)].sel(task=ALL).where(group["headline"] == 1)
-        measures |= {f"intervention/{name}": at_headline[name].max("k") for name in _OF_INTERVENTIONS}
+        measures |= {
+            f"intervention/{name}": at_headline[name].max("k") for name in _OF_INTERVENTIONS if name in at_headline
+        }
     medians = tree["summary"].to_dataset().sel(quantile=0.5)
     for kind in _KINDS:
         of_kind = medians.sel(kind=kind)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from dynamics.intervention.findings import VERDICTS, headline, measured_steps, statements, value_of, verdict
+from dynamics.intervention.findings import VERDICTS, headline, measured_steps, number_of, statements, value_of, verdict
 from dynamics.schema import ALL
 from dynamics.text import finite, integer
 
@@ -53,7 +53,9 @@ def intervention_summary(tree: xr.DataTree) -> dict[str, Any] | None:
         "verdict": verdict(last.sel(task=ALL)),
         "statements": statements(group),
         "steps": {"of": len(steps), **{name: verdicts[name] for name in VERDICTS}},
-        "parts": [_parts(at_step.sel(k=k, task=task)) for k in ks for task in tasks] if "on" in group["arm"] else [],
+        "parts": [_parts(at_step.sel(k=k, task=task)) for k in ks for task in tasks]
+        if {"on", "off"} <= set(group["arm"].values.tolist())
+        else [],
         "arms": [_arm(last.sel(task=ALL), str(arm)) for arm in group["arm"].values],
     }
 
@@ -64,10 +66,10 @@ def _parts(at: xr.Dataset) -> dict[str, Any]:
         "k": int(at["k"]),
         "task": str(at["task"].item()),
         "verdict": verdict(at),
-        "captured": finite(at["captured"]),
+        "captured": finite(number_of(at, "captured")),
         **effects,
         **{name: _interval(at, name) for name in _OF_PARTS},
-        **{name: finite(at[name]) for name in ("excess_p", "relative_excess", "separable_scale")},
+        **{name: finite(number_of(at, name)) for name in ("excess_p", "relative_excess", "separable_scale")},
     }
 
 
@@ -78,7 +80,7 @@ def _arm(at: xr.Dataset, arm: str) -> dict[str, Any]:
         "norm": finite(of_arm["norm"]),
         "effect": _interval(of_arm, "effect", scale=1.0),
         "score_effect": _interval(of_arm, "score_effect"),
-        "required_groups": integer(of_arm["required_groups"]),
+        "required_groups": integer(number_of(of_arm, "required_groups")),
     }
 
 

@@ -215,6 +215,15 @@ def test_without_parts_the_whole_is_told():
     assert findings_of(group) == []
 
 
+@pytest.mark.parametrize(
+    "lacking", ["captured", "resolved", "separable_scale", "required_groups", "excess_p", "excess"]
+)
+def test_what_was_not_recorded_is_not_told(lacking):
+    group = intervention(*CASES.values(), ks=(4, 16)).drop_vars(lacking)
+    assert statements(group)
+    assert len(findings_of(group)) == (3 if lacking in ("required_groups", "excess_p") else 0)
+
+
 def test_a_group_without_numbers_says_nothing():
     group = intervention(CASES["more"])
     group["effect"][:] = np.nan
