@@ -27,7 +27,7 @@ def texts(count: int, length: int = 8, seed: int = 0) -> list[dict[str, object]]
     return samples
 
 
-def probe_tasks(groups: int = 8, batch_size: int = 4) -> list[Task]:
+def probe_tasks(groups: int = 8, batch_size: int = 8) -> list[Task]:
     """Two tasks, each with one sample of each group."""
     samples = texts(2 * groups, seed=1)
     return [

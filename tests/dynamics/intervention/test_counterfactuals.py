@@ -153,7 +153,7 @@ def test_ranks(arms) -> None:
 
 def test_the_same_for_every_gauge(adapter) -> None:
     """B M and M⁻¹A are the same adapter: on is the same change of the matrix."""
-    model, tasks, change, _ = adapter
+    _model, tasks, change, _ = adapter
     expected = counterfactuals(adapter).folds[0].arms["on"]
     turned = adapted_model()
     generator = torch.Generator().manual_seed(3)
