@@ -356,9 +356,9 @@ def _refuse_names(names: Iterable[str]) -> None:
 
 def _rank_patterns(tree: xr.DataTree, run: str) -> dict[str, dict[str, int]]:
     """Return rank patterns of one run by file name: by energy, and by effect where that is measured."""
-    ranks = {"rank_pattern": tree["update"]["suggested_rank"]}
+    ranks = {"rank_pattern": tree["update"].to_dataset()["suggested_rank"]}
     if "sensitivity" in tree.children:
-        ranks["rank_pattern_by_effect"] = tree["sensitivity"]["rank_by_effect"].isel(step=-1)
+        ranks["rank_pattern_by_effect"] = tree["sensitivity"].to_dataset()["rank_by_effect"].isel(step=-1)
     return {f"{stem}.{run}.json" if run else f"{stem}.json": rank_pattern(array) for stem, array in ranks.items()}
 
 
