@@ -85,10 +85,21 @@ def sensitivity(
         ValueError: If there are no adapters or tasks, a task cannot be split by groups, a loss, a gradient or a
             factor is not finite, or ``share`` or ``draws`` is out of range.
 
-    Example: adapters cut by effect and by energy, on groups that did not choose::
-
-        result = dynamics.sensitivity(model, tasks)
-        result["truncation_effect"].sel(task="all", truncation=["effect", "energy"])
+    >>> from peft import LoraConfig, get_peft_model
+    >>> layer = nn.Linear(2, 2, bias=False)
+    >>> _ = nn.init.zeros_(layer.weight)
+    >>> lora = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    >>> model = get_peft_model(nn.Sequential(layer), lora).double()
+    >>> squares = lambda model, batch: model(batch["x"].double()).square().sum(1)
+    >>> task = Task("zero", [{"x": [1.0, 0.0]}, {"x": [0.0, 1.0]}], loss=squares)
+    >>> result = sensitivity(model, [task])  # L = ½Σσ², so each slope is σ, and no direction is needed
+    >>> np.allclose(result["loss_slope"].sel(task="zero"), result["singular_value"])
+    True
+    >>> result["rank_by_effect"].item()
+    0.0
+    >>> effect = result["truncation_effect"].sel(task="all", truncation="effect")
+    >>> np.allclose(effect, result["loss"].sel(task="all"))
+    True
     """
     if not 0 < share <= 1:
         raise ValueError(f"Expected a share in (0, 1], got {share}.")
