@@ -85,6 +85,11 @@ GROUPS: Mapping[str, Group] = {
         "samples whose groups gave no direction. `scale` is the length λ; `all` stands for all samples.",
         'tree["intervention"]["effect"].sel(arm="on", scale=1.0, task="all")',
     ),
+    "sensitivity": Group(
+        "Measured from the gradients of an adapter's factors on the tasks' samples, and from the losses of truncated "
+        "adapters on the half of the groups that did not choose. [Interventions](interventions.md) has the question.",
+        'tree["sensitivity"]["truncation_effect"].sel(task="all", truncation=["effect", "energy"])',
+    ),
     "score": Group(
         "Measured on the probe samples of tasks that have a `score`. Score files are used where they are.",
         'tree["score"]["score"].sel(task="vqa")',
@@ -161,6 +166,10 @@ PITFALLS: Mapping[str, str] = {
     "intervention/efficiency": "1 is what a plain gradient step has, whatever the directions.",
     "intervention/relative_excess": "Large where the whole effect is small, however well it is resolved.",
     "intervention/required_groups": "If the effect is as large as estimated; for effects near 0 it is a guess.",
+    "sensitivity/loss_slope": "Near a minimum it is noise about 0. It says nothing about large changes of σ.",
+    "sensitivity/rank_by_effect": "First order only: read `truncation_effect` before cutting anything.",
+    "sensitivity/truncation_effect": "Removing a direction is no small step: expect it to differ from the prediction.",
+    "sensitivity/parameters": "Of all matrices together: compare truncations, not models.",
     "score/standard_error": "Of the items alone: it says nothing about other seeds.",
     "association/coefficient": "Of runs, not of checkpoints; a common cause such as faster learning remains in it.",
     "association/p_value": "Only the headline's stands as it is; read `p_familywise` for all others.",
