@@ -352,7 +352,7 @@ def _unresolved(
             "from 0, so its parts have no shares.",
             f"{advice}, or take apart a longer increment.",
             evidence={"steps": steps, "groups": groups, "required_groups": needed},
-            step=steps[-1],
+            step=steps[-1] if len(verdicts) == 1 else None,
         )
 
 
@@ -365,7 +365,7 @@ def _together(at: Mapping[int, xr.Dataset], verdicts: Mapping[int, str]) -> Iter
             "neither has a share.",
             "Read the effects at a shorter length, or take apart shorter increments.",
             evidence={"steps": steps, "separable_scale": scales},
-            step=steps[-1],
+            step=steps[-1] if len(verdicts) == 1 else None,
         )
 
 
@@ -380,7 +380,7 @@ def _no_gain(at: Mapping[int, xr.Dataset], verdicts: Mapping[int, str]) -> Itera
             f"the norm and is not shown to lower the loss. {where} it {_lowers(on, 'the loss', first=True)}.",
             "Do not read the captured share as progress. Compare with the rest of the update (off).",
             evidence={"steps": steps, "effect": on.value, "excess": excess.value, "captured": float(last["captured"])},
-            step=steps[-1],
+            step=steps[-1] if len(verdicts) == 1 else None,
         )
 
 
