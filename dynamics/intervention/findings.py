@@ -74,6 +74,12 @@ def number_of(at: xr.Dataset, name: str, **chosen: str | float) -> float:
     return float(at[name].sel(chosen)) if name in at else np.nan
 
 
+def largest(attributes: Mapping[str, Any], name: str) -> float:
+    """Return an attribute, of several steps the largest; NaN where there is none."""
+    value = attributes.get(name)
+    return np.nan if value is None else float(np.max(value))
+
+
 def verdict(at: xr.Dataset) -> str:
     """Return which of ``VERDICTS`` holds of one step, k and task; ``""`` where ``on`` and ``off`` were not run."""
     excess = value_of(at, "excess")
@@ -123,7 +129,7 @@ def _parts(at: xr.Dataset, attributes: Mapping[str, Any]) -> str:
         f"other groups). Alone, that part {_lowers(on, 'the held-out loss', first=True)}, the rest {_lowers(off)}, the "
         f"whole {_lowers(full)}."
     )
-    outside = float(attributes.get("share_outside_space", np.nan))
+    outside = largest(attributes, "share_outside_space")
     if outside >= _SMALLEST_SHARE:
         sentence += f" The rest includes the {percent(outside)} of the update that no gradient reaches."
     return sentence
@@ -385,7 +391,7 @@ def _no_gain(at: Mapping[int, xr.Dataset], verdicts: Mapping[int, str]) -> Itera
 
 
 def _repeated(at: Mapping[int, xr.Dataset], attributes: Mapping[str, Any]) -> Iterator[Finding]:
-    apart = _largest(attributes, "repeat_deviation")
+    apart = largest(attributes, "repeat_deviation")
     full = [value_of(at_step, "effect", arm="full", scale=1.0) for at_step in at.values()]
     reach = min([(effect.high - effect.low) / 2 for effect in full if np.isfinite(effect.low)], default=np.nan)
     if apart > _REPEATED * reach:
@@ -400,7 +406,7 @@ def _repeated(at: Mapping[int, xr.Dataset], attributes: Mapping[str, Any]) -> It
 
 
 def _imprecise(attributes: Mapping[str, Any]) -> Iterator[Finding]:
-    apart = _largest(attributes, "norm_deviation")
+    apart = largest(attributes, "norm_deviation")
     if apart > _SINGLE:
         yield Finding(
             "OD705",
@@ -409,8 +415,3 @@ def _imprecise(attributes: Mapping[str, Any]) -> Iterator[Finding]:
             "Measure gradients in single precision for exact parts.",
             evidence={"norm_deviation": apart},
         )
-
-
-def _largest(attributes: Mapping[str, Any], name: str) -> float:
-    """Return an attribute of all steps; NaN where there is none."""
-    return float(np.max(np.asarray(attributes.get(name, np.nan), dtype=np.float64)))

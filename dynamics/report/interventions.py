@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from dynamics.intervention.findings import VERDICTS, headline, measured_steps, number_of, statements, value_of, verdict
+from dynamics.intervention.findings import (
+    VERDICTS,
+    headline,
+    largest,
+    measured_steps,
+    number_of,
+    statements,
+    value_of,
+    verdict,
+)
 from dynamics.schema import ALL
 from dynamics.text import finite, integer
 
@@ -49,7 +58,7 @@ def intervention_summary(tree: xr.DataTree) -> dict[str, Any] | None:
         "k": ks[0],
         "space": str(group.attrs.get("space", "")),
         **{name: integer(group.attrs.get(name, np.nan)) for name in ("splits", "groups", "samples")},
-        **{name: finite(np.max(group.attrs.get(name, np.nan))) for name in _DEVIATIONS},
+        **{name: finite(largest(group.attrs, name)) for name in _DEVIATIONS},
         "verdict": verdict(last.sel(task=ALL)),
         "statements": statements(group),
         "steps": {"of": len(steps), **{name: verdicts[name] for name in VERDICTS}},

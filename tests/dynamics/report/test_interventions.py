@@ -96,7 +96,9 @@ def test_every_arm_has_its_effect_at_the_headline(group, tree):
 
 
 def test_missing_numbers_are_none():
-    told = intervention_summary(with_intervention(example_tree(1, 1), intervention(CASES["unresolved"])))
+    unresolved = intervention(CASES["unresolved"], share_outside_space=None, norm_deviation=[2e-7, 3e-7])
+    told = intervention_summary(with_intervention(example_tree(1, 1), unresolved))
+    assert (told["share_outside_space"], told["norm_deviation"]) == (None, 3e-7)
     assert told["parts"][0]["share"] == {"value": None, "low": None, "high": None}
     assert intervention_summary(example_tree(1, 1)) is None
     empty = intervention(CASES["more"])
