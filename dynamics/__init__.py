@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dynamics.fisher import task_structure as task_structure
     from dynamics.pipeline import analyze_run as analyze_run
     from dynamics.recording.callback import DynamicsCallback as DynamicsCallback
+    from dynamics.recording.callback import ProjectedUpdates as ProjectedUpdates
     from dynamics.recording.recorder import Recorder as Recorder
     from dynamics.relate import associate as associate
     from dynamics.relate import compare as compare
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _HOME = {
     "DynamicsCallback": "dynamics.recording.callback",
     "NotARun": "dynamics.checkpoints",
+    "ProjectedUpdates": "dynamics.recording.callback",
     "Recorder": "dynamics.recording.recorder",
     "analyze_run": "dynamics.pipeline",
     "associate": "dynamics.relate",
