@@ -3,8 +3,9 @@
 Most of each step of SGD lies in few directions, the leading ones of the Fisher. Is that where the model learns? A small
 network is trained three times from the same start: with its steps as they are (`full`), with only their part in the
 leading directions (`on`), and without that part (`off`). On the first task, `on` stalls and `off` learns, as Song, Ahn
-and Yun (2025, arXiv 2405.16002) found for the leading directions of the Hessian: along them, SGD goes back and forth. On
-the second it is the other way round. The share of the steps in these directions is large on both: it cannot tell.
+and Yun (2025, arXiv 2405.16002) found for the leading directions of the Hessian: along them, SGD goes back and forth.
+On the second task it is the other way round. The share of the steps in these directions is large on both: it cannot
+tell the two apart.
 
     python examples/tiny_subspace.py
 """
@@ -89,9 +90,8 @@ def train(problem: Problem, keep: str, steps: int, seed: int) -> tuple[float, fl
     generator = torch.Generator().manual_seed(seed)
     (x, y), probed, (held_x, held_y) = (problem.rows(n, generator) for n in (TRAINED, PROBED, HELD_OUT))
     samples = [{"x": row, "y": target} for row, target in zip(*probed, strict=True)]
-    projected = ProjectedUpdates(
-        [Task(problem.name, samples, loss=squares, batch_size=PROBED)], keep, k=K, refresh=REFRESH
-    )
+    task = Task(problem.name, samples, loss=squares, batch_size=PROBED)
+    projected = ProjectedUpdates([task], keep, k=K, refresh=REFRESH)
     optimizer = torch.optim.SGD(model.parameters(), lr=problem.rate)
 
     def held_out() -> float:

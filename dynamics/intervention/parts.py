@@ -35,28 +35,39 @@ class Part:
     directions: int
 
 
-def leading_part(gram: Float[np.ndarray, "sample sample"], product: Float[np.ndarray, " sample"], k: int) -> Part:
+def leading_part(
+    gram: Float[np.ndarray, "sample sample"],
+    product: Float[np.ndarray, " sample"],
+    k: int,
+    resolved: float = RESOLVED,
+) -> Part:
     """Return the part in the k leading directions.
 
     Args:
         gram: K.
         product: b = Gδ.
         k: Number of directions.
+        resolved: Eigenvalues below this share of the largest are rounding.
 
     >>> leading_part(np.diag([4.0, 1.0]), np.array([2.0, 3.0]), 1)
     Part(weights=array([0.5, 0. ]), energy=1.0, directions=1)
     """
-    values, vectors = _directions(gram)
+    values, vectors = _directions(gram, resolved)
     return _part(values[:k], vectors[:, :k], product)
 
 
-def bottom_part(gram: Float[np.ndarray, "sample sample"], product: Float[np.ndarray, " sample"], k: int) -> Part:
+def bottom_part(
+    gram: Float[np.ndarray, "sample sample"],
+    product: Float[np.ndarray, " sample"],
+    k: int,
+    resolved: float = RESOLVED,
+) -> Part:
     """Return the part in the k last directions that K resolves.
 
     >>> bottom_part(np.diag([4.0, 1.0]), np.array([2.0, 3.0]), 1).energy
     9.0
     """
-    values, vectors = _directions(gram)
+    values, vectors = _directions(gram, resolved)
     first = max(len(values) - k, 0)
     return _part(values[first:], vectors[:, first:], product)
 
@@ -66,6 +77,7 @@ def random_part(
     product: Float[np.ndarray, " sample"],
     k: int,
     generator: np.random.Generator,
+    resolved: float = RESOLVED,
 ) -> Part:
     r"""Return the part in k random orthonormal directions of the gradients' span, Haar-distributed.
 
@@ -75,7 +87,7 @@ def random_part(
     >>> round(part.energy, 9), part.directions
     (9.0, 3)
     """
-    values, vectors = _directions(gram)
+    values, vectors = _directions(gram, resolved)
     if not len(values):
         return _part(values, vectors, product)
     k = min(k, len(values))
@@ -87,7 +99,7 @@ def random_part(
 
 
 def direction_weights(
-    gram: Float[np.ndarray, "sample sample"], k: int
+    gram: Float[np.ndarray, "sample sample"], k: int, resolved: float = RESOLVED
 ) -> tuple[Float[np.ndarray, " direction"], Float[np.ndarray, "direction sample"]]:
     """Return the k leading eigenvalues of K, and the weights of samples whose weighted gradient is each direction.
 
@@ -96,15 +108,15 @@ def direction_weights(
     >>> direction_weights(np.diag([4.0, 1.0]), 1)[1]
     array([[0.5, 0. ]])
     """
-    values, vectors = _directions(gram)
+    values, vectors = _directions(gram, resolved)
     return values[:k], (vectors[:, :k] / np.sqrt(values[:k])).T
 
 
-def _directions(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _directions(gram: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Return eigenvalues, descending, and eigenvectors of K, as far as they are resolved."""
     values, vectors = np.linalg.eigh(gram)
     values, vectors = values[::-1], vectors[:, ::-1]
-    resolved = values > RESOLVED * max(float(values[0]), 0.0) if len(values) else np.zeros(0, dtype=bool)
+    resolved = values > share * max(float(values[0]), 0.0) if len(values) else np.zeros(0, dtype=bool)
     return values[resolved], vectors[:, resolved]
 
 

@@ -21,11 +21,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dynamics.intervention.parts import direction_weights
+from probes.blocks import trained_parameters
 from probes.gram import GLOBAL, gradient_gram
-from probes.sample_gradients import at_least_single
-from probes.tasks import ProbeBatches, Task, on_device, probe_batches, probe_loss
-from probes.undisturbed import bare, undisturbed
+from probes.tasks import Task, require_names
+from probes.undisturbed import bare
 from probes.watched import class_names, is_sharded
+from probes.weighted_gradients import weighted_parameter_gradients
 
 #: What of a step is kept: all of it, its part in the directions, or the rest.
 KEPT = ("full", "on", "off")
@@ -93,10 +94,11 @@ class StepProjection:
                 f"Expected 'on' (keep only the part in the leading directions), 'off' (remove it) or 'full' (only "
                 f"measure it), got {keep!r}."
             )
-        self._batches, *labels = probe_batches(tasks)
-        if not 1 <= k <= len(labels[0]):
+        require_names(tasks)
+        self._tasks, samples = tuple(tasks), sum(map(len, tasks))
+        if not 1 <= k <= samples:
             raise ValueError(
-                f"Expected k between 1 and the number of probe samples, {len(labels[0])}, got {k}. There are no more "
+                f"Expected k between 1 and the number of probe samples, {samples}, got {k}. There are no more "
                 "directions than samples."
             )
         if refresh < 1:
@@ -125,16 +127,16 @@ class StepProjection:
             ValueError: If the parameters cannot be projected, or a probe sample's loss or gradient is not finite.
         """
         step = self._steps if step is None else step
-        trained = tuple(parameter for parameter in bare(model).parameters() if parameter.requires_grad)
-        known = () if self.directions is None else self.directions.parameters
-        same = [id(parameter) for parameter in trained] == [id(parameter) for parameter in known]
-        if not same or step % self.refresh == 0:
+        trained = {id(parameter) for parameter in bare(model).parameters() if parameter.requires_grad}
+        before = () if self.directions is None else self.directions.parameters
+        if trained != {id(parameter) for parameter in before} or step % self.refresh == 0:
             require_projectable(model)
             self.directions = None  # its memory is free before the next
-            self.directions = informative_directions(model, self._batches, self.k)
+            self.directions = informative_directions(model, self._tasks, self.k)
             if shared or "DistributedDataParallel" in class_names(model):
                 self.directions = _of_first_rank(self.directions)
-        self._before = [parameter.detach().clone() for parameter in trained]
+        assert self.directions is not None
+        self._before = [parameter.detach().clone() for parameter in self.directions.parameters]
         self._steps = step + 1
 
     @torch.no_grad()
@@ -193,48 +195,28 @@ its rounding. Load the model in float32 and train with autocast (bf16=True), or 
         )
 
 
-def informative_directions(model: nn.Module, batches: ProbeBatches, k: int) -> Directions:
+def informative_directions(model: nn.Module, tasks: Sequence[Task], k: int) -> Directions:
     """Return the k leading eigenvectors of the empirical Fisher of all trained parameters, in the model as it is.
 
     The model is in evaluation mode meanwhile; modes, random states and gradients are as before afterwards.
 
     Args:
         model: With trained parameters.
-        batches: Probe samples, see :func:`probes.probe_batches`.
+        tasks: Probe samples.
         k: Number of directions; fewer are returned where the samples' gradients span no more.
 
     Raises:
         ValueError: If a sample's loss or gradient is not finite, all gradients are zero, or gradients of one batch
             differ from pass to pass.
     """
-    gram = gradient_gram(model, batches, probe_loss, space="factor", blocks=[GLOBAL])
+    gram = gradient_gram(model, tasks, space="factor", blocks=[GLOBAL])
     values, weights = direction_weights(np.asarray(gram.gram[GLOBAL]), k)
     if not len(values):
         raise ValueError("Expected probe samples with gradients, got only gradients of zero: no direction leads.")
-    parameters = tuple(parameter for parameter in bare(model).parameters() if parameter.requires_grad)
-    rows = _weighted_gradients(model, batches, torch.from_numpy(weights), parameters)
-    return Directions(parameters, _orthonormal(rows, torch.from_numpy(values)))
-
-
-def _weighted_gradients(
-    model: nn.Module, batches: ProbeBatches, weights: Float[Tensor, "k sample"], parameters: Sequence[nn.Parameter]
-) -> list[Float[Tensor, "k _"]]:
-    """Return Σ_i w_ji ∇ℓ_i of each parameter, one backward pass a batch and j."""
-    sums = [at_least_single(p.detach()).new_zeros(len(weights), p.numel()) for p in parameters]
-    start = 0
-    with undisturbed(model) as quiet, torch.enable_grad():
-        for batch in batches:
-            losses = probe_loss(quiet, on_device(batch, parameters[0].device))
-            chosen = weights[:, start : start + len(losses)].to(losses)
-            for j, row in enumerate(chosen):
-                gradients = torch.autograd.grad(
-                    losses, parameters, row, retain_graph=j + 1 < len(chosen), allow_unused=True
-                )
-                for total, gradient in zip(sums, gradients, strict=True):
-                    if gradient is not None:
-                        total[j] += gradient.to_dense().flatten() if gradient.is_sparse else gradient.flatten()
-            start += len(losses)
-    return sums
+    trained = trained_parameters(model)
+    sums = weighted_parameter_gradients(model, tasks, torch.from_numpy(weights))
+    rows = [sums.pop(name).flatten(1) for name in trained]
+    return Directions(tuple(trained.values()), _orthonormal(rows, torch.from_numpy(values)))
 
 
 @torch.no_grad()
