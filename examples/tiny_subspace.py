@@ -23,11 +23,9 @@ from dynamics import ProjectedUpdates
 from probes import Task
 
 INPUTS, OUTPUTS, WIDTH = 32, 4, 64
-SCALES = 4.0 / torch.arange(
-    1, INPUTS + 1
-)  # of the inputs: as in natural data, few directions hold most of the variance
-BATCH, TRAINED, PROBED, HELD_OUT = 50, 1_000, 200, 2_000
-K, REFRESH = OUTPUTS, 10  # directions, and steps after which they are estimated again
+SCALES = 4.0 / torch.arange(1, INPUTS + 1)  # of the inputs: a few hold most of the variance, as in natural data
+BATCH, TRAINED, PROBED, HELD_OUT = 100, 1_000, 200, 2_000
+K, REFRESH = OUTPUTS, 20  # directions, and steps after which they are estimated again
 
 Rows = tuple[Tensor, Tensor]
 
@@ -67,7 +65,7 @@ def teacher(count: int, generator: torch.Generator) -> Rows:
 
 
 PROBLEMS = (
-    Problem("clusters", clusters, rate=0.1, steps=1.0, plain=0.2),  # close to the largest rate that is stable
+    Problem("clusters", clusters, rate=0.1, steps=1.0, plain=0.2),
     Problem("teacher", teacher, rate=0.01, steps=0.5, plain=0.0),
 )
 

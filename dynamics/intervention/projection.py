@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dynamics.intervention.parts import direction_weights
 from probes.blocks import trained_parameters
 from probes.gram import GLOBAL, gradient_gram
+from probes.scores import device_of
 from probes.tasks import Task, require_names
 from probes.undisturbed import bare
 from probes.watched import class_names, is_sharded
@@ -152,11 +153,12 @@ class StepProjection:
         assert directions is not None
         parameters = directions.parameters
         pairs = list(zip(parameters, before, strict=True))
-        size = sum(float((p.detach() - old).double().square().sum()) for p, old in pairs)
+        norms = [torch.linalg.vector_norm(p - old, dtype=torch.float64).to(parameters[0].device) for p, old in pairs]
+        size = float(torch.stack(norms).square().sum())
         self.captured_share = float("nan")
         if size == 0:
             return self.captured_share
-        coordinates = directions.coordinates(p.detach() - old for p, old in pairs)
+        coordinates = directions.coordinates(p - old for p, old in pairs)
         self.captured_share = float(coordinates.square().sum()) / size
         for number, (parameter, old) in enumerate(pairs if self.keep != "full" else ()):
             part = directions.combination(coordinates, number)
@@ -214,7 +216,7 @@ def informative_directions(model: nn.Module, tasks: Sequence[Task], k: int) -> D
     if not len(values):
         raise ValueError("Expected probe samples with gradients, got only gradients of zero: no direction leads.")
     trained = trained_parameters(model)
-    sums = weighted_parameter_gradients(model, tasks, torch.from_numpy(weights))
+    sums = weighted_parameter_gradients(model, tasks, torch.from_numpy(weights).to(device_of(model)))
     rows = [sums.pop(name).flatten(1) for name in trained]
     return Directions(tuple(trained.values()), _orthonormal(rows, torch.from_numpy(values)))
 
@@ -228,8 +230,8 @@ def _orthonormal(rows: Sequence[Tensor], values: Float[Tensor, " k"]) -> tuple[T
     if not scaled <= CONSISTENT:
         raise ValueError(
             f"Expected the same gradients of the probe samples in two passes, got directions that deviate by "
-            f"{scaled:.2g} of the first eigenvalue. Give tasks a loss without randomness, and whose samples do not "
-            "interact within a batch."
+            f"{scaled:.2g} of the first eigenvalue. Give tasks a loss that depends on nothing but the model and the "
+            "batch."
         )
     resolved = [j for j in range(len(values)) if float(deviation[: j + 1, : j + 1].max()) <= RESOLVED]
     kept = len(resolved)
