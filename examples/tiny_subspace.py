@@ -24,7 +24,7 @@ from probes import Task
 
 INPUTS, OUTPUTS, WIDTH = 32, 4, 64
 SCALES = 4.0 / torch.arange(1, INPUTS + 1)  # of the inputs: a few hold most of the variance, as in natural data
-BATCH, TRAINED, PROBED, HELD_OUT = 100, 1_000, 200, 2_000
+BATCH, TRAINED, PROBED, HELD_OUT = 250, 1_000, 200, 2_000
 K, REFRESH = OUTPUTS, 20  # directions, and steps after which they are estimated again
 
 Rows = tuple[Tensor, Tensor]
@@ -65,8 +65,8 @@ def teacher(count: int, generator: torch.Generator) -> Rows:
 
 
 PROBLEMS = (
-    Problem("clusters", clusters, rate=0.1, steps=1.0, plain=0.2),
-    Problem("teacher", teacher, rate=0.01, steps=0.5, plain=0.0),
+    Problem("clusters", clusters, rate=0.05, steps=1.0, plain=0.2),
+    Problem("teacher", teacher, rate=0.01, steps=0.3, plain=0.0),
 )
 
 
@@ -116,7 +116,7 @@ def train(problem: Problem, keep: str, steps: int, seed: int) -> tuple[float, fl
 def main() -> None:
     """Read the command line, train, and print what each part of the steps learned."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps of the longer task")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of the longer task")
     parser.add_argument("--seeds", type=int, default=5, help="networks, each with data of its own")
     args = parser.parse_args()
 
