@@ -185,6 +185,7 @@ SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": readme,
     "recording.md": training,
     "informative-directions.md": probed_run,
+    "interventions.md": probed_run,
     "full-fine-tuning.md": whole_models,
     "comparing-runs.md": two_recipes,
     "measures.md": results,
