@@ -246,8 +246,8 @@ def _of_first_rank(directions: Directions) -> Directions:
     count = torch.tensor(len(directions), device=directions.rows[0].device)
     dist.broadcast(count, src=0)
     rows = []
-    for own in directions.rows:
-        row = own if len(own) == int(count) else own.new_empty(int(count), own.shape[1])
+    for part in directions.rows:
+        row = part if len(part) == int(count) else part.new_empty(int(count), part.shape[1])
         dist.broadcast(row, src=0)
         rows.append(row)
     return Directions(directions.parameters, tuple(rows))

@@ -363,7 +363,7 @@ class ProjectedUpdates(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Replace the optimizer's step by its part, before anybody else sees the weights."""
+        """Replace the optimizer's step by what is kept of it, before the step ends and is recorded."""
         share = self._projection.end()
         if math.isfinite(share):
             self._shares.append(share)

@@ -230,6 +230,27 @@ def test_parameter_groups_have_their_own_rates() -> None:
     torch.testing.assert_close(on, expected, rtol=0, atol=1e-12)
 
 
+def test_an_optimizer_may_step_within_the_backward_pass() -> None:
+    """As LOMO does, parameter by parameter: no gradient is left when the optimizer's own step comes."""
+    model = network()
+    loss = sum(task.losses(model, batch).sum() for task in tasks() for batch in task.batches())
+    gradients = torch.autograd.grad(loss, trained(model))
+
+    def change() -> None:
+        def step(parameter: Tensor) -> None:
+            parameter.data -= 0.1 * parameter.grad
+            parameter.grad = None
+
+        handles = [parameter.register_post_accumulate_grad_hook(step) for parameter in trained(model)]
+        sum(task.losses(model, batch).sum() for task in tasks() for batch in task.batches()).backward()
+        for handle in handles:
+            handle.remove()
+
+    on, _ = projected(model, change, "on")
+    expected = explicit_projector(model, tasks(), K) @ flat([-0.1 * gradient for gradient in gradients])
+    torch.testing.assert_close(on, expected, rtol=0, atol=1e-12)
+
+
 # ---- when directions are estimated ----
 
 

@@ -171,8 +171,8 @@ def test_momentum_goes_on_with_the_gradient_as_it_is(tmp_path):
 
 def test_the_share_is_logged_with_the_loss_and_is_the_mean_of_its_steps(tmp_path):
     single, _ = trained(tmp_path, ProjectedUpdates(tasks(), "on", k=4, refresh=3), max_steps=6, logging_steps=1)
-    each = shares(single)
-    assert list(each) == [1, 2, 3, 4, 5, 6]
+    by_step = shares(single)
+    assert list(by_step) == [1, 2, 3, 4, 5, 6]
     training, _ = trained(
         tmp_path,
         ProjectedUpdates(tasks(), "on", k=4, refresh=3),
@@ -180,8 +180,8 @@ def test_the_share_is_logged_with_the_loss_and_is_the_mean_of_its_steps(tmp_path
         logging_steps=3,
     )
     assert shares(training) == {
-        3: pytest.approx(sum(each[step] for step in (1, 2, 3)) / 3),
-        6: pytest.approx(sum(each[step] for step in (4, 5, 6)) / 3),
+        3: pytest.approx(sum(by_step[step] for step in (1, 2, 3)) / 3),
+        6: pytest.approx(sum(by_step[step] for step in (4, 5, 6)) / 3),
     }
     assert all("loss" in entry for entry in training.state.log_history if SHARE in entry)
 
@@ -221,9 +221,9 @@ def test_a_training_that_resumes_at_a_refresh_is_the_uninterrupted_one(tmp_path)
 def test_a_callback_serves_one_training_after_another(tmp_path):
     callback = ProjectedUpdates(tasks(), "on", k=4)
     first, weights = trained(tmp_path, callback, max_steps=2)
-    again, other = trained(tmp_path, callback, max_steps=2)
+    second, other = trained(tmp_path, callback, max_steps=2)
     assert torch.equal(weights.kept[2], other.kept[2])
-    assert shares(first) == shares(again)
+    assert shares(first) == shares(second)
 
 
 # ---- what is refused ----
