@@ -62,10 +62,10 @@ def _rows(rng: np.random.Generator, sets: int, *, cross_fitted: bool) -> Iterato
 
 def families(rng: np.random.Generator, sets: int) -> Iterator[Row]:
     """How often any of 15 tests, of 5 numbers of directions and 3 tasks, has an adjusted p ≤ 0.05."""
-    yield "any p ≤ 0.05 of 15 null tests", "8 groups (Bonferroni)", "12 groups", "24 groups", "128 groups"
+    yield "any p ≤ 0.05 of 15 null tests", "10 groups (Bonferroni)", "24 groups", "48 groups", "128 groups"
     for law in ("normal", "Student's t, 3 degrees of freedom", "exponential, centred"):
         row = []
-        for groups in (8, 12, 24, 128):
+        for groups in (10, 24, 48, 128):
             labels = SampleGroups(np.arange(groups), _tasks(groups))
             p_values = (adjusted_p(_values(rng, law, groups), labels).min() for _ in range(sets))
             row.append(share(np.array([p <= 0.05 for p in p_values])))

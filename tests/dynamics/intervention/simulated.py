@@ -1,13 +1,13 @@
 """Linear models of which the population is known: what a part of an update does to the loss, exactly and as estimated.
 
-y = ⟨x, θ*⟩ + noise, features of covariance diag(spectrum), samples in groups of two that share part of their features.
-The loss ½(y − ⟨x, θ⟩)² is quadratic, so D(x) of any change is closed, of each sample and in the population.
+y = ⟨x, θ*⟩ + offset + noise, samples in groups of two that share part of their features. The loss ½(y − ⟨x, θ⟩)² is
+quadratic, so D of any change is closed, of each sample and in the population.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,11 +21,13 @@ class Case:
     """A population, where an update starts, and the update.
 
     Args:
-        spectrum: Variance of each feature; the loss's Hessian is diagonal.
+        spectrum: Variance of each feature.
         optimum, start, update: θ*, θ₀ and δ.
         noise: Standard deviation of y about ⟨x, θ*⟩.
         samples: Number of probe samples.
         k: Numbers of directions.
+        mean: Of each feature.
+        offset: Of y, which nothing is trained to meet.
     """
 
     spectrum: np.ndarray
@@ -35,11 +37,18 @@ class Case:
     noise: float
     samples: int
     k: tuple[int, ...]
+    mean: np.ndarray | float = 0.0
+    offset: float = 0.0
+
+    @property
+    def descent(self) -> np.ndarray:
+        """Return −∇L at the start."""
+        distance = self.optimum - self.start
+        return self.spectrum * distance + self.mean * (self.offset + (self.mean * distance).sum())
 
     def effect(self, change: np.ndarray) -> np.ndarray:
-        """Return D(x) in the population, of changes ``[..., direction]``."""
-        slope = self.spectrum * (self.optimum - self.start)
-        return change @ slope - (change**2 @ self.spectrum) / 2
+        """Return D in the population, of changes ``[..., direction]``."""
+        return change @ self.descent - (change**2 @ self.spectrum + (change * self.mean).sum(-1) ** 2) / 2
 
 
 def small_gradient_step(rng: np.random.Generator, k: tuple[int, ...] = (4, 16)) -> Case:
@@ -48,6 +57,14 @@ def small_gradient_step(rng: np.random.Generator, k: tuple[int, ...] = (4, 16)) 
     spectrum /= spectrum.sum()
     optimum = 0.9 * rng.standard_normal(200)
     return Case(spectrum, optimum, np.zeros(200), 0.02 * spectrum * optimum / spectrum[0], 0.5, 256, k)
+
+
+def agreeing_gradients(rng: np.random.Generator) -> Case:
+    """As small a step where nearly all samples' losses fall: what one half owes to the other is largest."""
+    spectrum = np.full(200, 1 / 200)
+    mean = 0.7 * np.sqrt(spectrum) * rng.standard_normal(200)
+    still = Case(spectrum, 0.27 * rng.standard_normal(200), np.zeros(200), np.zeros(200), 0.5, 256, (4, 16), mean, 3.0)
+    return replace(still, update=0.001 * still.descent)
 
 
 def newton_step(rng: np.random.Generator) -> Case:
@@ -80,6 +97,7 @@ CASES: dict[str, Callable[[np.random.Generator], Case]] = {
     "Newton-like step": newton_step,
     "bounce": bounce,
     "landing": landing,
+    "small gradient step, gradients that agree": agreeing_gradients,
 }
 
 
@@ -123,8 +141,8 @@ def outcome(
     groups, d = labels.membership.shape[1], len(case.spectrum)
     common = rng.standard_normal((groups, d))[labels.group]
     features = np.sqrt(0.3) * common + np.sqrt(0.7) * rng.standard_normal((case.samples, d))
-    features *= np.sqrt(case.spectrum)
-    residuals = features @ (case.optimum - case.start) + case.noise * rng.standard_normal(case.samples)
+    features = features * np.sqrt(case.spectrum) + case.mean
+    residuals = features @ (case.optimum - case.start) + case.offset + case.noise * rng.standard_normal(case.samples)
     gradients = -residuals[:, None] * features
     product, squared_norm = gradients @ case.update, case.update @ case.update
 

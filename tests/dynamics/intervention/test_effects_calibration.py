@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tests.dynamics.intervention.simulated import Case, bounce, landing, newton_step, small_gradient_step, tally
+from tests.dynamics.intervention.simulated import (
+    Case,
+    agreeing_gradients,
+    bounce,
+    landing,
+    newton_step,
+    small_gradient_step,
+    tally,
+)
 
 DRAWS = 60
 #: Of 60 draws, the most that may be wrong at 5 %: one of a thousand test suites would fail.
@@ -23,8 +31,9 @@ def of_one_direction(case: Callable[[np.random.Generator], Case]) -> Callable[[n
     return lambda rng: replace(case(rng), k=(1,))
 
 
-def test_a_gradient_step_pays_its_norm_and_is_said_to() -> None:
-    result = tally(small_gradient_step, DRAWS, seed=0)
+@pytest.mark.parametrize("case", [small_gradient_step, agreeing_gradients])
+def test_a_gradient_step_pays_its_norm_and_is_said_to(case: Callable[[np.random.Generator], Case]) -> None:
+    result = tally(case, DRAWS, seed=0)
     assert (result.more + result.less).mean(0).max() <= MOST
     for holds in (result.holds_on, result.holds_off, result.holds_excess, result.holds_share):
         assert np.nanmean(holds, axis=0).min() >= 1 - MOST
