@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dynamics.fisher import concentration as concentration
     from dynamics.fisher import fisher_measures as fisher_measures
     from dynamics.fisher import task_structure as task_structure
+    from dynamics.intervention.counterfactuals import counterfactuals as counterfactuals
+    from dynamics.intervention.dataset import intervene as intervene
     from dynamics.pipeline import analyze_run as analyze_run
     from dynamics.recording.callback import DynamicsCallback as DynamicsCallback
     from dynamics.recording.recorder import Recorder as Recorder
@@ -40,9 +42,11 @@ _HOME = {
     "associate": "dynamics.relate",
     "compare": "dynamics.relate",
     "concentration": "dynamics.fisher",
+    "counterfactuals": "dynamics.intervention.counterfactuals",
     "dominant_ratio": "dynamics.spectra.measures",
     "effective_rank": "dynamics.spectra.measures",
     "fisher_measures": "dynamics.fisher",
+    "intervene": "dynamics.intervention.dataset",
     "open_run": "dynamics.store",
     "open_trajectory": "dynamics.checkpoints",
     "participation_ratio": "dynamics.spectra.measures",

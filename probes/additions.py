@@ -95,7 +95,9 @@ def _addition(model: nn.Module, watched: Watched, change: Matrix) -> tuple[nn.Mo
             left, right = (left.mT, None) if right is None else (right.mT, left.mT)
         return layers[0], partial(_embedded, left, None if right is None else right.mT)
     if is_convolution(layer):
-        kernel = (left if right is None else right).unflatten(1, layer.weight.shape[1:])
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        kernel = (left if right is None else right).unflatten(1, weight.shape[1:])
         return layers[0], partial(_convolved, layer, kernel, None if right is None else left)
     if is_conv1d(layer) and watched.is_dense:
         left, right = (left.mT, None) if right is None else (right.mT, left.mT)

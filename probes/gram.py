@@ -187,7 +187,7 @@ def gradient_gram(
     batches, labels = _batches_and_labels(tasks, loss)
     together = blocks is not None and list(blocks) == [GLOBAL]
     found = find_blocks(model, space, None if together else blocks)
-    measurement = _Measurement(model, found, loss, space, fisher, seed, projection, update)
+    measurement = Measurement(model, found, loss, space, fisher, seed, projection, update)
     with undisturbed(model) as quiet, torch.enable_grad():
         for batch in batches:
             measurement.add(quiet, batch)
@@ -213,8 +213,8 @@ def _batches_and_labels(tasks: Any, loss: Loss | None) -> tuple[Iterable[Any], S
     return batches, labels
 
 
-class _Measurement:
-    """Batches in, K out."""
+class Measurement:
+    """Batches in, K out; or their gradients, which each block holds until they are taken."""
 
     def __init__(
         self,
@@ -255,6 +255,10 @@ class _Measurement:
                 f"Expected the update of {kind}, such as {sorted(names)[:3]}, got {unknown[:3]}. "
                 "Leave out what is not measured."
             )
+
+    def parameter_names(self, block: Block) -> list[str]:
+        """Return the names of a block's trained parameters, in its order."""
+        return [self._names[id(parameter)] for parameter, _ in block.parameters]
 
     def add(self, model: nn.Module, batch: Any) -> None:
         """Measure one batch."""

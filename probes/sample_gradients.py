@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from probes.low_rank import LowRankMatrix
@@ -121,6 +121,21 @@ class SampleGradient:
         if not self.terms:
             return at_least_single(like.new_zeros(self.samples, *self.shape))
         return self.rows(0, self.shape[0]).reshape(self.samples, *self.shape)
+
+    def of_samples(self, chosen: Bool[Tensor, " n"]) -> SampleGradient:
+        """Return the gradients of some samples."""
+        if chosen.all():
+            return self
+        terms: list[Term] = []
+        for term in self.terms:
+            kept = chosen.to(_tensor(term).device)
+            if isinstance(term, Materialised):
+                terms.append(Materialised(term.values[kept]))
+            elif isinstance(term, Outer):
+                terms.append(Outer(term.left[kept], term.right[kept]))
+            else:
+                terms.append(Scatter(term.places[kept], term.right[kept], term.count))
+        return SampleGradient(self.shape, int(chosen.sum()), terms)
 
     def transposed(self) -> SampleGradient:
         """Return the transposes of gradients that are matrices."""
@@ -226,6 +241,30 @@ def inner_products(gradient: SampleGradient, change: Tensor | LowRankMatrix) -> 
     total = torch.zeros(gradient.samples, dtype=torch.float64)
     for term in gradient.terms:
         total += _inner_products(term, change, gradient.shape).to(device="cpu", dtype=torch.float64)
+    return total
+
+
+def weighted_sums(gradient: SampleGradient, weights: Float[Tensor, "part n"]) -> Float[Tensor, "part ..."]:
+    """Return Σ_i w_i g_i for each row of weights, float64, of the parameter's shape.
+
+    >>> gradient = SampleGradient((2,), 2, [Materialised(torch.eye(2))])
+    >>> weighted_sums(gradient, torch.tensor([[2.0, 3.0]])).tolist()
+    [[2.0, 3.0]]
+    """
+    shape = (len(weights), *gradient.shape)
+    total = torch.zeros(shape, dtype=torch.float64, device=weights.device)
+    for term in gradient.terms:
+        w = weights.to(_tensor(term).device, torch.float64)
+        if isinstance(term, Materialised):
+            total += (w @ term.values.flatten(1).to(torch.float64)).view(shape).to(total.device)
+            continue
+        right = term.right.to(torch.float64)
+        for part, of_part in enumerate(w):
+            scaled = (right * of_part[:, None, None]).flatten(0, 1)
+            if isinstance(term, Outer):
+                total[part] += (term.left.to(torch.float64).flatten(0, 1).mT @ scaled).view(gradient.shape)
+            else:
+                total[part].view(term.count, -1).index_add_(0, term.places.flatten(), scaled)
     return total
 
 

@@ -86,6 +86,25 @@ class TangentSpace:
         beside = beside - (beside @ basis) @ basis.mT
         return torch.cat([along.flatten(1), beside.flatten(1)], 1)
 
+    def to_matrix(self, coordinates: Float[Tensor, " number"], dtype: torch.dtype = torch.float64) -> LowRankMatrix:
+        """Return the change that has these coordinates: Q_B L + R Q_Aᵀ, of rank b + a at most.
+
+        Args:
+            coordinates: As :meth:`of_change` returns them; what they have of R inside Q_B is dropped.
+            dtype: Of its factors.
+        """
+        (out, b), (in_, a) = self.left.shape, self.right.shape
+        along, beside = coordinates[: b * in_].view(b, in_), coordinates[b * in_ :].view(a, out)
+        beside = beside - (beside @ self.left) @ self.left.mT
+        left = torch.cat([self.left, beside.mT], 1).to(dtype)
+        return LowRankMatrix(left, torch.cat([along, self.right.mT]).to(dtype))
+
+    @property
+    def numbers(self) -> int:
+        """How many coordinates a change has: more than the dimension, since R lies beside Q_B."""
+        (out, b), (in_, a) = self.left.shape, self.right.shape
+        return b * in_ + a * out
+
     def of_change(self, change: Matrix) -> Float[Tensor, " number"]:
         """Return the coordinates of a change of the matrix, in float64."""
         if isinstance(change, LowRankMatrix):

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from typing import Any
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from probes.collation import kind, longest, pad_and_stack, tensors
 from probes.losses import IGNORED, predicts_next, token_losses
@@ -236,6 +237,29 @@ def probe_loss(model: nn.Module, batch: ProbeBatch) -> Shaped[Tensor, " sample"]
     [tensor([2.])]
     """
     return batch.loss(model, batch)
+
+
+def subset(task: Task, numbers: Sequence[int]) -> Task:
+    """Return a task with some of its samples, in their order.
+
+    Args:
+        task: The task.
+        numbers: Of the samples, ascending.
+
+    >>> subset(Task("a", [{"x": 1}, {"x": 2}], sample_id=["one", "two"]), [1]).sample_ids()
+    ['two']
+    """
+
+    def part(naming: Naming, default: list[str] | None) -> Naming:
+        if naming is None and default is not None:
+            return [default[number] for number in numbers]
+        if naming is None or isinstance(naming, str) or callable(naming):
+            return naming
+        return [list(naming)[number] for number in numbers]
+
+    names = task.sample_ids() if task.sample_id is None else None
+    sample_id = part(task.sample_id, names)
+    return replace(task, samples=Subset(task.samples, numbers), group=part(task.group, None), sample_id=sample_id)
 
 
 def require_names(tasks: Sequence[Task]) -> None:

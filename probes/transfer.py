@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from probes.scores import device_of
-from probes.tasks import Naming, Task, require_names, split_by_group
+from probes.tasks import Task, require_names, split_by_group, subset
 from probes.undisturbed import swapped, undisturbed
 
 
@@ -87,7 +86,7 @@ def transfer(
             raise ValueError("Expected a model with trainable parameters, got one whose parameters are all frozen.")
         inverse = _inverse_preconditioner(parameters, optimizer)
         halves = split_by_group({task.name: task.groups() for task in tasks})
-        stepped, held_out = ([_subset(task, halves[task.name][half]) for task in tasks] for half in (0, 1))
+        stepped, held_out = ([subset(task, halves[task.name][half]) for task in tasks] for half in (0, 1))
         means = [_mean_loss_and_gradient(bare, task, parameters) for task in held_out]
         loss = _shareable([value for value, _ in means], tasks)
         first_order, look_ahead, kept = [], [], []
@@ -102,17 +101,6 @@ def transfer(
         names = tuple(task.name for task in tasks)
         first, after, share = (torch.tensor(rows, dtype=torch.float64) for rows in (first_order, look_ahead, kept))
         return Transfer(names, first / loss, (loss - after) / loss, loss, share)
-
-
-def _subset(task: Task, numbers: Sequence[int]) -> Task:
-    def part(naming: Naming) -> Naming:
-        if naming is None or isinstance(naming, str) or callable(naming):
-            return naming
-        return [name for number, name in enumerate(naming) if number in chosen]
-
-    chosen = set(numbers)
-    samples = Subset(task.samples, numbers)
-    return replace(task, samples=samples, group=part(task.group), sample_id=part(task.sample_id))
 
 
 def _mean_loss(model: nn.Module, task: Task) -> float:

@@ -24,7 +24,6 @@ that it is not in. Intervals are conditional on the directions; they are Student
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,18 +137,6 @@ def decompose(
         resolved=np.broadcast_to((of_full.low > 0) | (of_full.high < 0), c.shape),
         separable=np.abs(interaction.estimate) <= SEPARABLE * np.abs(of_full.estimate),
     )
-
-
-def separable_scale(
-    scales: Sequence[float], separable: Bool[np.ndarray, "scale k task"]
-) -> Float[np.ndarray, "k task"]:
-    """Return the largest scale λ at which the parts λ·on and λ·off of λδ are separable; NaN if there is none.
-
-    >>> separable_scale((0.25, 0.5, 1.0), np.array([[[True]], [[True]], [[False]]]))
-    array([[0.5]])
-    """
-    length = np.where(separable, np.asarray(scales, np.float64)[:, None, None], -np.inf).max(0)
-    return np.where(np.isfinite(length), length, np.nan)
 
 
 def ratio_of_means(

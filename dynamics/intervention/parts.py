@@ -36,51 +36,42 @@ class Part:
     directions: int
 
 
-def headline_k(samples: int) -> int:
-    """Return the number of directions whose part is the headline: 16, or fewer where a fold has fewer than 64 samples.
-
-    The largest of 1, 2, 4, 8, 16 that is at most a quarter of the samples. It is fixed before anything is measured,
-    and never chosen by the effect.
-
-    Args:
-        samples: Number of samples that directions are taken from: of the smallest fold.
-
-    Raises:
-        ValueError: For fewer than four.
-
-    >>> headline_k(48), headline_k(300)
-    (8, 16)
-    """
-    if samples < 4:
-        raise ValueError(f"Expected at least 4 samples to take directions from, got {samples}. Probe more groups.")
-    return max(k for k in (1, 2, 4, 8, 16) if 4 * k <= samples)
-
-
-def leading_part(gram: Float[np.ndarray, "sample sample"], product: Float[np.ndarray, " sample"], k: int) -> Part:
+def leading_part(
+    gram: Float[np.ndarray, "sample sample"],
+    product: Float[np.ndarray, " sample"],
+    k: int,
+    resolved: float = RESOLVED,
+) -> Part:
     """Return the part in the k leading directions.
 
     Args:
         gram: K.
         product: b = Gδ.
         k: Number of directions.
+        resolved: Eigenvalues below this share of the largest are rounding.
 
     Raises:
-        ValueError: If a number of K or b is not finite.
+        ValueError: If a number of K is not finite.
 
     >>> leading_part(np.diag([4.0, 1.0]), np.array([2.0, 3.0]), 1)
     Part(weights=array([0.5, 0. ]), energy=1.0, directions=1)
     """
-    values, vectors = _directions(gram, product)
+    values, vectors = _directions(gram, resolved)
     return _part(values[:k], vectors[:, :k], product)
 
 
-def bottom_part(gram: Float[np.ndarray, "sample sample"], product: Float[np.ndarray, " sample"], k: int) -> Part:
+def bottom_part(
+    gram: Float[np.ndarray, "sample sample"],
+    product: Float[np.ndarray, " sample"],
+    k: int,
+    resolved: float = RESOLVED,
+) -> Part:
     """Return the part in the k last directions that K resolves.
 
     >>> bottom_part(np.diag([4.0, 1.0]), np.array([2.0, 3.0]), 1).energy
     9.0
     """
-    values, vectors = _directions(gram, product)
+    values, vectors = _directions(gram, resolved)
     first = max(len(values) - k, 0)
     return _part(values[first:], vectors[:, first:], product)
 
@@ -90,6 +81,7 @@ def random_part(
     product: Float[np.ndarray, " sample"],
     k: int,
     generator: np.random.Generator,
+    resolved: float = RESOLVED,
 ) -> Part:
     r"""Return the part in k random orthonormal directions of the gradients' span, Haar-distributed.
 
@@ -99,7 +91,7 @@ def random_part(
     >>> round(part.energy, 9), part.directions
     (9.0, 3)
     """
-    values, vectors = _directions(gram, product)
+    values, vectors = _directions(gram, resolved)
     k = min(k, len(values))
     coordinates = (vectors.T @ product) / np.sqrt(values)
     basis = np.linalg.qr(generator.standard_normal((len(values), k)))[0]
@@ -107,15 +99,15 @@ def random_part(
     return Part(vectors @ (projected / np.sqrt(values)), float((projected**2).sum()), k)
 
 
-def _directions(gram: np.ndarray, product: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _directions(gram: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Return eigenvalues, descending, and eigenvectors of K, as far as they are resolved."""
-    if not (np.isfinite(gram).all() and np.isfinite(product).all()):
+    if not np.isfinite(gram).all():
         raise ValueError(
-            "Expected finite numbers in K = GGᵀ and b = Gδ, got some that are not. Leave out the samples they are of."
+            "Expected finite numbers in K = GGᵀ, got some that are not. Leave out the samples they are of."
         )
     values, vectors = np.linalg.eigh(gram)
     values, vectors = values[::-1], vectors[:, ::-1]
-    resolved = values > RESOLVED * max(float(values[0]), 0.0) if len(values) else np.zeros(0, dtype=bool)
+    resolved = values > share * max(float(values[0]), 0.0) if len(values) else np.zeros(0, dtype=bool)
     return values[resolved], vectors[:, resolved]
 
 

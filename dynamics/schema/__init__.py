@@ -15,6 +15,7 @@ from dynamics.schema.fisher_groups import (
     SAMPLE_LABELS,
     TASKS,
 )
+from dynamics.schema.intervention_groups import INTERVENTION
 from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_DIRECTION
 from dynamics.schema.update_groups import (
     BASE,
@@ -54,6 +55,7 @@ __all__ = [
     "FISHER_RECORD",
     "GLOBAL",
     "GRADIENT",
+    "INTERVENTION",
     "KINDS",
     "LOG_COORDINATES",
     "MEASURES",

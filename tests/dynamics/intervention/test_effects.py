@@ -18,7 +18,6 @@ from dynamics.intervention.effects import (
     metric_effects,
     ratio_of_means,
     required_groups,
-    separable_scale,
 )
 from tests.dynamics.intervention.simulated import groups_of_two, newton_step, outcome
 
@@ -255,11 +254,6 @@ def test_a_broken_loss_breaks_nothing_but_its_number(labels: SampleGroups) -> No
     assert np.isnan(parts.share.estimate).tolist() == [[True, True, False], [False] * 3]
     assert not parts.separable[0, :2].any()
     assert parts.resolved.all()
-
-
-def test_largest_scale_at_which_parts_are_separable() -> None:
-    separable = np.array([[[True, True, False, True]], [[True, False, False, False]], [[False, False, False, True]]])
-    np.testing.assert_array_equal(separable_scale((0.25, 0.5, 1.0), separable), [[0.5, 0.25, np.nan, 1.0]])
 
 
 def test_parts_are_those_of_the_reference(reference: ModuleType) -> None:

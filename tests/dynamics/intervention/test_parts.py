@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamics.intervention.parts import Part, bottom_part, headline_k, leading_part, random_part
+from dynamics.intervention.parts import Part, bottom_part, leading_part, random_part
 
 Gradients = tuple[np.ndarray, np.ndarray]
 
@@ -159,28 +159,22 @@ def test_degenerate_eigenvalues_have_one_part_of_all_their_directions() -> None:
 
 @pytest.mark.parametrize("name", ["leading", "bottom", "random"])
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
-def test_numbers_that_are_not_finite_are_refused(name: str, broken: float) -> None:
-    message = "Expected finite numbers in K = GGᵀ and b = Gδ, got some that are not. Leave out the samples they are of."
+def test_a_gram_that_is_not_finite_is_refused(name: str, broken: float) -> None:
+    message = "Expected finite numbers in K = GGᵀ, got some that are not. Leave out the samples they are of."
     with pytest.raises(ValueError, match=f"^{message}$"):
         part_of(name, np.diag([1.0, broken]), np.ones(2), 1)
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        part_of(name, np.eye(2), np.array([1.0, broken]), 1)
 
 
-# ---- the headline's number of directions ----
+@pytest.mark.parametrize("name", ["leading", "bottom", "random"])
+def test_a_product_that_is_unknown_gives_no_part(name: str) -> None:
+    part = part_of(name, np.eye(2), np.array([1.0, np.nan]), 2)
+    assert np.isnan([*part.weights, part.energy]).any()
 
 
-@pytest.mark.parametrize(
-    ("samples", "k"), [(4, 1), (7, 1), (8, 2), (16, 4), (31, 4), (32, 8), (63, 8), (64, 16), (10_000, 16)]
-)
-def test_headline_takes_at_most_a_quarter_of_the_samples(samples: int, k: int) -> None:
-    assert headline_k(samples) == k
-
-
-def test_headline_needs_four_samples() -> None:
-    message = "Expected at least 4 samples to take directions from, got 3. Probe more groups."
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        headline_k(3)
+def test_what_counts_as_rounding_can_be_given() -> None:
+    gram, product = np.diag([1.0, 1e-3]), np.ones(2)
+    assert leading_part(gram, product, 2).directions == 2
+    assert leading_part(gram, product, 2, resolved=1e-2).directions == 1
 
 
 # ---- the reference ----

@@ -1,0 +1,473 @@
+r"""Counterfactual versions of an update: its part along informative directions, the rest, and what to compare them to.
+
+Directions come from the gradients of some groups of probe samples, losses from the others (:func:`intervene`): with the
+same samples for both, any part along their gradients seems to work. Each split of the groups gives two folds, with
+the halves exchanged.
+
+====================  ===================================================================================
+``full``              the update δ as it is
+``on``                Π_k δ, its part in the k leading directions
+``off``               δ − Π_k δ, the rest, with what lies outside the space
+``random``            its part in k random directions of the gradients' span
+``matched``           cδ ± z with z ⟂ δ random: the norm and the inner product with δ of ``on``, no direction of its own
+``bottom``            its part in the k last directions that K resolves
+``sigma_top``         its k leading singular directions, of each matrix
+``sigma_tail``        the others
+``layer:3``           its matrices of layer 3; ``layer:NAME`` one matrix; ``without_layer:…`` all others
+====================  ===================================================================================
+
+A part along gradients is Gᵀw, one backward pass of a weighted loss, and stays an adapter: of rank 2r in tangent space,
+``off`` of rank 3r, as an update leaves that space by dB dA. Parts are kept in single precision beside the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import nn
+
+from dynamics.fisher.concentration import LEAST_GROUPS
+from dynamics.fisher.samples import StackedGram, half_splits
+from dynamics.intervention.changes import (
+    Change,
+    as_matrices,
+    energy,
+    in_format,
+    inner,
+    of_layer,
+    random_change,
+    sigma_top,
+    total,
+)
+from dynamics.intervention.export import save_arm
+from dynamics.intervention.parts import RESOLVED, Part, bottom_part, leading_part, random_part
+from dynamics.schema import GLOBAL
+from probes.blocks import trained_parameters
+from probes.gram import ProbeGram
+from probes.scores import device_of
+from probes.tasks import Task, subset
+from probes.undisturbed import bare
+from probes.watched import Matrix
+from probes.weighted_gradients import weighted_gradients
+
+#: What is scored unless other arms are chosen.
+ARMS = ("full", "on", "off", "random", "matched")
+#: All that are known by a name alone.
+ALL_ARMS = (*ARMS, "bottom", "sigma_top", "sigma_tail")
+_WITHOUT_K = ("full", "layer:", "without_layer:")
+PAIR = ("matched+", "matched-")
+#: Numbers of directions from which the headline's is taken: the largest of at most a quarter of a fold's samples.
+HEADLINE = (1, 2, 4, 8, 16)
+#: Share of ‖on‖² by which its three forms may differ: in single precision, and in half.
+DEVIATION, DEVIATION_HALF = 1e-5, 2e-2
+#: Where ‖on‖² is this share of ‖δ‖², its rounding is.
+_NEGLIGIBLE = 1e-4
+#: Eigenvalues of K that are so many units of rounding below the largest are not resolved.
+_ROUNDING = 100.0
+
+
+class Fold(NamedTuple):
+    """Directions from some groups, to be scored on the others.
+
+    Args:
+        fit: Groups whose gradients give the directions.
+        held_out: The other groups.
+        arms: Arm → matrix → its change; made when first asked for.
+    """
+
+    fit: tuple[str, ...]
+    held_out: tuple[str, ...]
+    arms: Arms
+
+
+@dataclass(frozen=True)
+class Counterfactuals:
+    """Arms of one update: by fold, to be scored, and from all groups, to be exported.
+
+    Args:
+        folds: Each split of the groups twice, the halves exchanged.
+        whole: Arms whose directions come from all groups: never score them on these.
+        gram: K and b behind the directions.
+        splits: Number of splits.
+        update: What is taken apart.
+    """
+
+    folds: tuple[Fold, ...]
+    whole: Arms
+    gram: ProbeGram
+    splits: int
+    update: _Update
+
+    @property
+    def k(self) -> tuple[int, ...]:
+        """Numbers of directions. The first is the headline's: its arms are ``on``, …, others ``on(4)``, …."""
+        return self.update.k
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The chosen arms."""
+        return self.update.names
+
+    def save(self, folder: str | Path, arm: str) -> Path:
+        """Write an arm, added to the adapter at the increment's start, as an adapter that any evaluator loads.
+
+        See :func:`dynamics.intervention.export.save_arm`.
+        """
+        return save_arm(self.update.model, self.whole[arm], Path(folder), arm)
+
+
+class Arms(Mapping[str, dict[str, Matrix]]):
+    """Arms whose directions come from the gradients of some samples: name → matrix → its change.
+
+    They are made in one pass over these samples when the first is asked for, while the model must be at the weights
+    where the update began. :meth:`release` gives their memory back.
+
+    Args:
+        update: What is taken apart, and by which gradients.
+        rows: Rows of K whose gradients give the directions, ascending.
+        seed: Of the random directions.
+
+    Raises:
+        KeyError: If an arm was not chosen.
+        ValueError: If the model has moved, or its gradients are not those behind K.
+    """
+
+    def __init__(self, update: _Update, rows: Int[np.ndarray, " fit"], seed: int) -> None:
+        self._update, self.rows, self._seed = update, rows, seed
+        self._changes: dict[tuple[str, int], Change] = {}
+        self._deviation = np.nan
+        self._keys: dict[str, tuple[str, int]] = {}
+        first = update.k[0]
+        for arm in update.names:
+            for name in PAIR if arm == "matched" else (arm,):
+                self._keys[name] = (name, first)
+                if not arm.startswith(_WITHOUT_K):
+                    self._keys |= {f"{name}({k})": (name, k) for k in update.k}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, arm: str) -> dict[str, Matrix]:
+        if arm not in self._keys:
+            raise KeyError(f"Expected one of the arms {', '.join(self._keys)}, got {arm!r}.")
+        return self.matrices(*self._keys[arm])
+
+    @cached_property
+    def parts(self) -> dict[tuple[str, int], Part]:
+        """Arm and k → its part along gradients, as weights of the rows: ``on``; ``random``, ``bottom`` if chosen."""
+        gram = self._update.gram[np.ix_(self.rows, self.rows)]
+        product = self._update.product[self.rows]
+        generator = np.random.default_rng(self._seed)
+        parts = {("on", k): leading_part(gram, product, k, self._update.resolved) for k in self._update.k}
+        for k in self._update.k:
+            if "random" in self._update.names:
+                parts["random", k] = random_part(gram, product, k, generator, self._update.resolved)
+            if "bottom" in self._update.names:
+                parts["bottom", k] = bottom_part(gram, product, k, self._update.resolved)
+        return parts
+
+    def captured(self, arm: str, k: int) -> float:
+        """Return c = ‖Πδ‖²/‖δ‖² of a part along gradients, of all of δ."""
+        return self.parts[arm, k].energy / self._update.energy
+
+    @property
+    def deviation(self) -> float:
+        """The largest relative difference between ‖Πδ‖² from K and that of the change made; makes the changes."""
+        self._made("on", self._update.k[0])
+        return self._deviation
+
+    def matrices(self, arm: str, k: int) -> dict[str, Matrix]:
+        """Return an arm as changes of matrices, and of vectors by their parameter's name."""
+        return as_matrices(self._update.model, self.change(arm, k), self._update.space)
+
+    def change(self, arm: str, k: int) -> Change:
+        """Return an arm in the space of the update: in factor space, as changes of the factors."""
+        delta = self._update.change
+        if arm == "full":
+            return delta
+        if arm.startswith(("layer:", "without_layer:")):
+            return of_layer(delta, arm)
+        if arm == "sigma_top":
+            return sigma_top(delta, k)
+        if arm == "sigma_tail":
+            return total([(1.0, delta), (-1.0, sigma_top(delta, k))])
+        if arm in PAIR:
+            share = self.captured("on", k)
+            size = float(np.sqrt(max(share * (1 - share), 0.0) * self._update.energy))
+            return total([(share, delta), (size if arm == PAIR[0] else -size, self._direction())])
+        if arm == "off":
+            return total([(1.0, delta), (-1.0, self._made("on", k))])
+        return self._made(arm, k)
+
+    def release(self) -> None:
+        """Let the changes' memory go; they are made again when asked for."""
+        self._changes.clear()
+
+    def _direction(self) -> Change:
+        """Return a random direction of norm 1 in the space, orthogonal to the update."""
+        key = ("direction", 0)
+        if key not in self._changes:
+            model, delta, space = self._update.model, self._update.change, self._update.space
+            self._changes[key] = random_change(model, delta, space, self._seed)
+        return self._changes[key]
+
+    def _made(self, arm: str, k: int) -> Change:
+        """Return a part along gradients; the first time, make all of them in one pass over the samples behind them."""
+        if (arm, k) not in self._changes:
+            update = self._update
+            update.require_start()
+            weights = torch.tensor(np.stack([part.weights for part in self.parts.values()]))
+            tasks = some(update.tasks, update.numbers[self.rows])
+            changes = weighted_gradients(update.model, tasks, weights, space=update.space, blocks=update.blocks)
+            self._changes.update(zip(self.parts, changes, strict=True))
+            self._deviation = max(self._apart(self.parts["on", k].energy, self._changes["on", k]) for k in update.k)
+            if not self._deviation <= update.tolerance:
+                raise ValueError(
+                    f"Expected gradients as those behind K, whose projection of the update has the same norm to "
+                    f"{update.tolerance:g}, got a difference of {self._deviation:.2g}. Measure K and the arms with the "
+                    "same weights, samples and loss, in evaluation mode and in single precision."
+                )
+        return self._changes[arm, k]
+
+    def _apart(self, energy_of_gram: float, change: Change) -> float:
+        """Return how far ‖on‖² and ⟨on, δ⟩ are from wᵀKw, relative to it."""
+        norms = (energy(change), inner(change, self._update.change))
+        # ⟨on, δ⟩ is rounded relative to ‖on‖‖δ‖, whatever the angle.
+        size = max(energy_of_gram, _NEGLIGIBLE * self._update.energy)
+        return max(abs(norm - energy_of_gram) for norm in norms) / size if size > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class _Update:
+    """An update, and the gradients by which it is taken apart.
+
+    Args:
+        model: At the weights where the update began.
+        tasks: All probe samples.
+        gram, product: K and b of all blocks together.
+        numbers: Of each row of K, the sample's number over all tasks.
+        change: δ, in the space of K.
+        energy: ‖δ‖², what lies outside the space included.
+        k: Numbers of directions, the headline's first.
+        names: The chosen arms.
+        space: ``"tangent"`` or ``"factor"``.
+        blocks: Names of the blocks behind K; ``None`` for all.
+        start: Sum of each trained parameter where the update began.
+        resolved: Eigenvalues of K below this share of the largest are rounding.
+        tolerance: Of ‖on‖², relative.
+    """
+
+    model: nn.Module
+    tasks: tuple[Task, ...]
+    gram: Float[np.ndarray, "sample sample"]
+    product: Float[np.ndarray, " sample"]
+    numbers: Int[np.ndarray, " sample"]
+    change: Change
+    energy: float
+    k: tuple[int, ...]
+    names: tuple[str, ...]
+    space: str
+    blocks: tuple[str, ...] | None
+    start: Mapping[str, float]
+    resolved: float
+    tolerance: float
+
+    def require_start(self) -> None:
+        """Refuse a model that has moved.
+
+        Raises:
+            ValueError: If it has.
+        """
+        moved = [name for name, value in _sums(self.model).items() if value != self.start.get(name)]
+        if moved:
+            raise ValueError(
+                f"Expected the model at the weights where the update began, got other numbers in {moved[:3]}. Set the "
+                "weights back (probes.swapped), or make the counterfactuals anew."
+            )
+
+
+def counterfactuals(
+    model: nn.Module,
+    tasks: Sequence[Task],
+    gram: ProbeGram,
+    change: Mapping[str, Matrix],
+    *,
+    k: int | Sequence[int] | None = None,
+    arms: Sequence[str] = ARMS,
+    splits: int = 2,
+    seed: int = 0,
+) -> Counterfactuals:
+    """Take an update apart along the informative directions of probe samples; nothing is run yet.
+
+    Args:
+        model: At the weights where the update began; it is left as it was.
+        tasks: The probe samples behind ``gram``.
+        gram: K and b of this update, in tangent or factor space: ``probes.gradient_gram(model, tasks, update=change)``.
+        change: The update, as given to ``gradient_gram``.
+        k: Numbers of directions; the first is the headline's. By default 16, or the largest of 1, 2, 4, 8, 16 that is
+            at most a quarter of a fold's samples: fixed before effects are looked at.
+        arms: Which versions of the update; ``full`` is always among them, and ``off`` where ``on`` is.
+        splits: Random splits of the groups into halves, each used both ways.
+        seed: Of the splits and the random directions.
+
+    Raises:
+        ValueError: If K is not of these samples and this update, an arm is unknown, there are fewer than four groups,
+            or the update is zero.
+
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> def squares(model, batch):
+    ...     return (model(batch["x"])[:, 0] - 1) ** 2 / 2
+    >>> samples = [{"x": [1.0, 0.1 * number]} for number in range(8)]
+    >>> tasks, change = [Task("line", samples, loss=squares)], {"weight": torch.tensor([[0.3, 0.2]])}
+    >>> from probes import gradient_gram
+    >>> arms = counterfactuals(layer, tasks, gradient_gram(layer, tasks, update=change), change, k=1)
+    >>> fit, held_out, parts = arms.folds[0]
+    >>> len(fit), len(held_out), torch.allclose(parts["on"]["weight"] + parts["off"]["weight"], change["weight"])
+    (4, 4, True)
+    """
+    tasks = tuple(tasks)
+    names = _arms(arms)
+    together = _together(gram)
+    stacked = StackedGram.of(together)
+    stacked.require_exact()
+    group = stacked.labels.group
+    if len(np.unique(group)) < LEAST_GROUPS:
+        raise ValueError(
+            f"Expected at least {LEAST_GROUPS} groups, half for directions and half for losses, got "
+            f"{len(np.unique(group))}. Probe samples of more groups."
+        )
+    numbers = _numbers(tasks, gram)
+    size = energy(change)
+    if not size > 0:
+        raise ValueError("Expected an update other than zero, got none: nothing can be taken apart.")
+    if not np.isfinite(stacked.gram).all() or not np.isfinite(stacked.update_product).all():
+        raise ValueError(
+            "Expected K and b = Gδ of the update, got some that is missing or not finite. Pass update=change."
+        )
+    if splits < 1:
+        raise ValueError(f"Expected at least one split, got {splits}.")
+    blocks = tuple(name for name in gram.blocks if name != GLOBAL) or None
+    exact = torch.finfo(_precision(model)).eps
+    update = _Update(
+        model,
+        tasks,
+        stacked.gram[0],
+        stacked.update_product[0],
+        numbers,
+        in_format(change, torch.promote_types(_precision(model), torch.float32)),
+        size,
+        _directions(k, len(numbers) // 2),
+        names,
+        gram.space or "tangent",
+        blocks,
+        _sums(model),
+        max(RESOLVED, _ROUNDING * exact),
+        DEVIATION if exact < 1e-6 else DEVIATION_HALF,
+    )
+    labels = np.asarray(gram.groups if len(gram.groups) else gram.sample_ids if len(gram.sample_ids) else group).astype(
+        str
+    )
+    folds = [
+        Fold(_groups(labels, fit), _groups(labels, held_out), Arms(update, fit, seed + number))
+        for number, (fit, held_out) in enumerate(half_splits(group, splits, seed))
+    ]
+    return Counterfactuals(tuple(folds), Arms(update, np.arange(len(numbers)), seed), gram, splits, update)
+
+
+def some(tasks: Sequence[Task], numbers: Int[np.ndarray, " some"]) -> list[Task]:
+    """Return tasks with some of their samples, numbered over all tasks, ascending; a task without any is left out."""
+    ends = np.cumsum([len(task) for task in tasks])
+    parts = [
+        numbers[(numbers >= end - len(task)) & (numbers < end)] - (end - len(task))
+        for task, end in zip(tasks, ends, strict=True)
+    ]
+    return [subset(task, part.tolist()) for task, part in zip(tasks, parts, strict=True) if len(part)]
+
+
+def _arms(arms: Sequence[str]) -> tuple[str, ...]:
+    """Return the chosen arms, each once, ``full`` first."""
+    if isinstance(arms, str):
+        raise ValueError(f"Expected a list of arms, got the text {arms!r}.")
+    wrong = [arm for arm in arms if arm not in (*ALL_ARMS, "scale") and not arm.startswith(_WITHOUT_K[1:])]
+    if wrong:
+        raise ValueError(
+            f"Expected arms among {', '.join(ALL_ARMS)}, layer:NUMBER and without_layer:NUMBER, got "
+            f"{', '.join(map(repr, wrong))}."
+        )
+    apart = ("on", "off") if {"on", "off", "matched"} & {*arms} else ()
+    return tuple(dict.fromkeys(["full", *apart, *(arm for arm in arms if arm != "scale")]))
+
+
+def _together(gram: ProbeGram) -> ProbeGram:
+    """Return K and b of all blocks together."""
+    if GLOBAL not in gram.gram:
+        raise ValueError(f"Expected K of all blocks together, {GLOBAL!r}, got {', '.join(gram.blocks[:3])}.")
+    if gram.fisher != "empirical":
+        raise ValueError("Expected the empirical Fisher, whose gradients can be taken again, got sampled labels.")
+    if gram.space == "weight":
+        raise ValueError("Expected K in tangent or factor space, got weight space, whose projections are no adapters.")
+    if GLOBAL not in gram.update_product:
+        raise ValueError("Expected b = Gδ beside K, got none. Pass update=change to gradient_gram.")
+
+    def only(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {GLOBAL: values[GLOBAL]} if GLOBAL in values else {}
+
+    return replace(
+        gram,
+        gram=only(gram.gram),
+        update_product=only(gram.update_product),
+        update_norm_squared=only(gram.update_norm_squared),
+        share_outside_space=only(gram.share_outside_space),
+        dimension=only(gram.dimension),
+    )
+
+
+def _numbers(tasks: Sequence[Task], gram: ProbeGram) -> Int[np.ndarray, " sample"]:
+    """Return the number, over all tasks, of the sample behind each row of K."""
+    names = [name for task in tasks for name in task.sample_ids()]
+    left_out = set(gram.left_out)
+    numbers = np.array([number for number in range(len(names)) if number not in left_out], dtype=np.int64)
+    rows = len(gram.gram[GLOBAL])
+    if len(numbers) != rows or (len(gram.sample_ids) and [names[n] for n in numbers] != list(gram.sample_ids)):
+        raise ValueError(
+            f"Expected the tasks behind K, got {len(numbers)} samples for {rows} rows, or others. Measure K with these "
+            "tasks."
+        )
+    return numbers
+
+
+def _directions(k: int | Sequence[int] | None, samples: int) -> tuple[int, ...]:
+    if k is None:
+        return (max([count for count in HEADLINE if count <= samples / 4], default=1),)
+    counts = tuple(dict.fromkeys([k] if isinstance(k, int) else k))
+    if not counts or min(counts) < 1:
+        raise ValueError(f"Expected k of at least 1, got {k}.")
+    return counts
+
+
+def _groups(labels: np.ndarray, rows: np.ndarray) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(labels[rows].tolist()))
+
+
+def _sums(model: nn.Module) -> dict[str, float]:
+    """Return the sum of each trained parameter, by which a move is noticed."""
+    return {name: float(p.detach().sum(dtype=torch.float64)) for name, p in trained_parameters(model).items()}
+
+
+def _precision(model: nn.Module) -> torch.dtype:
+    """Return the coarsest format in which the model computes."""
+    device = device_of(model).type
+    formats = {p.dtype for p in bare(model).parameters() if p.is_floating_point()}
+    if torch.is_autocast_enabled(device):
+        formats.add(torch.get_autocast_dtype(device))
+    return max(formats, key=lambda dtype: torch.finfo(dtype).eps)

@@ -1,0 +1,131 @@
+"""What was done to an update to see which part of it works: the group ``/intervention``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dynamics.schema.variable import Variable
+
+_REFERENCE = "Song, Ahn & Yun 2025, arXiv 2405.16002"
+_PER_ARM = ("step", "arm", "k", "scale", "task")
+_PER_K = ("step", "k", "task")
+_JACKKNIFE = (
+    "95 %, from the delete-one-group jackknife and the variance between splits, Student's t of groups − 1; conditional "
+    "on the directions"
+)
+_FIELLER = "95 %, by Fieller, from the same errors as those of effects; conditional on the directions"
+_ON_FULL = "on and off as c, D at scale 1; of samples held out from the directions, mean over splits"
+
+
+def _with_interval(name: str, variable: Variable, interval: str) -> dict[str, Variable]:
+    ends = {
+        f"{name}_{end}": Variable(variable.dims, variable.units, f"{variable.long_name}, {side} end", interval)
+        for end, side in (("low", "lower"), ("high", "upper"))
+    }
+    return {name: variable, **ends}
+
+
+#: The group that follows from running the arms of an update.
+INTERVENTION: Mapping[str, Variable] = {
+    **_with_interval(
+        "effect",
+        Variable(
+            _PER_ARM,
+            "nat",
+            "fall of the loss",
+            "D(λx) = mean of ℓ_i(θ) − ℓ_i(θ + λx) over samples whose groups gave no direction, mean over splits; "
+            "positive: x lowers the loss. Losses are the tasks', as the model in evaluation mode gives them",
+            _REFERENCE,
+        ),
+        _JACKKNIFE,
+    ),
+    "predicted_effect": Variable(
+        _PER_ARM,
+        "nat",
+        "fall of the loss to first order",
+        "−mean of ⟨g_i, λx⟩ from K and b alone: descriptive, may be ten times the effect. Of full and off without "
+        "what lies outside the space; NaN for arms made otherwise",
+    ),
+    **_with_interval(
+        "score_effect",
+        Variable(
+            ("step", "arm", "k", "task"),
+            "score",
+            "change of the score",
+            "mean of score_i(θ + x) − score_i(θ), in the task's units; NaN for tasks without a score of their own",
+        ),
+        _JACKKNIFE,
+    ),
+    "required_groups": Variable(
+        ("step", "arm", "k", "task"),
+        "1",
+        "groups that would resolve the effect",
+        "(2.8 sd/|D|)², sd of a group's effect: found with 80 % power at 5 %",
+    ),
+    "captured": Variable(
+        _PER_K,
+        "1",
+        "share of the squared norm in the directions",
+        "c = ‖Π_k δ‖²/‖δ‖², of all of δ, what lies outside the space included; mean over folds",
+    ),
+    **_with_interval(
+        "interaction",
+        Variable(_PER_K, "nat", "interaction of the two parts", f"I = D(full) − D(on) − D(off); {_ON_FULL}"),
+        _JACKKNIFE,
+    ),
+    **_with_interval(
+        "excess",
+        Variable(
+            _PER_K,
+            "nat",
+            "effect beyond the share of the norm",
+            "T = ½(D(on) + D(full) − D(off)) − c D(full): 0 for any part that is random with respect to δ, and for "
+            "every part of a step −η∇L",
+        ),
+        _JACKKNIFE,
+    ),
+    "excess_p": Variable(
+        _PER_K,
+        "1",
+        "p of no excess, of all k and tasks together",
+        "max-T over k × tasks by 9,999 random signs of centred group means; Bonferroni below 12 groups",
+    ),
+    **_with_interval(
+        "share",
+        Variable(
+            _PER_K,
+            "1",
+            "share of the effect",
+            "s = ½(D(on) + D(full) − D(off))/D(full), Shapley: the two parts' add to 1; NaN where not resolved or not "
+            "separable",
+        ),
+        _FIELLER,
+    ),
+    **_with_interval(
+        "efficiency", Variable(_PER_K, "1", "share of the effect over share of the norm", "s/c; NaN with s"), _FIELLER
+    ),
+    **_with_interval(
+        "sufficiency", Variable(_PER_K, "1", "effect of the part alone", "D(on)/D(full); NaN with s"), _FIELLER
+    ),
+    **_with_interval(
+        "necessity", Variable(_PER_K, "1", "effect lost without the part", "1 − D(off)/D(full); NaN with s"), _FIELLER
+    ),
+    "relative_excess": Variable(
+        _PER_K, "1", "excess over the whole effect", "T/D(full); NaN where D(full) is not resolved: a run's measure"
+    ),
+    "resolved": Variable(_PER_K, "1", "whole effect told from 0", "the interval of D(full) excludes 0"),
+    "separable": Variable(_PER_K, "1", "parts have shares", "|I| ≤ ½|D(full)| at scale 1"),
+    "separable_scale": Variable(
+        _PER_K,
+        "1",
+        "largest scale at which parts have shares",
+        "largest λ of the grid with |I(λ)| ≤ ½|D(λ full)|; NaN if none",
+    ),
+    "norm": Variable(("step", "arm", "k"), "weight", "norm of the arm", "root of the mean of ‖x‖² over folds"),
+    "headline": Variable(
+        ("step", "k"),
+        "1",
+        "k of the headline",
+        "16, or the largest of 1, 2, 4, 8, 16 of at most a quarter of a fold's samples",
+    ),
+}
