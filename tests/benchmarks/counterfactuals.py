@@ -10,9 +10,16 @@ from collections.abc import Iterator
 import numpy as np
 
 from dynamics.fisher.samples import SampleGroups
-from dynamics.intervention.effects import adjusted_p
+from dynamics.intervention.effects import adjusted_p, effects
 from tests.benchmarks.calibration import Row, main, share
-from tests.dynamics.intervention.simulated import CASES, outcome, small_gradient_step, tally
+from tests.dynamics.intervention.simulated import (
+    CASES,
+    agreeing_gradients,
+    groups_of_two,
+    outcome,
+    small_gradient_step,
+    tally,
+)
 
 _HEADINGS = (
     "c",
@@ -60,6 +67,22 @@ def _rows(rng: np.random.Generator, sets: int, *, cross_fitted: bool) -> Iterato
             )
 
 
+def halves(rng: np.random.Generator, sets: int) -> Iterator[Row]:
+    """How often T is called above or below 0 where it is 0, by either standard error."""
+    yield "T ≠ 0 called where T = 0", "k", "jackknife over groups alone", "with the variance between splits"
+    labels = groups_of_two(256)
+    for name, case in (("gradient step", small_gradient_step), ("gradients that agree", agreeing_gradients)):
+        false = np.array([_differs(outcome(case(rng), labels, rng).excess, labels) for _ in range(sets)])
+        for position, k in enumerate(case(rng).k):
+            yield name, str(k), *(share(column) for column in false[:, :, position].T)
+
+
+def _differs(excess: np.ndarray, labels: SampleGroups) -> list[np.ndarray]:
+    """Whether T's interval excludes 0 for each k: of the mean over splits, and of the splits."""
+    intervals = effects(excess.mean(0), labels), effects(excess, labels)
+    return [((interval.low > 0) | (interval.high < 0))[:, 0] for interval in intervals]
+
+
 def families(rng: np.random.Generator, sets: int) -> Iterator[Row]:
     """How often any of 15 tests, of 5 numbers of directions and 3 tasks, has an adjusted p ≤ 0.05."""
     yield "any p ≤ 0.05 of 15 null tests", "10 groups (Bonferroni)", "24 groups", "48 groups", "128 groups"
@@ -94,7 +117,7 @@ def _values(rng: np.random.Generator, law: str, groups: int) -> np.ndarray:
 
 
 #: Each gives a table: headings first, then its rows.
-TABLES = {"parts": parts, "leakage": leakage, "families": families}
+TABLES = {"parts": parts, "leakage": leakage, "halves": halves, "families": families}
 
 if __name__ == "__main__":
     main(TABLES, __doc__, sets=400)
