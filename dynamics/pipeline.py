@@ -354,8 +354,12 @@ def _refuse_names(names: Iterable[str]) -> None:
             raise ValueError(f"Expected the name of a run to be a plain name of at most 200 bytes, got {name!r}.")
 
 
-def _rank_pattern_file(run: str) -> str:
-    return f"rank_pattern.{run}.json" if run else "rank_pattern.json"
+def _rank_patterns(tree: xr.DataTree, run: str) -> dict[str, dict[str, int]]:
+    """Return rank patterns of one run by file name: by energy, and by effect where that is measured."""
+    ranks = {"rank_pattern": tree["update"].to_dataset()["suggested_rank"]}
+    if "sensitivity" in tree.children:
+        ranks["rank_pattern_by_effect"] = tree["sensitivity"].to_dataset()["rank_by_effect"].isel(step=-1)
+    return {f"{stem}.{run}.json" if run else f"{stem}.json": rank_pattern(array) for stem, array in ranks.items()}
 
 
 def _open_all(runs: Mapping[str, Path], options: Options) -> tuple[dict[str, Source], list[Finding]]:
@@ -395,9 +399,9 @@ def _write(tree: xr.DataTree, stage: Path, texts: Mapping[str, str]) -> None:
     summary = json.dumps(summarise(tree), indent=2, allow_nan=False, ensure_ascii=False)
     write_text(stage / "summary.json", summary + "\n")
     runs = tree["runs"].children if "runs" in tree.children else {"": tree}
-    for name, run in runs.items():
-        pattern = json.dumps(rank_pattern(run["update"].to_dataset()), indent=2)
-        write_text(stage / _rank_pattern_file(str(name)), pattern + "\n")
+    for run, part in runs.items():
+        for name, pattern in _rank_patterns(part, str(run)).items():
+            write_text(stage / name, json.dumps(pattern, indent=2) + "\n")
     for name, text in texts.items():
         write_text(stage / name, text)
 

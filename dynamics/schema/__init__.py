@@ -15,7 +15,7 @@ from dynamics.schema.fisher_groups import (
     SAMPLE_LABELS,
     TASKS,
 )
-from dynamics.schema.intervention_groups import INTERVENTION
+from dynamics.schema.intervention_groups import INTERVENTION, INTERVENTION_GROUPS, SENSITIVITY
 from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_DIRECTION
 from dynamics.schema.update_groups import (
     BASE,
@@ -56,6 +56,7 @@ __all__ = [
     "GLOBAL",
     "GRADIENT",
     "INTERVENTION",
+    "INTERVENTION_GROUPS",
     "KINDS",
     "LOG_COORDINATES",
     "MEASURES",
@@ -72,6 +73,7 @@ __all__ = [
     "SAMPLE_LABELS",
     "SCORE",
     "SCORE_DIRECTION",
+    "SENSITIVITY",
     "SUMMARY",
     "SUMMARY_GRADIENT",
     "TASKS",

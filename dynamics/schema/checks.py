@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.schema.fisher_groups import ALL, FISHER_GROUPS, SAMPLE_LABELS
+from dynamics.schema.intervention_groups import INTERVENTION_GROUPS
 from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE
 from dynamics.schema.update_groups import BOUNDS, GRADIENT, MEASURES, NULL, OF_CHECKPOINTS, UPDATE, UPDATE_COORDINATES
 from dynamics.schema.variable import DECOMPOSITIONS, KINDS, Variable
@@ -99,6 +100,9 @@ def _problems(tree: xr.DataTree) -> Iterator[str]:
             dataset = tree[name].to_dataset()
             yield from _variable_problems(f"/{name}", dataset, variables, complete=True)
             yield from _fisher_problems(f"/{name}", dataset)
+    for name, variables in INTERVENTION_GROUPS.items():
+        if name in tree.children:
+            yield from _variable_problems(f"/{name}", tree[name].to_dataset(), variables, complete=True)
     for name, dims in OF_CHECKPOINTS.items():
         if name in tree.children:
             yield from _dimension_problems(f"/{name}", tree[name].to_dataset(), dims)
