@@ -87,7 +87,9 @@ INTENDED: tuple[Intended, ...] = (
 #: Of inputs whose training or model runs anew: what follows from K, whose gradients are in float32, and null models of
 #: increments, whose factors' smallest singular values cancel at the first steps.
 _ANEW = re.compile(r"/(fisher|concentration|tasks|association|comparison|null)/|_null|summary\.json:fisher|^OD4")
-ROUNDED = {"recorded": (_ANEW, 1e-4), "probed": (_ANEW, 1e-4)}
+#: χ of tasks made equally large: their squared norms are summed for all permutations at a time.
+_PERMUTED = re.compile(r"/tasks/divergence_n|summary\.json:fisher\.mixture\.n")
+ROUNDED = {"recorded": (_ANEW, 1e-4), "probed": (_ANEW, 1e-4), "two_tasks": (_PERMUTED, 1e-12)}
 #: Largest number of differences printed for one input.
 SHOWN = 60
 #: Input to the analyses that a test compares, too.

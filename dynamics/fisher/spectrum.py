@@ -256,7 +256,7 @@ def _root_step(at: Tensor, slope: Tensor, curve: Tensor, high: Tensor, low: Tens
 
 def _finite(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return which blocks are broken, and K with these as 0."""
-    broken = np.array([not np.isfinite(block).all() for block in gram])
+    broken = np.logical_not(np.isfinite(gram).all((1, 2)))
     return broken, np.where(broken[:, None, None], 0.0, gram) if broken.any() else gram
 
 
