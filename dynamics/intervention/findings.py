@@ -157,8 +157,10 @@ def _judged(at: xr.Dataset, attributes: Mapping[str, Any]) -> str:
     size = f"{_nat(abs(excess.value))}, {ends}"
     match verdict(at):
         case "unresolved":
-            untold = "The whole update's effect on these samples cannot be told from 0, so nothing is said of shares."
-            return untold + _needed(at, attributes)
+            undecided = (
+                "The whole update's effect on these samples cannot be told from 0, so nothing is said of shares."
+            )
+            return undecided + _needed(at, attributes)
         case "together":
             return _inseparable(at) + _at_shorter_length(at)
         case "more":
@@ -302,12 +304,12 @@ def _over_steps(group: xr.Dataset, steps: list[int]) -> str:
     if not counts:
         return ""
     total = counts.total()
-    told = [f"{words} ({counts[name]:,} of {total:,})" for name, words in VERDICTS.items() if counts[name]]
-    over = f"Over {total:,} steps: {'; '.join(told)}. " if total > 1 else ""
-    these = "These are updates" if total > 1 else "This is one update"
+    cases = [f"{words} ({counts[name]:,} of {total:,})" for name, words in VERDICTS.items() if counts[name]]
+    overview = f"Over {total:,} steps: {'; '.join(cases)}. " if total > 1 else ""
+    subject = "These are updates" if total > 1 else "This is one update"
     return (
-        f"{over}{these} of one run, and intervals hold for the directions found: to say something of a recipe, compare "
-        "several runs."
+        f"{overview}{subject} of one run, and intervals hold for the directions found: to say something of a recipe, "
+        "compare several runs."
     )
 
 
@@ -334,7 +336,7 @@ def findings_of(group: xr.Dataset) -> list[Finding]:
 
 
 def _with(verdicts: Mapping[int, str], name: str) -> list[int]:
-    return [step for step, said in verdicts.items() if said == name]
+    return [step for step, verdict in verdicts.items() if verdict == name]
 
 
 def _at(steps: list[int], verdicts: Mapping[int, str]) -> str:

@@ -9,8 +9,11 @@ from dynamics.schema.variable import Variable
 _REFERENCE = "Song, Ahn & Yun 2025, arXiv 2405.16002"
 _PER_ARM = ("step", "arm", "k", "scale", "task")
 _PER_K = ("step", "k", "task")
-_JACKKNIFE = "95 %, from the delete-one-group jackknife, Student's t of groups − 1; conditional on the directions"
-_FIELLER = "95 %, by Fieller over groups; conditional on the directions"
+_OVER_SPLITS = (
+    "95 %, from the delete-one-group jackknife and the variance between splits, Student's t of groups − 1; conditional "
+    "on the directions"
+)
+_FIELLER = "95 %, by Fieller, from the same errors as those of effects; conditional on the directions"
 _ON_FULL = "on and off as c, D at scale 1; of samples held out from the directions, mean over splits"
 
 
@@ -34,7 +37,7 @@ INTERVENTION: Mapping[str, Variable] = {
             "positive: x lowers the loss. Losses are the tasks', as the model in evaluation mode gives them",
             _REFERENCE,
         ),
-        _JACKKNIFE,
+        _OVER_SPLITS,
     ),
     "predicted_effect": Variable(
         _PER_ARM,
@@ -51,7 +54,7 @@ INTERVENTION: Mapping[str, Variable] = {
             "change of the score",
             "mean of score_i(θ + x) − score_i(θ), in the task's units; NaN for tasks without a score of their own",
         ),
-        _JACKKNIFE,
+        _OVER_SPLITS,
     ),
     "required_groups": Variable(
         ("step", "arm", "k", "task"),
@@ -68,7 +71,7 @@ INTERVENTION: Mapping[str, Variable] = {
     **_with_interval(
         "interaction",
         Variable(_PER_K, "nat", "interaction of the two parts", f"I = D(full) − D(on) − D(off); {_ON_FULL}"),
-        _JACKKNIFE,
+        _OVER_SPLITS,
     ),
     **_with_interval(
         "attributed",
@@ -78,7 +81,7 @@ INTERVENTION: Mapping[str, Variable] = {
             "effect attributed to the part",
             "φ = ½(D(on) + D(full) − D(off)), Shapley: with half of the interaction",
         ),
-        _JACKKNIFE,
+        _OVER_SPLITS,
     ),
     **_with_interval(
         "excess",
@@ -89,7 +92,7 @@ INTERVENTION: Mapping[str, Variable] = {
             "T = φ − c D(full), with c of each fold: 0 for any part that is random with respect to δ, and for every "
             "part of a step −η∇L",
         ),
-        _JACKKNIFE,
+        _OVER_SPLITS,
     ),
     "excess_p": Variable(
         _PER_K,
@@ -196,7 +199,7 @@ SENSITIVITY: Mapping[str, Variable] = {
             f"adapter is worse; truncations as for directions; {_HELD_OUT}",
             "controls: Shortcuts in the Tail, arXiv 2606.07596",
         ),
-        _JACKKNIFE,
+        _OVER_SPLITS,
     ),
     "predicted_truncation_effect": Variable(
         _PER_TRUNCATION,
