@@ -1,8 +1,9 @@
-"""Records of the Fisher after a training, at its checkpoints, which a function of the user's loads.
+"""Records of the Fisher after a training, at its checkpoints, which a function of the user's loads; and interventions.
 
 Timing is predictive, as during a training: the record of a checkpoint has gradients at the weights of the previous
-checkpoint, and the change between the two. One model is loaded at a time, once for each checkpoint, and its trainable
-parameters are set back for the measurement; those of the previous checkpoint are kept as copies on the host.
+checkpoint, and the change between the two; an intervention adds parts of this change to these weights. One model is
+loaded at a time, once for each checkpoint, and its trainable parameters are set back for the measurement; those of the
+previous checkpoint are kept as copies on the host.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +22,9 @@ from torch import Tensor, nn
 
 from dynamics.checkpoints import Checkpoint
 from dynamics.findings import Finding
-from dynamics.recording.fisher import FisherProbe
+from dynamics.recording.fisher import FisherProbe, Increment, Interventions
 from dynamics.spectra.increments import difference
+from dynamics.text import first_line
 from probes.blocks import trained_parameters
 from probes.low_rank import LowRankMatrix
 from probes.tasks import Task
@@ -39,11 +42,13 @@ class Probed:
     Args:
         fisher: K and b, one record a checkpoint, ascending.
         score: Scores of the tasks that have their own, likewise.
-        findings: Checkpoints that could not be probed, and why.
+        intervention: Effects of parts of the increments, likewise; no first checkpoint has any.
+        findings: Checkpoints that could not be probed or intervened on, and why.
     """
 
     fisher: list[xr.Dataset] = field(default_factory=list)
     score: list[xr.Dataset] = field(default_factory=list)
+    intervention: list[xr.Dataset] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -86,6 +91,10 @@ def probe_checkpoints(
     load: Loader,
     matrices: Callable[[str], bool] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    interventions: Interventions | None = None,
+    export: Path | None = None,
+    runs: Callable[[int, int], None] = lambda done, total: None,
 ) -> Probed:
     """Return K, b and scores at each checkpoint. A checkpoint that fails is left out, with a finding.
 
@@ -97,27 +106,27 @@ def probe_checkpoints(
         matrices: Whether a block is measured, by its name; by default everything that is trained.
         progress: Called with the number of probe samples measured, all checkpoints counted, and of all; the latter is
             an estimate while a checkpoint may have other tasks.
+        interventions: Versions of each increment that are run; ``None``: none.
+        export: Folder for those of the last increment, each in a folder of its own; ``None``: they are not written.
+        runs: Called with the number of forward passes over samples that interventions made, and of all; an estimate,
+            too.
 
     Returns:
         Records as those of a training. The first checkpoint of each training has K alone, at its own weights.
     """
     probed, before = Probed(), None
-    done, samples, left = 0, 0, len(checkpoints)
-
-    def advance(measured: int, total: int) -> None:
-        nonlocal samples
-        samples = total
-        progress(done + measured, done + total * left)
-
-    progress(0, len(checkpoints))
+    counter = _Counter(progress, len(checkpoints))
+    arms = None
+    if interventions is not None:
+        arms = _Arms(interventions, export, checkpoints[-1:], _Counter(runs, max(1, len(checkpoints) - 1)))
     for checkpoint in checkpoints:
-        samples = 0
         if before is not None and before.segment != checkpoint.segment:
             before = None
         try:
-            before = _probe(probed, checkpoint, load, matrices, before, advance)
-            done += samples
+            before = _probe(probed, checkpoint, load, matrices, before, counter, arms)
+            counter.next()
         except (Exception, SystemExit) as error:  # a user's function may raise anything
+            counter.next(counts=False)
             probed.findings.append(
                 Finding(
                     "OD411",
@@ -127,9 +136,107 @@ def probe_checkpoints(
                     step=checkpoint.step,
                 )
             )
-        left -= 1
-    progress(max(done, 1), max(done, 1))
+    counter.end()
+    if arms is not None:
+        arms.counter.end()
+        probed.findings += arms.findings(probed)
     return probed
+
+
+class _Counter:
+    """Progress over checkpoints, in a unit of which each has the same number as far as that is not known.
+
+    Args:
+        progress: Called with what is done and what there is.
+        left: Checkpoints to come.
+    """
+
+    def __init__(self, progress: Callable[[int, int], None], left: int) -> None:
+        self._progress, self._left = progress, left
+        self._done = self._present = 0
+        progress(0, left)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._present = total
+        self._progress(self._done + done, self._done + total * self._left)
+
+    def next(self, *, counts: bool = True) -> None:
+        """Go on to the next checkpoint; the present one may not count."""
+        self._done += self._present if counts else 0
+        self._left, self._present = max(1, self._left - 1), 0
+
+    def end(self) -> None:
+        """Have done all."""
+        self._progress(max(self._done, 1), max(self._done, 1))
+
+
+@dataclass
+class _Arms:
+    """Interventions on the increments of a run. One that fails costs no other, and nothing else.
+
+    Args:
+        choice: Versions of each increment.
+        export: Folder for those of the last increment.
+        last: The checkpoint at which it ends.
+        counter: Progress.
+        exported: Whether they are written.
+    """
+
+    choice: Interventions
+    export: Path | None
+    last: Sequence[Checkpoint]
+    counter: _Counter
+    exported: bool = False
+
+    def run(
+        self, probed: Probed, probe: FisherProbe, increment: Increment, checkpoint: Checkpoint, from_step: int
+    ) -> None:
+        """Add the effects of an increment that ends at a checkpoint, and write its versions if it is the last."""
+        try:
+            part = f"The increment since step {from_step} could not be intervened on"
+            effects = probe.intervene(increment, self.choice, checkpoint.step, from_step, self.counter)
+            probed.intervention.append(effects)
+            if self.export is not None and checkpoint in self.last:
+                part = "The parts of the last increment could not be exported"
+                probe.export(increment, self.choice, self.export)
+                self.exported = True
+            self.counter.next()
+        except (Exception, SystemExit) as error:  # a user's loss or score may raise anything
+            self.counter.next(counts=False)
+            probed.findings.append(
+                Finding(
+                    "OD415",
+                    f"{part} ({type(error).__name__}: {first_line(error, 300)}).",
+                    "Its Fisher and the other checkpoints are measured. Correct what the message names and analyse "
+                    "again.",
+                    file=checkpoint.folder.name,
+                    step=checkpoint.step,
+                )
+            )
+
+    def findings(self, probed: Probed) -> list[Finding]:
+        """Return what else is missing: a run without an increment, or without the last one."""
+        if any(finding.code == "OD415" for finding in probed.findings):
+            return []
+        if not probed.intervention:
+            return [
+                Finding(
+                    "OD415",
+                    "There is no increment to intervene on: none of the checkpoints that could be probed follows "
+                    "another one of the same training.",
+                    "Keep at least two checkpoints, or intervene during training: DynamicsCallback(…, intervene=500).",
+                )
+            ]
+        if self.export is None or self.exported:
+            return []
+        return [
+            Finding(
+                "OD415",
+                f"No part is exported: the last checkpoint, step {self.last[0].step}, could not be probed, or begins "
+                "another training.",
+                "Correct what the other findings name, or leave that checkpoint out, and analyse again.",
+            )
+        ]
 
 
 def _probe(
@@ -139,6 +246,7 @@ def _probe(
     matrices: Callable[[str], bool] | None,
     before: _State | None,
     progress: Callable[[int, int], None],
+    arms: _Arms | None,
 ) -> _State:
     model, tasks, batch_size, momentum = _loaded(load(str(checkpoint.folder)))
     if not trained_parameters(model):
@@ -154,7 +262,7 @@ def _probe(
     if (scores := probe.scores(state.step)) is not None:
         probed.score.append(scores)
     if before is None:
-        probed.fisher.append(probe.record(state.step, state.step, None, progress=progress))
+        probed.fisher.append(probe.record(probe.measure(None, progress), state.step, state.step))
         return state
     _require_alike(before, state)
     now = _matrices(model)
@@ -162,7 +270,10 @@ def _probe(
     with probe.at_start():
         earlier = _matrices(model)
     changes = {name: _change(matrix, earlier[name]) for name, matrix in now.items()}
-    probed.fisher.append(probe.record(state.step, before.step, changes, momentum, progress))
+    increment = probe.measure(changes, progress)
+    probed.fisher.append(probe.record(increment, state.step, before.step, momentum))
+    if arms is not None:
+        arms.run(probed, probe, increment, checkpoint, before.step)
     return state
 
 
