@@ -44,7 +44,8 @@ INTERVENTION: Mapping[str, Variable] = {
         _PER_ARM,
         "nat",
         "fall of the loss to first order",
-        "−mean of ⟨g_i, λx⟩ from K and b alone: descriptive, may be ten times the effect; NaN for arms made otherwise",
+        "−mean of ⟨g_i, λx⟩ from K and b alone: descriptive, may be ten times the effect. Of full and off without "
+        "what lies outside the space; NaN for arms made otherwise",
     ),
     **_with_interval(
         "score_effect",

@@ -1,0 +1,324 @@
+"""Arms are what they are said to be: projections, remainders, controls, in the space of K."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import dynamics
+from dynamics.intervention.changes import energy, inner, total
+from dynamics.intervention.counterfactuals import ALL_ARMS, Arms
+from probes import LowRankMatrix, ProbeGram, Task, gradient_gram
+from probes.blocks import find_blocks
+from probes.weighted_gradients import weighted_gradients
+from tests.updates import adapted_model, dense_model, probe_tasks, trained
+
+SAMPLES = 16
+
+
+def explicit(model, tasks, change, space: str = "tangent") -> tuple[Tensor, Tensor]:
+    """G ``(N, d)`` in orthonormal coordinates of the space, and δ in them."""
+    ones = torch.eye(sum(map(len, tasks)), dtype=torch.float64)
+    gradients = weighted_gradients(model, tasks, ones, space=space)
+    blocks = {block.name: block for block in find_blocks(model, space).chosen}
+
+    def vector(matrices) -> Tensor:
+        parts = []
+        for name in gradients[0]:
+            tangent = blocks[name].tangent if name in blocks else None
+            matrix = matrices[name]
+            parts.append(matrix.double().flatten() if tangent is None else tangent.of_change(matrix))
+        return torch.cat(parts)
+
+    return torch.stack([vector(gradient) for gradient in gradients]), vector(change)
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    """Model, tasks, update, K and b: LoRA in float64."""
+    model, tasks = adapted_model(), probe_tasks()
+    change, _, _ = trained(model)
+    return model, tasks, change, gradient_gram(model, tasks, update=change)
+
+
+def counterfactuals(adapter, **options) -> dynamics.intervention.counterfactuals.Counterfactuals:
+    model, tasks, change, gram = adapter
+    return dynamics.counterfactuals(model, tasks, gram, change, **{"k": (4, 2), "arms": ALL_ARMS, **options})
+
+
+@pytest.fixture(scope="module")
+def arms(adapter):
+    return counterfactuals(adapter)
+
+
+@pytest.fixture(scope="module")
+def vectors(adapter) -> tuple[Tensor, Tensor]:
+    """G and δ of the adapter, explicitly."""
+    model, tasks, change, _ = adapter
+    return explicit(model, tasks, change)
+
+
+def coordinates(model, change) -> Tensor:
+    """A change of the adapter in the orthonormal coordinates of ``explicit``."""
+    blocks = find_blocks(model, "tangent").chosen
+    return torch.cat([block.tangent.of_change(change[block.name]) for block in blocks])
+
+
+def test_groups_are_never_shared(adapter, arms) -> None:
+    assert len(arms.folds) == 4
+    for fit, held_out, _ in arms.folds:
+        assert not {*fit} & {*held_out}
+        assert {*fit} | {*held_out} == {f"image-{number}" for number in range(8)}
+    assert {*arms.folds[0].fit} == {*arms.folds[1].held_out}
+
+
+@pytest.mark.parametrize("k", [4, 2])
+def test_on_is_the_projection_on_the_leading_directions(adapter, arms, vectors, k: int) -> None:
+    model, _, change, _ = adapter
+    g, delta = vectors
+    for _, _, parts in (arms.folds[0], (None, None, arms.whole)):
+        _, _, v = torch.linalg.svd(g[parts.rows], full_matrices=False)
+        expected = v[:k].mT @ (v[:k] @ delta)
+        on = coordinates(model, parts[f"on({k})"])
+        torch.testing.assert_close(on, expected, rtol=1e-8, atol=1e-10 * float(expected.norm()))
+        share = float(expected.square().sum()) / energy(change)
+        assert parts.captured("on", k) == pytest.approx(share, rel=1e-10)
+        assert parts.deviation < 1e-10
+
+
+def test_bottom_and_random_are_projections_too(adapter, arms, vectors) -> None:
+    model, parts = adapter[0], arms.folds[0].arms
+    g, delta = vectors
+    _, _, v = torch.linalg.svd(g[parts.rows], full_matrices=False)
+    bottom = coordinates(model, parts["bottom"])
+    torch.testing.assert_close(bottom, v[-4:].mT @ (v[-4:] @ delta), rtol=1e-5, atol=1e-8 * float(delta.norm()))
+    random = coordinates(model, parts["random"])
+    # In the span, and orthogonal to what it leaves: ⟨Πδ, δ − Πδ⟩ = 0.
+    torch.testing.assert_close(v.mT @ (v @ random), random, rtol=1e-6, atol=1e-9 * float(delta.norm()))
+    assert float(random @ (delta - random)) == pytest.approx(0, abs=1e-9 * float(delta @ delta))
+    assert float(random.square().sum()) == pytest.approx(parts.parts["random", 4].energy, rel=1e-8)
+
+
+def test_on_and_off_are_the_update(arms, adapter) -> None:
+    *_, change, _ = adapter
+    for k in (4, 2):
+        parts = arms.folds[1].arms
+        rest = total([(1.0, parts[f"on({k})"]), (1.0, parts[f"off({k})"]), (-1.0, change)])
+        assert abs(energy(rest)) < 1e-15 * energy(change)
+        assert inner(parts[f"on({k})"], parts[f"off({k})"]) == pytest.approx(0, abs=1e-10 * energy(change))
+
+
+def test_matched_arms_have_the_norm_and_the_product_of_on(arms, adapter) -> None:
+    *_, change, _ = adapter
+    parts = arms.folds[0].arms
+    for k in (4, 2):
+        norm = energy(parts[f"on({k})"])
+        for name in (f"matched+({k})", f"matched-({k})"):
+            assert energy(parts[name]) == pytest.approx(norm, rel=1e-9)
+            assert inner(parts[name], change) == pytest.approx(norm, rel=1e-9)
+        mean = total([(0.5, parts[f"matched+({k})"]), (0.5, parts[f"matched-({k})"])])
+        half = total([(1.0, mean), (-norm / energy(change), change)])
+        assert abs(energy(half)) < 1e-15 * energy(change)
+
+
+def test_singular_directions(arms, adapter) -> None:
+    *_, change, _ = adapter
+    parts, name = arms.folds[0].arms, "model.layers.1.mlp.up_proj"
+    u, s, vt = torch.linalg.svd(change[name].to_dense())
+    expected = u[:, :2] * s[:2] @ vt[:2]
+    torch.testing.assert_close(parts["sigma_top(2)"][name].to_dense(), expected, rtol=1e-10, atol=1e-12)
+    both = parts["sigma_top(2)"][name].to_dense() + parts["sigma_tail(2)"][name].to_dense()
+    torch.testing.assert_close(both, change[name].to_dense(), rtol=1e-10, atol=1e-12)
+
+
+def test_layers(adapter) -> None:
+    arms = counterfactuals(adapter, arms=["layer:1", "without_layer:1", "layer:model.layers.0.mlp.up_proj"])
+    parts = arms.folds[0].arms
+    assert {name.split(".")[2] for name in parts["layer:1"]} == {"1"}
+    assert {name.split(".")[2] for name in parts["without_layer:1"]} == {"0"}
+    assert list(parts["layer:model.layers.0.mlp.up_proj"]) == ["model.layers.0.mlp.up_proj"]
+    with pytest.raises(ValueError, match="layer among 0, 1"):
+        counterfactuals(adapter, arms=["layer:7"]).folds[0].arms["layer:7"]
+
+
+def test_ranks(arms) -> None:
+    """2r along gradients; the rest has the update's own columns beside them."""
+    parts = arms.folds[0].arms
+    name = "model.layers.0.self_attn.q_proj"
+    assert np.linalg.matrix_rank(parts["on"][name].to_dense(), tol=1e-9) <= 6
+    assert np.linalg.matrix_rank(parts["off"][name].to_dense(), tol=1e-9) <= 9
+
+
+def test_the_same_for_every_gauge(adapter) -> None:
+    """B M and M⁻¹A are the same adapter: on is the same change of the matrix."""
+    _model, tasks, change, _ = adapter
+    expected = counterfactuals(adapter).folds[0].arms["on"]
+    turned = adapted_model()
+    generator = torch.Generator().manual_seed(3)
+    modules = [module for module in turned.modules() if hasattr(module, "lora_A") and "default" in module.lora_A]
+    for module in modules:
+        m = torch.randn(3, 3, generator=generator, dtype=torch.float64) + 2 * torch.eye(3, dtype=torch.float64)
+        b, a = module.lora_B["default"].weight, module.lora_A["default"].weight
+        b.data, a.data = b.data @ m, torch.linalg.solve(m, a.data)
+    gram = gradient_gram(turned, tasks, update=change)
+    on = counterfactuals((turned, tasks, change, gram)).folds[0].arms["on"]
+    for name in expected:
+        torch.testing.assert_close(on[name].to_dense(), expected[name].to_dense(), rtol=1e-6, atol=1e-10)
+
+
+def test_an_update_in_the_span_has_no_rest() -> None:
+    model, tasks = adapted_model(), probe_tasks()
+    weights = torch.randn(1, SAMPLES, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    (change,) = weighted_gradients(model, tasks, weights)
+    gram = gradient_gram(model, tasks, update=change)
+    whole = dynamics.counterfactuals(model, tasks, gram, change, k=SAMPLES).whole
+    assert energy(whole["off"]) < 1e-16 * energy(change)
+
+
+def test_factor_space() -> None:
+    """The projection is of the factors; it acts on the matrices as changed factors do."""
+    model, tasks = adapted_model(), probe_tasks()
+    _, moved, after = trained(model)
+    gram = gradient_gram(model, tasks, update=moved, space="factor")
+    arms = dynamics.counterfactuals(model, tasks, gram, moved, k=4)
+    g, delta = explicit(model, tasks, moved, space="factor")
+    parts = arms.folds[0].arms
+    _, _, v = torch.linalg.svd(g[parts.rows], full_matrices=False)
+    _, on = explicit(model, tasks, parts.change("on", 4), space="factor")
+    torch.testing.assert_close(on, v[:4].mT @ (v[:4] @ delta), rtol=1e-7, atol=1e-10)
+    name = "model.layers.0.self_attn.q_proj"
+    layer = model.get_submodule(f"base_model.model.{name}")
+    start = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    end = after[f"{name}.lora_B.default.weight"] @ after[f"{name}.lora_A.default.weight"]
+    full = parts["full"][name]
+    assert isinstance(full, LowRankMatrix)
+    torch.testing.assert_close(full.to_dense(), 2.0 * (end - start).detach(), rtol=1e-9, atol=1e-13)
+    assert full.rank == 6
+
+
+def test_dense_weights_and_vectors() -> None:
+    model, tasks = dense_model(), probe_tasks()
+    change, _, _ = trained(model)
+    gram = gradient_gram(model, tasks, update=change)
+    arms = dynamics.counterfactuals(model, tasks, gram, change, k=4)
+    g, delta = explicit(model, tasks, change)
+    parts = arms.folds[0].arms
+    _, _, v = torch.linalg.svd(g[parts.rows], full_matrices=False)
+    _, on = explicit(model, tasks, parts["on"])
+    torch.testing.assert_close(on, v[:4].mT @ (v[:4] @ delta), rtol=1e-7, atol=1e-10)
+    assert {*parts["off"]} == {*change}
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_norms_hold_in_lower_precision(dtype: torch.dtype, limit: float) -> None:
+    model, tasks = adapted_model(torch.float32), probe_tasks()
+    change, _, _ = trained(model)
+    model = model.to(dtype)
+    gram = gradient_gram(model, tasks, update=change)
+    parts = dynamics.counterfactuals(model, tasks, gram, change, k=2).folds[0].arms
+    assert parts.deviation < limit
+    on = parts["on"]["model.layers.0.self_attn.q_proj"]
+    assert isinstance(on, LowRankMatrix)
+    assert on.left_factor.dtype == torch.float32
+
+
+def test_chosen_blocks(adapter) -> None:
+    model, tasks, change, _ = adapter
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    part = {name: change[name] for name in names}
+    gram = gradient_gram(model, tasks, update=part, blocks=names)
+    arms = dynamics.counterfactuals(model, tasks, gram, part, k=2)
+    assert [*arms.folds[0].arms["on"]] == names
+    together = gradient_gram(model, tasks, update=change, blocks=["global"])
+    arms = dynamics.counterfactuals(model, tasks, together, change, k=2)
+    assert {*arms.folds[0].arms["on"]} == {*change}
+
+
+def test_broken_samples_have_no_part() -> None:
+    model, tasks = adapted_model(), probe_tasks()
+    broken = dict(tasks[0].samples[3])
+    broken["labels"] = torch.full_like(broken["labels"], -100)
+    samples = [*tasks[0].samples[:3], broken, *tasks[0].samples[4:]]
+    tasks = [Task("report", samples, group="image", loss="mean"), tasks[1]]
+    change, _, _ = trained(model)
+    gram = gradient_gram(model, tasks, update=change, skip_broken=True)
+    assert gram.left_out == (3,)
+    arms = dynamics.counterfactuals(model, tasks, gram, change, k=2)
+    assert all(parts.deviation < 1e-9 for _, _, parts in arms.folds)
+
+
+def test_the_headline_is_fixed_before_looking(adapter) -> None:
+    assert counterfactuals(adapter, k=None).k == (2,)  # a quarter of the 8 samples of a fold
+
+
+def test_an_arm_is_made_when_asked_for_and_let_go(adapter) -> None:
+    parts = counterfactuals(adapter).folds[0].arms
+    first = parts["on"]["model.layers.0.self_attn.q_proj"].to_dense()
+    parts.release()
+    torch.testing.assert_close(parts["on"]["model.layers.0.self_attn.q_proj"].to_dense(), first, rtol=0, atol=0)
+
+
+def test_a_model_that_moved_is_refused() -> None:
+    model, tasks = adapted_model(), probe_tasks()
+    change, _, _ = trained(model)
+    arms = dynamics.counterfactuals(model, tasks, gradient_gram(model, tasks, update=change), change, k=2)
+    parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    parameter.data += 0.01
+    with pytest.raises(ValueError, match="where the update began"):
+        arms.folds[0].arms["on"]
+
+
+def test_a_gram_of_other_gradients_is_refused(adapter) -> None:
+    model, tasks, change, _ = adapter
+    other = gradient_gram(
+        model, [Task("report", tasks[0].samples, group="image", loss="mean"), tasks[1]], update=change
+    )
+    arms = dynamics.counterfactuals(model, tasks, other, change, k=2)
+    with pytest.raises(ValueError, match="gradients as those behind K"):
+        arms.folds[0].arms["on"]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"arms": ["of"]}, "arms among"),
+        ({"arms": "on"}, "list of arms"),
+        ({"k": 0}, "at least 1"),
+        ({"k": []}, "at least 1"),
+        ({"splits": 0}, "one split"),
+    ],
+)
+def test_bad_choices_are_refused(adapter, options: dict, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        counterfactuals(adapter, **options)
+
+
+def test_what_cannot_be_taken_apart_is_refused(adapter) -> None:
+    model, tasks, change, gram = adapter
+    zero = {
+        name: LowRankMatrix(torch.zeros(matrix.shape[0], 1), torch.zeros(1, matrix.shape[1]))
+        for name, matrix in change.items()
+    }
+    cases = [
+        (tasks, ProbeGram({"global": np.eye(SAMPLES)}), change, "update=change"),
+        (tasks, gradient_gram(model, tasks), change, "update=change"),
+        (tasks[:1], gram, change, "tasks behind K"),
+        (tasks, gradient_gram(model, tasks, update=zero), zero, "other than zero"),
+        (tasks, gradient_gram(model, tasks, update=change, fisher="sampled"), change, "empirical"),
+        (tasks, gradient_gram(model, tasks, update=change, space="weight"), change, "tangent or factor"),
+        (tasks, gradient_gram(model, tasks, update=change, projection=64), change, "whole gradients"),
+    ]
+    for of_tasks, of_gram, of_change, what in cases:
+        with pytest.raises(ValueError, match=what):
+            dynamics.counterfactuals(model, of_tasks, of_gram, of_change, k=2)
+    few = [Task("report", tasks[0].samples[:3])]
+    with pytest.raises(ValueError, match="at least 4 groups"):
+        dynamics.counterfactuals(model, few, gradient_gram(model, few, update=change), change)
+
+
+def test_an_unknown_arm_is_named(arms) -> None:
+    assert isinstance(arms.whole, Arms)
+    with pytest.raises(KeyError, match="one of the arms full, on"):
+        arms.whole["of"]
