@@ -249,7 +249,7 @@ class FisherProbe:
         present = np.setdiff1d(np.arange(self._samples), gram.left_out).tolist()
         tasks, groups, names = ([column[row] for row in present] for column in self._labels.values())
         gram = replace(gram, tasks=tasks, groups=groups, sample_ids=names)
-        return Increment(gram, changes, tuple(self._of_blocks(unknown)))
+        return Increment(gram, changes, tuple(sorted(self._of_blocks(unknown))))
 
     def record(self, increment: Increment, step: int, evaluated_at: int, momentum: float = math.nan) -> xr.Dataset:
         """Return the record of K and b.

@@ -131,9 +131,9 @@ def _intervention_problems(dataset: xr.Dataset) -> Iterator[str]:
     axes = ("step", *INTERVENTION_AXES)
     yield from (f"/intervention lacks the coordinate {name!r}" for name in axes if name not in dataset.indexes)
     yield from (
-        f"/intervention lacks the coordinate {name!r} on 'step'"
+        f"/intervention has the coordinate {name!r} on {dataset[name].dims}, expected step"
         for name in ("from_step", "recorded")
-        if name not in dataset.coords or dataset[name].dims != ("step",)
+        if name in dataset.coords and dataset[name].dims != ("step",)
     )
     for name in ("effect", "norm", "headline"):
         if name not in dataset:

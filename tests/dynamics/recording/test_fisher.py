@@ -1,6 +1,7 @@
 """The record of a step: made from a ProbeGram, and read back into one."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from dynamics import schema
 from dynamics.fisher.dataset import gram_of
 from dynamics.recording import fisher
-from dynamics.recording.fisher import FisherProbe, fisher_record, momentum_of, record_bytes, score_record
+from dynamics.recording.fisher import FisherProbe, Interventions, fisher_record, momentum_of, record_bytes, score_record
 from dynamics.store.record_file import packed
 from probes import ProbeGram, Score, Task, gradient_gram
 
@@ -148,6 +149,27 @@ def test_progress_counts_the_samples_measured():
     told = []
     small_probe().measure(None, lambda done, total: told.append((done, total)))
     assert told == [(0, 4), (3, 4), (4, 4)]
+
+
+def test_an_increment_of_which_a_part_is_unknown_is_not_intervened_on():
+    """A matrix that has been trained for an unknown number of steps when it is noticed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).requires_grad_(False))
+    rows = [{"x": torch.tensor(row)} for row in ROWS.astype(np.float32)]
+    probe = FisherProbe(model, [Task("t", rows, loss=lambda model, batch: model(batch["x"]).square().sum(1))])
+    model[1].requires_grad_(True)
+    probe.follow(blocks=None, moved=True)
+    model[0].bias.data += 1
+    increment = probe.measure({"0": torch.zeros(2, 3)})
+    assert set(increment.unknown) == {"1", "1.bias"}
+    assert np.isnan(probe.record(increment, 2, 0)["update_product"].sel(block="global")).all()
+    with pytest.raises(ValueError, match=re.escape("Expected the whole increment, got none of 1")):
+        probe.intervene(increment, Interventions(), 2, 0)
+    probe.advance()
+    model[0].bias.data += 1
+    effects = probe.intervene(probe.measure({"0": torch.zeros(2, 3), "1": torch.zeros(2, 2)}), Interventions(), 3, 2)
+    assert effects["from_step"].values.tolist() == [2]
+    assert np.isfinite(effects["effect"].sel(arm="full")).all()
 
 
 def test_scores_and_their_direction():
