@@ -18,8 +18,8 @@ import dynamics
 from dynamics import DynamicsCallback, Recorder, analyze_run, schema
 from probes import Task, gradient_gram, watched_matrices
 from tests.records import records_of
-from tests.runs import lora_llama, losses, random_states, trainer
-from tests.updates import probe_tasks
+from tests.runs import losses, random_states, trainer
+from tests.updates import probe_tasks, small_llama
 
 ARMS = ("on", "off", "random")
 
@@ -41,7 +41,7 @@ class Weights(TrainerCallback):
 
 def train(folder: Path, *, intervenes: bool):
     """Four steps of Adam with dropout; interventions at the first and the last."""
-    model = lora_llama()
+    model = small_llama()
     weights = Weights(model)
     callbacks = [weights]
     if intervenes:
@@ -86,7 +86,7 @@ def test_only_the_chosen_steps_are_captured_and_intervened_on(run):
 def test_effects_are_those_at_the_weights_where_the_increment_began(run, step, before):
     """From B = 0, too."""
     folder, _, weights, _ = run
-    model = lora_llama()
+    model = small_llama()
     named = dict(model.named_parameters())
 
     def load(at: int) -> dict[str, torch.Tensor]:

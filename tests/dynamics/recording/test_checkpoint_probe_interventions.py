@@ -20,15 +20,15 @@ from dynamics import DynamicsCallback, analyze_run, schema
 from probes import Task, gradient_gram, watched_matrices
 from probes.additions import added
 from tests.command import analyze, assert_refused
-from tests.runs import llama, lora_llama, trainer
-from tests.updates import probe_tasks
+from tests.runs import llama, trainer
+from tests.updates import probe_tasks, small_llama
 
 ARMS = ("on", "off", "random")
 CHOICE = {"intervene": True, "arms": ARMS, "k": 2}
 
 
 def load(folder: str):
-    return PeftModel.from_pretrained(llama(), folder, is_trainable=True), probe_tasks(), 4
+    return PeftModel.from_pretrained(llama(num_hidden_layers=1), folder, is_trainable=True), probe_tasks(), 4
 
 
 def of_three_groups(folder: str):
@@ -40,7 +40,7 @@ def captured(tmp_path_factory) -> Path:
     """A training with checkpoints at 1, 2 and 3, which was intervened on at 2 and 3."""
     folder = tmp_path_factory.mktemp("captured") / "run"
     callback = DynamicsCallback(folder, probe_tasks(), at=[1], intervene=[2, 3], arms=ARMS, k=2)
-    trainer(folder, [callback], lora_llama(), save_strategy="steps", save_steps=1, max_steps=3).train()
+    trainer(folder, [callback], small_llama(), save_strategy="steps", save_steps=1, max_steps=3).train()
     return folder
 
 
@@ -132,7 +132,7 @@ def by_hand(captured) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("arm", ["full", *ARMS])
 def test_an_exported_arm_is_an_adapter_with_its_losses(analysed, by_hand, arm):
     folder = analysed[0] / "arms" / arm
-    model = PeftModel.from_pretrained(llama(), folder).eval()
+    model = PeftModel.from_pretrained(llama(num_hidden_layers=1), folder).eval()
     torch.testing.assert_close(losses(model, probe_tasks()), by_hand[arm], rtol=1e-5, atol=0)
     assert "lm_eval --model hf" in (folder / "README.md").read_text()
     base = losses(load(str(analysed[0] / "checkpoint-2"))[0].eval(), probe_tasks())
