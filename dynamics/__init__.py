@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dynamics.fisher import task_structure as task_structure
     from dynamics.intervention.counterfactuals import counterfactuals as counterfactuals
     from dynamics.intervention.dataset import intervene as intervene
+    from dynamics.intervention.sensitivity import sensitivity as sensitivity
     from dynamics.pipeline import analyze_run as analyze_run
     from dynamics.recording.callback import DynamicsCallback as DynamicsCallback
     from dynamics.recording.recorder import Recorder as Recorder
@@ -50,6 +51,7 @@ _HOME = {
     "open_run": "dynamics.store",
     "open_trajectory": "dynamics.checkpoints",
     "participation_ratio": "dynamics.spectra.measures",
+    "sensitivity": "dynamics.intervention.sensitivity",
     "singular_values": "dynamics.spectra.singular_values",
     "spectral_entropy": "dynamics.spectra.measures",
     "stable_rank": "dynamics.spectra.measures",

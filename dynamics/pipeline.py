@@ -158,7 +158,8 @@ def analyze_run(
             there and its tasks; see ``recording.checkpoint_probe.Loader``.
         intervene: Run parts of each increment between probed checkpoints on the probe samples, to see which of them
             lower the loss: the group ``/intervention``. With the default arms an increment takes 28 forward passes over
-            the probe samples and two forward and backward.
+            the probe samples and two forward and backward. Then the singular directions of the last checkpoint's
+            adapters, see :func:`dynamics.sensitivity`: ten passes more.
         arms, k: Which parts, and in how many directions; as for :func:`dynamics.counterfactuals`.
         export: New or empty folder for the parts of the last increment, each added to the weights where it began, as
             adapters that any evaluator loads: ``EXPORT/on``, …; of several runs ``EXPORT/<run>/on``, ….
@@ -415,8 +416,12 @@ def _refuse_names(names: Iterable[str]) -> None:
             raise ValueError(f"Expected the name of a run to be a plain name of at most 200 bytes, got {name!r}.")
 
 
-def _rank_pattern_file(run: str) -> str:
-    return f"rank_pattern.{run}.json" if run else "rank_pattern.json"
+def _rank_patterns(tree: xr.DataTree, run: str) -> dict[str, dict[str, int]]:
+    """Return rank patterns of one run by file name: by energy, and by effect where that is measured."""
+    ranks = {"rank_pattern": tree["update"].to_dataset()["suggested_rank"]}
+    if "sensitivity" in tree.children:
+        ranks["rank_pattern_by_effect"] = tree["sensitivity"].to_dataset()["rank_by_effect"].isel(step=-1)
+    return {f"{stem}.{run}.json" if run else f"{stem}.json": rank_pattern(array) for stem, array in ranks.items()}
 
 
 def _open_all(runs: Mapping[str, Path], options: Options) -> tuple[dict[str, Source], list[Finding]]:
@@ -456,9 +461,9 @@ def _write(tree: xr.DataTree, stage: Path, texts: Mapping[str, str]) -> None:
     summary = json.dumps(summarise(tree), indent=2, allow_nan=False, ensure_ascii=False)
     write_text(stage / "summary.json", summary + "\n")
     runs = tree["runs"].children if "runs" in tree.children else {"": tree}
-    for name, run in runs.items():
-        pattern = json.dumps(rank_pattern(run["update"].to_dataset()), indent=2)
-        write_text(stage / _rank_pattern_file(str(name)), pattern + "\n")
+    for run, part in runs.items():
+        for name, pattern in _rank_patterns(part, str(run)).items():
+            write_text(stage / name, json.dumps(pattern, indent=2) + "\n")
     for name, text in texts.items():
         write_text(stage / name, text)
 
@@ -532,6 +537,8 @@ def measure(
         inputs += [{**file, "step": trajectory.base.step, "role": "base"} for file in trajectory.base.inputs]
     probed, probe_findings = _probed(trajectory, load, options, progress)
     groups, failures = _groups_of_checkpoints(trajectory, spectra, grams, options, progress)
+    if (directions := probed.pop("sensitivity", None)) is not None:
+        groups["sensitivity"] = directions
     findings = [*trajectory.findings, *findings, *probe_findings, *failures]
     parts = Parts(trajectory.name, spectra, records, log_groups(trajectory) | groups, findings, inputs, **probed)
     return result_tree(parts, configuration or {})
@@ -575,7 +582,10 @@ def _groups_of_checkpoints(
 def _probed(
     trajectory: Trajectory, load: Loader | None, options: Options, progress: Progress
 ) -> tuple[dict[str, xr.Dataset | None], list[Finding]]:
-    """Return ``fisher``, ``score`` and ``intervention`` of the checkpoints, joined over steps, and findings."""
+    """Return groups of the checkpoints, joined over steps, and findings.
+
+    Groups are ``fisher``, ``score``, ``intervention``, and ``sensitivity`` of the last one.
+    """
     if load is None:
         return {}, []
     if not trajectory.checkpoints:
@@ -595,6 +605,7 @@ def _probed(
         "fisher": fisher,
         "score": joined_scores(probes.score),
         "intervention": joined_interventions(probes.intervention),
+        "sensitivity": probes.sensitivity,
     }
     return groups, [*probes.findings, *findings]
 

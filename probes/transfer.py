@@ -87,11 +87,11 @@ def transfer(
         inverse = _inverse_preconditioner(parameters, optimizer)
         halves = split_by_group({task.name: task.groups() for task in tasks})
         stepped, held_out = ([subset(task, halves[task.name][half]) for task in tasks] for half in (0, 1))
-        means = [_mean_loss_and_gradient(bare, task, parameters) for task in held_out]
+        means = [mean_loss_and_gradient(bare, task, parameters) for task in held_out]
         loss = _shareable([value for value, _ in means], tasks)
         first_order, look_ahead, kept = [], [], []
         for task in stepped:
-            _, gradient = _mean_loss_and_gradient(bare, task, parameters)
+            _, gradient = mean_loss_and_gradient(bare, task, parameters)
             step = [lr * factor * part for factor, part in zip(inverse, gradient, strict=True)]
             values = [(p.detach().double() - s).to(p.dtype) for p, s in zip(parameters, step, strict=True)]
             kept.append(_kept(parameters, values, step))
@@ -108,10 +108,16 @@ def _mean_loss(model: nn.Module, task: Task) -> float:
     return sum(task.losses(model, batch.to(device)).double().sum().item() for batch in task.batches()) / len(task)
 
 
-def _mean_loss_and_gradient(
+def mean_loss_and_gradient(
     model: nn.Module, task: Task, parameters: Sequence[nn.Parameter]
 ) -> tuple[float, list[Tensor]]:
-    """Return the mean loss of a sample and its gradient, accumulated over batches in float64."""
+    """Return the mean loss of a sample and its gradient by each parameter, accumulated over batches in float64.
+
+    >>> layer = nn.Linear(1, 1, bias=False)
+    >>> task = Task("x", [{"x": [1.0]}, {"x": [2.0]}], loss=lambda model, batch: model(batch["x"])[:, 0])
+    >>> mean_loss_and_gradient(layer, task, [layer.weight])[1]
+    [tensor([[1.5000]], dtype=torch.float64)]
+    """
     device = device_of(model)
     total, gradient = 0.0, [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
     for batch in task.batches():

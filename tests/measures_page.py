@@ -80,6 +80,11 @@ GROUPS: Mapping[str, Group] = {
         "Measured from the blocks of K that belong to two tasks.",
         'tree["tasks"]["overlap"].sel(block="global").isel(step=-1)',
     ),
+    "sensitivity": Group(
+        "Measured from the gradients of an adapter's factors on the tasks' samples, and from the losses of truncated "
+        "adapters on the half of the groups that did not choose. [Interventions](interventions.md) has the question.",
+        'tree["sensitivity"]["truncation_effect"].sel(task="all", truncation=["effect", "energy"])',
+    ),
     "score": Group(
         "Measured on the probe samples of tasks that have a `score`. Score files are used where they are.",
         'tree["score"]["score"].sel(task="vqa")',
@@ -146,6 +151,10 @@ PITFALLS: Mapping[str, str] = {
     "tasks/noise_scale": "With heavy-tailed gradients its interval is too short.",
     "tasks/transfer": "Of a step of plain gradient descent, not of Adam.",
     "tasks/divergence": "Depends on N and on the tasks' sizes. The test uses `divergence_normalised`.",
+    "sensitivity/loss_slope": "Near a minimum it is noise about 0. It says nothing about large changes of σ.",
+    "sensitivity/rank_by_effect": "First order only: read `truncation_effect` before cutting anything.",
+    "sensitivity/truncation_effect": "Removing a direction is no small step: expect it to differ from the prediction.",
+    "sensitivity/parameters": "Of all matrices together: compare truncations, not models.",
     "score/standard_error": "Of the items alone: it says nothing about other seeds.",
     "association/coefficient": "Of runs, not of checkpoints; a common cause such as faster learning remains in it.",
     "association/p_value": "Only the headline's stands as it is; read `p_familywise` for all others.",

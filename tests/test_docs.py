@@ -167,12 +167,15 @@ def results() -> dict[str, Any]:
     whole_models()
     tables = two_recipes()
     tasks = [probes.Task(task, samples(task), group="image", score=first_guess) for task in ("report", "vqa")]
-    trainer(Path("runs/probed"), [dynamics.DynamicsCallback("runs/probed", tasks)]).train()
+    training = trainer(Path("runs/probed"), [dynamics.DynamicsCallback("runs/probed", tasks)])
+    training.train()
     groups = {"imax": ["imax_s1", "imax_s2"], "dmax": ["dmax_s1", "dmax_s2"]}
     of_runs = {"headline": "stable_rank"}
     options = {"intruders": True, "weights": True, "report": False}
+    tree = dynamics.open_run("runs/probed")
+    tree["sensitivity"] = xr.DataTree(dynamics.sensitivity(training.model, tasks))
     return {
-        "tree": dynamics.open_run("runs/probed"),
+        "tree": tree,
         "full": dynamics.analyze_run("runs/full", base="models/base", **options),
         "study": {
             "association": dynamics.associate(tables["measures"], tables["scores"], **of_runs),
@@ -185,6 +188,7 @@ SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": readme,
     "recording.md": training,
     "informative-directions.md": probed_run,
+    "interventions.md": probed_run,
     "full-fine-tuning.md": whole_models,
     "comparing-runs.md": two_recipes,
     "measures.md": results,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dynamics.schema.checks import layer_and_role
 from dynamics.spectra.increments import difference
 from probes.blocks import Block, find_blocks, trained_parameters
+from probes.directions import singular_directions
 from probes.low_rank import LowRankMatrix
 from probes.spaces import TangentSpace, change_energy
 from probes.watched import AdapterProduct, Dense, Matrix, Reading, find
@@ -89,9 +90,8 @@ def sigma_top(change: Change, k: int) -> dict[str, Matrix]:
     top: dict[str, Matrix] = {}
     for name, matrix in change.items():
         if isinstance(matrix, LowRankMatrix):
-            (left, first), (right, last) = torch.linalg.qr(matrix.left), torch.linalg.qr(matrix.right.mT)
-            vectors, values, turned = torch.linalg.svd(first @ last.mT)
-            top[name] = LowRankMatrix(left @ vectors[:, :k] * values[:k], turned[:k] @ right.mT)
+            directions = singular_directions(matrix)
+            top[name] = directions.part(torch.arange(len(directions.values)) < k)
         elif matrix.ndim == 2:
             vectors, values, turned = torch.linalg.svd(matrix.to(torch.float64), full_matrices=False)
             top[name] = LowRankMatrix(vectors[:, :k] * values[:k], turned[:k])

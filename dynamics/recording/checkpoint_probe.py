@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from dynamics.checkpoints import Checkpoint
 from dynamics.findings import Finding
+from dynamics.intervention.sensitivity import sensitivity
 from dynamics.recording.fisher import FisherProbe, Increment, Interventions
 from dynamics.spectra.increments import difference
 from dynamics.text import first_line
@@ -43,12 +46,14 @@ class Probed:
         fisher: K and b, one record a checkpoint, ascending.
         score: Scores of the tasks that have their own, likewise.
         intervention: Effects of parts of the increments, likewise; no first checkpoint has any.
+        sensitivity: Of the last checkpoint's adapters, where it has some and interventions are asked for.
         findings: Checkpoints that could not be probed or intervened on, and why.
     """
 
     fisher: list[xr.Dataset] = field(default_factory=list)
     score: list[xr.Dataset] = field(default_factory=list)
     intervention: list[xr.Dataset] = field(default_factory=list)
+    sensitivity: xr.Dataset | None = None
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -106,7 +111,8 @@ def probe_checkpoints(
         matrices: Whether a block is measured, by its name; by default everything that is trained.
         progress: Called with the number of probe samples measured, all checkpoints counted, and of all; the latter is
             an estimate while a checkpoint may have other tasks.
-        interventions: Versions of each increment that are run; ``None``: none.
+        interventions: Versions of each increment that are run, and then the last checkpoint's singular directions;
+            ``None``: none.
         export: Folder for those of the last increment, each in a folder of its own; ``None``: they are not written.
         runs: Called with the number of forward passes over samples that interventions made, and of all; an estimate,
             too.
@@ -118,7 +124,7 @@ def probe_checkpoints(
     counter = _Counter(progress, len(checkpoints))
     arms = None
     if interventions is not None:
-        arms = _Arms(interventions, export, checkpoints[-1:], _Counter(runs, max(1, len(checkpoints) - 1)))
+        arms = _Arms(interventions, export, checkpoints[-1:], matrices, _Counter(runs, len(checkpoints)))
     for checkpoint in checkpoints:
         if before is not None and before.segment != checkpoint.segment:
             before = None
@@ -178,13 +184,15 @@ class _Arms:
         choice: Versions of each increment.
         export: Folder for those of the last increment.
         last: The checkpoint at which it ends.
-        counter: Progress.
+        matrices: Whether a block is measured.
+        counter: Progress: the increments, and the last checkpoint's directions.
         exported: Whether they are written.
     """
 
     choice: Interventions
     export: Path | None
     last: Sequence[Checkpoint]
+    matrices: Callable[[str], bool] | None
     counter: _Counter
     exported: bool = False
 
@@ -192,21 +200,38 @@ class _Arms:
         self, probed: Probed, probe: FisherProbe, increment: Increment, checkpoint: Checkpoint, from_step: int
     ) -> None:
         """Add the effects of an increment that ends at a checkpoint, and write its versions if it is the last."""
-        try:
-            part = f"The increment since step {from_step} could not be intervened on"
+        with self._forgiven(probed, checkpoint, f"The increment since step {from_step} could not be intervened on"):
             effects = probe.intervene(increment, self.choice, checkpoint.step, from_step, self.counter)
             probed.intervention.append(effects)
-            if self.export is not None and checkpoint in self.last:
-                part = "The parts of the last increment could not be exported"
-                probe.export(increment, self.choice, self.export)
-                self.exported = True
             self.counter.next()
+            if self.export is not None and checkpoint in self.last:
+                with self._forgiven(probed, checkpoint, "The parts of the last increment could not be exported"):
+                    probe.export(increment, self.choice, self.export)
+                    self.exported = True
+
+    def rank_directions(self, probed: Probed, model: nn.Module, tasks: Sequence[Task], checkpoint: Checkpoint) -> None:
+        """Add what the singular directions of the last checkpoint's adapters do to the loss."""
+        names = [matrix.name for matrix in find(model).watched if not matrix.is_dense]
+        names = [name for name in names if self.matrices is None or self.matrices(name)]
+        if checkpoint in self.last and names:  # weights trained as they are have no such directions
+            pattern = None if self.matrices is None else "|".join(f"^{re.escape(name)}$" for name in names)
+            with self._forgiven(probed, checkpoint, "Its directions could not be ranked by their effect on the loss"):
+                probed.sensitivity = sensitivity(
+                    model, tasks, matrices=pattern, step=checkpoint.step, progress=self.counter
+                )
+                self.counter.next()
+
+    @contextmanager
+    def _forgiven(self, probed: Probed, checkpoint: Checkpoint, what: str) -> Iterator[None]:
+        """Turn an error inside into a finding."""
+        try:
+            yield
         except (Exception, SystemExit) as error:  # a user's loss or score may raise anything
             self.counter.next(counts=False)
             probed.findings.append(
                 Finding(
                     "OD415",
-                    f"{part} ({type(error).__name__}: {first_line(error, 300)}).",
+                    f"{what} ({type(error).__name__}: {first_line(error, 300)}).",
                     "Its Fisher and the other checkpoints are measured. Correct what the message names and analyse "
                     "again.",
                     file=checkpoint.folder.name,
@@ -216,9 +241,8 @@ class _Arms:
 
     def findings(self, probed: Probed) -> list[Finding]:
         """Return what else is missing: a run without an increment, or without the last one."""
-        if any(finding.code == "OD415" for finding in probed.findings):
-            return []
-        if not probed.intervention:
+        missing = any(finding.code == "OD415" for finding in probed.findings)
+        if not probed.intervention and not missing:
             return [
                 Finding(
                     "OD415",
@@ -227,7 +251,7 @@ class _Arms:
                     "Keep at least two checkpoints, or intervene during training: DynamicsCallback(…, intervene=500).",
                 )
             ]
-        if self.export is None or self.exported:
+        if self.export is None or self.exported or missing:
             return []
         return [
             Finding(
@@ -261,6 +285,8 @@ def _probe(
         probed.findings += probe.findings()
     if (scores := probe.scores(state.step)) is not None:
         probed.score.append(scores)
+    if arms is not None:
+        arms.rank_directions(probed, model, tasks, checkpoint)
     if before is None:
         probed.fisher.append(probe.record(probe.measure(None, progress), state.step, state.step))
         return state

@@ -15,7 +15,13 @@ from dynamics.schema.fisher_groups import (
     SAMPLE_LABELS,
     TASKS,
 )
-from dynamics.schema.intervention_groups import INTERVENTION, INTERVENTION_AXES, INTERVENTION_FLAGS
+from dynamics.schema.intervention_groups import (
+    INTERVENTION,
+    INTERVENTION_AXES,
+    INTERVENTION_FLAGS,
+    INTERVENTION_GROUPS,
+    SENSITIVITY,
+)
 from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_DIRECTION
 from dynamics.schema.update_groups import (
     BASE,
@@ -58,6 +64,7 @@ __all__ = [
     "INTERVENTION",
     "INTERVENTION_AXES",
     "INTERVENTION_FLAGS",
+    "INTERVENTION_GROUPS",
     "KINDS",
     "LOG_COORDINATES",
     "MEASURES",
@@ -74,6 +81,7 @@ __all__ = [
     "SAMPLE_LABELS",
     "SCORE",
     "SCORE_DIRECTION",
+    "SENSITIVITY",
     "SUMMARY",
     "SUMMARY_GRADIENT",
     "TASKS",

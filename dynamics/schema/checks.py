@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.schema.fisher_groups import ALL, FISHER_GROUPS, SAMPLE_LABELS
-from dynamics.schema.intervention_groups import INTERVENTION, INTERVENTION_AXES, INTERVENTION_FLAGS
+from dynamics.schema.intervention_groups import INTERVENTION_AXES, INTERVENTION_FLAGS, INTERVENTION_GROUPS
 from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE
 from dynamics.schema.update_groups import BOUNDS, GRADIENT, MEASURES, NULL, OF_CHECKPOINTS, UPDATE, UPDATE_COORDINATES
 from dynamics.schema.variable import DECOMPOSITIONS, KINDS, Variable
@@ -100,6 +100,10 @@ def _problems(tree: xr.DataTree) -> Iterator[str]:
             dataset = tree[name].to_dataset()
             yield from _variable_problems(f"/{name}", dataset, variables, complete=True)
             yield from _fisher_problems(f"/{name}", dataset)
+    for name, variables in INTERVENTION_GROUPS.items():
+        if name in tree.children:  # an intervention lacks what an arm that was not run would give
+            complete = name != "intervention"
+            yield from _variable_problems(f"/{name}", tree[name].to_dataset(), variables, complete=complete)
     if "intervention" in tree.children:
         yield from _intervention_problems(tree["intervention"].to_dataset())
     for name, dims in OF_CHECKPOINTS.items():
@@ -126,8 +130,6 @@ def _fisher_problems(group: str, dataset: xr.Dataset) -> Iterator[str]:
 
 
 def _intervention_problems(dataset: xr.Dataset) -> Iterator[str]:
-    """Yield what is wrong with ``/intervention``, which lacks what an arm that was not run would give."""
-    yield from _variable_problems("/intervention", dataset, INTERVENTION, complete=False)
     axes = ("step", *INTERVENTION_AXES)
     yield from (f"/intervention lacks the coordinate {name!r}" for name in axes if name not in dataset.indexes)
     yield from (

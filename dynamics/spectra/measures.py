@@ -326,23 +326,22 @@ def known_quantiles(
 ENERGY = 0.99
 
 
-def rank_pattern(update: xr.Dataset) -> dict[str, int]:
+def rank_pattern(ranks: xr.DataArray) -> dict[str, int]:
     """Return suggested ranks as ``peft.LoraConfig(rank_pattern=...)`` takes them: matrix to rank.
 
     Matrices that ``rank_pattern`` cannot name one by one (single experts, one of several adapters) and those
     without a suggestion (zero or unreadable throughout) are left out. PEFT takes a key for every module whose name
     ends in it, so a name that another one ends in is anchored by ``^``. A different rank changes α/r: keep the
-    scale by an ``alpha_pattern`` of scale·rank.
+    scale by an ``alpha_pattern`` of scale·rank. PEFT has no rank 0: a matrix that needs none gets 1; name it in
+    ``exclude_modules`` to leave it alone.
 
     Args:
-        update: The ``/update`` group of a result.
+        ranks: A rank, or NaN, for each matrix, such as ``/update/suggested_rank``.
     """
-    suggested: Mapping[str, float] = dict(
-        zip(update["matrix"].values.tolist(), update["suggested_rank"].values.tolist(), strict=True)
-    )
+    suggested: Mapping[str, float] = dict(zip(ranks["matrix"].values.tolist(), ranks.values.tolist(), strict=True))
     endings = {name.split(".", start)[start] for name in suggested for start in range(1, name.count(".") + 1)}
     return {
-        f"^{name}" if name in endings else name: int(rank)
+        f"^{name}" if name in endings else name: max(int(rank), 1)
         for name, rank in suggested.items()
         if rank == rank and not name.endswith("]") and "@" not in name  # NaN is not itself
     }

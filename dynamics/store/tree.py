@@ -140,7 +140,7 @@ def _findings_of_checkpoints(parts: Parts) -> list[Finding]:
 
 
 #: Groups that the records do not change.
-_KEPT = ("training", "score", "path", "base", "weights", "association")
+_KEPT = ("training", "score", "path", "base", "weights", "association", "sensitivity")
 #: Findings that follow from the numbers of ``/update``: they are found anew.
 _FROM_NUMBERS = ("OD202", "OD203", "OD204", "OD205", "OD206", "OD208")
 #: What findings about ``/association`` begin with: they stay with it.

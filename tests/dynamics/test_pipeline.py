@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import xarray as xr
 
 import dynamics
+from dynamics import pipeline
 from dynamics.pipeline import Options, output_folder
+from tests.dynamics.intervention.test_sensitivity import trained_llama, words
 from tests.runs import write_run
 
 
@@ -44,6 +48,22 @@ def test_options_are_deprecated(runs: list[Path], tmp_path: Path) -> None:
     assert all("q_proj" in name for name in tree["update"]["matrix"].values)
     with pytest.warns(DeprecationWarning, match="pass keywords to analyze_run"):
         assert dynamics.Options is Options
+
+
+def test_ranks_by_effect_are_written_beside_those_by_energy(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = dynamics.sensitivity(trained_llama(), [words("a", 1)], step=30)
+    monkeypatch.setattr(pipeline, "log_groups", lambda trajectory: {"sensitivity": measured})
+    dynamics.analyze_run(runs[0], out=tmp_path / "one", report=False)
+    dynamics.analyze_run(runs[:2], out=tmp_path / "two", report=False)
+    ranks = measured["rank_by_effect"].isel(step=0).to_series()
+    pattern = json.loads((tmp_path / "one" / "analysis" / "rank_pattern_by_effect.json").read_text())
+    assert pattern == ranks.clip(lower=1).astype(int).to_dict()
+    names = sorted(path.name for path in (tmp_path / "two" / "analysis").glob("rank_pattern*"))
+    assert names == [f"rank_pattern{how}.{run}.json" for how in ("", "_by_effect") for run in ("a", "b")]
+    stored = dynamics.open_run(tmp_path / "one")["sensitivity"].to_dataset().load()
+    xr.testing.assert_identical(stored, measured)
 
 
 def test_no_run_at_all() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import xarray as xr
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 
 import dynamics
@@ -95,12 +96,23 @@ def test_a_result_is_opened_as_it_was_made(analysed):
 
 
 def test_progress_ends(analysed):
+    """Two increments of three arms, and the directions of the last checkpoint, first estimated as another increment."""
     told = [call[1:] for call in analysed[2] if call[0] == "run: interventions"]
-    passes = 2 * 16 * (3 * 3 + 1 + 2)
-    assert told[0] == (0, 2)
-    assert told[1] == (0, 2 * passes)
-    assert told[-1] == (2 * passes, 2 * passes)
+    passes, of_directions = 2 * 16 * (3 * 3 + 1 + 2), 16 * (1 + 6 + 3)
+    assert told[0] == (0, 3)
+    assert told[1] == (0, 3 * passes)
+    assert told[-1] == (2 * passes + of_directions,) * 2
     assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_the_last_checkpoints_directions_are_ranked(analysed):
+    folder, tree, _ = analysed
+    found = tree["sensitivity"].to_dataset()
+    model, tasks, _ = load(str(folder / "checkpoint-3"))
+    expected = dynamics.sensitivity(model, tasks, step=3)
+    xr.testing.assert_allclose(found.load(), expected, rtol=1e-5)
+    ranks = json.loads((folder / "dynamics" / "analysis" / "rank_pattern_by_effect.json").read_text())
+    assert set(ranks) == set(found["matrix"].values.tolist())
 
 
 def losses(model: nn.Module, tasks: list[Task]) -> torch.Tensor:
@@ -222,6 +234,33 @@ def test_command_line(run, probe, tmp_path):
         assert group["k"].values.tolist() == [1, 2]
         assert group["headline"].values.tolist() == [[False, True]]
     assert_refused(analyze(*command, "--export", tmp_path / "arms"), 2, "export: expected a new or empty folder, got")
+
+
+def test_full_fine_tuning_has_no_directions_but_parts(tmp_path):
+    torch.manual_seed(0)
+    first, second = (llama(num_hidden_layers=1, attention_bias=True) for _ in range(2))
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape)
+    for step, model in ((1, first), (2, second)):
+        model.save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+
+    def whole(folder):
+        return type(first).from_pretrained(folder), probe_tasks()
+
+    choice = {"intervene": True, "arms": ["on"], "k": 2, "matrices": "up_proj|norm"}
+    tree = analyze_run(tmp_path / "run", probe=whole, **choice, export=tmp_path / "arms", report=False)
+    assert "OD415" not in codes(tree)
+    assert "sensitivity" not in tree.children
+    assert np.isfinite(tree["intervention"]["effect"]).all()
+    differences = load_file(tmp_path / "arms" / "full" / "differences.safetensors")
+    assert set(differences) == {"model.layers.0.mlp.up_proj.weight"} | {
+        name for name, p in first.named_parameters() if "norm" in name
+    }
+    moved = second.get_parameter("model.layers.0.mlp.up_proj.weight") - first.get_parameter(
+        "model.layers.0.mlp.up_proj.weight"
+    )
+    torch.testing.assert_close(differences["model.layers.0.mlp.up_proj.weight"], moved.detach())
 
 
 def test_too_few_groups_are_told_by_the_exit_status(run, probe):
