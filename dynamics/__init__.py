@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dynamics.intervention.sensitivity import sensitivity as sensitivity
     from dynamics.pipeline import analyze_run as analyze_run
     from dynamics.recording.callback import DynamicsCallback as DynamicsCallback
+    from dynamics.recording.callback import ProjectedUpdates as ProjectedUpdates
     from dynamics.recording.recorder import Recorder as Recorder
     from dynamics.relate import associate as associate
     from dynamics.relate import compare as compare
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _HOME = {
     "DynamicsCallback": "dynamics.recording.callback",
     "NotARun": "dynamics.checkpoints",
+    "ProjectedUpdates": "dynamics.recording.callback",
     "Recorder": "dynamics.recording.recorder",
     "analyze_run": "dynamics.pipeline",
     "associate": "dynamics.relate",

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from probes.blocks import Block, find_blocks
+from probes.blocks import Block, find_blocks, trained_parameters
 from probes.gram import GLOBAL, Measurement
-from probes.sample_gradients import weighted_sums
+from probes.sample_gradients import at_least_single, weighted_sums
 from probes.tasks import Task, probe_batches
 from probes.undisturbed import undisturbed
 from probes.watched import Matrix
@@ -55,6 +55,53 @@ def weighted_gradients(
     """
     if space not in ("tangent", "factor"):
         raise ValueError(f"Expected space 'tangent' or 'factor', got {space!r}.")
+    measurement, chosen, sums = _sums(model, tasks, weights, space, blocks)
+    changes: list[dict[str, Matrix]] = [{} for _ in weights]
+    for block in chosen:
+        names = measurement.parameter_names(block)
+        for part, change in enumerate(changes):
+            change.update(_matrices(block, [total[part] for total in sums[block.name]], names, space))
+    return changes
+
+
+def weighted_parameter_gradients(
+    model: nn.Module, tasks: Sequence[Task], weights: Float[Tensor, "part sample"]
+) -> dict[str, Tensor]:
+    """Return Σ_i w_i ∇ℓ_i of every trained parameter, for each row of weights, in one pass over the samples.
+
+    What :func:`weighted_gradients` gives in factor space, by parameter: also of those that hold several matrices.
+
+    Args:
+        model, tasks, weights: As for :func:`weighted_gradients`.
+
+    Returns:
+        Parameter → its sums ``(part, *shape)``, on its device, in its precision, single at least.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> task = Task("x", [{"x": [1.0, 0.0]}, {"x": [0.0, 1.0]}], loss=lambda model, batch: model(batch["x"])[:, 0])
+    >>> sums = weighted_parameter_gradients(layer, [task], torch.tensor([[2.0, -1.0]]))
+    >>> sums["weight"].tolist(), sums["bias"].tolist()
+    ([[[2.0, -1.0]]], [[1.0]])
+    """
+    _, chosen, sums = _sums(model, tasks, weights, "factor", None)
+    trained = trained_parameters(model)
+    names = {id(parameter): name for name, parameter in trained.items()}
+    results = {
+        name: at_least_single(parameter.detach()).new_zeros(len(weights), *parameter.shape)
+        for name, parameter in trained.items()
+    }
+    for block in chosen:
+        for value, (parameter, view) in zip(sums.pop(block.name), block.parameters, strict=True):
+            for total, part in zip(results[names[id(parameter)]], value, strict=True):
+                home = total if view is None else view(total)  # shares its memory
+                home.copy_(part.view_as(home))
+    return results
+
+
+def _sums(
+    model: nn.Module, tasks: Sequence[Task], weights: Tensor, space: str, blocks: Sequence[str] | None
+) -> tuple[Measurement, tuple[Block, ...], dict[str, list[Tensor]]]:
+    """Return the blocks, and of each its sums in float64, ``(part, …)``, one for each of its parameters."""
     batches, names, *_ = probe_batches(tasks)
     if weights.ndim != 2 or weights.shape[1] != len(names):
         raise ValueError(f"Expected weights (part, {len(names)}), one for each sample, got {tuple(weights.shape)}.")
@@ -74,12 +121,7 @@ def weighted_gradients(
                 _add(sums, block, w)
     if first and not sums:
         raise ValueError("Expected a weight other than 0, got none.")
-    changes: list[dict[str, Matrix]] = [{} for _ in weights]
-    for block in chosen.chosen:
-        names = measurement.parameter_names(block)
-        for part, change in enumerate(changes):
-            change.update(_matrices(block, [total[part] for total in sums[block.name]], names, space))
-    return changes
+    return measurement, chosen.chosen, sums
 
 
 def _add(sums: dict[str, list[Tensor]], block: Block, weights: Tensor) -> None:

@@ -98,6 +98,20 @@ def random_part(
     return Part(vectors @ (projected / np.sqrt(values)), float((projected**2).sum()), k)
 
 
+def direction_weights(
+    gram: Float[np.ndarray, "sample sample"], k: int, resolved: float = RESOLVED
+) -> tuple[Float[np.ndarray, " direction"], Float[np.ndarray, "direction sample"]]:
+    """Return the k leading eigenvalues of K, and the weights of samples whose weighted gradient is each direction.
+
+    v_j = Gᵀu_j/√eig_j: row j of the weights is u_j/√eig_j. Fewer than k where K has no more.
+
+    >>> direction_weights(np.diag([4.0, 1.0]), 1)[1]
+    array([[0.5, 0. ]])
+    """
+    values, vectors = _directions(gram, resolved)
+    return values[:k], (vectors[:, :k] / np.sqrt(values[:k])).T
+
+
 def _directions(gram: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Return eigenvalues, descending, and eigenvectors of K, as far as they are resolved."""
     values, vectors = np.linalg.eigh(gram)

@@ -1,9 +1,11 @@
-"""The callback: a :class:`~dynamics.Recorder` driven by a ``transformers.Trainer``; the rest is in the recorder."""
+"""The callbacks of a ``transformers.Trainer``: one drives a :class:`~dynamics.Recorder`, one projects the updates."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import SaveStrategy
 
 from dynamics.findings import Finding
+from dynamics.intervention.projection import StepProjection, require_projectable
 from dynamics.recording import Schedule, at_no_step, either, preset_named
 from dynamics.recording.disk_names import disk_names
 from dynamics.recording.recorder import Recorder, chosen_interventions
@@ -121,11 +124,7 @@ class DynamicsCallback(TrainerCallback):
         Returns:
             The callback.
         """
-        callbacks = trainer.callback_handler.callbacks
-        if self in callbacks:
-            callbacks.remove(self)
-        flow = [index for index, callback in enumerate(callbacks) if isinstance(callback, DefaultFlowCallback)]
-        callbacks.insert(flow[-1] + 1 if flow else 0, self)
+        _before_reporters(trainer, self)
         self._trainer = trainer
         return self
 
@@ -141,7 +140,7 @@ class DynamicsCallback(TrainerCallback):
         self.close()
         self._waiting = {}
         model = kwargs["model"]
-        self._refuse_overlap(model, kwargs.get("train_dataloader"))
+        _refuse_overlap(model, self._settings["tasks"] or (), kwargs.get("train_dataloader"))
         resume_from = state.global_step or self._restarted(args, state)
         self.recorder = Recorder(
             self._run(state, begins=resume_from is None),
@@ -214,16 +213,6 @@ class DynamicsCallback(TrainerCallback):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _refuse_overlap(self, model: Any, train_dataloader: Any) -> None:
-        """Refuse probe samples that are trained on, where the training set is map-style and quickly read."""
-        dataset = getattr(train_dataloader, "dataset", None)
-        if dataset is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-            return
-        if len(dataset) <= COMPARED:
-            with undisturbed(model):  # reading may draw random numbers
-                for task in self._settings["tasks"] or ():
-                    task.refuse_overlap(dataset)
-
     def _run(self, state: TrainerState, *, begins: bool) -> Path:
         """Return the run folder; for a trial of a hyperparameter search the folder in it that the Trainer names."""
         if not state.is_hyper_param_search:
@@ -279,6 +268,158 @@ class DynamicsCallback(TrainerCallback):
             Trainer.log(self._trainer, numbers)
         else:
             state.log_history.append({**numbers, "epoch": state.epoch, "step": state.global_step})
+
+
+class ProjectedUpdates(TrainerCallback):
+    r"""Keep only, or remove, the part of each optimizer step in the k leading informative directions.
+
+    This changes the training, on purpose: does the concentrated part of the updates do the work? Directions are the
+    leading eigenvectors v_j of the empirical Fisher of all trained parameters on the probe samples, at the present
+    weights. With Π = Σ_j v_j v_jᵀ, a step δ of the optimizer becomes Πδ (``"on"``) or δ − Πδ (``"off"``).
+
+    δ is what the optimizer did to the weights: momentum, preconditioning and weight decay included. Its state is not
+    touched, so that momentum goes on with gradients as they are. Apart from the weights nothing is changed: random
+    states, modes and gradients are as without the callback.
+
+    Every captured step of a :class:`DynamicsCallback` in the same Trainer has the projected update, whatever the order
+    of the two. The log has ``dynamics/captured_share``: ‖Πδ‖²/‖δ‖² before projecting, mean over the steps since the
+    last entry.
+
+    The space is that of the trained parameters themselves, of LoRA the factors. Directions are held as k numbers for
+    each trained one, in single precision: 16 directions of 10 million parameters take 640 MB. Estimating them takes the
+    gradients of all probe samples, and k weighted sums of them. If what is trained changes, directions are estimated
+    again; so they are when a training resumes, which is the same as an uninterrupted one if its checkpoint is at a
+    multiple of ``refresh``. Under DDP all ranks use the first one's directions.
+
+    Args:
+        tasks: Held-out probe samples, each a :class:`probes.Task`. Samples that are also in the training set are
+            refused, where that can be told.
+        keep: ``"on"``: only the part in the directions; ``"off"``: only the rest; ``"full"``: all of it, for the
+            control, whose training is the same bit for bit as without the callback and which logs the same number.
+        k: Number of directions.
+        refresh: Estimate directions again at every so many steps.
+
+    Raises:
+        ValueError: If an argument is invalid; when training begins, if probe samples are trained on, or trained
+            parameters are in half precision or split over ranks (FSDP, DeepSpeed).
+
+    Example: with the Trainer, and in any other loop::
+
+        Trainer(model, arguments, train_dataset=data, callbacks=[ProjectedUpdates(tasks, "off")]).train()
+
+        projected = ProjectedUpdates(tasks, "off", k=16, refresh=50)
+        for batch in loader:
+            loss(model, batch).backward()
+            with projected.step(model):
+                optimizer.step()
+            optimizer.zero_grad()
+    """
+
+    def __init__(self, tasks: Sequence[Task], keep: str, *, k: int = 16, refresh: int = 50) -> None:
+        self._projection = StepProjection(tasks, keep, k=k, refresh=refresh)
+        self._tasks = tuple(tasks)
+        self._shares: list[float] = []  # of the steps since the last entry of the log
+
+    @property
+    def captured_share(self) -> float:
+        """‖Πδ‖²/‖δ‖² of the last step, before projecting; NaN if it changed nothing."""
+        return self._projection.captured_share
+
+    @contextmanager
+    def step(self, model: Any) -> Iterator[None]:
+        """Enclose one ``optimizer.step()`` in a loop without a Trainer; forward and backward passes may lie inside.
+
+        Args:
+            model: The model in training, in its wrappers.
+        """
+        self._projection.begin(model)
+        yield
+        self._projection.end()
+
+    def attach(self, trainer: Trainer) -> ProjectedUpdates:
+        """Put the callback before the Trainer's reporters, so that they see its number; see :class:`DynamicsCallback`.
+
+        Args:
+            trainer: It may have the callback already.
+
+        Returns:
+            The callback.
+        """
+        _before_reporters(trainer, self)
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse what cannot be projected.
+
+        Raises:
+            ValueError: If probe samples are trained on, or the parameters' steps cannot be projected.
+        """
+        self._projection.forget()
+        self._shares = []
+        if _keeps_gradients_away(args, kwargs.get("optimizer")):
+            raise ValueError(
+                "Expected an optimizer that changes the model's own parameters, got DeepSpeed's, which overwrites them "
+                "with its copies. Train with DistributedDataParallel, or in one process."
+            )
+        require_projectable(kwargs["model"])
+        _refuse_overlap(kwargs["model"], self._tasks, kwargs.get("train_dataloader"))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the weights before the step; here already, since some optimizers step within the backward pass."""
+        self._projection.begin(kwargs["model"], state.global_step, shared=args.world_size > 1)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Replace the optimizer's step by what is kept of it, before the step ends and is recorded."""
+        share = self._projection.end()
+        if math.isfinite(share):
+            self._shares.append(share)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Free the directions."""
+        self._projection.forget()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the captured share to what the Trainer logs of its steps."""
+        if self._shares and logs is not None and "loss" in logs:
+            number = {f"{PREFIX}captured_share": sum(self._shares) / len(self._shares)}
+            self._shares = []
+            logs.update(number)
+            state.log_history[-1].update(number)
+
+
+def _before_reporters(trainer: Trainer, callback: TrainerCallback) -> None:
+    """Move a callback, or put it, before those that report what is logged."""
+    callbacks = trainer.callback_handler.callbacks
+    if callback in callbacks:
+        callbacks.remove(callback)
+    flow = [index for index, other in enumerate(callbacks) if isinstance(other, DefaultFlowCallback)]
+    callbacks.insert(flow[-1] + 1 if flow else 0, callback)
+
+
+def _refuse_overlap(model: Any, tasks: Sequence[Task], train_dataloader: Any) -> None:
+    """Refuse probe samples that are trained on, where the training set is map-style and quickly read."""
+    dataset = getattr(train_dataloader, "dataset", None)
+    if dataset is None or not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        return
+    if len(dataset) <= COMPARED:
+        with undisturbed(model):  # reading may draw random numbers
+            for task in tasks:
+                task.refuse_overlap(dataset)
 
 
 def _nothing(done: int, total: int) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from probes import LowRankMatrix, Task, gradient_gram
-from probes.weighted_gradients import weighted_gradients
+from probes.blocks import trained_parameters
+from probes.weighted_gradients import weighted_gradients, weighted_parameter_gradients
 from tests.families import FAMILIES
 from tests.runs import VOCABULARY, llama, lora_llama
 
@@ -142,3 +143,27 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_what_does_not_fit_is_refused(weights: Tensor, options: dict, what: str) -> None:
     with pytest.raises(ValueError, match=what):
         weighted_gradients(lora_llama(), texts(), weights, **options)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_by_parameter_they_are_gradients_of_the_weighted_loss(family: str) -> None:
+    """Also of factors that hold those of several experts, and of what is trained beside adapters."""
+    from peft import get_peft_model
+
+    made = FAMILIES[family]
+    model, batch = made.model_and_batch()
+    model = get_peft_model(model, made.lora()).eval()
+    norm = next(parameter for name, parameter in model.named_parameters() if "norm" in name or "ln_" in name)
+    norm.requires_grad_()
+    size = len(batch["input_ids"])
+    samples = [{name: value[number] for name, value in batch.items()} for number in range(size)]
+    tasks, weights = [Task("it", samples)], torch.tensor([[1.0, -0.5], [0.0, 2.0]], dtype=torch.float64)
+    sums = weighted_parameter_gradients(model, tasks, weights)
+    trained = trained_parameters(model)
+    assert list(sums) == list(trained)
+    assert any(parameter is norm for parameter in trained.values())
+    for part, row in enumerate(weights):
+        expected = one_by_one(model, tasks, row)
+        for name, parameter in trained.items():
+            close = {"rtol": 1e-3, "atol": 1e-5 * float(expected[parameter].abs().max())}
+            torch.testing.assert_close(sums[name][part].double(), expected[parameter], **close)
