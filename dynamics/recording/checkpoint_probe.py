@@ -200,12 +200,12 @@ class _Arms:
         self, probed: Probed, probe: FisherProbe, increment: Increment, checkpoint: Checkpoint, from_step: int
     ) -> None:
         """Add the effects of an increment that ends at a checkpoint, and write its versions if it is the last."""
-        with self._forgiven(probed, checkpoint, f"The increment since step {from_step} could not be intervened on"):
+        with self._forgiven(probed, checkpoint, f"the increment since step {from_step}"):
             effects = probe.intervene(increment, self.choice, checkpoint.step, from_step, self.counter)
             probed.intervention.append(effects)
             self.counter.next()
             if self.export is not None and checkpoint in self.last:
-                with self._forgiven(probed, checkpoint, "The parts of the last increment could not be exported"):
+                with self._forgiven(probed, checkpoint, "the last increment, to export its parts,"):
                     probe.export(increment, self.choice, self.export)
                     self.exported = True
 
@@ -215,7 +215,7 @@ class _Arms:
         names = [name for name in names if self.matrices is None or self.matrices(name)]
         if checkpoint in self.last and names:  # weights trained as they are have no such directions
             pattern = None if self.matrices is None else "|".join(f"^{re.escape(name)}$" for name in names)
-            with self._forgiven(probed, checkpoint, "Its directions could not be ranked by their effect on the loss"):
+            with self._forgiven(probed, checkpoint, "the directions of the last adapter"):
                 probed.sensitivity = sensitivity(
                     model, tasks, matrices=pattern, step=checkpoint.step, progress=self.counter
                 )
@@ -231,7 +231,7 @@ class _Arms:
             probed.findings.append(
                 Finding(
                     "OD415",
-                    f"{what} ({type(error).__name__}: {first_line(error, 300)}).",
+                    f"The intervention on {what} failed ({type(error).__name__}: {first_line(error, 300)}).",
                     "Its Fisher and the other checkpoints are measured. Correct what the message names and analyse "
                     "again.",
                     file=checkpoint.folder.name,

@@ -181,7 +181,7 @@ def test_an_intervention_that_fails_costs_neither_k_nor_the_others(captured, tmp
     tree = analyze_run(folder, probe=fails_at_two, **CHOICE, report=False)
     (told,) = [finding for finding in json.loads(tree.attrs["findings"]) if finding["code"] == "OD415"]
     assert (told["severity"], told["step"], told["file"]) == ("error", 2, "checkpoint-2")
-    assert "The increment since step 1 could not be intervened on (RuntimeError: no loss today)." in told["message"]
+    assert "The intervention on the increment since step 1 failed (RuntimeError: no loss today)." in told["message"]
     assert tree["intervention"]["step"].values.tolist() == [3]
     assert np.isfinite(tree["fisher"]["update_product"].sel(step=[2, 3])).all()
     schema.check(tree)
