@@ -41,9 +41,9 @@ def intervene(
     r"""Run each arm on the groups that its directions do not come from, and return its effects with intervals.
 
     The effect of x on a task is D(x) = mean of ℓ(θ) − ℓ(θ + x): positive where x lowers the loss. Each sample is held
-    out once a split, and its effect is the mean over splits. Intervals are 95 %, from the delete-one-group jackknife;
-    they are conditional on the directions. What ``on`` and ``off`` do apart and together is in
-    :func:`dynamics.intervention.effects.decompose`.
+    out once a split, and its effect is the mean over splits. Intervals are 95 %, from the delete-one-group jackknife
+    and the variance between splits; they are conditional on the directions. What ``on`` and ``off`` do apart and
+    together is in :func:`dynamics.intervention.effects.decompose`.
 
     Costs, with two splits, one k and the default arms and lengths, 28 forward passes over the probe samples and two
     passes forward and backward for the directions. Each further k takes 16 more.
@@ -83,15 +83,15 @@ def intervene(
     stacked = StackedGram.of(arms.gram)
     run = _Run(model, tuple(tasks), arms, scales, progress)
     with undisturbed(model) as quiet, torch.no_grad():
-        for fold in arms.folds:
-            run.fold(quiet, fold.arms)
+        for number, fold in enumerate(arms.folds):
+            run.fold(quiet, fold.arms, number // 2)
     progress(run.passes, run.passes)
     return _dataset(run, stacked, step)
 
 
 @dataclass
 class _Run:
-    """Effects on each sample, summed up fold by fold."""
+    """Effects on each sample of each split, fold by fold."""
 
     model: nn.Module
     tasks: tuple[Task, ...]
@@ -117,12 +117,12 @@ class _Run:
                 lines += [(name, k, scale) for k in ks for scale in (self.scales if arm in _CURVES else (1.0,))]
         return lines
 
-    def fold(self, model: nn.Module, parts: Arms) -> None:
+    def fold(self, model: nn.Module, parts: Arms, split: int) -> None:
         """Run all arms of one fold on its held-out samples."""
         update = self.arms.update
         rows = np.setdiff1d(np.arange(len(update.numbers)), parts.rows)
         tasks = some(self.tasks, update.numbers[rows])
-        share = 1 / self.arms.splits
+        held_out = split, rows
         with torch.enable_grad():
             self.deviation = max(self.deviation, parts.deviation)
         base = self._losses(model, tasks, None)
@@ -131,23 +131,23 @@ class _Run:
             change = _scaled(parts.matrices(arm, k), scale)
             name, half = ("matched", 0.5) if arm in PAIR else (arm, 1.0)
             key = (name, k, scale)
-            self._add(self.differences, key, rows, half * share * (base - self._losses(model, tasks, change)))
+            self._add(self.differences, key, held_out, half * (base - self._losses(model, tasks, change)))
             if scale == 1.0:
                 self.norms[name, k] = self.norms.get((name, k), 0.0) + half * energy(parts.change(arm, k)) / len(
                     self.arms.folds
                 )
-                self._add(self.predicted, (name, k), rows, half * share * self._slopes(parts, arm, k, rows))
+                self._add(self.predicted, (name, k), held_out, half * self._slopes(parts, arm, k, rows))
                 if base_scores is not None and arm not in PAIR:
-                    self._add(self.scores, (name, k), rows, share * (self._scores(model, tasks, change) - base_scores))
+                    self._add(self.scores, (name, k), held_out, self._scores(model, tasks, change) - base_scores)
         for k in self.arms.k:
-            self._add(self.captured, k, rows, np.full(len(rows), share * parts.captured("on", k)))
+            self._add(self.captured, k, held_out, np.full(len(rows), parts.captured("on", k)))
         again = self._losses(model, tasks, None)
         self.repeated = max(self.repeated, float(np.abs(again - base).max()))
         parts.release()
 
-    def _add(self, sums: dict, key: object, rows: np.ndarray, values: np.ndarray) -> None:
-        total = sums.setdefault(key, np.zeros(len(self.arms.update.numbers)))
-        total[rows] += values
+    def _add(self, sums: dict, key: object, held_out: tuple[int, np.ndarray], values: np.ndarray) -> None:
+        total = sums.setdefault(key, np.zeros((self.arms.splits, len(self.arms.update.numbers))))
+        total[held_out] += values
 
     def _slopes(self, parts: Arms, arm: str, k: int, rows: np.ndarray) -> np.ndarray:
         """Return −⟨g_i, x⟩ of the held-out samples, from K and b; NaN for an arm that they do not know."""
@@ -220,17 +220,17 @@ def _scaled(change: Mapping[str, Matrix], scale: float) -> dict[str, Matrix]:
 def _dataset(run: _Run, stacked: StackedGram, step: int) -> xr.Dataset:
     arms, labels = run.arms, stacked.labels
     ks, names, samples = sorted(arms.k), list(arms.names), len(labels.group)
-    differences = np.full((len(names), len(ks), len(run.scales), samples), np.nan)
-    predicted, scores = differences.copy(), differences[:, :, -1].copy()
+    differences = np.full((arms.splits, len(names), len(ks), len(run.scales), samples), np.nan)
+    predicted, scores = differences.copy(), differences[:, :, :, -1].copy()
     norms = np.full((len(names), len(ks)), np.nan)
     for row, arm in enumerate(names):
         for column, k in enumerate(ks):
             made = arms.k[0] if _has_no_k(arm) else k
             for depth, scale in enumerate(run.scales):
                 if (arm, made, scale) in run.differences:
-                    differences[row, column, depth] = run.differences[arm, made, scale]
-                    predicted[row, column, depth] = scale * run.predicted[arm, made]
-            scores[row, column] = run.scores.get((arm, made), np.nan)
+                    differences[:, row, column, depth] = run.differences[arm, made, scale]
+                    predicted[:, row, column, depth] = scale * run.predicted[arm, made]
+            scores[:, row, column] = run.scores.get((arm, made), np.nan)
             norms[row, column] = np.sqrt(run.norms[arm, made])
     arrays = {
         **_ends("effect", _effects(differences, labels)),
@@ -239,8 +239,8 @@ def _dataset(run: _Run, stacked: StackedGram, step: int) -> xr.Dataset:
         "headline": np.array([k == arms.k[0] for k in ks]),
         **_decomposed(run, differences, ks, labels),
     }
-    at_full_length = differences[:, :, run.scales.index(1.0)]
-    arrays["required_groups"] = _by_arm(required_groups, at_full_length, labels)
+    at_full_length = differences[:, :, :, run.scales.index(1.0)]
+    arrays["required_groups"] = np.stack([required_groups(arm, labels) for arm in at_full_length.swapaxes(0, 1)])
     if run.scores:
         arrays |= _ends("score_effect", _effects(scores, labels))
     coords = {"step": [step], "arm": names, "k": ks, "scale": list(run.scales), "task": list(stacked.tasks)}
@@ -262,34 +262,35 @@ def _attributes(run: _Run, labels: SampleGroups) -> dict[str, object]:
 
 
 def _decomposed(
-    run: _Run, differences: Float[np.ndarray, "arm k scale sample"], ks: Sequence[int], labels: SampleGroups
+    run: _Run, differences: Float[np.ndarray, "split arm k scale sample"], ks: Sequence[int], labels: SampleGroups
 ) -> dict[str, np.ndarray]:
     """Return what ``on`` and ``off`` do apart and together, for each k and task; nothing where they were not run."""
     names = run.arms.names
     if "on" not in names:
         return {}
-    on, off, full = (differences[names.index(arm)] for arm in ("on", "off", "full"))
-    captured = np.stack([run.captured[k] for k in ks])
+    on, off = (differences[:, names.index(arm)] for arm in ("on", "off"))
+    full = differences[:, names.index("full"), 0].mean(0)  # directions make no difference to it
+    captured = np.stack([run.captured[k] for k in ks], axis=1)
     largest = np.full((len(ks), labels.member.shape[1]), np.nan)
     for depth, scale in enumerate(run.scales):
-        parts = decompose(on[:, depth], off[:, depth], full[0, depth], captured, labels)
-        largest = np.where(parts.is_separable, scale, largest)
+        parts = decompose(on[:, :, depth], off[:, :, depth], full[depth], captured, labels)
+        largest = np.where(parts.separable, scale, largest)
     at = run.scales.index(1.0)
-    on, off, whole = on[:, at], off[:, at], full[0, at]
+    on, off, whole = on[:, :, at], off[:, :, at], full[at]
     parts = decompose(on, off, whole, captured, labels)
     change = effects(whole[None], labels).estimate
     paid = (on + whole - off) / 2 - captured * whole
-    kept = parts.is_resolved & parts.is_separable
+    kept = parts.resolved & parts.separable
     arrays: dict[str, np.ndarray] = {
-        "captured": effects(captured, labels).estimate,
+        "captured": parts.captured,
         **_ends("interaction", parts.interaction),
         **_ends("excess", parts.excess),
         "excess_p": adjusted_p(paid, labels),
         "relative_excess": np.where(
-            parts.is_resolved, parts.excess.estimate / np.where(change == 0, np.nan, change), np.nan
+            parts.resolved, parts.excess.estimate / np.where(change == 0, np.nan, change), np.nan
         ),
-        "resolved": parts.is_resolved,
-        "separable": parts.is_separable,
+        "resolved": parts.resolved,
+        "separable": parts.separable,
         "separable_scale": largest,
     }
     for name in ("share", "efficiency", "sufficiency", "necessity"):
@@ -297,22 +298,14 @@ def _decomposed(
     return arrays
 
 
-def _effects(differences: Float[np.ndarray, "arm k ... sample"], labels: SampleGroups) -> Estimate:
-    """Return :func:`effects` of arrays with any leading dimensions; NaN for tasks with samples without a number."""
-    shape = differences.shape[:-1]
-    rows = differences.reshape(-1, differences.shape[-1])
-    missing = np.isnan(rows).astype(np.float64) @ labels.member.astype(np.float64) > 0
-    estimate = effects(np.nan_to_num(rows), labels)
-    ends = (estimate.estimate, estimate.low, estimate.high)
-    return Estimate(*(np.where(missing, np.nan, end).reshape(*shape, -1) for end in ends))
-
-
-def _by_arm(
-    measure: Callable[[np.ndarray, SampleGroups], np.ndarray],
-    values: Float[np.ndarray, "arm k sample"],
-    labels: SampleGroups,
-) -> np.ndarray:
-    return np.stack([measure(of_arm, labels) for of_arm in values])
+def _effects(differences: Float[np.ndarray, "split arm k ... sample"], labels: SampleGroups) -> Estimate:
+    """Return :func:`effects` of arrays with more dimensions, arm by arm."""
+    shape = differences.shape[2:-1]
+    rows = differences.reshape(*differences.shape[:2], -1, differences.shape[-1])
+    arms = [effects(arm, labels) for arm in rows.swapaxes(0, 1)]
+    return Estimate(
+        *(np.stack([getattr(arm, end).reshape(*shape, -1) for arm in arms]) for end in ("estimate", "low", "high"))
+    )
 
 
 def _ends(name: str, estimate: Estimate) -> dict[str, np.ndarray]:

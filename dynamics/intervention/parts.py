@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-#: Eigenvalues of K below this share of the largest are rounding: nothing is projected on their directions.
+#: Eigenvalues of K below this share of the largest are rounding, or become it where gradients are summed in single
+#: precision: nothing is projected on their directions.
 RESOLVED = 1e-8
 
 
@@ -48,6 +49,9 @@ def leading_part(
         product: b = Gδ.
         k: Number of directions.
         resolved: Eigenvalues below this share of the largest are rounding.
+
+    Raises:
+        ValueError: If a number of K is not finite.
 
     >>> leading_part(np.diag([4.0, 1.0]), np.array([2.0, 3.0]), 1)
     Part(weights=array([0.5, 0. ]), energy=1.0, directions=1)
@@ -88,12 +92,9 @@ def random_part(
     (9.0, 3)
     """
     values, vectors = _directions(gram, resolved)
-    if not len(values):
-        return _part(values, vectors, product)
     k = min(k, len(values))
     coordinates = (vectors.T @ product) / np.sqrt(values)
-    basis, triangle = np.linalg.qr(generator.standard_normal((len(values), k)))
-    basis = basis * np.sign(np.diagonal(triangle))
+    basis = np.linalg.qr(generator.standard_normal((len(values), k)))[0]
     projected = basis @ (basis.T @ coordinates)
     return Part(vectors @ (projected / np.sqrt(values)), float((projected**2).sum()), k)
 
@@ -114,6 +115,10 @@ def direction_weights(
 
 def _directions(gram: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Return eigenvalues, descending, and eigenvectors of K, as far as they are resolved."""
+    if not np.isfinite(gram).all():
+        raise ValueError(
+            "Expected finite numbers in K = GGᵀ, got some that are not. Leave out the samples they are of."
+        )
     values, vectors = np.linalg.eigh(gram)
     values, vectors = values[::-1], vectors[:, ::-1]
     resolved = values > share * max(float(values[0]), 0.0) if len(values) else np.zeros(0, dtype=bool)

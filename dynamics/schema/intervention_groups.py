@@ -14,7 +14,11 @@ _REFERENCE = "Song, Ahn & Yun 2025, arXiv 2405.16002"
 _PER_ARM = ("step", "arm", "k", "scale", "task")
 _PER_K = ("step", "k", "task")
 _JACKKNIFE = "95 %, from the delete-one-group jackknife, Student's t of groups − 1; conditional on the directions"
-_FIELLER = "95 %, by Fieller over groups; conditional on the directions"
+_OVER_SPLITS = (
+    "95 %, from the delete-one-group jackknife and the variance between splits, Student's t of groups − 1; conditional "
+    "on the directions"
+)
+_FIELLER = "95 %, by Fieller, from the same errors as those of effects; conditional on the directions"
 _ON_FULL = "on and off as c, D at scale 1; of samples held out from the directions, mean over splits"
 
 
@@ -38,7 +42,7 @@ INTERVENTION: Mapping[str, Variable] = {
             "positive: x lowers the loss. Losses are the tasks', as the model in evaluation mode gives them",
             _REFERENCE,
         ),
-        _JACKKNIFE,
+        _OVER_SPLITS,
     ),
     "predicted_effect": Variable(
         _PER_ARM,
@@ -55,7 +59,7 @@ INTERVENTION: Mapping[str, Variable] = {
             "change of the score",
             "mean of score_i(θ + x) − score_i(θ), in the task's units; NaN for tasks without a score of their own",
         ),
-        _JACKKNIFE,
+        _OVER_SPLITS,
     ),
     "required_groups": Variable(
         ("step", "arm", "k", "task"),
@@ -72,7 +76,7 @@ INTERVENTION: Mapping[str, Variable] = {
     **_with_interval(
         "interaction",
         Variable(_PER_K, "nat", "interaction of the two parts", f"I = D(full) − D(on) − D(off); {_ON_FULL}"),
-        _JACKKNIFE,
+        _OVER_SPLITS,
     ),
     **_with_interval(
         "excess",
@@ -83,7 +87,7 @@ INTERVENTION: Mapping[str, Variable] = {
             "T = ½(D(on) + D(full) − D(off)) − c D(full): 0 for any part that is random with respect to δ, and for "
             "every part of a step −η∇L",
         ),
-        _JACKKNIFE,
+        _OVER_SPLITS,
     ),
     "excess_p": Variable(
         _PER_K,

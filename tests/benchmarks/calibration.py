@@ -25,6 +25,7 @@ from tests.dynamics.relate import simulated
 from tests.dynamics.relate.simulated import decided
 
 Row = Sequence[str]
+Table = Callable[[np.random.Generator, int], Iterator[Row]]
 #: Measures × tasks of a report: what is related of a run, and three tasks with their mean.
 _MEASURES, _TASKS = 11, 3
 
@@ -258,7 +259,7 @@ def gain_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
 
 
 #: Each gives a table: headings first, then its rows.
-TABLES: dict[str, Callable[[np.random.Generator, int], Iterator[Row]]] = {
+TABLES: dict[str, Table] = {
     "associations": false_associations,
     "differences": false_differences,
     "power": power,
@@ -270,14 +271,14 @@ TABLES: dict[str, Callable[[np.random.Generator, int], Iterator[Row]]] = {
 }
 
 
-def main() -> None:
+def main(tables: dict[str, Table], description: str | None, *, sets: int) -> None:
     """Read the command line and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", type=int, default=2000, help="simulated studies of each kind")
-    parser.add_argument("--table", choices=TABLES, action="append", help="which tables; by default all")
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", type=int, default=sets, help="simulated studies of each kind")
+    parser.add_argument("--table", choices=tables, action="append", help="which tables; by default all")
     arguments = parser.parse_args()
-    for name in arguments.table or TABLES:
-        rows = TABLES[name](np.random.default_rng(0), arguments.sets)
+    for name in arguments.table or tables:
+        rows = tables[name](np.random.default_rng(0), arguments.sets)
         headings = next(rows)
         print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
         for row in rows:
@@ -286,4 +287,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(TABLES, __doc__, sets=2000)

@@ -11,7 +11,9 @@ import xarray as xr
 from torch import nn
 
 import dynamics
+from dynamics.fisher.samples import SampleGroups
 from dynamics.intervention.counterfactuals import ALL_ARMS, Counterfactuals
+from dynamics.intervention.effects import effects
 from dynamics.schema import INTERVENTION
 from probes import LowRankMatrix, Task, gradient_gram
 from tests.updates import adapted_model, dense_model, probe_tasks, trained
@@ -25,8 +27,8 @@ def run() -> tuple[nn.Module, list[Task], Counterfactuals, xr.Dataset, list[tupl
     gram = gradient_gram(model, tasks, update=change)
     arms = dynamics.counterfactuals(model, tasks, gram, change, k=(4, 2), arms=(*ALL_ARMS, "layer:0"))
     told: list[tuple[int, int]] = []
-    effects = dynamics.intervene(model, tasks, arms, step=30, progress=lambda done, total: told.append((done, total)))
-    return model, tasks, arms, effects, told
+    result = dynamics.intervene(model, tasks, arms, step=30, progress=lambda done, total: told.append((done, total)))
+    return model, tasks, arms, result, told
 
 
 def merged(model: nn.Module, change) -> nn.Module:
@@ -44,15 +46,21 @@ def losses(model: nn.Module, tasks: list[Task]) -> np.ndarray:
 
 
 def by_hand(run, arm: str, scale: float = 1.0) -> np.ndarray:
-    """D of an arm for all samples and for each task, fold by fold, the arm merged into the weights."""
+    """Fall of each sample's loss in each split, the arm merged into the weights."""
     model, tasks, arms, *_ = run
-    total, base = np.zeros(16), losses(model, tasks)
-    for _, held_out, parts in arms.folds:
+    falls, base = np.zeros((arms.splits, 16)), losses(model, tasks)
+    groups = np.array([group for task in tasks for group in task.groups()])
+    for number, (_, held_out, parts) in enumerate(arms.folds):
         change = {name: LowRankMatrix(matrix.left, matrix.right, scale) for name, matrix in parts[arm].items()}
         fall = base - losses(merged(model, change), tasks)
-        groups = np.array([group for task in tasks for group in task.groups()])
-        total += np.where(np.isin(groups, held_out), fall, 0.0) / arms.splits
-    return np.array([total.mean(), total[:8].mean(), total[8:].mean()])
+        falls[number // 2] += np.where(np.isin(groups, held_out), fall, 0.0)
+    return falls
+
+
+def means(falls: np.ndarray) -> np.ndarray:
+    """D for all samples and for each task."""
+    values = falls.mean(0)
+    return np.array([values.mean(), values[:8].mean(), values[8:].mean()])
 
 
 @pytest.mark.parametrize(
@@ -73,11 +81,21 @@ def test_effects_are_those_of_weights_with_the_arm_in_them(run, arm: str, name: 
     effects = run[3]
     stored = effects["effect"].sel(step=30, arm=name, k=k, scale=scale)
     assert stored["task"].values.tolist() == ["all", "report", "vqa"]
-    np.testing.assert_allclose(stored, by_hand(run, arm, scale), rtol=1e-9, atol=1e-13)
+    np.testing.assert_allclose(stored, means(by_hand(run, arm, scale)), rtol=1e-9, atol=1e-13)
+
+
+def test_intervals_are_those_of_the_effects_of_each_split(run) -> None:
+    falls = by_hand(run, "on")
+    groups = np.array([group for task in run[1] for group in task.groups()])
+    expected = effects(falls[:, None], SampleGroups.of_one_task(np.unique(groups, return_inverse=True)[1]))
+    stored = run[3].sel(step=30, arm="on", k=4, scale=1.0, task="all")
+    np.testing.assert_allclose(stored["effect_low"], expected.low.item(), rtol=1e-9)
+    np.testing.assert_allclose(stored["effect_high"], expected.high.item(), rtol=1e-9)
+    assert np.abs(falls[0] - falls[1]).max() > 1e-6
 
 
 def test_the_matched_pair_is_averaged(run) -> None:
-    pair = (by_hand(run, "matched+") + by_hand(run, "matched-")) / 2
+    pair = means((by_hand(run, "matched+") + by_hand(run, "matched-")) / 2)
     np.testing.assert_allclose(
         run[3]["effect"].sel(step=30, arm="matched", k=4, scale=1.0), pair, rtol=1e-9, atol=1e-13
     )
