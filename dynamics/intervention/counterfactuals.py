@@ -358,6 +358,7 @@ def counterfactuals(
         )
     if splits < 1:
         raise ValueError(f"Expected at least one split, got {splits}.")
+    halves = list(half_splits(group, splits, seed))
     blocks = tuple(name for name in gram.blocks if name != GLOBAL) or None
     exact = torch.finfo(_precision(model)).eps
     update = _Update(
@@ -368,7 +369,7 @@ def counterfactuals(
         numbers,
         in_format(change, torch.promote_types(_precision(model), torch.float32)),
         size,
-        _directions(k, len(numbers) // 2),
+        _directions(k, min(len(fit) for fit, _ in halves)),
         names,
         gram.space or "tangent",
         blocks,
@@ -381,7 +382,7 @@ def counterfactuals(
     )
     folds = [
         Fold(_groups(labels, fit), _groups(labels, held_out), Arms(update, fit, seed + number))
-        for number, (fit, held_out) in enumerate(half_splits(group, splits, seed))
+        for number, (fit, held_out) in enumerate(halves)
     ]
     return Counterfactuals(tuple(folds), Arms(update, np.arange(len(numbers)), seed), gram, splits, update)
 
