@@ -82,12 +82,22 @@ INTENDED: tuple[Intended, ...] = (
     Intended("recorded/*", "*/share_outside_space", "values", "1 − inside/all is rounding where all is inside."),
     Intended("recorded/*", "*/condition_number*_low", "values", "Of a null whose smallest singular value is rounding."),
     Intended("*", "*/decomposition", "values", "Triangular factors come from Grams where those hold all digits."),
+    *(
+        Intended("*", path, "values", "An interval is cut at what is possible: 1 and d.")
+        for name in ("low", "high")
+        for path in (f"/fisher/*participation_ratio*_{name}", f"summary.json:fisher.*participation_ratio*.{name}")
+    ),
     Intended("*", "*/path/training", "renamed", "one word for a training's number, as everywhere else", "segment"),
 )
 #: Of inputs whose training or model runs anew: what follows from K, whose gradients are in float32, and null models of
 #: increments, whose factors' smallest singular values cancel at the first steps.
 _ANEW = re.compile(r"/(fisher|concentration|tasks|association|comparison|null)/|_null|summary\.json:fisher|^OD4")
-ROUNDED = {"recorded": (_ANEW, 1e-4), "probed": (_ANEW, 1e-4)}
+#: χ of tasks made equally large: their squared norms are summed for all permutations at a time.
+_PERMUTED = re.compile(r"/tasks/divergence_n|summary\.json:fisher\.mixture\.n")
+ROUNDED = {
+    **dict.fromkeys(("recorded", "probed"), (_ANEW, 1e-4)),
+    **dict.fromkeys(("two_tasks", "first_format"), (_PERMUTED, 1e-12)),
+}
 #: Largest number of differences printed for one input.
 SHOWN = 60
 #: Input to the analyses that a test compares, too.

@@ -130,7 +130,8 @@ def _fisher_arrays(gram: StackedGram, spectrum: tuple[np.ndarray, np.ndarray], s
     ]
     arrays = {name: np.stack([measures[name] for measures in by_task], axis=1) for name in by_task[0]}
     for suffix, k in (("", gram.gram), ("_directional", directional(gram.gram))):
-        ends = _with_ends(f"ln_participation_ratio{suffix}", log_participation_ratio(k, labels, gram.projection))
+        found = log_participation_ratio(k, labels, gram.projection, gram.dimension)
+        ends = _with_ends(f"ln_participation_ratio{suffix}", found)
         arrays |= ends | {name.removeprefix("ln_"): np.exp(value) for name, value in ends.items()}
     weight = weight_of(gram.gram, labels)
     return arrays | {

@@ -256,7 +256,7 @@ def _root_step(at: Tensor, slope: Tensor, curve: Tensor, high: Tensor, low: Tens
 
 def _finite(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return which blocks are broken, and K with these as 0."""
-    broken = np.array([not np.isfinite(block).all() for block in gram])
+    broken = np.logical_not(np.isfinite(gram).all((1, 2)))
     return broken, np.where(broken[:, None, None], 0.0, gram) if broken.any() else gram
 
 
@@ -469,7 +469,10 @@ def without_projection(squares: np.ndarray, traces: np.ndarray, projection: int)
 
 
 def log_participation_ratio(
-    gram: Float[np.ndarray, "block sample sample"], labels: SampleGroups, projection: int = 0
+    gram: Float[np.ndarray, "block sample sample"],
+    labels: SampleGroups,
+    projection: int = 0,
+    dimension: Float[np.ndarray, " block"] | float = np.nan,
 ) -> Estimate:
     r"""Return ln PR_U, by U-statistics over pairs of different groups,
 
@@ -477,12 +480,14 @@ def log_participation_ratio(
 
     whose numerator and denominator are unbiased for (tr F)² and tr F². The bias of O(1/groups) of their ratio is
     removed, and the interval made, by the delete-one-group jackknife of ln PR_U, Student's t with
-    :func:`counted_groups` − 1 degrees of freedom.
+    :func:`counted_groups` − 1 degrees of freedom. The interval is cut at 0 and ln d, between which ln PR of any Fisher
+    lies; the estimate is not, and stays nearly unbiased.
 
     Args:
         gram: K, or its estimate from gradients projected to ``projection`` numbers, whose bias is then removed.
         labels: Groups and tasks of the samples.
         projection: k; 0 if nothing was projected.
+        dimension: d of each block's gradients. NaN where it is unknown: then only low ends are cut.
 
     Returns:
         Each ``[block, task]``. NaN where a task has fewer than two groups (interval: three), or all pairs are
@@ -503,4 +508,6 @@ def log_participation_ratio(
     left_out = log(ratio(traces_left_out, np.where(squares_left_out > least[:, None], squares_left_out, 0.0)))
     task = np.arange(labels.member.shape[1])
     estimate, left_out = estimate[:, task, task], left_out[:, :, task, task]
-    return jackknifed(estimate, left_out, labels.holds, counted_groups(gram, labels))
+    found = jackknifed(estimate, left_out, labels.holds, counted_groups(gram, labels))
+    largest = log(np.where(np.isnan(dimension), np.inf, dimension))[..., None]
+    return Estimate(found.estimate, *(np.clip(end, 0.0, largest) for end in (found.low, found.high)))

@@ -17,7 +17,6 @@ it holds for equal Fishers only, and of disjoint tasks it would take two thirds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,11 +174,13 @@ def first_order_transfer(
 
 #: Permutations of the labels behind the band.
 PERMUTATIONS = 99
+#: Gram matrices of permutations that are held at a time, in bytes.
+_MOST_BYTES = 2**24
 
 
 @dataclass(frozen=True)
 class EntropyDecomposition:
-    """Parts of SE of the pooled Fisher, in nats, ``[block]``.
+    """Parts of SE of the pooled Fisher, in nats.
 
     Args:
         mixture: SE(F).
@@ -188,16 +189,16 @@ class EntropyDecomposition:
         largest: H(w), the largest possible χ.
     """
 
-    mixture: Float[np.ndarray, " block"]
-    within: Float[np.ndarray, " block"]
-    divergence: Float[np.ndarray, " block"]
-    largest: Float[np.ndarray, " block"]
+    mixture: Float[np.ndarray, "*batch"]
+    within: Float[np.ndarray, "*batch"]
+    divergence: Float[np.ndarray, "*batch"]
+    largest: Float[np.ndarray, "*batch"]
 
 
 def decomposition(
-    mixture: Float[np.ndarray, " block"],
-    entropies: Float[np.ndarray, "block task"],
-    traces: Float[np.ndarray, "block task"],
+    mixture: Float[np.ndarray, "*batch"],
+    entropies: Float[np.ndarray, "*batch task"],
+    traces: Float[np.ndarray, "*batch task"],
 ) -> EntropyDecomposition:
     """Return the parts of SE(F) = Σ w_s SE(f_s) + χ, for tasks that have no samples in common.
 
@@ -216,45 +217,63 @@ def decomposition(
     return EntropyDecomposition(mixture, within, np.maximum(mixture - within, 0.0), -xlogy(weights, weights).sum(-1))
 
 
-def decompose(gram: Float[np.ndarray, "block sample sample"], task: Int[np.ndarray, " sample"]) -> EntropyDecomposition:
-    """Return the :func:`decomposition` of K for one assignment of samples to tasks.
+def decompose(
+    gram: Float[np.ndarray, "assignment block sample sample"], task: Int[np.ndarray, "assignment sample"]
+) -> EntropyDecomposition:
+    """Return the :func:`decomposition` of K for assignments of samples to tasks: ``[assignment, block]``.
+
+    The eigenvalues of all matrices of one size come from one call: of few samples, a call costs more than they do.
 
     Args:
-        gram: K.
+        gram: K, which may depend on the assignment.
         task: Number of each sample's task, from 0.
     """
-    by_task = [np.flatnonzero(task == code) for code in range(int(task.max()) + 1)]
-    entropies = [_entropy(gram[:, samples[:, None], samples]) for samples in by_task]
-    norms = np.diagonal(gram, axis1=1, axis2=2)
-    traces = np.stack([norms[:, samples].sum(-1) for samples in by_task], axis=1)
-    return decomposition(_entropy(gram), np.stack(entropies, axis=1), traces)
+    member = task[:, :, None] == np.arange(task.max() + 1)
+    traces = np.diagonal(gram, axis1=2, axis2=3) @ member.astype(np.float64)
+    sizes = member.sum(1)
+    order, ends = np.argsort(task, axis=1, kind="stable"), sizes.cumsum(1)
+    entropies = np.full(traces.shape, np.nan)
+    blocks = np.arange(gram.shape[1])[:, None, None]
+    for size in np.unique(sizes[sizes > 0]):
+        assignment, code = np.nonzero(sizes == size)
+        samples = order[assignment[:, None], ends[assignment, code][:, None] + np.arange(-size, 0)]
+        rows, columns = samples[:, None, :, None], samples[:, None, None, :]
+        entropies[assignment, :, code] = _entropy(gram[assignment[:, None, None, None], blocks, rows, columns])
+    return decomposition(_entropy(gram), entropies, traces)
 
 
 def _entropy(gram: np.ndarray) -> np.ndarray:
-    return fisher_entropy(fisher_eigenvalues(gram)) if gram.shape[-1] else np.full(len(gram), np.nan)
+    return fisher_entropy(fisher_eigenvalues(gram.reshape(-1, *gram.shape[-2:]))).reshape(gram.shape[:-2])
 
 
 def with_equal_traces(
-    gram: Float[np.ndarray, "block sample sample"], task: Int[np.ndarray, " sample"]
-) -> Float[np.ndarray, "block sample sample"]:
+    gram: Float[np.ndarray, "block sample sample"], task: Int[np.ndarray, "assignment sample"]
+) -> Float[np.ndarray, "assignment block sample sample"]:
     """Return K̃ = DKD, each sample divided by √(tr K_ss/n_s) of its task, so that every task has tr F_s = 1.
 
-    >>> with_equal_traces(np.diag([9.0, 1.0])[None], np.array([0, 1]))[0].tolist()
+    >>> with_equal_traces(np.diag([9.0, 1.0])[None], np.array([[0, 1]]))[0, 0].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    return _rescaled(gram, task, np.mean)
+    member = task[:, :, None] == np.arange(task.max() + 1)
+    traces = np.diagonal(gram, axis1=1, axis2=2) @ member.astype(np.float64)
+    return _divided(gram, ratio(traces, member.sum(1)[:, None]), task)
 
 
-def _rescaled(gram: np.ndarray, task: np.ndarray, size: Callable[..., np.ndarray]) -> np.ndarray:
-    """Divide samples by the root of their task's ``size`` of squared norms, or of the mean where that is 0."""
+def _with_equal_medians(gram: np.ndarray, task: np.ndarray) -> np.ndarray:
+    """Divide samples by the root of their task's median squared norm, or of the mean where that is 0."""
     norms = np.diagonal(gram, axis1=1, axis2=2)
-    scale = np.zeros_like(norms)
-    for code in np.unique(task):
-        of_task = norms[:, task == code]
-        typical = size(of_task, axis=-1)
-        squared = np.where(typical > 0, typical, of_task.mean(-1))
-        scale[:, task == code] = np.nan_to_num(np.sqrt(ratio(1.0, squared)))[:, None]
-    return gram * scale[:, :, None] * scale[:, None, :]
+    codes, task = np.unique(task, return_inverse=True)
+    of_task = [norms[:, task == code] for code in range(len(codes))]
+    medians, means = (np.stack([size(part, axis=-1) for part in of_task], axis=1) for size in (np.median, np.mean))
+    return _divided(gram, np.where(medians > 0, medians, means), task)
+
+
+def _divided(gram: np.ndarray, squared: np.ndarray, task: np.ndarray) -> np.ndarray:
+    """Divide samples by the root of their task's ``squared``, ``[..., block, task]``; by nothing where that is 0."""
+    scale = np.take_along_axis(np.nan_to_num(np.sqrt(ratio(1.0, squared))), task[..., None, :], axis=-1)
+    divided = gram * scale[..., :, None]
+    divided *= scale[..., None, :]
+    return divided
 
 
 @dataclass(frozen=True)
@@ -309,17 +328,19 @@ def divergence_test(
     chosen = _some_groups(labels.group, generator)
     gram, labels = gram[:, chosen[:, None], chosen], SampleGroups(labels.group[chosen], labels.member[chosen])
     task = labels.member.argmax(1)
-    observed = decompose(with_equal_traces(gram, task), task)
-    shuffled = [_exchanged(task, labels.group, generator) for _ in range(permutations)]
-    if all((permuted == task).all() for permuted in shuffled):
-        return DivergenceTest(observed.divergence, observed.largest, *[np.full(len(gram), np.nan)] * 3)
-    aligned = _rescaled(gram, task, np.median)
-    null = np.stack([decompose(with_equal_traces(aligned, permuted), permuted).divergence for permuted in shuffled])
+    observed = decompose(with_equal_traces(gram, task[None]), task[None])
+    divergence, largest = observed.divergence[0], observed.largest[0]
+    shuffled = _exchanged(task, labels.group, permutations, generator)
+    if (shuffled == task).all():
+        return DivergenceTest(divergence, largest, *[np.full(len(gram), np.nan)] * 3)
+    aligned = _with_equal_medians(gram, task)
+    parts = np.array_split(shuffled, min(permutations, 1 + permutations * aligned.nbytes // _MOST_BYTES))
+    null = np.concatenate([decompose(with_equal_traces(aligned, part), part).divergence for part in parts])
     low, high = np.quantile(null, ((1 - level) / 2, (1 + level) / 2), axis=0)
     # Up to rounding: a permutation that changes nothing must count as equal.
-    exceeding = (null >= observed.divergence - 1e-12).sum(0)
-    p = np.where(np.isnan(observed.mixture), np.nan, (exceeding + 1) / (permutations + 1))
-    return DivergenceTest(observed.divergence, observed.largest, low, high, p)
+    exceeding = (null >= divergence - 1e-12).sum(0)
+    p = np.where(np.isnan(divergence), np.nan, (exceeding + 1) / (permutations + 1))
+    return DivergenceTest(divergence, largest, low, high, p)
 
 
 def _some_groups(group: np.ndarray, generator: np.random.Generator) -> Int[np.ndarray, " chosen"]:
@@ -332,16 +353,19 @@ def _some_groups(group: np.ndarray, generator: np.random.Generator) -> Int[np.nd
     return np.flatnonzero(np.isin(group, codes[order[:fits]]))
 
 
-def _exchanged(task: np.ndarray, group: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Return one permutation of the labels: among whole groups of one task, and among samples within the others."""
+def _exchanged(
+    task: np.ndarray, group: np.ndarray, permutations: int, generator: np.random.Generator
+) -> Int[np.ndarray, "permutation sample"]:
+    """Permute the labels of whole groups of one task among these groups, and of samples within each other group."""
     codes, first, index = np.unique(group, return_index=True, return_inverse=True)
     mixed = np.bincount(index, task != task[first][index], len(codes)) > 0
-    of_group = task[first]
-    of_group[~mixed] = generator.permutation(of_group[~mixed])
-    order, shuffled = np.argsort(group, kind="stable"), np.lexsort((generator.random(len(group)), group))
-    within = task.copy()
-    within[order] = task[shuffled]
-    return np.where(mixed[index], within, of_group[index])
+    order, of_group = np.argsort(group, kind="stable"), task[first]
+    exchanged = np.empty((permutations, len(task)), dtype=task.dtype)
+    for labels in exchanged:
+        of_group[~mixed] = generator.permutation(task[first][~mixed])
+        labels[order] = task[np.lexsort((generator.random(len(group)), group))]
+        labels[:] = np.where(mixed[index], labels, of_group[index])
+    return exchanged
 
 
 @dataclass(frozen=True)

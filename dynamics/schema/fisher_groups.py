@@ -64,6 +64,7 @@ _WIDENED = (
     "delete-one-group jackknife, Student's t with min(groups, effective_groups) − 1 degrees of freedom, at least 1; "
     "the number is corrected for its bias of O(1/groups) by the same"
 )
+_POSSIBLE = "cut at {}: a Fisher of d dimensions has a participation ratio of 1 to d"
 _INFINITESIMAL = (
     "infinitesimal jackknife over groups, of the plug-in value about its own expectation at this N, not about the "
     "Fisher's: the bias in N is not part of it"
@@ -140,7 +141,7 @@ FISHER: Mapping[str, Variable] = {
             "participation ratio",
             "Σ K_ii K_jj/Σ K_ij² over pairs of different groups: (tr F)²/tr F² by U-statistics",
         ),
-        f"of its logarithm, {_WIDENED}",
+        f"of its logarithm, {_WIDENED}; {_POSSIBLE.format('1 and d')}",
     ),
     **_with_interval(
         "ln_participation_ratio",
@@ -151,7 +152,7 @@ FISHER: Mapping[str, Variable] = {
             "ln of participation_ratio, Rényi's entropy of order 2; SE is at least this, and its low end bounds SE",
             "Rényi 1961",
         ),
-        _WIDENED,
+        f"{_WIDENED}; {_POSSIBLE.format('0 and ln d')}",
     ),
     "participation_ratio_plug_in": Variable(
         _PER_TASK, "1", "participation ratio, plug-in", "(tr K)²/‖K‖_F²: too small in expectation"
@@ -170,7 +171,7 @@ FISHER: Mapping[str, Variable] = {
             "participation ratio of gradients' directions",
             f"participation_ratio of {_DIRECTIONS}: 1 over the mean squared cosine of pairs of different groups",
         ),
-        f"of its logarithm, {_WIDENED}",
+        f"of its logarithm, {_WIDENED}; {_POSSIBLE.format('1 and d')}",
     ),
     **_with_interval(
         "ln_participation_ratio_directional",
@@ -180,7 +181,7 @@ FISHER: Mapping[str, Variable] = {
             "log participation ratio of gradients' directions",
             f"ln_participation_ratio of {_DIRECTIONS}",
         ),
-        _WIDENED,
+        f"{_WIDENED}; {_POSSIBLE.format('0 and ln d')}",
     ),
     "spectral_entropy_directional": Variable(
         _PER_TASK, "nat", "spectral entropy of gradients' directions", f"SE of {_DIRECTIONS}, plug-in", _SE

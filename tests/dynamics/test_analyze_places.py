@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from dynamics import open_run, plot
+from dynamics import open_run
 from dynamics.pipeline import named_runs
 from tests.command import analyze, assert_refused
 from tests.runs import write_run, write_state
@@ -44,17 +44,6 @@ def test_what_lies_beside_the_result_is_left_alone(run, tmp_path, name):
     assert analyze(run, "--out", tmp_path / "out", "--quiet", "--no-report").returncode == 0
     assert (tmp_path / "out" / name).read_text() == "mine"
     assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == sorted(["analysis", name])
-
-
-@pytest.fixture
-def one_figure(monkeypatch):
-    """Of the figures only one is written, where what matters is the place of the files."""
-    all_of = plot.drawings
-
-    def spectra(tree):
-        return {name: draw for name, draw in all_of(tree).items() if name.endswith("spectra")}
-
-    monkeypatch.setattr(plot, "drawings", spectra)
 
 
 @pytest.mark.usefixtures("one_figure")

@@ -23,6 +23,7 @@ def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("partial") / "run")
 
 
+@pytest.mark.usefixtures("one_figure")
 @pytest.mark.parametrize("error", [OSError("Too many open files"), ValueError("a\x1b[31mb"), MemoryError()])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_that_fails_is_named_and_the_rest_is_written(run, tmp_path, monkeypatch, part, error):
@@ -46,6 +47,7 @@ def test_a_part_that_fails_is_named_and_the_rest_is_written(run, tmp_path, monke
         assert "\x1b" not in (tmp_path / "analysis" / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("one_figure")
 def test_without_a_report_help_says_that_the_last_one_goes(run, tmp_path):
     assert CliRunner().invoke(app, [str(run), "--out", str(tmp_path)]).exit_code == 0
     result = CliRunner().invoke(app, [str(run), "--out", str(tmp_path), "--no-report"])

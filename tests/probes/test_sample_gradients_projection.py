@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -84,17 +85,17 @@ def test_participation_ratio_is_corrected():
     """K of 64 samples through 24 numbers: the corrected ratio is that of whole gradients, the other is far below."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(64, 60, generator=generator, dtype=torch.float64) / torch.arange(1, 61).sqrt()
-    exact = ln_ratio(rows @ rows.mT, 0)
+    (exact,) = ln_ratios([rows @ rows.mT], 0)
     gradient = SampleGradient((60,), 64, [Materialised(rows)])
     grams = [(each := projected(gradient, 24, seed, LIKE)) @ each.mT for seed in range(60)]
-    corrected, naive = (np.array([ln_ratio(gram, k) for gram in grams]) for k in (24, 0))
+    corrected, naive = (ln_ratios(grams, k) for k in (24, 0))
     assert abs(corrected.mean() - exact) < 4 * corrected.std(ddof=1) / 60**0.5 + 0.02
     assert naive.mean() < exact - 0.2
 
 
-def ln_ratio(gram: torch.Tensor, projection: int) -> float:
-    measures = dynamics.fisher_measures(ProbeGram({"global": gram}, projection=projection))
-    return measures["ln_participation_ratio"].item()
+def ln_ratios(grams: Sequence[torch.Tensor], projection: int) -> np.ndarray:
+    blocks = {str(number): gram for number, gram in enumerate(grams)}
+    return dynamics.fisher_measures(ProbeGram(blocks, projection=projection))["ln_participation_ratio"].values.ravel()
 
 
 def test_directions_of_projected_gradients_are_refused():

@@ -110,13 +110,13 @@ def _refusal(name: str, key: str, info: TensorInfo) -> Refusal | None:
     if fault := name_fault(name):
         return Refusal("OD104", fault, _RENAME)
     if info.dtype not in FLOATS:
-        reason = f"It is stored as {info.dtype} (packed): quantised weights are not analysed."
+        reason = f"Weights stored as {info.dtype} (packed) are quantised, and not analysed."
         return Refusal("OD103", reason, _PLAIN)
     if len(info.shape) == 3 and info.shape[0] > _MOST_EXPERTS and not _is_kernel(key):
-        reason = f"It has shape {list(info.shape)}: a stack of more than {_MOST_EXPERTS} matrices."
+        reason = f"A tensor of shape {list(info.shape)} is a stack of more than {_MOST_EXPERTS} matrices."
         return Refusal("OD104", reason, "It is left out.")
     if info.count == 0:
-        reason = f"It has shape {list(info.shape)}: not gathered before saving, or pruned away."
+        reason = f"A tensor of shape {list(info.shape)} was not gathered before saving, or is pruned away."
         return Refusal("OD104", reason, "Gather sharded parameters (ZeRO-3, FSDP) before saving.")
     return None
 

@@ -158,7 +158,7 @@ def test_what_is_not_compared_is_counted(kind: str, tmp_path: Path) -> None:
     lacking = {finding.matrix: finding for finding in codes(trajectory, "OD124")}
     assert set(lacking) == set(names[1:])
     assert all("1 of 3 matrices are compared with the base." in finding.message for finding in lacking.values())
-    assert "It is stored as U8 (packed)" in lacking[names[1]].message
+    assert "Weights stored as U8 (packed)" in lacking[names[1]].message
     assert "Pass the 16-bit original" in lacking[names[1]].remedy
     assert lacking[names[2]].evidence == {"matrices": [names[2]], "compared": 1, "of": 3}
 
@@ -183,7 +183,7 @@ def test_weights_that_were_not_gathered_are_not_called_quantised(tmp_path: Path)
 def test_a_base_that_is_quantised_throughout_says_so(tmp_path: Path) -> None:
     run = write_adapter(tmp_path / "run", random_factors(("a.q",)), adapter_config())
     base = write_model(tmp_path / "base", {"a.q.weight": torch.ones(60, 1, dtype=torch.uint8)})
-    with pytest.raises(ValueError, match=r"a\.q: It is stored as U8 \(packed\).*Pass the 16-bit original"):
+    with pytest.raises(ValueError, match=r"a\.q: Weights stored as U8 \(packed\).*Pass the 16-bit original"):
         open_trajectory(run, base=base)
 
 

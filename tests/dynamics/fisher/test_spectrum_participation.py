@@ -84,6 +84,17 @@ def test_tasks_are_measured_on_their_own_samples():
         np.testing.assert_allclose(getattr(together, name)[:, 1], getattr(own, name)[:, 0], rtol=1e-10)
 
 
+def test_an_interval_from_few_groups_holds_nothing_impossible():
+    gram = grams(gradients(np.random.default_rng(7), 200, 4, SPECTRUM))
+    wide = log_participation_ratio(gram, alone(4))
+    cut = log_participation_ratio(gram, alone(4), dimension=np.full(200, float(len(SPECTRUM))))
+    np.testing.assert_array_equal(cut.estimate, wide.estimate)
+    assert (wide.low == 0).any()
+    assert (wide.high > np.log(len(SPECTRUM))).any()
+    np.testing.assert_array_equal(cut.low, np.minimum(wide.low, np.log(len(SPECTRUM))))
+    np.testing.assert_array_equal(cut.high, np.minimum(wide.high, np.log(len(SPECTRUM))))
+
+
 def test_too_few_groups_and_orthogonal_gradients_are_missing():
     assert np.isnan(log_participation_ratio(np.ones((1, 3, 3)), alone(3, per_group=3)).estimate).all()
     two = log_participation_ratio(np.ones((1, 2, 2)), alone(2))

@@ -1,4 +1,5 @@
 from importlib import import_module
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from tests.dynamics.fisher.simulated import gradients, grams, power_law, within_
 
 
 def parts_of(gram, member):
-    return decompose(gram, member.argmax(1))
+    """Parts for one assignment, ``[block]``."""
+    parts = decompose(gram[None], member.argmax(1)[None])
+    return SimpleNamespace(**{name: part[0] for name, part in vars(parts).items()})
 
 
 def two_tasks(samples, per_group=1):
@@ -79,7 +82,7 @@ def test_parts_are_those_of_explicit_matrices():
 
     fishers = [rows[task == code].T @ rows[task == code] for code in range(3)]
     weights = np.array([np.trace(fisher) for fisher in fishers]) / np.trace(sum(fishers))
-    found = decompose(grams(rows[None]), task)
+    found = parts_of(grams(rows[None]), task[:, None] == np.arange(3))
     assert found.mixture[0] == pytest.approx(entropy(sum(fishers)))
     assert found.within[0] == pytest.approx(weights @ [entropy(fisher) for fisher in fishers])
     assert found.largest[0] == pytest.approx(-(weights * np.log(weights)).sum())
@@ -90,7 +93,52 @@ def test_equal_traces_are_those_of_scaled_gradients():
     rows = gradients(rng, 1, 6, np.ones(4)) * np.array([5, 5, 5, 1, 1, 1])[:, None]
     task = np.repeat([0, 1], 3)
     sizes = np.array([(rows[0, task == code] ** 2).sum(1).mean() for code in task])
-    np.testing.assert_allclose(with_equal_traces(grams(rows), task), grams(rows / np.sqrt(sizes)[:, None]))
+    np.testing.assert_allclose(with_equal_traces(grams(rows), task[None])[0], grams(rows / np.sqrt(sizes)[:, None]))
+
+
+def divergence_one_by_one(rows, task):
+    """χ of one assignment after each task's gradients were made equally large, from explicit Fisher matrices."""
+
+    def entropy(fisher):
+        shares = np.maximum(np.linalg.eigvalsh(fisher) / np.trace(fisher), 0)
+        return -np.sum(shares[shares > 0] * np.log(shares[shares > 0]))
+
+    def scaled(of_task):
+        size = np.mean((of_task**2).sum(1))
+        return of_task / np.sqrt(size) if size else of_task
+
+    parts = [scaled(rows[task == code]) for code in np.unique(task)]
+    fishers = [part.T @ part for part in parts if part.any()]
+    pooled = sum(fishers)
+    return entropy(pooled) - sum(np.trace(f) / np.trace(pooled) * entropy(f) for f in fishers)
+
+
+@pytest.mark.parametrize("most_bytes", [1, 6000, 2**24])
+@pytest.mark.parametrize("per_task", [(6, 6), (2, 3, 7)])
+def test_band_is_that_of_permutations_one_by_one(monkeypatch, most_bytes, per_task):
+    """Groups of one to three samples, so that tasks change their sizes; the last task has one group with the first."""
+    monkeypatch.setattr(import_module("dynamics.fisher.task_structure"), "_MOST_BYTES", most_bytes)
+    rng = np.random.default_rng(8)
+    task, group = np.repeat(np.arange(len(per_task)), per_task), np.array([0, 1, 2, 2, 3, 3, 4, 5, 5, 5, 6, 0])
+    rows = gradients(rng, 5, 12, power_law(6)) * np.where(task == 0, 4.0, 1.0)[:, None]
+    rows[1, task == 0] = 0
+    rows[2] = 0
+    rows[3, :, 1:] = 0
+    labels = SampleGroups(group, task[:, None] == np.arange(len(per_task)))
+    found = divergence_test(grams(rows), labels, permutations=19, seed=9)
+    generator = np.random.default_rng(9)
+    shuffled = [_exchanged(task, group, 1, generator)[0] for _ in range(19)]
+    for block in (0, 1, 3, 4):
+        squares = (rows[block] ** 2).sum(1)
+        medians = np.array([np.median(squares[task == code]) for code in task])
+        aligned = rows[block] / np.sqrt(np.where(medians > 0, medians, 1))[:, None]
+        null = np.array([divergence_one_by_one(aligned, permuted) for permuted in shuffled])
+        observed = divergence_one_by_one(rows[block], task)
+        np.testing.assert_allclose(found.divergence[block], observed, rtol=0, atol=1e-12)
+        expected = [*np.quantile(null, (0.025, 0.975)), (1 + (null >= observed - 1e-12).sum()) / 20]
+        measured = [part[block] for part in (found.low, found.high, found.p_value)]
+        np.testing.assert_allclose(measured, expected, rtol=0, atol=1e-12)
+    assert np.isnan([found.divergence[2], found.p_value[2]]).all()
 
 
 def divergence_of(rng, sets, samples, ratio, spread, *, disjoint=False, per_group=1):
@@ -164,9 +212,9 @@ def test_of_many_samples_whole_groups_are_tested(monkeypatch):
     assert len(chosen) == 28  # seven groups of four
     assert set(np.bincount(labels.group[chosen])) == {0, 4}
     task = labels.member.argmax(1)[chosen]
-    expected = decompose(with_equal_traces(grams(rows[:, chosen]), task), task)
-    np.testing.assert_allclose(found.divergence, expected.divergence)
-    np.testing.assert_allclose(found.largest, expected.largest)
+    expected = decompose(with_equal_traces(grams(rows[:, chosen]), task[None]), task[None])
+    np.testing.assert_allclose(found.divergence, expected.divergence[0])
+    np.testing.assert_allclose(found.largest, expected.largest[0])
 
 
 def test_many_samples_find_disjoint_tasks_and_no_others():
@@ -180,14 +228,14 @@ def test_many_samples_find_disjoint_tasks_and_no_others():
 def test_exchanges_keep_groups_whole():
     rng = np.random.default_rng(3)
     group = np.array([7, 7, 3, 3, 3, 5])
-    nested = _exchanged(np.array([0, 0, 1, 1, 1, 0]), group, rng)
+    (nested,) = _exchanged(np.array([0, 0, 1, 1, 1, 0]), group, 1, rng)
     assert all(len(set(nested[group == code])) == 1 for code in (7, 3, 5))
     mixed = np.array([0, 1, 1, 0, 2, 1])
-    exchanged = [_exchanged(mixed, group, rng) for _ in range(20)]
+    exchanged = _exchanged(mixed, group, 20, rng)
     assert all(sorted(new[group == code]) == sorted(mixed[group == code]) for new in exchanged for code in (7, 3, 5))
     assert any((new != mixed).any() for new in exchanged)
     partly = np.array([0, 0, 1, 1, 2, 1])  # the group 3 holds two tasks, 7 and 5 one each
-    exchanged = [_exchanged(partly, group, rng) for _ in range(20)]
+    exchanged = _exchanged(partly, group, 20, rng)
     assert {tuple(new[group != 3]) for new in exchanged} == {(0, 0, 1), (1, 1, 0)}
     assert all(sorted(new[group == 3]) == [1, 1, 2] for new in exchanged)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,26 +78,14 @@ def test_the_training_is_the_same_bit_for_bit(without, tmp_path, preset, attache
     assert callback.recorder.steps[-1] == 8
 
 
-PYTHONS_STATE = """
-import random, sys
-from pathlib import Path
-from dynamics import DynamicsCallback
-from tests.runs import trainer
-out, states = Path(sys.argv[1]), []
-for preset in (None, "economy", "standard", "full"):
-    folder = out / str(preset)
-    random.seed(0)
-    trainer(folder, [] if preset is None else [DynamicsCallback(folder, preset=preset)]).train()
-    states.append(random.getstate())
-print("same" if all(state == states[0] for state in states) else "different")
-"""
-
-
-def test_pythons_random_numbers_are_left_alone(tmp_path):
-    """In a process of its own: the checker of types under pytest draws from Python's random numbers itself."""
-    command = [sys.executable, "-c", PYTHONS_STATE, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3], check=False)
-    assert done.stdout.splitlines()[-1:] == ["same"], done.stderr
+@pytest.mark.parametrize("preset", ["economy", "standard", "full"])
+def test_pythons_random_numbers_are_left_alone(tmp_path, preset):
+    states = []
+    for name, callbacks in (("plain", []), ("run", [DynamicsCallback(tmp_path / "run", preset=preset)])):
+        random.seed(0)
+        trainer(tmp_path / name, callbacks).train()
+        states.append(random.getstate())
+    assert states[0] == states[1]
 
 
 def test_what_the_twin_compares_can_differ(without, tmp_path):

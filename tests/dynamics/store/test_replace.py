@@ -16,6 +16,7 @@ import pytest
 
 from dynamics.store import OutputError, result_path, staged, write_text, writing
 from dynamics.store.replace import is_result, notes_before
+from tests.forks import finished
 
 #: How often a process is killed at each place.
 ROUNDS = int(os.environ.get("DYNAMICS_KILL_ROUNDS", "20"))
@@ -261,24 +262,25 @@ def test_a_process_that_is_killed_leaves_one_result_whole(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 def test_a_signal_while_the_result_takes_its_place_is_put_off(old, number):
-    script = f"""
-        import os, pathlib, signal
-        from dynamics.store import staged
-        from tests.dynamics.store.test_replace import fill
-        rename = os.rename
-        def interrupted(*arguments):
-            os.kill(os.getpid(), {int(number)})
-            rename(*arguments)
+    rename = os.rename
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), number)
+        rename(*arguments)
+
+    def replace_it():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
-            with staged(pathlib.Path({str(old)!r})) as stage:
+            with staged(old) as stage:
                 fill(stage, "new")
                 os.rename = interrupted
         except KeyboardInterrupt as error:
             print(error)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+    result = finished(replace_it)
     expected = (0, "the new result is complete and in its place\n") if number == signal.SIGINT else (-number, "")
     assert (result.returncode, result.stdout) == expected
     assert contents(old / "analysis") == ["new"] * 3

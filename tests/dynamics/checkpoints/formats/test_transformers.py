@@ -175,7 +175,7 @@ def test_quantised_weights_are_refused_by_name(tmp_path: Path) -> None:
     (error,) = [finding for finding in trajectory.findings if finding.code == "OD103"]
     assert (error.matrix, error.message) == (
         "v",
-        "It is stored as U8 (packed): quantised weights are not analysed.",
+        "Weights stored as U8 (packed) are quantised, and not analysed.",
     )
 
 

@@ -95,7 +95,7 @@ def test_packed_weights_are_refused_by_name_and_what_unpacks_them_is_beside(
     assert trajectory.matrices == ("lm_head",)
     errors = [finding for finding in trajectory.findings if finding.code == "OD103"]
     assert [error.matrix for error in errors] == [name, name]
-    assert "(packed): quantised weights are not analysed" in errors[0].message
+    assert "(packed) are quantised, and not analysed" in errors[0].message
     assert "dequantise" in errors[0].remedy
 
 
