@@ -123,8 +123,8 @@ def probe_checkpoints(
     probed, before = Probed(), None
     counter = _Counter(progress, len(checkpoints))
     arms = None
-    if interventions is not None:
-        arms = _Arms(interventions, export, checkpoints[-1:], matrices, _Counter(runs, len(checkpoints)))
+    if interventions is not None and checkpoints:
+        arms = _Arms(interventions, export, checkpoints[-1], matrices, _Counter(runs, len(checkpoints)))
     for checkpoint in checkpoints:
         if before is not None and before.segment != checkpoint.segment:
             before = None
@@ -191,7 +191,7 @@ class _Arms:
 
     choice: Interventions
     export: Path | None
-    last: Sequence[Checkpoint]
+    last: Checkpoint
     matrices: Callable[[str], bool] | None
     counter: _Counter
     exported: bool = False
@@ -204,7 +204,7 @@ class _Arms:
             effects = probe.intervene(increment, self.choice, checkpoint.step, from_step, self.counter)
             probed.intervention.append(effects)
             self.counter.next()
-            if self.export is not None and checkpoint in self.last:
+            if self.export is not None and checkpoint is self.last:
                 with self._forgiven(probed, checkpoint, "the last increment, to export its parts,"):
                     probe.export(increment, self.choice, self.export)
                     self.exported = True
@@ -213,7 +213,7 @@ class _Arms:
         """Add what the singular directions of the last checkpoint's adapters do to the loss."""
         names = [matrix.name for matrix in find(model).watched if not matrix.is_dense]
         names = [name for name in names if self.matrices is None or self.matrices(name)]
-        if checkpoint in self.last and names:  # weights trained as they are have no such directions
+        if checkpoint is self.last and names:  # weights trained as they are have no such directions
             pattern = None if self.matrices is None else "|".join(f"^{re.escape(name)}$" for name in names)
             with self._forgiven(probed, checkpoint, "the directions of the last adapter"):
                 probed.sensitivity = sensitivity(
@@ -256,7 +256,7 @@ class _Arms:
         return [
             Finding(
                 "OD415",
-                f"No part is exported: the last checkpoint, step {self.last[0].step}, could not be probed, or begins "
+                f"No part is exported: the last checkpoint, step {self.last.step}, could not be probed, or begins "
                 "another training.",
                 "Correct what the other findings name, or leave that checkpoint out, and analyse again.",
             )

@@ -106,7 +106,8 @@ class Recorder:
             concentration. 0: unknown.
         notes: Findings about the whole training, kept with its records.
         strict: Raise if recording fails, instead of one warning and a gap in the records.
-        progress: Called with the number of probe samples measured at a captured step, and of all.
+        progress: Called with the number of probe samples measured at a captured step, and of all; then, if it is
+            intervened on, with the number of forward passes over samples.
 
     Raises:
         ValueError: If there is nothing to watch, or the preset, the schedule or the regular expression is invalid; if
