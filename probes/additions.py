@@ -6,7 +6,7 @@ output gets what the change adds to it, computed in single precision at least.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -42,13 +42,14 @@ def added(model: nn.Module, changes: Mapping[str, Matrix]) -> Iterator[None]:
     6.0
     """
     matrices = {watched.name: watched for watched in find(model).watched if not watched.part_of}
+    users = _users(base_model(model))
     vectors = {name: p for name, p in trained_parameters(model).items() if p.ndim < 2}
     if unknown := [name for name in changes if name not in matrices and name not in vectors]:
         raise ValueError(f"Expected changes of matrices, such as {sorted(matrices)[:3]}, got {unknown[:3]}.")
     with ExitStack() as stack:
         for name, change in changes.items():
             if name in matrices:
-                module, addition = _addition(model, matrices[name], change)
+                module, addition = _addition(users, matrices[name], change)
                 stack.callback(module.register_forward_hook(partial(_with_addition, addition)).remove)
         moved = {name: vectors[name] for name in changes if name in vectors and name not in matrices}
         stack.enter_context(swapped([*moved.values()], [_moved(name, p, changes[name]) for name, p in moved.items()]))
@@ -72,14 +73,19 @@ def _with_addition(addition: Callable[[Tensor], Tensor], _: nn.Module, inputs: t
         return (at_least_single(output) + addition(inputs[0]).to(at_least_single(output).dtype)).to(output.dtype)
 
 
-def _addition(model: nn.Module, watched: Watched, change: Matrix) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+def _addition(
+    users: Mapping[int, Sequence[nn.Module]], watched: Watched, change: Matrix
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """Return the layer that uses a matrix, and what a change of it adds to the layer's output."""
     shape = tuple(watched.read().shape)
     if tuple(change.shape) != shape:
         raise ValueError(f"Expected a change of shape {shape} for {watched.name!r}, got {tuple(change.shape)}.")
-    owners = [
-        module for module in base_model(model).modules() if _uses(module, watched) and "forward" not in vars(module)
-    ]
+    if isinstance(watched.terms, Dense):
+        parameter = watched.terms.parameter
+        owners = [module for module in users.get(id(parameter), ()) if any(p is parameter for p in _held(module))]
+    else:
+        having = dict.fromkeys(module for product in watched.terms for module in users.get(id(product.left), ()))
+        owners = [module for module in having if "BaseTunerLayer" in class_names(module)]
     # Of nested wrappers the outermost adapter layer gives the output that counts.
     layers = [module for module in owners if "BaseTunerLayer" in class_names(module)] or owners
     layer = adapted_layer(layers[0]) if layers else None
@@ -109,13 +115,20 @@ def _addition(model: nn.Module, watched: Watched, change: Matrix) -> tuple[nn.Mo
     return layers[0], partial(_multiplied, left, right)
 
 
-def _uses(module: nn.Module, watched: Watched) -> bool:
-    if isinstance(watched.terms, Dense):
-        return any(parameter is watched.terms.parameter for parameter in module._parameters.values())
-    factors = [product.left for product in watched.terms]
-    return "BaseTunerLayer" in class_names(module) and any(
-        parameter is factor for parameter in module.parameters() for factor in factors
-    )
+def _users(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """Return, by a parameter's identity, the modules that hold it and the adapter layers that it is in."""
+    users: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if "forward" in vars(module):
+            continue
+        for parameter in module.parameters() if "BaseTunerLayer" in class_names(module) else _held(module):
+            users.setdefault(id(parameter), []).append(module)
+    return users
+
+
+def _held(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of the module itself."""
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
 
 
 def _multiplied(left: Tensor, right: Tensor | None, inputs: Tensor) -> Tensor:

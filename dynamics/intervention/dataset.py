@@ -85,6 +85,7 @@ def intervene(
     with undisturbed(model) as quiet, torch.no_grad():
         for number, fold in enumerate(arms.folds):
             run.fold(quiet, fold.arms, number // 2)
+    progress(run.passes, run.passes)
     return _dataset(run, stacked, step)
 
 
@@ -191,11 +192,14 @@ class _Run:
                     values.append(scores.double().cpu())
         return torch.cat(values).numpy()
 
+    @property
+    def passes(self) -> int:
+        """Forward passes over samples: half of them in each fold, for each arm and twice without."""
+        return self.arms.splits * (len(self.plan) + 2) * len(self.arms.update.numbers)
+
     def _count(self, tasks: Sequence[Task]) -> None:
-        passes = len(self.arms.folds) * (len(self.plan) + 2)
-        size = len(self.arms.update.numbers) // 2
-        self.progress(self.done, passes * size)
-        self.done = min(self.done + size, passes * size)
+        self.progress(self.done, self.passes)
+        self.done = min(self.done + sum(map(len, tasks)), self.passes)
 
 
 def _has_no_k(arm: str) -> bool:

@@ -90,6 +90,27 @@ def either(*schedules: Schedule) -> Schedule:
     return lambda step: any(schedule(step) for schedule in schedules)
 
 
+def chosen_steps(choice: int | Sequence[int] | Schedule) -> Schedule:
+    """Return a schedule of every so many steps, of these steps, or the schedule itself.
+
+    Raises:
+        ValueError: If it is none of these.
+
+    >>> (
+    ...     [step for step in range(1, 10) if chosen_steps(4)(step)],
+    ...     [step for step in range(1, 10) if chosen_steps([7])(step)],
+    ... )
+    ([4, 8], [7])
+    """
+    if callable(choice):
+        return choice
+    if type(choice) is int:
+        return every(choice)
+    if isinstance(choice, Sequence) and all(type(step) is int for step in choice):
+        return at(*choice)
+    raise ValueError(f"Expected an interval in steps, a list of steps or a schedule, got {choice!r}.")
+
+
 @dataclass(frozen=True)
 class Preset:
     """What a captured step records, and which steps are captured.

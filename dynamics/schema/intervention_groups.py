@@ -6,6 +6,10 @@ from collections.abc import Mapping
 
 from dynamics.schema.variable import Variable
 
+#: Dimensions of the group beside ``step``, each with a coordinate.
+INTERVENTION_AXES = ("arm", "k", "scale", "task")
+#: Variables that are true or false; false, too, where nothing was run.
+INTERVENTION_FLAGS = ("resolved", "separable", "headline")
 _REFERENCE = "Song, Ahn & Yun 2025, arXiv 2405.16002"
 _PER_ARM = ("step", "arm", "k", "scale", "task")
 _PER_K = ("step", "k", "task")

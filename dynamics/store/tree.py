@@ -36,7 +36,9 @@ from dynamics.store.records import (
     is_current,
     read_records,
     unmeasured_fisher,
+    unmeasured_interventions,
     with_probed,
+    with_probed_interventions,
 )
 from dynamics.store.results import FOLDER, encodable_dataset, provenance
 from dynamics.text import encodable
@@ -55,6 +57,7 @@ class Parts:
         inputs: Fingerprints of the weight files.
         fisher: K and b of probed checkpoints, ``None`` if none was probed.
         score: Their scores, ``None`` if there are none.
+        intervention: Effects of parts of their increments, ``None`` if there was no intervention.
     """
 
     run: str
@@ -65,6 +68,7 @@ class Parts:
     inputs: Sequence[Mapping[str, Any]] = ()
     fisher: xr.Dataset | None = None
     score: xr.Dataset | None = None
+    intervention: xr.Dataset | None = None
 
 
 def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
@@ -98,6 +102,9 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
         probed = measure_fisher(fisher)
         groups |= probed
         findings += fisher_findings(probed)
+    effects = with_probed_interventions(None if records is None else records.intervention, parts.intervention)
+    if effects is not None:
+        groups["intervention"] = effects
     scores = [score for score in (records and records.score, parts.score, parts.logs.get("score")) if score is not None]
     if scores:
         groups["score"] = reduce(_scores, scores)
@@ -193,6 +200,7 @@ def reopened(stored: xr.DataTree, folders: RecordFolders) -> xr.DataTree:
         findings=[finding for finding in kept if finding.code not in _FROM_NUMBERS],
         inputs=[entry for entry in json.loads(attributes["inputs"]) if "captured_steps" not in entry],
         fisher=unmeasured_fisher(stored),
+        intervention=unmeasured_interventions(stored),
     )
     tree = result_tree(parts, configuration)
     tree.attrs |= {name: attributes[name] for name in ("label",) if name in attributes}
