@@ -160,7 +160,8 @@ def analyze_run(
             lower the loss: the group ``/intervention``. With the default arms an increment takes 28 forward passes over
             the probe samples and two forward and backward. Then the singular directions of the last checkpoint's
             adapters, see :func:`dynamics.sensitivity`: ten passes more.
-        arms, k: Which parts, and in how many directions; as for :func:`dynamics.counterfactuals`.
+        arms: Which parts, as for :func:`dynamics.counterfactuals`.
+        k: In how many directions, as for :func:`dynamics.counterfactuals`.
         export: New or empty folder for the parts of the last increment, each added to the weights where it began, as
             adapters that any evaluator loads: ``EXPORT/on``, …; of several runs ``EXPORT/<run>/on``, ….
         intruders: Compare directions of the newest update with the base's, too; takes seconds a matrix.

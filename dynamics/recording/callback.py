@@ -52,7 +52,8 @@ class DynamicsCallback(TrainerCallback):
         intervene: Steps at which parts of the update are run on the probe samples, too, to see which of them lower the
             loss: every so many steps, a list of steps, or a schedule. They are captured. With the default arms such a
             step takes 28 forward passes over the probe samples and two forward and backward.
-        arms, k: Which parts, and in how many directions; as for :func:`dynamics.counterfactuals`.
+        arms: Which parts, as for :func:`dynamics.counterfactuals`.
+        k: In how many directions, as for :func:`dynamics.counterfactuals`.
         preset: ``"economy"``: spectra of updates and gradient norms; ``"standard"``: spectra of gradients as well;
             ``"full"``: also cosines of consecutive increments, for a second copy of the watched factors.
         every: Capture every so many steps instead of the preset's.

@@ -101,7 +101,8 @@ class Recorder:
         intervene: Steps at which parts of the increment are run on the probe samples, too, to see which of them lower
             the loss: every so many steps, a list of steps, or a schedule. These steps are captured. With the default
             arms such a step takes 28 forward passes over the probe samples and two forward and backward.
-        arms, k: As for :func:`dynamics.counterfactuals`; only with ``intervene``.
+        arms: Which parts, as for :func:`dynamics.counterfactuals`; only with ``intervene``.
+        k: In how many directions, likewise.
         batch_size: Samples that the optimizer sees in one step, over all processes and accumulated; for the null of
             concentration. 0: unknown.
         notes: Findings about the whole training, kept with its records.
