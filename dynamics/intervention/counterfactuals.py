@@ -471,7 +471,7 @@ def chosen_k(k: int | Sequence[int]) -> tuple[int, ...]:
     >>> chosen_k([16, 4, 16])
     (16, 4)
     """
-    counts = tuple(dict.fromkeys([k] if isinstance(k, int) else k))
+    counts = tuple(dict.fromkeys(map(int, [k] if isinstance(k, int | np.integer) else k)))
     if not counts or min(counts) < 1 or max(counts) > _MOST_DIRECTIONS:
         raise ValueError(f"Expected k from 1 to {_MOST_DIRECTIONS}, got {k}.")
     return counts

@@ -566,7 +566,7 @@ def _named(choice: Any) -> Any:
     """Return a choice as a record notes it: a schedule by its name."""
     if callable(choice):
         return getattr(choice, "__qualname__", type(choice).__name__)
-    return [*choice] if isinstance(choice, Sequence) else choice
+    return list(map(int, choice)) if isinstance(choice, Sequence) else choice and int(choice)
 
 
 def _end_earlier(run: Path, *, resumes: bool) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from numbers import Integral
+from typing import TypeAlias, TypeGuard
 
 #: From an optimizer step (``global_step`` after the update, from 1) to whether it is captured.
 Schedule: TypeAlias = Callable[[int], bool]
@@ -104,11 +105,16 @@ def chosen_steps(choice: int | Sequence[int] | Schedule) -> Schedule:
     """
     if callable(choice):
         return choice
-    if type(choice) is int:
-        return every(choice)
-    if isinstance(choice, Sequence) and all(type(step) is int for step in choice):
-        return at(*choice)
+    if _is_whole(choice):
+        return every(int(choice))
+    if isinstance(choice, Sequence) and all(map(_is_whole, choice)):
+        return at(*map(int, choice))
     raise ValueError(f"Expected an interval in steps, a list of steps or a schedule, got {choice!r}.")
+
+
+def _is_whole(number: object) -> TypeGuard[int]:
+    """Return whether it is a whole number, numpy's too, and no truth value."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 @dataclass(frozen=True)
