@@ -417,3 +417,33 @@ def _imprecise(attributes: Mapping[str, Any]) -> Iterator[Finding]:
             "Measure gradients in single precision for exact parts.",
             evidence={"norm_deviation": apart},
         )
+
+
+def sharpness_findings(group: xr.Dataset) -> list[Finding]:
+    """Return whether the last step of gradient descent that was measured is longer than the loss allows.
+
+    Only where the learning rate of plain gradient descent is known: other optimizers are stable beyond 2/η.
+
+    Args:
+        group: ``/sharpness``, of one step or more.
+    """
+    known = group["step"][np.isfinite(group["learning_rate"])]
+    if not known.size:
+        return []
+    at = group.sel(step=known.values[-1], task=ALL)
+    step, rate = int(at["step"]), float(at["learning_rate"])
+    value = value_of(at, "critical_sharpness")
+    if not value.low > 2 / rate:
+        return []
+    return [
+        Finding(
+            "OD706",
+            f"At step {step:,} the loss rises along the step: the critical sharpness {number(value.value)} "
+            f"({interval(value.low, value.high, number)}) exceeds 2/η = {number(2 / rate)} of the learning rate "
+            f"{number(rate)}.",
+            "At this edge the loss goes up and down and often falls in the long run. If it does not, lower the "
+            f"learning rate below {number(2 / value.value)}.",
+            evidence={"critical_sharpness": value.value, "learning_rate": rate, "edge": 2 / rate},
+            step=step,
+        )
+    ]

@@ -13,9 +13,9 @@ Losses are those of the same samples in the same batches. Between the last two s
 linear, which makes t_c exact on a quadratic.
 
 **Interval.** With d_i(t) = (ℓ_i(θ + tδ) − ℓ_i(θ))/t for each sample, t_c is the root of mean d(t). Near it d_i is a
-line: of the value between the last two steps, and of the slope over the two steps of the doubling. So t_c is a ratio of
-two means over samples, and has Fieller's interval with the jackknife over groups: all t at which the mean difference
-cannot be told from 0. It is conditional on the direction. Where it is not bounded, or holds 0, t_c is not resolved.
+line: of the value between the last two steps, and of the slope between steps 19 % apart. So t_c is a ratio of two means
+over samples, and has Fieller's interval with the jackknife over groups: all t at which the mean difference cannot be
+told from 0. It is conditional on the direction. Where it is not bounded, or holds 0, t_c is not resolved.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ from probes.watched import Matrix, find
 PER_DOUBLING = 16
 #: Doublings, or halvings, until the search gives up: 29 passes at most, two at the start and four after it.
 MOST_DOUBLINGS = 22
+#: Steps of the grid between which slopes are taken, 19 % apart: nearer ones would lose them in rounding, and a slope
+#: over the whole doubling is not the one at the critical step (intervals held it in 89 % of simulated cases).
+_OF_SLOPE = 4
 
 NOT_FINITE = "the loss at the start is not finite"
 NO_DIRECTION = "the direction is zero"
@@ -189,6 +192,7 @@ class Search:
             return Critical(reason=bracket)
         low, high = bracket
         while high - low > 1:
+            bracket = (low, high) if high - low >= _OF_SLOPE else bracket
             middle = (low + high) // 2
             low, high = (low, middle) if self._raises(middle) else (middle, high)
         if not math.isfinite(self._mean(high)):
@@ -227,14 +231,14 @@ class Search:
                 break  # shorter ones are lost in rounding, too
         return AT_ONCE
 
-    def _interpolated(self, low: int, high: int, bracket: tuple[int, int], labels: SampleGroups) -> Critical:
-        """Return the root between two steps of the grid, with its interval."""
+    def _interpolated(self, low: int, high: int, around: tuple[int, int], labels: SampleGroups) -> Critical:
+        """Return the root between two steps of the grid, with its interval from slopes around them."""
         slope_low, slope_high = (self.points[n] / _length(n) for n in (low, high))
         below, above = slope_low.mean(), slope_high.mean()
         weight = min(max(-below / (above - below), 0.0), 1.0)
         step = _length(low) + weight * (_length(high) - _length(low))
         at_step = (1 - weight) * slope_low + weight * slope_high
-        first, last = bracket
+        first, last = around
         while not math.isfinite(self._mean(last)):
             last = max(n for n in self.points if n < last)
         rise = self.points[last] / _length(last) - self.points[first] / _length(first)

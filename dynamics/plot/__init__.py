@@ -14,6 +14,7 @@ from dynamics.plot.hover_heatmap import hover_heatmap
 from dynamics.plot.intervention import intervention
 from dynamics.plot.rarefaction import rarefaction
 from dynamics.plot.score_scatter import score_scatter
+from dynamics.plot.sharpness import sharpness
 from dynamics.plot.spectrum import spectrum
 from dynamics.plot.style import to_svg
 from dynamics.plot.task_matrix import task_matrix
@@ -36,6 +37,7 @@ __all__ = [
     "intervention",
     "rarefaction",
     "score_scatter",
+    "sharpness",
     "spectrum",
     "task_matrix",
     "to_svg",

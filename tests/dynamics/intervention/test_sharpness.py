@@ -19,6 +19,7 @@ from dynamics.fisher.samples import SampleGroups
 from dynamics.intervention import sharpness
 from dynamics.intervention.sharpness import Critical, Search
 from probes import LowRankMatrix, Task
+from tests.dynamics.intervention.quadratics import edge_of_stability
 
 DIMENSION = 6
 
@@ -380,28 +381,8 @@ def test_frozen_models_and_no_tasks_are_refused() -> None:
 
 def test_gradient_descent_sharpens_until_the_edge_of_stability() -> None:
     """λ_c η rises to 2 and stays there, while the loss goes on to fall."""
-    torch.manual_seed(0)
-    inputs = torch.randn(200, 10, dtype=torch.float64)
-    targets = torch.randn(200, 1, dtype=torch.float64).sign()
-    widths = ((10, 24), (24, 24))
-    layers = [layer for width in widths for layer in (nn.Linear(*width), nn.Tanh())]
-    model, lr = nn.Sequential(*layers, nn.Linear(24, 1)).double(), 0.3
-    rows = [{"x": x, "y": y} for x, y in zip(inputs, targets, strict=True)]
-    loss = lambda model, batch: 0.5 * (model(batch["x"]) - batch["y"]).square().sum(1)  # noqa: E731
-    task = Task("fit", rows, loss=loss, batch_size=200)
-    results: list[xr.Dataset] = []
-    for step in range(501):
-        if step % 20 == 0:
-            start = results[-1] if results else None
-            options = {"lr": lr, "start": start, "relative": False, "step": step}
-            results.append(dynamics.critical_sharpness(model, [task], **options))
-        model.zero_grad()
-        loss(model, {"x": inputs, "y": targets}).mean().backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter -= lr * parameter.grad
-    whole = xr.concat(results, "step").sel(task="all")
-    edge = lr * whole["critical_sharpness"]
+    whole = edge_of_stability(0.3, 500).sel(task="all")
+    edge = 0.3 * whole["critical_sharpness"]
     assert edge.sel(step=slice(20, 160)).max() < 0.5
     assert edge.sel(step=slice(400, 500)).median() == pytest.approx(2.0, abs=0.05)
     assert whole["loss"].sel(step=500) < 0.5 * whole["loss"].sel(step=160)
