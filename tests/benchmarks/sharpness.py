@@ -32,14 +32,16 @@ def _words(result: Tally) -> str:
 
 
 def stability(_: np.random.Generator, sets: int) -> Iterator[Row]:
-    """λ_c η along the gradient while a small network is trained by full-batch gradient descent."""
+    """λ_c η along the gradient while a small network is trained by full-batch gradient descent, and the sharpest."""
     del sets
-    yield "learning rate", *(f"steps {start} to {start + 200}" for start in range(0, 1000, 200)), "loss at the end"
+    starts = range(0, 1000, 200)
+    yield "learning rate", "", *(f"steps {start} to {start + 200}" for start in starts), "loss at the end"
     for lr in (0.1, 0.2, 0.3, 0.4):
         group = edge_of_stability(lr, 1000).sel(task="all")
-        curve, loss = group["critical_sharpness"], float(group["loss"][-1])
-        parts = (curve.sel(step=slice(start, start + 199)) for start in range(0, 1000, 200))
-        yield f"{lr:g}", *(f"{float(lr * part.median()):.3f}" for part in parts), f"{loss:.4f}"
+        for name, label in (("critical_sharpness", "λ_c η"), ("eigenvalue", "largest eigenvalue · η")):
+            parts = (group[name].sel(step=slice(start, start + 199)) for start in starts)
+            ends = f"{float(group['loss'][-1]):.4f}" if name == "eigenvalue" else ""
+            yield f"{lr:g}", label, *(f"{float(lr * part.median()):.3f}" for part in parts), ends
 
 
 #: Each gives a table: headings first, then its rows.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Bool, Float
-from torch import nn
+from torch import Tensor, nn
 
 import dynamics
 from dynamics.fisher.samples import SampleGroups
@@ -120,7 +120,10 @@ def _root(loss: Callable[[float], float]) -> float:
 
 
 def edge_of_stability(lr: float, steps: int, every: int = 20) -> xr.Dataset:
-    """Return `/sharpness` along the gradient over steps of full-batch gradient descent on random labels."""
+    """Return `/sharpness` along the gradient over steps of full-batch gradient descent on random labels.
+
+    Beside it, the largest eigenvalue of the Hessian.
+    """
     torch.manual_seed(0)
     inputs = torch.randn(200, 10, dtype=torch.float64)
     targets = torch.randn(200, 1, dtype=torch.float64).sign()
@@ -133,7 +136,9 @@ def edge_of_stability(lr: float, steps: int, every: int = 20) -> xr.Dataset:
     for step in range(steps + 1):
         if step % every == 0:
             start = results[-1] if results else None
-            results.append(dynamics.critical_sharpness(model, [task], lr=lr, start=start, relative=False, step=step))
+            result = dynamics.critical_sharpness(model, [task], lr=lr, start=start, relative=False, step=step)
+            result["eigenvalue"] = ("step", [_largest_eigenvalue(task.losses(model, batch).mean(), model)])
+            results.append(result)
         model.zero_grad()
         task.losses(model, batch).mean().backward()
         with torch.no_grad():
@@ -141,3 +146,15 @@ def edge_of_stability(lr: float, steps: int, every: int = 20) -> xr.Dataset:
                 assert parameter.grad is not None
                 parameter -= lr * parameter.grad
     return xr.concat(results, "step")
+
+
+def _largest_eigenvalue(loss: Tensor, model: nn.Module, iterations: int = 30) -> float:
+    """Return the Hessian's eigenvalue of largest size, by power iteration."""
+    parameters = [*model.parameters()]
+    gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters, create_graph=True)])
+    vector = torch.randn(len(gradient), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for _ in range(iterations):
+        vector = vector / vector.norm()
+        product = torch.autograd.grad(gradient, parameters, vector, retain_graph=True)
+        vector = torch.cat([part.flatten() for part in product])
+    return float(vector.norm())

@@ -384,5 +384,6 @@ def test_gradient_descent_sharpens_until_the_edge_of_stability() -> None:
     whole = edge_of_stability(0.3, 500).sel(task="all")
     edge = 0.3 * whole["critical_sharpness"]
     assert edge.sel(step=slice(20, 160)).max() < 0.5
+    assert (whole["critical_sharpness"] < 0.5 * whole["eigenvalue"]).sel(step=slice(20, 160)).all()
     assert edge.sel(step=slice(400, 500)).median() == pytest.approx(2.0, abs=0.05)
     assert whole["loss"].sel(step=500) < 0.5 * whole["loss"].sel(step=160)
