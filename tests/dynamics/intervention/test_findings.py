@@ -286,9 +286,16 @@ def sharpness(step: int, low: float, value: float, high: float, rate: float) -> 
 
 @pytest.mark.parametrize(
     ("low", "rate", "expected"),
-    [(21.0, 0.1, ["OD706"]), (19.0, 0.1, []), (21.0, np.nan, []), (np.nan, 0.1, []), (21.0, 0.09, [])],
+    [
+        (21.0, 0.1, ["OD706"]),
+        (21.0, 2 / 24.5, ["OD706"]),
+        (21.0, 2 / 26.9, []),  # 24 is less than nine tenths of 26.9
+        (21.0, 2 / 28.0, []),
+        (21.0, np.nan, []),
+        (np.nan, 0.1, []),
+    ],
 )
-def test_a_step_beyond_the_edge_is_told_where_the_learning_rate_is_known(low, rate, expected):
+def test_a_step_at_the_edge_is_told_where_the_learning_rate_is_known(low, rate, expected):
     found = sharpness_findings(sharpness(300, low, 24.0, 27.0, rate))
     assert [finding.code for finding in found] == expected
 
@@ -300,7 +307,10 @@ def test_the_last_step_with_a_learning_rate_counts():
     (finding,) = sharpness_findings(xr.concat([stable, crossed.assign_coords(step=[450]), adam], "step"))
     assert finding.step == 450
     assert finding.message == (
-        "At step 450 the loss rises along the step: the critical sharpness 24.0 (95 % interval 21.0 to 27.0) exceeds "
-        "2/η = 20.0 of the learning rate 0.100."
+        "At step 450 the critical sharpness 24.0 (95 % interval 21.0 to 27.0) exceeds 2/η = 20.0 of the learning rate "
+        "0.100: the step as it is raises the loss."
     )
-    assert finding.remedy.endswith("lower the learning rate below 0.0833.")
+    (finding,) = sharpness_findings(sharpness(7, 18.0, 20.5, 22.0, 0.1))
+    assert finding.message.endswith(
+        "is at 2/η = 20.0 of the learning rate 0.100: the step as it is leaves the loss where it was."
+    )

@@ -17,6 +17,7 @@ import dynamics
 from dynamics import schema
 from dynamics.fisher.samples import SampleGroups
 from dynamics.intervention import sharpness
+from dynamics.intervention.findings import sharpness_findings
 from dynamics.intervention.sharpness import Critical, Search
 from probes import LowRankMatrix, Task
 from tests.dynamics.intervention.quadratics import edge_of_stability
@@ -288,6 +289,15 @@ def test_a_start_in_the_rounding_of_the_loss_finds_the_step() -> None:
     assert of(exactly, "critical_step") == pytest.approx(6.0, rel=1e-4)
 
 
+def test_a_model_in_half_precision_keeps_its_weights() -> None:
+    theta, task = drawn(5).bfloat16(), quadratic("bowl", 4)
+    model, slope = point(theta), gradient(task, drawn(5))
+    result = dynamics.critical_sharpness(model, [task], {"weight": -0.02 * slope[:, None]}, relative=False)
+    curvature = slope @ mean_of(task, "hessian") @ slope / (slope @ slope)
+    assert of(result, "critical_step") == pytest.approx(2 / (0.02 * curvature.item()), rel=0.05)
+    assert torch.equal(model.weight[:, 0], theta)
+
+
 def planted() -> nn.Module:
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
@@ -381,9 +391,12 @@ def test_frozen_models_and_no_tasks_are_refused() -> None:
 
 def test_gradient_descent_sharpens_until_the_edge_of_stability() -> None:
     """λ_c η rises to 2 and stays there, while the loss goes on to fall."""
-    whole = edge_of_stability(0.3, 500).sel(task="all")
+    results = edge_of_stability(0.3, 500)
+    whole = results.sel(task="all")
     edge = 0.3 * whole["critical_sharpness"]
     assert edge.sel(step=slice(20, 160)).max() < 0.5
     assert (whole["critical_sharpness"] < 0.5 * whole["eigenvalue"]).sel(step=slice(20, 160)).all()
     assert edge.sel(step=slice(400, 500)).median() == pytest.approx(2.0, abs=0.05)
+    assert [finding.step for finding in sharpness_findings(results)] == [500]
+    assert sharpness_findings(results.sel(step=slice(0, 160))) == []
     assert whole["loss"].sel(step=500) < 0.5 * whole["loss"].sel(step=160)
