@@ -21,6 +21,9 @@ from probes.sample_gradients import at_least_single
 from probes.undisturbed import swapped
 from probes.watched import Dense, Matrix, Watched, base_model, class_names, find
 
+#: Layers that are known by their own forward functions: a class derived from one may do more.
+_KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 @contextmanager
 def added(model: nn.Module, changes: Mapping[str, Matrix]) -> Iterator[None]:
@@ -33,7 +36,8 @@ def added(model: nn.Module, changes: Mapping[str, Matrix]) -> Iterator[None]:
 
     Raises:
         ValueError: If a change has no matrix, another shape, or its matrix belongs to a layer whose output does not say
-            how it is used (fused experts, a weight used by a function); or if a vector is in half precision.
+            how it is used (fused experts, a weight used by a function, a layer with a forward function of its own); or
+            if a vector is in half precision.
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> _ = nn.init.ones_(layer.weight)
@@ -69,7 +73,8 @@ def _with_addition(addition: Callable[[Tensor], Tensor], _: nn.Module, inputs: t
     if not inputs or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
         raise ValueError("Expected a layer that takes and returns one tensor.")
     with torch.autocast(output.device.type, enabled=False):
-        return (at_least_single(output) + addition(inputs[0]).to(at_least_single(output).dtype)).to(output.dtype)
+        # To its device, too: with a device_map, inputs may come from another.
+        return (at_least_single(output) + addition(inputs[0]).to(at_least_single(output))).to(output.dtype)
 
 
 def _addition(model: nn.Module, watched: Watched, change: Matrix) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -78,12 +83,12 @@ def _addition(model: nn.Module, watched: Watched, change: Matrix) -> tuple[nn.Mo
     if tuple(change.shape) != shape:
         raise ValueError(f"Expected a change of shape {shape} for {watched.name!r}, got {tuple(change.shape)}.")
     owners = [
-        module for module in base_model(model).modules() if _uses(module, watched) and "forward" not in vars(module)
+        module for module in base_model(model).modules() if _uses(module, watched) and not _has_own_forward(module)
     ]
     # Of nested wrappers the outermost adapter layer gives the output that counts.
     layers = [module for module in owners if "BaseTunerLayer" in class_names(module)] or owners
     layer = adapted_layer(layers[0]) if layers else None
-    if len(layers) != 1 or layer is None or "[" in watched.name:
+    if len(layers) != 1 or layer is None or "[" in watched.name or not _is_multiplied(layers[0], layer, watched):
         raise ValueError(
             f"Expected a matrix that one layer uses, got {watched.name!r}, whose use no layer's output says. "
             "Choose other blocks."
@@ -109,6 +114,12 @@ def _addition(model: nn.Module, watched: Watched, change: Matrix) -> tuple[nn.Mo
     return layers[0], partial(_multiplied, left, right)
 
 
+def _has_own_forward(module: nn.Module) -> bool:
+    """Return whether a module has another forward function than its class; that of a device_map only calls it."""
+    inner = vars(module).get("_old_forward") if hasattr(module, "_hf_hook") else vars(module).get("forward")
+    return inner is not None and getattr(inner, "__func__", inner) is not type(module).forward
+
+
 def _uses(module: nn.Module, watched: Watched) -> bool:
     if isinstance(watched.terms, Dense):
         return any(parameter is watched.terms.parameter for parameter in module._parameters.values())
@@ -116,6 +127,16 @@ def _uses(module: nn.Module, watched: Watched) -> bool:
     return "BaseTunerLayer" in class_names(module) and any(
         parameter is factor for parameter in module.parameters() for factor in factors
     )
+
+
+def _is_multiplied(module: nn.Module, layer: nn.Module, watched: Watched) -> bool:
+    """Return whether the layer's output is what its kind gives for the matrix, times nothing and on all places."""
+    own = next((kind.forward for kind in _KINDS if isinstance(layer, kind)), None)
+    plain = own is None or type(layer).forward is own
+    if isinstance(watched.terms, Dense):
+        return plain and getattr(layer, "weight", None) is watched.terms.parameter
+    # PEFT scales what it adds to a scaled embedding, and adds to some tokens only in a variant.
+    return (plain or not isinstance(layer, nn.Embedding)) and not getattr(module, "lora_variant", {})
 
 
 def _multiplied(left: Tensor, right: Tensor | None, inputs: Tensor) -> Tensor:
@@ -137,4 +158,6 @@ def _convolved(layer: nn.Module, kernel: Tensor, left: Tensor | None, inputs: Te
     channels = convolve(images, weight, None, layer.stride, layer.padding)  # pyright: ignore[reportArgumentType, reportCallIssue]
     if left is None:
         return channels
-    return nn.functional.linear(channels.movedim(1, -1), left.to(images.device, images.dtype)).movedim(-1, 1)
+    # Of one image without a dimension of images, too.
+    last = channels.movedim(1 - kernel.ndim, -1)
+    return nn.functional.linear(last, left.to(images.device, images.dtype)).movedim(-1, 1 - kernel.ndim)

@@ -126,6 +126,7 @@ def _sums(
 
 def _add(sums: dict[str, list[Tensor]], block: Block, weights: Tensor) -> None:
     """Add a batch to the sums of a block, and let its gradients go."""
+    weights = weights.to(block.parameters[0][0].device)
     counted = weights.any(0)
     gradients = block.parts.pop()
     parts = [weighted_sums(gradient.of_samples(counted), weights[:, counted]) for gradient in gradients]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -136,3 +139,81 @@ def test_hooks_are_gone_after_an_error() -> None:
     with pytest.raises(RuntimeError):
         fail()
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Twice(nn.Linear):
+    """A layer that does more than its kind."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class Scaled(nn.Embedding):
+    """An embedding as Gemma has it."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 4)
+        self.register_buffer("embed_scale", torch.tensor(3.0))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+def with_weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(2, 2)))
+
+
+def for_some_tokens() -> nn.Module:
+    """Activated LoRA, which changes what comes after certain tokens."""
+    return get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"], alora_invocation_tokens=[1]))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(Twice(2, 2)),
+        lambda: nn.Sequential(Scaled()),
+        lambda: get_peft_model(nn.Sequential(Scaled()), LoraConfig(r=2, target_modules=["0"])),
+        with_weight_norm,
+        for_some_tokens,
+    ],
+)
+def test_a_layer_that_does_more_with_its_matrix_is_refused(make) -> None:
+    """What a change adds to the output would be another change than that of the matrix."""
+    model = make()
+    name, matrix = list(watched_matrices(model).items())[-1]
+    with pytest.raises(ValueError, match="no layer's output says"), added(model, {name: torch.ones(matrix.shape)}):
+        pass
+
+
+def test_one_image_without_a_dimension_of_images() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 2, bias=False))
+    image, change = torch.randn(2, 4, 5), LowRankMatrix(torch.randn(3, 1), torch.randn(1, 8))
+    with added(model, {"0": change}):
+        values = model(image)
+    model[0].weight.data += change.to_dense().reshape(3, 2, 2, 2).float()
+    torch.testing.assert_close(values, model(image))
+
+
+def test_a_model_spread_by_a_device_map() -> None:
+    """Its layers' forward functions are wrapped: they move the inputs, and call what was there."""
+    model = dense()
+    changes = changes_of(model, low_rank=True)
+    with added(model, changes):
+        expected = model(IDS)
+    dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    assert "forward" in vars(model.linear)
+    with added(model, changes):
+        torch.testing.assert_close(model(IDS), expected, rtol=0, atol=0)
+
+
+def test_a_layer_whose_forward_function_was_replaced_is_refused() -> None:
+    model = dense()
+    model.linear.forward = lambda hidden: 2 * nn.Linear.forward(model.linear, hidden)
+    for hooked in (False, True):
+        if hooked:
+            dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+        with pytest.raises(ValueError, match="no layer's output says"), added(model, {"linear": torch.ones(5, 6)}):
+            pass
