@@ -126,12 +126,18 @@ class Counterfactuals:
         self.update.require_start(model)
         _numbers(tasks, self.gram)
 
-    def save(self, folder: str | Path, arm: str) -> Path:
+    def save(self, folder: str | Path, arm: str, *, scale: float = 1.0) -> Path:
         """Write an arm, added to the adapter at the increment's start, as an adapter that any evaluator loads.
 
         See :func:`dynamics.intervention.export.save_arm`.
+
+        Args:
+            folder: New or empty.
+            arm: ``full``, ``on``, ``on(4)``, …; of the matched pair ``matched+`` or ``matched-``.
+            scale: λ, the arm's length.
         """
-        return save_arm(self.update.model, self.whole[arm], Path(folder), arm)
+        change = total([(scale, self.whole[arm])])
+        return save_arm(self.update.model, change, Path(folder), arm if scale == 1 else f"{scale:g} · {arm}")
 
 
 class Arms(Mapping[str, dict[str, Matrix]]):
