@@ -492,9 +492,14 @@ def _sums(model: nn.Module) -> dict[str, float]:
 
 
 def _precision(model: nn.Module, task: Task) -> torch.dtype:
-    """Return the coarsest format in which the model computes: its weights', or autocast's anywhere in its forward."""
+    """Return the coarsest format in which the model computes: its weights', autocast's anywhere in its forward, TF32's.
+
+    Of TF32, which has the digits of half precision, float16.
+    """
     device = device_of(model)
     formats = {p.dtype for p in bare(model).parameters() if p.is_floating_point()}
+    if torch.float32 in formats and torch.get_float32_matmul_precision() != "highest":
+        formats.add(torch.float16)
 
     def look(*_: object) -> None:
         if torch.is_autocast_enabled(device.type):

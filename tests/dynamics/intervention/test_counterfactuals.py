@@ -257,6 +257,17 @@ def test_autocast_within_the_forward_counts(adapter) -> None:
     assert 0 < arms.folds[0].arms.deviation < 2e-2
 
 
+def test_shorter_products_of_single_precision_count(adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32, as a Trainer's ``tf32=True`` sets it."""
+    _, tasks, change, gram = adapter
+    tolerances = []
+    for precision in ("high", "highest"):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        models = adapted_model(), adapted_model(torch.float32)
+        tolerances.append([dynamics.counterfactuals(m, tasks, gram, change).update.tolerance for m in models])
+    assert tolerances == [[1e-5, 2e-2], [1e-5, 1e-5]]
+
+
 def test_changes_of_dense_weights_may_be_products() -> None:
     model, tasks = dense_model(), probe_tasks()
     change, _, _ = trained(model)
