@@ -52,7 +52,7 @@ def _inner(one: Matrix, other: Matrix) -> float:
 
 
 def total(terms: Sequence[tuple[float, Change]]) -> dict[str, Matrix]:
-    """Return Σ c·change. Sums of low-rank matrices are low-rank, of the sum of the ranks; others dense, in one format.
+    """Return Σ c·change. Sums of low-rank matrices are low-rank, of the sum of the ranks; on the first one's device.
 
     >>> total([(2.0, {"a": torch.ones(1)}), (-1.0, {"a": torch.ones(1), "b": torch.ones(1)})])
     {'a': tensor([1.]), 'b': tensor([-1.])}
@@ -62,14 +62,15 @@ def total(terms: Sequence[tuple[float, Change]]) -> dict[str, Matrix]:
 
 
 def _total(terms: Sequence[tuple[float, Matrix]]) -> Matrix:
+    device = _device(terms[0][1])
     if all(isinstance(matrix, LowRankMatrix) for _, matrix in terms):
         columns: list[Tensor] = []
         rows: list[Tensor] = []
         scales: list[Tensor] = []
         for c, matrix in terms:
             assert isinstance(matrix, LowRankMatrix)
-            columns.append(matrix.left_factor.detach())
-            rows.append(matrix.right_factor.detach())
+            columns.append(matrix.left_factor.detach().to(device))
+            rows.append(matrix.right_factor.detach().to(device))
             scales.append(c * matrix.scales().cpu())
         dtype = max((part.dtype for part in (*columns, *rows)), key=lambda dtype: -torch.finfo(dtype).eps)
         return LowRankMatrix(
@@ -77,7 +78,7 @@ def _total(terms: Sequence[tuple[float, Matrix]]) -> Matrix:
             torch.cat([part.to(dtype) for part in rows]),
             column_scale=torch.cat(scales),
         )
-    dense = [c * (matrix.to_dense() if isinstance(matrix, LowRankMatrix) else matrix) for c, matrix in terms]
+    dense = [c * (m.to_dense() if isinstance(m, LowRankMatrix) else m).to(device) for c, m in terms]
     return torch.stack(torch.broadcast_tensors(*dense)).sum(0) if len(dense) > 1 else dense[0]
 
 

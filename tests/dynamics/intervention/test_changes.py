@@ -47,6 +47,15 @@ def test_formats_keep_the_scale() -> None:
     torch.testing.assert_close(converted.to_dense(), matrix.to_dense())
 
 
+def test_a_sum_is_on_the_device_of_its_first_term() -> None:
+    product, dense = LowRankMatrix(torch.ones(2, 1), torch.ones(1, 2)), torch.ones(2, 2)
+    away = LowRankMatrix(torch.ones(2, 1, device="meta"), torch.ones(1, 2, device="meta"))
+    both = total([(1.0, {"a": away}), (1.0, {"a": product})])["a"]
+    assert isinstance(both, LowRankMatrix)
+    assert (both.left_factor.device.type, both.rank) == ("meta", 2)
+    assert total([(1.0, {"a": dense.to("meta")}), (1.0, {"a": dense})])["a"].device.type == "meta"
+
+
 def test_a_change_goes_to_the_devices_of_the_model() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2, device="meta")})
     product = LowRankMatrix(torch.ones(2, 1), torch.ones(1, 2))
