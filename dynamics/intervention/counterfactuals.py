@@ -68,8 +68,8 @@ PAIR = ("matched+", "matched-")
 HEADLINE = (1, 2, 4, 8, 16)
 #: Share of ‖on‖² by which its three forms may differ: in single precision, and in half.
 DEVIATION, DEVIATION_HALF = 1e-5, 2e-2
-#: Where ‖on‖² is this share of ‖δ‖², its rounding is.
-_NEGLIGIBLE = 1e-4
+#: Cosine of on and δ below which rounding of b and ⟨on, δ⟩, relative to ‖on‖‖δ‖, counts for more than that of ‖on‖².
+_COSINE = 0.1
 #: Eigenvalues of K are rounding below so many units of the largest: of the single precision in which inner products are
 #: formed, and of the squared one of gradients, whose own rounding is like noise of independent signs.
 _ROUNDING, _SINGLE = 100.0, torch.finfo(torch.float32).eps
@@ -263,10 +263,9 @@ class Arms(Mapping[str, dict[str, Matrix]]):
         return self._changes[arm, k]
 
     def _apart(self, energy_of_gram: float, change: Change) -> float:
-        """Return how far ‖on‖² and ⟨on, δ⟩ are from wᵀKw, relative to it."""
+        """Return how far ‖on‖² and ⟨on, δ⟩ are from wᵀKw, relative to it, or to 0.1 ‖on‖‖δ‖ where that is more."""
         norms = (energy(change), inner(change, self._update.change))
-        # ⟨on, δ⟩ is rounded relative to ‖on‖‖δ‖, whatever the angle.
-        size = max(energy_of_gram, _NEGLIGIBLE * self._update.energy)
+        size = max(energy_of_gram, _COSINE * float(np.sqrt(energy_of_gram * self._update.energy)))
         return max(abs(norm - energy_of_gram) for norm in norms) / size if size > 0 else 0.0
 
 

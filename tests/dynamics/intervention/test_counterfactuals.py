@@ -10,9 +10,10 @@ from torch import Tensor
 import dynamics
 from dynamics.intervention.changes import energy, inner, total
 from dynamics.intervention.counterfactuals import ALL_ARMS, Arms
-from probes import LowRankMatrix, ProbeGram, Task, gradient_gram
+from probes import LowRankMatrix, ProbeGram, Task, gradient_gram, watched_matrices
 from probes.blocks import find_blocks
 from probes.weighted_gradients import weighted_gradients
+from tests.families import FAMILIES
 from tests.updates import adapted_model, dense_model, probe_tasks, trained
 
 SAMPLES = 16
@@ -368,6 +369,33 @@ def test_effects_are_of_the_model_and_the_tasks_behind_the_arms(adapter, arms) -
         dynamics.intervene(other, tasks, arms)
     with pytest.raises(ValueError, match="tasks behind K"):
         dynamics.intervene(model, tasks[::-1], arms)
+
+
+def test_a_part_of_small_share_is_not_refused_for_its_rounding() -> None:
+    """⟨on, δ⟩ of nearly orthogonal on and δ is rounded relative to ‖on‖‖δ‖: in single precision, by more than ‖on‖²."""
+    model, batch = FAMILIES["vit"].model_and_batch()
+    generator = torch.Generator().manual_seed(1)
+    samples = [
+        {
+            name: values[number % 2]
+            + (0.3 * torch.randn(values.shape[1:], generator=generator) if name != "labels" else 0)
+            for name, values in batch.items()
+        }
+        for number in range(12)
+    ]
+    task = Task(
+        "images",
+        samples,
+        collate=lambda parts: {name: torch.stack([part[name] for part in parts]) for name in parts[0]},
+    )
+    change = {name: torch.randn(m.shape, generator=generator) for name, m in watched_matrices(model).items()}
+    gram = gradient_gram(model.eval(), task, update=change)
+    arms = dynamics.counterfactuals(model, task, gram, change, k=3)
+    assert max(parts.deviation for *_, parts in arms.folds) < 1e-5
+    assert arms.whole.captured("on", 3) < 0.01
+    wrong = {name: values * 1.001 for name, values in change.items()}
+    with pytest.raises(ValueError, match="gradients as those behind K"):
+        dynamics.counterfactuals(model, task, gram, wrong, k=3).whole["on"]
 
 
 def test_a_gram_of_other_gradients_is_refused(adapter) -> None:
