@@ -66,6 +66,29 @@ def analyze(
             help="Measure the Fisher at each checkpoint; FUNCTION takes its folder and returns model and tasks.",
         ),
     ] = None,
+    intervene: Annotated[
+        bool,
+        typer.Option(
+            "--intervene", help="Run parts of each update on the probe samples: which of them lower the loss?"
+        ),
+    ] = False,
+    arms: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Parts to run. [default: full,on,off,random,matched]", show_default=False),
+    ] = None,
+    k: Annotated[
+        str | None,
+        typer.Option(
+            "--k",
+            metavar="K[,K]",
+            help="Leading directions in a part; the first K is the headline's. [default: 16, of few samples fewer]",
+            show_default=False,
+        ),
+    ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the parts of the last update as adapters to DIR, new or empty."),
+    ] = None,
     matrices: Annotated[
         str | None, typer.Option(metavar="REGEX", help="Analyse only matrices whose name matches.")
     ] = None,
@@ -117,6 +140,7 @@ def analyze(
     choices = {"matrices": matrices, "device": device, "report": report, "base": base and str(base)}
     choices |= {"intruders": intruders, "weights": weights, "top": top, "probe": probe}
     choices |= {"headline": headline, "given": given}
+    choices |= {"intervene": intervene, "arms": _listed(arms), "k": _numbers(k), "export": export and str(export)}
     choices |= {"scores": tuple(map(str, scores or ())), "higher": tuple(higher or ()), "lower": tuple(lower or ())}
     if fail_on not in _LEVELS:
         raise typer.BadParameter(f"expected note, warning or error, got {fail_on!r}", param_hint="--fail-on")
@@ -188,6 +212,29 @@ def _tell(tree: xr.DataTree, folder: Path, as_json: bool, quiet: bool, fail_on: 
     counted = _LEVELS[: _LEVELS.index(fail_on) + 1]
     failed = any(finding["severity"] in counted for finding in all_findings(summary))
     return INPUT_REFUSED if failed else ANALYSED
+
+
+def _listed(text: str | None) -> tuple[str, ...] | None:
+    """Return the entries of a list with commas.
+
+    >>> _listed("on, off")
+    ('on', 'off')
+    """
+    return None if text is None else tuple(entry.strip() for entry in text.split(","))
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    """Return the whole numbers of a list with commas.
+
+    >>> _numbers("16,4")
+    (16, 4)
+    """
+    try:
+        return None if text is None else tuple(map(int, text.split(",")))
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected whole numbers, such as 16 or 16,4, got {text!r}", param_hint="--k"
+        ) from None
 
 
 def _severities(quiet: bool) -> tuple[str, ...]:

@@ -100,6 +100,7 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD412": ("warning", "a few samples carry the Fisher"),
     "OD413": ("note", "null gradients stand for too many samples to call an update concentrated"),
     "OD414": ("note", "the gradient null does not know the momentum"),
+    "OD415": ("error", "an update could not be intervened on"),
     # 5xx: scores and statistics
     "OD501": ("warning", "scores of an unknown run"),
     "OD502": ("warning", "scores without a matching step"),
@@ -116,10 +117,17 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD513": ("note", "fallback headline measure"),
     "OD514": ("warning", "a quantity that could not be held equal"),
     "OD515": ("error", "scores and groups could not be related"),
+    "OD516": ("note", "shares of updates for different numbers of directions"),
     # 6xx: results on disk
     "OD601": ("warning", "an analysis was stopped while it put its result in place"),
     "OD602": ("note", "results of an earlier version beside this one"),
     "OD603": ("note", "an earlier result could not be removed"),
+    # 7xx: interventions
+    "OD701": ("note", "an update whose effect cannot be told from 0"),
+    "OD702": ("note", "parts of an update that have no shares"),
+    "OD703": ("note", "a concentrated part that does not lower the loss"),
+    "OD704": ("warning", "equal passes over the samples give different losses"),
+    "OD705": ("note", "parts of an update in half precision"),
 }
 
 

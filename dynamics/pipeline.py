@@ -21,7 +21,9 @@ from dynamics import schema
 from dynamics.checkpoints import NotARun, Trajectory
 from dynamics.checkpoints.logs import log_groups
 from dynamics.findings import Finding, to_json
+from dynamics.intervention.counterfactuals import ARMS, chosen_arms, chosen_k
 from dynamics.recording.checkpoint_probe import Loader, load_function, probe_checkpoints
+from dynamics.recording.fisher import Interventions
 from dynamics.relate.association import Given
 from dynamics.relate.run_measures import MEASURES, relate_runs
 from dynamics.relate.score_files import read_scores, score_files
@@ -34,15 +36,15 @@ from dynamics.spectra.trajectory_spectra import trajectory_spectra
 from dynamics.spectra.weights import weights
 from dynamics.store import RESULT, encodable_dataset, provenance, staged, write_text, write_tree, writing
 from dynamics.store.opening import add_findings
-from dynamics.store.records import TrainingRecords, joined_fisher, joined_scores
-from dynamics.store.replace import notes_before
+from dynamics.store.records import TrainingRecords, joined_fisher, joined_interventions, joined_scores
+from dynamics.store.replace import ANALYSIS, notes_before
 from dynamics.store.tree import Parts, Source, open_source, result_tree, results_folder
 from dynamics.text import encodable, first_line, visible
 
 #: Where the result of several runs goes by default.
 COMPARISON = Path("dynamics-comparison")
 #: Called with a run's name, the number of matrices done (all steps counted) and the number of all matrices; with
-#: ``"NAME: Fisher"``, the numbers of probe samples.
+#: ``"NAME: Fisher"``, the numbers of probe samples; with ``"NAME: interventions"``, of forward passes over samples.
 Progress = Callable[[str, int, int], None]
 Folder = str | PathLike[str]
 
@@ -53,7 +55,8 @@ class Options:
 
     Raises:
         ValueError: If a task is in both ``higher`` and ``lower``, the headline is not a measure, ``given`` is neither
-            ``"loss"`` nor ``"trend"``, or ``top`` is less than 1.
+            ``"loss"`` nor ``"trend"``, ``top`` is less than 1, an arm is unknown, or ``arms``, ``k`` or ``export`` come
+            without ``intervene``.
     """
 
     matrices: str | None = None
@@ -69,6 +72,10 @@ class Options:
     lower: tuple[str, ...] = ()
     headline: str | None = None
     given: str | None = None
+    intervene: bool = False
+    arms: tuple[str, ...] | None = None
+    k: tuple[int, ...] | None = None
+    export: str | None = None
 
     def __post_init__(self) -> None:
         if both := sorted(set(self.higher) & set(self.lower)):
@@ -79,6 +86,15 @@ class Options:
             raise ValueError(f"given: expected 'loss' or 'trend', got {self.given!r}.")
         if self.top is not None and self.top < 1:
             raise ValueError(f"top: expected at least 1 singular value, got {self.top}.")
+        for name in () if self.intervene else ("arms", "k", "export"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: expected together with intervene, got it alone. Add --intervene.")
+        _ = self.interventions  # refuses unknown arms
+
+    @property
+    def interventions(self) -> Interventions | None:
+        """What is run of each increment."""
+        return Interventions(ARMS if self.arms is None else self.arms, self.k) if self.intervene else None
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,10 @@ def analyze_run(
     scores: Sequence[Folder] = (),
     matrices: str | None = None,
     probe: str | Loader | None = None,
+    intervene: bool = False,
+    arms: Sequence[str] | None = None,
+    k: int | Sequence[int] | None = None,
+    export: Folder | None = None,
     intruders: bool = False,
     weights: bool = False,
     top: int | None = None,
@@ -136,6 +156,14 @@ def analyze_run(
         matrices: Regular expression; only matrices whose name matches are analysed.
         probe: ``"module:function"`` or the function itself: called with a checkpoint's folder, it returns the model
             there and its tasks; see ``recording.checkpoint_probe.Loader``.
+        intervene: Run parts of each increment between probed checkpoints on the probe samples, to see which of them
+            lower the loss: the group ``/intervention``. With the default arms an increment takes 28 forward passes over
+            the probe samples and two forward and backward. Then the singular directions of the last checkpoint's
+            adapters, see :func:`dynamics.sensitivity`: ten passes more.
+        arms: Which parts, as for :func:`dynamics.counterfactuals`.
+        k: In how many directions, as for :func:`dynamics.counterfactuals`.
+        export: New or empty folder for the parts of the last increment, each added to the weights where it began, as
+            adapters that any evaluator loads: ``EXPORT/on``, …; of several runs ``EXPORT/<run>/on``, ….
         intruders: Compare directions of the newest update with the base's, too; takes seconds a matrix.
         weights: Measure the spectra of the last checkpoint's weights themselves, too.
         top: Compute only so many leading singular values of dense matrices; norms and participation ratios stay exact,
@@ -174,6 +202,10 @@ def analyze_run(
             weights=weights,
             top=top,
             probe=probe if isinstance(probe, str) else None,
+            intervene=intervene,
+            arms=None if arms is None else chosen_arms(arms),
+            k=None if k is None else chosen_k(k),
+            export=None if export is None else fspath(export),
             scores=tuple(fspath(path) for path in scores),
             higher=tuple(higher),
             lower=tuple(lower),
@@ -207,6 +239,12 @@ def analyze_runs(
         options = replace(options, probe=f"{getattr(load, '__module__', '')}:{name}")
     elif options.probe is not None:
         load = load_function(options.probe)
+    elif options.intervene:
+        raise ValueError(
+            "intervene: expected probe samples to run the parts of an update on, got none. Add --probe MODULE:FUNCTION."
+        )
+    if options.export is not None:
+        _refuse_export(Path(options.export), folder)
     configuration = _configuration(runs.folders, folder, options)
 
     sources, refused = _open_all(runs.folders, options)
@@ -214,7 +252,7 @@ def analyze_runs(
         with writing(folder):
             write_text(stage / "run.yaml", yaml.safe_dump(configuration, sort_keys=False, allow_unicode=True))
         trees = {
-            name: measure(source.trajectory, configuration, progress, source.records, load, options)
+            name: measure(source.trajectory, configuration, progress, source.records, load, _of_run(name, options))
             for name, source in sources.items()
         }
         for name, label in runs.labels.items():
@@ -339,6 +377,31 @@ def resolve_device(device: str) -> str:
         last = torch.cuda.device_count() - 1
         raise ValueError(f"The device {device!r} does not exist; the last one is cuda:{last}. Use --device auto.")
     return device
+
+
+def _of_run(name: str, options: Options) -> Options:
+    """Return the options of one run; of several runs each exports into a folder of its own."""
+    return options if options.export is None else replace(options, export=os.path.join(options.export, name))
+
+
+def _refuse_export(export: Path, folder: Path) -> None:
+    """Refuse a folder for exported parts that holds anything, cannot be made, or is where the result goes.
+
+    Raises:
+        ValueError: Names it.
+    """
+    if (folder / ANALYSIS).resolve() in (export.resolve(), *export.resolve().parents):
+        raise ValueError(f"export: expected another folder than that of the result, got '{export}'.")
+    if export.is_dir() and (names := os.listdir(export)):
+        raise ValueError(
+            f"export: expected a new or empty folder, got '{export}', which holds '{min(names)}'. Choose another one."
+        )
+    try:
+        export.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"export: the folder '{export}' cannot be made ({error.strerror}). Choose another one."
+        ) from error
 
 
 def _configuration(runs: Mapping[str, Path], folder: Path, options: Options) -> dict[str, object]:
@@ -473,8 +536,10 @@ def measure(
     inputs = [{**file, "step": checkpoint.step} for checkpoint in trajectory.checkpoints for file in checkpoint.inputs]
     if trajectory.base is not None:
         inputs += [{**file, "step": trajectory.base.step, "role": "base"} for file in trajectory.base.inputs]
-    probed, probe_findings = _probed(trajectory, load, options.matrices, progress)
+    probed, probe_findings = _probed(trajectory, load, options, progress)
     groups, failures = _groups_of_checkpoints(trajectory, spectra, grams, options, progress)
+    if (directions := probed.pop("sensitivity", None)) is not None:
+        groups["sensitivity"] = directions
     findings = [*trajectory.findings, *findings, *probe_findings, *failures]
     parts = Parts(trajectory.name, spectra, records, log_groups(trajectory) | groups, findings, inputs, **probed)
     return result_tree(parts, configuration or {})
@@ -516,21 +581,34 @@ def _groups_of_checkpoints(
 
 
 def _probed(
-    trajectory: Trajectory, load: Loader | None, matrices: str | None, progress: Progress
+    trajectory: Trajectory, load: Loader | None, options: Options, progress: Progress
 ) -> tuple[dict[str, xr.Dataset | None], list[Finding]]:
-    """Return ``fisher`` and ``score`` of the checkpoints, joined over steps, and findings."""
+    """Return groups of the checkpoints, joined over steps, and findings.
+
+    Groups are ``fisher``, ``score``, ``intervention``, and ``sensitivity`` of the last one.
+    """
     if load is None:
         return {}, []
     if not trajectory.checkpoints:
         return {}, [Finding("OD411", "There are no checkpoints to probe.", "Keep checkpoints, or probe in training.")]
+    matrices = options.matrices
     probes = probe_checkpoints(
         trajectory.checkpoints,
         load,
         None if matrices is None else lambda name: re.search(matrices, name) is not None,
         lambda done, total: progress(f"{trajectory.name}: Fisher", done, total),
+        interventions=options.interventions,
+        export=None if options.export is None else Path(options.export),
+        runs=lambda done, total: progress(f"{trajectory.name}: interventions", done, total),
     )
     fisher, findings = joined_fisher(probes.fisher, re.compile(""))
-    return {"fisher": fisher, "score": joined_scores(probes.score)}, [*probes.findings, *findings]
+    groups = {
+        "fisher": fisher,
+        "score": joined_scores(probes.score),
+        "intervention": joined_interventions(probes.intervention),
+        "sensitivity": probes.sensitivity,
+    }
+    return groups, [*probes.findings, *findings]
 
 
 def add_relations(

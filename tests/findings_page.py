@@ -17,6 +17,7 @@ _ROOMS = {
     "4": "The Fisher",
     "5": "Scores and statistics",
     "6": "Results on disk",
+    "7": "Interventions",
 }
 _HEAD = """# Findings
 

@@ -82,6 +82,7 @@ INTENDED: tuple[Intended, ...] = (
     Intended("recorded/*", "*/share_outside_space", "values", "1 − inside/all is rounding where all is inside."),
     Intended("recorded/*", "*/condition_number*_low", "values", "Of a null whose smallest singular value is rounding."),
     Intended("*", "*/decomposition", "values", "Triangular factors come from Grams where those hold all digits."),
+    Intended("*", "summary.json:intervention", "added", "What parts of updates do; nothing where none was run."),
     *(
         Intended("*", path, "values", "An interval is cut at what is possible: 1 and d.")
         for name in ("low", "high")

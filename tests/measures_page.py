@@ -80,6 +80,11 @@ GROUPS: Mapping[str, Group] = {
         "Measured from the blocks of K that belong to two tasks.",
         'tree["tasks"]["overlap"].sel(block="global").isel(step=-1)',
     ),
+    "intervention": Group(
+        "Measured by running the model with versions of an update (`arm`) added to the weights from which it began, on "
+        "samples whose groups gave no direction. `scale` is the length λ; `all` stands for all samples.",
+        'tree["intervention"]["effect"].sel(arm="on", scale=1.0, task="all")',
+    ),
     "sensitivity": Group(
         "Measured from the gradients of an adapter's factors on the tasks' samples, and from the losses of truncated "
         "adapters on the half of the groups that did not choose. [Interventions](interventions.md) has the question.",
@@ -151,6 +156,16 @@ PITFALLS: Mapping[str, str] = {
     "tasks/noise_scale": "With heavy-tailed gradients its interval is too short.",
     "tasks/transfer": "Of a step of plain gradient descent, not of Adam.",
     "tasks/divergence": "Depends on N and on the tasks' sizes. The test uses `divergence_normalised`.",
+    "intervention/effect": "Of the directions found, and of one update: another training would have another.",
+    "intervention/predicted_effect": "No effect: it was 10 times the effect where a step overshoots.",
+    "intervention/captured": "Says nothing about effects: updates with the same share may be all gain or all harm.",
+    "intervention/interaction": "Where it is large, the effect of a part depends on the rest: neither has a share.",
+    "intervention/attributed": "Includes half of the interaction. Read `effect` of `on` for the part alone.",
+    "intervention/excess_p": "Of all k and tasks together. The headline is read by the interval of `excess`.",
+    "intervention/share": "Below 0 and above 1 where one part works against the other.",
+    "intervention/efficiency": "1 is what a plain gradient step has, whatever the directions.",
+    "intervention/relative_excess": "Large where the whole effect is small, however well it is resolved.",
+    "intervention/required_groups": "If the effect is as large as estimated; for effects near 0 it is a guess.",
     "sensitivity/loss_slope": "Near a minimum it is noise about 0. It says nothing about large changes of σ.",
     "sensitivity/rank_by_effect": "First order only: read `truncation_effect` before cutting anything.",
     "sensitivity/truncation_effect": "Removing a direction is no small step: expect it to differ from the prediction.",

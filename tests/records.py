@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from dynamics.schema import INTERVENTION, INTERVENTION_FLAGS, label_arrays
 from dynamics.store.record_file import encoded_record, read_record, record_step
 from dynamics.store.record_folders import StoredRecords, record_folders, stored_records
 
@@ -44,6 +45,28 @@ def gradient(step: int) -> xr.Dataset:
 def record(step: int) -> dict[str, xr.Dataset]:
     """Both."""
     return {"update": update(step), "gradient": gradient(step)}
+
+
+def effects(
+    step: int = 20,
+    arms: Sequence[str] = ("full", "on", "off"),
+    ks: Sequence[int] = (2,),
+    scales: Sequence[float] = (0.5, 1.0),
+    tasks: Sequence[str] = ("all", "a"),
+    lacking: Sequence[str] = (),
+) -> xr.Dataset:
+    """The group ``intervention`` of one step, each number another one, without variables that begin so."""
+    sizes = {"step": 1, "arm": len(arms), "k": len(ks), "scale": len(scales), "task": len(tasks)}
+    arrays = {}
+    for name, variable in INTERVENTION.items():
+        shape = [sizes[dim] for dim in variable.dims]
+        numbers = np.arange(np.prod(shape), dtype=np.float64).reshape(shape) + step
+        arrays[name] = np.ones(shape, dtype=bool) if name in INTERVENTION_FLAGS else numbers
+    kept = {name: values for name, values in arrays.items() if not name.startswith(tuple(lacking))}
+    coords = {"step": [step], "arm": list(arms), "k": list(ks), "scale": list(scales), "task": list(tasks)}
+    attributes = {"space": "tangent", "splits": 2, "groups": 8, "samples": 16, "norm_deviation": step * 1e-7}
+    group = xr.Dataset(label_arrays(INTERVENTION, kept), coords, attributes)
+    return group.assign_coords(from_step=("step", np.array([step - 10])))
 
 
 def files(folder: Path) -> dict[str, bytes]:

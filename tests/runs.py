@@ -339,12 +339,12 @@ def llama(**changes: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def lora_llama(**changes: Any) -> nn.Module:
-    """The same with LoRA on every linear layer, and dropout in it."""
+def lora_llama(layers: int = 2, **changes: Any) -> nn.Module:
+    """The same with LoRA on every linear layer, and dropout in it; ``changes`` are of its configuration."""
     from peft import LoraConfig, get_peft_model
 
     lora = {"r": 3, "lora_alpha": 6, "lora_dropout": 0.1, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    return get_peft_model(llama(), LoraConfig(**{**lora, **changes}))
+    return get_peft_model(llama(num_hidden_layers=layers), LoraConfig(**{**lora, **changes}))
 
 
 def arguments(out: Path, **changes: Any) -> TrainingArguments:

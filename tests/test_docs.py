@@ -125,6 +125,17 @@ def probed_run() -> dict[str, Any]:
     return {**training(), "reports": samples("report"), "questions": samples("vqa")}
 
 
+def run_to_take_apart() -> dict[str, Any]:
+    """The same, and the module that loads a model at a checkpoint."""
+    Path("my_module.py").write_text(
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\nfrom my_data import tasks\n\n\n"
+        "def load(folder):\n"
+        "    base = AutoModelForCausalLM.from_pretrained('models/base')\n"
+        "    return PeftModel.from_pretrained(base, folder, is_trainable=True), tasks\n"
+    )
+    return probed_run()
+
+
 def whole_models() -> dict[str, Any]:
     write_model(Path("models/base"), model_tensors(seed=9))
     write_dense_run(Path("runs/full"), (10, 20, 30))
@@ -167,7 +178,7 @@ def results() -> dict[str, Any]:
     whole_models()
     tables = two_recipes()
     tasks = [probes.Task(task, samples(task), group="image", score=first_guess) for task in ("report", "vqa")]
-    training = trainer(Path("runs/probed"), [dynamics.DynamicsCallback("runs/probed", tasks)])
+    training = trainer(Path("runs/probed"), [dynamics.DynamicsCallback("runs/probed", tasks, intervene=[4])])
     training.train()
     groups = {"imax": ["imax_s1", "imax_s2"], "dmax": ["dmax_s1", "dmax_s2"]}
     of_runs = {"headline": "stable_rank"}
@@ -188,7 +199,7 @@ SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": readme,
     "recording.md": training,
     "informative-directions.md": probed_run,
-    "interventions.md": probed_run,
+    "interventions.md": run_to_take_apart,
     "full-fine-tuning.md": whole_models,
     "comparing-runs.md": two_recipes,
     "measures.md": results,

@@ -41,6 +41,11 @@ def adapted_model(dtype: torch.dtype = torch.float64) -> nn.Module:
     return lora_llama(lora_dropout=0.0, init_lora_weights=False).to(dtype).eval()
 
 
+def small_llama() -> nn.Module:
+    """One layer with LoRA on two matrices, dropout in it, and B = 0: for trainings with several interventions."""
+    return lora_llama(1, target_modules=["q_proj", "v_proj"])
+
+
 def dense_model(dtype: torch.dtype = torch.float64) -> nn.Module:
     """A Llama that is trained whole."""
     return llama().to(dtype).eval()

@@ -66,6 +66,8 @@ _WITHOUT_K = ("full", "layer:", "without_layer:")
 PAIR = ("matched+", "matched-")
 #: Numbers of directions from which the headline's is taken: the largest of at most a quarter of a fold's samples.
 HEADLINE = (1, 2, 4, 8, 16)
+#: No probe has as many samples.
+_MOST_DIRECTIONS = 10**6
 #: Share of ‖on‖² by which its three forms may differ: in single precision, and in half.
 DEVIATION, DEVIATION_HALF = 1e-5, 2e-2
 #: Cosine of on and δ below which rounding of b and ⟨on, δ⟩, relative to ‖on‖‖δ‖, counts for more than that of ‖on‖².
@@ -360,7 +362,7 @@ def counterfactuals(
     """
     tasks = (tasks,) if isinstance(tasks, Task) else tuple(tasks)
     require_names(tasks)
-    names = _arms(arms)
+    names = chosen_arms(arms)
     together = _together(gram)
     stacked = StackedGram.of(together)
     stacked.require_exact()
@@ -420,8 +422,15 @@ def some(tasks: Sequence[Task], numbers: Int[np.ndarray, " some"]) -> list[Task]
     return [subset(task, part.tolist()) for task, part in zip(tasks, parts, strict=True) if len(part)]
 
 
-def _arms(arms: Sequence[str]) -> tuple[str, ...]:
-    """Return the chosen arms, each once, ``full`` first."""
+def chosen_arms(arms: Sequence[str]) -> tuple[str, ...]:
+    """Return the chosen arms, each once, ``full`` first.
+
+    Raises:
+        ValueError: If one is unknown.
+
+    >>> chosen_arms(["random", "on"])
+    ('full', 'on', 'off', 'random')
+    """
     if isinstance(arms, str):
         raise ValueError(f"Expected a list of arms, got the text {arms!r}.")
     wrong = [arm for arm in arms if arm not in (*ALL_ARMS, "scale") and not arm.startswith(_WITHOUT_K[1:])]
@@ -475,9 +484,21 @@ def _numbers(tasks: Sequence[Task], gram: ProbeGram) -> Int[np.ndarray, " sample
 def _directions(k: int | Sequence[int] | None, samples: int) -> tuple[int, ...]:
     if k is None:
         return (max([count for count in HEADLINE if count <= samples / 4], default=1),)
-    counts = tuple(dict.fromkeys([k] if isinstance(k, int) else k))
-    if not counts or min(counts) < 1:
-        raise ValueError(f"Expected k of at least 1, got {k}.")
+    return chosen_k(k)
+
+
+def chosen_k(k: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the chosen numbers of directions, each once, the headline's first.
+
+    Raises:
+        ValueError: If there is none, or one is out of range.
+
+    >>> chosen_k([16, 4, 16])
+    (16, 4)
+    """
+    counts = tuple(dict.fromkeys(map(int, [k] if isinstance(k, int | np.integer) else k)))
+    if not counts or min(counts) < 1 or max(counts) > _MOST_DIRECTIONS:
+        raise ValueError(f"Expected k from 1 to {_MOST_DIRECTIONS}, got {k}.")
     return counts
 
 

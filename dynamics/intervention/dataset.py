@@ -89,6 +89,7 @@ def intervene(
     with undisturbed(model) as quiet, torch.no_grad():
         for number, fold in enumerate(arms.folds):
             run.fold(quiet, fold.arms, number // 2)
+    progress(run.passes, run.passes)
     return _dataset(run, stacked, step)
 
 
@@ -195,11 +196,14 @@ class _Run:
                     values.append(scores.double().cpu())
         return torch.cat(values).numpy()
 
+    @property
+    def passes(self) -> int:
+        """Forward passes over samples: half of them in each fold, for each arm and twice without."""
+        return self.arms.splits * (len(self.plan) + 2) * len(self.arms.update.numbers)
+
     def _count(self, tasks: Sequence[Task]) -> None:
-        passes = len(self.arms.folds) * (len(self.plan) + 2)
-        size = len(self.arms.update.numbers) // 2
-        self.progress(self.done, passes * size)
-        self.done = min(self.done + size, passes * size)
+        self.progress(self.done, self.passes)
+        self.done = min(self.done + sum(map(len, tasks)), self.passes)
 
 
 def _has_no_k(arm: str) -> bool:
@@ -279,13 +283,14 @@ def _decomposed(
     on, off, whole = on[:, :, at], off[:, :, at], full[at]
     parts = decompose(on, off, whole, captured, labels)
     change = effects(whole[None], labels).estimate
-    paid = (on + whole - off) / 2 - captured * whole
+    attributed = (on + whole - off) / 2
     kept = parts.resolved & parts.separable
     arrays: dict[str, np.ndarray] = {
         "captured": parts.captured,
         **_ends("interaction", parts.interaction),
+        **_ends("attributed", effects(attributed, labels)),
         **_ends("excess", parts.excess),
-        "excess_p": adjusted_p(paid, labels),
+        "excess_p": adjusted_p(attributed - captured * whole, labels),
         "relative_excess": np.where(
             parts.resolved, parts.excess.estimate / np.where(change == 0, np.nan, change), np.nan
         ),

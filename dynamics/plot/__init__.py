@@ -11,6 +11,7 @@ from dynamics.plot.gain_trajectory import gain_trajectory
 from dynamics.plot.gradient import gradient
 from dynamics.plot.heatmap import heatmap
 from dynamics.plot.hover_heatmap import hover_heatmap
+from dynamics.plot.intervention import intervention
 from dynamics.plot.rarefaction import rarefaction
 from dynamics.plot.score_scatter import score_scatter
 from dynamics.plot.spectrum import spectrum
@@ -32,6 +33,7 @@ __all__ = [
     "gradient",
     "heatmap",
     "hover_heatmap",
+    "intervention",
     "rarefaction",
     "score_scatter",
     "spectrum",

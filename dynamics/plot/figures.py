@@ -18,6 +18,7 @@ from dynamics.plot.fisher_trajectory import fisher_trajectory
 from dynamics.plot.gain_trajectory import gain_trajectory
 from dynamics.plot.gradient import NORM, gradient
 from dynamics.plot.heatmap import heatmap
+from dynamics.plot.intervention import intervention
 from dynamics.plot.rarefaction import rarefaction
 from dynamics.plot.score_scatter import score_scatter
 from dynamics.plot.select import group, has_group, standouts, tasks_of
@@ -92,7 +93,7 @@ def _of_a_run(tree: xr.DataTree) -> dict[str, Draw]:
         for variable, kind in OVER_STEPS
         if has_values(summary[f"{variable}_quantile"], kind) and (moved or variable != "path_length")
     }
-    draws |= _of_gradients(tree) | fisher_drawings(tree) | _of_relations(tree)
+    draws |= _of_gradients(tree) | fisher_drawings(tree) | _of_interventions(tree) | _of_relations(tree)
     if has_group(tree, "training") and has_values(logged_number(group(tree, "training"), "loss")):
         draws["training_loss"] = partial(training_log, tree, variable="loss")
     draws |= {
@@ -149,6 +150,17 @@ def fisher_drawings(tree: xr.DataTree) -> dict[str, Draw]:
             if has_values(pairs[name])
         }
     return draws
+
+
+def _of_interventions(tree: xr.DataTree) -> dict[str, Draw]:
+    """Return the figures of what parts of updates do; those of parts only where ``on`` and ``off`` were run."""
+    if not has_group(tree, "intervention") or not has_values(group(tree, "intervention")["effect"]):
+        return {}
+    effects = group(tree, "intervention")
+    has_parts = has_values(effects.get("attributed"))
+    shown = {"arms": True, "scales": has_parts, "norm": has_parts}
+    shown |= {"tasks": bool(tasks_of(effects)), "steps": effects.sizes["step"] > 1}
+    return {f"intervention_{show}": partial(intervention, tree, show=show) for show in shown if shown[show]}
 
 
 def _of_relations(tree: xr.DataTree) -> dict[str, Draw]:

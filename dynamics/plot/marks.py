@@ -117,10 +117,14 @@ def gain_limits(gains: xr.Dataset) -> tuple[float, float]:
     return float(reach.min() / 1.15), float(reach.max() * 1.15)
 
 
-def legend_below(axes: Axes) -> None:
+def legend_below(axes: Axes, distance: float = 0.2) -> None:
     """Put the legend below the axes, where it hides no point; entries that several lines share come once, and last.
 
     Names from files are drawn as they are.
+
+    Args:
+        axes: With labelled lines.
+        distance: From the axes, over their height.
     """
     handles, labels = axes.get_legend_handles_labels()
     entries = dict(zip(labels, handles, strict=True))
@@ -129,7 +133,7 @@ def legend_below(axes: Axes) -> None:
         [entries[label] for label in ordered],
         ordered,
         loc="upper center",
-        bbox_to_anchor=(0.5, -0.2),
+        bbox_to_anchor=(0.5, -distance),
         ncols=2 if len(ordered) == 4 else 3,  # a fourth entry would stand alone in a row of three
         columnspacing=1.0,
         handlelength=1.4,

@@ -21,7 +21,7 @@ from dynamics.findings import Finding
 from dynamics.intervention.projection import StepProjection, require_projectable
 from dynamics.recording import Schedule, at_no_step, either, preset_named
 from dynamics.recording.disk_names import disk_names
-from dynamics.recording.recorder import Recorder
+from dynamics.recording.recorder import Recorder, chosen_interventions
 from dynamics.text import some
 from probes.tasks import Task
 from probes.undisturbed import undisturbed
@@ -49,6 +49,11 @@ class DynamicsCallback(TrainerCallback):
         tasks: Held-out probe samples, each a :class:`probes.Task`: with them each captured step also has the Fisher at
             the start of its increment, and the tasks' scores. Samples that are also in the training set are refused,
             where that can be told. A step that takes long has a progress bar, unless ``disable_tqdm``.
+        intervene: Steps at which parts of the update are run on the probe samples, too, to see which of them lower the
+            loss: every so many steps, a list of steps, or a schedule. They are captured. With the default arms such a
+            step takes 28 forward passes over the probe samples and two forward and backward.
+        arms: Which parts, as for :func:`dynamics.counterfactuals`.
+        k: In how many directions, as for :func:`dynamics.counterfactuals`.
         preset: ``"economy"``: spectra of updates and gradient norms; ``"standard"``: spectra of gradients as well;
             ``"full"``: also cosines of consecutive increments, for a second copy of the watched factors.
         every: Capture every so many steps instead of the preset's.
@@ -58,7 +63,8 @@ class DynamicsCallback(TrainerCallback):
         strict: Raise if recording fails.
 
     Raises:
-        ValueError: If the preset is unknown; when training begins, if there is nothing to watch.
+        ValueError: If the preset or an arm is unknown, or ``intervene`` has no tasks; when training begins, if there is
+            nothing to watch.
         RecordsExist: When training begins, if the run has records and the training does not resume.
 
     Example: ``attach`` sends the numbers to every integration of ``report_to``, too::
@@ -74,6 +80,9 @@ class DynamicsCallback(TrainerCallback):
         out_dir: str | PathLike[str],
         tasks: Sequence[Task] | None = None,
         *,
+        intervene: int | Sequence[int] | Schedule | None = None,
+        arms: Sequence[str] | None = None,
+        k: int | Sequence[int] | None = None,
         preset: str = "standard",
         every: int | None = None,
         at: Sequence[int] | None = None,
@@ -81,6 +90,7 @@ class DynamicsCallback(TrainerCallback):
         matrices: str | None = None,
         strict: bool = False,
     ) -> None:
+        chosen_interventions(tasks, intervene, arms, k)  # refused here, not when training begins
         default = preset_named(preset).schedule if every is None and at is None else at_no_step
         self._schedule = default if schedule is None else schedule
         self._out_dir = out_dir
@@ -90,6 +100,9 @@ class DynamicsCallback(TrainerCallback):
             "at": at,
             "matrices": matrices,
             "tasks": tasks,
+            "intervene": intervene,
+            "arms": arms,
+            "k": k,
             "strict": strict,
         }
         self._trainer: Trainer | None = None

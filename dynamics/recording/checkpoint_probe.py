@@ -1,17 +1,21 @@
-"""Records of the Fisher after a training, at its checkpoints, which a function of the user's loads.
+"""Records of the Fisher after a training, at its checkpoints, which a function of the user's loads; and interventions.
 
 Timing is predictive, as during a training: the record of a checkpoint has gradients at the weights of the previous
-checkpoint, and the change between the two. One model is loaded at a time, once for each checkpoint, and its trainable
-parameters are set back for the measurement; those of the previous checkpoint are kept as copies on the host.
+checkpoint, and the change between the two; an intervention adds parts of this change to these weights. One model is
+loaded at a time, once for each checkpoint, and its trainable parameters are set back for the measurement; those of the
+previous checkpoint are kept as copies on the host.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
+import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +24,10 @@ from torch import Tensor, nn
 
 from dynamics.checkpoints import Checkpoint
 from dynamics.findings import Finding
-from dynamics.recording.fisher import FisherProbe
+from dynamics.intervention.sensitivity import sensitivity
+from dynamics.recording.fisher import FisherProbe, Increment, Interventions
 from dynamics.spectra.increments import difference
+from dynamics.text import first_line
 from probes.blocks import trained_parameters
 from probes.low_rank import LowRankMatrix
 from probes.tasks import Task
@@ -39,11 +45,15 @@ class Probed:
     Args:
         fisher: K and b, one record a checkpoint, ascending.
         score: Scores of the tasks that have their own, likewise.
-        findings: Checkpoints that could not be probed, and why.
+        intervention: Effects of parts of the increments, likewise; no first checkpoint has any.
+        sensitivity: Of the last checkpoint's adapters, where it has some and interventions are asked for.
+        findings: Checkpoints that could not be probed or intervened on, and why.
     """
 
     fisher: list[xr.Dataset] = field(default_factory=list)
     score: list[xr.Dataset] = field(default_factory=list)
+    intervention: list[xr.Dataset] = field(default_factory=list)
+    sensitivity: xr.Dataset | None = None
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -86,6 +96,10 @@ def probe_checkpoints(
     load: Loader,
     matrices: Callable[[str], bool] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    interventions: Interventions | None = None,
+    export: Path | None = None,
+    runs: Callable[[int, int], None] = lambda done, total: None,
 ) -> Probed:
     """Return K, b and scores at each checkpoint. A checkpoint that fails is left out, with a finding.
 
@@ -97,27 +111,28 @@ def probe_checkpoints(
         matrices: Whether a block is measured, by its name; by default everything that is trained.
         progress: Called with the number of probe samples measured, all checkpoints counted, and of all; the latter is
             an estimate while a checkpoint may have other tasks.
+        interventions: Versions of each increment that are run, and then the last checkpoint's singular directions;
+            ``None``: none.
+        export: Folder for those of the last increment, each in a folder of its own; ``None``: they are not written.
+        runs: Called with the number of forward passes over samples that interventions made, and of all; an estimate,
+            too.
 
     Returns:
         Records as those of a training. The first checkpoint of each training has K alone, at its own weights.
     """
     probed, before = Probed(), None
-    done, samples, left = 0, 0, len(checkpoints)
-
-    def advance(measured: int, total: int) -> None:
-        nonlocal samples
-        samples = total
-        progress(done + measured, done + total * left)
-
-    progress(0, len(checkpoints))
+    counter = _Counter(progress, len(checkpoints))
+    arms = None
+    if interventions is not None and checkpoints:
+        arms = _Arms(interventions, export, checkpoints[-1], matrices, _Counter(runs, len(checkpoints)))
     for checkpoint in checkpoints:
-        samples = 0
         if before is not None and before.segment != checkpoint.segment:
             before = None
         try:
-            before = _probe(probed, checkpoint, load, matrices, before, advance)
-            done += samples
+            before = _probe(probed, checkpoint, load, matrices, before, counter, arms)
+            counter.next()
         except (Exception, SystemExit) as error:  # a user's function may raise anything
+            counter.next(counts=False)
             probed.findings.append(
                 Finding(
                     "OD411",
@@ -127,9 +142,125 @@ def probe_checkpoints(
                     step=checkpoint.step,
                 )
             )
-        left -= 1
-    progress(max(done, 1), max(done, 1))
+    counter.end()
+    if arms is not None:
+        arms.counter.end()
+        probed.findings += arms.findings(probed)
     return probed
+
+
+class _Counter:
+    """Progress over checkpoints, in a unit of which each has the same number as far as that is not known.
+
+    Args:
+        progress: Called with what is done and what there is.
+        left: Checkpoints to come.
+    """
+
+    def __init__(self, progress: Callable[[int, int], None], left: int) -> None:
+        self._progress, self._left = progress, left
+        self._done = self._present = 0
+        progress(0, left)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._present = total
+        self._progress(self._done + done, self._done + total * self._left)
+
+    def next(self, *, counts: bool = True) -> None:
+        """Go on to the next checkpoint; the present one may not count."""
+        self._done += self._present if counts else 0
+        self._left, self._present = max(1, self._left - 1), 0
+
+    def end(self) -> None:
+        """Have done all."""
+        self._progress(max(self._done, 1), max(self._done, 1))
+
+
+@dataclass
+class _Arms:
+    """Interventions on the increments of a run. One that fails costs no other, and nothing else.
+
+    Args:
+        choice: Versions of each increment.
+        export: Folder for those of the last increment.
+        last: The checkpoint at which it ends.
+        matrices: Whether a block is measured.
+        counter: Progress: the increments, and the last checkpoint's directions.
+        exported: Whether they are written.
+    """
+
+    choice: Interventions
+    export: Path | None
+    last: Checkpoint
+    matrices: Callable[[str], bool] | None
+    counter: _Counter
+    exported: bool = False
+
+    def run(
+        self, probed: Probed, probe: FisherProbe, increment: Increment, checkpoint: Checkpoint, from_step: int
+    ) -> None:
+        """Add the effects of an increment that ends at a checkpoint, and write its versions if it is the last."""
+        with self._forgiven(probed, checkpoint, f"the increment since step {from_step}"):
+            effects = probe.intervene(increment, self.choice, checkpoint.step, from_step, self.counter)
+            probed.intervention.append(effects)
+            self.counter.next()
+            if self.export is not None and checkpoint is self.last:
+                with self._forgiven(probed, checkpoint, "the last increment, to export its parts,"):
+                    probe.export(increment, self.choice, self.export)
+                    self.exported = True
+
+    def rank_directions(self, probed: Probed, model: nn.Module, tasks: Sequence[Task], checkpoint: Checkpoint) -> None:
+        """Add what the singular directions of the last checkpoint's adapters do to the loss."""
+        names = [matrix.name for matrix in find(model).watched if not matrix.is_dense]
+        names = [name for name in names if self.matrices is None or self.matrices(name)]
+        if checkpoint is self.last and names:  # weights trained as they are have no such directions
+            pattern = None if self.matrices is None else "|".join(f"^{re.escape(name)}$" for name in names)
+            with self._forgiven(probed, checkpoint, "the directions of the last adapter"):
+                probed.sensitivity = sensitivity(
+                    model, tasks, matrices=pattern, step=checkpoint.step, progress=self.counter
+                )
+                self.counter.next()
+
+    @contextmanager
+    def _forgiven(self, probed: Probed, checkpoint: Checkpoint, what: str) -> Iterator[None]:
+        """Turn an error inside into a finding."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:  # a user's loss or score may raise anything
+            self.counter.next(counts=False)
+            probed.findings.append(
+                Finding(
+                    "OD415",
+                    f"The intervention on {what} failed ({type(error).__name__}: {first_line(error, 300)}).",
+                    "Its Fisher and the other checkpoints are measured. Correct what the message names and analyse "
+                    "again.",
+                    file=checkpoint.folder.name,
+                    step=checkpoint.step,
+                )
+            )
+
+    def findings(self, probed: Probed) -> list[Finding]:
+        """Return what else is missing: a run without an increment, or without the last one."""
+        missing = any(finding.code == "OD415" for finding in probed.findings)
+        if not probed.intervention and not missing:
+            return [
+                Finding(
+                    "OD415",
+                    "There is no increment to intervene on: none of the checkpoints that could be probed follows "
+                    "another one of the same training.",
+                    "Keep at least two checkpoints, or intervene during training: DynamicsCallback(…, intervene=500).",
+                )
+            ]
+        if self.export is None or self.exported or missing:
+            return []
+        return [
+            Finding(
+                "OD415",
+                f"No part is exported: the last checkpoint, step {self.last.step}, could not be probed, or begins "
+                "another training.",
+                "Correct what the other findings name, or leave that checkpoint out, and analyse again.",
+            )
+        ]
 
 
 def _probe(
@@ -139,6 +270,7 @@ def _probe(
     matrices: Callable[[str], bool] | None,
     before: _State | None,
     progress: Callable[[int, int], None],
+    arms: _Arms | None,
 ) -> _State:
     model, tasks, batch_size, momentum = _loaded(load(str(checkpoint.folder)))
     if not trained_parameters(model):
@@ -153,8 +285,10 @@ def _probe(
         probed.findings += probe.findings()
     if (scores := probe.scores(state.step)) is not None:
         probed.score.append(scores)
+    if arms is not None:
+        arms.rank_directions(probed, model, tasks, checkpoint)
     if before is None:
-        probed.fisher.append(probe.record(state.step, state.step, None, progress=progress))
+        probed.fisher.append(probe.record(probe.measure(None, progress), state.step, state.step))
         return state
     _require_alike(before, state)
     now = _matrices(model)
@@ -162,7 +296,10 @@ def _probe(
     with probe.at_start():
         earlier = _matrices(model)
     changes = {name: _change(matrix, earlier[name]) for name, matrix in now.items()}
-    probed.fisher.append(probe.record(state.step, before.step, changes, momentum, progress))
+    increment = probe.measure(changes, progress)
+    probed.fisher.append(probe.record(increment, state.step, before.step, momentum))
+    if arms is not None:
+        arms.run(probed, probe, increment, checkpoint, before.step)
     return state
 
 

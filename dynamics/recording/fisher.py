@@ -1,7 +1,8 @@
-"""Records of the Fisher of a model in training, and of its scores, on held-out probe samples.
+"""Records of the Fisher of a model in training, of its scores, and of interventions, on held-out probe samples.
 
 Timing is predictive: gradients are taken at the weights where the increment began, to which all trainable parameters
-are set for the moment, and multiplied with the increment that the optimizer then made. The training is not affected.
+are set for the moment, and multiplied with the increment that the optimizer then made. Interventions begin there, too:
+parts of the increment are added to these weights. The training is not affected.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +21,9 @@ from torch import Tensor, nn
 
 from dynamics import schema
 from dynamics.findings import Finding
+from dynamics.intervention.counterfactuals import ARMS, Counterfactuals, chosen_arms, chosen_k, counterfactuals
+from dynamics.intervention.dataset import intervene
+from dynamics.text import some
 from probes.blocks import trained_parameters
 from probes.gram import ProbeGram, gradient_gram
 from probes.scores import Score, evaluate
@@ -39,6 +45,44 @@ def record_bytes(blocks: int, samples: int) -> int:
     14708736
     """
     return blocks * samples * (samples + 1) // 2 * 4
+
+
+@dataclass(frozen=True)
+class Interventions:
+    """Which versions of an increment are run, see :func:`dynamics.counterfactuals`.
+
+    Args:
+        arms: By name; ``full`` is always among them.
+        k: Numbers of directions, the headline's first; ``None`` for its default.
+
+    Raises:
+        ValueError: If an arm is unknown, or a k is less than 1.
+
+    >>> Interventions(("on",), 4)
+    Interventions(arms=('full', 'on', 'off'), k=(4,))
+    """
+
+    arms: Sequence[str] = ARMS
+    k: int | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arms", chosen_arms(self.arms))
+        if self.k is not None:
+            object.__setattr__(self, "k", chosen_k(self.k))
+
+
+class Increment(NamedTuple):
+    """An increment and the gradients at its start.
+
+    Args:
+        gram: K, and b of the increment, with the samples' labels.
+        changes: Block → its change; ``None`` for K alone.
+        unknown: Blocks whose change is unknown.
+    """
+
+    gram: ProbeGram
+    changes: Mapping[str, Matrix] | None
+    unknown: tuple[str, ...]
 
 
 class FisherProbe:
@@ -179,29 +223,19 @@ class FisherProbe:
         ended = [[*column] for column in zip(*self._ended, strict=True)] or [[], []]
         return swapped([*self._trained.values(), *ended[0]], [*self._before.values(), *ended[1]])
 
-    def record(
+    def measure(
         self,
-        step: int,
-        evaluated_at: int,
         increments: Mapping[str, Matrix] | None,
-        momentum: float = math.nan,
         progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> xr.Dataset:
-        """Return the record of K and b of the increment that ends at this step, at the weights where it began.
+    ) -> Increment:
+        """Return K, and b of the increment that ends now, at the weights where it began.
 
         Args:
-            step: The captured step.
-            evaluated_at: The captured step before.
-            increments: Watched matrix → its change between the two; ``None`` for K alone.
-            momentum: Momentum of the optimizer, see :func:`momentum_of`; NaN if unknown.
+            increments: Watched matrix → its change since then; ``None`` for K alone.
             progress: Called with the number of probe samples measured, and of all.
-
-        Returns:
-            As :func:`fisher_record`. A sample whose loss or gradient is not finite has NaN, and so has the update of a
-            block whose change is unknown.
         """
         changes = None if increments is None else self._of_blocks({**self._changes(), **increments})
-        unknown = self._of_blocks(dict.fromkeys({*self._matrices, *self._others} - set(changes or ())))
+        unknown = dict.fromkeys({*self._matrices, *self._others} - set(changes)) if changes is not None else {}
         with torch.enable_grad(), self.at_start():
             gram = gradient_gram(
                 self._model,
@@ -212,15 +246,90 @@ class FisherProbe:
                 update=changes,
                 skip_broken=True,
             )
+        present = np.setdiff1d(np.arange(self._samples), gram.left_out).tolist()
+        tasks, groups, names = ([column[row] for row in present] for column in self._labels.values())
+        gram = replace(gram, tasks=tasks, groups=groups, sample_ids=names)
+        return Increment(gram, changes, tuple(sorted(self._of_blocks(unknown))))
+
+    def record(self, increment: Increment, step: int, evaluated_at: int, momentum: float = math.nan) -> xr.Dataset:
+        """Return the record of K and b.
+
+        Args:
+            increment: As measured.
+            step: The captured step, at which it ends.
+            evaluated_at: The captured step before, at which it began.
+            momentum: Momentum of the optimizer, see :func:`momentum_of`; NaN if unknown.
+
+        Returns:
+            As :func:`fisher_record`. A sample whose loss or gradient is not finite has NaN, and so has the update of a
+            block whose change is unknown.
+        """
         return fisher_record(
-            gram,
+            increment.gram,
             step,
             evaluated_at,
             self._labels,
             batch_size=self._batch_size,
             reduction=_reduction(self._tasks),
-            unknown=unknown if increments is not None else (),
+            unknown=increment.unknown,
             momentum=momentum,
+        )
+
+    def intervene(
+        self,
+        increment: Increment,
+        choice: Interventions,
+        step: int,
+        evaluated_at: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> xr.Dataset:
+        """Return what versions of the increment do to the losses: the record of :func:`dynamics.intervene`.
+
+        Meanwhile memory holds the present weights beside those of the start, and each part along gradients of one fold
+        as an adapter of twice the rank in single precision.
+
+        Args:
+            increment: As measured.
+            choice: Which versions.
+            step, evaluated_at: As for :meth:`record`; the latter is the coordinate ``from_step``.
+            progress: Called with the number of forward passes over samples made, and of all.
+
+        Raises:
+            ValueError: If the increment is not wholly known or cannot be taken apart.
+        """
+        with self.at_start():
+            arms = self._counterfactuals(increment, choice)
+            effects = intervene(self._model, self._tasks, arms, step=step, progress=progress)
+        return effects.assign_coords(from_step=("step", np.array([evaluated_at], dtype=np.int64)))
+
+    def export(self, increment: Increment, choice: Interventions, folder: Path) -> list[Path]:
+        """Write each version of the increment, added to the weights where it began, into a folder of its own.
+
+        Args:
+            increment: As measured.
+            choice: Which versions; ``matched`` is a pair for scoring, and no adapter.
+            folder: It gets a folder for each arm, see :func:`dynamics.intervention.export.save_arm`.
+
+        Raises:
+            ValueError: If the increment is not wholly known, or an arm does not fit into an adapter.
+            OSError: If a folder cannot be written.
+        """
+        with self.at_start():
+            arms = self._counterfactuals(increment, choice)
+            names = [arm for arm in arms.names if arm != "matched"]
+            folders = [arms.save(folder / arm.replace(":", "_").replace("/", "_"), arm) for arm in names]
+            arms.whole.release()
+        return folders
+
+    def _counterfactuals(self, increment: Increment, choice: Interventions) -> Counterfactuals:
+        if increment.changes is None or increment.unknown:
+            lacking = some(increment.unknown) if increment.unknown else "any matrix"
+            raise ValueError(
+                f"Expected the whole increment, got none of {lacking}. Intervene at a later step: the change is known "
+                "from one captured step to the next."
+            )
+        return counterfactuals(
+            self._model, self._tasks, increment.gram, increment.changes, k=choice.k, arms=choice.arms
         )
 
     def _counted(self, progress: Callable[[int, int], None]) -> Iterator[ProbeBatch]:

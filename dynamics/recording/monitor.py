@@ -14,7 +14,7 @@ from torch import nn
 from dynamics.findings import Finding
 from dynamics.fisher.concentration import energy_share
 from dynamics.fisher.spectrum import fisher_eigenvectors, fisher_entropy
-from dynamics.schema import GLOBAL
+from dynamics.schema import ALL, GLOBAL
 from dynamics.spectra.dataset import parts_of_sums
 from dynamics.spectra.findings import NAMED
 from dynamics.spectra.measures import dominant_ratio, effective_rank
@@ -312,4 +312,23 @@ def fisher_numbers(record: xr.Dataset | None) -> dict[str, float]:
         "fisher/dominant_ratio": float(values[0, 0]) / total if total > 0 else math.nan,
         f"fisher/captured_{LEADING}": float(energy_share(values, vectors, product, norm, [LEADING])[0, 0]),
     }
+    return {name: number for name, number in numbers.items() if math.isfinite(number)}
+
+
+def intervention_numbers(record: xr.Dataset | None) -> dict[str, float]:
+    """Return by how much the update, its part in leading directions and the rest lower the loss, over all tasks.
+
+    Unknown ones are left out. For watching a training, not for conclusions: intervals are in the result.
+
+    Args:
+        record: The group ``intervention`` of one step; ``None`` gives no numbers.
+
+    Returns:
+        ``intervention/{full,on,off}``.
+    """
+    if record is None:
+        return {}
+    effects = record["effect"].isel(step=0, k=int(record["headline"].values[0].argmax())).sel(scale=1.0, task=ALL)
+    arms = [arm for arm in ("full", "on", "off") if arm in effects["arm"].values]
+    numbers = {f"intervention/{arm}": float(effects.sel(arm=arm)) for arm in arms}
     return {name: number for name, number in numbers.items() if math.isfinite(number)}

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,20 @@ import xarray as xr
 from torch import Tensor, nn
 
 from dynamics.findings import Finding
-from dynamics.recording import Schedule, preset_named
+from dynamics.intervention.counterfactuals import ARMS
+from dynamics.recording import Schedule, at_no_step, either, preset_named
 from dynamics.recording.changes import BaseWeights, Change, ModelState, change_between
-from dynamics.recording.fisher import FisherProbe, momentum_of
+from dynamics.recording.fisher import FisherProbe, Interventions, momentum_of
 from dynamics.recording.live import LiveSpectra
 from dynamics.recording.monitor import (
     findings_on_model,
     findings_on_resuming,
     fisher_numbers,
+    intervention_numbers,
     update_numbers,
     watched_or_refused,
 )
-from dynamics.recording.schedules import schedule_of
+from dynamics.recording.schedules import chosen_steps, schedule_of
 from dynamics.recording.writer import Records, earlier_records, refuse_other_weights, store_path
 from dynamics.spectra import raw
 from dynamics.spectra.raw import GradientSpectrum
@@ -96,14 +98,21 @@ class Recorder:
             scores of tasks that have one; one forward-backward pass over all probe samples a captured step. Where K
             of every block would take more than 64 MiB a record, it holds only that of all together, and a warning says
             so; choose ``matrices`` (``"."``: all) to record theirs as well.
+        intervene: Steps at which parts of the increment are run on the probe samples, too, to see which of them lower
+            the loss: every so many steps, a list of steps, or a schedule. These steps are captured. With the default
+            arms such a step takes 28 forward passes over the probe samples and two forward and backward.
+        arms: Which parts, as for :func:`dynamics.counterfactuals`; only with ``intervene``.
+        k: In how many directions, likewise.
         batch_size: Samples that the optimizer sees in one step, over all processes and accumulated; for the null of
             concentration. 0: unknown.
         notes: Findings about the whole training, kept with its records.
         strict: Raise if recording fails, instead of one warning and a gap in the records.
-        progress: Called with the number of probe samples measured at a captured step, and of all.
+        progress: Called with the number of probe samples measured at a captured step, and of all; then, if it is
+            intervened on, with the number of forward passes over samples.
 
     Raises:
-        ValueError: If there is nothing to watch, or the preset, the schedule or the regular expression is invalid.
+        ValueError: If there is nothing to watch, or the preset, the schedule or the regular expression is invalid; if
+            there is something to intervene with but no tasks, or an arm is unknown.
         RecordsExist: If the run has records already and does not resume, or resumes from other weights than recorded.
         OSError: If the records cannot be written at the start; later failures only raise with ``strict``.
 
@@ -133,6 +142,9 @@ class Recorder:
         gradients: bool = True,
         disk_names: Mapping[str, Any] | Callable[[Sequence[str]], Mapping[str, Any]] | None = None,
         tasks: Sequence[Task] | None = None,
+        intervene: int | Sequence[int] | Schedule | None = None,
+        arms: Sequence[str] | None = None,
+        k: int | Sequence[int] | None = None,
         batch_size: int = 0,
         notes: Sequence[Finding] = (),
         strict: bool = False,
@@ -140,6 +152,9 @@ class Recorder:
     ) -> None:
         self.preset = preset_named(preset)
         self._schedule = schedule_of(self.preset, interval=every, steps=at, schedule=schedule)
+        self._intervenes, self._interventions = chosen_interventions(tasks, intervene, arms, k)
+        if intervene is not None:
+            self._schedule = either(self._schedule, self._intervenes)
         watched = watched_or_refused(model, matrices)
         self._leads = not _distributed() or dist.get_rank() == 0
         self._takes_part = self._leads or any(is_sharded(p) for matrix in watched.watched for p in matrix.sources)
@@ -156,9 +171,10 @@ class Recorder:
             warnings.warn(str(finding), UserWarning, stacklevel=2)
         self._momentum = math.nan
         self.scalars: dict[str, float] = {}
-        name = None if schedule is None else getattr(schedule, "__qualname__", type(schedule).__name__)
-        choices = {"every": every, "at": None if at is None else list(map(int, at)), "schedule": name}
+        choices = {"every": every, "at": None if at is None else list(map(int, at)), "schedule": _named(schedule)}
         configuration = {"preset": preset, **choices, "matrices": matrices, "gradients": gradients}
+        if intervene is not None:
+            configuration |= {"intervene": _named(intervene), **asdict(self._interventions)}
         self._disk_names = disk_names if callable(disk_names) else lambda _: disk_names or {}
         content = {"disk_names": self._named(watched), "covered_share": watched.covered_share}
         self._open(Path(run), [*probe_findings, *notes], resume_from, warmup_steps, encodable(configuration), content)
@@ -310,6 +326,7 @@ class Recorder:
                 numbers = update_numbers(update, gradient)
                 with self._forgiven(step):
                     numbers |= fisher_numbers(probed.get("fisher"))
+                    numbers |= intervention_numbers(probed.get("intervention"))
                 self._records.write(step, update, gradient, probed)
                 written, self.scalars = True, numbers
                 self._advance(step)
@@ -411,9 +428,12 @@ class Recorder:
         groups: dict[str, xr.Dataset | None] = {}
         if self._probe is not None and self._from_step >= 0 and not self._lost_start:
             with self._forgiven(step):
-                groups["fisher"] = self._probe.record(
-                    step, self._from_step, self._live.increments(), self._momentum, self._progress
-                )
+                increment = self._probe.measure(self._live.increments(), self._progress)
+                groups["fisher"] = self._probe.record(increment, step, self._from_step, self._momentum)
+                if self._intervenes(step):
+                    groups["intervention"] = self._probe.intervene(
+                        increment, self._interventions, step, self._from_step, self._progress
+                    )
         if self._probe is not None:
             with self._forgiven(step):
                 groups["score"] = self._probe.scores(step)
@@ -517,6 +537,36 @@ class Recorder:
                 raise
             if self._records is not None:
                 self._records.gap(step, f"{type(error).__name__}: {error}")
+
+
+def chosen_interventions(
+    tasks: Sequence[Task] | None,
+    intervene: int | Sequence[int] | Schedule | None,
+    arms: Sequence[str] | None,
+    k: int | Sequence[int] | None,
+) -> tuple[Schedule, Interventions]:
+    """Return at which steps to intervene, and with what; see :class:`Recorder`.
+
+    Raises:
+        ValueError: If there are no tasks for it, or a choice is invalid.
+    """
+    if intervene is None:
+        if arms is not None or k is not None:
+            raise ValueError("Expected intervene with arms and k, got none. Pass intervene=500, or a list of steps.")
+        return at_no_step, Interventions()
+    if not tasks:
+        raise ValueError(
+            "Expected tasks with intervene, got none: their samples show what a part of an update does. Pass "
+            "tasks=[probes.Task(…)]."
+        )
+    return chosen_steps(intervene), Interventions(ARMS if arms is None else arms, k)
+
+
+def _named(choice: Any) -> Any:
+    """Return a choice as a record notes it: a schedule by its name."""
+    if callable(choice):
+        return getattr(choice, "__qualname__", type(choice).__name__)
+    return list(map(int, choice)) if isinstance(choice, Sequence) else choice and int(choice)
 
 
 def _end_earlier(run: Path, *, resumes: bool) -> None:

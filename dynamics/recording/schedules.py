@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from numbers import Integral
+from typing import TypeAlias, TypeGuard
 
 #: From an optimizer step (``global_step`` after the update, from 1) to whether it is captured.
 Schedule: TypeAlias = Callable[[int], bool]
@@ -88,6 +89,32 @@ def either(*schedules: Schedule) -> Schedule:
     [1, 5, 10]
     """
     return lambda step: any(schedule(step) for schedule in schedules)
+
+
+def chosen_steps(choice: int | Sequence[int] | Schedule) -> Schedule:
+    """Return a schedule of every so many steps, of these steps, or the schedule itself.
+
+    Raises:
+        ValueError: If it is none of these.
+
+    >>> (
+    ...     [step for step in range(1, 10) if chosen_steps(4)(step)],
+    ...     [step for step in range(1, 10) if chosen_steps([7])(step)],
+    ... )
+    ([4, 8], [7])
+    """
+    if callable(choice):
+        return choice
+    if _is_whole(choice):
+        return every(int(choice))
+    if isinstance(choice, Sequence) and all(map(_is_whole, choice)):
+        return at(*map(int, choice))
+    raise ValueError(f"Expected an interval in steps, a list of steps or a schedule, got {choice!r}.")
+
+
+def _is_whole(number: object) -> TypeGuard[int]:
+    """Return whether it is a whole number, numpy's too, and no truth value."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 @dataclass(frozen=True)

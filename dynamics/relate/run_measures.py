@@ -24,12 +24,15 @@ _OF_FISHER = (HEADLINE, "spectral_entropy", "dominant_ratio")
 _OF_UPDATES = ("effective_rank_energy", "stable_rank", "entropy_deficit", "frobenius_norm")
 #: Kinds of update that have them.
 _KINDS = ("increment", "total")
+#: Of the effect of an update, all samples together, at the headline's k: what its part in the leading directions does.
+_OF_INTERVENTIONS = ("share", "relative_excess")
 #: Stands for the headline where no run has a Fisher.
 UPDATE_HEADLINE = f"increment/{HEADLINE}"
 #: Every measure that can be related.
 MEASURES = (
     *_OF_FISHER,
     f"ln_gain_{GAIN_AT}",
+    *(f"intervention/{name}" for name in _OF_INTERVENTIONS),
     *(f"{kind}/{name}" for kind in _KINDS for name in (*_OF_UPDATES, HEADLINE)),
 )
 
@@ -48,10 +51,13 @@ class Related:
 
 
 def measures_of_run(tree: xr.DataTree) -> xr.Dataset:
-    """Return the measures of one run that can be related, ``(step)`` each: of Fisher, concentration and updates.
+    """Return the measures of one run that can be related, ``(step)`` each: of Fisher, concentration, parts and updates.
 
-    ``ln_participation_ratio``, ``spectral_entropy``, ``dominant_ratio`` of the Fisher; ``ln_gain_16``; and medians over
-    matrices of increments and totals (``increment/effective_rank_energy``, …).
+    ``ln_participation_ratio``, ``spectral_entropy``, ``dominant_ratio`` of the Fisher; ``ln_gain_16``; medians over
+    matrices of increments and totals (``increment/effective_rank_energy``, …). Of each update that was taken apart, at
+    the headline's k and of all samples: ``intervention/share``, the share s = φ/D(full) of the effect that its leading
+    part has, NaN where the effect is not resolved or the parts have no shares, and ``intervention/relative_excess``,
+    T/D(full), NaN where it is not resolved.
     """
     measures: dict[str, xr.DataArray] = {}
     if "fisher" in tree.children and GLOBAL in tree["fisher"].to_dataset()["block"].values:
@@ -61,6 +67,13 @@ def measures_of_run(tree: xr.DataTree) -> xr.Dataset:
         concentration = tree["concentration"].to_dataset().sel(block=GLOBAL)
         if GAIN_AT in concentration["k"].values and "ln_gain" in concentration:
             measures[f"ln_gain_{GAIN_AT}"] = concentration["ln_gain"].sel(k=GAIN_AT)
+    if "intervention" in tree.children:
+        group = tree["intervention"].to_dataset()
+        at_headline = group.sel(task=ALL).where(group["headline"] == 1)
+        # Of a step only the headline's k is left, so the largest is its.
+        measures |= {
+            f"intervention/{name}": at_headline[name].max("k") for name in _OF_INTERVENTIONS if name in at_headline
+        }
     medians = tree["summary"].to_dataset().sel(quantile=0.5)
     for kind in _KINDS:
         of_kind = medians.sel(kind=kind)
@@ -120,7 +133,30 @@ def relate_runs(
         comparison = compare(measures, by_label, headline=chosen)
         groups["comparison"] = comparison
         findings += findings_of(comparison)
+    if groups:
+        findings += _directions(runs)
     return Related(groups, findings)
+
+
+def _directions(runs: Mapping[str, xr.DataTree]) -> list[Finding]:
+    """Return a finding where parts of updates have different numbers of directions in them."""
+    k: dict[str, list[int]] = {}
+    for name, tree in runs.items():
+        if "intervention" in tree.children:
+            headline = tree["intervention"].to_dataset()["headline"]
+            k[name] = headline["k"].values[(headline == 1).any("step").values].tolist()
+    numbers = sorted({count for counts in k.values() for count in counts})
+    if len(numbers) < 2:
+        return []
+    return [
+        Finding(
+            "OD516",
+            f"Updates were taken apart along different numbers of directions ({', '.join(map(str, numbers))}). More "
+            "directions hold more of an update and of its effect, so shares cannot be compared between them.",
+            "Intervene with the same k in all runs.",
+            evidence={"k": k},
+        )
+    ]
 
 
 def _associated(

@@ -46,8 +46,8 @@ FALSE_REPORTS = "7 % (6 runs) to 13 % (12 runs)"
 #: Variables of an update that are defined beside the measures.
 _SIZES = ("frobenius_norm", "path_length", "increment_cosine", "suggested_rank")
 _OF_THE_GRADIENT = ("norm_before_clip", "norm_after_clip", "singular_value", "frobenius_norm")
-#: Variables of the section on informative directions, by group.
-_OF_THE_FISHER = {
+#: Variables of the sections on informative directions and on interventions, by group.
+_OF_DIRECTIONS = {
     "fisher": (
         "eigenvalue",
         "spectral_entropy",
@@ -81,6 +81,7 @@ _OF_THE_FISHER = {
         "divergence_normalised",
         "divergence_null_high",
     ),
+    "intervention": ("effect", "captured", "interaction", "attributed", "excess", "excess_p", "share", "efficiency"),
 }
 
 
@@ -237,6 +238,8 @@ def _run(
         "name": name,
         "summary": summary,
         "informative_directions": sentences.informative_directions(summary),
+        "does_it_matter": sentences.does_it_matter(summary),
+        "does_it_matter_in_short": sentences.does_it_matter_in_short(summary),
         "answers": sentences.answers(summary),
         "which_matrices": sentences.which_matrices(summary),
         "analysed": sentences.what_was_analysed(summary),
@@ -312,7 +315,7 @@ def _definitions(tree: xr.DataTree) -> list[dict[str, str]]:
     }
     if "gradient" in tree.children:
         tables["gradient/"] = (tree["gradient"].to_dataset(), _OF_THE_GRADIENT)
-    for name, variables in _OF_THE_FISHER.items():
+    for name, variables in _OF_DIRECTIONS.items():
         if name in tree.children:
             tables[f"{name}/"] = (tree[name].to_dataset(), variables)
     keys = ("long_name", "units", "definition", "reference")

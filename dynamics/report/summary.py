@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from dynamics.report.interventions import intervention_summary
 from dynamics.schema import ALL, FISHER_GROUPS, GLOBAL, last_step_with
 from dynamics.spectra.dataset import parts_of_sums
 from dynamics.text import finite, integer
@@ -59,6 +60,7 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         - ``captured``: ``None``, or how many ``steps`` were recorded in training and how many ``checkpoints`` read;
         - ``gradient``: ``None``, or medians over matrices at the last ``step`` at which gradients were recorded;
         - ``fisher``: ``None``, or informative directions, the update in them, and tasks, see ``fisher_summary``;
+        - ``intervention``: ``None``, or what the parts of the last update do to the loss, see ``intervention_summary``;
         - ``path``: ``None``, or the shape of the newest training's path through its checkpoints;
         - ``base``: ``None``, or medians over matrices of updates beside the weights they changed, and how many
           ``matrices`` could be compared;
@@ -92,6 +94,7 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         "captured": _recorded(tree),
         "gradient": _gradient(tree),
         "fisher": fisher_summary(tree),
+        "intervention": intervention_summary(tree),
         "path": _path(tree),
         "base": _base(tree),
         **_related(tree),

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynamics.findings import FindingGroup, grouped, location
-from dynamics.report.sentences import answers, informative_directions, what_was_analysed
+from dynamics.report.sentences import answers, does_it_matter, informative_directions, what_was_analysed
 from dynamics.text import counted, number, one_line, percent
 
 #: Rows of the table: what fits a screen together with the findings.
@@ -46,7 +46,7 @@ def _one_run(name: str, summary: Mapping[str, Any]) -> list[RenderableType]:
     return [
         head,
         *map(_text, answers(summary)),
-        *_paragraphs(informative_directions(summary)),
+        *_paragraphs([*informative_directions(summary), *does_it_matter(summary)]),
         *_statements(summary),
         Text(),
         _table(summary),

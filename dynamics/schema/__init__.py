@@ -15,7 +15,13 @@ from dynamics.schema.fisher_groups import (
     SAMPLE_LABELS,
     TASKS,
 )
-from dynamics.schema.intervention_groups import INTERVENTION, INTERVENTION_GROUPS, SENSITIVITY
+from dynamics.schema.intervention_groups import (
+    INTERVENTION,
+    INTERVENTION_AXES,
+    INTERVENTION_FLAGS,
+    INTERVENTION_GROUPS,
+    SENSITIVITY,
+)
 from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_DIRECTION
 from dynamics.schema.update_groups import (
     BASE,
@@ -56,6 +62,8 @@ __all__ = [
     "GLOBAL",
     "GRADIENT",
     "INTERVENTION",
+    "INTERVENTION_AXES",
+    "INTERVENTION_FLAGS",
     "INTERVENTION_GROUPS",
     "KINDS",
     "LOG_COORDINATES",

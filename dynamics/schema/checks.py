@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache
 
 import numpy as np
 import xarray as xr
 
 from dynamics.schema.fisher_groups import ALL, FISHER_GROUPS, SAMPLE_LABELS
-from dynamics.schema.intervention_groups import INTERVENTION_GROUPS
+from dynamics.schema.intervention_groups import INTERVENTION_AXES, INTERVENTION_FLAGS, INTERVENTION_GROUPS
 from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE
 from dynamics.schema.update_groups import BOUNDS, GRADIENT, MEASURES, NULL, OF_CHECKPOINTS, UPDATE, UPDATE_COORDINATES
 from dynamics.schema.variable import DECOMPOSITIONS, KINDS, Variable
@@ -101,8 +101,11 @@ def _problems(tree: xr.DataTree) -> Iterator[str]:
             yield from _variable_problems(f"/{name}", dataset, variables, complete=True)
             yield from _fisher_problems(f"/{name}", dataset)
     for name, variables in INTERVENTION_GROUPS.items():
-        if name in tree.children:
-            yield from _variable_problems(f"/{name}", tree[name].to_dataset(), variables, complete=True)
+        if name in tree.children:  # an intervention lacks what an arm that was not run would give
+            complete = name != "intervention"
+            yield from _variable_problems(f"/{name}", tree[name].to_dataset(), variables, complete=complete)
+    if "intervention" in tree.children:
+        yield from _intervention_problems(tree["intervention"].to_dataset())
     for name, dims in OF_CHECKPOINTS.items():
         if name in tree.children:
             yield from _dimension_problems(f"/{name}", tree[name].to_dataset(), dims)
@@ -124,6 +127,26 @@ def _fisher_problems(group: str, dataset: xr.Dataset) -> Iterator[str]:
         yield f"{group} lacks the coordinate 'evaluated_at_step'"
     if "task" in dataset.dims and ALL not in dataset["task"].values:
         yield f"{group} lacks the task {ALL!r}"
+
+
+def _intervention_problems(dataset: xr.Dataset) -> Iterator[str]:
+    axes = ("step", *INTERVENTION_AXES)
+    yield from (f"/intervention lacks the coordinate {name!r}" for name in axes if name not in dataset.indexes)
+    yield from (
+        f"/intervention has the coordinate {name!r} on {dataset[name].dims}, expected step"
+        for name in ("from_step", "recorded")
+        if name in dataset.coords and dataset[name].dims != ("step",)
+    )
+    for name in ("effect", "norm", "headline"):
+        if name not in dataset:
+            yield f"/intervention lacks {name!r}"
+    for name in INTERVENTION_FLAGS:
+        if name in dataset and dataset[name].dtype != bool:
+            yield f"/intervention/{name} is {dataset[name].dtype}, expected bool"
+    if any(not index.is_unique for index in dataset.indexes.values()):
+        yield "/intervention names a step, an arm, a k, a scale or a task twice"
+    elif "task" in dataset.indexes and ALL not in dataset["task"].values:
+        yield f"/intervention lacks the task {ALL!r}"
 
 
 def last_step_with(array: xr.DataArray) -> int:
@@ -237,14 +260,16 @@ def _spectrum_problems(update: xr.Dataset) -> Iterator[str]:
 _FORMATS = ("F64", "F32", "BF16", "F16")
 _SPACES = ("tangent", "factor", "weight")
 _COUNTS = ("count", "factor_rank", "decomposition")
-_TEXTS = ("kind", "matrix", "role", "stack", "storage", "block", "task", *SAMPLE_LABELS)
+_TEXTS = ("kind", "matrix", "role", "stack", "storage", "block", "task", "arm", *SAMPLE_LABELS)
+#: Coordinates that are not whole numbers.
+_REAL = ("scale",)
 #: No training has as many steps, no matrix as many rows.
 _LARGEST_INTEGER = 10**12
 #: Chance is drawn from factors of that many columns, at the cost of its square; no adapter comes near.
 _LARGEST_RANK = 4096
 #: Beyond, sums of squares are not numbers any more.
 _LARGEST_NUMBER = 1e100
-_SMALLEST = {"from_step": -1, "layer": -1, "out": 1, "in": 1}
+_SMALLEST = {"from_step": -1, "layer": -1, "out": 1, "in": 1, "k": 1}
 
 
 def check_record(
@@ -277,10 +302,8 @@ def _record_problems(dataset: xr.Dataset, variables: Mapping[str, Variable]) -> 
         if name not in dataset.variables or dataset.variables[name].dims != expected:
             yield f"lacks {name!r} with the dimensions {expected}"
     for name in dims:
-        text, whole = name in _TEXTS, name in _COUNTS or name not in variables
-        wanted = "text" if text else "whole numbers of 64 bits" if whole else "numbers"
-        dtype = dataset.variables[name].dtype
-        if not (dtype.kind == "U" if text else dtype == np.int64 if whole else dtype.kind == "f"):
+        wanted, fits = _expected_format(name, is_coordinate=name not in variables)
+        if not fits(dataset.variables[name].dtype):
             yield f"holds no {wanted} in {name!r}"
     if dataset.sizes["step"] != 1:
         yield "is not of one step"
@@ -292,7 +315,7 @@ def _record_problems(dataset: xr.Dataset, variables: Mapping[str, Variable]) -> 
             least = _SMALLEST.get(name, 0)
             if not (least <= int(values.min()) and int(values.max()) < _LARGEST_INTEGER):
                 yield f"has a number in {name!r} that is not from {least} to {_LARGEST_INTEGER - 1}"
-    for axis in ("matrix", "block", "task"):
+    for axis in ("matrix", "block", "task", "arm"):
         names = dataset.variables[axis].values.tolist() if axis in dims else []
         if len(set(names)) < len(names):
             yield f"has two {'matrices' if axis == 'matrix' else axis + 's'} of one name"
@@ -306,7 +329,7 @@ def _record_problems(dataset: xr.Dataset, variables: Mapping[str, Variable]) -> 
     if "storage" in dims and not set(dataset.variables["storage"].values.tolist()) <= set(_FORMATS):
         yield f"is stored in a format that is none of {', '.join(_FORMATS)}"
     yield from _recorded_spectrum_problems(dataset, variables) if "singular_value" in variables else ()
-    for name in (name for name in variables if name not in _COUNTS):
+    for name in (name for name in variables if name not in (*_COUNTS, *INTERVENTION_FLAGS)):
         numbers = dataset.variables[name].values.astype(np.float64)
         least = 0.0 if "singular_value" in variables and name != "inner_product" else -_LARGEST_NUMBER
         # A gradient that is not finite has a norm that says so.
@@ -314,6 +337,18 @@ def _record_problems(dataset: xr.Dataset, variables: Mapping[str, Variable]) -> 
         if not (allowed | (np.isposinf(numbers) & name.startswith("norm"))).all():
             yield f"has a number in {name!r} that is not from {least:g} to {_LARGEST_NUMBER:g}"
     yield from _recorded_gram_problems(dataset) if "gram" in variables else ()
+    yield from _recorded_intervention_problems(dataset) if "effect" in variables else ()
+
+
+def _expected_format(name: str, *, is_coordinate: bool) -> tuple[str, Callable[[np.dtype], bool]]:
+    """Return what a coordinate or variable of a record holds, in words, and whether a format is one for it."""
+    if name in _TEXTS:
+        return "text", lambda dtype: dtype.kind == "U"
+    if name in INTERVENTION_FLAGS:
+        return "truth values", lambda dtype: dtype.kind == "b"
+    if name in _COUNTS or (is_coordinate and name not in _REAL):
+        return "whole numbers of 64 bits", lambda dtype: dtype == np.int64
+    return "numbers", lambda dtype: dtype.kind == "f"
 
 
 def _record_dimensions(variables: Mapping[str, Variable]) -> dict[str, tuple[str, ...]]:
@@ -326,6 +361,8 @@ def _record_dimensions(variables: Mapping[str, Variable]) -> dict[str, tuple[str
         per_kind = "kind" in variables["count"].dims
         coordinates |= {name: (name,) for name in ("matrix", "index", *(["kind"] if per_kind else []))}
         coordinates |= {name: (dim,) for name, dim in UPDATE_COORDINATES.items() if per_kind or dim != "step"}
+    elif "effect" in variables:
+        coordinates |= {"from_step": ("step",), **{name: (name,) for name in INTERVENTION_AXES}}
     else:
         coordinates["task"] = ("task",)
     return coordinates | {name: variable.dims for name, variable in variables.items()}
@@ -376,3 +413,22 @@ def _recorded_gram_problems(dataset: xr.Dataset) -> Iterator[str]:
         yield "has a K that is no Gram matrix"
     elif (np.linalg.eigvalsh(k) < -1e-4 * size[..., None] * k.shape[-1]).any():
         yield "has a K with a negative eigenvalue"
+
+
+def _recorded_intervention_problems(dataset: xr.Dataset) -> Iterator[str]:
+    scales = dataset["scale"].values
+    if not (np.isfinite(scales) & (scales > 0)).all() or any(
+        len(np.unique(dataset[name].values)) < dataset.sizes[name] for name in ("k", "scale")
+    ):
+        yield "has a k or a scale twice, or a scale that is not above 0"
+    if ALL not in dataset["task"].values or "full" not in dataset["arm"].values:
+        yield f"lacks the task {ALL!r} or the arm 'full'"
+    if 1.0 not in scales:
+        yield "lacks the scale 1"
+    if dataset.attrs.get("space") not in _SPACES:
+        yield "does not say its space"
+    if not all(type(dataset.attrs.get(name)) is int for name in ("splits", "groups", "samples")):
+        yield "does not say its splits, groups and samples"
+    for name in ("share_outside_space", "norm_deviation", "repeat_deviation"):
+        if type(dataset.attrs.get(name)) not in (int, float, type(None)):
+            yield f"has a {name!r} that is no number"

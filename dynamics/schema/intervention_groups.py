@@ -6,10 +6,13 @@ from collections.abc import Mapping
 
 from dynamics.schema.variable import Variable
 
+#: Dimensions of the group beside ``step``, each with a coordinate.
+INTERVENTION_AXES = ("arm", "k", "scale", "task")
+#: Variables that are true or false; false, too, where nothing was run.
+INTERVENTION_FLAGS = ("resolved", "separable", "headline")
 _REFERENCE = "Song, Ahn & Yun 2025, arXiv 2405.16002"
 _PER_ARM = ("step", "arm", "k", "scale", "task")
 _PER_K = ("step", "k", "task")
-_JACKKNIFE = "95 %, from the delete-one-group jackknife, Student's t of groups − 1; conditional on the directions"
 _OVER_SPLITS = (
     "95 %, from the delete-one-group jackknife and the variance between splits, Student's t of groups − 1; conditional "
     "on the directions"
@@ -75,13 +78,23 @@ INTERVENTION: Mapping[str, Variable] = {
         _OVER_SPLITS,
     ),
     **_with_interval(
+        "attributed",
+        Variable(
+            _PER_K,
+            "nat",
+            "effect attributed to the part",
+            "φ = ½(D(on) + D(full) − D(off)), Shapley: with half of the interaction",
+        ),
+        _OVER_SPLITS,
+    ),
+    **_with_interval(
         "excess",
         Variable(
             _PER_K,
             "nat",
             "effect beyond the share of the norm",
-            "T = ½(D(on) + D(full) − D(off)) − c D(full): 0 for any part that is random with respect to δ, and for "
-            "every part of a step −η∇L",
+            "T = φ − c D(full), with c of each fold: 0 for any part that is random with respect to δ, and for every "
+            "part of a step −η∇L",
         ),
         _OVER_SPLITS,
     ),
@@ -97,8 +110,7 @@ INTERVENTION: Mapping[str, Variable] = {
             _PER_K,
             "1",
             "share of the effect",
-            "s = ½(D(on) + D(full) − D(off))/D(full), Shapley: the two parts' add to 1; NaN where not resolved or not "
-            "separable",
+            "s = φ/D(full): the two parts' add to 1; NaN where not resolved or not separable",
         ),
         _FIELLER,
     ),
@@ -126,7 +138,7 @@ INTERVENTION: Mapping[str, Variable] = {
     "headline": Variable(
         ("step", "k"),
         "1",
-        "k of the headline",
+        "whether k is the headline's",
         "16, or the largest of 1, 2, 4, 8, 16 of at most a quarter of a fold's samples",
     ),
 }
@@ -191,7 +203,7 @@ SENSITIVITY: Mapping[str, Variable] = {
             f"adapter is worse; truncations as for directions; {_HELD_OUT}",
             "controls: Shortcuts in the Tail, arXiv 2606.07596",
         ),
-        _JACKKNIFE,
+        _OVER_SPLITS,
     ),
     "predicted_truncation_effect": Variable(
         _PER_TRUNCATION,

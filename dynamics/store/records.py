@@ -40,11 +40,12 @@ TABLES: Mapping[str, Mapping[str, Variable]] = {
     "gradient": raw.GRADIENT,
     "fisher": {**schema.FISHER_RECORD, "momentum": schema.FISHER_MOMENTUM},
     "score": {**schema.SCORE, "direction": schema.SCORE_DIRECTION},
+    "intervention": schema.INTERVENTION,
 }
 #: Variables that a record may lack: those that records of earlier versions do not have, and those not always known.
-OPTIONAL = (*raw.ADDED, "momentum", "direction")
+OPTIONAL = (*raw.ADDED, "momentum", "direction", *(schema.INTERVENTION.keys() - {"effect", "norm", "headline"}))
 #: Groups without which the others can be used.
-_PROBED = ("fisher", "score")
+_PROBED = ("fisher", "score", "intervention")
 _COORDINATES = ("step", "block", "evaluated_at_step", *schema.SAMPLE_LABELS)
 
 
@@ -58,6 +59,7 @@ class TrainingRecords:
         gradient: Raw gradient of the steps that have one, ``None`` if none has.
         fisher: K and b of the steps that have them, ``None`` if none has.
         score: Scores of the steps that have some, ``None`` if none has.
+        intervention: Effects of parts of the increments that were intervened on, ``None`` if none was.
         live_names: Name on disk → name in the live model, where they differ.
         findings: What was found during the training, and while reading.
         stamp: Tells whether the folder has changed since: run, steps, records that cannot be used, attributes.
@@ -70,6 +72,7 @@ class TrainingRecords:
     gradient: xr.Dataset | None
     fisher: xr.Dataset | None
     score: xr.Dataset | None
+    intervention: xr.Dataset | None
     live_names: Mapping[str, str]
     findings: tuple[Finding, ...]
     stamp: Mapping[str, Any]
@@ -145,6 +148,7 @@ def read_records(folders: RecordFolders, keep: re.Pattern[str] | None = None) ->
         gradient=_joined(parts["gradient"], pattern),
         fisher=fisher,
         score=joined_scores(parts["score"]),
+        intervention=joined_interventions(parts["intervention"]),
         live_names=_live_names(stored.attributes.get("disk_names"), parts["update"]),
         findings=(
             *_findings_of_training(stored.attributes),
@@ -332,6 +336,69 @@ def unmeasured_fisher(tree: xr.DataTree) -> xr.Dataset | None:
 def joined_scores(parts: Sequence[xr.Dataset]) -> xr.Dataset | None:
     """Return the scores of all steps."""
     return xr.concat(parts, "step", data_vars="all", join="outer") if parts else None
+
+
+def joined_interventions(parts: Sequence[xr.Dataset]) -> xr.Dataset | None:
+    """Return the effects of all steps, over the arms, k, scales and tasks of any of them; ``None`` if there is no part.
+
+    Where something was not run, numbers are NaN and flags false. Attributes are those of the last step, deviations the
+    largest.
+
+    Args:
+        parts: Of one step or several, none of them twice.
+    """
+    if not parts:
+        return None
+    parts = sorted((part.isel(step=[row]) for part in parts for row in range(part.sizes["step"])), key=_step)
+    axes = {
+        name: list(dict.fromkeys(label for part in parts for label in part[name].values.tolist()))
+        for name in schema.INTERVENTION_AXES
+    }
+    axes |= {name: sorted(axes[name]) for name in ("k", "scale")}
+    arrays: dict[str, np.ndarray] = {}
+    for name, variable in schema.INTERVENTION.items():
+        if not any(name in part for part in parts):
+            continue
+        shape = [len(parts), *(len(axes[dim]) for dim in variable.dims[1:])]
+        arrays[name] = np.full(shape, False if name in schema.INTERVENTION_FLAGS else np.nan)
+        for row, part in enumerate(parts):
+            if name in part:
+                cells = [[axes[dim].index(label) for label in part[dim].values.tolist()] for dim in variable.dims[1:]]
+                arrays[name][np.ix_([row], *cells)] = part[name].values
+    by_step = [name for name in ("from_step", "recorded") if all(name in part.coords for part in parts)]
+    coords: dict[str, Any] = {"step": list(map(_step, parts)), **axes}
+    coords |= {name: ("step", np.concatenate([part[name].values for part in parts])) for name in by_step}
+    deviations = {
+        name: max(part.attrs.get(name) or 0.0 for part in parts) for name in ("norm_deviation", "repeat_deviation")
+    }
+    return xr.Dataset(schema.label_arrays(schema.INTERVENTION, arrays), coords, {**parts[-1].attrs, **deviations})
+
+
+def with_probed_interventions(recorded: xr.Dataset | None, probed: xr.Dataset | None) -> xr.Dataset | None:
+    """Return the effects of records and of probed checkpoints; where both have a step, those of the record.
+
+    The coordinate ``recorded`` tells which is which.
+    """
+    parts = []
+    if recorded is not None:
+        parts.append(recorded.assign_coords(recorded=("step", np.ones(recorded.sizes["step"], dtype=bool))))
+        probed = None if probed is None else probed.sel(step=~probed["step"].isin(recorded["step"].values))
+    if probed is not None and probed.sizes["step"]:
+        parts.append(probed.assign_coords(recorded=("step", np.zeros(probed.sizes["step"], dtype=bool))))
+    return joined_interventions(parts)
+
+
+def unmeasured_interventions(tree: xr.DataTree) -> xr.Dataset | None:
+    """Return what a stored result keeps of interventions at its checkpoints; ``None`` if there are none."""
+    if "intervention" not in tree.children:
+        return None
+    effects = tree["intervention"].to_dataset().load()
+    effects = effects.sel(step=~effects["recorded"])
+    return effects if effects.sizes["step"] else None
+
+
+def _step(part: xr.Dataset) -> int:
+    return int(part["step"].values[0])
 
 
 def _other_samples(what: str, reference: str, steps: Sequence[int]) -> Finding:

@@ -23,6 +23,7 @@ from dynamics.checkpoints.trainings import read_training_state
 from dynamics.findings import Finding, from_json, to_json
 from dynamics.fisher import measure_fisher
 from dynamics.fisher.findings import findings_of as fisher_findings
+from dynamics.intervention.findings import findings_of as intervention_findings
 from dynamics.spectra.dataset import measure_update
 from dynamics.spectra.findings import findings_of
 from dynamics.spectra.null_models import SEED
@@ -36,7 +37,9 @@ from dynamics.store.records import (
     is_current,
     read_records,
     unmeasured_fisher,
+    unmeasured_interventions,
     with_probed,
+    with_probed_interventions,
 )
 from dynamics.store.results import FOLDER, encodable_dataset, provenance
 from dynamics.text import encodable
@@ -55,6 +58,7 @@ class Parts:
         inputs: Fingerprints of the weight files.
         fisher: K and b of probed checkpoints, ``None`` if none was probed.
         score: Their scores, ``None`` if there are none.
+        intervention: Effects of parts of their increments, ``None`` if there was no intervention.
     """
 
     run: str
@@ -65,6 +69,7 @@ class Parts:
     inputs: Sequence[Mapping[str, Any]] = ()
     fisher: xr.Dataset | None = None
     score: xr.Dataset | None = None
+    intervention: xr.Dataset | None = None
 
 
 def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
@@ -98,6 +103,10 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
         probed = measure_fisher(fisher)
         groups |= probed
         findings += fisher_findings(probed)
+    effects = with_probed_interventions(None if records is None else records.intervention, parts.intervention)
+    if effects is not None:
+        groups["intervention"] = effects
+        findings += intervention_findings(effects)
     scores = [score for score in (records and records.score, parts.score, parts.logs.get("score")) if score is not None]
     if scores:
         groups["score"] = reduce(_scores, scores)
@@ -134,8 +143,11 @@ def _findings_of_checkpoints(parts: Parts) -> list[Finding]:
 
 #: Groups that the records do not change.
 _KEPT = ("training", "score", "path", "base", "weights", "association", "sensitivity")
-#: Findings that follow from the numbers of ``/update``: they are found anew.
-_FROM_NUMBERS = ("OD202", "OD203", "OD204", "OD205", "OD206", "OD208")
+#: Findings that follow from the numbers of ``/update`` and ``/intervention``: they are found anew.
+_FROM_NUMBERS = (
+    *("OD202", "OD203", "OD204", "OD205", "OD206", "OD208"),
+    *("OD701", "OD702", "OD703", "OD704", "OD705"),
+)
 #: What findings about ``/association`` begin with: they stay with it.
 _OF_RELATIONS = "OD5"
 
@@ -193,6 +205,7 @@ def reopened(stored: xr.DataTree, folders: RecordFolders) -> xr.DataTree:
         findings=[finding for finding in kept if finding.code not in _FROM_NUMBERS],
         inputs=[entry for entry in json.loads(attributes["inputs"]) if "captured_steps" not in entry],
         fisher=unmeasured_fisher(stored),
+        intervention=unmeasured_interventions(stored),
     )
     tree = result_tree(parts, configuration)
     tree.attrs |= {name: attributes[name] for name in ("label",) if name in attributes}

@@ -1,6 +1,7 @@
 """The record of a step: made from a ProbeGram, and read back into one."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from dynamics import schema
 from dynamics.fisher.dataset import gram_of
 from dynamics.recording import fisher
-from dynamics.recording.fisher import FisherProbe, fisher_record, momentum_of, record_bytes, score_record
+from dynamics.recording.fisher import FisherProbe, Interventions, fisher_record, momentum_of, record_bytes, score_record
 from dynamics.store.record_file import packed
 from probes import ProbeGram, Score, Task, gradient_gram
 
@@ -90,7 +91,8 @@ def test_a_probe_records_the_gram_of_its_tasks():
     model = nn.Linear(3, 2, bias=False)
     rows = [{"x": torch.tensor(row), "image": str(number)} for number, row in enumerate(ROWS.astype(np.float32))]
     tasks = [Task("t", rows, loss=lambda model, batch: model(batch["x"]).square().sum(1), group="image")]
-    record = FisherProbe(model, tasks, batch_size=4).record(0, 0, None)
+    probe = FisherProbe(model, tasks, batch_size=4)
+    record = probe.record(probe.measure(None), 0, 0)
     expected = gradient_gram(model, tasks)
     found = gram_of(record.isel(step=0))
     assert (found.gram["global"] == expected.gram["global"].numpy()).all()
@@ -107,6 +109,10 @@ def small_probe(blocks=None):
     return FisherProbe(model, [task], blocks=blocks)
 
 
+def recorded(probe, change=None):
+    return probe.record(probe.measure(change), 2, 0)
+
+
 def test_the_size_of_a_record_is_that_of_the_packed_gram():
     k = np.random.default_rng(1).standard_normal((1, 3, 17, 17))
     triangle, _ = packed(k + k.swapaxes(-1, -2))
@@ -115,16 +121,16 @@ def test_the_size_of_a_record_is_that_of_the_packed_gram():
 
 def test_a_small_record_has_every_block_and_no_finding():
     probe = small_probe()
-    assert probe.record(0, 0, None)["block"].values.tolist() == ["0", "1", "global"]
+    assert recorded(probe)["block"].values.tolist() == ["0", "1", "global"]
     assert probe.findings() == []
 
 
 def test_a_large_record_has_all_blocks_together_unless_they_are_chosen(monkeypatch):
     change = {"0": torch.ones(2, 3), "1": torch.ones(2, 2)}
-    everything = small_probe().record(2, 0, change).sel(block=["global"])
+    everything = recorded(small_probe(), change).sel(block=["global"])
     monkeypatch.setattr(fisher, "MOST_BYTES", record_bytes(3, 4) - 1)
     probe = small_probe()
-    xr.testing.assert_identical(probe.record(2, 0, change), everything)
+    xr.testing.assert_identical(recorded(probe, change), everything)
     (finding,) = probe.findings()
     assert finding.code == "OD320"
     assert "with all 3 blocks of 4 probe samples" in finding.message
@@ -132,17 +138,38 @@ def test_a_large_record_has_all_blocks_together_unless_they_are_chosen(monkeypat
     assert finding.evidence == {"bytes": record_bytes(3, 4), "blocks": 3, "samples": 4}
 
     probe.follow(blocks=None)
-    assert probe.record(2, 0, change)["block"].values.tolist() == ["global"]
+    assert recorded(probe, change)["block"].values.tolist() == ["global"]
     chosen = small_probe(["0", "1"])
-    assert chosen.record(2, 0, change)["block"].values.tolist() == ["0", "1", "global"]
+    assert recorded(chosen, change)["block"].values.tolist() == ["0", "1", "global"]
     (finding,) = chosen.findings()
     assert finding.message.startswith("A record of the Fisher takes 0.0 MiB: 3 blocks of 4 probe samples.")
 
 
 def test_progress_counts_the_samples_measured():
     told = []
-    small_probe().record(0, 0, None, progress=lambda done, total: told.append((done, total)))
+    small_probe().measure(None, lambda done, total: told.append((done, total)))
     assert told == [(0, 4), (3, 4), (4, 4)]
+
+
+def test_an_increment_of_which_a_part_is_unknown_is_not_intervened_on():
+    """A matrix that has been trained for an unknown number of steps when it is noticed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).requires_grad_(False))
+    rows = [{"x": torch.tensor(row)} for row in ROWS.astype(np.float32)]
+    probe = FisherProbe(model, [Task("t", rows, loss=lambda model, batch: model(batch["x"]).square().sum(1))])
+    model[1].requires_grad_(True)
+    probe.follow(blocks=None, moved=True)
+    model[0].bias.data += 1
+    increment = probe.measure({"0": torch.zeros(2, 3)})
+    assert set(increment.unknown) == {"1", "1.bias"}
+    assert np.isnan(probe.record(increment, 2, 0)["update_product"].sel(block="global")).all()
+    with pytest.raises(ValueError, match=re.escape("Expected the whole increment, got none of 1")):
+        probe.intervene(increment, Interventions(), 2, 0)
+    probe.advance()
+    model[0].bias.data += 1
+    effects = probe.intervene(probe.measure({"0": torch.zeros(2, 3), "1": torch.zeros(2, 2)}), Interventions(), 3, 2)
+    assert effects["from_step"].values.tolist() == [2]
+    assert np.isfinite(effects["effect"].sel(arm="full")).all()
 
 
 def test_scores_and_their_direction():

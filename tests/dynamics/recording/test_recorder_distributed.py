@@ -29,6 +29,7 @@ from dynamics.store.record_folders import RECORDS_KIND
 from tests.distributed import RANKS, Ranks
 from tests.records import records_of
 from tests.runs import VOCABULARY, arguments, llama, lora_llama, trainer
+from tests.updates import probe_tasks
 
 STEPS = 3
 
@@ -68,8 +69,13 @@ def train(run: Path, model: nn.Module, rows: Tensor, first: int = 1, **options: 
         return len(recorder.steps)
 
 
+def intervening() -> dict[str, Any]:
+    """Options: at the last step the update is taken apart."""
+    return {"tasks": probe_tasks(), "intervene": [STEPS], "arms": ["on"], "k": 2}
+
+
 def with_ddp(run: Path) -> int:
-    return train(run, DistributedDataParallel(model()), batches()[:, dist.get_rank()])
+    return train(run, DistributedDataParallel(model()), batches()[:, dist.get_rank()], **intervening())
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -145,13 +151,14 @@ def refused(run: Path, **options: Any) -> str:
 def alone(tmp_path_factory) -> dict[str, xr.Dataset]:
     """One process, the batches of both ranks joined."""
     run = tmp_path_factory.mktemp("alone")
-    train(run, model(), batches().flatten(1, 2))
+    train(run, model(), batches().flatten(1, 2), **intervening())
     return numbers(run)
 
 
 def numbers(run: Path) -> dict[str, xr.Dataset]:
     tree = dynamics.open_run(run)
-    return {name: tree[name].to_dataset().load() for name in ("update", "gradient")}
+    groups = {"update", "gradient", "intervention"} & set(tree.children)
+    return {name: tree[name].to_dataset().load() for name in groups}
 
 
 def assert_same(found: dict[str, xr.Dataset], expected: dict[str, xr.Dataset], tolerance: float = 1e-6) -> None:
@@ -166,7 +173,11 @@ def assert_same(found: dict[str, xr.Dataset], expected: dict[str, xr.Dataset], t
 
 def test_ddp(ranks, alone, tmp_path):
     assert ranks(with_ddp, tmp_path) == [STEPS, 0]
-    assert_same(numbers(tmp_path), alone)
+    found = numbers(tmp_path)
+    assert_same(found, alone)
+    effects, expected = (each["intervention"]["effect"] for each in (found, alone))
+    assert effects["step"].values.tolist() == [STEPS]
+    np.testing.assert_allclose(effects, expected, atol=1e-6 * float(np.abs(expected).max()))
 
 
 def test_fsdp2_gathers_the_factors_of_one_batch_at_a_time(ranks, alone, tmp_path):

@@ -12,6 +12,7 @@ from dynamics.relate.score_files import ScoreRow
 
 STEPS = (10, 20, 30, 40)
 OF_FISHER = ("ln_participation_ratio", "spectral_entropy", "dominant_ratio")
+OF_INTERVENTIONS = ("share", "relative_excess")
 OF_UPDATES = ("effective_rank_energy", "stable_rank", "entropy_deficit", "frobenius_norm", "participation_ratio")
 
 
@@ -100,6 +101,77 @@ def test_the_gain_at_sixteen_directions_stands_for_concentration(ranks, present)
     assert ("ln_gain_16" in measures) == present
     if present:
         np.testing.assert_array_equal(measures["ln_gain_16"], gains[1, :, 1])
+
+
+def effects(rng, steps, ks=(4, 16)):
+    """Shares and excesses whose headline is the last k."""
+    coords = {"step": list(steps), "k": list(ks), "task": ["qa", "all"]}
+    arrays = {name: (("step", "k", "task"), rng.random((len(steps), len(ks), 2))) for name in OF_INTERVENTIONS}
+    flags = np.tile(np.arange(len(ks)) == len(ks) - 1, (len(steps), 1))
+    return xr.Dataset({**arrays, "headline": (("step", "k"), flags)}, coords)
+
+
+def test_parts_of_updates_are_measured_at_the_headline_of_each_step():
+    group = effects(np.random.default_rng(0), STEPS)
+    group["share"][2] = np.nan
+    group["headline"] = group["headline"].astype(float)  # as flags with gaps are stored
+    group["headline"][1] = [1.0, 0.0]
+    measures = measures_of_run(result(0, intervention=group))
+    for name in OF_INTERVENTIONS:
+        values = group[name].sel(task="all").values
+        np.testing.assert_array_equal(
+            measures[f"intervention/{name}"], [values[0, 1], values[1, 0], values[2, 1], values[3, 1]]
+        )
+    assert np.isnan(measures["intervention/share"][2])
+    assert set(measures.data_vars) <= set(MEASURES)
+
+
+def test_without_parts_there_is_no_measure_of_them():
+    whole = effects(np.random.default_rng(0), STEPS).drop_vars(OF_INTERVENTIONS)
+    for tree in (result(0), result(0, intervention=whole)):
+        assert not [name for name in measures_of_run(tree).data_vars if str(name).startswith("intervention")]
+
+
+def test_a_planted_share_is_found_by_compare_and_by_associate():
+    """Eight pairs of runs: in one group the part has 0.3 more of the effect, and scores follow it."""
+    rng = np.random.default_rng(0)
+    runs, rows = {}, []
+    for seed in range(8):
+        for label, shift in (("imax", 0.3), ("dmax", 0.0)):
+            group = effects(rng, STEPS)
+            group["share"] = 0.2 + shift + 0.1 * group["share"]
+            group["share"][0] = np.nan  # not resolved at the first step
+            name = f"{label}_s{seed}"
+            runs[name] = result(rng.integers(2**31), intervention=group)
+            share = group["share"].sel(k=16, task="all").values[1:]
+            rows += [
+                ScoreRow(name, step, "qa/accuracy", float(value + 0.02 * rng.standard_normal()))
+                for step, value in zip(STEPS[1:], share, strict=True)
+            ]
+    labels = {name: name.split("_")[0] for name in runs}
+    related = relate_runs(runs, rows, labels=labels, headline="intervention/share")
+    comparison = related.groups["comparison"].isel(comparison=0).sel(measure="intervention/share")
+    assert bool(comparison["holds"])
+    np.testing.assert_allclose(comparison["mean_difference"], 0.3, atol=0.05)
+    association = related.groups["association"].sel(measure="intervention/share", task="qa/accuracy")
+    assert bool(association["holds"])
+    assert association["coefficient"] > 0.7
+    unplanted = related.groups["comparison"].isel(comparison=0).sel(measure="intervention/relative_excess")
+    assert not bool(unplanted["holds"])
+    assert "OD516" not in codes(related)
+
+
+def test_shares_of_different_k_are_named():
+    names = ["a", "b", "c"]
+    runs = {
+        name: result(seed, intervention=effects(np.random.default_rng(seed), STEPS, ks))
+        for seed, (name, ks) in enumerate(zip(names, [(4, 16), (4, 8), (16,)], strict=True))
+    }
+    related = relate_runs(runs, accuracies(names))
+    finding = only(related, "OD516")
+    assert finding.message.startswith("Updates were taken apart along different numbers of directions (8, 16).")
+    assert finding.evidence == {"k": {"a": [16], "b": [8], "c": [16]}}
+    assert "OD516" not in codes(relate_runs({name: runs[name] for name in "ac"}, accuracies("ac")))
 
 
 def test_associations_are_those_of_associate_on_the_same_numbers():

@@ -10,7 +10,7 @@ from tests.trees import example_runs, example_tree, matrix_names
 KEYS = {
     "captured",
     "gradient",
-    "fisher", "path", "base", "association", "comparison",
+    "fisher", "intervention", "path", "base", "association", "comparison",
     "toolkit_version", "run", "label", "created", "steps", "segments", "matrices", "last_step", "suggested_rank_energy",
     "totals", "adapters", "over_matrices", "roles", "table", "findings",
 }  # fmt: skip
@@ -132,7 +132,7 @@ def test_what_was_captured_and_the_last_gradient():
 
 
 def test_nothing_captured_is_null(tree):
-    assert [summarise(tree)[name] for name in ("captured", "gradient", "fisher")] == [None] * 3
+    assert [summarise(tree)[name] for name in ("captured", "gradient", "fisher", "intervention")] == [None] * 4
 
 
 def test_gradients_without_spectra_have_null_measures():

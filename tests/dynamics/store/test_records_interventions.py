@@ -1,0 +1,91 @@
+"""Interventions of records and of probed checkpoints, joined over steps."""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from dynamics import open_run, schema
+from dynamics.store.record_file import decoded_record, encoded_record
+from dynamics.store.records import joined_interventions, unmeasured_interventions, with_probed_interventions
+from tests.records import effects, rewrite
+from tests.runs import write_records
+
+
+def test_a_record_gives_its_effects_back():
+    group = effects()
+    xr.testing.assert_identical(decoded_record(20, encoded_record(20, {"intervention": group}))["intervention"], group)
+
+
+def test_steps_are_joined_over_all_arms_and_all_k():
+    first = effects(10, arms=("full", "on", "off"), ks=(4,), scales=(1.0,), tasks=("all", "b"), lacking=("score",))
+    second = effects(20, arms=("full", "bottom", "on", "off"), ks=(2, 4), tasks=("all", "a"))
+    joined = joined_interventions([second, first])
+    assert joined["step"].values.tolist() == [10, 20]
+    assert joined["from_step"].values.tolist() == [0, 10]
+    assert joined["arm"].values.tolist() == ["full", "on", "off", "bottom"]
+    assert (joined["k"].values.tolist(), joined["scale"].values.tolist()) == ([2, 4], [0.5, 1.0])
+    assert joined["task"].values.tolist() == ["all", "b", "a"]
+    for part in (first, second):
+        for name in part:
+            at = {dim: part[dim].values for dim in part[name].dims}
+            np.testing.assert_array_equal(joined[name].sel(at), part[name], err_msg=str(name))
+    ran = joined["effect"].notnull()
+    assert ran.sel(step=10).sum() == first["effect"].size
+    assert ran.sel(step=20).sum() == second["effect"].size
+    assert joined["score_effect"].sel(step=10).isnull().all()
+
+
+def test_what_was_not_run_has_no_flag():
+    joined = joined_interventions([effects(10, ks=(4,)), effects(20, ks=(2,))])
+    for name in schema.INTERVENTION_FLAGS:
+        assert joined[name].dtype == bool
+        assert joined[name].sel(step=20, k=2).all()
+        assert not joined[name].sel(step=20, k=4).any()
+
+
+def test_attributes_are_the_last_steps_and_deviations_the_largest():
+    joined = joined_interventions([effects(20).assign_attrs(groups=6), effects(30).assign_attrs(norm_deviation=None)])
+    assert joined.attrs["groups"] == 8
+    assert joined.attrs["norm_deviation"] == 20 * 1e-7
+
+
+def test_nothing_is_joined_to_nothing():
+    assert joined_interventions([]) is None
+    assert with_probed_interventions(None, None) is None
+
+
+def test_records_win_over_checkpoints():
+    recorded, probed = effects(10), joined_interventions([effects(10, ks=(8,)), effects(20, ks=(8,))])
+    joined = with_probed_interventions(recorded, probed)
+    assert joined["recorded"].values.tolist() == [True, False]
+    assert np.isfinite(joined["effect"].sel(step=10, k=2)).all()
+    assert joined["effect"].sel(step=10, k=8).isnull().all()
+    assert with_probed_interventions(recorded, probed.isel(step=[0]))["recorded"].values.tolist() == [True]
+    kept = unmeasured_interventions(xr.DataTree.from_dict({"/intervention": joined}))
+    xr.testing.assert_equal(kept["effect"].sel(k=[8]).drop_vars("recorded"), probed["effect"].sel(step=[20]))
+
+
+@pytest.fixture
+def run(tmp_path):
+    store = write_records(tmp_path / "run", [10, 20])
+    for step in (10, 20):
+        rewrite(
+            store / f"step-{step:012d}.safetensors", lambda groups, at=step: groups.update(intervention=effects(at))
+        )
+    return tmp_path / "run"
+
+
+def test_a_run_is_opened_with_its_interventions(run):
+    tree = open_run(run)
+    schema.check(tree)
+    assert tree["intervention"]["step"].values.tolist() == [10, 20]
+    assert tree["intervention"]["recorded"].values.tolist() == [True, True]
+
+
+def test_a_damaged_intervention_costs_itself_alone(run):
+    record = run / "dynamics" / "records" / "step-000000000010.safetensors"
+    rewrite(record, lambda groups: groups["intervention"]["effect"].values.fill(1e200))
+    tree = open_run(run)
+    assert tree["intervention"]["step"].values.tolist() == [20]
+    assert tree["update"]["step"].values.tolist() == [10, 20]
+    assert "'intervention' has a number in 'effect' that is not from" in tree.attrs["findings"]
