@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from dynamics.intervention.changes import as_matrices, energy, in_format, inner, random_change, sigma_top, total
+from dynamics.intervention.update_vectors import (
+    as_matrices,
+    energy,
+    in_format,
+    inner,
+    random_change,
+    sigma_top,
+    weighted_sum,
+)
 from probes import LowRankMatrix
 from tests.matrices import random_lora
 from tests.updates import adapted_model, dense_model, trained
@@ -33,17 +42,37 @@ def test_norms_products_and_sums(changes) -> None:
     assert energy(one) == pytest.approx(float(dense(one).square().sum()), rel=1e-12)
     assert inner(one, other) == pytest.approx(float(dense(one) @ dense(other)), rel=1e-10)
     assert inner(other, one) == pytest.approx(inner(one, other), rel=1e-12)
-    weighted = total([(2.0, one), (-0.5, other)])
+    weighted = weighted_sum([(2.0, one), (-0.5, other)])
     torch.testing.assert_close(dense(weighted), 2 * dense(one) - 0.5 * dense(other), rtol=1e-6, atol=1e-6)
     assert isinstance(weighted["a"], LowRankMatrix)
     assert weighted["a"].rank == 5
 
 
-def test_formats_keep_the_scale(changes) -> None:
+def test_formats_keep_the_scale() -> None:
     matrix = LowRankMatrix(torch.ones(2, 1), torch.ones(1, 2), 3.0, column_scale=torch.tensor([2.0]))
-    converted = in_format({"a": matrix}, torch.float64)["a"]
+    converted = in_format(nn.ModuleDict({"a": nn.Linear(2, 2)}), {"a": matrix}, torch.float64)["a"]
     assert isinstance(converted, LowRankMatrix)
     torch.testing.assert_close(converted.to_dense(), matrix.to_dense())
+
+
+def test_a_sum_is_on_the_device_of_its_first_term() -> None:
+    product, dense = LowRankMatrix(torch.ones(2, 1), torch.ones(1, 2)), torch.ones(2, 2)
+    away = LowRankMatrix(torch.ones(2, 1, device="meta"), torch.ones(1, 2, device="meta"))
+    both = weighted_sum([(1.0, {"a": away}), (1.0, {"a": product})])["a"]
+    assert isinstance(both, LowRankMatrix)
+    assert (both.left_factor.device.type, both.rank) == ("meta", 2)
+    assert weighted_sum([(1.0, {"a": dense.to("meta")}), (1.0, {"a": dense})])["a"].device.type == "meta"
+
+
+def test_a_change_goes_to_the_devices_of_the_model() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2, device="meta")})
+    product = LowRankMatrix(torch.ones(2, 1), torch.ones(1, 2))
+    change = {"b.weight": product, "b.bias": torch.ones(2), "a": torch.ones(2, 2)}
+    placed = in_format(model, change, torch.float64)
+    assert [placed["b.weight"].left_factor.device.type, placed["b.bias"].device.type] == ["meta", "meta"]
+    assert placed["a"].device.type == "cpu"
+    with pytest.raises(ValueError, match="such as"):
+        in_format(model, {"c": torch.ones(1)}, torch.float64)
 
 
 def test_leading_directions_beyond_the_rank_are_the_matrix() -> None:
