@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from dynamics import schema
 from dynamics.fisher.samples import SampleGroups, codes_of
-from dynamics.intervention.changes import Change, energy, total
 from dynamics.intervention.effects import ratio_of_means
+from dynamics.intervention.update_vectors import Change, energy, weighted_sum
 from dynamics.schema import ALL, label_arrays
 from probes.additions import added
 from probes.blocks import trained_parameters
@@ -122,7 +122,7 @@ def critical_sharpness(
         require_names(tasks)
         gradients = _gradients(quiet, tasks) if relative or direction is None else {}
         eta = 1.0 if lr is None else lr
-        along = _Line.of(quiet, tasks, total([(eta, gradients[ALL].change)]) if direction is None else direction)
+        along = _Line.of(quiet, tasks, weighted_sum([(eta, gradients[ALL].change)]) if direction is None else direction)
         polyak = gradients[ALL].polyak / eta if direction is None else 1.0
         found = {name: along.critical(name, _start(start, name, polyak)) for name in along.tasks}
         found[ALL] = along.critical(ALL, _of_all(found, _start(start, ALL, polyak)), base=0)
@@ -294,7 +294,7 @@ def _gradient(
     change |= {name: of(p) for name, p in parameters.items() if id(p) not in inside}
     square = sum(float(part.square().sum()) for part in gradient)
     polyak = abs(loss) / square if square > 0 else math.nan
-    return _Gradient(total([(-1.0, change)]), polyak if math.isfinite(polyak) and polyak > 0 else 1.0)
+    return _Gradient(weighted_sum([(-1.0, change)]), polyak if math.isfinite(polyak) and polyak > 0 else 1.0)
 
 
 @dataclass
@@ -360,7 +360,7 @@ class _Line:
             missing = [part for part in self.parts(name) if (part, n) not in self.losses]
             if missing:
                 made += 1
-                with added(self.model, total([(_length(n), self.direction)])):
+                with added(self.model, weighted_sum([(_length(n), self.direction)])):
                     for part in missing:
                         self.losses[part, n] = _losses(self.model, self.tasks[part]).double().cpu().numpy()
             return np.concatenate([self.losses[part, n] for part in self.parts(name)]) - before
