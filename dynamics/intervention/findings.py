@@ -429,21 +429,21 @@ def sharpness_findings(group: xr.Dataset) -> list[Finding]:
     Args:
         group: ``/sharpness``, of one step or more.
     """
-    known = group["step"][np.isfinite(group["learning_rate"])]
-    if not known.size:
+    rated = group["step"][np.isfinite(group["learning_rate"])]
+    if not rated.size:
         return []
-    at = group.sel(step=known.values[-1], task=ALL)
+    at = group.sel(step=rated.values[-1], task=ALL)
     rate, value = float(at["learning_rate"]), value_of(at, "critical_sharpness")
     edge = 2 / rate
     beyond = value.low > edge
     if not beyond and not (_AT_EDGE * edge <= value.value and value.low <= edge <= value.high):
         return []
-    place, follows = ("exceeds", "raises the loss") if beyond else ("is at", "leaves the loss where it was")
+    relation, follows = ("exceeds", "raises the loss") if beyond else ("is at", "leaves the loss where it was")
     return [
         Finding(
             "OD706",
             f"At step {int(at['step']):,} the critical sharpness {number(value.value)} "
-            f"({interval(value.low, value.high, number)}) {place} 2/η = {number(edge)} of the learning rate "
+            f"({interval(value.low, value.high, number)}) {relation} 2/η = {number(edge)} of the learning rate "
             f"{number(rate)}: the step as it is {follows}.",
             "At this edge the loss goes up and down and often falls in the long run. If it does not, lower the "
             "learning rate.",

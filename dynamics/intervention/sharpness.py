@@ -124,17 +124,17 @@ def critical_sharpness(
         eta = 1.0 if lr is None else lr
         along = _Line.of(quiet, tasks, weighted_sum([(eta, gradients[ALL].change)]) if direction is None else direction)
         polyak = gradients[ALL].polyak / eta if direction is None else 1.0
-        found = {name: along.critical(name, _start(start, name, polyak)) for name in along.tasks}
-        found[ALL] = along.critical(ALL, _of_all(found, _start(start, ALL, polyak)), base=0)
+        critical_steps = {name: along.critical(name, _start(start, name, polyak)) for name in along.tasks}
+        critical_steps[ALL] = along.critical(ALL, _of_all(critical_steps, _start(start, ALL, polyak)), base=0)
         pairs = {}
         if relative and direction is None:
-            pairs = {(ALL, name): found[name].stretched(eta) for name in along.tasks}
+            pairs = {(ALL, name): critical_steps[name].stretched(eta) for name in along.tasks}
         for name, gradient in gradients.items() if relative else ():
             if name != ALL and len(tasks) == 1:
                 pairs[name, name] = pairs[ALL, name].stretched(1.0)
             elif name != ALL or direction is not None:
                 pairs |= _of_gradient(along, name, gradient, start)
-    return _dataset(along, found, pairs, lr=lr, step=step).assign_attrs(
+    return _dataset(along, critical_steps, pairs, lr=lr, step=step).assign_attrs(
         direction="gradient" if direction is None else "step"
     )
 
@@ -370,8 +370,8 @@ class _Line:
         if not (size := energy(self.direction)) or not math.isfinite(size):
             return Critical(reason=NO_DIRECTION if size == 0 else NO_GRADIENT, passes=base)
         rounding = float(np.mean([self.rounding[part] for part in self.parts(name)]))
-        found = Search(difference, rounding).critical(start, self.labels(name))
-        return Critical(found.step, found.low, found.high, found.reason, base + made)
+        critical = Search(difference, rounding).critical(start, self.labels(name))
+        return Critical(critical.step, critical.low, critical.high, critical.reason, base + made)
 
 
 def _losses(model: nn.Module, task: Task) -> Float[Tensor, " sample"]:
@@ -388,10 +388,10 @@ def _start(start: float | xr.Dataset | None, name: str, default: float) -> float
     return default if start is None else float(start)
 
 
-def _of_all(found: Mapping[str, Critical], default: float) -> float:
+def _of_all(critical_steps: Mapping[str, Critical], default: float) -> float:
     """Return where the search of all samples together starts: of several tasks, in their midst."""
-    steps = [part.step for part in found.values() if math.isfinite(part.step)]
-    return float(np.median(steps)) if len(found) > 1 and steps else default
+    steps = [part.step for part in critical_steps.values() if math.isfinite(part.step)]
+    return float(np.median(steps)) if len(critical_steps) > 1 and steps else default
 
 
 def _of_gradient(
@@ -399,23 +399,23 @@ def _of_gradient(
 ) -> dict[tuple[str, str], Critical]:
     """Return the critical steps of all tasks along one task's gradient, in units of the learning rate."""
     line = along.along(gradient.change)
-    own, rest = [task for task in line.tasks if task == name], [task for task in line.tasks if task != name]
-    found: dict[tuple[str, str], Critical] = {}
+    stepped, others = [task for task in line.tasks if task == name], [task for task in line.tasks if task != name]
+    critical_steps: dict[tuple[str, str], Critical] = {}
     guess = gradient.polyak
-    for task in (*own, *rest):
+    for task in (*stepped, *others):
         first = guess
         if isinstance(start, xr.Dataset) and {name, task} <= {*start["task"].values, *start["task_"].values}:
             earlier = float(start["relative_sharpness"].isel(step=-1).sel(task=name, task_=task))
             first = 2 / earlier if earlier > 0 else guess
-        found[name, task] = line.critical(task, first, base=0)
-        if math.isfinite(found[name, task].step):
-            guess = found[name, task].step
-    return found
+        critical_steps[name, task] = line.critical(task, first, base=0)
+        if math.isfinite(critical_steps[name, task].step):
+            guess = critical_steps[name, task].step
+    return critical_steps
 
 
 def _dataset(
     along: _Line,
-    found: Mapping[str, Critical],
+    critical_steps: Mapping[str, Critical],
     pairs: Mapping[tuple[str, str], Critical],
     *,
     lr: float | None,
@@ -423,7 +423,7 @@ def _dataset(
 ) -> xr.Dataset:
     tasks = [*along.tasks]
     rows = [ALL, *tasks]
-    of_tasks = [found[name] for name in rows]
+    of_tasks = [critical_steps[name] for name in rows]
     sharpness = np.array([part.sharpness(1.0 if lr is None else lr) for part in of_tasks])
     table = [[pairs.get((row, column), Critical()) for column in tasks] for row in rows]
     relative = np.array([[part.sharpness() for part in row] for row in table])

@@ -32,17 +32,17 @@ def sharpness(data: xr.DataTree | xr.Dataset, *, ax: Axes | None = None) -> Figu
 
     Example: ``plot.sharpness(xr.concat(results, "step"))``
     """
-    measured = group(data, "sharpness")
-    steps = measured["step"].values
-    values = {task: measured[_NAME].sel(task=task) for task in [ALL, *tasks_of(measured)]}
-    known = np.isfinite(measured["learning_rate"].values)
-    edge = 2 / np.where(known, measured["learning_rate"].values, 1.0)
-    label = "2/η" if known.all() else "2: the step as it is" if not known.any() else "2/η, or 2"
-    with panel(ax, long_name(measured[_NAME]), _description(values, edge)) as axes:
-        axes.set_ylabel(axis_label(measured[_NAME]))
+    effects = group(data, "sharpness")
+    steps = effects["step"].values
+    values = {task: effects[_NAME].sel(task=task) for task in [ALL, *tasks_of(effects)]}
+    has_rate = np.isfinite(effects["learning_rate"].values)
+    edge = 2 / np.where(has_rate, effects["learning_rate"].values, 1.0)
+    label = "2/η" if has_rate.all() else "2: the step as it is" if not has_rate.any() else "2/η, or 2"
+    with panel(ax, long_name(effects[_NAME]), _description(values, edge)) as axes:
+        axes.set_ylabel(axis_label(effects[_NAME]))
         if any(np.isfinite(line.values).any() for line in values.values()):
             for number, (task, line) in enumerate(values.items()):
-                low, high = (measured[f"{_NAME}_{end}"].sel(task=task).values for end in ("low", "high"))
+                low, high = (effects[f"{_NAME}_{end}"].sel(task=task).values for end in ("low", "high"))
                 draw_interval(axes, steps, (line.values, low, high), number, task_label(task), "95 % interval")
             marker = "_" if len(steps) == 1 else ""
             axes.plot(steps, edge, color="#444444", linestyle="--", linewidth=1.2, marker=marker, label=label)
