@@ -14,6 +14,7 @@ from dynamics.plot.hover_heatmap import hover_heatmap
 from dynamics.plot.intervention import intervention
 from dynamics.plot.rarefaction import rarefaction
 from dynamics.plot.score_scatter import score_scatter
+from dynamics.plot.scores import score_comparison, scores
 from dynamics.plot.spectrum import spectrum
 from dynamics.plot.style import to_svg
 from dynamics.plot.task_matrix import task_matrix
@@ -35,7 +36,9 @@ __all__ = [
     "hover_heatmap",
     "intervention",
     "rarefaction",
+    "score_comparison",
     "score_scatter",
+    "scores",
     "spectrum",
     "task_matrix",
     "to_svg",

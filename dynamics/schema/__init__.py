@@ -22,7 +22,7 @@ from dynamics.schema.intervention_groups import (
     INTERVENTION_GROUPS,
     SENSITIVITY,
 )
-from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_DIRECTION
+from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_COMPARISON, SCORE_DIRECTION
 from dynamics.schema.update_groups import (
     BASE,
     BOUNDS,
@@ -80,6 +80,7 @@ __all__ = [
     "ROOT_ATTRIBUTES",
     "SAMPLE_LABELS",
     "SCORE",
+    "SCORE_COMPARISON",
     "SCORE_DIRECTION",
     "SENSITIVITY",
     "SUMMARY",

@@ -63,16 +63,19 @@ def test_groups_are_compared_and_related(result):
     assert comparison["n_pairs"].values.tolist() == [0]
     text = " ".join(found.stdout.split())
     assert f"3 + 3 runs are too few to decide whether {UPDATE_HEADLINE} differs between imax and dmax" in text
-    assert "(smallest possible p: 0.1). 4 + 4 runs can reach 0.05." in text
+    assert "(smallest possible p: 0.1). 3 + 4 runs can reach 0.05." in text
     assert "3 + 3 runs, unpaired (names match 3 pairs; 6 are needed)" in text
-    assert text.index("too few to decide") < text.index("imax_s1: 4 checkpoints")
+    better = text.index("Which of imax and dmax is better in the mean over 2 scores cannot be decided with 3 + 3 runs")
+    assert better < text.index("too few to decide") < text.index("imax_s1: 4 checkpoints")
     assert {"OD507", "OD513"} <= codes(tree)
 
 
 def test_the_page_answers_first_and_links_to_its_tables(result):
     drawn = {"comparison": "<svg></svg>"}
     page = page_of(open_run(result[1].parent), figures=drawn)
-    first = page.index("How do the groups differ, and which measures go with the scores?")
+    scores = page.index("Which group scores better?")
+    first = page.index("How do the measures of the groups differ, and which go with the scores?")
+    assert scores < first
     assert first < page.index('id="run0"')
     assert page.count('href="#comparison"') >= 1
     assert 'id="association"' in page
