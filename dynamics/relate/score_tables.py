@@ -175,8 +175,8 @@ def _steps_without_measures(scores: xr.DataArray, runs: Mapping[str, Collection[
         has, is_ = ("has", "is") if count == 1 else ("have", "are")
         yield Finding(
             "OD502",
-            f"{counted(count, 'score')} {has} no checkpoint with measures at the same step and {is_} not related to any "
-            f"(for example step {step} of run {run!r}).",
+            f"{counted(count, 'score')} {has} no checkpoint with measures at the same step and {is_} not related to "
+            f"any (for example step {step} of run {run!r}).",
             "Evaluate and save at the same steps.",
             step=step,
             evidence={"places": len(apart), "first": [list(cell) for cell in sorted(apart)[:_NAMED]]},
@@ -248,7 +248,7 @@ def joined_scores(recorded: xr.Dataset | None, scores: xr.Dataset) -> xr.Dataset
     joined = of_files if recorded is None else recorded.drop_vars("direction", errors="ignore").combine_first(of_files)
     known = dict(zip(scores["task"].values.tolist(), scores["direction"].values.tolist(), strict=True))
     signs = [known.get(task, metric_of(task).direction) for task in joined["task"].values.tolist()]
-    directions = np.tile(np.array(signs, dtype=np.int64), (joined.sizes["step"], 1))
+    directions = np.tile(np.array(signs, dtype=np.float64), (joined.sizes["step"], 1))
     return joined.assign(direction=(("step", "task"), directions, SCORE_DIRECTION.attributes))
 
 
