@@ -268,6 +268,7 @@ def _run(
         "summary": summary,
         "informative_directions": sentences.informative_directions(summary),
         "does_it_matter": sentences.does_it_matter(summary),
+        "does_it_matter_in_short": sentences.does_it_matter_in_short(summary),
         "answers": sentences.answers(summary),
         "which_matrices": sentences.which_matrices(summary),
         "analysed": sentences.what_was_analysed(summary),

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dynamics.intervention.findings import VERDICTS
 from dynamics.text import counted, listed, number, percent, sentence_case
 
 #: Share of the squared distance in one direction from which a path is called almost a line.
@@ -182,6 +183,21 @@ def does_it_matter(summary: Mapping[str, Any]) -> list[str]:
         summary: Of one run, see ``summarise``.
     """
     return [] if summary["intervention"] is None else summary["intervention"]["statements"]
+
+
+def does_it_matter_in_short(summary: Mapping[str, Any]) -> str:
+    """Return the verdict on the last update that was taken apart; ``""`` where there is none.
+
+    Args:
+        summary: Of one run, see ``summarise``.
+    """
+    effects = summary["intervention"]
+    if effects is None or not effects["verdict"]:
+        return ""
+    return (
+        f"Does the part of the update in the {counted(effects['k'], 'leading informative direction')} matter? At step "
+        f"{effects['step']:,}, {VERDICTS[effects['verdict']]}."
+    )
 
 
 def _spectrum(fisher: Mapping[str, Any]) -> str:

@@ -285,8 +285,8 @@ def test_a_gram_of_other_gradients_is_refused(adapter) -> None:
     [
         ({"arms": ["of"]}, "arms among"),
         ({"arms": "on"}, "list of arms"),
-        ({"k": 0}, "at least 1"),
-        ({"k": []}, "at least 1"),
+        ({"k": 0}, "k from 1"),
+        ({"k": []}, "k from 1"),
         ({"splits": 0}, "one split"),
     ],
 )
