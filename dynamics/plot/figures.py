@@ -20,8 +20,9 @@ from dynamics.plot.gradient import NORM, gradient
 from dynamics.plot.heatmap import heatmap
 from dynamics.plot.intervention import intervention
 from dynamics.plot.rarefaction import rarefaction
+from dynamics.plot.score_comparison import score_comparison
 from dynamics.plot.score_scatter import score_scatter
-from dynamics.plot.scores import score_comparison, scores
+from dynamics.plot.scores import scores
 from dynamics.plot.select import group, has_group, standouts, tasks_of
 from dynamics.plot.spectrum import spectra_of_standouts
 from dynamics.plot.task_matrix import task_matrix

@@ -74,6 +74,17 @@ def related(data: xr.DataTree | xr.Dataset, name: str) -> xr.Dataset:
     return data[name].to_dataset().load()
 
 
+def refuse_unknown(tasks: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse tasks that have no scores.
+
+    Raises:
+        ValueError: Names the first one, and those that there are.
+    """
+    for task in tasks:
+        if task not in known:
+            raise ValueError(f"Expected a task with scores, got {task!r}. There are: {', '.join(known)}.")
+
+
 def has_group(data: xr.DataTree | xr.Dataset, name: str) -> bool:
     """Return whether the data is a tree with that group."""
     return isinstance(data, xr.DataTree) and name in data.children

@@ -79,11 +79,13 @@ def compare_scores(
     study = _Study(selected, steps, groups, labels, least, headline, of_all, len(contrasts), draws, seed)
     parts = [study.compared(*contrast) for contrast in contrasts]
     columns = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-    columns |= {"score": selected.values, "at_step": steps}
+    of_groups = [selected.sel(run=list(runs)).mean("run", skipna=True).values for runs in groups.values()]
+    columns |= {"score": selected.values, "at_step": steps, "group_mean": np.stack(of_groups)}
     coords = {
         "comparison": [f"{first} − {second}" for first, second in contrasts],
         "task": tasks,
         "run": members,
+        "group": list(groups),
         "direction": ("task", selected["direction"].values),
         "run_group": ("run", [group for group, runs in groups.items() for _ in runs]),
     }

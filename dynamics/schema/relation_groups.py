@@ -231,4 +231,5 @@ SCORE_COMPARISON: Mapping[str, Variable] = {
             "at_step": ("1", "step of the score", "NaN where a run has none, and for `all`"),
         },
     ),
+    **_with_dims(("group", "task"), {"group_mean": ("task units", "mean over runs", "over runs that have the score")}),
 }

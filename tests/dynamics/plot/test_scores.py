@@ -2,11 +2,9 @@ import re
 
 import numpy as np
 import pytest
-import xarray as xr
 
 from dynamics import plot
 from tests.dynamics.report.test_scores import scored
-from tests.related import RUNS, related_groups
 from tests.trees import HOSTILE, example_tree
 
 
@@ -56,34 +54,10 @@ def test_without_any_value_it_says_so(tree):
     assert figure.axes[0].texts[0].get_text() == "No score has a value"
 
 
-def test_every_run_of_each_group_has_a_mark_and_the_group_its_mean():
-    group = related_groups()["score_comparison"]
-    figure = plot.score_comparison(group)
-    assert titles(figure) == ["all", "vqa/accuracy", "$x$/f1"]
-    panel = figure.axes[1]
-    scores = group["score"].sel(task="vqa/accuracy")
-    marks = np.concatenate([line.get_ydata() for line in panel.lines])
-    assert sorted(marks) == sorted(scores.values.tolist())
-    assert len(marks) == len(RUNS)
-    means = [collection.get_segments()[0][0][1] for collection in panel.collections]
-    assert means == pytest.approx([scores.values[:4].mean(), scores.values[4:].mean()])
-    assert group.attrs["statements"][0].split(" (")[0] in plot.to_svg(figure)
-
-
-def test_a_run_without_a_score_has_no_mark():
-    group = related_groups()["score_comparison"].copy(deep=True)
-    group["score"][0, 1] = np.nan
-    assert sum(line.get_ydata().size for line in plot.score_comparison(group).axes[1].lines) == len(RUNS) - 1
-
-
-def test_a_result_without_groups_says_what_it_needs():
-    with pytest.raises(ValueError, match=re.escape("needs groups of runs (LABEL=RUN) and their scores")):
-        plot.score_comparison(example_tree(steps=2, matrices=2))
+def test_a_result_without_scores_is_refused():
     with pytest.raises(ValueError, match=re.escape("Expected a result with the group /score")):
         plot.scores(example_tree(steps=2, matrices=2))
 
 
-def test_both_are_among_the_figures_of_a_result(tree):
+def test_it_is_among_the_figures_of_a_result(tree):
     assert "scores" in plot.drawings(tree)
-    groups = {f"/{name}": group for name, group in related_groups().items()}
-    assert "score_comparison" in plot.drawings(xr.DataTree.from_dict({**groups, "/runs/a": tree}))
