@@ -42,7 +42,8 @@ def compare_scores(
     Args:
         scores: ``(run, step, task)``, or :class:`~dynamics.relate.score_tables.ScoreTable`'s dataset.
         groups: Group → its runs; runs without any score are left out.
-        pairs: As for :func:`compare`.
+        pairs: As for :func:`compare`; by default runs are paired by their names where there are pairs enough to decide
+            every one of the scores: 6 for one score, 7 for two or three of two groups.
         directions: Task → ``"higher"`` or ``"lower"``, where names do not tell which is better.
         draws, seed: Of the random relabellings, where there are more than 10 000.
 
@@ -67,7 +68,6 @@ def compare_scores(
     check_groups(members, groups)
     labels = pair_labels(groups) if pairs is None else dict(pairs)
     contrasts = list(combinations(groups, 2))
-    least = 2 if pairs is not None else least_pairs(len(contrasts))
     selected, steps = _last_common(values.reindex(run=members))
     if not np.isfinite(selected.values).any():
         raise ValueError("scores: expected a score of a run of the groups after step 0, got none.")
@@ -75,6 +75,8 @@ def compare_scores(
     selected, steps = selected.isel(task=counted_scores), steps[:, counted_scores]
     selected, steps, of_all = _with_all(selected, steps)
     tasks = selected["task"].values.tolist()
+    beside = max(1, len(tasks) - (of_all > 0))
+    least = 2 if pairs is not None else least_pairs(len(contrasts) * beside)
     headline = ALL if of_all or tasks[0] == ALL else tasks[0] if len(tasks) == 1 else ""
     study = _Study(selected, steps, groups, labels, least, headline, of_all, len(contrasts), draws, seed)
     parts = [study.compared(*contrast) for contrast in contrasts]

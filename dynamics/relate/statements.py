@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynamics.relate.permutations import LEVEL
-from dynamics.text import counted, interval, number, p_value, signed, some, with_minus
+from dynamics.text import counted, interval, number, p_value, sentence_case, signed, some, with_minus
 
 #: Tasks that a sentence names.
 _NAMED = 8
@@ -227,10 +227,11 @@ def score_statement(row: Mapping[str, Any], context: ScoreContext) -> str:
     """
     first, second, difference = context.first, context.second, row["difference"]
     task = f"the mean over {context.scores} scores" if row["mean_of_all"] else row["task"]
+    subject = sentence_case(task) if row["mean_of_all"] else task
     if row["verdict"] == "not_comparable":
-        return f"{task}: {first} and {second} cannot be compared, since no run of one of them has this score."
+        return f"{subject}: {first} and {second} cannot be compared, since no run of one of them has this score."
     if row["verdict"] == "equal":
-        return f"{task}: {first} and {second} are equal ({context.units}{context.where}). There is nothing to test."
+        return f"{subject}: {first} and {second} are equal ({context.units}{context.where}). There is nothing to test."
     sign = 1 if difference >= 0 else -1
     better = sign * (row["direction"] or 1)
     winner, loser = (first, second) if better > 0 else (second, first)
@@ -244,11 +245,12 @@ def score_statement(row: Mapping[str, Any], context: ScoreContext) -> str:
         normal = _turned(row["normal_low"], row["normal_high"], sign)
         range_ = "" if math.isnan(normal[0]) else f"{interval(*normal, _quantity)} if runs are normally distributed"
         is_better = f"{winner} is {'better' if row['direction'] else 'higher'} by {by}"
+        is_better = is_better if difference else "no difference"
         observed = f"Observed: {is_better} ({', '.join(filter(None, (against, range_, size)))}{context.where})."
         smallest = f"smallest possible p: {p_value(row['smallest_p_adjusted'])}{context.adjusted}"
         reason = smallest if context.tested else "groups of fewer than 3 runs are described, not tested"
         if context.beside:
-            return f"{task}: undecided with {context.units} ({reason}). {observed}"
+            return f"{subject}: undecided with {context.units} ({reason}). {observed}"
         question = f"Which of {first} and {second} is better in {task}"
         if not row["direction"]:
             question = f"Whether {task} differs between {first} and {second}"
@@ -257,10 +259,9 @@ def score_statement(row: Mapping[str, Any], context: ScoreContext) -> str:
     p = f"p = {p_value(row['p_adjusted'])}{context.adjusted}; {context.units}{context.where}"
     if row["verdict"] == "not_shown":
         range_ = interval(row["low"], row["high"], _quantity)
-        return (
-            f"{task}: no difference between {first} and {second} shown ({_quantity(difference)}{unit}, {range_}, {p}). "
-            "Differences outside the interval are ruled out."
-        )
+        numbers = f"{_quantity(difference)}{unit}, {range_}, {p}"
+        shown = f"{subject}: no difference between {first} and {second} shown ({numbers})."
+        return f"{shown} Differences outside the interval are ruled out."
     range_ = interval(*_turned(row["low"], row["high"], sign), _quantity)
     numbers = f"({', '.join(filter(None, (against, range_, size, p)))})"
     if row["verdict"] == "different":

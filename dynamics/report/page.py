@@ -36,7 +36,7 @@ from dynamics.plot.hover_heatmap import fits_a_page
 from dynamics.plot.select import RULE, standouts, title_of
 from dynamics.report import scores, sentences
 from dynamics.report.summary import summarise
-from dynamics.text import counted, finite, number, percent, sentence_case, visible
+from dynamics.text import counted, finite, number, percent, sentence_case, visible, with_minus
 
 #: A longer table makes a page that opens slowly; the whole table is in summary.json.
 MOST_ROWS = 1000
@@ -47,7 +47,7 @@ MOST_SCORES, MOST_CHECKPOINTS = 6, 100
 #: Share of reports on data without any effect that claim one: python -m tests.benchmarks.calibration.
 FALSE_REPORTS = "7 % (6 runs) to 13 % (12 runs)"
 #: The same of the scores of two groups without any difference, three scores and their mean.
-FALSE_SCORES = "RATE"
+FALSE_SCORES = "2 % to 7 % (up to 10 % where one group is five times as variable)"
 #: Variables of an update that are defined beside the measures.
 _SIZES = ("frobenius_norm", "path_length", "increment_cosine", "suggested_rank")
 _OF_THE_GRADIENT = ("norm_before_clip", "norm_after_clip", "singular_value", "frobenius_norm")
@@ -198,7 +198,7 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 _TEMPLATES.filters |= {
-    "number": number,
+    "number": lambda value, digits=3: with_minus(number(value, digits)),
     "percent": percent,
     "place": location,
     "evidence": evidence_words,
@@ -454,7 +454,7 @@ def _cell(name: str, row: Mapping[str, Any]) -> Any:
     if not name.endswith("low"):
         return finite(row[name])
     low, high = float(row[name]), float(row[_high_end(name)])
-    return f"{number(low)} to {number(high)}" if np.isfinite((low, high)).all() else "–"
+    return f"{with_minus(number(low))} to {with_minus(number(high))}" if np.isfinite((low, high)).all() else "–"
 
 
 def _high_end(name: str) -> str:

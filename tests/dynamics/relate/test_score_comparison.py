@@ -128,6 +128,12 @@ def test_ties_between_groups_count_against_a_difference():
     assert row["p_value"] >= at_least - 1e-12
 
 
+def test_equal_means_of_too_few_runs_have_no_winner():
+    scores, groups = study(3, 3)
+    scores[:, -1, 0] = [0.5, 0.6, 0.7, 0.7, 0.6, 0.5]
+    assert "Observed: no difference (0.600 against 0.600, " in only(scores, groups)["statement"].item()
+
+
 def test_all_runs_equal_within_their_groups_have_no_interval_of_a_normal():
     scores, groups = study(3, 3)
     scores[:] = np.repeat([0.7, 0.6], 3)[:, None, None]
@@ -200,12 +206,15 @@ def test_scores_before_training_are_no_result_of_a_recipe():
         compare_scores(scores, groups)
 
 
-def test_names_pair_runs_where_six_pairs_share_one():
-    scores, _ = study(6, 6, shift=0.05)
-    names = [f"imax_s{n}" for n in range(6)] + [f"dmax_s{n}" for n in range(6)]
-    row = only(scores.assign_coords(run=names), {"imax": names[:6], "dmax": names[6:]})
-    assert row["n_pairs"] == 6
-    assert "6 pairs by name" in row["statement"].item()
+@pytest.mark.parametrize(("runs", "tasks", "pairs"), [(6, 1, 6), (6, 2, 0), (7, 2, 7), (7, 3, 7), (7, 4, 0)])
+def test_names_pair_runs_where_pairs_can_decide_every_score(runs, tasks, pairs):
+    scores, _ = study(runs, runs, shift=0.05, tasks=[f"t{number}/accuracy" for number in range(tasks)])
+    names = [f"{group}_s{n}" for group in ("imax", "dmax") for n in range(runs)]
+    result = compare_scores(scores.assign_coords(run=names), {"imax": names[:runs], "dmax": names[runs:]})
+    assert set(result["n_pairs"].values.ravel()) == {pairs}
+    where = f"{pairs} pairs by name" if pairs else f"{runs} + {runs} runs, unpaired (names match {runs} pairs"
+    assert where in result["statement"].values[0, 0]
+    assert result["decidable"].all()
 
 
 def test_three_recipes_need_more_runs():
