@@ -44,7 +44,8 @@ MOST_ROWS = 1000
 MOST_PAIRS, MOST_STATEMENTS = 500, 6
 #: Columns of scores, and rows of the table of checkpoints.
 MOST_SCORES, MOST_CHECKPOINTS = 6, 100
-#: Share of reports on data without any effect that claim one: python -m tests.benchmarks.calibration.
+#: Share of reports on data without any effect that claim an association, or a difference in a measure: python -m
+#: tests.benchmarks.calibration.
 FALSE_REPORTS = "7 % (6 runs) to 13 % (12 runs)"
 #: The same of the scores of two groups without any difference, three scores and their mean.
 FALSE_SCORES = "2 % to 7 % (up to 10 % where one group is five times as variable)"

@@ -44,6 +44,7 @@ _BESIDE_BASE = (
 _FLAGS = ("is_zero", "quantisation_limited")
 #: Numbers of the permutation test of χ; without χ of equal traces they belong to another χ and are left out.
 _OF_THE_TEST = ("null_low", "null_high", "p_value")
+_OF_SCORES = ("difference", "low", "high", "normal_low", "normal_high", "effect_size", "p_adjusted")
 _ENDS = {"value": "", "low": "_low", "high": "_high"}
 
 
@@ -68,7 +69,8 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         - ``scores``: each score at the start, at its last step and at its best, see ``score_changes``; and
           ``checkpoints``: a row for each step with the size of the update, the increment, and the scores;
         - ``score_comparison`` and ``comparison`` of groups in scores and measures, and ``association`` of both:
-          ``None``, or the ``headline`` and ``statements``, those about the headline first;
+          ``None``, or the ``headline`` and ``statements``, those about the headline first; of scores also ``rows``,
+          with the ``verdict`` and numbers of each;
         - ``totals`` of the direct sum of all updates, and the number of ``matrices`` in it; ``adapters``: the size of
           each, where several are not added up; ``over_matrices``: quartiles, and the medians of the null;
         - ``roles``, most energy first; ``table``, a row for each matrix, largest update first;
@@ -161,7 +163,25 @@ def _related(tree: xr.DataTree) -> dict[str, Any]:
     for name in relations.keys() & tree.children.keys():
         attributes = tree[name].attrs
         relations[name] = {"headline": str(attributes["headline"]), "statements": [*map(str, attributes["statements"])]}
+    if "score_comparison" in tree.children:
+        relations["score_comparison"]["rows"] = _score_rows(tree["score_comparison"].to_dataset().load())
     return relations
+
+
+def _score_rows(compared: xr.Dataset) -> list[dict[str, Any]]:
+    """Return verdict and numbers of each comparison and score."""
+    return [
+        {
+            "comparison": str(comparison),
+            "task": str(task),
+            "verdict": str(row["verdict"].item()),
+            **{name: finite(row[name]) for name in _OF_SCORES},
+            **{name: int(row[name]) for name in ("n_first", "n_second", "n_pairs")},
+        }
+        for comparison in compared["comparison"].values
+        for task in compared["task"].values
+        for row in [compared.sel(comparison=comparison, task=task)]
+    ]
 
 
 def _path(tree: xr.DataTree) -> dict[str, Any] | None:

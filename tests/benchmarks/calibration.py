@@ -95,7 +95,7 @@ def false_scores(rng: np.random.Generator, sets: int) -> Iterator[Row]:
         row = []
         for size in sizes:
             held = np.array([scores_differ(rng, size, spread, items) for _ in range(sets // 2)])
-            row.append(" / ".join(share(column) for column in (*held.T, held.any(1))))
+            row.append(" / ".join(share(column) for column in (*held.T, np.any(held, axis=1))))
         yield name, *row
 
 

@@ -81,6 +81,13 @@ def test_the_page_answers_first_and_links_to_its_tables(result):
     assert 'id="association"' in page
     assert "<figcaption>Every run, and the median of each group.</figcaption>" in page
     summary = json.loads((result[1] / "analysis" / "summary.json").read_text())
+    rows = summary["score_comparison"]["rows"]
+    assert [(row["task"], row["verdict"], row["n_first"]) for row in rows] == [
+        ("all", "undecided", 3),
+        ("vqa/accuracy", "undecided", 3),
+        ("report/loss", "undecided", 3),
+    ]
+    assert summary["runs"]["imax_s1"]["scores"][0]["last"]["step"] == 40
     assert summary["comparison"]["statements"][0] in page.replace("&#39;", "'")
 
 
