@@ -255,7 +255,8 @@ def subset(task: Task, numbers: Sequence[int]) -> Task:
             return [default[number] for number in numbers]
         if naming is None or isinstance(naming, str) or callable(naming):
             return naming
-        return [list(naming)[number] for number in numbers]
+        labels = list(naming)
+        return [labels[number] for number in numbers]
 
     names = task.sample_ids() if task.sample_id is None else None
     sample_id = part(task.sample_id, names)

@@ -127,8 +127,9 @@ def _sums(
 def _add(sums: dict[str, list[Tensor]], block: Block, weights: Tensor) -> None:
     """Add a batch to the sums of a block, and let its gradients go."""
     counted = weights.any(0)
+    weights = weights[:, counted].to(block.parameters[0][0].device)
     gradients = block.parts.pop()
-    parts = [weighted_sums(gradient.of_samples(counted), weights[:, counted]) for gradient in gradients]
+    parts = [weighted_sums(gradient.of_samples(counted), weights) for gradient in gradients]
     if block.name in sums:
         for total, part in zip(sums[block.name], parts, strict=True):
             total += part

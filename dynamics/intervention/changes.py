@@ -27,7 +27,7 @@ def energy(change: Change) -> float:
     >>> energy({"a": torch.ones(2, 2), "b": LowRankMatrix(torch.ones(1, 1), torch.ones(1, 1), 2.0)})
     8.0
     """
-    return sum(change_energy(matrix) for matrix in change.values())
+    return sum((change_energy(matrix) for matrix in change.values()), 0.0)
 
 
 def inner(one: Change, other: Change) -> float:
@@ -36,7 +36,7 @@ def inner(one: Change, other: Change) -> float:
     >>> inner({"a": torch.ones(2), "b": torch.ones(1)}, {"a": torch.tensor([1.0, 2.0])})
     3.0
     """
-    return sum(_inner(one[name], other[name]) for name in one if name in other)
+    return sum((_inner(one[name], other[name]) for name in one if name in other), 0.0)
 
 
 def _inner(one: Matrix, other: Matrix) -> float:
@@ -52,7 +52,7 @@ def _inner(one: Matrix, other: Matrix) -> float:
 
 
 def total(terms: Sequence[tuple[float, Change]]) -> dict[str, Matrix]:
-    """Return Σ c·change. Sums of low-rank matrices are low-rank, of the sum of the ranks.
+    """Return Σ c·change. Sums of low-rank matrices are low-rank, of the sum of the ranks; on the first one's device.
 
     >>> total([(2.0, {"a": torch.ones(1)}), (-1.0, {"a": torch.ones(1), "b": torch.ones(1)})])
     {'a': tensor([1.]), 'b': tensor([-1.])}
@@ -62,14 +62,15 @@ def total(terms: Sequence[tuple[float, Change]]) -> dict[str, Matrix]:
 
 
 def _total(terms: Sequence[tuple[float, Matrix]]) -> Matrix:
+    device = _device(terms[0][1])
     if all(isinstance(matrix, LowRankMatrix) for _, matrix in terms):
         columns: list[Tensor] = []
         rows: list[Tensor] = []
         scales: list[Tensor] = []
         for c, matrix in terms:
             assert isinstance(matrix, LowRankMatrix)
-            columns.append(matrix.left_factor.detach())
-            rows.append(matrix.right_factor.detach())
+            columns.append(matrix.left_factor.detach().to(device))
+            rows.append(matrix.right_factor.detach().to(device))
             scales.append(c * matrix.scales().cpu())
         dtype = max((part.dtype for part in (*columns, *rows)), key=lambda dtype: -torch.finfo(dtype).eps)
         return LowRankMatrix(
@@ -77,7 +78,7 @@ def _total(terms: Sequence[tuple[float, Matrix]]) -> Matrix:
             torch.cat([part.to(dtype) for part in rows]),
             column_scale=torch.cat(scales),
         )
-    dense = [c * (matrix.to_dense() if isinstance(matrix, LowRankMatrix) else matrix) for c, matrix in terms]
+    dense = [c * (m.to_dense() if isinstance(m, LowRankMatrix) else m).to(device) for c, m in terms]
     return torch.stack(torch.broadcast_tensors(*dense)).sum(0) if len(dense) > 1 else dense[0]
 
 
@@ -132,8 +133,7 @@ def random_change(model: nn.Module, change: Change, space: str, seed: int) -> di
     for name, matrix in change.items():
         tangent = _tangent(spaces.get(name))
         if tangent is None:
-            assert isinstance(matrix, Tensor)
-            inside[name] = matrix.detach().to("cpu", torch.float64)
+            inside[name] = _dense(matrix).detach().cpu()
             drawn[name] = torch.randn(matrix.shape, generator=generator, dtype=torch.float64)
         else:
             inside[name] = tangent.of_change(matrix).cpu()
@@ -164,19 +164,26 @@ def _format(matrix: Matrix) -> torch.dtype:
     return matrix.left_factor.dtype if isinstance(matrix, LowRankMatrix) else matrix.dtype
 
 
-def in_format(change: Change, dtype: torch.dtype) -> dict[str, Matrix]:
-    """Return a change with its numbers in another format.
+def in_format(model: nn.Module, change: Change, dtype: torch.dtype) -> dict[str, Matrix]:
+    """Return a change in a format, each matrix on the device of the model's own.
 
-    >>> in_format({"a": torch.ones(1)}, torch.float64)["a"].dtype
+    Raises:
+        ValueError: If the model has no such matrix or trained parameter.
+
+    >>> in_format(nn.Linear(1, 1), {"weight": torch.ones(1, 1)}, torch.float64)["weight"].dtype
     torch.float64
     """
+    devices = {name: parameter.device for name, parameter in trained_parameters(model).items()}
+    devices |= {watched.name: watched.sources[0].device for watched in find(model).watched}
+    if unknown := [name for name in change if name not in devices]:
+        raise ValueError(f"Expected changes of matrices, such as {sorted(devices)[:3]}, got {unknown[:3]}.")
     converted: dict[str, Matrix] = {}
     for name, matrix in change.items():
         if isinstance(matrix, LowRankMatrix):
-            left, right = matrix.left_factor.detach().to(dtype), matrix.right_factor.detach().to(dtype)
+            left, right = (part.detach().to(devices[name], dtype) for part in (matrix.left_factor, matrix.right_factor))
             converted[name] = LowRankMatrix(left, right, matrix.scale, column_scale=matrix.column_scale)
         else:
-            converted[name] = matrix.detach().to(dtype)
+            converted[name] = matrix.detach().to(devices[name], dtype)
     return converted
 
 

@@ -23,6 +23,7 @@ A part along gradients is Gᵀw, one backward pass of a weighted loss, and stays
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -52,8 +53,8 @@ from dynamics.schema import GLOBAL
 from probes.blocks import trained_parameters
 from probes.gram import ProbeGram
 from probes.scores import device_of
-from probes.tasks import Task, subset
-from probes.undisturbed import bare
+from probes.tasks import Task, require_names, subset
+from probes.undisturbed import bare, undisturbed
 from probes.watched import Matrix
 from probes.weighted_gradients import weighted_gradients
 
@@ -69,10 +70,11 @@ HEADLINE = (1, 2, 4, 8, 16)
 _MOST_DIRECTIONS = 10**6
 #: Share of ‖on‖² by which its three forms may differ: in single precision, and in half.
 DEVIATION, DEVIATION_HALF = 1e-5, 2e-2
-#: Where ‖on‖² is this share of ‖δ‖², its rounding is.
-_NEGLIGIBLE = 1e-4
-#: Eigenvalues of K that are so many units of rounding below the largest are not resolved.
-_ROUNDING = 100.0
+#: Cosine of on and δ below which rounding of b and ⟨on, δ⟩, relative to ‖on‖‖δ‖, counts for more than that of ‖on‖².
+_COSINE = 0.1
+#: Eigenvalues of K are rounding below so many units of the largest: of the single precision in which inner products are
+#: formed, and of the squared one of gradients, whose own rounding is like noise of independent signs.
+_ROUNDING, _SINGLE = 100.0, torch.finfo(torch.float32).eps
 
 
 class Fold(NamedTuple):
@@ -117,12 +119,27 @@ class Counterfactuals:
         """The chosen arms."""
         return self.update.names
 
-    def save(self, folder: str | Path, arm: str) -> Path:
+    def require(self, model: nn.Module, tasks: Sequence[Task]) -> None:
+        """Refuse another model or other samples than those of the arms.
+
+        Raises:
+            ValueError: If the model is not at the weights where the update began, or the tasks are not those behind K.
+        """
+        self.update.require_start(model)
+        _numbers(tasks, self.gram)
+
+    def save(self, folder: str | Path, arm: str, *, scale: float = 1.0) -> Path:
         """Write an arm, added to the adapter at the increment's start, as an adapter that any evaluator loads.
 
         See :func:`dynamics.intervention.export.save_arm`.
+
+        Args:
+            folder: New or empty.
+            arm: ``full``, ``on``, ``on(4)``, …; of the matched pair ``matched+`` or ``matched-``.
+            scale: λ, the arm's length.
         """
-        return save_arm(self.update.model, self.whole[arm], Path(folder), arm)
+        change = total([(scale, self.whole[arm])])
+        return save_arm(self.update.model, change, Path(folder), arm if scale == 1 else f"{scale:g} · {arm}")
 
 
 class Arms(Mapping[str, dict[str, Matrix]]):
@@ -189,7 +206,12 @@ class Arms(Mapping[str, dict[str, Matrix]]):
         return self._deviation
 
     def matrices(self, arm: str, k: int) -> dict[str, Matrix]:
-        """Return an arm as changes of matrices, and of vectors by their parameter's name."""
+        """Return an arm as changes of matrices, and of vectors by their parameter's name.
+
+        Raises:
+            ValueError: If the model has moved, or its gradients are not those behind K.
+        """
+        self._update.require_start(self._update.model)
         return as_matrices(self._update.model, self.change(arm, k), self._update.space)
 
     def change(self, arm: str, k: int) -> Change:
@@ -227,10 +249,11 @@ class Arms(Mapping[str, dict[str, Matrix]]):
         """Return a part along gradients; the first time, make all of them in one pass over the samples behind them."""
         if (arm, k) not in self._changes:
             update = self._update
-            update.require_start()
             weights = torch.tensor(np.stack([part.weights for part in self.parts.values()]))
             tasks = some(update.tasks, update.numbers[self.rows])
-            changes = weighted_gradients(update.model, tasks, weights, space=update.space, blocks=update.blocks)
+            changes: list[dict[str, Matrix]] = [{} for _ in weights]
+            if weights.any():  # else nothing of the update lies along the gradients
+                changes = weighted_gradients(update.model, tasks, weights, space=update.space, blocks=update.blocks)
             self._changes.update(zip(self.parts, changes, strict=True))
             self._deviation = max(self._apart(self.parts["on", k].energy, self._changes["on", k]) for k in update.k)
             if not self._deviation <= update.tolerance:
@@ -242,10 +265,9 @@ class Arms(Mapping[str, dict[str, Matrix]]):
         return self._changes[arm, k]
 
     def _apart(self, energy_of_gram: float, change: Change) -> float:
-        """Return how far ‖on‖² and ⟨on, δ⟩ are from wᵀKw, relative to it."""
+        """Return how far ‖on‖² and ⟨on, δ⟩ are from wᵀKw, relative to it, or to 0.1 ‖on‖‖δ‖ where that is more."""
         norms = (energy(change), inner(change, self._update.change))
-        # ⟨on, δ⟩ is rounded relative to ‖on‖‖δ‖, whatever the angle.
-        size = max(energy_of_gram, _NEGLIGIBLE * self._update.energy)
+        size = max(energy_of_gram, _COSINE * float(np.sqrt(energy_of_gram * self._update.energy)))
         return max(abs(norm - energy_of_gram) for norm in norms) / size if size > 0 else 0.0
 
 
@@ -284,13 +306,14 @@ class _Update:
     resolved: float
     tolerance: float
 
-    def require_start(self) -> None:
+    def require_start(self, model: nn.Module) -> None:
         """Refuse a model that has moved.
 
         Raises:
             ValueError: If it has.
         """
-        moved = [name for name, value in _sums(self.model).items() if value != self.start.get(name)]
+        sums = _sums(model)
+        moved = [name for name in {**self.start, **sums} if sums.get(name) != self.start.get(name)]
         if moved:
             raise ValueError(
                 f"Expected the model at the weights where the update began, got other numbers in {moved[:3]}. Set the "
@@ -300,7 +323,7 @@ class _Update:
 
 def counterfactuals(
     model: nn.Module,
-    tasks: Sequence[Task],
+    tasks: Task | Sequence[Task],
     gram: ProbeGram,
     change: Mapping[str, Matrix],
     *,
@@ -309,7 +332,7 @@ def counterfactuals(
     splits: int = 2,
     seed: int = 0,
 ) -> Counterfactuals:
-    """Take an update apart along the informative directions of probe samples; nothing is run yet.
+    """Take an update apart along the informative directions of probe samples; only one batch is run yet.
 
     Args:
         model: At the weights where the update began; it is left as it was.
@@ -337,7 +360,8 @@ def counterfactuals(
     >>> len(fit), len(held_out), torch.allclose(parts["on"]["weight"] + parts["off"]["weight"], change["weight"])
     (4, 4, True)
     """
-    tasks = tuple(tasks)
+    tasks = (tasks,) if isinstance(tasks, Task) else tuple(tasks)
+    require_names(tasks)
     names = chosen_arms(arms)
     together = _together(gram)
     stacked = StackedGram.of(together)
@@ -360,21 +384,22 @@ def counterfactuals(
         raise ValueError(f"Expected at least one split, got {splits}.")
     halves = list(half_splits(group, splits, seed))
     blocks = tuple(name for name in gram.blocks if name != GLOBAL) or None
-    exact = torch.finfo(_precision(model)).eps
+    precision = _precision(model, tasks[0])
+    exact = torch.finfo(precision).eps
     update = _Update(
         model,
         tasks,
         stacked.gram[0],
         stacked.update_product[0],
         numbers,
-        in_format(change, torch.promote_types(_precision(model), torch.float32)),
+        in_format(model, change, torch.promote_types(precision, torch.float32)),
         size,
         _directions(k, min(len(fit) for fit, _ in halves)),
         names,
         gram.space or "tangent",
         blocks,
         _sums(model),
-        max(RESOLVED, _ROUNDING * exact),
+        max(RESOLVED, _ROUNDING * min(exact, _SINGLE), _ROUNDING * exact**2),
         DEVIATION if exact < 1e-6 else DEVIATION_HALF,
     )
     labels = np.asarray(gram.groups if len(gram.groups) else gram.sample_ids if len(gram.sample_ids) else group).astype(
@@ -486,10 +511,22 @@ def _sums(model: nn.Module) -> dict[str, float]:
     return {name: float(p.detach().sum(dtype=torch.float64)) for name, p in trained_parameters(model).items()}
 
 
-def _precision(model: nn.Module) -> torch.dtype:
-    """Return the coarsest format in which the model computes."""
-    device = device_of(model).type
+def _precision(model: nn.Module, task: Task) -> torch.dtype:
+    """Return the coarsest format in which the model computes: its weights', autocast's anywhere in its forward, TF32's.
+
+    Of TF32, which has the digits of half precision, float16.
+    """
+    device = device_of(model)
     formats = {p.dtype for p in bare(model).parameters() if p.is_floating_point()}
-    if torch.is_autocast_enabled(device):
-        formats.add(torch.get_autocast_dtype(device))
+    if torch.float32 in formats and torch.get_float32_matmul_precision() != "highest":
+        formats.add(torch.float16)
+
+    def look(*_: object) -> None:
+        if torch.is_autocast_enabled(device.type):
+            formats.add(torch.get_autocast_dtype(device.type))
+
+    with undisturbed(model) as quiet, torch.no_grad(), ExitStack() as stack:
+        for module in quiet.modules():
+            stack.callback(module.register_forward_pre_hook(look).remove)
+        task.losses(quiet, next(task.batches()).to(device))
     return max(formats, key=lambda dtype: torch.finfo(dtype).eps)

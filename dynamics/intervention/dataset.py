@@ -31,7 +31,7 @@ _CURVES = ("full", "on", "off")
 
 def intervene(
     model: nn.Module,
-    tasks: Sequence[Task],
+    tasks: Task | Sequence[Task],
     arms: Counterfactuals,
     *,
     scales: Sequence[float] = SCALES,
@@ -46,7 +46,8 @@ def intervene(
     together is in :func:`dynamics.intervention.effects.decompose`.
 
     Costs, with two splits, one k and the default arms and lengths, 28 forward passes over the probe samples and two
-    passes forward and backward for the directions. Each further k takes 18 more.
+    passes forward and backward for the directions. Each further k takes 18 more. Scores of the tasks' own take passes
+    of their own, 10 with the default arms.
 
     Args:
         model: At the weights where the update began; it is left as it was.
@@ -60,7 +61,8 @@ def intervene(
         The group ``/intervention`` for one step.
 
     Raises:
-        ValueError: If the model has moved, the gradients are not those behind K, or a loss is not one number a sample.
+        ValueError: If the model has moved, the tasks or gradients are not those behind K, or a loss is not one number a
+            sample.
 
     >>> from dynamics.intervention.counterfactuals import counterfactuals
     >>> from probes import gradient_gram
@@ -80,8 +82,10 @@ def intervene(
     scales = tuple(sorted({*map(float, scales), 1.0}))
     if not all(np.isfinite(scale) and scale > 0 for scale in scales):
         raise ValueError(f"Expected positive lengths, got {scales}.")
+    tasks = (tasks,) if isinstance(tasks, Task) else tuple(tasks)
+    arms.require(model, tasks)
     stacked = StackedGram.of(arms.gram)
-    run = _Run(model, tuple(tasks), arms, scales, progress)
+    run = _Run(model, tasks, arms, scales, progress)
     with undisturbed(model) as quiet, torch.no_grad():
         for number, fold in enumerate(arms.folds):
             run.fold(quiet, fold.arms, number // 2)
@@ -175,8 +179,8 @@ class _Run:
     def _scores(
         self, model: nn.Module, tasks: Sequence[Task], change: Mapping[str, Matrix] | None
     ) -> Float[np.ndarray, " held_out"] | None:
-        """Return the score of each sample, NaN where its task has none; ``None`` if no task has."""
-        if all(task.score is None for task in tasks):
+        """Return the score of each sample, NaN where its task has none; ``None`` if no task of the run has."""
+        if all(task.score is None for task in self.tasks):
             return None
         device = device_of(model)
         values: list[torch.Tensor] = []

@@ -7,7 +7,11 @@ space, 3r for the rest. All matrices get the largest rank.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +52,27 @@ def save_arm(model: nn.Module, change: Mapping[str, Matrix], folder: Path, arm: 
     Args:
         model: At the weights to which the change is added; with adapters, or dense.
         change: Matrix → its change; of other parameters by name.
-        folder: New or empty. With adapters it gets ``adapter_model.safetensors`` and ``adapter_config.json``, as PEFT
-            loads them; without, ``differences.safetensors``, float32 differences by parameter.
+        folder: New or empty; it is filled whole, or not at all. With adapters it gets ``adapter_model.safetensors`` and
+            ``adapter_config.json``, as PEFT loads them; without, ``differences.safetensors``, float32 differences by
+            parameter.
         arm: Its name, for the README beside them.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: If the folder holds anything.
-        ValueError: If a matrix has no place in a PEFT adapter: fused experts, or parameters trained beside it.
+        FileExistsError: If the folder holds anything, or is a file.
+        ValueError: If a change has no matrix, or something of the model has no place in a PEFT adapter of LoRA's kind:
+            fused experts, a variant of LoRA, adapters that are frozen, parameters trained beside adapters.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"Expected a new or empty folder for the arm, got {folder}, which holds files.")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise FileExistsError(f"Expected a new or empty folder for the arm, got {folder}, which is or holds a file.")
     adapted = [
         watched for watched in find(model).watched if not watched.part_of and not isinstance(watched.terms, Dense)
     ]
+    known = {*(watched.name for watched in adapted), *_parameters(model)}
+    if unknown := [name for name in change if name not in known]:
+        raise ValueError(f"Expected changes of matrices of layers, such as {sorted(known)[:3]}, got {unknown[:3]}.")
     if adapted:
         tensors, config = _adapter(model, adapted, change)
         files, how = {"adapter_config.json": json.dumps(config, indent=2)}, _ADAPTER
@@ -72,12 +81,28 @@ def save_arm(model: nn.Module, change: Mapping[str, Matrix], folder: Path, arm: 
         tensors, how = _differences(model, change), _DENSE
         files: dict[str, str] = {}
         name, what = "differences.safetensors", "Differences of the weights, in single precision."
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name, {"format": "pt", "arm": arm})
     files["README.md"] = _README.format(arm=arm, what=what, how=how.format(folder=folder.name))
-    for file, text in files.items():
-        (folder / file).write_text(text, encoding="utf-8")
+    with _filled(folder) as stage:
+        save_file({key: part.contiguous() for key, part in tensors.items()}, stage / name, {"format": "pt", "arm": arm})
+        for file, text in files.items():
+            (stage / file).write_text(text, encoding="utf-8")
     return folder
+
+
+@contextmanager
+def _filled(folder: Path) -> Iterator[Path]:
+    """Give a hidden folder that takes the place of a new or empty one if the block completes."""
+    place = Path(os.path.realpath(folder))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    stage = place.with_name(f".arm-{secrets.token_hex(8)}")
+    stage.mkdir()
+    try:
+        yield stage
+        if place.exists():
+            place.rmdir()
+        stage.rename(place)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _adapter(
@@ -96,10 +121,10 @@ def _adapter(
     for name, (left, right) in sums.items():
         path, layer = layers[name]
         tensors |= _tensors(_PREFIX + path, layer, *_padded(left, right, rank))
-    beside = [name for name in change if name not in sums]
-    live = dict(getattr(bare(model), "peft_config", {}))
-    config = live[min(live)].to_dict() if live else {}
-    tensors |= _saved_modules(model, {name: change[name] for name in beside})
+    saved, sources = _saved_modules(model, change)
+    _require_whole(model, sources | {id(parameter) for watched in adapted for parameter in watched.sources})
+    tensors |= saved
+    config = _live_config(model)
     kept = {key: _plain(config.get(key)) for key in _KEPT}
     return tensors, {
         **kept,
@@ -111,6 +136,35 @@ def _adapter(
         "target_modules": sorted(path for path, _ in (layers[name] for name in sums)),
         "inference_mode": True,
     }
+
+
+def _live_config(model: nn.Module) -> dict[str, Any]:
+    """Return the configuration of the first active adapter; nothing where there is none."""
+    layers = (module for module in base_model(model).modules() if "BaseTunerLayer" in class_names(module))
+    active = [adapter for module in layers for adapter in module.active_adapters]  # pyright: ignore[reportGeneralTypeIssues]
+    live = dict(getattr(bare(model), "peft_config", {}))
+    return next((live[adapter].to_dict() for adapter in active if adapter in live), {})
+
+
+def _require_whole(model: nn.Module, written: set[int]) -> None:
+    """Refuse a model of which an adapter of the written parameters would not be all that is beside the base."""
+    base = base_model(model)
+    missing = [name for name, parameter in trained_parameters(model).items() if id(parameter) not in written]
+    for path, module in base.named_modules():
+        if "LoraLayer" not in class_names(module):
+            continue
+        if getattr(module, "lora_variant", {}):
+            missing.append(plain_path(base, path))
+        for name, parameter in module.named_parameters():
+            kind, _, rest = name.partition(".")
+            is_active = kind.startswith("lora_") and rest.partition(".")[0] in module.active_adapters  # pyright: ignore[reportOperatorIssue]
+            if is_active and id(parameter) not in written:
+                missing.append(plain_path(base, f"{path}.{name}"))
+    if missing:
+        raise ValueError(
+            f"Expected trained adapters (LoRA) and modules_to_save, nothing else beside the base, got {missing[:3]}, "
+            "which PEFT's LoRA cannot hold. Merge it into the base, or evaluate with dynamics.intervene."
+        )
 
 
 def _layers(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
@@ -134,7 +188,9 @@ def _compressed(before: LowRankMatrix, change: Matrix | None) -> tuple[Tensor, T
     if change is None:
         whole, floor = before, 0.0
     else:
-        assert isinstance(change, LowRankMatrix)
+        if not isinstance(change, LowRankMatrix):
+            left, values, right = torch.linalg.svd(change.detach().to(torch.float64), full_matrices=False)
+            change = LowRankMatrix(left * values, right)
         whole = total([(1.0, {"": before}), (1.0, {"": change})])[""]
         floor = _ROUNDING * float(_core(change)[1][:1].sum())
     assert isinstance(whole, LowRankMatrix)
@@ -174,21 +230,25 @@ def _tensors(path: str, layer: nn.Module, left: Tensor, right: Tensor) -> dict[s
     return {f"{path}.lora_A.weight": right, f"{path}.lora_B.weight": left}
 
 
-def _saved_modules(model: nn.Module, change: Mapping[str, Matrix]) -> dict[str, Tensor]:
-    """Return weights that PEFT saves whole beside an adapter (``modules_to_save``), with their change."""
-    parameters = _parameters(model)
-    paths = {id(parameter): path for path, parameter in base_model(model).named_parameters()}
+def _saved_modules(model: nn.Module, change: Mapping[str, Matrix]) -> tuple[dict[str, Tensor], set[int]]:
+    """Return ``modules_to_save``, which PEFT saves whole, with their change; and the identities of their tensors."""
+    base = base_model(model)
+    names = {id(parameter): name for name, parameter in _parameters(model).items() if name in change}
     tensors: dict[str, Tensor] = {}
-    for name, value in change.items():
-        parameter = parameters[name]
-        path = paths[id(parameter)]
-        if "modules_to_save" not in path.split("."):
-            raise ValueError(
-                f"Expected changes of adapters and of modules_to_save, got {name!r}. Choose blocks without it."
-            )
-        whole = parameter.detach().double() + _like(value, parameter)
-        tensors[_PREFIX + plain_path(base_model(model), path)] = whole.float().cpu()
-    return tensors
+    sources: set[int] = set()
+    for path, module in base.named_modules():
+        if "ModulesToSaveWrapper" not in class_names(module):
+            continue
+        for adapter in module.active_adapters:  # pyright: ignore[reportGeneralTypeIssues]
+            copy = module.modules_to_save[adapter]  # pyright: ignore[reportIndexIssue]
+            for key, value in copy.state_dict(keep_vars=True).items():  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+                sources.add(id(value))
+                whole = value.detach()
+                if id(value) in names:
+                    whole = whole.double() + _like(change[names[id(value)]], value)
+                is_float = whole.is_floating_point()
+                tensors[f"{_PREFIX}{plain_path(base, path)}.{key}"] = (whole.float() if is_float else whole).cpu()
+    return tensors, sources
 
 
 def _differences(model: nn.Module, change: Mapping[str, Matrix]) -> dict[str, Tensor]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from probes import LowRankMatrix, watched_matrices
 from probes.additions import added
+from probes.blocks import trained_parameters
 
 
 class Layers(nn.Module):
@@ -119,11 +123,61 @@ def test_what_does_not_fit_is_refused_and_leaves_no_hook(changes, what: str) -> 
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_tied_weight_is_refused() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
-    model["b"].weight = model["a"].weight
-    with pytest.raises(ValueError, match="one layer"), added(model, {"a": torch.ones(3, 3)}):
+class Tied(nn.Module):
+    """A language model's table of words, at both ends; and a stack of matrices, a token of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.words.weight
+        self.experts = nn.Parameter(torch.randn(2, 4, 4))
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.words(ids) + self.token.to(self.words.weight.dtype)
+        return self.head(torch.tanh(hidden @ self.experts[0].to(hidden.dtype)) @ self.experts[1].to(hidden.dtype))
+
+
+def test_all_trained_weights_can_be_changed() -> None:
+    """Tied ones at both ends; those whose use no layer's output says in themselves, and back."""
+    torch.manual_seed(0)
+    model, ids = Tied().double(), torch.arange(6).reshape(2, 3)
+    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    changes = {name: torch.randn(matrix.shape, dtype=torch.float64) for name, matrix in watched_matrices(model).items()}
+    assert [*changes] == ["experts[0]", "experts[1]", "token", "words"]
+    changes["experts[1]"] = LowRankMatrix(torch.ones(4, 1), torch.arange(4.0)[None])
+    with added(model, changes), torch.no_grad():
+        values = model(ids)
+        assert torch.equal(model.words.weight, kept["words.weight"])
+    assert all(torch.equal(parameter, kept[name]) for name, parameter in model.named_parameters())
+    with torch.no_grad():
+        model.words.weight += changes["words"]
+        model.token += changes["token"]
+        model.experts[0] += changes["experts[0]"]
+        model.experts[1] += changes["experts[1]"].to_dense()
+        torch.testing.assert_close(values, model(ids), rtol=1e-12, atol=1e-12)
+
+
+def test_tied_weights_in_half_precision_are_not_touched() -> None:
+    model, ids = Tied(), torch.arange(6).reshape(2, 3)
+    model.words.to(torch.bfloat16)
+    change = {"words": 1e-4 * torch.ones(7, 4)}
+    with added(model, change), torch.no_grad():
+        assert model(ids).dtype == torch.bfloat16
+    model.token.data = model.token.data.bfloat16()
+    with pytest.raises(ValueError, match="single precision"), added(model, {"token": torch.ones(1, 4)}):
         pass
+
+
+def test_dora_is_changed_in_its_own_parameters() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), LoraConfig(r=2, target_modules=["0"], use_dora=True)).eval()
+    parameters = trained_parameters(model)
+    changes = {name: torch.randn(parameter.shape) for name, parameter in parameters.items()}
+    with added(model, changes):
+        values = model(torch.eye(3))
+    for name, parameter in parameters.items():
+        parameter.data += changes[name]
+    torch.testing.assert_close(values, model(torch.eye(3)))
 
 
 def test_hooks_are_gone_after_an_error() -> None:
@@ -136,3 +190,90 @@ def test_hooks_are_gone_after_an_error() -> None:
     with pytest.raises(RuntimeError):
         fail()
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Twice(nn.Linear):
+    """A layer that does more than its kind."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class Scaled(nn.Embedding):
+    """An embedding as Gemma has it."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 4)
+        self.register_buffer("embed_scale", torch.tensor(3.0))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+def with_weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(2, 2)))
+
+
+def for_some_tokens() -> nn.Module:
+    """Activated LoRA, which changes what comes after certain tokens."""
+    return get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"], alora_invocation_tokens=[1]))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Sequential(Twice(2, 2)), lambda: nn.Sequential(Scaled()), with_weight_norm]
+)
+def test_a_layer_that_does_more_with_its_matrix_has_the_change_in_it(make) -> None:
+    """What the change of its kind adds to the output would be another change than that of the matrix."""
+    model = make()
+    inputs = torch.arange(2)[None] if isinstance(model[0], nn.Embedding) else torch.eye(2)
+    name, matrix = list(watched_matrices(model).items())[-1]
+    change = torch.randn(matrix.shape)
+    with added(model, {name: change}):
+        values = model(inputs)
+    matrix.data += change
+    torch.testing.assert_close(values, model(inputs))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: get_peft_model(nn.Sequential(Scaled()), LoraConfig(r=2, target_modules=["0"])), for_some_tokens]
+)
+def test_an_adapter_that_does_more_with_its_matrix_is_refused(make) -> None:
+    model = make()
+    name, matrix = list(watched_matrices(model).items())[-1]
+    with pytest.raises(ValueError, match="no layer's output says"), added(model, {name: torch.ones(matrix.shape)}):
+        pass
+
+
+def test_one_image_without_a_dimension_of_images() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 2, bias=False))
+    image, change = torch.randn(2, 4, 5), LowRankMatrix(torch.randn(3, 1), torch.randn(1, 8))
+    with added(model, {"0": change}):
+        values = model(image)
+    model[0].weight.data += change.to_dense().reshape(3, 2, 2, 2).float()
+    torch.testing.assert_close(values, model(image))
+
+
+def test_a_model_spread_by_a_device_map() -> None:
+    """Its layers' forward functions are wrapped: they move the inputs, and call what was there."""
+    model = dense()
+    changes = changes_of(model, low_rank=True)
+    with added(model, changes):
+        expected = model(IDS)
+    dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    assert "forward" in vars(model.linear)
+    with added(model, changes):
+        torch.testing.assert_close(model(IDS), expected, rtol=0, atol=0)
+
+
+def test_a_layer_whose_forward_function_was_replaced_has_the_change_in_it() -> None:
+    model = dense()
+    model.linear.forward = lambda hidden: 2 * nn.Linear.forward(model.linear, hidden)
+    for hooked in (False, True):
+        if hooked:
+            dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+        before = model.linear.weight.detach().clone()
+        with added(model, {"linear": torch.ones(5, 6)}):
+            assert torch.equal(model.linear.weight, before + 1)
+        assert torch.equal(model.linear.weight, before)

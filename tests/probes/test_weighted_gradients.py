@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from probes import LowRankMatrix, Task, gradient_gram
-from probes.blocks import trained_parameters
-from probes.weighted_gradients import weighted_gradients, weighted_parameter_gradients
+from probes.blocks import Block, trained_parameters
+from probes.sample_gradients import Materialised, SampleGradient
+from probes.weighted_gradients import _add, weighted_gradients, weighted_parameter_gradients
 from tests.families import FAMILIES
 from tests.runs import VOCABULARY, llama, lora_llama
 
@@ -167,3 +168,12 @@ def test_by_parameter_they_are_gradients_of_the_weighted_loss(family: str) -> No
         for name, parameter in trained.items():
             close = {"rtol": 1e-3, "atol": 1e-5 * float(expected[parameter].abs().max())}
             torch.testing.assert_close(sums[name][part].double(), expected[parameter], **close)
+
+
+def test_sums_are_on_the_device_of_the_gradients() -> None:
+    """Weights come from the host; a block's gradients are where its layer is."""
+    parameter = nn.Parameter(torch.ones(2, device="meta"))
+    gradient = SampleGradient((2,), 3, [Materialised(torch.ones(3, 2, device="meta"))])
+    sums: dict[str, list[Tensor]] = {}
+    _add(sums, Block("x", parameters=((parameter, None),), parts=[[gradient]]), torch.ones(1, 3))
+    assert sums["x"][0].device.type == "meta"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from dynamics.intervention.changes import as_matrices, energy, in_format, inner, random_change, sigma_top, total
 from probes import LowRankMatrix
@@ -39,11 +40,31 @@ def test_norms_products_and_sums(changes) -> None:
     assert weighted["a"].rank == 5
 
 
-def test_formats_keep_the_scale(changes) -> None:
+def test_formats_keep_the_scale() -> None:
     matrix = LowRankMatrix(torch.ones(2, 1), torch.ones(1, 2), 3.0, column_scale=torch.tensor([2.0]))
-    converted = in_format({"a": matrix}, torch.float64)["a"]
+    converted = in_format(nn.ModuleDict({"a": nn.Linear(2, 2)}), {"a": matrix}, torch.float64)["a"]
     assert isinstance(converted, LowRankMatrix)
     torch.testing.assert_close(converted.to_dense(), matrix.to_dense())
+
+
+def test_a_sum_is_on_the_device_of_its_first_term() -> None:
+    product, dense = LowRankMatrix(torch.ones(2, 1), torch.ones(1, 2)), torch.ones(2, 2)
+    away = LowRankMatrix(torch.ones(2, 1, device="meta"), torch.ones(1, 2, device="meta"))
+    both = total([(1.0, {"a": away}), (1.0, {"a": product})])["a"]
+    assert isinstance(both, LowRankMatrix)
+    assert (both.left_factor.device.type, both.rank) == ("meta", 2)
+    assert total([(1.0, {"a": dense.to("meta")}), (1.0, {"a": dense})])["a"].device.type == "meta"
+
+
+def test_a_change_goes_to_the_devices_of_the_model() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2, device="meta")})
+    product = LowRankMatrix(torch.ones(2, 1), torch.ones(1, 2))
+    change = {"b.weight": product, "b.bias": torch.ones(2), "a": torch.ones(2, 2)}
+    placed = in_format(model, change, torch.float64)
+    assert [placed["b.weight"].left_factor.device.type, placed["b.bias"].device.type] == ["meta", "meta"]
+    assert placed["a"].device.type == "cpu"
+    with pytest.raises(ValueError, match="such as"):
+        in_format(model, {"c": torch.ones(1)}, torch.float64)
 
 
 def test_leading_directions_beyond_the_rank_are_the_matrix() -> None:

@@ -10,9 +10,10 @@ from torch import Tensor
 import dynamics
 from dynamics.intervention.changes import energy, inner, total
 from dynamics.intervention.counterfactuals import ALL_ARMS, Arms
-from probes import LowRankMatrix, ProbeGram, Task, gradient_gram
+from probes import LowRankMatrix, ProbeGram, Task, gradient_gram, watched_matrices
 from probes.blocks import find_blocks
 from probes.weighted_gradients import weighted_gradients
+from tests.families import FAMILIES
 from tests.updates import adapted_model, dense_model, probe_tasks, trained
 
 SAMPLES = 16
@@ -224,6 +225,84 @@ def test_norms_hold_in_lower_precision(dtype: torch.dtype, limit: float) -> None
     assert on.left_factor.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision_resolves_directions(dtype: torch.dtype) -> None:
+    """Rounding of gradients is noise, far below the eigenvalues of what they have in common."""
+    model, tasks = adapted_model(), probe_tasks()
+    change, _, _ = trained(model)
+    exact = counterfactuals((model, tasks, change, gradient_gram(model, tasks, update=change)), k=4)
+    model = adapted_model().to(dtype)
+    coarse = counterfactuals((model, tasks, change, gradient_gram(model, tasks, update=change)), k=4)
+    for (*_, expected), (*_, parts) in zip(exact.folds, coarse.folds, strict=True):
+        assert parts.parts["on", 4].directions == 4
+        assert parts.captured("on", 4) == pytest.approx(expected.captured("on", 4), rel=0.1)
+        assert parts.deviation < 2e-2
+
+
+def test_autocast_within_the_forward_counts(adapter) -> None:
+    """As accelerate has it: the weights alone do not tell in which format gradients are."""
+    model, tasks, change, _ = adapter
+    model = adapted_model(torch.float32)
+    forward = model.forward
+
+    def autocast(*arguments, **options):
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*arguments, **options)
+
+    gram = gradient_gram(model, tasks, update=change)
+    assert dynamics.counterfactuals(model, tasks, gram, change).update.tolerance == 1e-5
+    model.forward = autocast
+    gram = gradient_gram(model, tasks, update=change)
+    arms = dynamics.counterfactuals(model, tasks, gram, change)
+    assert arms.update.tolerance == 2e-2
+    assert 0 < arms.folds[0].arms.deviation < 2e-2
+
+
+def test_shorter_products_of_single_precision_count(adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32, as a Trainer's ``tf32=True`` sets it."""
+    _, tasks, change, gram = adapter
+    tolerances = []
+    for precision in ("high", "highest"):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+        models = adapted_model(), adapted_model(torch.float32)
+        tolerances.append([dynamics.counterfactuals(m, tasks, gram, change).update.tolerance for m in models])
+    assert tolerances == [[1e-5, 2e-2], [1e-5, 1e-5]]
+
+
+def test_changes_of_dense_weights_may_be_products() -> None:
+    model, tasks = dense_model(), probe_tasks()
+    change, _, _ = trained(model)
+    gram = gradient_gram(model, tasks, update=change)
+    products = {
+        name: LowRankMatrix(matrix, torch.eye(matrix.shape[1], dtype=matrix.dtype)) if matrix.ndim == 2 else matrix
+        for name, matrix in change.items()
+    }
+    for arm in ("off", "matched+", "sigma_tail"):
+        expected = dynamics.counterfactuals(model, tasks, gram, change, k=2, arms=ALL_ARMS).whole[arm]
+        matrices = dynamics.counterfactuals(model, tasks, gram, products, k=2, arms=ALL_ARMS).whole[arm]
+        assert energy(total([(1.0, expected), (-1.0, matrices)])) < 1e-18 * energy(expected)
+
+
+def test_one_task_needs_no_list(adapter) -> None:
+    model, (task, _), change, _ = adapter
+    gram = gradient_gram(model, task, update=change)
+    arms = dynamics.counterfactuals(model, task, gram, change, k=2)
+    effects = dynamics.intervene(model, task, arms)
+    assert effects.identical(dynamics.intervene(model, [task], arms))
+    assert [*effects["task"].values] == ["all", "report"]
+
+
+def test_an_update_beside_all_gradients_is_all_rest() -> None:
+    layer = torch.nn.Linear(2, 1, bias=False).double()
+    samples = [{"x": [1.0 + number, 0.0]} for number in range(8)]
+    task = Task("line", samples, loss=lambda model, batch: model(batch["x"].double())[:, 0] ** 2)
+    change = {"weight": torch.tensor([[0.0, 1.0]], dtype=torch.float64)}
+    arms = dynamics.counterfactuals(layer, task, gradient_gram(layer, task, update=change), change, k=1)
+    assert energy(arms.whole["on"]) == 0
+    assert torch.equal(arms.whole["off"]["weight"], change["weight"])
+    assert dynamics.intervene(layer, task, arms)["captured"].values.tolist() == [[[0.0, 0.0]]]
+
+
 def test_chosen_blocks(adapter) -> None:
     model, tasks, change, _ = adapter
     names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
@@ -266,8 +345,57 @@ def test_a_model_that_moved_is_refused() -> None:
     arms = dynamics.counterfactuals(model, tasks, gradient_gram(model, tasks, update=change), change, k=2)
     parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
     parameter.data += 0.01
+    for arm in ("on", "full"):  # made, or not
+        with pytest.raises(ValueError, match="where the update began"):
+            arms.folds[0].arms[arm]
+
+
+def test_an_arm_made_before_the_model_moved_is_refused() -> None:
+    """In factor space it is another change of the matrix then; and what is exported begins elsewhere."""
+    model, tasks = adapted_model(), probe_tasks()
+    change, _, _ = trained(model)
+    arms = dynamics.counterfactuals(model, tasks, gradient_gram(model, tasks, update=change), change, k=2)
+    assert arms.whole["on"]
+    next(parameter for parameter in model.parameters() if parameter.requires_grad).data += 0.01
     with pytest.raises(ValueError, match="where the update began"):
-        arms.folds[0].arms["on"]
+        arms.whole["on"]
+
+
+def test_effects_are_of_the_model_and_the_tasks_behind_the_arms(adapter, arms) -> None:
+    model, tasks, *_ = adapter
+    other = adapted_model()
+    next(parameter for parameter in other.parameters() if parameter.requires_grad).data += 0.01
+    with pytest.raises(ValueError, match="where the update began"):
+        dynamics.intervene(other, tasks, arms)
+    with pytest.raises(ValueError, match="tasks behind K"):
+        dynamics.intervene(model, tasks[::-1], arms)
+
+
+def test_a_part_of_small_share_is_not_refused_for_its_rounding() -> None:
+    """⟨on, δ⟩ of nearly orthogonal on and δ is rounded relative to ‖on‖‖δ‖: in single precision, by more than ‖on‖²."""
+    model, batch = FAMILIES["vit"].model_and_batch()
+    generator = torch.Generator().manual_seed(1)
+    samples = [
+        {
+            name: values[number % 2]
+            + (0.3 * torch.randn(values.shape[1:], generator=generator) if name != "labels" else 0)
+            for name, values in batch.items()
+        }
+        for number in range(12)
+    ]
+    task = Task(
+        "images",
+        samples,
+        collate=lambda parts: {name: torch.stack([part[name] for part in parts]) for name in parts[0]},
+    )
+    change = {name: torch.randn(m.shape, generator=generator) for name, m in watched_matrices(model).items()}
+    gram = gradient_gram(model.eval(), task, update=change)
+    arms = dynamics.counterfactuals(model, task, gram, change, k=3)
+    assert max(parts.deviation for *_, parts in arms.folds) < 1e-5
+    assert arms.whole.captured("on", 3) < 0.01
+    wrong = {name: values * 1.001 for name, values in change.items()}
+    with pytest.raises(ValueError, match="gradients as those behind K"):
+        dynamics.counterfactuals(model, task, gram, wrong, k=3).whole["on"]
 
 
 def test_a_gram_of_other_gradients_is_refused(adapter) -> None:

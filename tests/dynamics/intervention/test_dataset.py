@@ -207,6 +207,38 @@ def test_scores_move_with_the_arms() -> None:
     assert np.isnan(effects["score_effect"].sel(task=["all", "vqa"])).all()
 
 
+def test_a_task_without_a_score_has_none_where_a_half_is_one_task() -> None:
+    """Its samples are held out together, without any task that has a score."""
+
+    def squares(model: nn.Module, batch) -> torch.Tensor:
+        return (model(batch["x"].double())[:, 0] - 1) ** 2
+
+    tasks = [
+        Task(name, [{"x": [1.0, 0.1 * number]} for number in range(2)], loss=squares, score=score)
+        for name, score in (("scored", squares), ("plain", None))
+    ]
+    layer = nn.Linear(2, 1, bias=False).double()
+    change = {"weight": torch.tensor([[0.3, 0.2]], dtype=torch.float64)}
+    gram = gradient_gram(layer, tasks, update=change)
+    seeds = (dynamics.counterfactuals(layer, tasks, gram, change, k=1, splits=1, seed=seed) for seed in range(50))
+    apart = next(arms for arms in seeds if len({name.split("/")[0] for name in arms.folds[0].fit}) == 1)
+    effects = dynamics.intervene(layer, tasks, apart)["score_effect"].sel(step=0, k=1, arm="on")
+    assert np.isfinite(effects.sel(task="scored"))
+    assert np.isnan(effects.sel(task=["plain", "all"])).all()
+
+
+def test_each_further_k_costs_18_forward_passes(run) -> None:
+    model, tasks, arms, *_ = run
+
+    def stop(done: int, total: int) -> None:
+        raise InterruptedError(total)
+
+    for k, passes in (((2,), 28), ((2, 4), 46), ((2, 4, 6), 64)):
+        some = dynamics.counterfactuals(model, tasks, arms.gram, arms.whole["full"], k=k)
+        with pytest.raises(InterruptedError, match=f"^{passes * 16}$"):
+            dynamics.intervene(model, tasks, some, progress=stop)
+
+
 def test_dense_weights_and_vectors() -> None:
     model, tasks = dense_model(), probe_tasks()
     change, _, after = trained(model)

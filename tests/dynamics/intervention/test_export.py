@@ -12,9 +12,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import dynamics
-from probes import gradient_gram
+from dynamics.intervention.changes import total
+from dynamics.intervention.export import save_arm
+from probes import LowRankMatrix, gradient_gram, watched_matrices
 from probes.additions import added
 from tests.families import FAMILIES
+from tests.runs import llama
 from tests.updates import adapted_model, dense_model, probe_tasks, texts, trained
 
 
@@ -52,9 +55,6 @@ def test_peft_gives_the_losses_of_the_arm(arms, tmp_path: Path, arm: str, rank: 
 @pytest.mark.parametrize("family", ["gpt2", "vit"])
 def test_layers_of_other_kinds(family: str, tmp_path: Path) -> None:
     """Conv1D, convolutions and linear layers go where PEFT looks for them."""
-    from dynamics.intervention.export import save_arm
-    from probes import LowRankMatrix, watched_matrices
-
     made = FAMILIES[family]
     model, batch = made.model_and_batch()
     model = get_peft_model(model, made.lora(lora_dropout=0.0)).eval()
@@ -72,8 +72,6 @@ def test_layers_of_other_kinds(family: str, tmp_path: Path) -> None:
 
 
 def test_weights_saved_beside_an_adapter(tmp_path: Path) -> None:
-    from tests.runs import llama
-
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
     model, tasks = get_peft_model(llama(), config).eval(), probe_tasks()
@@ -84,6 +82,96 @@ def test_weights_saved_beside_an_adapter(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(llama(), folder).eval()
     with added(model, arms.whole["on"]):
         assert loss(loaded) == pytest.approx(loss(model), rel=1e-5)
+
+
+def test_weights_saved_beside_an_adapter_are_in_every_arm(tmp_path: Path) -> None:
+    """As they were where the update began, if the arm does not change them."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    model, tasks = get_peft_model(llama(), config).eval(), probe_tasks()
+    model.get_parameter("base_model.model.lm_head.modules_to_save.default.weight").data *= 1.5
+    change, _, _ = trained(model)
+    gram = gradient_gram(model, tasks, update=change)
+    arms = dynamics.counterfactuals(model, tasks, gram, change, k=2, arms=["layer:1"])
+    loaded = PeftModel.from_pretrained(llama(), arms.save(tmp_path / "arm", "layer:1")).eval()
+    with added(model, arms.whole["layer:1"]):
+        assert loss(loaded) == pytest.approx(loss(model), rel=1e-5)
+
+
+def test_changes_of_adapted_matrices_may_be_dense(tmp_path: Path) -> None:
+    model, tasks = adapted_model(torch.float32), probe_tasks()
+    change = {name: matrix.to_dense() for name, matrix in trained(model)[0].items()}
+    arms = dynamics.counterfactuals(model, tasks, gradient_gram(model, tasks, update=change), change, k=2)
+    folder = arms.save(tmp_path / "off", "off")
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] <= 9
+    loaded = PeftModel.from_pretrained(adapted_model(torch.float32).unload(), folder).eval()
+    with added(model, arms.whole["off"]):
+        assert loss(loaded) == pytest.approx(loss(model), rel=1e-5)
+
+
+def test_an_arm_of_another_length(arms, tmp_path: Path) -> None:
+    model, counterfactuals = arms
+    folder = counterfactuals.save(tmp_path / "half", "full", scale=0.5)
+    loaded = PeftModel.from_pretrained(adapted_model(torch.float32).unload(), folder).eval()
+    with added(model, total([(0.5, counterfactuals.whole["full"])])):
+        assert loss(loaded) == pytest.approx(loss(model), rel=1e-5)
+    assert "`0.5 · full`" in (folder / "README.md").read_text()
+
+
+def frozen_layer() -> nn.Module:
+    model = adapted_model(torch.float32)
+    for name, parameter in model.named_parameters():
+        if ".layers.1." in name:
+            parameter.requires_grad_(False)
+    return model
+
+
+def trained_biases() -> nn.Module:
+    return get_peft_model(FAMILIES["vit"].model(), FAMILIES["vit"].lora(bias="all"))
+
+
+def some_tokens() -> nn.Module:
+    """Activated LoRA: its changes count after certain tokens only."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[1])
+    return get_peft_model(llama(), config)
+
+
+@pytest.mark.parametrize("make", [frozen_layer, trained_biases, some_tokens])
+def test_what_an_adapter_would_leave_behind_is_refused(make, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing else beside the base"):
+        save_arm(make(), {}, tmp_path / "arm", "full")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("make", [lambda: adapted_model(torch.float32), lambda: dense_model(torch.float32)])
+def test_a_change_of_nothing_in_the_model_is_refused(make, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="such as"):
+        save_arm(make(), {"model.layers.9": torch.ones(1, 1)}, tmp_path / "arm", "full")
+
+
+def test_the_configuration_is_the_active_adapters(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], revision="old"), adapter_name="a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["q_proj"], revision="new"))
+    model.set_adapter("b")
+    config = json.loads((save_arm(model, {}, tmp_path / "arm", "full") / "adapter_config.json").read_text())
+    assert config["revision"] == "new"
+
+
+def test_a_folder_is_filled_whole_or_not_at_all(arms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Path, *arguments: object, **options: object) -> None:
+        raise OSError("no room")
+
+    (tmp_path / "empty").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", fail)
+        for name in ("new", "empty"):
+            with pytest.raises(OSError, match="no room"):
+                arms[1].save(tmp_path / name, "full")
+    assert [file.name for file in tmp_path.iterdir()] == ["empty"]
+    assert not [*(tmp_path / "empty").iterdir()]
+    (tmp_path / "link").symlink_to("empty")
+    arms[1].save(tmp_path / "link", "full")
+    assert (tmp_path / "empty" / "adapter_config.json").is_file()
 
 
 def test_dense_arms_are_differences(tmp_path: Path) -> None:
@@ -101,14 +189,13 @@ def test_dense_arms_are_differences(tmp_path: Path) -> None:
 
 def test_a_folder_that_holds_anything_is_refused(arms, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("")
-    with pytest.raises(FileExistsError, match="new or empty"):
-        arms[1].save(tmp_path, "on")
+    for folder in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(FileExistsError, match="new or empty"):
+            arms[1].save(folder, "on")
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_experts_cannot_be_written_as_an_adapter(tmp_path: Path) -> None:
-    from dynamics.intervention.export import save_arm
-
     made = FAMILIES["mixtral"]
     model = get_peft_model(made.model(), made.lora())
     with pytest.raises(ValueError, match="cannot hold alone"):
