@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dynamics.intervention.counterfactuals import counterfactuals as counterfactuals
     from dynamics.intervention.dataset import intervene as intervene
     from dynamics.intervention.sensitivity import sensitivity as sensitivity
+    from dynamics.intervention.sharpness import critical_sharpness as critical_sharpness
     from dynamics.pipeline import analyze_run as analyze_run
     from dynamics.recording.callback import DynamicsCallback as DynamicsCallback
     from dynamics.recording.callback import ProjectedUpdates as ProjectedUpdates
@@ -48,6 +49,7 @@ _HOME = {
     "compare_scores": "dynamics.relate",
     "concentration": "dynamics.fisher",
     "counterfactuals": "dynamics.intervention.counterfactuals",
+    "critical_sharpness": "dynamics.intervention.sharpness",
     "dominant_ratio": "dynamics.spectra.measures",
     "effective_rank": "dynamics.spectra.measures",
     "fisher_measures": "dynamics.fisher",

@@ -34,12 +34,12 @@ from probes.per_sample import Chain, ForwardCalls, owners, recording, sample_gra
 from probes.sample_gradients import (
     Materialised,
     SampleGradient,
-    added,
     compact,
     gram,
     inner_products,
     projected,
     stacked,
+    summed,
 )
 from probes.spaces import change_energy
 from probes.tasks import (
@@ -383,7 +383,7 @@ class Measurement:
                 product, inside[block.name], norms[block.name] = self._product_of(block, columns, len(losses))
                 products[block.name] = product
         # Projected gradients of all blocks are added, not their K, so that global is one projection to k numbers too.
-        grams[GLOBAL] = gram(added(projections)) if projections else whole
+        grams[GLOBAL] = gram(summed(projections)) if projections else whole
         if update is not None:
             products[GLOBAL] = sum(products.values(), torch.zeros(len(losses)).double())
             inside[GLOBAL], norms[GLOBAL] = sum(inside.values()), sum(norms.values())

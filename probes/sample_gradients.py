@@ -178,7 +178,7 @@ def stacked(parts: Sequence[SampleGradient]) -> SampleGradient:
     return SampleGradient(parts[0].shape, samples, [Materialised(torch.cat([part.dense(like) for part in parts]))])
 
 
-def added(parts: Sequence[SampleGradient]) -> SampleGradient:
+def summed(parts: Sequence[SampleGradient]) -> SampleGradient:
     """Return sums of gradients that are multiplied out, of one shape."""
     values = torch.stack([_tensor(part.terms[0]) for part in parts]).sum(0)
     return SampleGradient(parts[0].shape, parts[0].samples, [Materialised(values)])

@@ -90,6 +90,11 @@ GROUPS: Mapping[str, Group] = {
         "adapters on the half of the groups that did not choose. [Interventions](interventions.md) has the question.",
         'tree["sensitivity"]["truncation_effect"].sel(task="all", truncation=["effect", "energy"])',
     ),
+    "sharpness": Group(
+        "Measured from losses of the model at several lengths of a step. `all` stands for all samples. "
+        "[Interventions](interventions.md#how-far-can-a-step-go) has the question.",
+        'tree["sharpness"]["critical_sharpness"].sel(task="all")',
+    ),
     "score": Group(
         "Measured on the probe samples of tasks that have a `score`, or read from the Trainer's log and score files.",
         'tree["score"]["score"].sel(task="vqa")',
@@ -174,6 +179,10 @@ PITFALLS: Mapping[str, str] = {
     "sensitivity/rank_by_effect": "First order only: read `truncation_effect` before cutting anything.",
     "sensitivity/truncation_effect": "Removing a direction is no small step: expect it to differ from the prediction.",
     "sensitivity/parameters": "Of all matrices together: compare truncations, not models.",
+    "sharpness/critical_step": "Of this direction: along another one the loss may rise far sooner.",
+    "sharpness/critical_sharpness": "Not the Hessian's largest eigenvalue: far below it until training is unstable.",
+    "sharpness/relative_sharpness": "Gradients and losses are of the same samples, so few samples make it too small.",
+    "sharpness/reason": "With several tasks, one may have a critical step where another has none.",
     "score/standard_error": "Of the items alone: it says nothing about other seeds.",
     "association/coefficient": "Of runs, not of checkpoints; a common cause such as faster learning remains in it.",
     "association/p_value": "Only the headline's stands as it is; read `p_familywise` for all others.",

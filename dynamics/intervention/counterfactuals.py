@@ -36,7 +36,9 @@ from torch import nn
 
 from dynamics.fisher.concentration import LEAST_GROUPS
 from dynamics.fisher.samples import StackedGram, half_splits
-from dynamics.intervention.changes import (
+from dynamics.intervention.export import save_arm
+from dynamics.intervention.parts import RESOLVED, Part, bottom_part, leading_part, random_part
+from dynamics.intervention.update_vectors import (
     Change,
     as_matrices,
     energy,
@@ -45,10 +47,8 @@ from dynamics.intervention.changes import (
     of_layer,
     random_change,
     sigma_top,
-    total,
+    weighted_sum,
 )
-from dynamics.intervention.export import save_arm
-from dynamics.intervention.parts import RESOLVED, Part, bottom_part, leading_part, random_part
 from dynamics.schema import GLOBAL
 from probes.blocks import trained_parameters
 from probes.gram import ProbeGram
@@ -138,7 +138,7 @@ class Counterfactuals:
             arm: ``full``, ``on``, ``on(4)``, …; of the matched pair ``matched+`` or ``matched-``.
             scale: λ, the arm's length.
         """
-        change = total([(scale, self.whole[arm])])
+        change = weighted_sum([(scale, self.whole[arm])])
         return save_arm(self.update.model, change, Path(folder), arm if scale == 1 else f"{scale:g} · {arm}")
 
 
@@ -224,13 +224,13 @@ class Arms(Mapping[str, dict[str, Matrix]]):
         if arm == "sigma_top":
             return sigma_top(delta, k)
         if arm == "sigma_tail":
-            return total([(1.0, delta), (-1.0, sigma_top(delta, k))])
+            return weighted_sum([(1.0, delta), (-1.0, sigma_top(delta, k))])
         if arm in PAIR:
             share = self.captured("on", k)
             size = float(np.sqrt(max(share * (1 - share), 0.0) * self._update.energy))
-            return total([(share, delta), (size if arm == PAIR[0] else -size, self._direction())])
+            return weighted_sum([(share, delta), (size if arm == PAIR[0] else -size, self._direction())])
         if arm == "off":
-            return total([(1.0, delta), (-1.0, self._made("on", k))])
+            return weighted_sum([(1.0, delta), (-1.0, self._made("on", k))])
         return self._made(arm, k)
 
     def release(self) -> None:
@@ -250,7 +250,7 @@ class Arms(Mapping[str, dict[str, Matrix]]):
         if (arm, k) not in self._changes:
             update = self._update
             weights = torch.tensor(np.stack([part.weights for part in self.parts.values()]))
-            tasks = some(update.tasks, update.numbers[self.rows])
+            tasks = tasks_of(update.tasks, update.numbers[self.rows])
             changes: list[dict[str, Matrix]] = [{} for _ in weights]
             if weights.any():  # else nothing of the update lies along the gradients
                 changes = weighted_gradients(update.model, tasks, weights, space=update.space, blocks=update.blocks)
@@ -412,7 +412,7 @@ def counterfactuals(
     return Counterfactuals(tuple(folds), Arms(update, np.arange(len(numbers)), seed), gram, splits, update)
 
 
-def some(tasks: Sequence[Task], numbers: Int[np.ndarray, " some"]) -> list[Task]:
+def tasks_of(tasks: Sequence[Task], numbers: Int[np.ndarray, " some"]) -> list[Task]:
     """Return tasks with some of their samples, numbered over all tasks, ascending; a task without any is left out."""
     ends = np.cumsum([len(task) for task in tasks])
     parts = [

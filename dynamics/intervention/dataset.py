@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import nn
 
 from dynamics.fisher.samples import Estimate, SampleGroups, StackedGram
-from dynamics.intervention.changes import energy
-from dynamics.intervention.counterfactuals import PAIR, Arms, Counterfactuals, some
-from dynamics.intervention.effects import adjusted_p, decompose, effects, required_groups
+from dynamics.intervention.counterfactuals import PAIR, Arms, Counterfactuals, tasks_of
+from dynamics.intervention.effects import adjusted_p, effects, part_and_rest, required_groups
+from dynamics.intervention.update_vectors import energy
 from dynamics.schema import GLOBAL, INTERVENTION, label_arrays
 from probes.additions import added
 from probes.low_rank import LowRankMatrix
@@ -43,7 +43,7 @@ def intervene(
     The effect of x on a task is D(x) = mean of ℓ(θ) − ℓ(θ + x): positive where x lowers the loss. Each sample is held
     out once a split, and its effect is the mean over splits. Intervals are 95 %, from the delete-one-group jackknife
     and the variance between splits; they are conditional on the directions. What ``on`` and ``off`` do apart and
-    together is in :func:`dynamics.intervention.effects.decompose`.
+    together is in :func:`dynamics.intervention.effects.part_and_rest`.
 
     Costs, with two splits, one k and the default arms and lengths, 28 forward passes over the probe samples and two
     passes forward and backward for the directions. Each further k takes 18 more. Scores of the tasks' own take passes
@@ -125,7 +125,7 @@ class _Run:
         """Run all arms of one fold on its held-out samples."""
         update = self.arms.update
         rows = np.setdiff1d(np.arange(len(update.numbers)), parts.rows)
-        tasks = some(self.tasks, update.numbers[rows])
+        tasks = tasks_of(self.tasks, update.numbers[rows])
         held_out = split, rows
         with torch.enable_grad():
             self.deviation = max(self.deviation, parts.deviation)
@@ -277,11 +277,11 @@ def _decomposed(
     captured = np.stack([run.captured[k] for k in ks], axis=1)
     largest = np.full((len(ks), labels.member.shape[1]), np.nan)
     for depth, scale in enumerate(run.scales):
-        parts = decompose(on[:, :, depth], off[:, :, depth], full[depth], captured, labels)
+        parts = part_and_rest(on[:, :, depth], off[:, :, depth], full[depth], captured, labels)
         largest = np.where(parts.separable, scale, largest)
     at = run.scales.index(1.0)
     on, off, whole = on[:, :, at], off[:, :, at], full[at]
-    parts = decompose(on, off, whole, captured, labels)
+    parts = part_and_rest(on, off, whole, captured, labels)
     change = effects(whole[None], labels).estimate
     attributed = (on + whole - off) / 2
     kept = parts.resolved & parts.separable

@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import special
 
-from dynamics.fisher.samples import Estimate, SampleGroups, confidence_interval, jackknife_error, ratio
+from dynamics.fisher.samples import Estimate, SampleGroups, confidence_interval, ratio
 
 #: Two parts have shares only where their interaction is at most this share of the whole effect.
 SEPARABLE = 0.5
@@ -88,26 +88,7 @@ def effects(differences: Float[np.ndarray, "*split arm sample"], labels: SampleG
     return Estimate(mean, *confidence_interval(mean, _error(influence), labels.groups))
 
 
-def metric_effects(
-    difference: Float[np.ndarray, "arm task"], left_out: Float[np.ndarray, "arm group task"], labels: SampleGroups
-) -> Estimate:
-    """Return what each arm changes of a metric that is no mean over samples, such as BLEU, ``[arm, task]``.
-
-    Args:
-        difference: The metric under the arm − that without it, each of all held-out samples.
-        left_out: The same without each group.
-        labels: Group and tasks of each sample.
-
-    >>> labels = SampleGroups.of_one_task(np.arange(2))
-    >>> metric_effects(np.array([[2.0]]), np.array([[[3.0], [1.0]]]), labels).low.round(1)
-    array([[-10.7]])
-    """
-    return Estimate(
-        difference, *confidence_interval(difference, jackknife_error(left_out, labels.holds), labels.groups)
-    )
-
-
-def decompose(
+def part_and_rest(
     on: Float[np.ndarray, "*split k sample"],
     off: Float[np.ndarray, "*split k sample"],
     full: Float[np.ndarray, " sample"],

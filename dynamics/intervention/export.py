@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dynamics.intervention.changes import total
+from dynamics.intervention.update_vectors import weighted_sum
 from probes.blocks import trained_parameters
 from probes.layer_rules import adapted_layer, is_conv1d, is_convolution
 from probes.low_rank import LowRankMatrix
@@ -191,7 +191,7 @@ def _compressed(before: LowRankMatrix, change: Matrix | None) -> tuple[Tensor, T
         if not isinstance(change, LowRankMatrix):
             left, values, right = torch.linalg.svd(change.detach().to(torch.float64), full_matrices=False)
             change = LowRankMatrix(left * values, right)
-        whole = total([(1.0, {"": before}), (1.0, {"": change})])[""]
+        whole = weighted_sum([(1.0, {"": before}), (1.0, {"": change})])[""]
         floor = _ROUNDING * float(_core(change)[1][:1].sum())
     assert isinstance(whole, LowRankMatrix)
     left, values, right = _core(whole)

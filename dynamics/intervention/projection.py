@@ -39,7 +39,7 @@ RESOLVED = 0.5
 
 
 @dataclass(frozen=True)
-class Directions:
+class LeadingDirections:
     """Orthonormal directions of all trained parameters together.
 
     Args:
@@ -57,7 +57,7 @@ class Directions:
     def coordinates(self, changes: Iterable[Tensor]) -> Float[Tensor, " k"]:
         """Return Vδ in float64, of the changes of all parameters.
 
-        >>> directions = Directions((nn.Parameter(torch.zeros(2)),), (torch.tensor([[0.6, 0.8]]),))
+        >>> directions = LeadingDirections((nn.Parameter(torch.zeros(2)),), (torch.tensor([[0.6, 0.8]]),))
         >>> directions.coordinates([torch.tensor([1.0, 0.0])])
         tensor([0.6000], dtype=torch.float64)
         """
@@ -105,7 +105,7 @@ class StepProjection:
         if refresh < 1:
             raise ValueError(f"Expected to estimate directions again after at least 1 step, got refresh={refresh}.")
         self.keep, self.k, self.refresh = keep, k, refresh
-        self.directions: Directions | None = None
+        self.directions: LeadingDirections | None = None
         self.captured_share = float("nan")
         self._before: list[Tensor] = []
         self._steps = 0
@@ -133,7 +133,7 @@ class StepProjection:
         if trained != {id(parameter) for parameter in before} or step % self.refresh == 0:
             require_projectable(model)
             self.directions = None  # its memory is free before the next
-            self.directions = informative_directions(model, self._tasks, self.k)
+            self.directions = estimated_directions(model, self._tasks, self.k)
             if shared or "DistributedDataParallel" in class_names(model):
                 self.directions = _of_first_rank(self.directions)
         assert self.directions is not None
@@ -197,7 +197,7 @@ its rounding. Load the model in float32 and train with autocast (bf16=True), or 
         )
 
 
-def informative_directions(model: nn.Module, tasks: Sequence[Task], k: int) -> Directions:
+def estimated_directions(model: nn.Module, tasks: Sequence[Task], k: int) -> LeadingDirections:
     """Return the k leading eigenvectors of the empirical Fisher of all trained parameters, in the model as it is.
 
     The model is in evaluation mode meanwhile; modes, random states and gradients are as before afterwards.
@@ -218,7 +218,7 @@ def informative_directions(model: nn.Module, tasks: Sequence[Task], k: int) -> D
     trained = trained_parameters(model)
     sums = weighted_parameter_gradients(model, tasks, torch.from_numpy(weights).to(device_of(model)))
     rows = [sums.pop(name).flatten(1) for name in trained]
-    return Directions(tuple(trained.values()), _orthonormal(rows, torch.from_numpy(values)))
+    return LeadingDirections(tuple(trained.values()), _orthonormal(rows, torch.from_numpy(values)))
 
 
 @torch.no_grad()
@@ -241,7 +241,7 @@ def _orthonormal(rows: Sequence[Tensor], values: Float[Tensor, " k"]) -> tuple[T
     return tuple(part[:kept] for part in rows)
 
 
-def _of_first_rank(directions: Directions) -> Directions:
+def _of_first_rank(directions: LeadingDirections) -> LeadingDirections:
     """Return the first rank's directions: those of two devices may differ by rounding, and models would drift apart."""
     count = torch.tensor(len(directions), device=directions.rows[0].device)
     dist.broadcast(count, src=0)
@@ -250,4 +250,4 @@ def _of_first_rank(directions: Directions) -> Directions:
         row = part if len(part) == int(count) else part.new_empty(int(count), part.shape[1])
         dist.broadcast(row, src=0)
         rows.append(row)
-    return Directions(directions.parameters, tuple(rows))
+    return LeadingDirections(directions.parameters, tuple(rows))

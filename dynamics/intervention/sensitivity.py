@@ -1,11 +1,12 @@
 r"""Which singular directions of an adapter the loss needs, and whether an adapter of those alone does as well.
 
 Of ΔW = Σ σ_i u_i v_iᵀ, removing direction i changes the loss by −σ_i g_i to first order, g_i = ∂L/∂σ_i
-(:mod:`probes.directions`). Its effects have one unit, that of the loss, in all matrices: so directions of all matrices
-are put in one order, and the fewest are kept that hold a share of all positive effects. First order is no proof. Near a
-minimum all slopes are noise about zero, and removing a direction is no small step. So the truncated adapter is
-evaluated on groups that the choice has not seen, beside controls of the same ranks: the directions of largest σ, random
-ones, those of smallest σ (Shortcuts in the Tail, arXiv 2606.07596); and beside the truncation to 99 % of the energy.
+(:mod:`probes.singular_directions`). Its effects have one unit, that of the loss, in all matrices: so directions of all
+matrices are put in one order, and the fewest are kept that hold a share of all positive effects. First order is no
+proof. Near a minimum all slopes are noise about zero, and removing a direction is no small step. So the truncated
+adapter is evaluated on groups that the choice has not seen, beside controls of the same ranks: the directions of
+largest σ, random ones, those of smallest σ (Shortcuts in the Tail, arXiv 2606.07596); and beside the truncation to 99 %
+of the energy.
 
 Weights that are trained as they are have no such directions without the base; they stay as they are.
 """
@@ -32,7 +33,7 @@ from dynamics.intervention.truncations import (
 )
 from dynamics.schema import ALL, label_arrays
 from dynamics.spectra.measures import ENERGY
-from probes.directions import loss_slopes, low_rank_matrices
+from probes.singular_directions import loss_slopes, low_rank_matrices
 from probes.tasks import Task, require_names
 from probes.undisturbed import undisturbed
 from probes.watched import Watched

@@ -19,9 +19,9 @@ from dynamics.fisher.samples import Estimate, SampleGroups, codes_of
 from dynamics.intervention.effects import effects
 from dynamics.spectra.measures import ENERGY, rank_at_energy
 from probes.additions import added
-from probes.directions import Directions, singular_directions
 from probes.low_rank import LowRankMatrix
 from probes.scores import device_of
+from probes.singular_directions import Directions, singular_directions
 from probes.tasks import Task, split_by_group, subset
 from probes.watched import Watched
 

@@ -16,6 +16,7 @@ from dynamics.plot.rarefaction import rarefaction
 from dynamics.plot.score_comparison import score_comparison
 from dynamics.plot.score_scatter import score_scatter
 from dynamics.plot.scores import scores
+from dynamics.plot.sharpness import sharpness
 from dynamics.plot.spectrum import spectrum
 from dynamics.plot.style import to_svg
 from dynamics.plot.task_matrix import task_matrix
@@ -40,6 +41,7 @@ __all__ = [
     "score_comparison",
     "score_scatter",
     "scores",
+    "sharpness",
     "spectrum",
     "task_matrix",
     "to_svg",

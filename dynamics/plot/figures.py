@@ -24,6 +24,7 @@ from dynamics.plot.score_comparison import score_comparison
 from dynamics.plot.score_scatter import score_scatter
 from dynamics.plot.scores import scores
 from dynamics.plot.select import group, has_group, standouts, tasks_of
+from dynamics.plot.sharpness import sharpness
 from dynamics.plot.spectrum import spectra_of_standouts
 from dynamics.plot.task_matrix import task_matrix
 from dynamics.plot.training_log import logged_number, training_log
@@ -158,13 +159,17 @@ def fisher_drawings(tree: xr.DataTree) -> dict[str, Draw]:
 
 def _of_interventions(tree: xr.DataTree) -> dict[str, Draw]:
     """Return the figures of what parts of updates do; those of parts only where ``on`` and ``off`` were run."""
+    draws: dict[str, Draw] = {}
+    if has_group(tree, "sharpness") and has_values(group(tree, "sharpness")["critical_sharpness"]):
+        draws["sharpness"] = partial(sharpness, tree)
     if not has_group(tree, "intervention") or not has_values(group(tree, "intervention")["effect"]):
-        return {}
+        return draws
     effects = group(tree, "intervention")
     has_parts = has_values(effects.get("attributed"))
     shown = {"arms": True, "scales": has_parts, "norm": has_parts}
     shown |= {"tasks": bool(tasks_of(effects)), "steps": effects.sizes["step"] > 1}
-    return {f"intervention_{show}": partial(intervention, tree, show=show) for show in shown if shown[show]}
+    draws |= {f"intervention_{show}": partial(intervention, tree, show=show) for show in shown if shown[show]}
+    return draws
 
 
 def _of_relations(tree: xr.DataTree) -> dict[str, Draw]:

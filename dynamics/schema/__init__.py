@@ -21,6 +21,7 @@ from dynamics.schema.intervention_groups import (
     INTERVENTION_FLAGS,
     INTERVENTION_GROUPS,
     SENSITIVITY,
+    SHARPNESS,
 )
 from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_COMPARISON, SCORE_DIRECTION
 from dynamics.schema.update_groups import (
@@ -83,6 +84,7 @@ __all__ = [
     "SCORE_COMPARISON",
     "SCORE_DIRECTION",
     "SENSITIVITY",
+    "SHARPNESS",
     "SUMMARY",
     "SUMMARY_GRADIENT",
     "TASKS",

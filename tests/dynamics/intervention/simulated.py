@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dynamics.fisher.samples import Estimate, SampleGroups, half_splits
-from dynamics.intervention.effects import decompose, effects
+from dynamics.intervention.effects import effects, part_and_rest
 from dynamics.intervention.parts import leading_part
 
 
@@ -203,7 +203,7 @@ def tally(
     rows = []
     for _ in range(draws):
         drawn = outcome(case(rng), labels, rng, splits=splits, cross_fitted=cross_fitted)
-        parts = decompose(drawn.on, drawn.off, drawn.full, drawn.captured, labels)
+        parts = part_and_rest(drawn.on, drawn.off, drawn.full, drawn.captured, labels)
         on, off = effects(drawn.on, labels), effects(drawn.off, labels)
         c, whole, true_on, true_off = drawn.truth
         contribution = (true_on + whole - true_off) / 2

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import dynamics
-from dynamics.intervention.changes import energy, inner, total
 from dynamics.intervention.counterfactuals import ALL_ARMS, Arms
+from dynamics.intervention.update_vectors import energy, inner, weighted_sum
 from probes import LowRankMatrix, ProbeGram, Task, gradient_gram, watched_matrices
 from probes.blocks import find_blocks
 from probes.weighted_gradients import weighted_gradients
@@ -106,7 +106,7 @@ def test_on_and_off_are_the_update(arms, adapter) -> None:
     *_, change, _ = adapter
     for k in (4, 2):
         parts = arms.folds[1].arms
-        rest = total([(1.0, parts[f"on({k})"]), (1.0, parts[f"off({k})"]), (-1.0, change)])
+        rest = weighted_sum([(1.0, parts[f"on({k})"]), (1.0, parts[f"off({k})"]), (-1.0, change)])
         assert abs(energy(rest)) < 1e-15 * energy(change)
         assert inner(parts[f"on({k})"], parts[f"off({k})"]) == pytest.approx(0, abs=1e-10 * energy(change))
 
@@ -119,8 +119,8 @@ def test_matched_arms_have_the_norm_and_the_product_of_on(arms, adapter) -> None
         for name in (f"matched+({k})", f"matched-({k})"):
             assert energy(parts[name]) == pytest.approx(norm, rel=1e-9)
             assert inner(parts[name], change) == pytest.approx(norm, rel=1e-9)
-        mean = total([(0.5, parts[f"matched+({k})"]), (0.5, parts[f"matched-({k})"])])
-        half = total([(1.0, mean), (-norm / energy(change), change)])
+        mean = weighted_sum([(0.5, parts[f"matched+({k})"]), (0.5, parts[f"matched-({k})"])])
+        half = weighted_sum([(1.0, mean), (-norm / energy(change), change)])
         assert abs(energy(half)) < 1e-15 * energy(change)
 
 
@@ -280,7 +280,7 @@ def test_changes_of_dense_weights_may_be_products() -> None:
     for arm in ("off", "matched+", "sigma_tail"):
         expected = dynamics.counterfactuals(model, tasks, gram, change, k=2, arms=ALL_ARMS).whole[arm]
         matrices = dynamics.counterfactuals(model, tasks, gram, products, k=2, arms=ALL_ARMS).whole[arm]
-        assert energy(total([(1.0, expected), (-1.0, matrices)])) < 1e-18 * energy(expected)
+        assert energy(weighted_sum([(1.0, expected), (-1.0, matrices)])) < 1e-18 * energy(expected)
 
 
 def test_one_task_needs_no_list(adapter) -> None:

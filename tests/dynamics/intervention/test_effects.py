@@ -13,9 +13,8 @@ from scipy import stats
 from dynamics.fisher.samples import SampleGroups
 from dynamics.intervention.effects import (
     Decomposition,
-    decompose,
     effects,
-    metric_effects,
+    part_and_rest,
     ratio_of_means,
     required_groups,
 )
@@ -149,12 +148,12 @@ def resolved() -> tuple[Decomposition, tuple[np.ndarray, ...]]:
     labels = groups_of_two(256)
     drawn = outcome(newton_step(rng), labels, rng)
     arrays = drawn.on, drawn.off, drawn.full, drawn.captured
-    return decompose(*arrays, labels), arrays
+    return part_and_rest(*arrays, labels), arrays
 
 
 def test_shares_of_both_parts_sum_to_one(resolved: tuple[Decomposition, tuple[np.ndarray, ...]]) -> None:
     one, (on, off, full, captured) = resolved
-    other = decompose(off, on, full, 1 - captured, groups_of_two(256))
+    other = part_and_rest(off, on, full, 1 - captured, groups_of_two(256))
     np.testing.assert_allclose(one.share.estimate + other.share.estimate, 1, rtol=1e-10)
     np.testing.assert_allclose(one.share.low + other.share.high, 1, rtol=1e-10)
     np.testing.assert_allclose(one.excess.estimate, -other.excess.estimate, rtol=1e-10)
@@ -191,7 +190,7 @@ def test_interaction_of_a_quadratic_loss_is_that_of_its_hessian() -> None:
         for name, change in {"on": on, "off": off, "full": on + off}.items()
     }
     labels = groups_of_two(20)
-    parts = decompose(values["on"][None], values["off"][None], values["full"], np.full((1, 20), 0.5), labels)
+    parts = part_and_rest(values["on"][None], values["off"][None], values["full"], np.full((1, 20), 0.5), labels)
     hessian, slope = features.T @ features / 20, residuals @ features / 20
     assert parts.interaction.estimate.item() == pytest.approx(-on @ hessian @ off, rel=1e-10)
     closed = slope @ on - on @ hessian @ on / 2
@@ -202,7 +201,7 @@ def test_share_holds_c_exactly_where_the_excess_holds_zero() -> None:
     """Fieller's interval and T's are one test, so a sentence on T never contradicts the share beside it."""
     labels, full = groups_of_two(40), normal(7, 40, mean=2.0)
     on = 0.6 * full + np.linspace(-1, 1, 60)[:, None] + normal(8, 2, 60, 40)
-    parts = decompose(on, full - on, full, np.full(on.shape, 0.6), labels)
+    parts = part_and_rest(on, full - on, full, np.full(on.shape, 0.6), labels)
     above, below = parts.excess.low > 0, parts.excess.high < 0
     assert above.any()
     assert below.any()
@@ -212,7 +211,7 @@ def test_share_holds_c_exactly_where_the_excess_holds_zero() -> None:
 
 def test_an_unresolved_whole_has_effects_but_no_shares() -> None:
     labels, full = groups_of_two(40), normal(10, 40)
-    parts = decompose(normal(11, 1, 40, mean=2.0), normal(12, 1, 40), full, np.full((1, 40), 0.3), labels)
+    parts = part_and_rest(normal(11, 1, 40, mean=2.0), normal(12, 1, 40), full, np.full((1, 40), 0.3), labels)
     assert not parts.resolved.any()
     for name in ("share", "efficiency", "sufficiency", "necessity"):
         estimate = getattr(parts, name)
@@ -222,7 +221,7 @@ def test_an_unresolved_whole_has_effects_but_no_shares() -> None:
 
 def test_a_whole_that_does_harm_has_shares_of_the_harm() -> None:
     labels, on, off = groups_of_two(40), normal(13, 40, mean=-3.0) / 10, normal(14, 40, mean=-1.0) / 10
-    parts = decompose(on[None], off[None], on + off, np.full((1, 40), 0.3), labels)
+    parts = part_and_rest(on[None], off[None], on + off, np.full((1, 40), 0.3), labels)
     assert parts.resolved.all()
     assert parts.share.estimate.item() == pytest.approx(on.mean() / (on + off).mean(), rel=1e-10)
     assert parts.share.low.item() > 0.5
@@ -235,13 +234,13 @@ def test_a_whole_that_does_harm_has_shares_of_the_harm() -> None:
 def test_parts_are_separable_up_to_an_interaction_of_half_the_whole(whole: float, separable: bool) -> None:
     """D_on + D_off = 1, so that |I| = |D − 1|."""
     half = np.full((1, 8), 0.5)
-    parts = decompose(half, half, np.full(8, whole), half, groups_of_two(8))
+    parts = part_and_rest(half, half, np.full(8, whole), half, groups_of_two(8))
     assert parts.separable.item() == separable
 
 
 def test_an_update_that_does_nothing_says_nothing() -> None:
     nothing = np.zeros((2, 1, 8))
-    parts = decompose(nothing, nothing, np.zeros(8), np.full((2, 1, 8), np.nan), groups_of_two(8))
+    parts = part_and_rest(nothing, nothing, np.zeros(8), np.full((2, 1, 8), np.nan), groups_of_two(8))
     assert not parts.resolved.any()
     assert np.isnan([parts.captured, parts.share.estimate, parts.excess.estimate]).all()
     assert (parts.interaction.low.item(), parts.interaction.high.item()) == (0.0, 0.0)
@@ -250,7 +249,7 @@ def test_an_update_that_does_nothing_says_nothing() -> None:
 def test_a_broken_loss_breaks_nothing_but_its_number(labels: SampleGroups) -> None:
     on, off, full = normal(15, 2, 40, mean=1.0), normal(16, 2, 40, mean=1.0), normal(17, 40, mean=2.0)
     on[0, 0] = np.nan
-    parts = decompose(on, off, full, np.full((2, 40), 0.5), labels)
+    parts = part_and_rest(on, off, full, np.full((2, 40), 0.5), labels)
     assert np.isnan(parts.share.estimate).tolist() == [[True, True, False], [False] * 3]
     assert not parts.separable[0, :2].any()
     assert parts.resolved.all()
@@ -272,7 +271,7 @@ def test_parts_are_those_of_the_reference(reference: ModuleType) -> None:
     )
     theirs = reference.summarise(full, arms[4], labels.group)
     on, off, captured = (arms[4][name][None] for name in ("on", "off", "c"))
-    ours = decompose(on, off, full, captured, labels)
+    ours = part_and_rest(on, off, full, captured, labels)
     names = {"interaction": "interaction", "excess": "excess", "share": "share", "suff": "sufficiency"}
     for name, field in (names | {"nec": "necessity"}).items():
         estimate = getattr(ours, field)
@@ -322,19 +321,7 @@ def test_ratio_to_what_may_be_zero_does_not_exist(labels: SampleGroups) -> None:
     assert np.isnan([result.estimate, result.low, result.high]).all()
 
 
-# ---- scores, and how many groups ----
-
-
-def test_a_metric_that_is_a_mean_has_the_interval_of_the_mean(labels: SampleGroups) -> None:
-    values = normal(26, 2, 40)
-    left_out = np.full((2, 10, 3), np.nan)
-    for group, task in zip(*np.nonzero(labels.holds), strict=True):
-        keep = labels.member[:, task] & (labels.group != group)
-        left_out[:, group, task] = values[:, keep].mean(1)
-    means = np.stack([values[:, member].mean(1) for member in labels.member.T], axis=1)
-    one, other = metric_effects(means, left_out, labels), effects(values, labels)
-    for part in ("estimate", "low", "high"):
-        np.testing.assert_allclose(getattr(one, part), getattr(other, part), rtol=1e-12)
+# ---- how many groups ----
 
 
 def test_required_groups_are_those_of_the_normal_test() -> None:

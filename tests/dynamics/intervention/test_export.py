@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import dynamics
-from dynamics.intervention.changes import total
 from dynamics.intervention.export import save_arm
+from dynamics.intervention.update_vectors import weighted_sum
 from probes import LowRankMatrix, gradient_gram, watched_matrices
 from probes.additions import added
 from tests.families import FAMILIES
@@ -113,7 +113,7 @@ def test_an_arm_of_another_length(arms, tmp_path: Path) -> None:
     model, counterfactuals = arms
     folder = counterfactuals.save(tmp_path / "half", "full", scale=0.5)
     loaded = PeftModel.from_pretrained(adapted_model(torch.float32).unload(), folder).eval()
-    with added(model, total([(0.5, counterfactuals.whole["full"])])):
+    with added(model, weighted_sum([(0.5, counterfactuals.whole["full"])])):
         assert loss(loaded) == pytest.approx(loss(model), rel=1e-5)
     assert "`0.5 · full`" in (folder / "README.md").read_text()
 

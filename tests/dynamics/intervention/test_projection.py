@@ -257,14 +257,14 @@ def test_an_optimizer_may_step_within_the_backward_pass() -> None:
 @pytest.fixture
 def estimated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many parameters the directions of each estimate have."""
-    counts, actual = [], projection.informative_directions
+    counts, actual = [], projection.estimated_directions
 
     def counted(*arguments):
         directions = actual(*arguments)
         counts.append(len(directions.parameters))
         return directions
 
-    monkeypatch.setattr(projection, "informative_directions", counted)
+    monkeypatch.setattr(projection, "estimated_directions", counted)
     return counts
 
 

@@ -19,7 +19,7 @@ from dynamics.intervention.truncations import (
     truncation_effects,
 )
 from probes import Task
-from probes.directions import low_rank_matrices
+from probes.singular_directions import low_rank_matrices
 from tests.families import FAMILIES
 
 NAMES = ("0", "2")

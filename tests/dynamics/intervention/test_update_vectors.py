@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from dynamics.intervention.changes import as_matrices, energy, in_format, inner, random_change, sigma_top, total
+from dynamics.intervention.update_vectors import (
+    as_matrices,
+    energy,
+    in_format,
+    inner,
+    random_change,
+    sigma_top,
+    weighted_sum,
+)
 from probes import LowRankMatrix
 from tests.matrices import random_lora
 from tests.updates import adapted_model, dense_model, trained
@@ -34,7 +42,7 @@ def test_norms_products_and_sums(changes) -> None:
     assert energy(one) == pytest.approx(float(dense(one).square().sum()), rel=1e-12)
     assert inner(one, other) == pytest.approx(float(dense(one) @ dense(other)), rel=1e-10)
     assert inner(other, one) == pytest.approx(inner(one, other), rel=1e-12)
-    weighted = total([(2.0, one), (-0.5, other)])
+    weighted = weighted_sum([(2.0, one), (-0.5, other)])
     torch.testing.assert_close(dense(weighted), 2 * dense(one) - 0.5 * dense(other), rtol=1e-6, atol=1e-6)
     assert isinstance(weighted["a"], LowRankMatrix)
     assert weighted["a"].rank == 5
@@ -50,10 +58,10 @@ def test_formats_keep_the_scale() -> None:
 def test_a_sum_is_on_the_device_of_its_first_term() -> None:
     product, dense = LowRankMatrix(torch.ones(2, 1), torch.ones(1, 2)), torch.ones(2, 2)
     away = LowRankMatrix(torch.ones(2, 1, device="meta"), torch.ones(1, 2, device="meta"))
-    both = total([(1.0, {"a": away}), (1.0, {"a": product})])["a"]
+    both = weighted_sum([(1.0, {"a": away}), (1.0, {"a": product})])["a"]
     assert isinstance(both, LowRankMatrix)
     assert (both.left_factor.device.type, both.rank) == ("meta", 2)
-    assert total([(1.0, {"a": dense.to("meta")}), (1.0, {"a": dense})])["a"].device.type == "meta"
+    assert weighted_sum([(1.0, {"a": dense.to("meta")}), (1.0, {"a": dense})])["a"].device.type == "meta"
 
 
 def test_a_change_goes_to_the_devices_of_the_model() -> None:

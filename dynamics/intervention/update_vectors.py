@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dynamics.schema.checks import layer_and_role
 from dynamics.spectra.increments import difference
 from probes.blocks import Block, find_blocks, trained_parameters
-from probes.directions import singular_directions
 from probes.low_rank import LowRankMatrix
+from probes.singular_directions import singular_directions
 from probes.spaces import TangentSpace, change_energy
 from probes.watched import AdapterProduct, Dense, Matrix, Reading, find
 
@@ -51,17 +51,17 @@ def _inner(one: Matrix, other: Matrix) -> float:
     return float((one.to(torch.float64) * other.to(one.device, torch.float64)).sum())
 
 
-def total(terms: Sequence[tuple[float, Change]]) -> dict[str, Matrix]:
+def weighted_sum(terms: Sequence[tuple[float, Change]]) -> dict[str, Matrix]:
     """Return Σ c·change. Sums of low-rank matrices are low-rank, of the sum of the ranks; on the first one's device.
 
-    >>> total([(2.0, {"a": torch.ones(1)}), (-1.0, {"a": torch.ones(1), "b": torch.ones(1)})])
+    >>> weighted_sum([(2.0, {"a": torch.ones(1)}), (-1.0, {"a": torch.ones(1), "b": torch.ones(1)})])
     {'a': tensor([1.]), 'b': tensor([-1.])}
     """
     names = dict.fromkeys(name for _, change in terms for name in change)
-    return {name: _total([(c, change[name]) for c, change in terms if name in change]) for name in names}
+    return {name: _weighted_sum([(c, change[name]) for c, change in terms if name in change]) for name in names}
 
 
-def _total(terms: Sequence[tuple[float, Matrix]]) -> Matrix:
+def _weighted_sum(terms: Sequence[tuple[float, Matrix]]) -> Matrix:
     device = _device(terms[0][1])
     if all(isinstance(matrix, LowRankMatrix) for _, matrix in terms):
         columns: list[Tensor] = []
@@ -210,7 +210,7 @@ def as_matrices(model: nn.Module, change: Change, space: str) -> dict[str, Matri
             part = change[moved[id(parameter)]] if id(parameter) in moved else None
             return value if part is None else value + _dense(part).to(value)
 
-        matrices[watched.name] = _total(_differences(watched.terms, after))
+        matrices[watched.name] = _weighted_sum(_differences(watched.terms, after))
     return matrices | {name: matrix for name, matrix in change.items() if name not in used}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from probes import LowRankMatrix, Task
 from probes.additions import added
-from probes.directions import Directions, loss_slopes, low_rank_matrices, singular_directions
+from probes.singular_directions import Directions, loss_slopes, low_rank_matrices, singular_directions
 from tests.families import FAMILIES
 from tests.probes.test_additions import IDS, NAMES, Layers
 
