@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dynamics.recording.recorder import Recorder as Recorder
     from dynamics.relate import associate as associate
     from dynamics.relate import compare as compare
+    from dynamics.relate import compare_scores as compare_scores
     from dynamics.spectra.measures import dominant_ratio as dominant_ratio
     from dynamics.spectra.measures import effective_rank as effective_rank
     from dynamics.spectra.measures import participation_ratio as participation_ratio
@@ -45,6 +46,7 @@ _HOME = {
     "analyze_run": "dynamics.pipeline",
     "associate": "dynamics.relate",
     "compare": "dynamics.relate",
+    "compare_scores": "dynamics.relate",
     "concentration": "dynamics.fisher",
     "counterfactuals": "dynamics.intervention.counterfactuals",
     "critical_sharpness": "dynamics.intervention.sharpness",

@@ -626,7 +626,7 @@ def add_relations(
     options: Options,
     labels: Mapping[str, str],
 ) -> None:
-    """Add ``/association`` and ``/comparison`` to the root, where there are scores or groups.
+    """Add ``/association``, ``/comparison`` and ``/score_comparison`` to the root, and each run's scores to ``/score``.
 
     A failure becomes a finding (OD515) and costs nothing of what was measured of the runs.
     """
@@ -648,6 +648,9 @@ def add_relations(
         )
         for name, group in related.groups.items():
             tree[name] = xr.DataTree(encodable_dataset(group.assign_attrs(encodable(group.attrs))))
+        for name, scores in related.scores.items():
+            run = tree["runs"][name] if "runs" in tree.children else tree
+            run["score"] = xr.DataTree(encodable_dataset(scores))
     except Exception as error:  # whatever it is, what has been measured is worth more
         problem = f"Scores and groups could not be related: {type(error).__name__}: {first_line(error)}."
         findings.append(Finding("OD515", problem, "Please report it, with the score files."))

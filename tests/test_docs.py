@@ -192,6 +192,7 @@ def results() -> dict[str, Any]:
         "study": {
             "association": dynamics.associate(tables["measures"], tables["scores"], **of_runs),
             "comparison": dynamics.compare(tables["measures"], groups, **of_runs),
+            "score_comparison": dynamics.compare_scores(tables["scores"], groups),
         },
     }
 

@@ -20,7 +20,9 @@ from dynamics.plot.gradient import NORM, gradient
 from dynamics.plot.heatmap import heatmap
 from dynamics.plot.intervention import intervention
 from dynamics.plot.rarefaction import rarefaction
+from dynamics.plot.score_comparison import score_comparison
 from dynamics.plot.score_scatter import score_scatter
+from dynamics.plot.scores import scores
 from dynamics.plot.select import group, has_group, standouts, tasks_of
 from dynamics.plot.sharpness import sharpness
 from dynamics.plot.spectrum import spectra_of_standouts
@@ -97,6 +99,8 @@ def _of_a_run(tree: xr.DataTree) -> dict[str, Draw]:
     draws |= _of_gradients(tree) | fisher_drawings(tree) | _of_interventions(tree) | _of_relations(tree)
     if has_group(tree, "training") and has_values(logged_number(group(tree, "training"), "loss")):
         draws["training_loss"] = partial(training_log, tree, variable="loss")
+    if has_group(tree, "score") and has_values(group(tree, "score")["score"]):
+        draws["scores"] = partial(scores, tree)
     draws |= {
         f"heatmap_{variable}": partial(heatmap, tree, variable=variable)
         for variable in HEATMAPS
@@ -175,6 +179,8 @@ def _of_relations(tree: xr.DataTree) -> dict[str, Draw]:
         draws = {"association": partial(association, tree), "association_scatter": partial(score_scatter, tree)}
         if tree["association"].sizes["task"] > 1:
             draws["association_grid"] = partial(association_grid, tree)
+    if has_group(tree, "score_comparison"):
+        draws["score_comparison"] = partial(score_comparison, tree)
     if has_group(tree, "comparison"):
         draws["comparison"] = partial(comparison, tree)
     return draws

@@ -23,7 +23,7 @@ from dynamics.schema.intervention_groups import (
     SENSITIVITY,
     SHARPNESS,
 )
-from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_DIRECTION
+from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_COMPARISON, SCORE_DIRECTION
 from dynamics.schema.update_groups import (
     BASE,
     BOUNDS,
@@ -81,6 +81,7 @@ __all__ = [
     "ROOT_ATTRIBUTES",
     "SAMPLE_LABELS",
     "SCORE",
+    "SCORE_COMPARISON",
     "SCORE_DIRECTION",
     "SENSITIVITY",
     "SHARPNESS",
