@@ -15,7 +15,7 @@ from dynamics.plot.intervention import intervention
 from dynamics.plot.rarefaction import rarefaction
 from dynamics.plot.score_comparison import score_comparison
 from dynamics.plot.score_scatter import score_scatter
-from dynamics.plot.scores import scores
+from dynamics.plot.score_trajectory import scores
 from dynamics.plot.sharpness import sharpness
 from dynamics.plot.spectrum import spectrum
 from dynamics.plot.style import to_svg

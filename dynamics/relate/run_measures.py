@@ -14,7 +14,7 @@ from dynamics.relate.comparison import compare
 from dynamics.relate.findings import findings_of
 from dynamics.relate.score_comparison import compare_scores
 from dynamics.relate.score_files import ScoreRow
-from dynamics.relate.score_tables import joined_scores, rows_of, score_table
+from dynamics.relate.score_tables import rows_of, score_table, with_file_scores
 from dynamics.schema import ALL, GLOBAL
 
 #: Leading directions at which the log gain stands for concentration, as in the report.
@@ -121,7 +121,7 @@ def relate_runs(
         table = score_table(scores, runs=steps, directions=directions)
         findings += table.findings
         of_runs = {
-            str(run): joined_scores(recorded.get(str(run)), table.scores.sel(run=run))
+            str(run): with_file_scores(recorded.get(str(run)), table.scores.sel(run=run))
             for run in table.scores["run"].values
         }
         if table.scores.sizes["task"] and table.scores.sizes["run"]:

@@ -235,7 +235,7 @@ def rows_of(groups: Mapping[str, xr.Dataset]) -> Iterator[ScoreRow]:
             yield ScoreRow(run, step, task, float(scores[i, j]), float(items[i, j]), float(errors[i, j]), higher)
 
 
-def joined_scores(recorded: xr.Dataset | None, scores: xr.Dataset) -> xr.Dataset:
+def with_file_scores(recorded: xr.Dataset | None, scores: xr.Dataset) -> xr.Dataset:
     """Return all scores of one run as the group ``/score``: what was recorded, and what files add.
 
     Args:

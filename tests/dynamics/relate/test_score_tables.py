@@ -9,7 +9,7 @@ import xarray as xr
 
 from dynamics.relate import rows_of, score_table
 from dynamics.relate.score_files import ScoreRow, read_scores
-from dynamics.relate.score_tables import better, joined_scores
+from dynamics.relate.score_tables import better, with_file_scores
 
 
 def cells(table):
@@ -225,12 +225,12 @@ def test_scores_of_files_stand_beside_those_that_were_recorded():
     )
     rows = [*rows_of({"a": recorded}), ScoreRow("a", 20, "oddity", 0.6), ScoreRow("a", 0, "eval_loss", 2.0)]
     scores = score_table(rows, directions={"oddity": "lower"}).scores
-    joined = joined_scores(recorded, scores.sel(run="a"))
+    joined = with_file_scores(recorded, scores.sel(run="a"))
     assert joined["step"].values.tolist() == [0, 10, 20]
     np.testing.assert_array_equal(joined["score"].sel(task="oddity"), [np.nan, 0.4, 0.6])
     np.testing.assert_array_equal(joined["items"].sel(task="oddity"), [np.nan, 9, np.nan])
     assert (joined["direction"] == -1).all()
-    assert joined_scores(None, scores.sel(run="a"))["score"].sel(task="eval_loss", step=0) == 2
+    assert with_file_scores(None, scores.sel(run="a"))["score"].sel(task="eval_loss", step=0) == 2
 
 
 def test_cells_that_are_no_numbers_are_missing_from_the_table(tmp_path):
