@@ -34,7 +34,7 @@ from dynamics.plot.figures import (
 from dynamics.plot.gradient import NORM
 from dynamics.plot.hover_heatmap import fits_a_page
 from dynamics.plot.select import RULE, standouts, title_of
-from dynamics.report import scores, sentences
+from dynamics.report import score_summary, sentences
 from dynamics.report.summary import summarise
 from dynamics.text import counted, finite, number, percent, sentence_case, visible, with_minus
 
@@ -273,7 +273,7 @@ def _run(
         "answers": sentences.answers(summary),
         "which_matrices": sentences.which_matrices(summary),
         "analysed": sentences.what_was_analysed(summary),
-        "scored": list(filter(None, (scores.which_checkpoint(summary), scores.did_it_forget(summary)))),
+        "scored": list(filter(None, (score_summary.which_checkpoint(summary), score_summary.did_it_forget(summary)))),
         "checkpoints": _checkpoint_rows(summary["checkpoints"]),
         "score_names": [score["task"] for score in summary["scores"]][:MOST_SCORES],
         "findings": grouped(summary["findings"]),

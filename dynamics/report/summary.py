@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.report.interventions import intervention_summary
-from dynamics.report.scores import checkpoint_table, score_summary
+from dynamics.report.score_summary import checkpoint_table, score_summary
 from dynamics.schema import ALL, FISHER_GROUPS, GLOBAL, last_step_with
 from dynamics.spectra.dataset import parts_of_sums
 from dynamics.text import finite, integer

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynamics.findings import FindingGroup, grouped, location
-from dynamics.report.scores import did_it_forget, which_checkpoint
+from dynamics.report.score_summary import did_it_forget, which_checkpoint
 from dynamics.report.sentences import answers, does_it_matter, informative_directions, what_was_analysed
 from dynamics.text import counted, number, one_line, percent
 

@@ -6,7 +6,7 @@ import xarray as xr
 
 from dynamics.report import summarise
 from dynamics.report.page import MOST_CHECKPOINTS, page
-from dynamics.report.scores import did_it_forget, which_checkpoint
+from dynamics.report.score_summary import did_it_forget, which_checkpoint
 from tests.trees import HOSTILE, example_runs, example_tree
 
 STEPS = (0, 100, 200, 300)
