@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from dynamics.intervention.counterfactuals import counterfactuals as counterfactuals
     from dynamics.intervention.dataset import intervene as intervene
     from dynamics.intervention.sensitivity import sensitivity as sensitivity
+    from dynamics.intervention.sharpness import critical_sharpness as critical_sharpness
     from dynamics.pipeline import analyze_run as analyze_run
     from dynamics.recording.callback import DynamicsCallback as DynamicsCallback
     from dynamics.recording.callback import ProjectedUpdates as ProjectedUpdates
     from dynamics.recording.recorder import Recorder as Recorder
     from dynamics.relate import associate as associate
     from dynamics.relate import compare as compare
+    from dynamics.relate import compare_scores as compare_scores
     from dynamics.spectra.measures import dominant_ratio as dominant_ratio
     from dynamics.spectra.measures import effective_rank as effective_rank
     from dynamics.spectra.measures import participation_ratio as participation_ratio
@@ -44,8 +46,10 @@ _HOME = {
     "analyze_run": "dynamics.pipeline",
     "associate": "dynamics.relate",
     "compare": "dynamics.relate",
+    "compare_scores": "dynamics.relate",
     "concentration": "dynamics.fisher",
     "counterfactuals": "dynamics.intervention.counterfactuals",
+    "critical_sharpness": "dynamics.intervention.sharpness",
     "dominant_ratio": "dynamics.spectra.measures",
     "effective_rank": "dynamics.spectra.measures",
     "fisher_measures": "dynamics.fisher",

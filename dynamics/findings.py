@@ -128,6 +128,7 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD703": ("note", "a concentrated part that does not lower the loss"),
     "OD704": ("warning", "equal passes over the samples give different losses"),
     "OD705": ("note", "parts of an update in half precision"),
+    "OD706": ("note", "gradient descent at or beyond the edge of stability"),
 }
 
 

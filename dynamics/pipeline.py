@@ -36,7 +36,13 @@ from dynamics.spectra.trajectory_spectra import trajectory_spectra
 from dynamics.spectra.weights import weights
 from dynamics.store import RESULT, encodable_dataset, provenance, staged, write_text, write_tree, writing
 from dynamics.store.opening import add_findings
-from dynamics.store.records import TrainingRecords, joined_fisher, joined_interventions, joined_scores
+from dynamics.store.records import (
+    TrainingRecords,
+    joined_fisher,
+    joined_interventions,
+    joined_scores,
+    joined_sharpness,
+)
 from dynamics.store.replace import ANALYSIS, notes_before
 from dynamics.store.tree import Parts, Source, open_source, result_tree, results_folder
 from dynamics.text import encodable, first_line, visible
@@ -159,7 +165,8 @@ def analyze_run(
         intervene: Run parts of each increment between probed checkpoints on the probe samples, to see which of them
             lower the loss: the group ``/intervention``. With the default arms an increment takes 28 forward passes over
             the probe samples and two forward and backward. Then the singular directions of the last checkpoint's
-            adapters, see :func:`dynamics.sensitivity`: ten passes more.
+            adapters, see :func:`dynamics.sensitivity`: ten passes more; and how long each increment may be, see
+            :func:`dynamics.critical_sharpness`: about eight passes, and as many for each task's gradient.
         arms: Which parts, as for :func:`dynamics.counterfactuals`.
         k: In how many directions, as for :func:`dynamics.counterfactuals`.
         export: New or empty folder for the parts of the last increment, each added to the weights where it began, as
@@ -538,8 +545,8 @@ def measure(
         inputs += [{**file, "step": trajectory.base.step, "role": "base"} for file in trajectory.base.inputs]
     probed, probe_findings = _probed(trajectory, load, options, progress)
     groups, failures = _groups_of_checkpoints(trajectory, spectra, grams, options, progress)
-    if (directions := probed.pop("sensitivity", None)) is not None:
-        groups["sensitivity"] = directions
+    alone = {name: probed.pop(name, None) for name in ("sensitivity", "sharpness")}
+    groups |= {name: group for name, group in alone.items() if group is not None}
     findings = [*trajectory.findings, *findings, *probe_findings, *failures]
     parts = Parts(trajectory.name, spectra, records, log_groups(trajectory) | groups, findings, inputs, **probed)
     return result_tree(parts, configuration or {})
@@ -585,7 +592,7 @@ def _probed(
 ) -> tuple[dict[str, xr.Dataset | None], list[Finding]]:
     """Return groups of the checkpoints, joined over steps, and findings.
 
-    Groups are ``fisher``, ``score``, ``intervention``, and ``sensitivity`` of the last one.
+    Groups are ``fisher``, ``score``, ``intervention``, ``sharpness``, and ``sensitivity`` of the last one.
     """
     if load is None:
         return {}, []
@@ -607,6 +614,7 @@ def _probed(
         "score": joined_scores(probes.score),
         "intervention": joined_interventions(probes.intervention),
         "sensitivity": probes.sensitivity,
+        "sharpness": joined_sharpness(probes.sharpness),
     }
     return groups, [*probes.findings, *findings]
 
@@ -618,7 +626,7 @@ def add_relations(
     options: Options,
     labels: Mapping[str, str],
 ) -> None:
-    """Add ``/association`` and ``/comparison`` to the root, where there are scores or groups.
+    """Add ``/association``, ``/comparison`` and ``/score_comparison`` to the root, and each run's scores to ``/score``.
 
     A failure becomes a finding (OD515) and costs nothing of what was measured of the runs.
     """
@@ -640,6 +648,9 @@ def add_relations(
         )
         for name, group in related.groups.items():
             tree[name] = xr.DataTree(encodable_dataset(group.assign_attrs(encodable(group.attrs))))
+        for name, scores in related.scores.items():
+            run = tree["runs"][name] if "runs" in tree.children else tree
+            run["score"] = xr.DataTree(encodable_dataset(scores))
     except Exception as error:  # whatever it is, what has been measured is worth more
         problem = f"Scores and groups could not be related: {type(error).__name__}: {first_line(error)}."
         findings.append(Finding("OD515", problem, "Please report it, with the score files."))

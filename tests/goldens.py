@@ -83,6 +83,18 @@ INTENDED: tuple[Intended, ...] = (
     Intended("recorded/*", "*/condition_number*_low", "values", "Of a null whose smallest singular value is rounding."),
     Intended("*", "*/decomposition", "values", "Triangular factors come from Grams where those hold all digits."),
     Intended("*", "summary.json:intervention", "added", "What parts of updates do; nothing where none was run."),
+    Intended("*", "OD502", "missing", "A score before training, at step 0, needs no measures at that step."),
+    *(
+        Intended("*", path, "added", "Groups are compared in scores; checkpoints are listed with theirs.")
+        for path in (
+            "*/score_comparison/*",
+            "*/score/*",
+            "summary.json:*score_comparison*",
+            "summary.json:*scores.*",
+            "summary.json:*scores",
+            "summary.json:*checkpoints.*",
+        )
+    ),
     *(
         Intended("*", path, "values", "An interval is cut at what is possible: 1 and d.")
         for name in ("low", "high")

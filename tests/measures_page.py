@@ -90,13 +90,22 @@ GROUPS: Mapping[str, Group] = {
         "adapters on the half of the groups that did not choose. [Interventions](interventions.md) has the question.",
         'tree["sensitivity"]["truncation_effect"].sel(task="all", truncation=["effect", "energy"])',
     ),
+    "sharpness": Group(
+        "Measured from losses of the model at several lengths of a step. `all` stands for all samples. "
+        "[Interventions](interventions.md#how-far-can-a-step-go) has the question.",
+        'tree["sharpness"]["critical_sharpness"].sel(task="all")',
+    ),
     "score": Group(
-        "Measured on the probe samples of tasks that have a `score`. Score files are used where they are.",
+        "Measured on the probe samples of tasks that have a `score`, or read from the Trainer's log and score files.",
         'tree["score"]["score"].sel(task="vqa")',
     ),
     "association": Group(
         "Measured from measures and scores of several runs. `measure` and `task` name the pair.",
         'study["association"]["coefficient"].sel(task="vqa/accuracy")',
+    ),
+    "score_comparison": Group(
+        "Measured from the scores of the runs of two groups, at the last step that all have.",
+        'study["score_comparison"]["verdict"]',
     ),
     "comparison": Group(
         "Measured from a measure of the runs of two groups, at the same steps.",
@@ -170,10 +179,17 @@ PITFALLS: Mapping[str, str] = {
     "sensitivity/rank_by_effect": "First order only: read `truncation_effect` before cutting anything.",
     "sensitivity/truncation_effect": "Removing a direction is no small step: expect it to differ from the prediction.",
     "sensitivity/parameters": "Of all matrices together: compare truncations, not models.",
+    "sharpness/critical_step": "Of this direction: along another one the loss may rise far sooner.",
+    "sharpness/critical_sharpness": "Not the Hessian's largest eigenvalue: far below it until training is unstable.",
+    "sharpness/relative_sharpness": "Gradients and losses are of the same samples, so few samples make it too small.",
+    "sharpness/reason": "With several tasks, one may have a critical step where another has none.",
     "score/standard_error": "Of the items alone: it says nothing about other seeds.",
     "association/coefficient": "Of runs, not of checkpoints; a common cause such as faster learning remains in it.",
     "association/p_value": "Only the headline's stands as it is; read `p_familywise` for all others.",
     "association/coefficient_given_loss": "As good as the logged loss.",
+    "score_comparison/normal_low": "Of this score alone, and only if normal. The decision is `holds`.",
+    "score_comparison/verdict": "Undecided with few runs, whatever they show.",
+    "score_comparison/at_step": "Of the last step that all runs have: a run that stopped early holds all back.",
     "comparison/p_value": "Of this step alone: read `mean_p_value`, or `p_familywise`.",
     "comparison/mean_low": "A difference that is not significant is not a difference of 0: read the interval.",
     "comparison/decidable": "False with few runs, whatever they show.",

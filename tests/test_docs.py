@@ -185,12 +185,14 @@ def results() -> dict[str, Any]:
     options = {"intruders": True, "weights": True, "report": False}
     tree = dynamics.open_run("runs/probed")
     tree["sensitivity"] = xr.DataTree(dynamics.sensitivity(training.model, tasks))
+    tree["sharpness"] = xr.DataTree(dynamics.critical_sharpness(training.model, tasks))
     return {
         "tree": tree,
         "full": dynamics.analyze_run("runs/full", base="models/base", **options),
         "study": {
             "association": dynamics.associate(tables["measures"], tables["scores"], **of_runs),
             "comparison": dynamics.compare(tables["measures"], groups, **of_runs),
+            "score_comparison": dynamics.compare_scores(tables["scores"], groups),
         },
     }
 

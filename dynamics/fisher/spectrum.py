@@ -508,6 +508,6 @@ def log_participation_ratio(
     left_out = log(ratio(traces_left_out, np.where(squares_left_out > least[:, None], squares_left_out, 0.0)))
     task = np.arange(labels.member.shape[1])
     estimate, left_out = estimate[:, task, task], left_out[:, :, task, task]
-    found = jackknifed(estimate, left_out, labels.holds, counted_groups(gram, labels))
+    logarithm = jackknifed(estimate, left_out, labels.holds, counted_groups(gram, labels))
     largest = log(np.where(np.isnan(dimension), np.inf, dimension))[..., None]
-    return Estimate(found.estimate, *(np.clip(end, 0.0, largest) for end in (found.low, found.high)))
+    return Estimate(logarithm.estimate, *(np.clip(end, 0.0, largest) for end in (logarithm.low, logarithm.high)))

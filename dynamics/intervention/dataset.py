@@ -145,8 +145,8 @@ class _Run:
                     self._add(self.scores, (name, k), held_out, self._scores(model, tasks, change) - base_scores)
         for k in self.arms.k:
             self._add(self.captured, k, held_out, np.full(len(rows), parts.captured("on", k)))
-        again = self._losses(model, tasks, None)
-        self.repeated = max(self.repeated, float(np.abs(again - base).max()))
+        repeated = self._losses(model, tasks, None)
+        self.repeated = max(self.repeated, float(np.abs(repeated - base).max()))
         parts.release()
 
     def _add(self, sums: dict, key: object, held_out: tuple[int, np.ndarray], values: np.ndarray) -> None:

@@ -70,9 +70,9 @@ def save_arm(model: nn.Module, change: Mapping[str, Matrix], folder: Path, arm: 
     adapted = [
         watched for watched in find(model).watched if not watched.part_of and not isinstance(watched.terms, Dense)
     ]
-    known = {*(watched.name for watched in adapted), *_parameters(model)}
-    if unknown := [name for name in change if name not in known]:
-        raise ValueError(f"Expected changes of matrices of layers, such as {sorted(known)[:3]}, got {unknown[:3]}.")
+    matrices = {*(watched.name for watched in adapted), *_parameters(model)}
+    if unknown := [name for name in change if name not in matrices]:
+        raise ValueError(f"Expected changes of matrices of layers, such as {sorted(matrices)[:3]}, got {unknown[:3]}.")
     if adapted:
         tensors, config = _adapter(model, adapted, change)
         files, how = {"adapter_config.json": json.dumps(config, indent=2)}, _ADAPTER
@@ -92,15 +92,15 @@ def save_arm(model: nn.Module, change: Mapping[str, Matrix], folder: Path, arm: 
 @contextmanager
 def _filled(folder: Path) -> Iterator[Path]:
     """Give a hidden folder that takes the place of a new or empty one if the block completes."""
-    place = Path(os.path.realpath(folder))
-    place.parent.mkdir(parents=True, exist_ok=True)
-    stage = place.with_name(f".arm-{secrets.token_hex(8)}")
+    target = Path(os.path.realpath(folder))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = target.with_name(f".arm-{secrets.token_hex(8)}")
     stage.mkdir()
     try:
         yield stage
-        if place.exists():
-            place.rmdir()
-        stage.rename(place)
+        if target.exists():
+            target.rmdir()
+        stage.rename(target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 

@@ -36,6 +36,8 @@ _SMALLEST_SHARE = 5e-4
 _REPEATED = 0.1
 #: Beyond, the change that was run and the one that K describes differ by more than single precision rounds.
 _SINGLE = 1e-5
+#: Critical sharpness from this part of 2/η on, whose interval holds 2/η, is at the edge.
+_AT_EDGE = 0.9
 #: Cases and tasks that a sentence names; all are in the result.
 _NAMED = 5
 _LENGTHS = {0.25: "a quarter of its", 0.5: "half its", 0.75: "three quarters of its"}
@@ -424,3 +426,35 @@ def _imprecise(attributes: Mapping[str, Any]) -> Iterator[Finding]:
             "Measure gradients in single precision for exact parts.",
             evidence={"norm_deviation": apart},
         )
+
+
+def sharpness_findings(group: xr.Dataset) -> list[Finding]:
+    """Return whether the last step of gradient descent that was measured is as long as the loss allows, or longer.
+
+    Only where the learning rate of plain gradient descent is known: other optimizers are stable beyond 2/η.
+
+    Args:
+        group: ``/sharpness``, of one step or more.
+    """
+    rated = group["step"][np.isfinite(group["learning_rate"])]
+    if not rated.size:
+        return []
+    at = group.sel(step=rated.values[-1], task=ALL)
+    rate, value = float(at["learning_rate"]), value_of(at, "critical_sharpness")
+    edge = 2 / rate
+    beyond = value.low > edge
+    if not beyond and not (_AT_EDGE * edge <= value.value and value.low <= edge <= value.high):
+        return []
+    relation, follows = ("exceeds", "raises the loss") if beyond else ("is at", "leaves the loss where it was")
+    return [
+        Finding(
+            "OD706",
+            f"At step {int(at['step']):,} the critical sharpness {number(value.value)} "
+            f"({interval(value.low, value.high, number)}) {relation} 2/η = {number(edge)} of the learning rate "
+            f"{number(rate)}: the step as it is {follows}.",
+            "At this edge the loss goes up and down and often falls in the long run. If it does not, lower the "
+            "learning rate.",
+            evidence={"critical_sharpness": value.value, "learning_rate": rate, "edge": edge},
+            step=int(at["step"]),
+        )
+    ]

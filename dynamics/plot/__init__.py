@@ -13,7 +13,10 @@ from dynamics.plot.heatmap import heatmap
 from dynamics.plot.hover_heatmap import hover_heatmap
 from dynamics.plot.intervention import intervention
 from dynamics.plot.rarefaction import rarefaction
+from dynamics.plot.score_comparison import score_comparison
 from dynamics.plot.score_scatter import score_scatter
+from dynamics.plot.scores import scores
+from dynamics.plot.sharpness import sharpness
 from dynamics.plot.spectrum import spectrum
 from dynamics.plot.style import to_svg
 from dynamics.plot.task_matrix import task_matrix
@@ -35,7 +38,10 @@ __all__ = [
     "hover_heatmap",
     "intervention",
     "rarefaction",
+    "score_comparison",
     "score_scatter",
+    "scores",
+    "sharpness",
     "spectrum",
     "task_matrix",
     "to_svg",

@@ -20,8 +20,11 @@ from dynamics.plot.gradient import NORM, gradient
 from dynamics.plot.heatmap import heatmap
 from dynamics.plot.intervention import intervention
 from dynamics.plot.rarefaction import rarefaction
+from dynamics.plot.score_comparison import score_comparison
 from dynamics.plot.score_scatter import score_scatter
+from dynamics.plot.scores import scores
 from dynamics.plot.select import group, has_group, standouts, tasks_of
+from dynamics.plot.sharpness import sharpness
 from dynamics.plot.spectrum import spectra_of_standouts
 from dynamics.plot.task_matrix import task_matrix
 from dynamics.plot.training_log import logged_number, training_log
@@ -96,6 +99,8 @@ def _of_a_run(tree: xr.DataTree) -> dict[str, Draw]:
     draws |= _of_gradients(tree) | fisher_drawings(tree) | _of_interventions(tree) | _of_relations(tree)
     if has_group(tree, "training") and has_values(logged_number(group(tree, "training"), "loss")):
         draws["training_loss"] = partial(training_log, tree, variable="loss")
+    if has_group(tree, "score") and has_values(group(tree, "score")["score"]):
+        draws["scores"] = partial(scores, tree)
     draws |= {
         f"heatmap_{variable}": partial(heatmap, tree, variable=variable)
         for variable in HEATMAPS
@@ -154,13 +159,17 @@ def fisher_drawings(tree: xr.DataTree) -> dict[str, Draw]:
 
 def _of_interventions(tree: xr.DataTree) -> dict[str, Draw]:
     """Return the figures of what parts of updates do; those of parts only where ``on`` and ``off`` were run."""
+    draws: dict[str, Draw] = {}
+    if has_group(tree, "sharpness") and has_values(group(tree, "sharpness")["critical_sharpness"]):
+        draws["sharpness"] = partial(sharpness, tree)
     if not has_group(tree, "intervention") or not has_values(group(tree, "intervention")["effect"]):
-        return {}
+        return draws
     effects = group(tree, "intervention")
     has_parts = has_values(effects.get("attributed"))
     shown = {"arms": True, "scales": has_parts, "norm": has_parts}
     shown |= {"tasks": bool(tasks_of(effects)), "steps": effects.sizes["step"] > 1}
-    return {f"intervention_{show}": partial(intervention, tree, show=show) for show in shown if shown[show]}
+    draws |= {f"intervention_{show}": partial(intervention, tree, show=show) for show in shown if shown[show]}
+    return draws
 
 
 def _of_relations(tree: xr.DataTree) -> dict[str, Draw]:
@@ -170,6 +179,8 @@ def _of_relations(tree: xr.DataTree) -> dict[str, Draw]:
         draws = {"association": partial(association, tree), "association_scatter": partial(score_scatter, tree)}
         if tree["association"].sizes["task"] > 1:
             draws["association_grid"] = partial(association_grid, tree)
+    if has_group(tree, "score_comparison"):
+        draws["score_comparison"] = partial(score_comparison, tree)
     if has_group(tree, "comparison"):
         draws["comparison"] = partial(comparison, tree)
     return draws

@@ -240,13 +240,13 @@ def _compared(rows: xr.Dataset) -> list[str]:
 def _description(rows: xr.Dataset, show: str) -> str:
     at = rows.isel({dim: -1 for dim in ("k", "step") if dim in rows.dims})
     at = at.sel(task=ALL) if "task" in at.dims else at
-    told = [
+    sentences = [
         f"{_NAMES[arm]} {with_minus(number(effect.value))} ({interval(effect.low, effect.high, _signed)})"
         for arm in _compared(rows)
         if np.isfinite((effect := value_of(at, "effect", arm=arm, scale=1.0)).value)
     ]
     kind = "Points with intervals" if show in ("arms", "tasks", "norm") else "Lines with intervals"
-    return f"{kind}. Fall of the loss: {'; '.join(told) or 'no value'}."
+    return f"{kind}. Fall of the loss: {'; '.join(sentences) or 'no value'}."
 
 
 def _signed(value: float) -> str:

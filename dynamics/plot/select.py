@@ -57,7 +57,7 @@ def group(data: xr.DataTree | xr.Dataset, name: str) -> xr.Dataset:
 
 
 def related(data: xr.DataTree | xr.Dataset, name: str) -> xr.Dataset:
-    """Return ``/association`` or ``/comparison``, which stand at the root of several runs as well.
+    """Return ``/association``, ``/comparison`` or ``/score_comparison``, at the root of several runs as well.
 
     Raises:
         ValueError: If there is none.
@@ -65,9 +65,24 @@ def related(data: xr.DataTree | xr.Dataset, name: str) -> xr.Dataset:
     if isinstance(data, xr.Dataset):
         return data
     if name not in data.children:
-        needs = "scores of its runs (--scores FILE)" if name == "association" else "groups of runs (LABEL=RUN)"
+        needs = {
+            "association": "scores of its runs (--scores FILE)",
+            "comparison": "groups of runs (LABEL=RUN)",
+            "score_comparison": "groups of runs (LABEL=RUN) and their scores (--scores FILE)",
+        }[name]
         raise ValueError(f"Expected a result with the group /{name}, which needs {needs}; got {list(data.children)}.")
     return data[name].to_dataset().load()
+
+
+def refuse_unknown(tasks: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse tasks that have no scores.
+
+    Raises:
+        ValueError: Names the first one, and those that there are.
+    """
+    for task in tasks:
+        if task not in known:
+            raise ValueError(f"Expected a task with scores, got {task!r}. There are: {', '.join(known)}.")
 
 
 def has_group(data: xr.DataTree | xr.Dataset, name: str) -> bool:

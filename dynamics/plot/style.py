@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from hashlib import sha256
 from io import StringIO
@@ -30,6 +30,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 NULL_COLOUR = "#8c8c8c"
 _FEW_STEPS = 3
+#: Panels of one figure, and side by side.
+MOST_PANELS, _COLUMNS = 6, 3
 MISSING_COLOUR = "#dddddd"
 #: Perceptually uniform; the order from dark to light is the same with any kind of colour vision.
 COLOUR_MAP = "viridis"
@@ -89,6 +91,31 @@ def figure_of(ax: Axes) -> Figure:
     """Return the figure that holds the axes."""
     figure = ax.get_figure(root=True)
     assert isinstance(figure, Figure)
+    return figure
+
+
+def panels(names: Sequence[str], draw: Callable[[Axes, str], None], title: str, description: str) -> Figure:
+    """Return a figure with a panel for each name.
+
+    Args:
+        names: Of the panels, ``MOST_PANELS`` at most; they come from files.
+        draw: Draws in the axes of one name.
+        title: Of the figure, for readers who cannot see it; begins with a capital letter.
+        description: What it shows, likewise.
+    """
+    columns = min(max(len(names), 1), _COLUMNS)
+    rows = -(-max(len(names), 1) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.8 * columns, 2.7 * rows), layout="constrained")
+        places = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+        for axes, name in zip(places, names, strict=False):
+            without_mathematics([axes.set_title(shorten(name, 34))])
+            draw(axes, name)
+        if not names:
+            say_nothing_to_draw(places[0], "No score has a value")
+        for axes in places[max(len(names), 1) :]:
+            axes.set_visible(False)
+    describe(figure, sentence_case(title), description)
     return figure
 
 

@@ -47,6 +47,7 @@ class Probed:
         score: Scores of the tasks that have their own, likewise.
         intervention: Effects of parts of the increments, likewise; no first checkpoint has any.
         sensitivity: Of the last checkpoint's adapters, where it has some and interventions are asked for.
+        sharpness: Critical steps along the increments, likewise; no first checkpoint has any.
         findings: Checkpoints that could not be probed or intervened on, and why.
     """
 
@@ -54,6 +55,7 @@ class Probed:
     score: list[xr.Dataset] = field(default_factory=list)
     intervention: list[xr.Dataset] = field(default_factory=list)
     sensitivity: xr.Dataset | None = None
+    sharpness: list[xr.Dataset] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -199,7 +201,7 @@ class _Arms:
     def run(
         self, probed: Probed, probe: FisherProbe, increment: Increment, checkpoint: Checkpoint, from_step: int
     ) -> None:
-        """Add the effects of an increment that ends at a checkpoint, and write its versions if it is the last."""
+        """Add effects and critical step of an increment that ends at a checkpoint; write the last one's versions."""
         with self._forgiven(probed, checkpoint, f"the increment since step {from_step}"):
             effects = probe.intervene(increment, self.choice, checkpoint.step, from_step, self.counter)
             probed.intervention.append(effects)
@@ -208,6 +210,9 @@ class _Arms:
                 with self._forgiven(probed, checkpoint, "the last increment, to export its parts,"):
                     probe.export(increment, self.choice, self.export)
                     self.exported = True
+            with self._forgiven(probed, checkpoint, f"the length of the increment since step {from_step}"):
+                earlier = probed.sharpness[-1] if probed.sharpness else None
+                probed.sharpness.append(probe.sharpness(increment, checkpoint.step, from_step, earlier))
 
     def rank_directions(self, probed: Probed, model: nn.Module, tasks: Sequence[Task], checkpoint: Checkpoint) -> None:
         """Add what the singular directions of the last checkpoint's adapters do to the loss."""

@@ -23,6 +23,7 @@ from dynamics import schema
 from dynamics.findings import Finding
 from dynamics.intervention.counterfactuals import ARMS, Counterfactuals, chosen_arms, chosen_k, counterfactuals
 from dynamics.intervention.dataset import intervene
+from dynamics.intervention.sharpness import critical_sharpness
 from dynamics.text import some
 from probes.blocks import trained_parameters
 from probes.gram import ProbeGram, gradient_gram
@@ -83,6 +84,17 @@ class Increment(NamedTuple):
     gram: ProbeGram
     changes: Mapping[str, Matrix] | None
     unknown: tuple[str, ...]
+
+
+def _known(increment: Increment) -> Mapping[str, Matrix]:
+    """Return the changes of an increment, if they are all known."""
+    if increment.changes is None or increment.unknown:
+        lacking = some(increment.unknown) if increment.unknown else "any matrix"
+        raise ValueError(
+            f"Expected the whole increment, got none of {lacking}. Intervene at a later step: the change is known from "
+            "one captured step to the next."
+        )
+    return increment.changes
 
 
 class FisherProbe:
@@ -302,6 +314,24 @@ class FisherProbe:
             effects = intervene(self._model, self._tasks, arms, step=step, progress=progress)
         return effects.assign_coords(from_step=("step", np.array([evaluated_at], dtype=np.int64)))
 
+    def sharpness(
+        self, increment: Increment, step: int, evaluated_at: int, earlier: xr.Dataset | None = None
+    ) -> xr.Dataset:
+        """Return how far the model could have gone along the increment, see :func:`dynamics.critical_sharpness`.
+
+        Args:
+            increment: As measured.
+            step, evaluated_at: As for :meth:`intervene`.
+            earlier: What an earlier increment gave, near which the search starts.
+
+        Raises:
+            ValueError: If the increment is not wholly known.
+        """
+        changes = _known(increment)
+        with self.at_start():
+            measured = critical_sharpness(self._model, self._tasks, changes, start=earlier, step=step)
+        return measured.assign_coords(from_step=("step", np.array([evaluated_at], dtype=np.int64)))
+
     def export(self, increment: Increment, choice: Interventions, folder: Path) -> list[Path]:
         """Write each version of the increment, added to the weights where it began, into a folder of its own.
 
@@ -322,15 +352,8 @@ class FisherProbe:
         return folders
 
     def _counterfactuals(self, increment: Increment, choice: Interventions) -> Counterfactuals:
-        if increment.changes is None or increment.unknown:
-            lacking = some(increment.unknown) if increment.unknown else "any matrix"
-            raise ValueError(
-                f"Expected the whole increment, got none of {lacking}. Intervene at a later step: the change is known "
-                "from one captured step to the next."
-            )
-        return counterfactuals(
-            self._model, self._tasks, increment.gram, increment.changes, k=choice.k, arms=choice.arms
-        )
+        changes = _known(increment)
+        return counterfactuals(self._model, self._tasks, increment.gram, changes, k=choice.k, arms=choice.arms)
 
     def _counted(self, progress: Callable[[int, int], None]) -> Iterator[ProbeBatch]:
         """Yield the batches; when one is measured, the next is asked for."""

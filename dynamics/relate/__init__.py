@@ -3,6 +3,7 @@
 from dynamics.relate.association import associate
 from dynamics.relate.comparison import compare
 from dynamics.relate.findings import findings_of
+from dynamics.relate.score_comparison import compare_scores
 from dynamics.relate.score_tables import ScoreTable, rows_of, score_table
 
-__all__ = ["ScoreTable", "associate", "compare", "findings_of", "rows_of", "score_table"]
+__all__ = ["ScoreTable", "associate", "compare", "compare_scores", "findings_of", "rows_of", "score_table"]

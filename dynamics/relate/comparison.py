@@ -79,15 +79,15 @@ def compare(
     (8.0, 0, 0.029)
     """
     measures = as_measures(values, headline)
-    _check(measures["run"].values.tolist(), groups)
+    check_groups(measures["run"].values.tolist(), groups)
     labels = pair_labels(groups) if pairs is None else dict(pairs)
     members = [run for runs in groups.values() for run in runs]
     unknown = sorted(set(labels) - set(members))
     if unknown:
         raise ValueError(f"pairs: expected runs of the groups, got {', '.join(map(repr, unknown))}.")
     contrasts = list(combinations(groups, 2))
-    least = 2 if pairs is not None else _least(pairs=True, comparisons=len(contrasts))
-    units = [_units(groups, *contrast, labels, least) for contrast in contrasts]
+    least = 2 if pairs is not None else least_pairs(len(contrasts))
+    units = [units_of(groups, *contrast, labels, least) for contrast in contrasts]
     parts = [
         _compared(measures, contrast, side, headline, len(contrasts), draws, seed)
         for contrast, side in zip(contrasts, units, strict=True)
@@ -119,7 +119,12 @@ def compare(
     return dataset
 
 
-def _check(runs: Sequence[str], groups: Mapping[str, Sequence[str]]) -> None:
+def check_groups(runs: Sequence[str], groups: Mapping[str, Sequence[str]]) -> None:
+    """Refuse groups that cannot be compared.
+
+    Raises:
+        ValueError: If there are fewer than two, one is empty or has a run that is not there, or a run is in two.
+    """
     if len(groups) < 2:
         raise ValueError(f"groups: expected at least two groups, got {list(groups)}.")
     members = [run for names in groups.values() for run in names]
@@ -134,7 +139,7 @@ def _check(runs: Sequence[str], groups: Mapping[str, Sequence[str]]) -> None:
 
 
 @dataclass(frozen=True)
-class _Units:
+class Units:
     """Runs behind each unit of the two groups; paired units stand in the same order.
 
     Args:
@@ -166,10 +171,19 @@ class _Units:
     def tested(self) -> bool:
         return self.paired or self.smallest >= _LEAST_RUNS
 
+    def could(self, comparisons: int) -> str:
+        """Return the smallest design that can decide one of so many comparisons; ``""`` if this one can."""
+        if self.paired:
+            least = least_pairs(comparisons)
+            return f"{least} pairs" if len(self) < least else ""
+        sizes = len(self.first), len(self.second)
+        design = smallest_design(*sizes, comparisons)
+        return f"{design[0]} + {design[1]} runs" if design != sizes else ""
 
-def _units(
+
+def units_of(
     groups: Mapping[str, Sequence[str]], first: str, second: str, labels: Mapping[str, str], least: int
-) -> _Units:
+) -> Units:
     """Return pairs where both groups have runs of at least ``least`` labels; else every run is a unit of its own."""
     sides = [{labels[run] for run in groups[group] if run in labels} for group in (first, second)]
     common = sorted(sides[0] & sides[1])
@@ -178,30 +192,49 @@ def _units(
             [[run for run in groups[group] if labels.get(run) == label] for label in common]
             for group in (first, second)
         ]
-        return _Units(*paired, paired=True, pairing=" by name" if least > 2 else "")
+        return Units(*paired, paired=True, pairing=" by name" if least > 2 else "")
     singles = [[[run] for run in groups[group]] for group in (first, second)]
     unmatched = f" (names match {len(common)} pairs; {least} are needed)" if common and least > 2 else ""
-    return _Units(*singles, paired=False, pairing=f", unpaired{unmatched}")
+    return Units(*singles, paired=False, pairing=f", unpaired{unmatched}")
 
 
-def _least(*, pairs: bool, comparisons: int) -> int:
-    """Return the fewest units, in groups of equal size, that can decide one of so many comparisons.
+def least_pairs(comparisons: int) -> int:
+    """Return the fewest pairs that can decide one of so many comparisons: ``comparisons`` times 2/2ⁿ is at most 0.05.
 
-    ``comparisons`` times their smallest p is at most the level: 2/2ⁿ of n pairs, and 2/(2n over n) of n + n runs.
-
-    >>> [_least(pairs=pairs, comparisons=count) for pairs in (True, False) for count in (1, 3)]
-    [6, 7, 8, 10]
+    >>> least_pairs(1), least_pairs(3)
+    (6, 7)
     """
     count = 1
-    while comparisons * 2 / (2**count if pairs else math.comb(2 * count, count)) > LEVEL:
+    while comparisons * 2 / 2**count > LEVEL:
         count += 1
-    return count if pairs else 2 * count
+    return count
+
+
+def smallest_design(first: int, second: int, comparisons: int = 1) -> tuple[int, int]:
+    """Return the sizes of two unpaired groups that can decide a comparison, with the fewest runs added to those given.
+
+    Groups have at least 3 runs, and ``comparisons`` times the share of the relabellings that are as extreme as the most
+    extreme one is at most 0.05: two (a split and its mirror image) where groups are of equal size, else one. Of designs
+    of equal cost, the more balanced.
+
+    >>> smallest_design(3, 3), smallest_design(2, 2), smallest_design(4, 4, comparisons=3)
+    ((3, 4), (3, 4), (4, 5))
+    """
+    least = max(first, _LEAST_RUNS), max(second, _LEAST_RUNS)
+    added = 0
+    while True:
+        designs = [(least[0] + more, least[1] + added - more) for more in range(added + 1)]
+        for sizes in sorted(designs, key=lambda sizes: abs(sizes[0] - sizes[1])):
+            extreme = 2 if sizes[0] == sizes[1] else 1
+            if comparisons * extreme / math.comb(sum(sizes), sizes[0]) <= LEVEL:
+                return sizes
+        added += 1
 
 
 def _compared(
     measures: xr.DataArray,
     contrast: tuple[str, str],
-    units: _Units,
+    units: Units,
     headline: str,
     comparisons: int,
     draws: int,
@@ -221,7 +254,7 @@ def _compared(
         for side in (first, second)
     ]
     overall, test = relabelled_difference(*means, level=LEVEL / comparisons, **relabellings)
-    decided = _decided(overall, test, units, leading, comparisons, int(counted.sum()))
+    decision = decided(overall, test, units, leading, comparisons, int(counted.sum()))
     described = np.nan if not units.tested else 1.0
     columns = {
         "difference": at_steps.difference,
@@ -233,7 +266,7 @@ def _compared(
         "mean_difference": overall.difference,
         "mean_error": overall.error,
         "mean_effect_size": overall.effect_size,
-        **{name: column * described if column.dtype == np.float64 else column for name, column in decided.items()},
+        **{name: column * described if column.dtype == np.float64 else column for name, column in decision.items()},
         "n_units": np.full(len(names), len(units), dtype=np.int64),
         "n_steps": complete.sum(-1).astype(np.int64),
         "method": np.array(_PAIRED if units.paired else _UNPAIRED if units.tested else _DESCRIBED, dtype=str),
@@ -251,16 +284,14 @@ def _compared(
     return columns
 
 
-def _context(contrast: tuple[str, str], units: _Units, measures: int, comparisons: int) -> ComparisonContext:
+def _context(contrast: tuple[str, str], units: Units, measures: int, comparisons: int) -> ComparisonContext:
     """Return what holds for the sentences of all measures."""
-    least = _least(pairs=units.paired, comparisons=comparisons)
-    words = f"{least} pairs" if units.paired else f"{least // 2} + {least // 2} runs"
-    could = words if len(units) < least else ""  # else it is the measures beside it, or the data, that stand in the way
+    could = units.could(comparisons)  # "": it is the measures beside it, or the data, that stand in the way
     return ComparisonContext(*contrast, str(units), units.pairing, units.tested, could, measures, comparisons)
 
 
-def _decided(
-    overall: Difference, test: PermutationTest, units: _Units, leading: np.ndarray, comparisons: int, measures: int
+def decided(
+    overall: Difference, test: PermutationTest, units: Units, leading: np.ndarray, comparisons: int, measures: int
 ) -> dict[str, np.ndarray]:
     """Return p-values, the interval that belongs to them, and whether the difference is shown, ``[measure]``.
 

@@ -1,4 +1,4 @@
-"""Results of runs and rows of scores → ``/association`` and ``/comparison``, with what a reader must know."""
+"""Results of runs and rows of scores → ``/association``, ``/comparison``, ``/score_comparison``, and findings."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from dynamics.findings import Finding
 from dynamics.relate.association import HEADLINE, Given, associate
 from dynamics.relate.comparison import compare
 from dynamics.relate.findings import findings_of
+from dynamics.relate.score_comparison import compare_scores
 from dynamics.relate.score_files import ScoreRow
-from dynamics.relate.score_tables import rows_of, score_table
+from dynamics.relate.score_tables import joined_scores, rows_of, score_table
 from dynamics.schema import ALL, GLOBAL
 
 #: Leading directions at which the log gain stands for concentration, as in the report.
@@ -42,12 +43,14 @@ class Related:
     """What was related.
 
     Args:
-        groups: ``association`` and ``comparison``, those that there are.
+        groups: ``association``, ``comparison`` and ``score_comparison``, those that there are.
         findings: Why one is missing, and what must be known of the others.
+        scores: Run → all its scores, from its result and from files, as the group ``/score``.
     """
 
     groups: Mapping[str, xr.Dataset]
     findings: Sequence[Finding]
+    scores: Mapping[str, xr.Dataset]
 
 
 def measures_of_run(tree: xr.DataTree) -> xr.Dataset:
@@ -92,7 +95,7 @@ def relate_runs(
     directions: Mapping[str, str] | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Related:
-    """Relate measures of runs to their scores, and compare groups of runs.
+    """Relate measures of runs to their scores, and compare groups of runs in scores and measures.
 
     Args:
         runs: Run → its result.
@@ -112,14 +115,24 @@ def relate_runs(
     recorded = {name: tree["score"].to_dataset().load() for name, tree in runs.items() if "score" in tree.children}
     scores = [*rows_of(recorded), *rows]
     groups: dict[str, xr.Dataset] = {}
+    of_runs: dict[str, xr.Dataset] = {}
+    by_label = _by_label(runs, labels or {})
     if scores:
         table = score_table(scores, runs=steps, directions=directions)
         findings += table.findings
+        of_runs = {
+            str(run): joined_scores(recorded.get(str(run)), table.scores.sel(run=run))
+            for run in table.scores["run"].values
+        }
         if table.scores.sizes["task"] and table.scores.sizes["run"]:
             loss = _aligned({name: training_loss(tree, steps[name]) for name, tree in runs.items()})["loss"]
             association, refused = _associated(measures, table.scores, chosen, given, loss)
             groups["association"] = _with_values(association, measures, table.scores)
             findings += [*refused, *findings_of(association)]
+            members = [run for of_group in by_label.values() for run in of_group]
+            after_start = table.scores["score"].sel(step=table.scores["step"] > 0).reindex(run=members)
+            if len(by_label) > 1 and after_start.notnull().any():
+                groups["score_comparison"] = compare_scores(table.scores, by_label)
     elif directions:
         findings.append(
             Finding(
@@ -128,14 +141,13 @@ def relate_runs(
                 "Pass them with --scores.",
             )
         )
-    by_label = _by_label(runs, labels or {})
     if len(by_label) > 1:
         comparison = compare(measures, by_label, headline=chosen)
         groups["comparison"] = comparison
         findings += findings_of(comparison)
     if groups:
         findings += _directions(runs)
-    return Related(groups, findings)
+    return Related(groups, findings, of_runs)
 
 
 def _directions(runs: Mapping[str, xr.DataTree]) -> list[Finding]:

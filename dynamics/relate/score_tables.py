@@ -167,15 +167,16 @@ def _grid(rows: Sequence[ScoreRow]) -> tuple[xr.Dataset, list[Finding]]:
 def _steps_without_measures(scores: xr.DataArray, runs: Mapping[str, Collection[int]]) -> Iterator[Finding]:
     names, steps = scores["run"].values.tolist(), scores["step"].values.tolist()
     cells = zip(product(names, steps), scores.notnull().sum("task").values.ravel().tolist(), strict=True)
-    apart = {(run, step): count for (run, step), count in cells if count and step not in runs[run]}
+    # Before training, at step 0, there is no update that could have measures.
+    apart = {(run, step): count for (run, step), count in cells if count and step > 0 and step not in runs[run]}
     if apart:
         run, step = min(apart)
         count = sum(apart.values())
         has, is_ = ("has", "is") if count == 1 else ("have", "are")
         yield Finding(
             "OD502",
-            f"{counted(count, 'score')} {has} no checkpoint with measures at the same step and {is_} not used (for "
-            f"example step {step} of run {run!r}).",
+            f"{counted(count, 'score')} {has} no checkpoint with measures at the same step and {is_} not related to "
+            f"any (for example step {step} of run {run!r}).",
             "Evaluate and save at the same steps.",
             step=step,
             evidence={"places": len(apart), "first": [list(cell) for cell in sorted(apart)[:_NAMED]]},
@@ -232,6 +233,23 @@ def rows_of(groups: Mapping[str, xr.Dataset]) -> Iterator[ScoreRow]:
             step, task = int(group["step"].values[i]), str(group["task"].values[j])
             higher = {1: True, -1: False}.get(directions[i, j])
             yield ScoreRow(run, step, task, float(scores[i, j]), float(items[i, j]), float(errors[i, j]), higher)
+
+
+def joined_scores(recorded: xr.Dataset | None, scores: xr.Dataset) -> xr.Dataset:
+    """Return all scores of one run as the group ``/score``: what was recorded, and what files add.
+
+    Args:
+        recorded: The run's group ``/score``, ``None`` if it has none.
+        scores: The run's part of a :class:`ScoreTable`'s dataset, ``(step, task)``, whose directions count.
+    """
+    present = scores["score"].notnull()
+    of_files = scores[list(SCORE)].drop_vars(["run", "direction"], errors="ignore")
+    of_files = of_files.isel(step=present.any("task").values, task=present.any("step").values)
+    joined = of_files if recorded is None else recorded.drop_vars("direction", errors="ignore").combine_first(of_files)
+    known = dict(zip(scores["task"].values.tolist(), scores["direction"].values.tolist(), strict=True))
+    signs = [known.get(task, metric_of(task).direction) for task in joined["task"].values.tolist()]
+    directions = np.tile(np.array(signs, dtype=np.float64), (joined.sizes["step"], 1))
+    return joined.assign(direction=(("step", "task"), directions, SCORE_DIRECTION.attributes))
 
 
 def as_scores(scores: xr.DataArray | xr.Dataset, directions: Mapping[str, str] | None) -> xr.DataArray:

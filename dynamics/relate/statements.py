@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynamics.relate.permutations import LEVEL
-from dynamics.text import counted, interval, number, p_value, signed, some, with_minus
+from dynamics.text import counted, interval, number, p_value, sentence_case, signed, some, with_minus
 
 #: Tasks that a sentence names.
 _NAMED = 8
@@ -189,6 +189,90 @@ def difference_statement(row: Mapping[str, Any], context: ComparisonContext) -> 
         f"{measure}: no difference between {first} and {second} shown ({_quantity(difference)}, {numbers}). "
         "Differences outside the interval are ruled out."
     )
+
+
+@dataclass(frozen=True)
+class ScoreContext:
+    """What holds for one score of two groups.
+
+    Args:
+        first, second: Names of the groups; differences are first minus second.
+        units: Units that are compared, in words: ``"6 pairs"``, ``"3 + 4 runs"``.
+        where: How runs were paired, at which step scores are compared, and how many runs lack it, in words.
+        tested: Whether the groups are large enough to be tested.
+        could: The smallest design that can decide, in words; ``""`` where it is not the number of runs that lacks.
+        adjusted: Over what the p-value is adjusted, in words.
+        scores: How many scores the mean of all is over.
+        beside: Whether another score is the headline, whose sentence says how many runs could decide.
+    """
+
+    first: str
+    second: str
+    units: str
+    where: str
+    tested: bool
+    could: str
+    adjusted: str
+    scores: int
+    beside: bool
+
+
+def score_statement(row: Mapping[str, Any], context: ScoreContext) -> str:
+    """Return which of two groups has the better score, or why that cannot be decided, in words.
+
+    Args:
+        row: Variables of :func:`dynamics.relate.compare_scores` for one comparison and task, with its ``task``,
+            ``leading`` (whether it was named before looking), ``direction``, and both groups' means.
+        context: What holds for this score.
+    """
+    first, second, difference = context.first, context.second, row["difference"]
+    task = f"the mean over {context.scores} scores" if row["mean_of_all"] else row["task"]
+    subject = sentence_case(task) if row["mean_of_all"] else task
+    if row["verdict"] == "not_comparable":
+        return f"{subject}: {first} and {second} cannot be compared, since no run of one of them has this score."
+    if row["verdict"] == "equal":
+        return f"{subject}: {first} and {second} are equal ({context.units}{context.where}). There is nothing to test."
+    sign = 1 if difference >= 0 else -1
+    better = sign * (row["direction"] or 1)
+    winner, loser = (first, second) if better > 0 else (second, first)
+    unit = " standard deviations" if row["mean_of_all"] else ""
+    means = [row["first_mean"], row["second_mean"]][:: 1 if better > 0 else -1]
+    against = "" if row["mean_of_all"] else " against ".join(map(_quantity, means))
+    size = "" if math.isnan(row["effect_size"]) else f"effect size {signed(abs(row['effect_size']))}"
+    by = f"{_quantity(abs(difference))}{unit}"
+    way = "higher" if sign * better > 0 else "lower"
+    if row["verdict"] == "undecided":
+        normal = _turned(row["normal_low"], row["normal_high"], sign)
+        range_ = "" if math.isnan(normal[0]) else f"{interval(*normal, _quantity)} if runs are normally distributed"
+        is_better = f"{winner} is {'better' if row['direction'] else 'higher'} by {by}"
+        is_better = is_better if difference else "no difference"
+        observed = f"Observed: {is_better} ({', '.join(filter(None, (against, range_, size)))}{context.where})."
+        smallest = f"smallest possible p: {p_value(row['smallest_p_adjusted'])}{context.adjusted}"
+        reason = smallest if context.tested else "groups of fewer than 3 runs are described, not tested"
+        if context.beside:
+            return f"{subject}: undecided with {context.units} ({reason}). {observed}"
+        question = f"Which of {first} and {second} is better in {task}"
+        if not row["direction"]:
+            question = f"Whether {task} differs between {first} and {second}"
+        enough = f"{context.could} could decide it." if context.could else "More runs are needed."
+        return f"{question} cannot be decided with {context.units} ({reason}). {enough} {observed}"
+    p = f"p = {p_value(row['p_adjusted'])}{context.adjusted}; {context.units}{context.where}"
+    if row["verdict"] == "not_shown":
+        range_ = interval(row["low"], row["high"], _quantity)
+        numbers = f"{_quantity(difference)}{unit}, {range_}, {p}"
+        shown = f"{subject}: no difference between {first} and {second} shown ({numbers})."
+        return f"{shown} Differences outside the interval are ruled out."
+    range_ = interval(*_turned(row["low"], row["high"], sign), _quantity)
+    numbers = f"({', '.join(filter(None, (against, range_, size, p)))})"
+    if row["verdict"] == "different":
+        return f"{task} is higher in {winner} than in {loser} by {by} {numbers}. Which is better is not known."
+    lower = f": {way} by" if not row["mean_of_all"] else " by"
+    return f"{winner} is better than {loser} in {task}{lower} {by} {numbers}."
+
+
+def _turned(low: float, high: float, sign: int) -> tuple[float, float]:
+    """Return the interval of a difference, or of its negative."""
+    return (low, high) if sign > 0 else (-high, -low)
 
 
 def _quantity(value: float) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -33,16 +34,21 @@ from dynamics.plot.figures import (
 from dynamics.plot.gradient import NORM
 from dynamics.plot.hover_heatmap import fits_a_page
 from dynamics.plot.select import RULE, standouts, title_of
-from dynamics.report import sentences
+from dynamics.report import scores, sentences
 from dynamics.report.summary import summarise
-from dynamics.text import counted, finite, number, percent, sentence_case, visible
+from dynamics.text import counted, finite, number, percent, sentence_case, visible, with_minus
 
 #: A longer table makes a page that opens slowly; the whole table is in summary.json.
 MOST_ROWS = 1000
 #: Rows of a table and sentences of a part; all are in the result.
 MOST_PAIRS, MOST_STATEMENTS = 500, 6
-#: Share of reports on data without any effect that claim one: python -m tests.benchmarks.calibration.
+#: Columns of scores, and rows of the table of checkpoints.
+MOST_SCORES, MOST_CHECKPOINTS = 6, 100
+#: Share of reports on data without any effect that claim an association, or a difference in a measure: python -m
+#: tests.benchmarks.calibration.
 FALSE_REPORTS = "7 % (6 runs) to 13 % (12 runs)"
+#: The same of the scores of two groups without any difference, three scores and their mean.
+FALSE_SCORES = "2 % to 7 % (up to 10 % where one group is five times as variable)"
 #: Variables of an update that are defined beside the measures.
 _SIZES = ("frobenius_norm", "path_length", "increment_cosine", "suggested_rank")
 _OF_THE_GRADIENT = ("norm_before_clip", "norm_after_clip", "singular_value", "frobenius_norm")
@@ -102,6 +108,26 @@ class Relation:
     figures: Mapping[str, str]
 
 
+_SCORE_COMPARISON = Relation(
+    "Scores of the first group minus those of the second",
+    {"task": "score", "comparison": "groups"},
+    {
+        "difference": "difference",
+        "first": "first_mean",
+        "second": "second_mean",
+        "95 % interval": "low",
+        "95 % interval if normal": "normal_low",
+        "effect size": "effect_size",
+        "p, adjusted": "p_adjusted",
+        "units, first": "n_first",
+        "units, second": "n_second",
+        "first is": "verdict",
+    },
+    {
+        "score_comparison": "The score of every run, and the mean of each group. “all”: mean over tasks of the "
+        "standardised scores that every run has; higher is better."
+    },
+)
 _COMPARISON = Relation(
     "Differences of means over steps",
     {"measure": "measure", "comparison": "groups"},
@@ -137,6 +163,9 @@ _ASSOCIATION = Relation(
     },
 )
 
+#: Groups that relate runs, in the order of the page.
+RELATIONS = {"score_comparison": _SCORE_COMPARISON, "comparison": _COMPARISON, "association": _ASSOCIATION}
+
 # An index follows the bracket of a norm, an increment, a gradient, a singular value, a sum, or a single letter; an
 # underscore within a name is none.
 _INDEX = re.compile(r"(?:(?<=[‖Δσ∇ΣμḡFKL])|(?<=\b[vf]))_(?:\{([^}]*)\}|((?<=K_)[a-z]{2}|\w))")
@@ -170,7 +199,7 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 _TEMPLATES.filters |= {
-    "number": number,
+    "number": lambda value, digits=3: with_minus(number(value, digits)),
     "percent": percent,
     "place": location,
     "evidence": evidence_words,
@@ -211,6 +240,7 @@ def page(
     html = _TEMPLATES.get_template("page.html.j2").render(
         runs=runs,
         several=several,
+        score_columns=_score_columns(runs),
         related=related_sections(tree, figures),
         shared_findings=grouped(summary["findings"]) if several else [],
         script=Markup(script),
@@ -243,6 +273,9 @@ def _run(
         "answers": sentences.answers(summary),
         "which_matrices": sentences.which_matrices(summary),
         "analysed": sentences.what_was_analysed(summary),
+        "scored": list(filter(None, (scores.which_checkpoint(summary), scores.did_it_forget(summary)))),
+        "checkpoints": _checkpoint_rows(summary["checkpoints"]),
+        "score_names": [score["task"] for score in summary["scores"]][:MOST_SCORES],
         "findings": grouped(summary["findings"]),
         "severities": severities(summary["findings"]),
         "figures": {key: Markup(svg) for key, svg in figures.items()},
@@ -264,6 +297,18 @@ def _run(
         "definitions": _definitions(tree),
         "provenance": _provenance(tree),
     }
+
+
+def _checkpoint_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows of a table of checkpoints; of too many the best ones, and others evenly spread."""
+    spacing = -(-len(rows) // MOST_CHECKPOINTS)
+    return [row for place, row in enumerate(reversed(rows)) if place % spacing == 0 or row["best"]][::-1]
+
+
+def _score_columns(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the scores that most runs have, for the overview."""
+    count = Counter(score["task"] for run in runs for score in run["summary"]["scores"])
+    return [task for task, _ in count.most_common(MOST_SCORES)]
 
 
 def _definition(update: xr.Dataset, variable: str) -> str:
@@ -349,16 +394,17 @@ def related_sections(tree: xr.DataTree, figures: Mapping[str, str]) -> dict[str,
     """
     parts = {
         name: _part(name, tree[name].to_dataset().load(), relation, figures) if name in tree.children else None
-        for name, relation in (("comparison", _COMPARISON), ("association", _ASSOCIATION))
+        for name, relation in RELATIONS.items()
     }
-    headline = next((part["headline"] for part in parts.values() if part), "")
-    return {**parts, "headline": headline, "false_reports": FALSE_REPORTS}
+    of_measures = (parts["comparison"], parts["association"])
+    headline = next((part["headline"] for part in of_measures if part), "")
+    return {**parts, "headline": headline, "false_reports": FALSE_REPORTS, "false_scores": FALSE_SCORES}
 
 
 def _part(name: str, group: xr.Dataset, relation: Relation, figures: Mapping[str, str]) -> dict[str, Any]:
     """Return the sentences, figures and table of one group."""
     statements = [str(statement) for statement in group.attrs["statements"]]
-    methods = [group.attrs["method"]] if "method" in group.attrs else sorted(set(group["method"].values.tolist()))
+    methods = [group.attrs["method"]] if "method" in group.attrs else np.unique(group["method"].values).tolist()
     caption = f"{relation.caption}: {'; '.join(methods)}."
     rows = list(_rows(group, relation))
     pairs = int(np.prod([group.sizes[dim] for dim in relation.names]))
@@ -367,9 +413,11 @@ def _part(name: str, group: xr.Dataset, relation: Relation, figures: Mapping[str
             f" {len(rows):,} of {pairs:,} rows: the significant ones, those of the headline measure, then the largest. "
             "All are in analysis.zarr."
         )
+    first = str(group.attrs["headline"])
     return {
         "id": name,
-        "headline": str(group.attrs["headline"]),
+        "named_first": f"Named before looking: {first}; other scores are adjusted for their number." if first else "",
+        "headline": first,
         "statements": statements[:MOST_STATEMENTS],
         "more": max(0, len(statements) - MOST_STATEMENTS),
         "figures": [(Markup(figures[key]), text) for key, text in relation.figures.items() if key in figures],
@@ -383,7 +431,7 @@ def _rows(group: xr.Dataset, relation: Relation) -> Iterator[list[Any]]:
     """Yield a row for each pair of names; of too many the significant, then the headline's, then the largest."""
     dims, columns = list(relation.names), list(relation.columns.values())
     ends = [_high_end(name) for name in columns if name.endswith("low")]
-    values = {name: group[name].transpose(*dims).values.ravel() for name in (*columns, *ends)}
+    values = {name: group[name].transpose(*dims).values.ravel() for name in {*columns, *ends, "holds"}}
     labels = [group[dim].values.tolist() for dim in dims]
     pairs = np.arange(len(values["holds"]))
     if len(pairs) > MOST_PAIRS:
@@ -400,12 +448,14 @@ def _rows(group: xr.Dataset, relation: Relation) -> Iterator[list[Any]]:
 def _cell(name: str, row: Mapping[str, Any]) -> Any:
     if name == "holds":
         return "yes" if row[name] else "no"
+    if name == "verdict":
+        return str(row[name]).replace("_", " ")
     if name.startswith("n_"):
         return int(row[name])
     if not name.endswith("low"):
         return finite(row[name])
     low, high = float(row[name]), float(row[_high_end(name)])
-    return f"{number(low)} to {number(high)}" if np.isfinite((low, high)).all() else "–"
+    return f"{with_minus(number(low))} to {with_minus(number(high))}" if np.isfinite((low, high)).all() else "–"
 
 
 def _high_end(name: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.report.interventions import intervention_summary
+from dynamics.report.scores import checkpoint_table, score_summary
 from dynamics.schema import ALL, FISHER_GROUPS, GLOBAL, last_step_with
 from dynamics.spectra.dataset import parts_of_sums
 from dynamics.text import finite, integer
@@ -43,6 +44,7 @@ _BESIDE_BASE = (
 _FLAGS = ("is_zero", "quantisation_limited")
 #: Numbers of the permutation test of χ; without χ of equal traces they belong to another χ and are left out.
 _OF_THE_TEST = ("null_low", "null_high", "p_value")
+_OF_SCORES = ("difference", "low", "high", "normal_low", "normal_high", "effect_size", "p_adjusted")
 _ENDS = {"value": "", "low": "_low", "high": "_high"}
 
 
@@ -64,16 +66,19 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         - ``path``: ``None``, or the shape of the newest training's path through its checkpoints;
         - ``base``: ``None``, or medians over matrices of updates beside the weights they changed, and how many
           ``matrices`` could be compared;
-        - ``association`` with scores and ``comparison`` of groups: ``None``, or the ``headline`` measure and
-          ``statements``, those about the headline first;
+        - ``scores``: each score at the start, at its last step and at its best, see ``score_changes``; and
+          ``checkpoints``: a row for each step with the size of the update, the increment, and the scores;
+        - ``score_comparison`` and ``comparison`` of groups in scores and measures, and ``association`` of both:
+          ``None``, or the ``headline`` and ``statements``, those about the headline first; of scores also ``rows``,
+          with the ``verdict`` and numbers of each;
         - ``totals`` of the direct sum of all updates, and the number of ``matrices`` in it; ``adapters``: the size of
           each, where several are not added up; ``over_matrices``: quartiles, and the medians of the null;
         - ``roles``, most energy first; ``table``, a row for each matrix, largest update first;
         - ``suggested_rank_energy``, the share of energy that the suggested ranks hold; ``findings``.
 
         Numbers are those of the total update (since the start of training) at the last step. For several runs
-        ``{"runs": {name: …}, "association": …, "comparison": …, "findings": […]}``; these findings are about all runs
-        together and about runs that could not be opened.
+        ``{"runs": {name: …}, "score_comparison": …, "comparison": …, "association": …, "findings": […]}``; these
+        findings are about all runs together and about runs that could not be opened.
 
     Example: ``summarise(dynamics.open_run("runs/imax"))["totals"]["frobenius_norm_all"]``
     """
@@ -82,6 +87,7 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         return {"runs": runs, **_related(tree), "findings": _findings(tree)}
     update = tree["update"].to_dataset().load()
     last = update.isel(step=-1).sel(kind="total")
+    scores = score_summary(tree)
     return {
         "toolkit_version": str(tree.attrs["toolkit_version"]),
         "run": str(tree.attrs["run"]),
@@ -97,6 +103,8 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         "intervention": intervention_summary(tree),
         "path": _path(tree),
         "base": _base(tree),
+        "scores": scores,
+        "checkpoints": checkpoint_table(update, tree, scores),
         **_related(tree),
         "suggested_rank_energy": float(update["suggested_rank"].attrs["energy"]),
         "totals": _totals(last),
@@ -150,12 +158,30 @@ def _gradient(tree: xr.DataTree) -> dict[str, Any] | None:
 
 
 def _related(tree: xr.DataTree) -> dict[str, Any]:
-    """Return the sentences about runs and scores, and about groups of runs."""
-    relations: dict[str, Any] = dict.fromkeys(("association", "comparison"))
+    """Return the sentences about groups of runs, in scores and in measures, and about measures and scores."""
+    relations: dict[str, Any] = dict.fromkeys(("score_comparison", "comparison", "association"))
     for name in relations.keys() & tree.children.keys():
         attributes = tree[name].attrs
         relations[name] = {"headline": str(attributes["headline"]), "statements": [*map(str, attributes["statements"])]}
+    if "score_comparison" in tree.children:
+        relations["score_comparison"]["rows"] = _score_rows(tree["score_comparison"].to_dataset().load())
     return relations
+
+
+def _score_rows(compared: xr.Dataset) -> list[dict[str, Any]]:
+    """Return verdict and numbers of each comparison and score."""
+    return [
+        {
+            "comparison": str(comparison),
+            "task": str(task),
+            "verdict": str(row["verdict"].item()),
+            **{name: finite(row[name]) for name in _OF_SCORES},
+            **{name: int(row[name]) for name in ("n_first", "n_second", "n_pairs")},
+        }
+        for comparison in compared["comparison"].values
+        for task in compared["task"].values
+        for row in [compared.sel(comparison=comparison, task=task)]
+    ]
 
 
 def _path(tree: xr.DataTree) -> dict[str, Any] | None:

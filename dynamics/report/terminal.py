@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynamics.findings import FindingGroup, grouped, location
+from dynamics.report.scores import did_it_forget, which_checkpoint
 from dynamics.report.sentences import answers, does_it_matter, informative_directions, what_was_analysed
 from dynamics.text import counted, number, one_line, percent
 
@@ -46,6 +47,7 @@ def _one_run(name: str, summary: Mapping[str, Any]) -> list[RenderableType]:
     return [
         head,
         *map(_text, answers(summary)),
+        *map(_text, filter(None, (which_checkpoint(summary), did_it_forget(summary)))),
         *_paragraphs([*informative_directions(summary), *does_it_matter(summary)]),
         *_statements(summary),
         Text(),
@@ -56,8 +58,10 @@ def _one_run(name: str, summary: Mapping[str, Any]) -> list[RenderableType]:
 
 
 def _statements(summary: Mapping[str, Any]) -> list[RenderableType]:
-    """Return the first sentences about groups and about scores; those about the headline measure come first."""
-    relations = [summary[name] for name in ("comparison", "association") if summary[name] is not None]
+    """Return the first sentences about groups, in scores and in measures, and about both together."""
+    relations = [
+        summary[name] for name in ("score_comparison", "comparison", "association") if summary[name] is not None
+    ]
     return _paragraphs(sentence for relation in relations for sentence in relation["statements"][:STATEMENTS])
 
 

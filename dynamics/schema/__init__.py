@@ -21,8 +21,9 @@ from dynamics.schema.intervention_groups import (
     INTERVENTION_FLAGS,
     INTERVENTION_GROUPS,
     SENSITIVITY,
+    SHARPNESS,
 )
-from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_DIRECTION
+from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_COMPARISON, SCORE_DIRECTION
 from dynamics.schema.update_groups import (
     BASE,
     BOUNDS,
@@ -80,8 +81,10 @@ __all__ = [
     "ROOT_ATTRIBUTES",
     "SAMPLE_LABELS",
     "SCORE",
+    "SCORE_COMPARISON",
     "SCORE_DIRECTION",
     "SENSITIVITY",
+    "SHARPNESS",
     "SUMMARY",
     "SUMMARY_GRADIENT",
     "TASKS",

@@ -12,7 +12,7 @@ import xarray as xr
 
 from dynamics.schema.fisher_groups import ALL, FISHER_GROUPS, SAMPLE_LABELS
 from dynamics.schema.intervention_groups import INTERVENTION_AXES, INTERVENTION_FLAGS, INTERVENTION_GROUPS
-from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE
+from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_COMPARISON
 from dynamics.schema.update_groups import BOUNDS, GRADIENT, MEASURES, NULL, OF_CHECKPOINTS, UPDATE, UPDATE_COORDINATES
 from dynamics.schema.variable import DECOMPOSITIONS, KINDS, Variable
 from dynamics.text import encodable
@@ -67,7 +67,8 @@ def check(tree: xr.DataTree) -> None:
     runs = tree.children.get("runs")
     trees = {"": tree} if runs is None else {f"/runs/{name}": child for name, child in runs.children.items()}
     broken = [f"{path}{problem}" for path, run in trees.items() for problem in _problems(run)]
-    for name, variables in (("association", ASSOCIATION), ("comparison", COMPARISON)):
+    relations = {"association": ASSOCIATION, "comparison": COMPARISON, "score_comparison": SCORE_COMPARISON}
+    for name, variables in relations.items():
         if name in tree.children:
             broken += _variable_problems(f"/{name}", tree[name].to_dataset(), variables, complete=True)
     if runs is not None and not trees:

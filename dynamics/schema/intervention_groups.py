@@ -1,4 +1,4 @@
-"""What was done to an update to see which part of it works: the groups ``/intervention`` and ``/sensitivity``."""
+"""What follows from running a model with other weights: the groups /intervention, /sensitivity and /sharpness."""
 
 from __future__ import annotations
 
@@ -215,5 +215,81 @@ SENSITIVITY: Mapping[str, Variable] = {
     "groups": Variable(("step", "task"), "1", "number of groups", "groups with a sample of each task"),
 }
 
+_PER_TASK = ("step", "task")
+_PER_TASK_PAIR = ("step", "task", "task_")
+_CRITICAL = (
+    "95 %, by Fieller: all t at which the mean difference cannot be told from 0, by the jackknife over groups; "
+    "conditional on the direction"
+)
+_KALRA = "Kalra et al. 2026, arXiv 2601.16979"
+
+#: How far a step can go before the loss is higher than where it began.
+SHARPNESS: Mapping[str, Variable] = {
+    **_with_interval(
+        "critical_step",
+        Variable(
+            _PER_TASK,
+            "1",
+            "critical step",
+            "t_c = min{t > 0 : L(θ + tδ) > L(θ)}, L the mean loss of the task's samples, δ the step: below 1, the step "
+            "as it is raises the loss",
+            _KALRA,
+        ),
+        f"{_CRITICAL}. 0 where the interval reaches below",
+    ),
+    **_with_interval(
+        "critical_sharpness",
+        Variable(
+            _PER_TASK,
+            "1",
+            "critical sharpness",
+            "λ_c = 2/(η t_c), η the learning_rate, or 1 where it is NaN; DᵀHD/Dᵀg on a quadratic with δ = −ηD. Above "
+            "2/η, the step as it is raises the loss",
+            _KALRA,
+        ),
+        f"{_CRITICAL}. The upper end is NaN where t = 0 is among them",
+    ),
+    "resolved": Variable(
+        _PER_TASK, "1", "critical step resolved", "the interval of t_c is bounded and above 0: true or false"
+    ),
+    "reason": Variable(
+        _PER_TASK, "1", "reason of a missing critical step", "empty where there is one with its interval"
+    ),
+    "passes": Variable(
+        _PER_TASK,
+        "1",
+        "forward passes of the search",
+        "passes over the samples for which nothing was at hand, the one without any change included",
+    ),
+    **_with_interval(
+        "relative_sharpness",
+        Variable(
+            _PER_TASK_PAIR,
+            "1",
+            "relative critical sharpness",
+            "2/η_c with η_c = min{η > 0 : L_{task_}(θ − η∇L_task) > L_{task_}(θ)}: large where a step on task soon "
+            "raises the loss of task_; g_iᵀH_j g_i/g_iᵀg_j on quadratics. Low-rank matrices are moved along the "
+            "gradients of their factors, to first order",
+            _KALRA,
+        ),
+        f"{_CRITICAL}. The upper end is NaN where t = 0 is among them",
+    ),
+    "relative_reason": Variable(
+        _PER_TASK_PAIR, "1", "reason of a missing relative sharpness", "empty where there is one with its interval"
+    ),
+    "relative_passes": Variable(
+        _PER_TASK_PAIR, "1", "forward passes of the search along a gradient", "passes over the samples of task_"
+    ),
+    "loss": Variable(_PER_TASK, "nat", "loss at the start", "L(θ), mean over the task's samples"),
+    "groups": Variable(_PER_TASK, "1", "number of groups", "groups with a sample of each task"),
+    "learning_rate": Variable(
+        ("step",), "1", "learning rate of gradient descent", "η of a step δ = −η∇L; NaN for other optimizers"
+    ),
+}
+
 #: Groups of interventions.
-INTERVENTION_GROUPS: Mapping[str, Mapping[str, Variable]] = {"intervention": INTERVENTION, "sensitivity": SENSITIVITY}
+INTERVENTION_GROUPS: Mapping[str, Mapping[str, Variable]] = {
+    "intervention": INTERVENTION,
+    "sensitivity": SENSITIVITY,
+    "sharpness": SHARPNESS,
+}

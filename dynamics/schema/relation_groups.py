@@ -166,3 +166,70 @@ COMPARISON: Mapping[str, Variable] = {
         {"group_median": ("of the measure", "median over runs", "over runs that have it at this step")},
     ),
 }
+
+
+_SCORED = ("comparison", "task")
+_SCORED_RUNS = ("run", "task")
+_NORMAL_INTERVAL = (
+    "95 % interval of this score alone if scores of runs are normally distributed: Student's t, Welch's where "
+    "unpaired; there also where relabelling cannot decide; NaN for fewer than 3 runs, and without any spread"
+)
+
+#: Scores of groups of runs, two at a time; at the root.
+SCORE_COMPARISON: Mapping[str, Variable] = {
+    **_with_dims(
+        _SCORED,
+        {
+            "difference": ("task units", "score of the first group minus second", "of means over units, at `at_step`"),
+            "first_mean": ("task units", "mean of the first group", "over its units"),
+            "second_mean": ("task units", "mean of the second group", "over its units"),
+            "error": ("task units", "its standard error", "of the mean over pairs, or of two means over runs"),
+            "low": ("task units", "difference, low end", _COMPARISON_INTERVAL),
+            "high": ("task units", "difference, high end", _COMPARISON_INTERVAL),
+            "normal_low": ("task units", "difference, low end if normal", _NORMAL_INTERVAL),
+            "normal_high": ("task units", "difference, high end if normal", _NORMAL_INTERVAL),
+            "effect_size": (
+                "1",
+                "effect size",
+                "difference over standard deviation (of differences where paired), times Hedges' correction",
+                "Hedges & Olkin 1985",
+            ),
+            "p_value": ("1", "p-value", _RELABELLED_P, "Phipson & Smyth 2010"),
+            "p_adjusted": (
+                "1",
+                "p-value that decides",
+                "comparisons times p_value (headline), or times the share of relabellings whose largest |t| over the "
+                "other scores is at least as large (max-T), Student's as in /comparison; scores that different runs "
+                "lack are families of their own, by whose number it is multiplied",
+                "Westfall & Young 1993",
+            ),
+            "smallest_p_adjusted": ("1", "smallest possible p_adjusted", "under the most extreme relabelling"),
+            "decidable": ("1", "a p of 0.05 is possible", "smallest_p_adjusted ≤ 0.05, and 3 runs in each group"),
+            "holds": ("1", "the difference is shown", "p_adjusted ≤ 0.05 where decidable"),
+            "verdict": (
+                "1",
+                "verdict",
+                "better, worse (first group against second), different (direction not known), not_shown, equal, "
+                "undecided, or not_comparable",
+            ),
+            "n_first": ("1", "units of the first group", "runs that have the score, or means over a pair's runs"),
+            "n_second": ("1", "units of the second group", "runs that have the score, or means over a pair's runs"),
+            "n_pairs": ("1", "number of pairs", "0 where runs are not paired"),
+            "method": ("1", "method", "what is compared and how labels are permuted"),
+            "statement": ("1", "statement", "the result in words"),
+        },
+    ),
+    **_with_dims(
+        _SCORED_RUNS,
+        {
+            "score": (
+                "task units",
+                "score that is compared",
+                "at the last step after the start at which every run with this score has it, else the run's last; "
+                "`all`: mean over tasks of the standardised scores that every run has, higher is better",
+            ),
+            "at_step": ("1", "step of the score", "NaN where a run has none, and for `all`"),
+        },
+    ),
+    **_with_dims(("group", "task"), {"group_mean": ("task units", "mean over runs", "over runs that have the score")}),
+}

@@ -374,6 +374,17 @@ def joined_interventions(parts: Sequence[xr.Dataset]) -> xr.Dataset | None:
     return xr.Dataset(schema.label_arrays(schema.INTERVENTION, arrays), coords, {**parts[-1].attrs, **deviations})
 
 
+def joined_sharpness(parts: Sequence[xr.Dataset]) -> xr.Dataset | None:
+    """Return the critical steps of all steps, over the tasks of any of them; ``None`` if there is no part.
+
+    >>> joined_sharpness([])
+    """
+    if not parts:
+        return None
+    fill = {name: "" if name.endswith("reason") else name != "resolved" and np.nan for name in schema.SHARPNESS}
+    return xr.concat(parts, "step", join="outer", fill_value=fill, combine_attrs="override")
+
+
 def with_probed_interventions(recorded: xr.Dataset | None, probed: xr.Dataset | None) -> xr.Dataset | None:
     """Return the effects of records and of probed checkpoints; where both have a step, those of the record.
 

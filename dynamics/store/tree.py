@@ -24,6 +24,7 @@ from dynamics.findings import Finding, from_json, to_json
 from dynamics.fisher import measure_fisher
 from dynamics.fisher.findings import findings_of as fisher_findings
 from dynamics.intervention.findings import findings_of as intervention_findings
+from dynamics.intervention.findings import sharpness_findings
 from dynamics.spectra.dataset import measure_update
 from dynamics.spectra.findings import findings_of
 from dynamics.spectra.null_models import SEED
@@ -107,6 +108,8 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
     if effects is not None:
         groups["intervention"] = effects
         findings += intervention_findings(effects)
+    if "sharpness" in groups:
+        findings += sharpness_findings(groups["sharpness"])
     scores = [score for score in (records and records.score, parts.score, parts.logs.get("score")) if score is not None]
     if scores:
         groups["score"] = reduce(_scores, scores)
@@ -142,11 +145,11 @@ def _findings_of_checkpoints(parts: Parts) -> list[Finding]:
 
 
 #: Groups that the records do not change.
-_KEPT = ("training", "score", "path", "base", "weights", "association", "sensitivity")
-#: Findings that follow from the numbers of ``/update`` and ``/intervention``: they are found anew.
+_KEPT = ("training", "score", "path", "base", "weights", "association", "sensitivity", "sharpness")
+#: Findings that follow from the numbers of ``/update``, ``/intervention`` and ``/sharpness``: they are found anew.
 _FROM_NUMBERS = (
     *("OD202", "OD203", "OD204", "OD205", "OD206", "OD208"),
-    *("OD701", "OD702", "OD703", "OD704", "OD705"),
+    *("OD701", "OD702", "OD703", "OD704", "OD705", "OD706"),
 )
 #: What findings about ``/association`` begin with: they stay with it.
 _OF_RELATIONS = "OD5"

@@ -17,7 +17,7 @@ from dynamics.fisher.concentration import MOST_TIMES, matched_gain
 from dynamics.fisher.samples import SampleGroups, confidence_interval, counted_groups, weight_of
 from dynamics.fisher.spectrum import directional, log_participation_ratio
 from dynamics.fisher.task_structure import divergence_test
-from dynamics.relate import associate, compare
+from dynamics.relate import associate, compare, compare_scores
 from dynamics.relate.differences import relabelled_difference, students_test
 from dynamics.relate.permutations import LEVEL
 from tests.dynamics.fisher.simulated import NORMS, gradients, grams, norms, power_law, stacked
@@ -81,6 +81,36 @@ def false_differences(rng: np.random.Generator, sets: int) -> Iterator[Row]:
     yield f"any of {_MEASURES - 1} measures beside the headline, spread 5 : 1", *row
     row = [share(any_of_three(rng, sets, max(size))) for size in sizes]
     yield "any of three groups of the larger size, spreads 5 : 1 : 1", *row
+
+
+def false_scores(rng: np.random.Generator, sets: int) -> Iterator[Row]:
+    """Scores of two groups that do not differ: what is said of their mean, of three scores beside it, of any."""
+    sizes = ((3, 4), (4, 4), (3, 8), (5, 5), (8, 8))
+    yield "scores without a difference, mean / another / any", *(f"{first} + {second} runs" for first, second in sizes)
+    for name, spread, items in (
+        ("equal spreads", 1.0, 0),
+        ("spread of the first group five times the second's", 5.0, 0),
+        ("accuracies of 50 items: ties", 1.0, 50),
+    ):
+        row = []
+        for size in sizes:
+            held = np.array([scores_differ(rng, size, spread, items) for _ in range(sets // 2)])
+            row.append(" / ".join(share(column) for column in (*held.T, np.any(held, axis=1))))
+        yield name, *row
+
+
+def scores_differ(rng: np.random.Generator, size: tuple[int, int], spread: float, items: int) -> list[bool]:
+    """Whether two groups are said to differ in the mean over three correlated scores, and in one of these."""
+    values = rng.standard_normal((sum(size), 1, _TASKS)) + rng.standard_normal((sum(size), 1, 1))
+    if items:
+        values = rng.binomial(items, 1 / (1 + np.exp(-0.3 * values))) / items
+    values[: size[0]] *= spread
+    scores, groups = grouped(values, size)
+    tasks = [f"t{number}/accuracy" for number in range(_TASKS)]
+    holds = compare_scores(scores.rename(measure="task").assign_coords(task=tasks, step=[1]), groups, draws=999)[
+        "holds"
+    ]
+    return [bool(holds.values[0, 0]), bool(holds.values[0, 1:].any())]
 
 
 def differs(first: np.ndarray, second: np.ndarray, *, comparisons: int = 1, pairs: bool = False) -> np.ndarray:
@@ -152,7 +182,14 @@ def reports(rng: np.random.Generator, sets: int) -> Iterator[Row]:
         "independent random walks": simulated.random_walks,
         "runs of different volatility": simulated.shared_volatility,
     }
-    yield "reports that state something", "headline association", "another", "a difference", "anything"
+    yield (
+        "reports that state something",
+        "headline association",
+        "another",
+        "a measure differs",
+        "a score differs",
+        "anything",
+    )
     for runs in (6, 12):
         for name, kind in kinds.items():
             table = np.array([said(rng, kind, runs) for _ in range(sets // 10)])
@@ -161,7 +198,7 @@ def reports(rng: np.random.Generator, sets: int) -> Iterator[Row]:
 
 
 def said(rng: np.random.Generator, kind: Callable[..., simulated.Curves], runs: int) -> list[bool]:
-    """Whether a report states the headline association, another one, and a difference."""
+    """Whether a report states the headline association, another one, a difference in measures, and one in scores."""
     x, y = (np.moveaxis(values, 0, -1) for values in kind(rng, _MEASURES, runs, 10))
     measures, groups = grouped(x, (runs // 2, runs - runs // 2))
     tasks = [f"t{number}/accuracy" for number in range(_TASKS)]
@@ -170,7 +207,8 @@ def said(rng: np.random.Generator, kind: Callable[..., simulated.Curves], runs: 
     holds = associate(measures, scores, headline="m0", draws=999)["holds"]
     leading = bool(holds.sel(measure="m0", task="all"))
     differences = compare(measures, groups, headline="m0", draws=999)["holds"]
-    return [leading, bool(holds.sum() > leading), bool(differences.any())]
+    of_scores = compare_scores(scores, groups, draws=999)["holds"]
+    return [leading, bool(holds.sum() > leading), bool(differences.any()), bool(of_scores.any())]
 
 
 def share(flags: np.ndarray) -> str:
@@ -262,6 +300,7 @@ def gain_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
 TABLES: dict[str, Table] = {
     "associations": false_associations,
     "differences": false_differences,
+    "scores": false_scores,
     "power": power,
     "coverage": coverage,
     "reports": reports,

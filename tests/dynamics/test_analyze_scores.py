@@ -63,21 +63,31 @@ def test_groups_are_compared_and_related(result):
     assert comparison["n_pairs"].values.tolist() == [0]
     text = " ".join(found.stdout.split())
     assert f"3 + 3 runs are too few to decide whether {UPDATE_HEADLINE} differs between imax and dmax" in text
-    assert "(smallest possible p: 0.1). 4 + 4 runs can reach 0.05." in text
+    assert "(smallest possible p: 0.1). 3 + 4 runs can reach 0.05." in text
     assert "3 + 3 runs, unpaired (names match 3 pairs; 6 are needed)" in text
-    assert text.index("too few to decide") < text.index("imax_s1: 4 checkpoints")
+    better = text.index("Which of imax and dmax is better in the mean over 2 scores cannot be decided with 3 + 3 runs")
+    assert better < text.index("too few to decide") < text.index("imax_s1: 4 checkpoints")
     assert {"OD507", "OD513"} <= codes(tree)
 
 
 def test_the_page_answers_first_and_links_to_its_tables(result):
     drawn = {"comparison": "<svg></svg>"}
     page = page_of(open_run(result[1].parent), figures=drawn)
-    first = page.index("How do the groups differ, and which measures go with the scores?")
+    scores = page.index("Which group scores better?")
+    first = page.index("How do the measures of the groups differ, and which go with the scores?")
+    assert scores < first
     assert first < page.index('id="run0"')
     assert page.count('href="#comparison"') >= 1
     assert 'id="association"' in page
     assert "<figcaption>Every run, and the median of each group.</figcaption>" in page
     summary = json.loads((result[1] / "analysis" / "summary.json").read_text())
+    rows = summary["score_comparison"]["rows"]
+    assert [(row["task"], row["verdict"], row["n_first"]) for row in rows] == [
+        ("all", "undecided", 3),
+        ("vqa/accuracy", "undecided", 3),
+        ("report/loss", "undecided", 3),
+    ]
+    assert summary["runs"]["imax_s1"]["scores"][0]["last"]["step"] == 40
     assert summary["comparison"]["statements"][0] in page.replace("&#39;", "'")
 
 

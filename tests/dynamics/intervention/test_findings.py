@@ -6,9 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from dynamics.findings import from_json, to_json
-from dynamics.intervention.findings import findings_of, headline, measured_steps, statements, verdict
+from dynamics.intervention.findings import (
+    findings_of,
+    headline,
+    measured_steps,
+    sharpness_findings,
+    statements,
+    verdict,
+)
+from dynamics.schema import SHARPNESS, label_arrays
 from tests.interventions import CASES, Outcome, intervention
 
 CAVEAT = "of one run, and intervals hold for the directions found: to say something of a recipe, compare several runs."
@@ -277,3 +286,43 @@ def test_losses_of_equal_runs_may_differ_by_a_tenth_of_the_uncertainty(apart, ex
 @pytest.mark.parametrize(("apart", "expected"), [(9e-6, []), (8e-3, ["OD705"])])
 def test_parts_in_half_precision_are_told(apart, expected):
     assert codes(CASES["more"], norm_deviation=apart) == expected
+
+
+def sharpness(step: int, low: float, value: float, high: float, rate: float) -> xr.Dataset:
+    """`/sharpness` of one step, of all samples."""
+    ends = {"": value, "_low": low, "_high": high}
+    arrays = {f"critical_sharpness{end}": np.array([[number]]) for end, number in ends.items()}
+    arrays["learning_rate"] = np.array([rate])
+    return xr.Dataset(label_arrays(SHARPNESS, arrays), {"step": [step], "task": ["all"]})
+
+
+@pytest.mark.parametrize(
+    ("low", "rate", "expected"),
+    [
+        (21.0, 0.1, ["OD706"]),
+        (21.0, 2 / 24.5, ["OD706"]),
+        (21.0, 2 / 26.9, []),  # 24 is less than nine tenths of 26.9
+        (21.0, 2 / 28.0, []),
+        (21.0, np.nan, []),
+        (np.nan, 0.1, []),
+    ],
+)
+def test_a_step_at_the_edge_is_told_where_the_learning_rate_is_known(low, rate, expected):
+    found = sharpness_findings(sharpness(300, low, 24.0, 27.0, rate))
+    assert [finding.code for finding in found] == expected
+
+
+def test_the_last_step_with_a_learning_rate_counts():
+    crossed, stable = sharpness(300, 21.0, 24.0, 27.0, 0.1), sharpness(400, 10.0, 12.0, 14.0, 0.1)
+    assert sharpness_findings(xr.concat([crossed, stable], "step")) == []
+    adam = sharpness(500, 21.0, 24.0, 27.0, np.nan)
+    (finding,) = sharpness_findings(xr.concat([stable, crossed.assign_coords(step=[450]), adam], "step"))
+    assert finding.step == 450
+    assert finding.message == (
+        "At step 450 the critical sharpness 24.0 (95 % interval 21.0 to 27.0) exceeds 2/η = 20.0 of the learning rate "
+        "0.100: the step as it is raises the loss."
+    )
+    (finding,) = sharpness_findings(sharpness(7, 18.0, 20.5, 22.0, 0.1))
+    assert finding.message.endswith(
+        "is at 2/η = 20.0 of the learning rate 0.100: the step as it is leaves the loss where it was."
+    )

@@ -115,6 +115,22 @@ def test_the_last_checkpoints_directions_are_ranked(analysed):
     assert set(ranks) == set(found["matrix"].values.tolist())
 
 
+def test_it_tells_how_long_each_increment_may_be(analysed):
+    folder, tree, _ = analysed
+    found = tree["sharpness"].to_dataset().load()
+    assert found["step"].values.tolist() == [2, 3]
+    assert found["from_step"].values.tolist() == [1, 2]
+    model, tasks, _ = load(str(folder / "checkpoint-2"))
+    after = watched_matrices(load(str(folder / "checkpoint-3"))[0])
+    change = {name: after[name].to_dense() - matrix.to_dense() for name, matrix in watched_matrices(model).items()}
+    expected = dynamics.critical_sharpness(model, tasks, change, start=found.sel(step=[2]), step=3)
+    for name in ("critical_step", "relative_sharpness"):
+        np.testing.assert_allclose(found[name].sel(step=3), expected[name].sel(step=3), rtol=1e-2, err_msg=name)
+    for name in ("reason", "relative_reason"):
+        assert found[name].sel(step=3).values.tolist() == expected[name].sel(step=3).values.tolist()
+    xr.testing.assert_identical(dynamics.open_run(folder)["sharpness"].to_dataset().load(), found)
+
+
 def losses(model: nn.Module, tasks: list[Task]) -> torch.Tensor:
     with torch.no_grad():
         return torch.cat([task.losses(model, batch) for task in tasks for batch in task.batches()])

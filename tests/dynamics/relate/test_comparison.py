@@ -159,7 +159,7 @@ def test_of_three_groups_only_what_could_be_shown_is_said_not_to_be(runs, pairs,
         assert statements[2].startswith("m: no difference between b and c shown")
     else:
         assert all("too few to decide" in text and "adjusted for 3 comparisons" in text for text in statements)
-        assert ("7 pairs can reach" if pairs else "5 + 5 runs can reach") in statements[0]
+        assert ("7 pairs can reach" if pairs else "4 + 5 runs can reach") in statements[0]
         assert not any("no difference" in text for text in statements)
 
 

@@ -231,7 +231,8 @@ def test_a_headline_is_kept_where_one_run_has_it():
 def test_a_headline_is_what_was_named(headline):
     names = ["a", "b", "c"]
     related = relate_runs(results(names), accuracies(names), headline=headline, labels={"a": "x", "b": "y", "c": "y"})
-    assert {group.attrs["headline"] for group in related.groups.values()} == {headline}
+    of_measures = [related.groups[name].attrs["headline"] for name in ("association", "comparison")]
+    assert of_measures == [headline, headline]
     assert "OD513" not in codes(related)
 
 
@@ -246,6 +247,24 @@ def test_runs_are_compared_by_their_labels():
     assert comparison["comparison"].values.tolist() == ["imax − dmax"]
     for name in ("mean_difference", "mean_p_value", "difference", "statement"):
         np.testing.assert_array_equal(comparison[name], expected[name].sel(measure=comparison["measure"]))
+
+
+def test_groups_with_scores_are_compared_in_these_too():
+    names = ["a", "b", "c", "d", "e", "f", "g", "h"]
+    rows = [ScoreRow(name, step, "qa/accuracy", 0.5 + 0.1 * (name < "e")) for name in names for step in STEPS]
+    labels = {name: "x" if name < "e" else "y" for name in names}
+    related = relate_runs(results(names), rows, labels=labels)
+    assert set(related.groups) == {"association", "comparison", "score_comparison"}
+    compared = related.groups["score_comparison"].isel(comparison=0, task=0)
+    assert (compared["verdict"].item(), round(compared["difference"].item(), 9)) == ("better", 0.1)
+    assert set(related.scores) == set(names)
+    assert (related.scores["a"]["score"] == 0.6).all()
+
+
+def test_groups_of_which_no_run_has_a_score_after_the_start_are_compared_in_measures_alone():
+    rows = accuracies(["a", "b"], steps=(0,))
+    related = relate_runs(results(["a", "b"]), rows, labels={"a": "x", "b": "y"})
+    assert "score_comparison" not in related.groups
 
 
 def test_runs_without_a_label_are_left_out_of_the_comparison_and_named():
@@ -283,8 +302,8 @@ def test_scores_of_other_runs_alone_are_related_to_nothing():
 
 
 def test_scores_at_steps_without_checkpoints_are_named():
-    related = relate_runs(results(["a", "b"]), accuracies(["a", "b"], steps=(0, *STEPS)))
-    assert only(related, "OD502").evidence == {"places": 2, "first": [["a", 0], ["b", 0]]}
+    related = relate_runs(results(["a", "b"]), accuracies(["a", "b"], steps=(5, *STEPS)))
+    assert only(related, "OD502").evidence == {"places": 2, "first": [["a", 5], ["b", 5]]}
     assert (related.groups["association"]["n_steps"] == 4).all()
 
 

@@ -9,7 +9,7 @@ import xarray as xr
 
 from dynamics.relate import rows_of, score_table
 from dynamics.relate.score_files import ScoreRow, read_scores
-from dynamics.relate.score_tables import better
+from dynamics.relate.score_tables import better, joined_scores
 
 
 def cells(table):
@@ -200,15 +200,37 @@ def test_of_many_unknown_runs_eight_are_named():
 
 
 def test_scores_at_steps_without_measures_are_kept_and_named():
-    rows = [ScoreRow("a", step, task, 0.5) for step in (0, 10, 15) for task in ("qa/accuracy", "vqa/accuracy")]
+    rows = [ScoreRow("a", step, task, 0.5) for step in (5, 10, 15) for task in ("qa/accuracy", "vqa/accuracy")]
     table = score_table(rows, runs={"a": [10, 20]})
     assert len(cells(table)) == 6
     apart = finding(table, "OD502")
-    assert apart.step == 0
-    assert apart.evidence == {"places": 2, "first": [["a", 0], ["a", 15]]}
+    assert apart.step == 5
+    assert apart.evidence == {"places": 2, "first": [["a", 5], ["a", 15]]}
     assert apart.message == (
-        "4 scores have no checkpoint with measures at the same step and are not used (for example step 0 of run 'a')."
+        "4 scores have no checkpoint with measures at the same step and are not related to any (for example step 5 of "
+        "run 'a')."
     )
+
+
+def test_scores_before_training_have_no_measures_and_need_none():
+    table = score_table([ScoreRow("a", step, "qa/accuracy", 0.5) for step in (0, 10)], runs={"a": [10]})
+    assert len(cells(table)) == 2
+    assert table.findings == ()
+
+
+def test_scores_of_files_stand_beside_those_that_were_recorded():
+    arrays = {name: (("step", "task"), [[value], [np.nan]]) for name, value in (("score", 0.4), ("items", 9.0))}
+    recorded = xr.Dataset(
+        arrays | {"standard_error": (("step", "task"), [[0.1], [np.nan]])}, {"step": [10, 20], "task": ["oddity"]}
+    )
+    rows = [*rows_of({"a": recorded}), ScoreRow("a", 20, "oddity", 0.6), ScoreRow("a", 0, "eval_loss", 2.0)]
+    scores = score_table(rows, directions={"oddity": "lower"}).scores
+    joined = joined_scores(recorded, scores.sel(run="a"))
+    assert joined["step"].values.tolist() == [0, 10, 20]
+    np.testing.assert_array_equal(joined["score"].sel(task="oddity"), [np.nan, 0.4, 0.6])
+    np.testing.assert_array_equal(joined["items"].sel(task="oddity"), [np.nan, 9, np.nan])
+    assert (joined["direction"] == -1).all()
+    assert joined_scores(None, scores.sel(run="a"))["score"].sel(task="eval_loss", step=0) == 2
 
 
 def test_cells_that_are_no_numbers_are_missing_from_the_table(tmp_path):

@@ -291,14 +291,14 @@ def test_a_difference_that_is_not_shown():
         (
             3,
             False,
-            "3 + 3 runs are too few to decide whether m differs between a and b (smallest possible p: 0.1). 4 + 4 "
+            "3 + 3 runs are too few to decide whether m differs between a and b (smallest possible p: 0.1). 3 + 4 "
             "runs can reach 0.05. Observed difference: 4.00 (standard error 0.816, effect size 3.19, 3 + 3 runs, "
             "unpaired, mean over 2 steps).",
         ),
         (
             3,
             None,
-            "3 + 3 runs are too few to decide whether m differs between a and b (smallest possible p: 0.1). 4 + 4 "
+            "3 + 3 runs are too few to decide whether m differs between a and b (smallest possible p: 0.1). 3 + 4 "
             "runs can reach 0.05. Observed difference: 4.00 (standard error 0.816, effect size 3.19, 3 + 3 runs, "
             "unpaired (names match 3 pairs; 6 are needed), mean over 2 steps).",
         ),

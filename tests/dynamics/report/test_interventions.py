@@ -130,7 +130,7 @@ def test_the_page_has_a_section_with_figures_and_a_row_for_each_k_and_task(tree)
     assert part.count("<figure>") == 5
     assert part.count('<th scope="row">') == 6
     assert "<p>Of the update to step 300, 50.0 % of the squared norm lies in the 16 leading directions" in part
-    assert "<td>-0.12 (-0.14 to -0.095)</td>" in part
+    assert "<td>−0.12 (−0.14 to −0.095)</td>" in part
     assert "<code>intervention/excess</code>" in text
 
 

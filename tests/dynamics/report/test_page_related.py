@@ -5,7 +5,7 @@ import xarray as xr
 from dynamics import plot
 from dynamics.relate.run_measures import relate_runs
 from dynamics.relate.score_files import ScoreRow
-from dynamics.report.page import MOST_PAIRS, MOST_STATEMENTS, related_sections
+from dynamics.report.page import MOST_PAIRS, MOST_STATEMENTS, RELATIONS, related_sections
 from tests.related import RUNS, many_tasks, related_groups
 from tests.trees import example_tree
 
@@ -40,8 +40,9 @@ def test_rows_have_the_stored_numbers():
 def test_a_result_without_them_has_no_section():
     tree = example_tree(steps=2, matrices=2)
     parts = related_sections(tree, {})
-    assert (parts["association"], parts["comparison"], parts["headline"]) == (None, None, "")
-    assert not {"association", "comparison"} & set(plot.drawings(tree))
+    assert [parts[name] for name in RELATIONS] == [None, None, None]
+    assert parts["headline"] == ""
+    assert not {"association", "comparison", "score_comparison"} & set(plot.drawings(tree))
 
 
 def test_many_tasks_stay_within_a_page():

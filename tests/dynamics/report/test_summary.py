@@ -10,7 +10,8 @@ from tests.trees import example_runs, example_tree, matrix_names
 KEYS = {
     "captured",
     "gradient",
-    "fisher", "intervention", "path", "base", "association", "comparison",
+    "fisher", "intervention", "path", "base", "scores", "checkpoints",
+    "association", "comparison", "score_comparison",
     "toolkit_version", "run", "label", "created", "steps", "segments", "matrices", "last_step", "suggested_rank_energy",
     "totals", "adapters", "over_matrices", "roles", "table", "findings",
 }  # fmt: skip
@@ -100,7 +101,7 @@ def test_all_zero_is_valid_json():
 
 def test_several_runs_stand_side_by_side():
     summary = strict(summarise(example_runs(a=example_tree(steps=1), b=example_tree(findings=[Finding("OD202", "z")]))))
-    assert set(summary) == {"runs", "association", "comparison", "findings"}
+    assert set(summary) == {"runs", "association", "comparison", "score_comparison", "findings"}
     assert set(summary["runs"]["a"]) == KEYS
     assert [finding["code"] for finding in all_findings(summary)] == ["OD100", "OD202"]
 

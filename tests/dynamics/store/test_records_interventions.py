@@ -6,7 +6,12 @@ import xarray as xr
 
 from dynamics import open_run, schema
 from dynamics.store.record_file import decoded_record, encoded_record
-from dynamics.store.records import joined_interventions, unmeasured_interventions, with_probed_interventions
+from dynamics.store.records import (
+    joined_interventions,
+    joined_sharpness,
+    unmeasured_interventions,
+    with_probed_interventions,
+)
 from tests.records import effects, rewrite
 from tests.runs import write_records
 
@@ -89,3 +94,25 @@ def test_a_damaged_intervention_costs_itself_alone(run):
     assert tree["intervention"]["step"].values.tolist() == [20]
     assert tree["update"]["step"].values.tolist() == [10, 20]
     assert "'intervention' has a number in 'effect' that is not from" in tree.attrs["findings"]
+
+
+def sharpness(step: int, tasks: list[str]) -> xr.Dataset:
+    coords = {"step": [step], "task": ["all", *tasks], "task_": tasks}
+    kinds = {"resolved": True, "reason": "", "relative_reason": ""}
+    arrays = {
+        name: np.full([len(coords[dim]) for dim in variable.dims], kinds.get(name, 1.0))
+        for name, variable in schema.SHARPNESS.items()
+    }
+    return xr.Dataset(schema.label_arrays(schema.SHARPNESS, arrays), coords)
+
+
+def test_critical_steps_are_joined_over_all_tasks():
+    joined = joined_sharpness([sharpness(10, ["a", "b"]), sharpness(20, ["b", "c"])])
+    assert joined["step"].values.tolist() == [10, 20]
+    assert joined["critical_step"].sel(task=["all", "b"]).notnull().all()
+    assert np.isnan(joined["critical_step"].sel(step=10, task="c"))
+    assert joined["resolved"].dtype == bool
+    assert joined["resolved"].sel(step=20).to_series().to_dict() == {"a": False, "all": True, "b": True, "c": True}
+    assert joined["reason"].sel(step=10, task="c") == ""
+    assert joined["critical_step"].attrs == schema.SHARPNESS["critical_step"].attributes
+    assert joined_sharpness([]) is None

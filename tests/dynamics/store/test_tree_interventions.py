@@ -2,7 +2,11 @@
 
 import json
 
+import numpy as np
+import xarray as xr
+
 from dynamics import analyze_run, open_run
+from dynamics.schema import SHARPNESS, label_arrays
 from dynamics.store.record_folders import record_folders
 from dynamics.store.tree import reopened
 from tests.interventions import CASES, intervention, with_intervention
@@ -38,3 +42,14 @@ def test_findings_about_checkpoints_are_told_once_when_records_come(tmp_path):
     assert tree["update"]["step"].values.tolist() == [100, 110]
     assert codes(tree) == ["OD701"]
     assert told["message"] not in tree.attrs["findings"]
+
+
+def test_a_step_beyond_the_edge_is_told_anew(tmp_path):
+    run = write_run(tmp_path / "run", [100])
+    stored = analyze_run(run, report=False)
+    ends = {"": 24.0, "_low": 21.0, "_high": 27.0}
+    arrays = {f"critical_sharpness{end}": np.array([[value]]) for end, value in ends.items()}
+    group = label_arrays(SHARPNESS, {**arrays, "learning_rate": np.array([0.1])})
+    stored["sharpness"] = xr.DataTree(xr.Dataset(group, {"step": [100], "task": ["all"]}))
+    write_records(run, [110])
+    assert codes(reopened(stored, record_folders(run))) == ["OD706"]
