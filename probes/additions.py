@@ -83,8 +83,8 @@ def _move(moved: dict[int, tuple[nn.Parameter, Tensor]], watched: Watched, chang
     parameter, view = watched.terms.parameter, watched.terms.view
     if parameter.dtype.itemsize < 4:
         raise ValueError(
-            f"Expected single precision of a weight whose use no layer's output says, got {watched.name!r} in "
-            f"{parameter.dtype}, where a change rounds away. Train it in float32, or leave it out."
+            f"Expected single precision of a weight that is changed in place, as biases and norms are, got "
+            f"{watched.name!r} in {parameter.dtype}, where a change rounds away. Train it in float32, or leave it out."
         )
     _, value = moved.setdefault(
         id(parameter), (parameter, parameter.detach().clone(memory_format=torch.contiguous_format))

@@ -347,7 +347,7 @@ def counterfactuals(
 
     Raises:
         ValueError: If K is not of these samples and this update, an arm is unknown, there are fewer than four groups,
-            or the update is zero.
+            k exceeds the number of samples, or the update is zero.
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> def squares(model, batch):
@@ -383,6 +383,12 @@ def counterfactuals(
     if splits < 1:
         raise ValueError(f"Expected at least one split, got {splits}.")
     halves = list(half_splits(group, splits, seed))
+    counts = _directions(k, min(len(fit) for fit, _ in halves))
+    if max(counts) > len(numbers):
+        raise ValueError(
+            f"Expected k of at most the number of probe samples, {len(numbers):,}, got {max(counts):,}. There are no "
+            "more directions than samples."
+        )
     blocks = tuple(name for name in gram.blocks if name != GLOBAL) or None
     precision = _precision(model, tasks[0])
     exact = torch.finfo(precision).eps
@@ -394,7 +400,7 @@ def counterfactuals(
         numbers,
         in_format(model, change, torch.promote_types(precision, torch.float32)),
         size,
-        _directions(k, min(len(fit) for fit, _ in halves)),
+        counts,
         names,
         gram.space or "tangent",
         blocks,
@@ -498,7 +504,8 @@ def chosen_k(k: int | Sequence[int]) -> tuple[int, ...]:
     """
     counts = tuple(dict.fromkeys(map(int, [k] if isinstance(k, int | np.integer) else k)))
     if not counts or min(counts) < 1 or max(counts) > _MOST_DIRECTIONS:
-        raise ValueError(f"Expected k from 1 to {_MOST_DIRECTIONS}, got {k}.")
+        got = ", ".join(map(str, counts)) or "none"
+        raise ValueError(f"Expected k, numbers of directions, from 1 to the number of probe samples, got {got}.")
     return counts
 
 

@@ -35,8 +35,7 @@ _README = """# Arm `{arm}` of an update
 
 {what}
 
-Written by optimization-dynamics: the weights at the start of an increment plus the part `{arm}` of the update made
-afterwards, whose directions come from all probe samples. Do not judge it by the loss of these samples.
+Written by optimization-dynamics. Directions come from all probe samples: do not judge it by the loss of these samples.
 
 {how}
 """
@@ -76,11 +75,19 @@ def save_arm(model: nn.Module, change: Mapping[str, Matrix], folder: Path, arm: 
     if adapted:
         tensors, config = _adapter(model, adapted, change)
         files, how = {"adapter_config.json": json.dumps(config, indent=2)}, _ADAPTER
-        name, what = "adapter_model.safetensors", f"A LoRA adapter of rank {config['r']}."
+        name = "adapter_model.safetensors"
+        what = (
+            f"A LoRA adapter of rank {config['r']}: the adapter at the start of an increment plus the part `{arm}` of "
+            "the update made afterwards."
+        )
     else:
         tensors, how = _differences(model, change), _DENSE
         files: dict[str, str] = {}
-        name, what = "differences.safetensors", "Differences of the weights, in single precision."
+        name = "differences.safetensors"
+        what = (
+            f"Differences of the weights, in single precision: the part `{arm}` of an update alone. "
+            "Add them to the model at the start of the increment, not at its end."
+        )
     files["README.md"] = _README.format(arm=arm, what=what, how=how.format(folder=folder.name))
     with _filled(folder) as stage:
         save_file({key: part.contiguous() for key, part in tensors.items()}, stage / name, {"format": "pt", "arm": arm})

@@ -255,9 +255,13 @@ def _scores(last: xr.Dataset) -> str:
         return ""
     tasks = _tasks(last)
     tasks = [task for task in tasks if np.isfinite(value_of(last, "score_effect", arm="on", task=task).value)]
-    changes = []
+    changes: list[str] = []
+    same: list[str] = []
     for task in tasks[:_NAMED]:
         alone, whole = (value_of(last, "score_effect", arm=arm, task=task) for arm in ("on", "full"))
+        if not np.any([*alone, *whole]):
+            same.append("the score" if task == ALL else f"the score of {task}")
+            continue
         of = "the score" if task == ALL else task
         ends = [interval(value.low, value.high, _nat) for value in (alone, whole)]
         ends = [
@@ -267,7 +271,10 @@ def _scores(last: xr.Dataset) -> str:
             f"{of} by {_nat(alone.value)} ({ends[0]}) with that part alone and by {_nat(whole.value)} ({ends[1]}) with "
             "the whole update"
         )
-    return f"Scores change: {'; '.join(changes)}." if changes else ""
+    sentences = [f"Scores change: {'; '.join(changes)}."] if changes else []
+    if same:
+        sentences.append(f"Neither that part nor the whole update changes {listed(same)}.")
+    return " ".join(sentences)
 
 
 def _tasks(at_step: xr.Dataset) -> list[str]:
@@ -296,7 +303,7 @@ def _elsewhere(at_step: xr.Dataset, leading: int) -> str:
         clauses += [f"{way} than its share of the norm for {listed(cases)}"] if cases else []
     if not clauses:
         return ""
-    adjusted = f"p ≤ {p_value(largest)}, adjusted for all {tested} k and tasks"
+    adjusted = f"p ≤ {p_value(largest)}, adjusted for all {tested} pairs of k and task"
     return f"Beside the headline, that part pays {'; '.join(clauses)}: {adjusted}."
 
 

@@ -46,7 +46,7 @@ DRAWS = 3
 
 def sensitivity(
     model: nn.Module,
-    tasks: Sequence[Task],
+    tasks: Task | Sequence[Task],
     *,
     matrices: str | None = None,
     share: float = SHARE,
@@ -102,6 +102,7 @@ def sensitivity(
     >>> np.allclose(effect, result["loss"].sel(task="all"))
     True
     """
+    tasks = (tasks,) if isinstance(tasks, Task) else tuple(tasks)
     if not 0 < share <= 1:
         raise ValueError(f"Expected a share in (0, 1], got {share}.")
     if draws < 1:

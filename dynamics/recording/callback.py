@@ -78,7 +78,7 @@ class DynamicsCallback(TrainerCallback):
     def __init__(
         self,
         out_dir: str | PathLike[str],
-        tasks: Sequence[Task] | None = None,
+        tasks: Task | Sequence[Task] | None = None,
         *,
         intervene: int | Sequence[int] | Schedule | None = None,
         arms: Sequence[str] | None = None,
@@ -90,6 +90,7 @@ class DynamicsCallback(TrainerCallback):
         matrices: str | None = None,
         strict: bool = False,
     ) -> None:
+        tasks = (tasks,) if isinstance(tasks, Task) else tasks
         chosen_interventions(tasks, intervene, arms, k)  # refused here, not when training begins
         default = preset_named(preset).schedule if every is None and at is None else at_no_step
         self._schedule = default if schedule is None else schedule
@@ -316,9 +317,9 @@ class ProjectedUpdates(TrainerCallback):
             optimizer.zero_grad()
     """
 
-    def __init__(self, tasks: Sequence[Task], keep: str, *, k: int = 16, refresh: int = 50) -> None:
-        self._projection = StepProjection(tasks, keep, k=k, refresh=refresh)
-        self._tasks = tuple(tasks)
+    def __init__(self, tasks: Task | Sequence[Task], keep: str, *, k: int = 16, refresh: int = 50) -> None:
+        self._tasks = (tasks,) if isinstance(tasks, Task) else tuple(tasks)
+        self._projection = StepProjection(self._tasks, keep, k=k, refresh=refresh)
         self._shares: list[float] = []  # of the steps since the last entry of the log
 
     @property

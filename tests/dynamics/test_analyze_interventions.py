@@ -26,8 +26,8 @@ def run(tmp_path_factory):
         (["--intervene"], "got none. Add --probe MODULE:FUNCTION."),
         ([*PROBED, "--arms", "on,of"], "Expected arms among full, on, off, random, matched, bottom"),
         ([*PROBED, "--arms", ""], "got ''."),
-        ([*PROBED, "--k", "0"], "Expected k from 1 to 1000000, got (0,)."),
-        ([*PROBED, "--k", "9" * 30], "Expected k from 1 to 1000000, got (9999"),
+        ([*PROBED, "--k", "0"], "Expected k, numbers of directions, from 1 to the number of probe samples, got 0."),
+        ([*PROBED, "--k", "9" * 30], "from 1 to the number of probe samples, got 9999"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(run, arguments, words):

@@ -49,7 +49,7 @@ def test_peft_gives_the_losses_of_the_arm(arms, tmp_path: Path, arm: str, rank: 
         expected = loss(model)
     assert loss(loaded) == pytest.approx(expected, rel=1e-5)
     assert expected != pytest.approx(loss(model), rel=1e-6)
-    assert f"`{arm}`" in (folder / "README.md").read_text()
+    assert f"at the start of an increment plus the part `{arm}`" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "vit"])
@@ -181,6 +181,7 @@ def test_dense_arms_are_differences(tmp_path: Path) -> None:
     folder = arms.save(tmp_path / "off", "off")
     with added(model, arms.whole["off"]):
         expected = loss(model)
+    assert "Add them to the model at the start of the increment" in (folder / "README.md").read_text()
     for name, difference in load_file(folder / "differences.safetensors").items():
         assert difference.dtype == torch.float32
         model.get_parameter(name).data += difference

@@ -168,7 +168,7 @@ def test_other_k_and_tasks_are_told_by_their_adjusted_p():
     group["resolved"].loc[{"k": 16, "task": "report"}] = False
     assert statements(group)[1] == (
         "Beside the headline, that part pays more than its share of the norm for k = 4 (all samples) and k = 16 (vqa); "
-        "less than its share of the norm for k = 4 (vqa): p ≤ 0.049, adjusted for all 6 k and tasks."
+        "less than its share of the norm for k = 4 (vqa): p ≤ 0.049, adjusted for all 6 pairs of k and task."
     )
 
 
@@ -213,6 +213,18 @@ def test_scores_stand_beside_the_losses():
     group = intervention(scored, tasks=("all", "report", "vqa"))
     group["score_effect"].loc[{"task": "report"}] = np.nan
     assert "Scores change: vqa by 0.10 (95 % interval" in statements(group)[0]
+
+
+def test_scores_that_stay_the_same_have_no_interval():
+    scored = replace(CASES["more"], score=(0.0, 0.0))
+    group = intervention(scored, tasks=("all", "report", "vqa"))
+    for end in ("", "_low", "_high"):
+        group[f"score_effect{end}"].loc[{"task": "report"}] = 0.0
+        group[f"score_effect{end}"].loc[{"task": "vqa"}] = 0.1
+    told = statements(group)[0]
+    assert told.endswith("Neither that part nor the whole update changes the score of report.")
+    assert "Scores change: vqa by 0.10" in told
+    assert "report by" not in told
 
 
 def test_without_parts_the_whole_is_told():

@@ -226,3 +226,8 @@ def test_the_fewest_directions_hold_the_share(share: float) -> None:
 def test_without_a_positive_effect_nothing_is_kept() -> None:
     assert not kept_by_effect(np.ones((2, 2)), np.ones((2, 2))).any()
     assert not kept_by_effect(np.full((1, 2), np.nan), np.full((1, 2), np.nan)).any()
+
+
+def test_a_single_task_needs_no_list() -> None:
+    model, task = trained_llama(), words("a", 1)
+    xr.testing.assert_identical(dynamics.sensitivity(model, task), dynamics.sensitivity(model, [task]))

@@ -137,7 +137,7 @@ def test_a_summary_is_logged(run):
         ({"intervene": 5}, "Expected tasks with intervene, got none"),
         ({"arms": ["on"]}, "Expected intervene with arms and k, got none"),
         ({"tasks": probe_tasks(), "intervene": 5, "arms": ["of"]}, "Expected arms among full, on, off"),
-        ({"tasks": probe_tasks(), "intervene": 5, "k": 0}, "Expected k from 1 to 1000000, got 0."),
+        ({"tasks": probe_tasks(), "intervene": 5, "k": 0}, "from 1 to the number of probe samples, got 0."),
         ({"tasks": probe_tasks(), "intervene": 0}, "Expected an interval of at least 1 step, got 0."),
         ({"tasks": probe_tasks(), "intervene": True}, "Expected an interval in steps, a list of steps or a schedule"),
     ],

@@ -70,6 +70,19 @@ def test_the_first_step_is_taken_apart(tmp_path):
     assert 0.001 < share < 0.9
 
 
+def test_a_single_task_needs_no_list(tmp_path):
+    (task,) = tasks()
+    training, _ = trained(
+        tmp_path,
+        ProjectedUpdates(task, "full", k=4),
+        DynamicsCallback(tmp_path, task, strict=True),
+        max_steps=1,
+        logging_steps=1,
+    )
+    assert shares(training)[1] > 0
+    assert list(records_of(tmp_path).records) == [1]
+
+
 def test_a_plain_loop_gives_what_the_trainer_gives(tmp_path):
     model = lora_llama(init_lora_weights=False, lora_dropout=0.0)
     for layer in model.base_model.model.model.layers:
