@@ -35,7 +35,7 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from dynamics.fisher.concentration import LEAST_GROUPS
-from dynamics.fisher.samples import StackedGram, half_splits
+from dynamics.fisher.samples import StackedGram, as_array, half_splits
 from dynamics.intervention.export import save_arm
 from dynamics.intervention.parts import RESOLVED, Part, bottom_part, leading_part, random_part
 from dynamics.intervention.update_vectors import (
@@ -52,10 +52,11 @@ from dynamics.intervention.update_vectors import (
 from dynamics.schema import GLOBAL
 from probes.blocks import trained_parameters
 from probes.gram import ProbeGram
+from probes.low_rank import LowRankMatrix
 from probes.scores import device_of
 from probes.tasks import Task, require_names, subset
 from probes.undisturbed import bare, undisturbed
-from probes.watched import Matrix
+from probes.watched import Matrix, find
 from probes.weighted_gradients import weighted_gradients
 
 #: What is scored unless other arms are chosen.
@@ -75,6 +76,12 @@ _COSINE = 0.1
 #: Eigenvalues of K are rounding below so many units of the largest: of the single precision in which inner products are
 #: formed, and of the squared one of gradients, whose own rounding is like noise of independent signs.
 _ROUNDING, _SINGLE = 100.0, torch.finfo(torch.float32).eps
+
+
+#: Losses of the same samples may differ by this part of their mean size: in single precision, and in half.
+_SAME_LOSS, _SAME_LOSS_HALF = 1e-3, 0.1
+#: Adapters this close to the update, as a part of ‖δ‖², are the update.
+_SAME_ADAPTER = 1e-10
 
 
 class Fold(NamedTuple):
@@ -127,6 +134,27 @@ class Counterfactuals:
         """
         self.update.require_start(model)
         _numbers(tasks, self.gram)
+
+    def require_losses(self, rows: Int[np.ndarray, " some"], losses: Float[np.ndarray, " some"]) -> None:
+        """Refuse samples that have the names of those behind K, and other losses.
+
+        Args:
+            rows: Of K.
+            losses: Of their samples, at the weights where the update began.
+
+        Raises:
+            ValueError: If they are not those stored beside K, up to rounding.
+        """
+        if self.gram.losses is None:
+            return
+        stored = as_array(self.gram.losses)[rows]
+        limit = _SAME_LOSS_HALF if self.update.tolerance > DEVIATION else _SAME_LOSS
+        size = np.maximum(np.abs(stored), np.nanmean(np.abs(stored)))
+        if other := int((np.abs(losses - stored) > limit * size).sum()):
+            raise ValueError(
+                f"Expected the samples behind K, got {other} of {len(rows)} with another loss. Pass the tasks "
+                "that K was measured with."
+            )
 
     def save(self, folder: str | Path, arm: str, *, scale: float = 1.0) -> Path:
         """Write an arm, added to the adapter at the increment's start, as an adapter that any evaluator loads.
@@ -374,6 +402,7 @@ def counterfactuals(
         )
     numbers = _numbers(tasks, gram)
     size = energy(change)
+    _require_not_at_the_end(model, change, size)
     if not size > 0:
         raise ValueError("Expected an update other than zero, got none: nothing can be taken apart.")
     if not np.isfinite(stacked.gram).all() or not np.isfinite(stacked.update_product).all():
@@ -502,11 +531,31 @@ def chosen_k(k: int | Sequence[int]) -> tuple[int, ...]:
     >>> chosen_k([16, 4, 16])
     (16, 4)
     """
-    counts = tuple(dict.fromkeys(map(int, [k] if isinstance(k, int | np.integer) else k)))
+    given = [k] if isinstance(k, int | float | np.number) else list(k)
+    if any(int(count) != count for count in given):
+        raise ValueError(f"Expected whole numbers of directions, got k={k}.")
+    counts = tuple(dict.fromkeys(map(int, given)))
     if not counts or min(counts) < 1 or max(counts) > _MOST_DIRECTIONS:
         got = ", ".join(map(str, counts)) or "none"
         raise ValueError(f"Expected k, numbers of directions, from 1 to the number of probe samples, got {got}.")
     return counts
+
+
+def _require_not_at_the_end(model: nn.Module, change: Change, size: float) -> None:
+    """Refuse adapters that are the update itself: where they began at zero, the model is where the update ends.
+
+    Raises:
+        ValueError: If they are.
+    """
+    present = {watched.name: watched.read() for watched in find(model).watched if watched.name in change}
+    adapters = {name: matrix for name, matrix in present.items() if isinstance(matrix, LowRankMatrix)}
+    if len(adapters) == len(change) and size > 0:
+        apart = weighted_sum([(1.0, adapters), (-1.0, {name: change[name] for name in adapters})])
+        if abs(energy(apart)) < _SAME_ADAPTER * size:
+            raise ValueError(
+                "Expected the model at the weights where the update began, got adapters that are the update: it is "
+                "where the update ends. Set the weights back before K is measured (probes.swapped)."
+            )
 
 
 def _groups(labels: np.ndarray, rows: np.ndarray) -> tuple[str, ...]:

@@ -130,6 +130,7 @@ class _Run:
         with torch.enable_grad():
             self.deviation = max(self.deviation, parts.deviation)
         base = self._losses(model, tasks, None)
+        self.arms.require_losses(rows, base)
         base_scores = self._scores(model, tasks, None)
         for arm, k, scale in self.plan:
             change = _scaled(parts.matrices(arm, k), scale)

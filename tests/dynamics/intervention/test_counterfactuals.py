@@ -11,9 +11,10 @@ import dynamics
 from dynamics.intervention.counterfactuals import ALL_ARMS, Arms
 from dynamics.intervention.update_vectors import energy, inner, weighted_sum
 from probes import LowRankMatrix, ProbeGram, Task, gradient_gram, watched_matrices
-from probes.blocks import find_blocks
+from probes.blocks import find_blocks, trained_parameters
 from probes.weighted_gradients import weighted_gradients
 from tests.families import FAMILIES
+from tests.runs import lora_llama
 from tests.updates import adapted_model, dense_model, probe_tasks, trained
 
 SAMPLES = 16
@@ -414,6 +415,7 @@ def test_a_gram_of_other_gradients_is_refused(adapter) -> None:
         ({"arms": ["of"]}, "arms among"),
         ({"arms": "on"}, "list of arms"),
         ({"k": 0}, "from 1 to the number of probe samples, got 0"),
+        ({"k": 2.5}, "whole numbers"),
         ({"k": []}, "from 1 to the number of probe samples, got none"),
         ({"k": (4, SAMPLES + 1)}, f"at most the number of probe samples, {SAMPLES}, got {SAMPLES + 1}"),
         ({"splits": 0}, "one split"),
@@ -445,6 +447,19 @@ def test_what_cannot_be_taken_apart_is_refused(adapter) -> None:
     few = [Task("report", tasks[0].samples[:3])]
     with pytest.raises(ValueError, match="at least 4 groups"):
         dynamics.counterfactuals(model, few, gradient_gram(model, few, update=change), change)
+
+
+def test_a_model_at_the_end_of_its_first_update_is_refused() -> None:
+    """From B = 0 the adapter at the end is the update: K and arms of there would be those of another increment."""
+    model, tasks = lora_llama(lora_dropout=0.0).double().eval(), probe_tasks()
+    change, _, after = trained(model)
+    at_start = gradient_gram(model, tasks, update=change)
+    dynamics.counterfactuals(model, tasks, at_start, change, k=2)
+    for name, parameter in trained_parameters(model).items():
+        parameter.data.copy_(after[name])
+    at_the_end = gradient_gram(model, tasks, update=change)
+    with pytest.raises(ValueError, match="adapters that are the update"):
+        dynamics.counterfactuals(model, tasks, at_the_end, change, k=2)
 
 
 def test_an_unknown_arm_is_named(arms) -> None:

@@ -16,7 +16,7 @@ from dynamics.intervention.counterfactuals import ALL_ARMS, Counterfactuals
 from dynamics.intervention.effects import effects
 from dynamics.schema import INTERVENTION
 from probes import LowRankMatrix, Task, gradient_gram
-from tests.updates import adapted_model, dense_model, probe_tasks, trained
+from tests.updates import adapted_model, dense_model, probe_tasks, texts, trained
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +250,14 @@ def test_dense_weights_and_vectors() -> None:
         trained_model.get_parameter(name).data.copy_(value)
     expected = (base - losses(trained_model, tasks)).mean()
     assert float(effects["effect"].sel(arm="full", k=2, scale=1.0, task="all")) == pytest.approx(expected, rel=1e-9)
+
+
+def test_samples_of_the_same_names_with_other_losses_are_refused(run) -> None:
+    model, tasks, arms, *_ = run
+    others = [Task(task.name, texts(16, seed=7)[first::2], group="image") for first, task in enumerate(tasks)]
+    assert [task.sample_ids() for task in others] == [task.sample_ids() for task in tasks]
+    with pytest.raises(ValueError, match="samples behind K"):
+        dynamics.intervene(model, others, arms)
 
 
 def test_bad_lengths_are_refused(run) -> None:
