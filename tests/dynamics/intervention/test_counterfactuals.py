@@ -415,7 +415,6 @@ def test_a_gram_of_other_gradients_is_refused(adapter) -> None:
         ({"arms": ["of"]}, "arms among"),
         ({"arms": "on"}, "list of arms"),
         ({"k": 0}, "from 1 to the number of probe samples, got 0"),
-        ({"k": 2.5}, "whole numbers"),
         ({"k": []}, "from 1 to the number of probe samples, got none"),
         ({"k": (4, SAMPLES + 1)}, f"at most the number of probe samples, {SAMPLES}, got {SAMPLES + 1}"),
         ({"splits": 0}, "one split"),
