@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dynamics import plot
-from tests.dynamics.report.test_scores import scored
+from tests.dynamics.report.test_score_summary import scored
 from tests.trees import HOSTILE, example_tree
 
 
