@@ -45,7 +45,8 @@ def compare_scores(
         pairs: As for :func:`compare`; by default runs are paired by their names where there are pairs enough to decide
             every one of the scores: 6 for one score, 7 for two or three of two groups.
         directions: Task → ``"higher"`` or ``"lower"``, where names do not tell which is better.
-        draws, seed: Of the random relabellings, where there are more than 10 000.
+        draws: Number of random relabellings, where there are more than 10 000.
+        seed: Of these.
 
     Returns:
         The variables of ``schema.SCORE_COMPARISON`` over ``comparison`` (``"imax − dmax"``) and ``task``, with the
