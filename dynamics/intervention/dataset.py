@@ -230,13 +230,13 @@ def _dataset(run: _Run, stacked: StackedGram, step: int) -> xr.Dataset:
     norms = np.full((len(names), len(ks)), np.nan)
     for row, arm in enumerate(names):
         for column, k in enumerate(ks):
-            made = arms.k[0] if _has_no_k(arm) else k
+            k_of_arm = arms.k[0] if _has_no_k(arm) else k
             for depth, scale in enumerate(run.scales):
-                if (arm, made, scale) in run.differences:
-                    differences[:, row, column, depth] = run.differences[arm, made, scale]
-                    predicted[:, row, column, depth] = scale * run.predicted[arm, made]
-            scores[:, row, column] = run.scores.get((arm, made), np.nan)
-            norms[row, column] = np.sqrt(run.norms[arm, made])
+                if (arm, k_of_arm, scale) in run.differences:
+                    differences[:, row, column, depth] = run.differences[arm, k_of_arm, scale]
+                    predicted[:, row, column, depth] = scale * run.predicted[arm, k_of_arm]
+            scores[:, row, column] = run.scores.get((arm, k_of_arm), np.nan)
+            norms[row, column] = np.sqrt(run.norms[arm, k_of_arm])
     arrays = {
         **_ends("effect", _effects(differences, labels)),
         "predicted_effect": _effects(predicted, labels).estimate,
@@ -285,7 +285,7 @@ def _decomposed(
     parts = part_and_rest(on, off, whole, captured, labels)
     change = effects(whole[None], labels).estimate
     attributed = (on + whole - off) / 2
-    kept = parts.resolved & parts.separable
+    has_shares = parts.resolved & parts.separable
     arrays: dict[str, np.ndarray] = {
         "captured": parts.captured,
         **_ends("interaction", parts.interaction),
@@ -300,7 +300,9 @@ def _decomposed(
         "separable_scale": largest,
     }
     for name in ("share", "efficiency", "sufficiency", "necessity"):
-        arrays |= {end: np.where(kept, values, np.nan) for end, values in _ends(name, getattr(parts, name)).items()}
+        arrays |= {
+            end: np.where(has_shares, values, np.nan) for end, values in _ends(name, getattr(parts, name)).items()
+        }
     return arrays
 
 

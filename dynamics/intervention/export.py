@@ -132,9 +132,9 @@ def _adapter(
     _require_whole(model, sources | {id(parameter) for watched in adapted for parameter in watched.sources})
     tensors |= saved
     config = _live_config(model)
-    kept = {key: _plain(config.get(key)) for key in _KEPT}
+    settings = {key: _plain(config.get(key)) for key in _KEPT}
     return tensors, {
-        **kept,
+        **settings,
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
@@ -163,8 +163,8 @@ def _require_whole(model: nn.Module, written: set[int]) -> None:
         if getattr(module, "lora_variant", {}):
             missing.append(plain_path(base, path))
         for name, parameter in module.named_parameters():
-            kind, _, rest = name.partition(".")
-            is_active = kind.startswith("lora_") and rest.partition(".")[0] in module.active_adapters  # pyright: ignore[reportOperatorIssue]
+            kind, _, path_below = name.partition(".")
+            is_active = kind.startswith("lora_") and path_below.partition(".")[0] in module.active_adapters  # pyright: ignore[reportOperatorIssue]
             if is_active and id(parameter) not in written:
                 missing.append(plain_path(base, f"{path}.{name}"))
     if missing:
@@ -193,16 +193,16 @@ def _layers(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 def _compressed(before: LowRankMatrix, change: Matrix | None) -> tuple[Tensor, Tensor]:
     """Return factors ``(out, rank)`` and ``(rank, in)``, of equal norms, of the sum; of the rank that it has."""
     if change is None:
-        whole, floor = before, 0.0
+        matrix, floor = before, 0.0
     else:
         if not isinstance(change, LowRankMatrix):
             left, values, right = torch.linalg.svd(change.detach().to(torch.float64), full_matrices=False)
             change = LowRankMatrix(left * values, right)
-        whole = weighted_sum([(1.0, {"": before}), (1.0, {"": change})])[""]
+        matrix = weighted_sum([(1.0, {"": before}), (1.0, {"": change})])[""]
         floor = _ROUNDING * float(_core(change)[1][:1].sum())
-    assert isinstance(whole, LowRankMatrix)
-    left, values, right = _core(whole)
-    floor = max(floor, max(whole.shape) * torch.finfo(torch.float64).eps * float(values[:1].sum()))
+    assert isinstance(matrix, LowRankMatrix)
+    left, values, right = _core(matrix)
+    floor = max(floor, max(matrix.shape) * torch.finfo(torch.float64).eps * float(values[:1].sum()))
     rank = int((values > floor).sum())
     root = values[:rank].sqrt()
     return left[:, :rank] * root, root[:, None] * right[:rank]
@@ -250,11 +250,11 @@ def _saved_modules(model: nn.Module, change: Mapping[str, Matrix]) -> tuple[dict
             copy = module.modules_to_save[adapter]  # pyright: ignore[reportIndexIssue]
             for key, value in copy.state_dict(keep_vars=True).items():  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
                 sources.add(id(value))
-                whole = value.detach()
+                weight = value.detach()
                 if id(value) in names:
-                    whole = whole.double() + _like(change[names[id(value)]], value)
-                is_float = whole.is_floating_point()
-                tensors[f"{_PREFIX}{plain_path(base, path)}.{key}"] = (whole.float() if is_float else whole).cpu()
+                    weight = weight.double() + _like(change[names[id(value)]], value)
+                is_float = weight.is_floating_point()
+                tensors[f"{_PREFIX}{plain_path(base, path)}.{key}"] = (weight.float() if is_float else weight).cpu()
     return tensors, sources
 
 

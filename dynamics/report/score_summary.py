@@ -48,8 +48,8 @@ def checkpoint_table(
     if scores:
         table = tree["score"]["score"].load().transpose("step", "task")
         for step, row in zip(table["step"].values.tolist(), table.values.tolist(), strict=True):
-            known = zip(map(str, table["task"].values), map(finite, row), strict=True)
-            values[step] = {task: value for task, value in known if value is not None}
+            values_at_step = zip(map(str, table["task"].values), map(finite, row), strict=True)
+            values[step] = {task: value for task, value in values_at_step if value is not None}
     best = {score["task"]: score["best"]["step"] for score in scores if score["best"] is not None}
     return [
         {
@@ -69,16 +69,16 @@ def which_checkpoint(summary: Mapping[str, Any]) -> str:
     Args:
         summary: Of one run, see ``summarise``.
     """
-    known = [score for score in summary["scores"] if score["best"] is not None]
-    if not known or len(summary["checkpoints"]) < 2:
+    with_best = [score for score in summary["scores"] if score["best"] is not None]
+    if not with_best or len(summary["checkpoints"]) < 2:
         return ""
     words = [
         f"{score['task']} at step {score['best']['step']:,} ({_number(score['best']['score'])}"
         + ("" if score["best"]["step"] == score["last"]["step"] else f"; last {_number(score['last']['score'])}")
         + ")"
-        for score in known[:_NAMED]
+        for score in with_best[:_NAMED]
     ]
-    more = f"; {len(known) - _NAMED:,} more in the table" if len(known) > _NAMED else ""
+    more = f"; {len(with_best) - _NAMED:,} more in the table" if len(with_best) > _NAMED else ""
     return f"Best checkpoint by score: {listed(words)}{more}."
 
 
@@ -99,8 +99,8 @@ def did_it_forget(summary: Mapping[str, Any]) -> str:
     if worse:
         sentences.append(f"Worse than before training: {some(map(_fall, worse), _NAMED)}.")
     elif len(asked) > len(torn):
-        known = counted(len(asked) - len(torn), "score")
-        sentences.append(f"No score is shown to be worse than before training ({known} with a value at step 0).")
+        compared = counted(len(asked) - len(torn), "score")
+        sentences.append(f"No score is shown to be worse than before training ({compared} with a value at step 0).")
     if torn:
         words = [f"{score['task']} ({_ends(score)})" for score in torn]
         sentences.append(
