@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from dynamics.report.answers import answers, answers_of_runs
 from dynamics.report.interventions import intervention_summary
 from dynamics.report.score_summary import checkpoint_table, score_summary
 from dynamics.schema import ALL, FISHER_GROUPS, GLOBAL, last_step_with
@@ -57,6 +58,7 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
     Returns:
         Strictly valid JSON, missing and infinite numbers as ``None``. For one run:
 
+        - ``answers`` to the questions that a result is asked first, see ``report.answers.answer.Answer``;
         - ``toolkit_version``, ``run``, ``label`` (group of runs), ``created``;
         - ``steps``, ``last_step``, ``segments`` (each training and its steps), ``matrices`` (how many);
         - ``captured``: ``None``, or how many ``steps`` were recorded in training and how many ``checkpoints`` read;
@@ -77,18 +79,19 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         - ``suggested_rank_energy``, the share of energy that the suggested ranks hold; ``findings``.
 
         Numbers are those of the total update (since the start of training) at the last step. For several runs
-        ``{"runs": {name: …}, "score_comparison": …, "comparison": …, "association": …, "findings": […]}``; these
-        findings are about all runs together and about runs that could not be opened.
+        ``{"answers": […], "runs": {name: …}, "score_comparison": …, "comparison": …, "association": …,
+        "findings": […]}``; these findings are about all runs together and about runs that could not be opened.
 
     Example: ``summarise(dynamics.open_run("runs/imax"))["totals"]["frobenius_norm_all"]``
     """
     if "runs" in tree.children:
         runs = {str(name): summarise(run) for name, run in tree["runs"].children.items()}
-        return {"runs": runs, **_related(tree), "findings": _findings(tree)}
+        content = {"runs": runs, **_related(tree), "findings": _findings(tree)}
+        return {"answers": [answer.to_json() for answer in answers_of_runs(tree, content)], **content}
     update = tree["update"].to_dataset().load()
     last = update.isel(step=-1).sel(kind="total")
     scores = score_summary(tree)
-    return {
+    content = {
         "toolkit_version": str(tree.attrs["toolkit_version"]),
         "run": str(tree.attrs["run"]),
         "label": str(tree.attrs.get("label", "")),
@@ -114,6 +117,7 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         "table": _table(last),
         "findings": _findings(tree),
     }
+    return {"answers": [answer.to_json() for answer in answers(tree, content)], **content}
 
 
 def all_findings(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from dynamics.report import all_findings, summarise
 from tests.trees import example_runs, example_tree, matrix_names
 
 KEYS = {
+    "answers",
     "captured",
     "gradient",
     "fisher", "intervention", "path", "base", "scores", "checkpoints",
@@ -101,7 +102,7 @@ def test_all_zero_is_valid_json():
 
 def test_several_runs_stand_side_by_side():
     summary = strict(summarise(example_runs(a=example_tree(steps=1), b=example_tree(findings=[Finding("OD202", "z")]))))
-    assert set(summary) == {"runs", "association", "comparison", "score_comparison", "findings"}
+    assert set(summary) == {"answers", "runs", "association", "comparison", "score_comparison", "findings"}
     assert set(summary["runs"]["a"]) == KEYS
     assert [finding["code"] for finding in all_findings(summary)] == ["OD100", "OD202"]
 
