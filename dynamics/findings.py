@@ -64,6 +64,8 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD208": ("note", "an increment without a null model"),
     "OD209": ("error", "part of the result could not be made"),
     "OD210": ("note", "only leading singular values were computed"),
+    "OD211": ("warning", "merging would lose an update"),
+    "OD212": ("warning", "trained weights equal their base"),
     # 3xx: capturing a training
     "OD301": ("warning", "a matrix gets no gradient"),
     "OD302": ("warning", "an adapter has not moved after the warm-up"),

@@ -399,6 +399,7 @@ PATH: Mapping[str, Variable] = {
     ),
 }
 _SHUTTLEWORTH = "Shuttleworth et al. 2024"
+_OF_ROWS = "over evenly spaced rows with 2²⁰ entries, of smaller matrices over all"
 #: The newest update of each matrix beside the weight that it changed.
 BASE: Mapping[str, Variable] = {
     "relative_size": Variable(("step", "matrix"), "1", "relative size of the update", "‖ΔW‖_F/‖W⁰‖_F"),
@@ -406,6 +407,22 @@ BASE: Mapping[str, Variable] = {
         name: Variable(("matrix",), units, long_name, definition, reference)
         for name, units, long_name, definition, reference in (
             ("base_norm", "weight", "Frobenius norm of the base", "‖W⁰‖_F", ""),
+            (
+                "changed_share",
+                "1",
+                "share of the base's numbers that the update changes",
+                "of dense weights, entries that differ from W⁰ once both are in the coarser of their formats; else "
+                f"entries with round(W⁰ + ΔW) ≠ W⁰ in the format of W⁰; {_OF_ROWS}",
+                "",
+            ),
+            (
+                "lost_in_merge",
+                "1",
+                "share of the update that merging loses",
+                "‖round(W⁰ + ΔW) − (W⁰ + ΔW)‖_F²/‖ΔW‖_F², rounded to the format of W⁰: 0 if nothing is lost, 1 if "
+                f"the merged weights are the base's; NaN for dense weights; {_OF_ROWS}",
+                "",
+            ),
             (
                 "overlap_left",
                 "1",

@@ -20,6 +20,8 @@ PERCENTILE = 5.0
 ABSURD = 1e3
 #: A rank is called unused if this share of it would hold ``ENERGY`` of the update.
 UNUSED = 0.5
+#: Share of an update's energy that rounding takes, from which on merging is said to lose it.
+LOST = 0.5
 
 
 def findings_of(update: xr.Dataset) -> list[Finding]:
@@ -34,6 +36,39 @@ def findings_of(update: xr.Dataset) -> list[Finding]:
         *_unused_rank(update),
         *_leading_alone(update),
     ]
+
+
+def base_findings(base: xr.Dataset) -> list[Finding]:
+    """Return the findings that follow from the numbers of ``/base``; results of earlier versions lack those numbers."""
+    return [*_lost_in_merge(base), *_equal_to_base(base)] if "changed_share" in base else []
+
+
+def _lost_in_merge(base: xr.Dataset) -> Iterator[Finding]:
+    lost = base["lost_in_merge"].values
+    names = base["matrix"].values[np.nan_to_num(lost) > LOST].tolist()
+    if names:
+        yield Finding(
+            "OD211",
+            f"Merged into the base's weights, the update of {_count(names, int(np.isfinite(lost).sum()))} is mostly "
+            f"rounded away: the base's format loses {percent(float(np.nanmax(lost)), 0)} of its energy at worst.",
+            "Keep the adapter beside the base, or merge into float32 weights.",
+            matrix=names[0] if len(names) == 1 else "",
+            evidence={"threshold": LOST, "largest_share": float(np.nanmax(lost)), **_named(names)},
+        )
+
+
+def _equal_to_base(base: xr.Dataset) -> Iterator[Finding]:
+    dense = np.isfinite(base["changed_share"].values) & np.isnan(base["lost_in_merge"].values)
+    last = base["relative_size"].isel(step=-1).values
+    if dense.any() and not (base["changed_share"].values[dense] > 0).any():
+        rounded = " but for rounding to another format" if np.nan_to_num(last[dense]).any() else ""
+        yield Finding(
+            "OD212",
+            f"All {int(dense.sum()):,} weight matrices that could be compared equal those of the base{rounded}: "
+            "nothing was trained, or a merge lost the adapter.",
+            "Check that the adapter was loaded when it was merged, and that these are the trained weights.",
+            evidence={"matrices": int(dense.sum())},
+        )
 
 
 def _named(names: Sequence[str]) -> dict[str, object]:

@@ -26,7 +26,7 @@ from dynamics.fisher.findings import findings_of as fisher_findings
 from dynamics.intervention.findings import findings_of as intervention_findings
 from dynamics.intervention.findings import sharpness_findings
 from dynamics.spectra.dataset import measure_update
-from dynamics.spectra.findings import findings_of
+from dynamics.spectra.findings import base_findings, findings_of
 from dynamics.spectra.null_models import SEED
 from dynamics.spectra.path import renamed_path
 from dynamics.store.capture import CAPTURE
@@ -96,6 +96,8 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
     groups |= parts.logs
     if records is not None and "base" in groups:
         groups["base"] = _live(groups["base"], records.live_names)
+    if "base" in groups:
+        findings += base_findings(groups["base"])
     fisher, news = with_probed(None if records is None else records.fisher, parts.fisher)
     findings += news
     if records is not None and parts.fisher is not None:
@@ -146,9 +148,10 @@ def _findings_of_checkpoints(parts: Parts) -> list[Finding]:
 
 #: Groups that the records do not change.
 _KEPT = ("training", "score", "path", "base", "weights", "association", "sensitivity", "sharpness")
-#: Findings that follow from the numbers of ``/update``, ``/intervention`` and ``/sharpness``: they are found anew.
+#: Findings that follow from the numbers of ``/update``, ``/base``, ``/intervention`` and ``/sharpness``: they are found
+#: anew.
 _FROM_NUMBERS = (
-    *("OD202", "OD203", "OD204", "OD205", "OD206", "OD208"),
+    *("OD202", "OD203", "OD204", "OD205", "OD206", "OD208", "OD211", "OD212"),
     *("OD701", "OD702", "OD703", "OD704", "OD705", "OD706"),
 )
 #: What findings about ``/association`` begin with: they stay with it.
