@@ -59,7 +59,7 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD203": ("note", "an update is below the resolution of its storage format"),
     "OD204": ("note", "increments that cannot be formed"),
     "OD205": ("note", "updates use fewer directions than chance"),
-    "OD206": ("note", "unused rank"),
+    "OD206": ("note", "unused rank, in results of earlier versions"),
     "OD207": ("error", "singular values did not converge"),
     "OD208": ("note", "an increment without a null model"),
     "OD209": ("error", "part of the result could not be made"),

@@ -7,6 +7,7 @@ is trained by Adam or by gradient descent with momentum. Several trainings run s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dynamics.report.answers.rank import HARMLESS
 from dynamics.spectra.measures import ENERGY, rank_at_energy
-from dynamics.spectra.training_noise import energy_above_noise, states_of_rank
+from dynamics.spectra.training_noise import STATES, energy_above_noise, states_of_rank
 
 _SCALE = 2.0
 _BATCH = 16
@@ -137,7 +139,7 @@ _SCHEDULES = {
 }
 
 
-def settings(generator: np.random.Generator, rank: int, needed: int, count: int) -> list[Setting]:
+def random_settings(generator: np.random.Generator, rank: int, needed: int, count: int) -> list[Setting]:
     """Return random settings: both optimizers, all schedules, little to much noise, with and without weight decay."""
     drawn = []
     for _ in range(count):
@@ -158,3 +160,33 @@ def settings(generator: np.random.Generator, rank: int, needed: int, count: int)
             )
         )
     return drawn
+
+
+def claims(
+    generator: np.random.Generator, ranks: Sequence[tuple[int, int]], *, settings: int, draws: int
+) -> dict[str, list[int]]:
+    """Return state → how often it was right, and how often it was said, over random trainings.
+
+    ``used up`` is right where the teacher has as many directions as the adapter or more; ``idle`` and ``ends within``
+    where an adapter without its second half, or its last direction, gives up to 1 % of the loss back that it won.
+
+    Args:
+        generator: Of the settings.
+        ranks: r and r* of the trainings.
+        settings: How many settings of each.
+        draws: Trainings of each setting.
+    """
+    tally = {state: [0, 0] for state in STATES}
+    for rank, needed in ranks:
+        for setting in random_settings(generator, rank, needed, settings):
+            trained = train(setting, draws, int(generator.integers(2**31)))
+            for state, cost in zip(trained.states, trained.cost, strict=True):
+                right = {
+                    "used up": needed >= rank,
+                    "idle": cost[rank // 2] <= HARMLESS,
+                    "ends within": cost[rank - 1] <= HARMLESS,
+                    "unclear": True,
+                }[state]
+                tally[state][0] += right
+                tally[state][1] += 1
+    return tally

@@ -8,7 +8,6 @@ import numpy as np
 import xarray as xr
 
 from dynamics.findings import Finding
-from dynamics.spectra.measures import ENERGY
 from dynamics.spectra.rounding import NOISE_LIMIT
 from dynamics.text import listed, percent, some
 
@@ -18,8 +17,6 @@ NAMED = 8
 PERCENTILE = 5.0
 #: Root mean square of an update's entries beyond which it is no training's: weights are about 0.01 to 1.
 ABSURD = 1e3
-#: A rank is called unused if this share of it would hold ``ENERGY`` of the update.
-UNUSED = 0.5
 #: Share of an update's energy that rounding takes, from which on merging is said to lose it.
 LOST = 0.5
 
@@ -33,7 +30,6 @@ def findings_of(update: xr.Dataset) -> list[Finding]:
         *_missing_increments(update),
         *_against_null(update),
         *_without_null(update),
-        *_unused_rank(update),
         *_leading_alone(update),
     ]
 
@@ -186,20 +182,6 @@ def _without_null(update: xr.Dataset) -> Iterator[Finding]:
             "since the rank changed, or since an earlier version recorded or analysed them.",
             "Analyse the run again where it has checkpoints; records of an earlier version keep their other numbers.",
             evidence={"increments": int(cells.sum()), "of": int(moved.sum()), "steps": steps},
-        )
-
-
-def _unused_rank(update: xr.Dataset) -> Iterator[Finding]:
-    rank, suggested = update["adapter_rank"].values, update["suggested_rank"].values
-    unused = (rank > 1) & (suggested <= UNUSED * rank)
-    names = update["matrix"].values[unused].tolist()
-    if names:
-        yield Finding(
-            "OD206",
-            f"Half of the adapter's rank or less holds {percent(ENERGY, 0)} of the update's energy in "
-            f"{_count(names, update.sizes['matrix'])}.",
-            remedy="rank_pattern.json has a rank for each matrix; keep α/r by an alpha_pattern.",
-            evidence={"energy": ENERGY, "threshold_share_of_rank": UNUSED, **_named(names)},
         )
 
 

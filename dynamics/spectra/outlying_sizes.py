@@ -2,7 +2,7 @@
 
 The size of an update is the root mean square of its entries. Within a role sizes differ by a factor of up to about 5 in
 real trainings, and more where layers are trained at different rates; so a matrix is told from the others by a factor of
-30 and by 6 robust standard deviations of ln size, both from the median of the role's updates that are not zero.
+30 and by 8 robust standard deviations of ln size, both from the median of the role's updates that are not zero.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 #: Least factor between a matrix and the median of its role.
 FACTOR = 30.0
 #: Robust standard deviations of ln size between them.
-DEVIATIONS = 6.0
+DEVIATIONS = 8.0
 #: Fewest matrices of a role with a median.
 FEWEST = 3
 #: Median absolute deviation → standard deviation of a Gaussian.

@@ -26,6 +26,7 @@ HARMLESS = 0.01
 #: Roles that a sentence names.
 _NAMED = 3
 _BY_PROBE = "Pass --probe module:function --intervene to see what a smaller rank costs."
+_BY_PATTERN = "To train with fewer, pass rank_pattern.json as rank_pattern, and keep α/r by an alpha_pattern."
 _BY_TWICE = "Train once more with twice the rank, and compare held-out losses."
 
 
@@ -231,6 +232,8 @@ def _surer(adapters: _Adapters, effect: _Effect | None, is_by_noise: bool) -> st
     advice = [_BY_PROBE] if effect is None else []
     if not is_by_noise:
         advice.append(f"Keep {FEWEST_INCREMENTS + 1} checkpoints or more to tell used directions from training noise.")
+    if "idle" in adapters.states and (effect is None or not effect.is_costly):
+        advice.append(_BY_PATTERN)
     if used > len(adapters.states) / 2:
         advice.append(_BY_TWICE)
     return " ".join(advice)

@@ -26,6 +26,7 @@ _FINE = ("F32", "F64")
 _NAMED = 3
 _RECORD = "Record the training (DynamicsCallback) to see whether gradients reach these matrices."
 _BASE = "Pass the weights before training (--base), or keep two checkpoints."
+_LOST_MERGE = "a merge lost the adapter, or nothing was trained"
 _NOT_GATHERED = "Gather the weights of all processes before saving."
 
 
@@ -34,13 +35,14 @@ def did_it_train(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
 
     The matrices of the last step are looked at, of several adapters on one matrix each adapter. A matrix has not moved
     if its update is not finite, is exactly zero, differs from the base by rounding alone, or is less than 1/30 of its
-    role's median and 6 robust standard deviations below it (:func:`dynamics.spectra.outlying_sizes.outlying`; not for
+    role's median and 8 robust standard deviations below it (:func:`dynamics.spectra.outlying_sizes.outlying`; not for
     experts, nor in roles of fewer than 3). One that has moved is faulty if it is as far above its role's median, was
     saved in part (OD139), is more than half rounding of its storage format, or, in 32 bits, did not change in the last
     interval while others did. Causes are told where gradients, learning rates or earlier steps show them; else the
     possible ones are named.
 
-    - ``yes``: every matrix has moved, and none is faulty;
+    - ``yes``: every matrix has moved, and none is faulty; dense weights of a whole role that are as at the start count
+      as frozen on purpose, and are told;
     - ``mixed``: not every one;
     - ``no``: none has moved;
     - ``undecided``: no update is known, or the only step is before training.
@@ -60,7 +62,7 @@ def did_it_train(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     still = np.zeros(len(matrices.names), dtype=bool)
     for fault in faults:
         still |= fault.members & fault.is_still
-    verdict: Verdict = "yes" if not faults else "no" if still.all() else "mixed"
+    verdict: Verdict = "no" if still.all() else "yes" if all(fault.is_meant for fault in faults) else "mixed"
     parts = [_moved(matrices, int((~still).sum()), len(summary["segments"]))]
     parts += [fault.words(matrices) for fault in faults] or _smallest(matrices)
     evidence = [Evidence("/update/frobenius_norm"), *(fault.evidence for fault in faults if fault.evidence)]
@@ -143,6 +145,7 @@ class _Fault:
         worst: Number of the matrix that is named as the worst; by default the first is named.
         remedy: What to do, or to measure.
         count: How many they are, where ``members`` are only the first of them.
+        is_meant: Whether it is as likely meant, and no fault.
     """
 
     members: Bool[np.ndarray, " matrix"]
@@ -152,6 +155,7 @@ class _Fault:
     worst: int | None = None
     remedy: str = ""
     count: int = 0
+    is_meant: bool = False
 
     def words(self, matrices: _Matrices) -> str:
         """Return how many matrices have the fault, what it is, and which they are."""
@@ -206,10 +210,8 @@ def _faults(tree: xr.DataTree, matrices: _Matrices) -> Iterator[_Fault]:
     is_adapter = np.isfinite(_beside_base(tree, matrices, "lost_in_merge"))
     rounded = left & (changed == 0) & ~is_adapter
     if rounded.any():
-        cause = "a merge lost the adapter, or nothing was trained"
-        yield _Fault(
-            rounded, f"equal to the base but for its format: {cause}", evidence=Evidence("/base/changed_share")
-        )
+        state = f"equal to the base but for rounding to another format: {_LOST_MERGE}"
+        yield _Fault(rounded, state, evidence=Evidence("/base/changed_share", 0.0))
     left &= ~rounded
     yield from _outlying(matrices, np.where(left, sizes, np.nan))
     share = matrices.at_end("quantisation_noise_share")
@@ -234,23 +236,30 @@ def _zero(tree: xr.DataTree, matrices: _Matrices) -> Iterator[_Fault]:
     unchanged = _beside_base(tree, matrices, "changed_share") == 0
     recorded = Evidence("/gradient/norm_before_clip")
     rates_are_zero = np.full(len(left), _rates_are_zero(tree, matrices))
-    lost = "no gradient, a learning rate of 0, or lost when it was saved"
-    equal = "nothing was trained, or a merge lost the adapter"
+    whole = _whole_roles(left & ~adapters, matrices)
     causes = (
-        (totals.any(0), "although not at an earlier step: lost when it was saved, or reset", None, ""),
+        (totals.any(0), "although not at an earlier step: lost when saved, or reset", None, ""),
         (gradient == 0, "since no gradient reached it", recorded, ""),
         (rates_are_zero, "since the learning rate was 0", Evidence("/training/value", 0.0), ""),
         (gradient > 0, "despite its gradients: not in the optimizer, or a learning rate of 0", recorded, ""),
-        (experts, "as of experts that were never chosen", None, _RECORD),
-        (adapters, f"as before the first step: {lost}", None, _RECORD),
-        (unchanged & unchanged.all(), f"equal to the base: {equal}", Evidence("/base/changed_share", 0.0), ""),
-        (left, "as of frozen weights", None, ""),
+        (experts, "as if their experts were never chosen", None, _RECORD),
+        (adapters, "as before the first step: no gradient, a learning rate of 0, or lost when saved", None, _RECORD),
+        (unchanged & unchanged.all(), f"equal to the base: {_LOST_MERGE}", Evidence("/base/changed_share", 0.0), ""),
+        (whole, "in whole roles, as if frozen on purpose", None, ""),
+        (left, "as if frozen", None, ""),
     )
     for applies, cause, evidence, remedy in causes:
         members = left & applies
         if members.any():
-            yield _Fault(members, f"exactly zero, {cause}", evidence=evidence, remedy=remedy)
+            is_meant = applies is whole and not whole.all()
+            yield _Fault(members, f"exactly zero, {cause}", evidence=evidence, remedy=remedy, is_meant=is_meant)
         left = left & ~members
+
+
+def _whole_roles(members: Bool[np.ndarray, " matrix"], matrices: _Matrices) -> Bool[np.ndarray, " matrix"]:
+    """Return the members of roles of which every matrix is one."""
+    roles = np.asarray(matrices.roles)
+    return members & ~np.isin(roles, roles[~members])
 
 
 def _largest_gradient(tree: xr.DataTree, matrices: _Matrices) -> Float[np.ndarray, " matrix"]:
@@ -302,7 +311,8 @@ def _saved_in_part(tree: xr.DataTree, matrices: _Matrices) -> Iterator[_Fault]:
         evidence = finding["evidence"]
         if finding["code"] == "OD139" and matrices.step in evidence["steps"]:
             members = np.isin(matrices.names, evidence["names"])
-            state = f"saved only in part: {percent(evidence['share'])} is not zero, as one process of several holds it"
+            share = percent(evidence["share"])
+            state = f"saved only in part: {share} of their rows or columns, as one process of several holds"
             if members.any():
                 yield _Fault(members, state, False, remedy=_NOT_GATHERED, count=int(evidence["matrices"]))
 
