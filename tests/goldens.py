@@ -83,6 +83,12 @@ INTENDED: tuple[Intended, ...] = (
     Intended("recorded/*", "*/condition_number*_low", "values", "Of a null whose smallest singular value is rounding."),
     Intended("*", "*/decomposition", "values", "Triangular factors come from Grams where those hold all digits."),
     Intended("*", "summary.json:intervention", "added", "What parts of updates do; nothing where none was run."),
+    Intended("*", "OD206", "missing", "The answer to “Is the rank right?” says it."),
+    Intended("*", "summary.json:answers*", "added", "A result answers the questions that it is asked first."),
+    *(
+        Intended("*", path, "added", "What merging keeps of an update, and whether weights equal their base.")
+        for path in ("*/base/changed_share", "*/base/lost_in_merge", "OD211", "OD212")
+    ),
     Intended("*", "OD502", "missing", "A score before training, at step 0, needs no measures at that step."),
     *(
         Intended("*", path, "added", "Groups are compared in scores; checkpoints are listed with theirs.")

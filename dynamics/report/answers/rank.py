@@ -54,7 +54,7 @@ def is_the_rank_right(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
         summary: Its summary.
     """
     update = tree["update"].to_dataset()
-    adapters = _adapters(update)
+    adapters = _adapters(update[["count", "frobenius_norm", "suggested_rank", "singular_value"]])
     if adapters is None:
         return Answer("rank", "not_asked", "No matrix of the newest training has an adapter, so there is no rank.")
     if not adapters.states:

@@ -95,7 +95,7 @@ class _Matrices:
     @classmethod
     def of(cls, tree: xr.DataTree) -> _Matrices:
         """Return the matrices of a result."""
-        update = tree["update"].to_dataset()
+        update = tree["update"].to_dataset()[["count", "frobenius_norm", "quantisation_noise_share"]]
         names = update["matrix"].values.tolist()
         sums = {name.rpartition("@")[0] for name, is_part in zip(names, parts_of_sums(names), strict=True) if is_part}
         newest = update.isel(step=update["segment"].values == update["segment"].values[-1])

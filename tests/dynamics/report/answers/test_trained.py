@@ -9,7 +9,8 @@ import pytest
 import torch
 import xarray as xr
 
-from dynamics import analyze_run
+from dynamics import analyze_run, open_trajectory
+from dynamics.pipeline import measure
 from dynamics.report.answers.trained import did_it_train
 from dynamics.report.summary import summarise
 from tests.runs import drifting, random_factors, write_adapter, write_records, write_run
@@ -20,11 +21,11 @@ NAMES = tuple(f"model.layers.{layer}.self_attn.{role}" for layer in range(6) for
 
 
 def answer(tree):
-    return did_it_train(tree, summarise(tree))
+    return did_it_train(tree, {"segments": np.unique(tree["update"]["segment"])})
 
 
-def of_run(folder, **how):
-    return answer(analyze_run(folder, report=False, **how))
+def of_run(folder, base=None):
+    return answer(measure(open_trajectory(folder, base=base)))
 
 
 def of_steps(folder, change=lambda step, factors: None, **shape):
@@ -73,7 +74,9 @@ def test_a_healthy_dense_run_trained_everywhere(tmp_path):
 
 def test_a_healthy_recording_trained_everywhere(tmp_path):
     write_records(tmp_path / "run")
-    assert of_run(tmp_path / "run").answer == "All 4 matrices moved by step 20."
+    tree = analyze_run(tmp_path / "run", report=False)
+    assert answer(tree).answer == "All 4 matrices moved by step 20."
+    assert summarise(tree)["answers"][0]["answer"] == answer(tree).answer
 
 
 def test_updates_that_are_zero_are_named_by_role(tmp_path):
@@ -206,7 +209,7 @@ def test_a_merge_of_some_roles_leaves_the_others_frozen(tmp_path):
 def test_an_update_that_merging_would_lose_has_trained(tmp_path):
     write_model(tmp_path / "base", {f"{name}.weight": torch.ones(12, 10).bfloat16() for name in NAMES})
     write_adapter(tmp_path / "run", {name: (1e-5 * b, a) for name, (b, a) in random_factors(NAMES).items()})
-    tree = analyze_run(tmp_path / "run", base=tmp_path / "base", report=False)
+    tree = measure(open_trajectory(tmp_path / "run", base=tmp_path / "base"))
     result = answer(tree)
     assert result.verdict == "yes"
     assert "all are mostly rounded away when merged into the base's format, which loses 100 % at worst" in result.answer
@@ -251,7 +254,7 @@ def test_evidence_is_in_the_result(tmp_path):
     factors |= {NAMES[0]: (0 * factors[NAMES[0]][0], factors[NAMES[0]][1])}
     write_adapter(tmp_path / "run", {name: (1e-5 * b, a) for name, (b, a) in factors.items()})
     recorded = example_tree(zero=matrix_names(14)[:1], gradients=[100])
-    for tree in (analyze_run(tmp_path / "run", base=tmp_path / "base", report=False), recorded):
+    for tree in (measure(open_trajectory(tmp_path / "run", base=tmp_path / "base")), recorded):
         for number in answer(tree).evidence:
             group, _, name = number.path.lstrip("/").partition("/")
             assert name in tree[group].to_dataset()
@@ -260,8 +263,8 @@ def test_evidence_is_in_the_result(tmp_path):
 @pytest.mark.parametrize("spread", [0.1, 0.4, 0.8])
 def test_healthy_results_of_many_shapes_raise_no_alarm(spread):
     generator, tree = np.random.default_rng(0), example_tree(steps=1, matrices=56)
-    summary, alarms = summarise(tree), 0
+    alarms = 0
     for _ in range(40):
         norm = np.exp(generator.normal(0, spread, tree["update"]["frobenius_norm"].shape))
-        alarms += did_it_train(edited(tree, "update", frobenius_norm=norm), summary).verdict != "yes"
+        alarms += answer(edited(tree, "update", frobenius_norm=norm)).verdict != "yes"
     assert alarms <= 2
