@@ -7,6 +7,7 @@ is trained by Adam or by gradient descent with momentum. Several trainings run s
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -164,7 +165,7 @@ def random_settings(generator: np.random.Generator, rank: int, needed: int, coun
 
 def claims(
     generator: np.random.Generator, ranks: Sequence[tuple[int, int]], *, settings: int, draws: int
-) -> dict[str, list[int]]:
+) -> dict[str, tuple[int, int]]:
     """Return state → how often it was right, and how often it was said, over random trainings.
 
     ``used up`` is right where the teacher has as many directions as the adapter or more; ``idle`` and ``ends within``
@@ -176,17 +177,17 @@ def claims(
         settings: How many settings of each.
         draws: Trainings of each setting.
     """
-    tally = {state: [0, 0] for state in STATES}
+    right, said = Counter[str](), Counter[str]()
     for rank, needed in ranks:
         for setting in random_settings(generator, rank, needed, settings):
             trained = train(setting, draws, int(generator.integers(2**31)))
             for state, cost in zip(trained.states, trained.cost, strict=True):
-                right = {
+                is_right = {
                     "used up": needed >= rank,
                     "idle": cost[rank // 2] <= HARMLESS,
                     "ends within": cost[rank - 1] <= HARMLESS,
                     "unclear": True,
                 }[state]
-                tally[state][0] += right
-                tally[state][1] += 1
-    return tally
+                right[state] += is_right
+                said[state] += 1
+    return {state: (right[state], said[state]) for state in STATES}

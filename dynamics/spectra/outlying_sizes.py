@@ -2,7 +2,8 @@
 
 The size of an update is the root mean square of its entries. Within a role sizes differ by a factor of up to about 5 in
 real trainings, and more where layers are trained at different rates; so a matrix is told from the others by a factor of
-30 and by 8 robust standard deviations of ln size, both from the median of the role's updates that are not zero.
+30 and by 10 robust standard deviations of ln size, both from the median of the role's updates that are not zero. The
+deviation is the median absolute one of the role, or of all roles if that is larger.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jaxtyping import Float, Int
 #: Least factor between a matrix and the median of its role.
 FACTOR = 30.0
 #: Robust standard deviations of ln size between them.
-DEVIATIONS = 8.0
+DEVIATIONS = 10.0
 #: Fewest matrices of a role with a median.
 FEWEST = 3
 #: Median absolute deviation → standard deviation of a Gaussian.
@@ -69,13 +70,21 @@ def outlying(sizes: Float[np.ndarray, " matrix"], roles: Sequence[str]) -> Int[n
 
 
 def _centers(sizes: np.ndarray, roles: Sequence[str]) -> list[tuple[np.ndarray, float, float]]:
-    """Return members, median of ln size and its robust standard deviation, of each role with enough of them."""
-    names, centers = np.asarray(roles), []
+    """Return members, median of ln size and its robust standard deviation, of each role with enough of them.
+
+    The deviation is at least that of all roles together, since that of a few matrices is uncertain.
+    """
+    names, centers, distances = np.asarray(roles), [], []
     for role in dict.fromkeys(roles):
         members = np.nonzero(names == role)[0]
         present = sizes[members]
         logarithms = np.log(present[np.isfinite(present) & (present > 0)])
         if len(logarithms) >= FEWEST:
             center = float(np.median(logarithms))
-            centers.append((members, center, _GAUSSIAN * float(np.median(np.abs(logarithms - center)))))
-    return centers
+            distances.append(np.abs(logarithms - center))
+            centers.append((members, center))
+    shared = float(np.median(np.concatenate(distances))) if distances else 0.0
+    return [
+        (members, center, _GAUSSIAN * max(shared, float(np.median(distance))))
+        for (members, center), distance in zip(centers, distances, strict=True)
+    ]

@@ -6,7 +6,8 @@ python -m tests.benchmarks.calibration [--sets 2000] [--table associations]
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -20,9 +21,13 @@ from dynamics.fisher.task_structure import divergence_test
 from dynamics.relate import associate, compare, compare_scores
 from dynamics.relate.differences import relabelled_difference, students_test
 from dynamics.relate.permutations import LEVEL
+from dynamics.report.answers.trained import did_it_train
+from dynamics.spectra.training_noise import STATES
+from tests.adapters import claims
 from tests.dynamics.fisher.simulated import NORMS, gradients, grams, norms, power_law, stacked
 from tests.dynamics.relate import simulated
 from tests.dynamics.relate.simulated import decided
+from tests.trees import example_tree
 
 Row = Sequence[str]
 Table = Callable[[np.random.Generator, int], Iterator[Row]]
@@ -297,7 +302,58 @@ def gain_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
 
 
 #: Each gives a table: headings first, then its rows.
+def rank_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
+    """What is said of the rank of an adapter that learns a teacher of known rank."""
+    yield "adapter and teacher", *(f"{state}, right" for state in STATES[:-1]), STATES[-1]
+    for pair in ((4, 1), (4, 2), (8, 3), (8, 6), (4, 4), (8, 8), (4, 8), (8, 16)):
+        told = claims(rng, [pair], settings=max(1, sets // 10), draws=10)
+        total = sum(said for _, said in told.values())
+        cells = [f"{said / total:.2f}, {right:,} of {said:,}" for right, said in (told[state] for state in STATES[:-1])]
+        yield f"r = {pair[0]}, r* = {pair[1]}", *cells, f"{told['unclear'][1] / total:.2f}"
+
+
+def trained_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
+    """Faults that are found in one of 56 matrices, and healthy runs that raise an alarm."""
+    yield "run", "share with a fault told", "verdict"
+    tree = example_tree(steps=2, matrices=56)
+    for name, (scatter, change) in _RUNS.items():
+        verdicts = Counter(_trained_verdict(tree, scatter(rng, 56), change) for _ in range(sets))
+        yield name, f"{1 - verdicts['yes'] / sets:.3f}", verdicts.most_common(1)[0][0]
+
+
+def _trained_verdict(tree: xr.DataTree, sizes: np.ndarray, change: Mapping[int, float]) -> str:
+    """Return the verdict on a result with these sizes, one of which is changed in proportion to its role's median."""
+    update = tree["update"].to_dataset()[["count", "frobenius_norm", "quantisation_noise_share"]].copy(deep=True)
+    roles = update["role"].values
+    for matrix, factor in change.items():
+        sizes[matrix] = factor * np.median(sizes[roles == roles[matrix]])
+    update["frobenius_norm"].values[-1, 0] = sizes
+    other = xr.DataTree.from_dict({"/": xr.Dataset(attrs=tree.attrs), "/update": update})
+    return did_it_train(other, {"segments": [0]}).verdict
+
+
+def _gaussian(spread: float) -> Callable[[np.random.Generator, int], np.ndarray]:
+    """Return sizes whose logarithms have a standard deviation within a role."""
+    return lambda rng, count: np.exp(spread * rng.normal(size=count))
+
+
+def _heavy(spread: float) -> Callable[[np.random.Generator, int], np.ndarray]:
+    """Return sizes whose logarithms have heavy tails: Student's t of 4 degrees of freedom."""
+    return lambda rng, count: np.exp(spread * rng.standard_t(4, size=count))
+
+
+_RUNS: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], Mapping[int, float]]] = {
+    **{f"healthy, ln size scatters by {spread}": (_gaussian(spread), {}) for spread in (0.2, 0.5, 0.8)},
+    **{f"healthy, by {spread} with heavy tails": (_heavy(spread), {}) for spread in (0.2, 0.5)},
+    **{
+        f"one at {factor:g} of its role's median, by {spread}": (_gaussian(spread), {9: factor})
+        for factor in (0.0, 1e-3, 1e-2, 1e2, 1e3)
+        for spread in (0.2, 0.5)
+    },
+}
 TABLES: dict[str, Table] = {
+    "rank": rank_rates,
+    "trained": trained_rates,
     "associations": false_associations,
     "differences": false_differences,
     "scores": false_scores,

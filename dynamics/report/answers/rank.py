@@ -44,7 +44,7 @@ def is_the_rank_right(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     - ``no``: two thirds of them are idle and, where it was evaluated, cutting is harmless: the rank is too high;
     - ``mixed``: half of them or more are in one of the three states, but no two thirds in the same;
     - ``undecided``: else. A rank that is used up is undecided too: just right and too low look the same;
-    - ``not_asked``: no matrix of the newest training has an adapter.
+    - ``not_asked``: no matrix of the newest training has a low-rank update (DoRA's is none).
 
     Claims by noise were wrong for 1 % of simulated trainings or fewer (docs/answers.md), and intervals are of 95 %;
     shares of energy are what was measured, so ``sure`` is ``None`` for them.
@@ -56,9 +56,13 @@ def is_the_rank_right(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     update = tree["update"].to_dataset()
     adapters = _adapters(update[["count", "frobenius_norm", "suggested_rank", "singular_value"]])
     if adapters is None:
-        return Answer("rank", "not_asked", "No matrix of the newest training has an adapter, so there is no rank.")
+        return Answer(
+            "rank", "not_asked", "No matrix of the newest training has a low-rank update, so it has no rank to judge."
+        )
     if not adapters.states:
-        words = "No adapter of the newest training has an update that is known and not zero, so nothing uses a rank."
+        words = (
+            "No adapter of the newest training has a total update that is known and not zero, so none uses its rank."
+        )
         return Answer("rank", "undecided", words)
     effect = _effect(tree)
     is_by_noise = bool(np.isfinite(adapters.above_noise).any())
@@ -79,7 +83,7 @@ class _Adapters:
 
     Args:
         roles: Of each.
-        rank: Directions that each one has.
+        rank: Of each, r; its directions are at most min(out, in).
         needed: Fewest directions that hold 99 % of its energy.
         sides: out + in.
         above_noise: See :func:`energy_above_noise`.
@@ -112,11 +116,11 @@ def _adapters(update: xr.Dataset) -> _Adapters | None:
     moved = last["frobenius_norm"].values > 0
     last = last.isel(matrix=moved)
     sides = [last[name].values.astype(np.float64) for name in ("adapter_rank", "out", "in")]
-    rank = np.minimum.reduce(sides)
-    needed = np.minimum(last["suggested_rank"].values, rank)
+    directions = np.minimum.reduce(sides)
+    needed = last["suggested_rank"].values
     above = _above_noise(newest.isel(matrix=present).isel(matrix=moved), last["singular_value"].values)
-    states = states_of_rank(rank, needed, above) if len(rank) else []
-    return _Adapters(last["role"].values.tolist(), rank, needed, sides[1] + sides[2], above, states)
+    states = states_of_rank(directions, needed, above) if len(directions) else []
+    return _Adapters(last["role"].values.tolist(), sides[0], needed, sides[1] + sides[2], above, states)
 
 
 def _above_noise(newest: xr.Dataset, total: np.ndarray) -> Float[np.ndarray, "matrix index"]:
@@ -207,10 +211,11 @@ def _sentence(adapters: _Adapters, effect: _Effect | None, is_by_noise: bool, tr
     pattern = f"adapters with the ranks of rank_pattern.json have {percent(share, 0)} of the parameters"
     if effect is None:
         return f"{basis}, {subject}{newest} is {listed(claims)}; {pattern}."
-    rise = f"{'rises' if effect.rise >= 0 else 'falls'} by {percent(abs(effect.rise))}"
+    digits = 2 if max(abs(effect.low), abs(effect.high)) < HARMLESS else 1
+    ends = interval(effect.low, effect.high, lambda end: with_minus(percent(end, digits)))
+    rise = f"{'rises' if effect.rise >= 0 else 'falls'} by {percent(abs(effect.rise), digits)}"
     return (
-        f"{basis}, {subject}{newest} is {listed(claims)}; {pattern}, and with them the held-out loss {rise} "
-        f"({interval(effect.low, effect.high, lambda end: with_minus(percent(end)))})."
+        f"{basis}, {subject}{newest} is {listed(claims)}; {pattern}, and with them the held-out loss {rise} ({ends})."
     )
 
 

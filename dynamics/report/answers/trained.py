@@ -35,7 +35,7 @@ def did_it_train(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
 
     The matrices of the last step are looked at, of several adapters on one matrix each adapter. A matrix has not moved
     if its update is not finite, is exactly zero, differs from the base by rounding alone, or is less than 1/30 of its
-    role's median and 8 robust standard deviations below it (:func:`dynamics.spectra.outlying_sizes.outlying`; not for
+    role's median and 10 robust standard deviations below it (:func:`dynamics.spectra.outlying_sizes.outlying`; not for
     experts, nor in roles of fewer than 3). One that has moved is faulty if it is as far above its role's median, was
     saved in part (OD139), is more than half rounding of its storage format, or, in 32 bits, did not change in the last
     interval while others did. Causes are told where gradients, learning rates or earlier steps show them; else the

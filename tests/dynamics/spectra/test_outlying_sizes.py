@@ -31,7 +31,7 @@ def test_healthy_updates_are_left_alone(spread, heavy):
 def test_a_planted_outlier_is_found_and_no_other(factor, side):
     generator, found = np.random.default_rng(1), []
     for _ in range(200):
-        sizes = healthy(generator, 0.3)
+        sizes = healthy(generator, 0.15)
         center = np.median(sizes[5::4])
         sizes[5] = factor * center
         expected = np.zeros(48, dtype=int)

@@ -15,7 +15,7 @@ def answer(tree):
     return is_the_rank_right(tree, {"segments": np.unique(tree["update"]["segment"])})
 
 
-def with_spectra(total, increments=None, steps=(100, 200, 300, 400, 500), names=14, **how):
+def with_spectra(total, increments=None, steps=(100, 200, 300, 400, 500), names: int | list[str] = 14, **how):
     """A result whose matrices have these singular values at the last step, and increments of equal size."""
     count = len(total)
     tree = example_tree(steps, names, rank=count, **how)
@@ -114,7 +114,7 @@ def test_a_harmless_cut_confirms_that_the_rank_is_too_high():
     result = answer(with_sensitivity(with_spectra(IDLE, [0.1] * 8), -0.004, -0.01, 0.002))
     assert (result.verdict, result.sure) == ("no", 0.95)
     assert result.answer.endswith(
-        "have 25 % of the parameters, and with them the held-out loss rises by 0.2 % (95 % interval −0.1 % to 0.5 %)."
+        "25 % of the parameters, and with them the held-out loss rises by 0.20 % (95 % interval −0.10 % to 0.50 %)."
     )
     assert "--probe" not in result.surer
 
@@ -142,7 +142,7 @@ def test_without_an_adapter_there_is_no_rank():
 def test_adapters_that_did_not_move_use_no_rank():
     result = answer(example_tree(zero=matrix_names(14)))
     assert result.verdict == "undecided"
-    assert "nothing uses a rank" in result.answer
+    assert "so none uses its rank" in result.answer
 
 
 def test_what_is_not_finite_is_left_out():

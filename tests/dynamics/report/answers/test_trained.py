@@ -153,7 +153,7 @@ def test_where_nothing_moves_at_the_end_nothing_stopped_alone(tmp_path):
 def test_gradients_tell_why_a_matrix_did_not_move():
     first, second = matrix_names(14)[:2]
     tree = example_tree(zero=[first, second], gradients=[100, 200])
-    norm = tree["gradient"]["norm_before_clip"].values.copy()
+    norm = tree["gradient"].to_dataset()["norm_before_clip"].values.copy()
     norm[:, 0] = 0
     result = answer(edited(tree, "gradient", norm_before_clip=norm))
     assert f"1 is exactly zero, since no gradient reached it (1 of 2 self_attn.q_proj; {first})" in result.answer
@@ -176,7 +176,7 @@ def test_a_learning_rate_of_zero_is_the_cause():
 def test_experts_that_were_chosen_rarely_are_no_fault_and_those_never_chosen_are():
     names = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in range(4) for expert in range(4)]
     tree = example_tree(matrices=names, zero=names[:1])
-    norm = tree["update"]["frobenius_norm"].values.copy()
+    norm = tree["update"].to_dataset()["frobenius_norm"].values.copy()
     norm[:, :, 1] *= 1e-4
     result = answer(edited(tree, "update", frobenius_norm=norm))
     assert (
@@ -217,7 +217,7 @@ def test_an_update_that_merging_would_lose_has_trained(tmp_path):
 
 
 def test_an_update_that_is_mostly_rounding_is_told():
-    share = example_tree()["update"]["quantisation_noise_share"].values.copy()
+    share = example_tree()["update"].to_dataset()["quantisation_noise_share"].values.copy()
     share[-1, 0, :2] = 0.8
     result = answer(edited(example_tree(), "update", quantisation_noise_share=share))
     assert result.verdict == "mixed"
