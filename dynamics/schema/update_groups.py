@@ -399,7 +399,7 @@ PATH: Mapping[str, Variable] = {
     ),
 }
 _SHUTTLEWORTH = "Shuttleworth et al. 2024"
-_OF_ROWS = "over evenly spaced rows with 2²⁰ entries, of smaller matrices over all"
+_OF_ROWS = "over evenly spaced rows with about 2¹⁸ entries, of smaller matrices over all"
 #: The newest update of each matrix beside the weight that it changed.
 BASE: Mapping[str, Variable] = {
     "relative_size": Variable(("step", "matrix"), "1", "relative size of the update", "‖ΔW‖_F/‖W⁰‖_F"),

@@ -31,7 +31,7 @@ from dynamics.spectra.singular_values import triangle
 from probes.low_rank import LowRankMatrix
 
 #: Entries of a matrix that are rounded to see what merging would keep of an update.
-_ROUNDED = 2**20
+_ROUNDED = 2**18
 #: Variables that need no decomposition.
 _WITHOUT_DIRECTIONS = ("base_norm", "changed_share", "lost_in_merge")
 #: Directions that are compared by default.
