@@ -44,7 +44,13 @@ TABLES: Mapping[str, Mapping[str, Variable]] = {
     "sharpness": schema.SHARPNESS,
 }
 #: Variables that a record may lack: those that records of earlier versions do not have, and those not always known.
-OPTIONAL = (*raw.ADDED, "momentum", "direction", *(schema.INTERVENTION.keys() - {"effect", "norm", "headline"}))
+OPTIONAL = (
+    *raw.ADDED,
+    *raw.ADDED_TO_GRADIENT,
+    "momentum",
+    "direction",
+    *(schema.INTERVENTION.keys() - {"effect", "norm", "headline"}),
+)
 #: Groups without which the others can be used.
 _PROBED = ("fisher", "score", "intervention", "sharpness")
 _COORDINATES = ("step", "block", "evaluated_at_step", *schema.SAMPLE_LABELS)
