@@ -41,8 +41,8 @@ def did_it_train(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     interval while others did. Causes are told where gradients, learning rates or earlier steps show them; else the
     possible ones are named.
 
-    - ``yes``: every matrix has moved, and none is faulty; dense weights of a whole role that are as at the start count
-      as frozen on purpose, and are told;
+    - ``yes``: every matrix has moved, and none is faulty; whole roles of dense weights that are as at the start, and
+      whole roles that did not change in the last interval, count as frozen on purpose, and are told;
     - ``mixed``: not every one;
     - ``no``: none has moved;
     - ``undecided``: no update is known, or the only step is before training.
@@ -322,9 +322,14 @@ def _stopped(matrices: _Matrices, left: Bool[np.ndarray, " matrix"]) -> Iterator
     change = matrices.newest["frobenius_norm"].sel(kind="increment").values
     fine = np.isin(matrices.newest["storage"].values, _FINE) & ~np.array([is_expert(role) for role in matrices.roles])
     stopped = left & fine & (change[-1] == 0)
-    if stopped.any() and (np.nan_to_num(change[-1]) > 0).any():
-        since = int(matrices.newest["from_step"].values[-1])
-        yield _Fault(stopped, f"as at step {since:,}: frozen since, or without a gradient", is_still=False)
+    if not (np.nan_to_num(change[-1]) > 0).any():
+        return
+    since, whole = int(matrices.newest["from_step"].values[-1]), _whole_roles(stopped, matrices)
+    if whole.any():
+        state = f"as at step {since:,}, in whole roles, as if frozen on purpose"
+        yield _Fault(whole, state, is_still=False, is_meant=True)
+    if (stopped & ~whole).any():
+        yield _Fault(stopped & ~whole, f"as at step {since:,}: frozen since, or without a gradient", is_still=False)
 
 
 def _lost_in_merge(tree: xr.DataTree, matrices: _Matrices) -> _Fault | None:

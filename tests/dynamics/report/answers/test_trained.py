@@ -145,6 +145,14 @@ def test_a_matrix_that_stopped_is_told(tmp_path):
     assert "1 is as at step 20: frozen since, or without a gradient" in result.answer
 
 
+def test_a_role_that_stopped_as_a_whole_is_frozen_on_purpose(tmp_path):
+    steps = drifting((10, 20, 30), names=NAMES)
+    steps[30] |= {name: steps[20][name] for name in NAMES if name.endswith("v_proj")}
+    result = of_run(write_run(tmp_path / "run", steps))
+    assert result.verdict == "yes"
+    assert "6 are as at step 20, in whole roles, as if frozen on purpose (6 of 6 self_attn.v_proj" in result.answer
+
+
 def test_where_nothing_moves_at_the_end_nothing_stopped_alone(tmp_path):
     steps = drifting((10, 20, 30), names=NAMES)
     assert of_run(write_run(tmp_path / "run", {**steps, 30: steps[20]})).verdict == "yes"
