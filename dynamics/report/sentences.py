@@ -103,19 +103,24 @@ def how_straight(summary: Mapping[str, Any]) -> str:
     path = summary["path"]
     if path is None or path["checkpoints"] < 3 or path["participation_ratio"] is None:
         return ""
-    share, straightness = path["component_share"][0], path["straightness"]
-    if share is not None and share >= _ONE_LINE:
-        shape = f"Training moved almost along one line: one direction holds {percent(share)} of the squared distance."
-    else:
-        ratio = number(path["participation_ratio"])
-        shape = (
-            f"Training did not move along one line: the leading direction holds {percent(share)} of the squared "
-            f"distance (participation ratio {ratio})."
-        )
-    if not straightness:
+    share, by_chance = path["component_share"][0], path.get("component_share_null")
+    ratio = f"participation ratio {number(path['participation_ratio'])}"
+    chance = ""
+    if by_chance is not None:
+        walk_ratio = number(path["participation_ratio_null"])
+        chance = f"; a random walk with steps of these lengths has {percent(by_chance)} and {walk_ratio}"
+    where = "lie almost on one line" if share >= _ONE_LINE else "do not lie on one line"
+    expected = ", as a random walk's would" if by_chance is not None and _ONE_LINE <= share <= by_chance else ""
+    shape = (
+        f"The checkpoints {where}{expected}: the leading direction holds {percent(share)} of the squared distance "
+        f"({ratio}{chance})."
+    )
+    if not path["straightness"]:
         return shape
-    longer = number(1 / straightness, 2)
-    return f"{shape} The path was {longer} times as long as the straight line from start to end."
+    longer = number(1 / path["straightness"], 2)
+    walked = path.get("straightness_null")
+    beside = f" (the random walk: {number(1 / walked, 2)} times)" if walked else ""
+    return f"{shape} The path was {longer} times as long as the straight line from start to end{beside}."
 
 
 def beside_the_base(summary: Mapping[str, Any]) -> str:

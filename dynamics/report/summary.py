@@ -65,7 +65,8 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         - ``gradient``: ``None``, or medians over matrices at the last ``step`` at which gradients were recorded;
         - ``fisher``: ``None``, or informative directions, the update in them, and tasks, see ``fisher_summary``;
         - ``intervention``: ``None``, or what the parts of the last update do to the loss, see ``intervention_summary``;
-        - ``path``: ``None``, or the shape of the newest training's path through its checkpoints;
+        - ``path``: ``None``, or the shape of the newest training's path through its checkpoints, and of a random
+          walk with steps of the same lengths;
         - ``base``: ``None``, or medians over matrices of updates beside the weights they changed, and how many
           ``matrices`` could be compared;
         - ``scores``: each score at the start, at its last step and at its best, see ``score_changes``; and
@@ -196,9 +197,10 @@ def _path(tree: xr.DataTree) -> dict[str, Any] | None:
     newest = path.isel(step=path["step_segment"].values == int(last["segment"]))
     return {
         "checkpoints": newest.sizes["step"],
-        "straightness": finite(newest["straightness"][-1]),
-        "participation_ratio": finite(last["participation_ratio"]),
+        **{name: _number(newest.isel(step=-1), name) for name in ("straightness", "straightness_null")},
+        **{name: _number(last, name) for name in ("participation_ratio", "participation_ratio_null")},
         "component_share": [finite(share) for share in last["component_share"].values[:2]],
+        "component_share_null": _number(last.isel(component=0), "component_share_null"),
         "matrices": integer(last["matrices"]),
     }
 
