@@ -148,7 +148,7 @@ def path_shape(gram: Float[np.ndarray, "step step"]) -> PathShape:
     steps = len(gram)
     if not np.isfinite(gram).all():
         missing = np.full(steps, np.nan)
-        return PathShape(*[missing] * 4, float("nan"), missing, missing, float("nan"))
+        return PathShape(missing, missing, missing, missing, float("nan"), missing, missing, float("nan"))
     squared = np.diag(gram).clip(0)
     beside = np.diag(gram, -1)
     moved = np.concatenate([squared[:1], (squared[1:] - 2 * beside + squared[:-1]).clip(0)])
