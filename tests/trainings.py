@@ -28,6 +28,8 @@ class Kind:
         adam: Whether Adam is the optimizer.
         spike: Step share at which one batch is a hundred times as strong; 0: none.
         overfit: Distance between the optimum in training and of the held-out samples, relative to the start.
+        directions: How many the quadratic has.
+        tails: Degrees of freedom of Student's t of the noise; 0: normal.
         logistic: Whether the loss is logistic instead of quadratic.
     """
 
@@ -42,6 +44,8 @@ class Kind:
     adam: bool = False
     spike: float = 0.0
     overfit: float = 0.0
+    directions: int = 120
+    tails: int = 0
     logistic: bool = False
 
 
@@ -67,6 +71,8 @@ KINDS: Mapping[str, tuple[Kind, tuple[str, ...]]] = {
     "stationary noise, momentum": (Kind(rate=0.01, momentum=0.9), ("wandering",)),
     "stationary noise, Adam": (Kind(burn_in=4000, rate=0.01, adam=True), ("wandering",)),
     "stationary noise, cosine schedule": (Kind(schedule=cosine), ("wandering",)),
+    "stationary noise, 4 directions": (Kind(directions=4), ("wandering", "undecided")),
+    "stationary noise, heavy tails": (Kind(tails=3, burn_in=1000), ("wandering", "unstable")),
     "converged without noise": (Kind(far=30.0, noise=0.0, steps=4000, rate=1.0), ("converged",)),
     "diverging": (Kind(far=1.0, rate=2.02, steps=400), ("unstable",)),
     "one spike": (Kind(spike=0.8), ("unstable",)),
@@ -78,13 +84,14 @@ KINDS: Mapping[str, tuple[Kind, tuple[str, ...]]] = {
 
 def trainings(kind: Kind, rng: np.random.Generator, count: int) -> Iterator[Training]:
     """Yield so many trainings of one kind."""
-    dimension = len(CURVATURE)
+    curvature = CURVATURE[:: len(CURVATURE) // kind.directions]
+    dimension = len(curvature)
     stationary = np.sqrt(kind.rate / (1 - kind.momentum) / 2)
     start = stationary * rng.standard_normal((count, dimension))
     if kind.far:
         start = kind.far * stationary * np.sign(start)
     teacher = rng.standard_normal((count, dimension)) / np.sqrt(dimension)
-    offset = kind.overfit * start * (CURVATURE < 0.05)
+    offset = kind.overfit * start * (curvature < 0.05)
     theta, velocity, square = start.copy(), np.zeros_like(start), np.zeros_like(start)
     if kind.logistic:
         theta = np.zeros_like(start)
@@ -100,10 +107,10 @@ def trainings(kind: Kind, rng: np.random.Generator, count: int) -> Iterator[Trai
             loss = np.logaddexp(0, np.where(target, -margin, margin)).mean(-1)
             gradient = np.einsum("cb,cbd->cd", 1 / (1 + np.exp(-margin)) - target, inputs) / 16
         else:
-            strength = 100.0 if step == int(kind.spike * kind.steps) else 1.0
-            noise = strength * kind.noise * np.sqrt(CURVATURE) * rng.standard_normal(theta.shape)
-            gradient = CURVATURE * theta + noise
-            loss = 0.5 * (CURVATURE * theta**2).sum(-1) * (1 + 0.1 * rng.standard_normal(count)) + 1.0
+            strength = 100.0 if 0 < step == int(kind.spike * kind.steps) else 1.0
+            noise = strength * kind.noise * np.sqrt(curvature) * _noise(rng, theta.shape, kind.tails)
+            gradient = curvature * theta + noise
+            loss = 0.5 * (curvature * theta**2).sum(-1) * (1 + 0.1 * rng.standard_normal(count)) + 1.0
         passed = step + kind.burn_in
         if kind.adam:
             velocity = 0.9 * velocity + 0.1 * gradient
@@ -123,7 +130,7 @@ def trainings(kind: Kind, rng: np.random.Generator, count: int) -> Iterator[Trai
             rates.append(rate)
         if step % every_checkpoint == 0:
             points.append(theta - begin)
-            evaluations.append(0.5 * (CURVATURE * (theta - offset) ** 2).sum(-1) + 1.0)
+            evaluations.append(0.5 * (curvature * (theta - offset) ** 2).sum(-1) + 1.0)
     log_step = np.arange(1, len(logs) + 1) * every_log
     checkpoints = np.arange(1, len(points) + 1) * every_checkpoint
     for path, loss, evaluation in zip(np.stack(points, 1), np.stack(logs, 1), np.stack(evaluations, 1), strict=True):
@@ -131,3 +138,7 @@ def trainings(kind: Kind, rng: np.random.Generator, count: int) -> Iterator[Trai
         moved = np.linalg.norm(np.diff(path, axis=0, prepend=0), axis=1)
         log = (log_step, loss, np.array(rates), checkpoints[: len(held_out)], held_out)
         yield Training(checkpoints, path @ path.T, *log, moved, checkpoints, checkpoints - every_checkpoint)
+
+
+def _noise(rng: np.random.Generator, shape: tuple[int, ...], tails: int) -> np.ndarray:
+    return rng.standard_t(tails, shape) / np.sqrt(tails / (tails - 2)) if tails else rng.standard_normal(shape)

@@ -32,9 +32,9 @@ MOST_BLOCKS, FEWEST_BLOCKS = 12, 6
 _LOSS_BLOCKS, FEWEST_ROWS = 20, 20
 #: An increment's squared norm below this part of the largest squared distance is lost in the rounding of its products.
 _RESOLVED = 1e-9
-#: Size for its learning rate, relative to the largest, up to which a training is called at rest.
+#: Size for its learning rate, relative to the median of the first half, up to which a training is called at rest.
 AT_REST = 0.05
-#: The same relative to the median, from which it is called exploding.
+#: The same relative to the median of all, from which it is called exploding.
 EXPLODING = 5.0
 #: Learning rate relative to its peak, up to which a schedule is called ended.
 ENDED = 0.05
@@ -135,7 +135,8 @@ class Course:
             ``"edge"`` (steps beyond the edge of stability that lead nowhere); of ``moving``: ``"direction"``,
             ``"loss"``.
         motion, trend: ``None`` where there is too little to judge.
-        size: The newest increment relative to the largest one at the same learning rate and number of steps.
+        size: The newest increment relative to the median one of the first half, at the same learning rate and number
+            of steps.
         rate: The newest learning rate relative to its peak.
         spikes: Number in the newest half of the log.
         best: Position of the best evaluation, of ``overfitting``.
@@ -262,6 +263,12 @@ def sizes_of(training: Training) -> tuple[Float[np.ndarray, " increment"], Float
     return drift, noise
 
 
+def _first_half(sizes: Float[np.ndarray, " increment"]) -> float:
+    """Return the median of the first half of those that are known, NaN where it is 0."""
+    known = sizes[np.isfinite(sizes)]
+    return float(np.median(known[: (len(known) + 1) // 2])) or np.nan
+
+
 def best_evaluation(values: Float[np.ndarray, " evaluation"]) -> int | None:
     """Return the position of the smallest evaluation if all that follow have risen since, else ``None``.
 
@@ -289,7 +296,7 @@ def course_of(training: Training) -> Course:
     rate = float(rates[-1] / rates.max()) if len(rates) and rates.max() > 0 else np.nan
     ended = None if np.isnan(rate) else rate <= ENDED
     sizes = [one for one in sizes_of(training) if np.isfinite(one).sum() > 1 and np.nanmedian(one) > 0]
-    largest = max((float(one[-1] / np.nanmax(one)) for one in sizes), default=np.nan)
+    size = max((float(one[-1] / _first_half(one)) for one in sizes), default=np.nan)
     exploding = min((float(one[-1] / np.nanmedian(one)) for one in sizes), default=np.nan)
     direction = motion is not None and motion.p_value <= LEVEL
     # While a learning rate falls to 0 noise dies away, and the loss falls with it wherever the training is.
@@ -310,7 +317,7 @@ def course_of(training: Training) -> Course:
         state = "unstable"
     elif best is not None and (trend is None or trend.change < 0):
         state = "overfitting"
-    elif largest <= AT_REST and spent:
+    elif size <= AT_REST and spent:
         state = "converged"
     elif direction or falls:
         state = "moving"
@@ -319,4 +326,4 @@ def course_of(training: Training) -> Course:
         state = "below_rounding"
     elif motion is not None and motion.high <= 1 / motion.blocks:
         state = "wandering"
-    return Course(state, ended, reasons, motion, trend, largest, rate, spikes, best)
+    return Course(state, ended, reasons, motion, trend, size, rate, spikes, best)

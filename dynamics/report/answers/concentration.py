@@ -14,7 +14,7 @@ from dynamics.text import counted, number, percent, sentence_case, with_minus
 #: Share of steps or blocks that chance alone may call concentrated.
 CHANCE = 0.05
 #: A gain below this one is no more than chance has; so are fewer steps than chance would have, of this many.
-_ABOUT, _MANY = 1.25, 10
+ABOUT, _MANY = 1.25, 10
 _PROBE = "Record with tasks (DynamicsCallback(run, tasks)), or pass --probe module:function."
 _INTERVENE = "Pass --intervene with --probe, or record with intervene=, to run the parts of updates."
 #: What would decide whether it matters.
@@ -142,7 +142,7 @@ def _not_concentrated(concentration: Mapping[str, Any], state: State) -> tuple[V
         words = f"Whether updates follow the {directions} more than a gradient would cannot be told without a null."
         return "undecided", words, "See the findings for why there is no gradient null."
     share = "a fresh gradient's share"
-    if gain["high"] is not None and gain["high"] < _ABOUT:
+    if gain["high"] is not None and gain["high"] < ABOUT:
         less = "less than" if gain["high"] < 1 else "no more than"
         return "no", f"The last update has in the {directions} {less} {share} (gain {_gain(row)}; chance: 1).", ""
     if steps["of"] >= _MANY:

@@ -25,11 +25,11 @@ _SURER = f"Log loss and learning rate ({FEWEST_ROWS} rows or more), and keep {2 
 def may_training_stop(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     """Return the answer to "Is training stable, is it still moving, may I stop?", of the newest training of the folder.
 
-    - ``yes``: more steps like the last ones gain nothing. The training wanders (the increments of its newest half do
+    - ``yes``: more steps like the last ones gain nothing. The training wanders: the increments of its newest half do
       not agree in direction, and the upper limit of their mean cosine is below one over their number, so that a drift
-      moved it less than noise did), is at rest (its newest increment has at most 5 % of the size of the largest at the
-      same learning rate and number of steps, and the loss hardly falls), its increments are below the rounding of
-      the files, or its schedule has ended (learning rate at most 5 % of its peak).
+      moved it less than noise did. Or it is at rest: at the same learning rate and number of steps, its newest
+      increment has at most 5 % of the size of those of the first half, and the loss hardly falls. Or its increments
+      are below the rounding of the files, or its schedule has ended (learning rate at most 5 % of its peak).
     - ``no``: still moving. Increments agree in direction (p ≤ 0.05), or the loss falls (99 % interval below 0).
     - ``mixed``: look before going on. It is unstable (loss that rises by 5 % of its level, spikes by ten robust
       standard deviations, increments five times the median, numbers that are not finite, steps beyond the edge of
@@ -198,7 +198,7 @@ def _judged(
         caveat = " (no learning rate is logged: a schedule that ended looks the same)" if course.ended is None else ""
         return "yes", (
             f"{opening}training is at rest: its newest increment has {percent(course.size, 2)} of the size of the "
-            f"largest one at the same learning rate and number of steps{caveat}."
+            f"median one of the first half, at the same learning rate and number of steps{caveat}."
         )
     if course.state == "below_rounding":
         return "yes", (
