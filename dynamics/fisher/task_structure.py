@@ -111,7 +111,7 @@ def simultaneous_interval(cosine: float, low: float, high: float, groups: int, p
 
     >>> low, high = simultaneous_interval(0.3, 0.1, 0.5, 20, 6)
     >>> round(low, 3), round(high, 3)
-    (0.018, 0.582)
+    (0.019, 0.581)
     >>> simultaneous_interval(0.3, 0.1, 0.5, 20, 1)
     (0.1, 0.5)
     """
