@@ -104,6 +104,7 @@ INTENDED: tuple[Intended, ...] = (
         Intended("*", path, "added", "The path stands beside a random walk with steps of the same lengths.")
         for path in ("*/path/*_null", "summary.json:*path.*_null")
     ),
+    Intended("*", "summary.json:*fisher.pairs.*", "added", "A pair of tasks has overlap, transfer and a sentence."),
     Intended("*", "*/path/training", "renamed", "one word for a training's number, as everywhere else", "segment"),
 )
 #: Of inputs whose training or model runs anew: what follows from K, whose gradients are in float32, and null models of

@@ -188,7 +188,7 @@ def _judged(
         if ended:
             return "mixed", (
                 f"{ended} while training still moved: {moves}; more steps at this rate change nothing, a longer "
-                "schedule would go further."
+                "schedule could go further."
             )
         if cost:
             return "mixed", f"training still moves ({moves}), but {cost[0]}: see which checkpoint to keep."

@@ -78,7 +78,7 @@ def answered(tree: xr.DataTree, **changes):
         ),
         ("far, Adam", "no", "agree in direction (mean cosine 0.70"),
         ("far, cosine schedule", "mixed", "The schedule has ended (learning rate at 0.0 % of its peak) while training"),
-        ("far, schedule decayed early", "mixed", "a longer schedule would go further."),
+        ("far, schedule decayed early", "mixed", "a longer schedule could go further."),
         ("stationary noise, SGD", "yes", "do not agree in direction (mean cosine −0.0"),
         ("stationary noise, cosine schedule", "yes", "peak), and training wanders: increments"),
         ("converged without noise", "yes", "Training is at rest: its newest increment has 0.0"),
