@@ -106,6 +106,11 @@ INTENDED: tuple[Intended, ...] = (
         for name in ("low", "high")
         for path in (f"/fisher/*participation_ratio*_{name}", f"summary.json:fisher.*participation_ratio*.{name}")
     ),
+    *(
+        Intended("*", path, "added", "The path stands beside a random walk with steps of the same lengths.")
+        for path in ("*/path/*_null", "summary.json:*path.*_null")
+    ),
+    Intended("*", "summary.json:*fisher.pairs.*", "added", "A pair of tasks has overlap, transfer and a sentence."),
     Intended("*", "*/path/training", "renamed", "one word for a training's number, as everywhere else", "segment"),
 )
 #: Of inputs whose training or model runs anew: what follows from K, whose gradients are in float32, and null models of

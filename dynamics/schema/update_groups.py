@@ -420,6 +420,10 @@ LOG_COORDINATES: Mapping[str, Variable] = {
     "task": Variable(("task",), "1", "name of the score in the log"),
     "segment": Variable(("step",), "1", "number of the training"),
 }
+_WALK = (
+    "a walk through the same checkpoints whose steps have the same lengths and are orthogonal, as independent ones are "
+    "in a space of high dimension"
+)
 #: The path of each training (segment) through weight space, all matrices together.
 PATH: Mapping[str, Variable] = {
     "gram": Variable(
@@ -440,6 +444,19 @@ PATH: Mapping[str, Variable] = {
         "eigenvalue of gram over its trace, uncentred",
     ),
     "participation_ratio": Variable(("segment",), "1", "directions the path moved in", "1/Σ share²"),
+    "straightness_null": Variable(
+        ("step",), "1", "straightness of a random walk", f"√Σ‖Δ_s‖²/Σ‖Δ_s‖ up to t, Δ_s the steps: {_WALK}"
+    ),
+    "component_share_null": Variable(
+        ("segment", "component"),
+        "1",
+        "share of a principal direction of a random walk",
+        f"eigenvalue of K_tu = Σ_(s ≤ min(t, u)) ‖Δ_s‖² over its trace: {_WALK}",
+        "Antognini & Sohl-Dickstein 2018",
+    ),
+    "participation_ratio_null": Variable(
+        ("segment",), "1", "directions a random walk moves in", f"1/Σ share² of component_share_null: {_WALK}"
+    ),
     "matrices": Variable(
         ("segment",), "1", "number of matrices", "those that every checkpoint of the training has in one shape"
     ),
@@ -524,8 +541,9 @@ BASE: Mapping[str, Variable] = {
         )
     },
 }
-#: Dimensions of what is always there of a training's path, and of updates beside the base's weights.
+#: Dimensions of what is always there of a training's path, and of updates beside the base's weights. Results of earlier
+#: versions have no null of the path.
 OF_CHECKPOINTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "path": {name: variable.dims for name, variable in PATH.items()},
+    "path": {name: variable.dims for name, variable in PATH.items() if not name.endswith("_null")},
     "base": {name: BASE[name].dims for name in ("relative_size", "base_norm")},
 }

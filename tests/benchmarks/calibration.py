@@ -17,16 +17,20 @@ from scipy import stats
 from dynamics.fisher.concentration import MOST_TIMES, matched_gain
 from dynamics.fisher.samples import SampleGroups, confidence_interval, counted_groups, weight_of
 from dynamics.fisher.spectrum import directional, log_participation_ratio
-from dynamics.fisher.task_structure import divergence_test
+from dynamics.fisher.task_structure import cosines, divergence_test, simultaneous_interval
 from dynamics.relate import associate, compare, compare_scores
 from dynamics.relate.differences import relabelled_difference, students_test
 from dynamics.relate.permutations import LEVEL
+from dynamics.relate.stability import course_of
+from dynamics.report.answers.concentration import ABOUT, chance_steps
 from dynamics.report.answers.trained import did_it_train
 from dynamics.spectra.training_noise import STATES
+from dynamics.text import counted
 from tests.adapters import claims
 from tests.dynamics.fisher.simulated import NORMS, gradients, grams, norms, power_law, stacked
 from tests.dynamics.relate import simulated
 from tests.dynamics.relate.simulated import decided
+from tests.trainings import KINDS, trainings
 from tests.trees import example_tree
 
 Row = Sequence[str]
@@ -301,6 +305,78 @@ def gain_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
             )
 
 
+def answer_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
+    """How often answers are right, undecided and wrong where the truth is known, in a fifth as many simulations."""
+    sets = max(sets // 5, 1)
+    yield "answer, truth", "right", "undecided", "wrong"
+    for name, (kind, true) in KINDS.items():
+        states = [course_of(training).state for training in trainings(kind, rng, sets)]
+        claims = np.array([state != "undecided" for state in states])
+        right = np.array([state in true for state in states])
+        yield f"stable: {name} ({true[0]})", share(right), share(~claims & ~right), share(claims & ~right)
+    for name, cosine in (("share directions", 0.5), ("orthogonal", 0.0), ("fight", -0.5)):
+        for groups, tasks, ratio in ((6, 2, 1.0), (16, 2, 1.0), (16, 4, 1.0), (64, 4, 1.0), (16, 4, 10.0)):
+            truth = true_cosines(cosine, tasks)
+            signs = np.array([claimed_signs(rng, truth, groups, ratio) for _ in range(sets)])
+            alike = truth[np.triu_indices(tasks, 1)]
+            wrong = ((signs != 0) & (signs != np.sign(alike))).any(1)
+            right = (signs == np.sign(cosine))[:, (alike != 0) | (cosine == 0)]
+            heading = f"tasks: {tasks}, pairs {name}, {groups} groups each, norms 1 : {ratio:g} (wrong: any pair)"
+            yield heading, share(right), share(~right) if cosine else "", share(wrong)
+    for name, batch in (("gradients of 16 samples", 16), ("along the two leading directions", 0)):
+        above, less = (part[: 12 * (len(part) // 12)] for part in concentrated(rng, 12 * sets, batch))
+        for steps in (1, 3, 12):
+            count = above.reshape(-1, steps).sum(1)
+            claimed = count > (0 if steps == 1 else chance_steps(steps))
+            denied = less.reshape(-1, steps)[:, -1] | ((count <= chance_steps(steps)) & (steps >= 10))
+            right, wrong = (denied & ~claimed, claimed) if batch else (claimed, denied & ~claimed)
+            heading = f"concentration: {counted(steps, 'update')}, {name}"
+            yield heading, share(right), share(~right & ~wrong), share(wrong)
+
+
+def true_cosines(cosine: float, tasks: int) -> np.ndarray:
+    """Cosines of the tasks' means: this one of the first two and of the next two, else 0."""
+    return np.kron(np.eye(tasks // 2), np.array([[1.0, cosine], [cosine, 1.0]]))
+
+
+def claimed_signs(rng: np.random.Generator, truth: np.ndarray, groups: int, ratio: float) -> np.ndarray:
+    """1 for pairs of tasks that are said to share directions, −1 to fight, else 0."""
+    tasks = len(truth)
+    size = np.geomspace(1, ratio, tasks)
+    means = np.zeros((tasks, 100))
+    means[:, 2 : 2 + tasks] = 3 * np.linalg.cholesky(truth)
+    rows = np.repeat(means, groups, axis=0) + gradients(rng, 1, tasks * groups, 4 * power_law(100))[0]
+    rows *= np.repeat(size, groups)[:, None]
+    task = np.repeat(np.arange(tasks), groups)
+    labels = SampleGroups(np.arange(len(rows)), task[:, None] == np.arange(tasks))
+    test = cosines(grams(rows)[None], labels).cosine
+    first, second = np.triu_indices(tasks, 1)
+    ends = np.stack([part[0, first, second] for part in (test.estimate, test.low, test.high)], 1)
+    known = np.isfinite(ends).all(1)
+    signs = np.zeros(len(first))
+    for pair in np.flatnonzero(known):
+        low, high = simultaneous_interval(*ends[pair].tolist(), groups, int(known.sum()))
+        signs[pair] = float(low > 0) - float(high < 0)
+    return signs
+
+
+def concentrated(rng: np.random.Generator, sets: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whether updates are called concentrated, and no more so than chance; of no batch, they are planted."""
+    spectrum, samples, k = power_law(100), 32, 8
+    above, less = [], []
+    for _ in range(max(sets // 200, 1)):
+        rows = gradients(rng, 200, samples, spectrum)
+        update = rng.standard_normal((200, 100)) * np.sqrt(spectrum / max(batch, 1))
+        if not batch:
+            update = 0.05 * update + rng.standard_normal((200, 100)) * (np.arange(100) < 2)
+        product, size = np.einsum("bnd,bd->bn", rows, update), np.linalg.norm(update, axis=1)
+        gram = stacked(grams(rows), product, size, batch_size=batch or 16)
+        plain, centred = matched_gain(gram, (k,)), matched_gain(gram, (k,), centre=True)
+        above.append(((plain.low > 1) & (centred.low > 1))[:, 0])
+        less.append((plain.high < ABOUT)[:, 0])
+    return np.concatenate(above), np.concatenate(less)
+
+
 #: Each gives a table: headings first, then its rows.
 def rank_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
     """What is said of the rank of an adapter that learns a teacher of known rank."""
@@ -363,6 +439,7 @@ TABLES: dict[str, Table] = {
     "divergence": divergence_rates,
     "participation": participation_coverage,
     "gain": gain_rates,
+    "answers": answer_rates,
 }
 
 

@@ -26,7 +26,7 @@ def test_says_what_was_analysed_and_what_came_out():
 def test_says_what_the_fisher_told():
     text = " ".join(printed(with_fisher(example_tree(run="imax"))).split())
     assert "The empirical Fisher was measured at step 300 with 40 probe samples in 40 groups, in tangent space" in text
-    assert "These tasks conflict:" in text
+    assert "Tasks chart and grounding fight:" in text
 
 
 @pytest.mark.parametrize("matrices", [1, 12, 13, 224])
