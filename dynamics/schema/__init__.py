@@ -23,7 +23,14 @@ from dynamics.schema.intervention_groups import (
     SENSITIVITY,
     SHARPNESS,
 )
-from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_COMPARISON, SCORE_DIRECTION
+from dynamics.schema.relation_groups import (
+    ASSOCIATION,
+    COMPARISON,
+    SCORE,
+    SCORE_COMPARISON,
+    SCORE_DIRECTION,
+    SCORE_RETAINED,
+)
 from dynamics.schema.update_groups import (
     BASE,
     BOUNDS,
@@ -83,6 +90,7 @@ __all__ = [
     "SCORE",
     "SCORE_COMPARISON",
     "SCORE_DIRECTION",
+    "SCORE_RETAINED",
     "SENSITIVITY",
     "SHARPNESS",
     "SUMMARY",
