@@ -244,7 +244,7 @@ def _by_losses(data: xr.Dataset, asked: Sequence[str], weight: float, seed: int)
     if "scaled_loss" in data:
         scaled = data["scaled_loss"].transpose("scale", "sample").values.astype(np.float64)
         scales = data["scale"].values.astype(float)
-        between = np.flatnonzero((scales != 0) & (scales != 1))
+        between = np.flatnonzero((scales != 0) & (scales != 1) & np.isfinite(scaled).any(1))
         losses = np.concatenate([losses, scaled[between]])
         step = int(data.attrs.get("scaled_step", data["scaled_loss"].attrs.get("scaled_step", steps[-1])))
         rows += [_named("scaled", step, scales[number].item()) for number in between]

@@ -15,7 +15,7 @@ import xarray as xr
 from dynamics.findings import Finding
 from dynamics.relate.directions import direction_remedy, directions_of, is_of_task, metric_of
 from dynamics.relate.score_files import ScoreRow
-from dynamics.schema import SCORE, SCORE_DIRECTION, SCORE_RETAINED
+from dynamics.schema import RETAINED, SCORE, SCORE_DIRECTION
 from dynamics.text import counted, some
 
 #: The task that is the mean of all tasks.
@@ -262,7 +262,7 @@ def with_file_scores(recorded: xr.Dataset | None, scores: xr.Dataset, retained: 
         name in marked or any(is_of_task(name, task) for task in retained) for name in map(str, joined["task"].values)
     ]
     if any(kept):
-        joined = joined.assign_coords(retained=("task", kept, SCORE_RETAINED.attributes))
+        joined = joined.assign_coords(retained=("task", kept, RETAINED.attributes))
     return joined.assign(direction=(("step", "task"), directions, SCORE_DIRECTION.attributes))
 
 

@@ -26,10 +26,10 @@ from dynamics.schema.intervention_groups import (
 from dynamics.schema.relation_groups import (
     ASSOCIATION,
     COMPARISON,
+    RETAINED,
     SCORE,
     SCORE_COMPARISON,
     SCORE_DIRECTION,
-    SCORE_RETAINED,
 )
 from dynamics.schema.update_groups import (
     BASE,
@@ -85,12 +85,12 @@ __all__ = [
     "RAW_GRADIENT",
     "RAW_REMAINDER",
     "RAW_UPDATE",
+    "RETAINED",
     "ROOT_ATTRIBUTES",
     "SAMPLE_LABELS",
     "SCORE",
     "SCORE_COMPARISON",
     "SCORE_DIRECTION",
-    "SCORE_RETAINED",
     "SENSITIVITY",
     "SHARPNESS",
     "SUMMARY",

@@ -106,7 +106,9 @@ def _sentence(choice: Mapping[str, Any], reported: Mapping[str, Any], of_losses:
     best, others = choice["best"], choice["within_one_standard_error"] or []
     if best == "start":
         shown = "no checkpoint is" if verdict == "no" else "no checkpoint is shown to be"
-        text = f"{shown} better than the model before training ({counted(saved, 'checkpoint')})"
+        start = choice["candidates"][0]["step"]
+        before = f"the start at step {start:,}" if start else "the model before training"
+        text = f"{shown} better than {before} ({counted(saved, 'checkpoint')})"
     else:
         of = f"of {saved:,}" if saved > 1 else "the only one"
         text = f"keep {best} ({of})" if verdict in ("yes", "mixed") else f"{best} is best ({of})"
