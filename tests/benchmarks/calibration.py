@@ -306,11 +306,11 @@ def checkpoint_choices(rng: np.random.Generator, sets: int) -> Iterator[Row]:
     """How near the choice is to the oracle's, and how often what is reported of it holds, beside the naive report."""
     yield (
         "trainings on quadratics: groups, noise",
-        "within one SE of the oracle's",
-        "value holds",
-        "all tasks hold",
-        "reported − true",
-        "on the samples that chose − true",
+        "near",
+        "95 % interval of the value holds",
+        "those of both tasks hold",
+        "reported value − true",
+        "value on the samples that chose − true",
     )
     for groups, noise, unequal in product((12, 24, 48), (0.6, 1.2), (False, True)):
         training = Training(groups=groups, noise=noise, unequal=unequal)
@@ -359,7 +359,7 @@ def checkpoint_choice(training: Training, errors: np.ndarray, rng: np.random.Gen
 def answers(rng: np.random.Generator, sets: int) -> Iterator[Row]:
     """How often an answer is right: its verdict, and the intervals of its sentence."""
     sets //= 5
-    yield "answer", "simulated", "yes", "mixed", "no", "undecided", "right"
+    yield "answer", "simulated", *VERDICTS[:4], "right"
     run = example_tree(steps=[step for step in STEPS if step], matrices=2)
     for name, training in test_checkpoint.KINDS.items():
         verdicts, right = zip(
