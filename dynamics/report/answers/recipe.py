@@ -30,8 +30,9 @@ def which_recipe(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
 
     - ``yes``: in each comparison one group is better in the score named before looking, and the other group in none.
     - ``mixed``: each is better in something, in single scores alone, or in some comparisons alone.
-    - ``no``: the runs could have shown a difference in the score named before looking, and none is shown.
-    - ``undecided``: so few runs cannot show any difference, or which way is better is not known.
+    - ``no``: all runs have equal scores.
+    - ``undecided``: no difference is shown, and differences outside the interval are ruled out; or so few runs cannot
+      show any; or which way is better is not known.
     - ``not_asked``: one run, no labels, or no scores.
 
     ``sure`` is 0.95 where the score named before looking decides; others are named with it only as far as their own
@@ -56,7 +57,7 @@ def which_recipe(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     more = [f"{counted(len(contrasts) - _NAMED, 'more comparison')} in the table"] if len(contrasts) > _NAMED else []
     evidence = tuple(number for contrast in contrasts for number in contrast.evidence())
     beside = any(contrast.shown and not contrast.is_led for contrast in contrasts if contrast.leading is not None)
-    sure = None if verdicts["undecided"] == len(contrasts) else 0.90 if beside else 0.95
+    sure = None if not any(contrast.decides for contrast in contrasts) else 0.90 if beside else 0.95
     surer = next((contrast.surer() for contrast in contrasts if contrast.surer()), "")
     text = "; ".join([*sentences, *more])
     text = f"No{text[2:]}" if text.startswith("no ") else text  # else it starts with a name
@@ -109,6 +110,12 @@ class _Contrast:
         return [row for row in rows if row["verdict"] in _SHOWN]
 
     @property
+    def decides(self) -> bool:
+        """Whether a difference could have been shown."""
+        rows = self.others if self.leading is None else [self.leading, *self.others]
+        return any(row["verdict"] in (*_SHOWN, "not_shown") for row in rows)
+
+    @property
     def verdict(self) -> Verdict:
         verdicts = {row["verdict"] for row in self.shown}
         if len(verdicts & {"better", "worse"}) == 2:
@@ -117,8 +124,8 @@ class _Contrast:
             return "yes" if self.leading is None or self.leading["verdict"] in ("better", "worse") else "mixed"
         if verdicts:
             return "undecided"
-        decidable = [self.leading] if self.leading is not None else self.others
-        return "no" if any(row["verdict"] in ("not_shown", "equal") for row in decidable) else "undecided"
+        rows = [self.leading, *self.others] if self.leading is not None else self.others
+        return "no" if rows and all(row["verdict"] == "equal" for row in rows) else "undecided"
 
     def sentence(self) -> str:
         named = [self.leading] if self.leading is not None else []
@@ -186,9 +193,9 @@ class _Contrast:
                 if design
                 else "Train more runs."
             )
-        if self.verdict == "undecided":
+        if self.shown and self.verdict == "undecided":
             return "Say which way is better: --higher TASK or --lower TASK."
-        return "More runs narrow the interval." if self.verdict in ("no", "mixed") else ""
+        return "More runs narrow the interval." if self.verdict in ("undecided", "mixed") and self.decides else ""
 
 
 #: Scores that are only counted, by their verdict.

@@ -73,7 +73,8 @@ def test_groups_of_one_or_two_runs_cannot_decide(sizes):
 
 def test_no_difference_is_told_with_what_is_ruled_out():
     answer = answered(compare_scores(*study(8, 8)))
-    assert (answer.verdict, answer.sure) == ("no", 0.95)
+    assert (answer.verdict, answer.sure) == ("undecided", 0.95)
+    assert answer.surer == "More runs narrow the interval."
     assert answer.answer.startswith("No difference between imax and dmax is shown in vqa/accuracy (imax − dmax: 95 %")
 
 
