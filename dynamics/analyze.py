@@ -106,6 +106,10 @@ def analyze(
     ] = None,
     higher: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Higher scores are better for TASK.")] = None,
     lower: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Lower scores are better for TASK.")] = None,
+    retained: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="TASK is what the base could do: did training cost any of it?"),
+    ] = None,
     headline: Annotated[
         str | None, typer.Option(metavar="MEASURE", help="The primary measure; choose it before looking at scores.")
     ] = None,
@@ -132,7 +136,8 @@ def analyze(
 ) -> None:
     """Measure what training did to the weights: spectra of the updates, with a null model beside each number.
 
-    Writes analysis.zarr, summary.json, report.html, figures/, rank_pattern.json and run.yaml to RUN/dynamics/analysis/.
+    Writes analysis.zarr, summary.json, report.html, figures/, rank_pattern.json, checkpoint_choice.json (where there
+    are scores or probe losses) and run.yaml to RUN/dynamics/analysis/.
 
     Exit status: 0 analysed; 1 an input was refused or a number is not finite (each is named, the rest is saved);
     2 nothing analysed; 130 interrupted.
@@ -142,6 +147,7 @@ def analyze(
     choices |= {"headline": headline, "given": given}
     choices |= {"intervene": intervene, "arms": _listed(arms), "k": _numbers(k), "export": export and str(export)}
     choices |= {"scores": tuple(map(str, scores or ())), "higher": tuple(higher or ()), "lower": tuple(lower or ())}
+    choices |= {"retained": tuple(retained or ())}
     if fail_on not in _LEVELS:
         raise typer.BadParameter(f"expected note, warning or error, got {fail_on!r}", param_hint="--fail-on")
     sys.exit(_analyze(runs, choices, out, as_json, progress, quiet, fail_on))

@@ -120,6 +120,7 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD514": ("warning", "a quantity that could not be held equal"),
     "OD515": ("error", "scores and groups could not be related"),
     "OD516": ("note", "shares of updates for different numbers of directions"),
+    "OD520": ("warning", "an unknown retained task"),
     # 6xx: results on disk
     "OD601": ("warning", "an analysis was stopped while it put its result in place"),
     "OD602": ("note", "results of an earlier version beside this one"),

@@ -14,7 +14,7 @@ from dynamics.fisher.task_structure import simultaneous_interval
 from dynamics.report.answers import answers, answers_of_runs
 from dynamics.report.answers.tasks import pair_sentence
 from dynamics.report.interventions import intervention_summary, sharpness_summary
-from dynamics.report.score_summary import checkpoint_table, score_summary
+from dynamics.report.score_summary import checkpoint_choice, checkpoint_table, score_summary
 from dynamics.schema import ALL, FISHER_GROUPS, GLOBAL, last_step_with
 from dynamics.spectra.dataset import parts_of_sums
 from dynamics.text import finite, integer
@@ -74,6 +74,8 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
           ``matrices`` could be compared;
         - ``scores``: each score at the start, at its last step and at its best, see ``score_changes``; and
           ``checkpoints``: a row for each step with the size of the update, the increment, and the scores;
+        - ``checkpoint_choice``: ``None`` without losses of probe samples and scores, else which checkpoint to keep, see
+          :func:`dynamics.choose_checkpoint`;
         - ``score_comparison`` and ``comparison`` of groups in scores and measures, and ``association`` of both:
           ``None``, or the ``headline`` and ``statements``, those about the headline first; of scores also ``rows``,
           with the ``verdict`` and numbers of each;
@@ -113,6 +115,7 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         "base": _base(tree),
         "scores": scores,
         "checkpoints": checkpoint_table(update, tree, scores),
+        "checkpoint_choice": checkpoint_choice(tree),
         **_related(tree),
         "suggested_rank_energy": float(update["suggested_rank"].attrs["energy"]),
         "totals": _totals(last),

@@ -23,7 +23,14 @@ from dynamics.schema.intervention_groups import (
     SENSITIVITY,
     SHARPNESS,
 )
-from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_COMPARISON, SCORE_DIRECTION
+from dynamics.schema.relation_groups import (
+    ASSOCIATION,
+    COMPARISON,
+    RETAINED,
+    SCORE,
+    SCORE_COMPARISON,
+    SCORE_DIRECTION,
+)
 from dynamics.schema.update_groups import (
     BASE,
     BOUNDS,
@@ -78,6 +85,7 @@ __all__ = [
     "RAW_GRADIENT",
     "RAW_REMAINDER",
     "RAW_UPDATE",
+    "RETAINED",
     "ROOT_ATTRIBUTES",
     "SAMPLE_LABELS",
     "SCORE",

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import combinations
+from dataclasses import replace
+from itertools import combinations, product
 
 import numpy as np
 import xarray as xr
@@ -18,10 +19,12 @@ from dynamics.fisher.concentration import MOST_TIMES, matched_gain
 from dynamics.fisher.samples import SampleGroups, confidence_interval, counted_groups, weight_of
 from dynamics.fisher.spectrum import directional, log_participation_ratio
 from dynamics.fisher.task_structure import cosines, divergence_test, simultaneous_interval
-from dynamics.relate import associate, compare, compare_scores
+from dynamics.relate import associate, choose_checkpoint, compare, compare_scores
 from dynamics.relate.differences import relabelled_difference, students_test
+from dynamics.relate.group_losses import GroupedLosses
 from dynamics.relate.permutations import LEVEL
 from dynamics.relate.stability import course_of
+from dynamics.report.answers.answer import VERDICTS
 from dynamics.report.answers.concentration import ABOUT, chance_steps
 from dynamics.report.answers.trained import did_it_train
 from dynamics.spectra.training_noise import STATES
@@ -30,6 +33,8 @@ from tests.adapters import claims
 from tests.dynamics.fisher.simulated import NORMS, gradients, grams, norms, power_law, stacked
 from tests.dynamics.relate import simulated
 from tests.dynamics.relate.simulated import decided
+from tests.dynamics.relate.simulated_trainings import STEPS, Training
+from tests.dynamics.report.answers import test_checkpoint, test_recipe
 from tests.trainings import KINDS, trainings
 from tests.trees import example_tree
 
@@ -377,7 +382,88 @@ def concentrated(rng: np.random.Generator, sets: int, batch: int) -> tuple[np.nd
     return np.concatenate(above), np.concatenate(less)
 
 
-#: Each gives a table: headings first, then its rows.
+def checkpoint_choices(rng: np.random.Generator, sets: int) -> Iterator[Row]:
+    """How near the choice is to the oracle's, and how often what is reported of it holds, beside the naive report."""
+    yield (
+        "trainings on quadratics: groups, noise",
+        "near",
+        "95 % interval of the value holds",
+        "those of both tasks hold",
+        "reported value − true",
+        "value on the samples that chose − true",
+    )
+    for groups, noise, unequal in product((12, 24, 48), (0.6, 1.2), (False, True)):
+        training = Training(groups=groups, noise=noise, unequal=unequal)
+        errors = paired_errors(training, rng)
+        numbers = np.array([checkpoint_choice(training, errors, rng) for _ in range(sets // 5)])
+        near, holds, together, error, naive_error = numbers.mean(0)
+        sizes = "unequal" if unequal else "alike"
+        yield (
+            f"{groups} {sizes}, {noise}",
+            f"{near:.3f}",
+            f"{holds:.3f}",
+            f"{together:.3f}",
+            f"{error:+.4f}",
+            f"{naive_error:+.4f}",
+        )
+
+
+def paired_errors(training: Training, rng: np.random.Generator) -> np.ndarray:
+    """Standard errors of differences in value between candidates, over half of the groups, from 4,000 groups."""
+    data = replace(training, groups=4000).draw(rng)
+    losses = np.concatenate([data["sample_loss"].values, data["scaled_loss"].values])
+    tasks = data["task"].values.tolist()
+    grouped = GroupedLosses.of(losses, data["sample_task"].values, data["sample_group"].values, tasks)
+    covariance = grouped.covariance(np.ones(len(tasks))) * 4000 / (training.groups / 2)
+    variance = np.diag(covariance)
+    return np.sqrt(np.maximum(variance[:, None] + variance - 2 * covariance, 0.0))
+
+
+def checkpoint_choice(training: Training, errors: np.ndarray, rng: np.random.Generator) -> list[float]:
+    """Whether the choice is near the oracle's, whether intervals hold, and two errors of its value."""
+    choice = choose_checkpoint(training.draw(rng))
+    names = [candidate["name"] for candidate in choice["candidates"]]
+    best, oracle = names.index(choice["best"]), int(np.argmax(training.value))
+    reported, truth = choice["reported"], training.value[best]
+    tasks = zip(reported["tasks"], training.improvement[best], strict=True)
+    gap = training.value[oracle] - truth
+    return [
+        gap <= errors[best, oracle],
+        reported["low"] <= truth <= reported["high"],
+        all(task["low"] <= value <= task["high"] for task, value in tasks),
+        reported["value"] - truth,
+        choice["candidates"][best]["value"] - truth,
+    ]
+
+
+def verdict_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
+    """How often an answer is right: its verdict, and the intervals of its sentence."""
+    sets //= 5
+    yield "answer", "simulated", *VERDICTS[:4], "right"
+    run = example_tree(steps=[step for step in STEPS if step], matrices=2)
+    for name, training in test_checkpoint.KINDS.items():
+        verdicts, right = zip(
+            *(test_checkpoint.checkpoint_answer(run, training, rng) for _ in range(sets)), strict=True
+        )
+        yield (
+            "checkpoint",
+            name,
+            *(share(np.array(verdicts) == verdict) for verdict in VERDICTS[:4]),
+            share(np.array(right)),
+        )
+    for sizes in ((3, 3), (3, 4), (5, 5), (8, 8)):
+        for spread, shift in ((1.0, 0.0), (5.0, 0.0), (1.0, 2.0)):
+            found = [test_recipe.recipe_answer(rng, sizes, spread=spread, shift=shift) for _ in range(sets)]
+            verdicts = np.array([answer.verdict for answer in found])
+            wrong = [answer.verdict in ("yes", "mixed") and answer.sure == 0.95 for answer in found]
+            if shift:
+                wrong = [answer.answer.startswith("dmax is better") for answer in found]
+            kind = (
+                f"{sizes[0]} + {sizes[1]} runs, {f'{shift:g} SD apart' if shift else f'alike, spread {spread:g} : 1'}"
+            )
+            yield "recipe", kind, *(share(verdicts == verdict) for verdict in VERDICTS[:4]), share(~np.array(wrong))
+
+
 def rank_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
     """What is said of the rank of an adapter that learns a teacher of known rank."""
     yield "adapter and teacher", *(f"{state}, right" for state in STATES[:-1]), STATES[-1]
@@ -427,9 +513,8 @@ _RUNS: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], Mapping
         for spread in (0.2, 0.5)
     },
 }
+#: Each gives a table: headings first, then its rows.
 TABLES: dict[str, Table] = {
-    "rank": rank_rates,
-    "trained": trained_rates,
     "associations": false_associations,
     "differences": false_differences,
     "scores": false_scores,
@@ -439,7 +524,11 @@ TABLES: dict[str, Table] = {
     "divergence": divergence_rates,
     "participation": participation_coverage,
     "gain": gain_rates,
+    "trained": trained_rates,
+    "rank": rank_rates,
+    "checkpoints": checkpoint_choices,
     "answers": answer_rates,
+    "verdicts": verdict_rates,
 }
 
 

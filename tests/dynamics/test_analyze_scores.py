@@ -91,6 +91,34 @@ def test_the_page_answers_first_and_links_to_its_tables(result):
     assert summary["comparison"]["statements"][0] in page.replace("&#39;", "'")
 
 
+def test_each_run_has_the_choice_of_its_checkpoint(result):
+    folder = result[1] / "analysis"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert sorted(path.name for path in folder.glob("checkpoint_choice*")) == sorted(
+        f"checkpoint_choice.{run}.json" for run in RUNS
+    )
+    for run in RUNS:
+        choice = json.loads((folder / f"checkpoint_choice.{run}.json").read_text())
+        assert choice == summary["runs"][run]["checkpoint_choice"]
+        assert choice["best"] in [f"step {step}" for step in STEPS]
+    recipe = summary["answers"][-1]
+    assert (recipe["id"], recipe["verdict"]) == ("recipe", "undecided")
+    assert "3 + 3 runs cannot decide" in recipe["answer"]
+
+
+def test_retained_tasks_are_given_by_name_and_a_choice_goes_with_its_scores(runs, scores, tmp_path):
+    arguments = runs / "imax_s1", "--out", tmp_path / "dynamics", "--no-report"
+    assert analyze(*arguments, "--scores", scores, "--retained", "report", "--retained", "other").returncode == 0
+    path = tmp_path / "dynamics" / "analysis" / "checkpoint_choice.json"
+    assert json.loads(path.read_text())["retained"] == ["report/loss"]
+    tree = open_run(tmp_path)
+    schema.check(tree)
+    assert tree["score"]["retained"].values.tolist() == [name == "report/loss" for name in tree["score"]["task"].values]
+    assert "OD520" in codes(tree)
+    assert analyze(*arguments).returncode == 0
+    assert not path.exists()
+
+
 def test_a_single_run_is_described(runs, scores, tmp_path):
     out = tmp_path / "dynamics"
     found = analyze(runs / "imax_s1", "--scores", scores, "--out", out, "--no-report")

@@ -357,6 +357,13 @@ def test_a_direction_turns_a_score():
     assert "OD505" not in codes(up)
 
 
+def test_a_retained_task_without_a_score_is_named():
+    rows = [ScoreRow("a", 10, "vqa/acc", 0.5)]
+    absent = only(relate_runs(results(["a", "b"]), rows, retained=["vqa", "mmlu"]), "OD520")
+    assert absent.message == "Expected retained tasks among the scores, got 'mmlu'; there are scores of 'vqa/acc'."
+    assert "there are no scores" in only(relate_runs(results(["a"]), retained=["mmlu"]), "OD520").message
+
+
 def test_a_direction_without_any_score_is_named():
     related = relate_runs(results(["a", "b"]), directions={"vqa": "higher", "qa": "lower"})
     absent = only(related, "OD512")
