@@ -40,6 +40,7 @@ from dynamics.store.records import (
     TrainingRecords,
     joined_fisher,
     joined_interventions,
+    joined_losses,
     joined_scores,
     joined_sharpness,
 )
@@ -615,6 +616,7 @@ def _probed(
         "intervention": joined_interventions(probes.intervention),
         "sensitivity": probes.sensitivity,
         "sharpness": joined_sharpness(probes.sharpness),
+        "loss": joined_losses([part.assign_coords(recorded=("step", [False])) for part in probes.loss]),
     }
     return groups, [*probes.findings, *findings]
 

@@ -16,6 +16,7 @@ from dynamics.findings import Finding
 from dynamics.relate.directions import direction_remedy, directions_of, metric_of
 from dynamics.relate.score_files import ScoreRow
 from dynamics.schema import SCORE, SCORE_DIRECTION
+from dynamics.store.records import with_retained
 from dynamics.text import counted, some
 
 #: The task that is the mean of all tasks.
@@ -245,11 +246,14 @@ def with_file_scores(recorded: xr.Dataset | None, scores: xr.Dataset) -> xr.Data
     present = scores["score"].notnull()
     of_files = scores[list(SCORE)].drop_vars(["run", "direction"], errors="ignore")
     of_files = of_files.isel(step=present.any("task").values, task=present.any("step").values)
-    joined = of_files if recorded is None else recorded.drop_vars("direction", errors="ignore").combine_first(of_files)
+    joined = of_files
+    if recorded is not None:
+        joined = recorded.drop_vars(["direction", "retained"], errors="ignore").combine_first(of_files)
     known = dict(zip(scores["task"].values.tolist(), scores["direction"].values.tolist(), strict=True))
     signs = [known.get(task, metric_of(task).direction) for task in joined["task"].values.tolist()]
     directions = np.tile(np.array(signs, dtype=np.float64), (joined.sizes["step"], 1))
-    return joined.assign(direction=(("step", "task"), directions, SCORE_DIRECTION.attributes))
+    joined = joined.assign(direction=(("step", "task"), directions, SCORE_DIRECTION.attributes))
+    return joined if recorded is None else with_retained(joined, recorded)
 
 
 def as_scores(scores: xr.DataArray | xr.Dataset, directions: Mapping[str, str] | None) -> xr.DataArray:

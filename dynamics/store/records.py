@@ -17,6 +17,7 @@ import xarray as xr
 
 from dynamics import schema
 from dynamics.findings import Finding, from_json
+from dynamics.intervention.loss_changes import loss_record
 from dynamics.schema import WRAPPERS, Variable
 from dynamics.spectra import raw
 from dynamics.store.capture import CAPTURE, capture_steps
@@ -39,13 +40,18 @@ TABLES: Mapping[str, Mapping[str, Variable]] = {
     "update": raw.UPDATE,
     "gradient": raw.GRADIENT,
     "fisher": {**schema.FISHER_RECORD, "momentum": schema.FISHER_MOMENTUM},
-    "score": {**schema.SCORE, "direction": schema.SCORE_DIRECTION},
+    "score": {**schema.SCORE, "direction": schema.SCORE_DIRECTION, "retained": schema.RETAINED},
     "intervention": schema.INTERVENTION,
+    "loss": {name: variable for name, variable in schema.LOSS_RECORD.items() if name != "scaled_loss"},
 }
 #: Variables that a record may lack: those that records of earlier versions do not have, and those not always known.
-OPTIONAL = (*raw.ADDED, "momentum", "direction", *(schema.INTERVENTION.keys() - {"effect", "norm", "headline"}))
+OPTIONAL = (
+    *raw.ADDED,
+    *("momentum", "direction", "retained"),
+    *(schema.INTERVENTION.keys() - {"effect", "norm", "headline"}),
+)
 #: Groups without which the others can be used.
-_PROBED = ("fisher", "score", "intervention")
+_PROBED = ("fisher", "score", "intervention", "loss")
 _COORDINATES = ("step", "block", "evaluated_at_step", *schema.SAMPLE_LABELS)
 
 
@@ -60,6 +66,7 @@ class TrainingRecords:
         fisher: K and b of the steps that have them, ``None`` if none has.
         score: Scores of the steps that have some, ``None`` if none has.
         intervention: Effects of parts of the increments that were intervened on, ``None`` if none was.
+        loss: Losses of the probe samples, ``None`` if there are none.
         live_names: Name on disk → name in the live model, where they differ.
         findings: What was found during the training, and while reading.
         stamp: Tells whether the folder has changed since: run, steps, records that cannot be used, attributes.
@@ -73,6 +80,7 @@ class TrainingRecords:
     fisher: xr.Dataset | None
     score: xr.Dataset | None
     intervention: xr.Dataset | None
+    loss: xr.Dataset | None
     live_names: Mapping[str, str]
     findings: tuple[Finding, ...]
     stamp: Mapping[str, Any]
@@ -149,6 +157,7 @@ def read_records(folders: RecordFolders, keep: re.Pattern[str] | None = None) ->
         fisher=fisher,
         score=joined_scores(parts["score"]),
         intervention=joined_interventions(parts["intervention"]),
+        loss=joined_losses(parts["loss"], pattern),
         live_names=_live_names(stored.attributes.get("disk_names"), parts["update"]),
         findings=(
             *_findings_of_training(stored.attributes),
@@ -334,8 +343,66 @@ def unmeasured_fisher(tree: xr.DataTree) -> xr.Dataset | None:
 
 
 def joined_scores(parts: Sequence[xr.Dataset]) -> xr.Dataset | None:
-    """Return the scores of all steps."""
-    return xr.concat(parts, "step", data_vars="all", join="outer") if parts else None
+    """Return the scores of all steps; a task is retained if it is at any of them."""
+    if not parts:
+        return None
+    scores = [part.drop_vars("retained", errors="ignore") for part in parts]
+    return with_retained(xr.concat(scores, "step", data_vars="all", join="outer"), *parts)
+
+
+def with_retained(scores: xr.Dataset, *sources: xr.Dataset) -> xr.Dataset:
+    """Return scores with the coordinate ``retained`` of the sources, if any of them has it.
+
+    >>> one = xr.Dataset(coords={"task": ["a"], "retained": ("task", [True])})
+    >>> with_retained(xr.Dataset(coords={"task": ["a", "b"]}), one)["retained"].values.tolist()
+    [True, False]
+    """
+    known = [source for source in sources if "retained" in source.variables]
+    if not known:
+        return scores
+    names = {name for source in known for name in source["task"].values[source["retained"].values]}
+    flags = [name in names for name in scores["task"].values.tolist()]
+    return scores.assign_coords(retained=("task", flags, schema.RETAINED.attributes))
+
+
+def joined_losses(parts: Sequence[xr.Dataset], keep: re.Pattern[str] | None = None) -> xr.Dataset | None:
+    """Return the losses of all steps; of those that probed the same samples as the last one, as K is joined.
+
+    Args:
+        parts: Of one step or several, ascending, none of them twice.
+        keep: Predictions of matrices whose name it finds are kept.
+    """
+    if not parts:
+        return None
+    labels = (*schema.SAMPLE_LABELS, "task")
+    same = [part for part in parts if all(np.array_equal(part[name], parts[-1][name]) for name in labels)]
+    by_step = [name for name in schema.LOSS_RECORD if name != "scaled_loss"]
+    rows = [
+        part[by_step].assign_coords(
+            {
+                name: ("step", [value] * part.sizes["step"])
+                for name, value in (("reason", str(part.attrs.get("reason", ""))), ("recorded", True))
+                if name not in part.coords
+            }
+        )
+        for part in same
+    ]
+    rows = [row.drop_vars("retained") for row in rows]
+    whole = xr.concat(rows, "step", data_vars="all", coords="minimal", compat="override", join="outer")
+    whole = whole.assign_coords(retained=same[-1]["retained"])
+    names = dict.fromkeys(name for part in same for name in part["matrix"].values.tolist())
+    chosen = [name for name in names if keep is None or keep.search(name)]
+    counts = [of for part in same if type(of := part.attrs.get("of_matrices")) is int]
+    whole = whole.sel(matrix=chosen).assign_attrs(of_matrices=max(counts, default=0), scaled_reason="")
+    scaled = [part for part in same if "scaled_loss" in part]
+    if scaled:
+        whole = whole.assign(scaled_loss=scaled[-1]["scaled_loss"])
+        whole.attrs |= {"scaled_step": _scaled_step(scaled[-1])}
+    return whole
+
+
+def _scaled_step(part: xr.Dataset) -> int:
+    return int(part.attrs.get("scaled_step", part["step"].values[-1]))
 
 
 def joined_interventions(parts: Sequence[xr.Dataset]) -> xr.Dataset | None:
@@ -385,6 +452,22 @@ def joined_sharpness(parts: Sequence[xr.Dataset]) -> xr.Dataset | None:
     return xr.concat(parts, "step", join="outer", fill_value=fill, combine_attrs="override")
 
 
+def with_probed_losses(recorded: xr.Dataset | None, probed: xr.Dataset | None) -> xr.Dataset | None:
+    """Return the losses of records and of probed checkpoints; where both have a step, those of the record.
+
+    Probed checkpoints are left out if they probed other samples, of which :func:`with_probed` tells.
+    """
+    if recorded is None or probed is None:
+        return probed if recorded is None else recorded
+    labels = (*schema.SAMPLE_LABELS, "task")
+    if not all(np.array_equal(recorded[name].values, probed[name].values) for name in labels):
+        return recorded
+    new = probed.sel(step=~probed["step"].isin(recorded["step"].values))
+    whole = joined_losses([part for part in (new, recorded) if part.sizes["step"]])
+    assert whole is not None
+    return whole.sortby("step")
+
+
 def with_probed_interventions(recorded: xr.Dataset | None, probed: xr.Dataset | None) -> xr.Dataset | None:
     """Return the effects of records and of probed checkpoints; where both have a step, those of the record.
 
@@ -406,6 +489,15 @@ def unmeasured_interventions(tree: xr.DataTree) -> xr.Dataset | None:
     effects = tree["intervention"].to_dataset().load()
     effects = effects.sel(step=~effects["recorded"])
     return effects if effects.sizes["step"] else None
+
+
+def unmeasured_losses(tree: xr.DataTree) -> xr.Dataset | None:
+    """Return what a stored result keeps of losses at its probed checkpoints; ``None`` if there are none."""
+    if "loss" not in tree.children:
+        return None
+    record = loss_record(tree["loss"].to_dataset().load())
+    record = record.sel(step=~record["recorded"].astype(bool))
+    return record if record.sizes["step"] else None
 
 
 def _step(part: xr.Dataset) -> int:

@@ -24,7 +24,8 @@ from dynamics.findings import Finding, from_json, to_json
 from dynamics.fisher import measure_fisher
 from dynamics.fisher.findings import findings_of as fisher_findings
 from dynamics.intervention.findings import findings_of as intervention_findings
-from dynamics.intervention.findings import sharpness_findings
+from dynamics.intervention.findings import loss_findings, sharpness_findings
+from dynamics.intervention.loss_changes import loss_changes
 from dynamics.spectra.dataset import measure_update
 from dynamics.spectra.findings import findings_of
 from dynamics.spectra.null_models import SEED
@@ -39,8 +40,11 @@ from dynamics.store.records import (
     read_records,
     unmeasured_fisher,
     unmeasured_interventions,
+    unmeasured_losses,
     with_probed,
     with_probed_interventions,
+    with_probed_losses,
+    with_retained,
 )
 from dynamics.store.results import FOLDER, encodable_dataset, provenance
 from dynamics.text import encodable
@@ -60,6 +64,7 @@ class Parts:
         fisher: K and b of probed checkpoints, ``None`` if none was probed.
         score: Their scores, ``None`` if there are none.
         intervention: Effects of parts of their increments, ``None`` if there was no intervention.
+        loss: Losses of their probe samples, ``None`` if none was probed.
     """
 
     run: str
@@ -71,6 +76,7 @@ class Parts:
     fisher: xr.Dataset | None = None
     score: xr.Dataset | None = None
     intervention: xr.Dataset | None = None
+    loss: xr.Dataset | None = None
 
 
 def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
@@ -108,6 +114,10 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
     if effects is not None:
         groups["intervention"] = effects
         findings += intervention_findings(effects)
+    losses = with_probed_losses(None if records is None else records.loss, parts.loss)
+    if losses is not None:
+        groups["loss"] = loss_changes(losses)
+        findings += loss_findings(groups["loss"])
     if "sharpness" in groups:
         findings += sharpness_findings(groups["sharpness"])
     scores = [score for score in (records and records.score, parts.score, parts.logs.get("score")) if score is not None]
@@ -135,7 +145,8 @@ def _live(group: xr.Dataset, live_names: Mapping[str, str]) -> xr.Dataset:
 
 def _scores(first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
     """Return the scores of both; where both have one, that of the first."""
-    return first.combine_first(second).assign_attrs(second.attrs)
+    one, other = (scores.drop_vars("retained", errors="ignore") for scores in (first, second))
+    return with_retained(one.combine_first(other), first, second).assign_attrs(second.attrs)
 
 
 def _findings_of_checkpoints(parts: Parts) -> list[Finding]:
@@ -146,9 +157,10 @@ def _findings_of_checkpoints(parts: Parts) -> list[Finding]:
 
 #: Groups that the records do not change.
 _KEPT = ("training", "score", "path", "base", "weights", "association", "sensitivity", "sharpness")
-#: Findings that follow from the numbers of ``/update``, ``/intervention`` and ``/sharpness``: they are found anew.
+#: Findings that follow from the numbers of ``/update``, ``/intervention``, ``/loss`` and ``/sharpness``: found anew.
 _FROM_NUMBERS = (
     *("OD202", "OD203", "OD204", "OD205", "OD206", "OD208"),
+    "OD416",
     *("OD701", "OD702", "OD703", "OD704", "OD705", "OD706"),
 )
 #: What findings about ``/association`` begin with: they stay with it.
@@ -209,6 +221,7 @@ def reopened(stored: xr.DataTree, folders: RecordFolders) -> xr.DataTree:
         inputs=[entry for entry in json.loads(attributes["inputs"]) if "captured_steps" not in entry],
         fisher=unmeasured_fisher(stored),
         intervention=unmeasured_interventions(stored),
+        loss=unmeasured_losses(stored),
     )
     tree = result_tree(parts, configuration)
     tree.attrs |= {name: attributes[name] for name in ("label",) if name in attributes}
