@@ -144,11 +144,10 @@ def costliest_layer(losses: xr.Dataset) -> CostliestLayer | None:
     """
     if "layer_share" not in losses or losses.sizes["layer"] < 2:
         return None
-    predicted = np.isfinite(losses["predicted_first"].values).any(1)
-    predicted[0] = False
-    if not predicted.any():
+    predicted = np.flatnonzero(np.isfinite(losses["predicted_first"].values).any(1))
+    if not predicted.any():  # but for the start
         return None
-    at = losses.isel(step=int(np.flatnonzero(predicted)[-1]))
+    at = losses.isel(step=int(predicted[-1]))
     change, first = at["change"].values, at["predicted_first"].values
     ratio = np.divide(first, change, out=np.zeros_like(first), where=change != 0)
     near = (ratio >= 1 / _NEAR) & (ratio <= _NEAR) & np.isfinite(at["layer_share"].values).all(0)

@@ -68,7 +68,7 @@ class LossProbe:
     def __init__(self, model: nn.Module, tasks: Sequence[Task], others: Mapping[str, Tensor] | None) -> None:
         self._model, self._tasks = model, tuple(tasks)
         _, *labels = probe_batches(tasks)
-        self._labels = dict(zip(schema.SAMPLE_LABELS, labels, strict=True))
+        self._labels: dict[str, list[str]] = dict(zip(schema.SAMPLE_LABELS, labels, strict=True))
         self._others = others or {}
         self._first: list[Tensor] | None = None  # losses at the start, by task
         self._unknown = LATE if others is None and outside(model) else ""
