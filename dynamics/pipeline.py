@@ -546,8 +546,8 @@ def measure(
         inputs += [{**file, "step": trajectory.base.step, "role": "base"} for file in trajectory.base.inputs]
     probed, probe_findings = _probed(trajectory, load, options, progress)
     groups, failures = _groups_of_checkpoints(trajectory, spectra, grams, options, progress)
-    alone = {name: probed.pop(name, None) for name in ("sensitivity", "sharpness")}
-    groups |= {name: group for name, group in alone.items() if group is not None}
+    if (directions := probed.pop("sensitivity", None)) is not None:
+        groups["sensitivity"] = directions
     findings = [*trajectory.findings, *findings, *probe_findings, *failures]
     parts = Parts(trajectory.name, spectra, records, log_groups(trajectory) | groups, findings, inputs, **probed)
     return result_tree(parts, configuration or {})

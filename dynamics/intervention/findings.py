@@ -441,7 +441,7 @@ def loss_findings(group: xr.Dataset) -> list[Finding]:
     lacking = {"Changes of the losses are not predicted": reason, _NOT_SCALED: str(group.attrs["scaled_reason"])}
     return [
         Finding(
-            "OD416",
+            "OD417",
             f"{what}: {why}.",
             "The losses themselves are measured. To have the rest, train and probe weights whose start is known.",
             step=int(group["step"].values[-1]),

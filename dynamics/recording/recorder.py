@@ -24,7 +24,7 @@ from dynamics.findings import Finding
 from dynamics.intervention.counterfactuals import ARMS
 from dynamics.recording import Schedule, at_no_step, either, preset_named
 from dynamics.recording.changes import BaseWeights, Change, ModelState, change_between
-from dynamics.recording.fisher import FisherProbe, Interventions, momentum_of
+from dynamics.recording.fisher import FisherProbe, Increment, Interventions, descent_rate, momentum_of
 from dynamics.recording.live import LiveSpectra
 from dynamics.recording.losses import LossProbe, outside
 from dynamics.recording.monitor import (
@@ -100,7 +100,9 @@ class Recorder:
             samples and one forward pass a captured step. ``"full"`` adds what gradients at the start of the training
             say of the losses: two passes forward and backward, and two forward. Where K
             of every block would take more than 64 MiB a record, it holds only that of all together, and a warning says
-            so; choose ``matrices`` (``"."``: all) to record theirs as well.
+            so; choose ``matrices`` (``"."``: all) to record theirs as well. The preset ``"full"`` records critical
+            sharpness, too: about eight forward passes for all samples together, and as many for each task along each
+            task's gradient.
         intervene: Steps at which parts of the increment are run on the probe samples, too, to see which of them lower
             the loss: every so many steps, a list of steps, or a schedule. These steps are captured. With the default
             arms such a step takes 28 forward passes over the probe samples and two forward and backward.
@@ -173,7 +175,8 @@ class Recorder:
         probe_findings = [] if self._probe is None else self._probe.findings()
         for finding in probe_findings:
             warnings.warn(str(finding), UserWarning, stacklevel=2)
-        self._momentum = math.nan
+        self._momentum = self._rate = math.nan
+        self._sharpness: xr.Dataset | None = None  # of the last step that has one: the next search starts there
         self.scalars: dict[str, float] = {}
         choices = {"every": every, "at": None if at is None else list(map(int, at)), "schedule": _named(schedule)}
         configuration = {"preset": preset, **choices, "matrices": matrices, "gradients": gradients}
@@ -212,7 +215,7 @@ class Recorder:
         self.before_backward(step, scaler)
         hook = None
         if self._in_flight is not None and optimizer is not None:
-            self._momentum = momentum_of(optimizer)
+            self._take_rates(optimizer)
             inner = getattr(optimizer, "optimizer", optimizer)
             if hasattr(inner, "register_step_pre_hook"):  # not every optimizer is one of torch
                 hook = inner.register_step_pre_hook(lambda *_: self.before_optimizer_step(optimizer))
@@ -253,7 +256,7 @@ class Recorder:
         flight = self._in_flight
         self._follow(captures=False)
         if flight is not None and optimizer is not None:
-            self._momentum = momentum_of(optimizer)
+            self._take_rates(optimizer)
         if flight is None or not self._gradients or flight.has_gradient:
             return
         flight.has_gradient = True
@@ -446,6 +449,8 @@ class Recorder:
                     groups["intervention"] = self._probe.intervene(
                         increment, self._interventions, step, self._from_step, self._progress
                     )
+                if self.preset.sharpness:
+                    groups["sharpness"] = self._sharpness_along(increment, step)
         if self._probe is not None:
             with self._forgiven(step):
                 groups["score"] = self._probe.scores(step)
@@ -457,6 +462,19 @@ class Recorder:
                     predicts=self.preset.predictions,
                 )
         return groups
+
+    def _take_rates(self, optimizer: Any) -> None:
+        self._momentum, self._rate = momentum_of(optimizer), descent_rate(optimizer)
+
+    def _sharpness_along(self, increment: Increment, step: int) -> xr.Dataset | None:
+        """Return the critical sharpness where the increment began; ``None`` where the increment is not wholly known."""
+        assert self._probe is not None
+        if increment.changes is None or increment.unknown:
+            return None
+        self._sharpness = self._probe.sharpness(
+            increment, step, self._from_step, self._sharpness, rate=self._rate, progress=self._progress
+        )
+        return self._sharpness
 
     def _annotate(self) -> None:
         """Keep the findings beside the records up to date."""

@@ -129,6 +129,7 @@ class Preset:
             the watched factors.
         predictions: Whether changes of the probe samples' losses are predicted from gradients at the start, which takes
             two forward and backward passes and two forward ones more over the samples.
+        sharpness: Whether critical sharpness is recorded, where there are probe samples.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Preset:
     gradient_spectra: bool = False
     increment_cosines: bool = False
     predictions: bool = False
+    sharpness: bool = False
 
 
 #: Every preset records the spectra of totals and increments, and gradient norms before and after clipping.
@@ -145,7 +147,12 @@ PRESETS: Mapping[str, Preset] = {
         Preset("economy", either(geometric(4), every(100))),
         Preset("standard", either(geometric(2), every(50)), gradient_spectra=True),
         Preset(
-            "full", either(geometric(2), every(10)), gradient_spectra=True, increment_cosines=True, predictions=True
+            "full",
+            either(geometric(2), every(10)),
+            gradient_spectra=True,
+            increment_cosines=True,
+            predictions=True,
+            sharpness=True,
         ),
     )
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ TABLES: Mapping[str, Mapping[str, Variable]] = {
     "score": {**schema.SCORE, "direction": schema.SCORE_DIRECTION, "retained": schema.RETAINED},
     "intervention": schema.INTERVENTION,
     "loss": {name: variable for name, variable in schema.LOSS_RECORD.items() if name != "scaled_loss"},
+    "sharpness": schema.SHARPNESS,
 }
 #: Variables that a record may lack: those that records of earlier versions do not have, and those not always known.
 OPTIONAL = (
@@ -51,7 +52,7 @@ OPTIONAL = (
     *(schema.INTERVENTION.keys() - {"effect", "norm", "headline"}),
 )
 #: Groups without which the others can be used.
-_PROBED = ("fisher", "score", "intervention", "loss")
+_PROBED = ("fisher", "score", "intervention", "loss", "sharpness")
 _COORDINATES = ("step", "block", "evaluated_at_step", *schema.SAMPLE_LABELS)
 
 
@@ -67,6 +68,7 @@ class TrainingRecords:
         score: Scores of the steps that have some, ``None`` if none has.
         intervention: Effects of parts of the increments that were intervened on, ``None`` if none was.
         loss: Losses of the probe samples, ``None`` if there are none.
+        sharpness: Critical steps and sharpness, ``None`` if no step has them.
         live_names: Name on disk → name in the live model, where they differ.
         findings: What was found during the training, and while reading.
         stamp: Tells whether the folder has changed since: run, steps, records that cannot be used, attributes.
@@ -81,6 +83,7 @@ class TrainingRecords:
     score: xr.Dataset | None
     intervention: xr.Dataset | None
     loss: xr.Dataset | None
+    sharpness: xr.Dataset | None
     live_names: Mapping[str, str]
     findings: tuple[Finding, ...]
     stamp: Mapping[str, Any]
@@ -158,6 +161,7 @@ def read_records(folders: RecordFolders, keep: re.Pattern[str] | None = None) ->
         score=joined_scores(parts["score"]),
         intervention=joined_interventions(parts["intervention"]),
         loss=joined_losses(parts["loss"], pattern),
+        sharpness=joined_sharpness(parts["sharpness"]),
         live_names=_live_names(stored.attributes.get("disk_names"), parts["update"]),
         findings=(
             *_findings_of_training(stored.attributes),
@@ -449,7 +453,7 @@ def joined_sharpness(parts: Sequence[xr.Dataset]) -> xr.Dataset | None:
     if not parts:
         return None
     fill = {name: "" if name.endswith("reason") else name != "resolved" and np.nan for name in schema.SHARPNESS}
-    return xr.concat(parts, "step", join="outer", fill_value=fill, combine_attrs="override")
+    return xr.concat(parts, "step", join="outer", fill_value=fill, combine_attrs="override").sortby("step")
 
 
 def with_probed_losses(recorded: xr.Dataset | None, probed: xr.Dataset | None) -> xr.Dataset | None:
@@ -468,10 +472,18 @@ def with_probed_losses(recorded: xr.Dataset | None, probed: xr.Dataset | None) -
     return whole.sortby("step")
 
 
-def with_probed_interventions(recorded: xr.Dataset | None, probed: xr.Dataset | None) -> xr.Dataset | None:
+def with_probed_effects(
+    recorded: xr.Dataset | None,
+    probed: xr.Dataset | None,
+    joined: Callable[[Sequence[xr.Dataset]], xr.Dataset | None],
+) -> xr.Dataset | None:
     """Return the effects of records and of probed checkpoints; where both have a step, those of the record.
 
     The coordinate ``recorded`` tells which is which.
+
+    Args:
+        recorded, probed: ``/intervention`` or ``/sharpness`` of each.
+        joined: :func:`joined_interventions` or :func:`joined_sharpness`.
     """
     parts = []
     if recorded is not None:
@@ -479,14 +491,19 @@ def with_probed_interventions(recorded: xr.Dataset | None, probed: xr.Dataset | 
         probed = None if probed is None else probed.sel(step=~probed["step"].isin(recorded["step"].values))
     if probed is not None and probed.sizes["step"]:
         parts.append(probed.assign_coords(recorded=("step", np.zeros(probed.sizes["step"], dtype=bool))))
-    return joined_interventions(parts)
+    return joined(parts)
 
 
-def unmeasured_interventions(tree: xr.DataTree) -> xr.Dataset | None:
-    """Return what a stored result keeps of interventions at its checkpoints; ``None`` if there are none."""
-    if "intervention" not in tree.children:
+def unmeasured_effects(tree: xr.DataTree, name: str) -> xr.Dataset | None:
+    """Return what a stored result keeps of its checkpoints in ``/intervention`` or ``/sharpness``, ``None`` if nothing.
+
+    A result of an earlier version may not say that its sharpness is that of checkpoints.
+    """
+    if name not in tree.children:
         return None
-    effects = tree["intervention"].to_dataset().load()
+    effects = tree[name].to_dataset().load()
+    if "recorded" not in effects:
+        return effects
     effects = effects.sel(step=~effects["recorded"])
     return effects if effects.sizes["step"] else None
 

@@ -37,12 +37,14 @@ from dynamics.store.records import (
     TrainingRecords,
     find_records,
     is_current,
+    joined_interventions,
+    joined_sharpness,
     read_records,
+    unmeasured_effects,
     unmeasured_fisher,
-    unmeasured_interventions,
     unmeasured_losses,
     with_probed,
-    with_probed_interventions,
+    with_probed_effects,
     with_probed_losses,
     with_retained,
 )
@@ -65,6 +67,7 @@ class Parts:
         score: Their scores, ``None`` if there are none.
         intervention: Effects of parts of their increments, ``None`` if there was no intervention.
         loss: Losses of their probe samples, ``None`` if none was probed.
+        sharpness: Critical steps along their increments, likewise.
     """
 
     run: str
@@ -77,6 +80,7 @@ class Parts:
     score: xr.Dataset | None = None
     intervention: xr.Dataset | None = None
     loss: xr.Dataset | None = None
+    sharpness: xr.Dataset | None = None
 
 
 def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
@@ -110,16 +114,18 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
         probed = measure_fisher(fisher)
         groups |= probed
         findings += fisher_findings(probed)
-    effects = with_probed_interventions(None if records is None else records.intervention, parts.intervention)
+    effects = with_probed_effects(records and records.intervention, parts.intervention, joined_interventions)
     if effects is not None:
         groups["intervention"] = effects
         findings += intervention_findings(effects)
-    losses = with_probed_losses(None if records is None else records.loss, parts.loss)
+    losses = with_probed_losses(records and records.loss, parts.loss)
     if losses is not None:
         groups["loss"] = loss_changes(losses)
         findings += loss_findings(groups["loss"])
-    if "sharpness" in groups:
-        findings += sharpness_findings(groups["sharpness"])
+    sharpness = with_probed_effects(records and records.sharpness, parts.sharpness, joined_sharpness)
+    if sharpness is not None:
+        groups["sharpness"] = sharpness
+        findings += sharpness_findings(sharpness)
     scores = [score for score in (records and records.score, parts.score, parts.logs.get("score")) if score is not None]
     if scores:
         groups["score"] = reduce(_scores, scores)
@@ -156,11 +162,11 @@ def _findings_of_checkpoints(parts: Parts) -> list[Finding]:
 
 
 #: Groups that the records do not change.
-_KEPT = ("training", "score", "path", "base", "weights", "association", "sensitivity", "sharpness")
+_KEPT = ("training", "score", "path", "base", "weights", "association", "sensitivity")
 #: Findings that follow from the numbers of ``/update``, ``/intervention``, ``/loss`` and ``/sharpness``: found anew.
 _FROM_NUMBERS = (
     *("OD202", "OD203", "OD204", "OD205", "OD206", "OD208"),
-    "OD416",
+    "OD417",
     *("OD701", "OD702", "OD703", "OD704", "OD705", "OD706"),
 )
 #: What findings about ``/association`` begin with: they stay with it.
@@ -220,8 +226,9 @@ def reopened(stored: xr.DataTree, folders: RecordFolders) -> xr.DataTree:
         findings=[finding for finding in kept if finding.code not in _FROM_NUMBERS],
         inputs=[entry for entry in json.loads(attributes["inputs"]) if "captured_steps" not in entry],
         fisher=unmeasured_fisher(stored),
-        intervention=unmeasured_interventions(stored),
+        intervention=unmeasured_effects(stored, "intervention"),
         loss=unmeasured_losses(stored),
+        sharpness=unmeasured_effects(stored, "sharpness"),
     )
     tree = result_tree(parts, configuration)
     tree.attrs |= {name: attributes[name] for name in ("label",) if name in attributes}
