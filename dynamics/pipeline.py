@@ -35,12 +35,12 @@ from dynamics.spectra.path import training_path
 from dynamics.spectra.trajectory_spectra import trajectory_spectra
 from dynamics.spectra.weights import weights
 from dynamics.store import RESULT, encodable_dataset, provenance, staged, write_text, write_tree, writing
+from dynamics.store.loss_records import joined_losses
 from dynamics.store.opening import add_findings
 from dynamics.store.records import (
     TrainingRecords,
     joined_fisher,
     joined_interventions,
-    joined_losses,
     joined_scores,
     joined_sharpness,
 )

@@ -17,11 +17,11 @@ import xarray as xr
 
 from dynamics import schema
 from dynamics.findings import Finding, from_json
-from dynamics.intervention.loss_changes import loss_record
 from dynamics.schema import WRAPPERS, Variable
 from dynamics.spectra import raw
 from dynamics.store.capture import CAPTURE, capture_steps
 from dynamics.store.disk import is_folder
+from dynamics.store.loss_records import joined_losses
 from dynamics.store.record_folders import (
     RECORDS,
     RecordFolders,
@@ -369,46 +369,6 @@ def with_retained(scores: xr.Dataset, *sources: xr.Dataset) -> xr.Dataset:
     return scores.assign_coords(retained=("task", flags, schema.RETAINED.attributes))
 
 
-def joined_losses(parts: Sequence[xr.Dataset], keep: re.Pattern[str] | None = None) -> xr.Dataset | None:
-    """Return the losses of all steps; of those that probed the same samples as the last one, as K is joined.
-
-    Args:
-        parts: Of one step or several, ascending, none of them twice.
-        keep: Predictions of matrices whose name it finds are kept.
-    """
-    if not parts:
-        return None
-    labels = (*schema.SAMPLE_LABELS, "task")
-    same = [part for part in parts if all(np.array_equal(part[name], parts[-1][name]) for name in labels)]
-    by_step = [name for name in schema.LOSS_RECORD if name != "scaled_loss"]
-    rows = [
-        part[by_step].assign_coords(
-            {
-                name: ("step", [value] * part.sizes["step"])
-                for name, value in (("reason", str(part.attrs.get("reason", ""))), ("recorded", True))
-                if name not in part.coords
-            }
-        )
-        for part in same
-    ]
-    rows = [row.drop_vars("retained") for row in rows]
-    whole = xr.concat(rows, "step", data_vars="all", coords="minimal", compat="override", join="outer")
-    whole = whole.assign_coords(retained=same[-1]["retained"])
-    names = dict.fromkeys(name for part in same for name in part["matrix"].values.tolist())
-    chosen = [name for name in names if keep is None or keep.search(name)]
-    counts = [of for part in same if type(of := part.attrs.get("of_matrices")) is int]
-    whole = whole.sel(matrix=chosen).assign_attrs(of_matrices=max(counts, default=0), scaled_reason="")
-    scaled = [part for part in same if "scaled_loss" in part]
-    if scaled:
-        whole = whole.assign(scaled_loss=scaled[-1]["scaled_loss"])
-        whole.attrs |= {"scaled_step": _scaled_step(scaled[-1])}
-    return whole
-
-
-def _scaled_step(part: xr.Dataset) -> int:
-    return int(part.attrs.get("scaled_step", part["step"].values[-1]))
-
-
 def joined_interventions(parts: Sequence[xr.Dataset]) -> xr.Dataset | None:
     """Return the effects of all steps, over the arms, k, scales and tasks of any of them; ``None`` if there is no part.
 
@@ -456,22 +416,6 @@ def joined_sharpness(parts: Sequence[xr.Dataset]) -> xr.Dataset | None:
     return xr.concat(parts, "step", join="outer", fill_value=fill, combine_attrs="override").sortby("step")
 
 
-def with_probed_losses(recorded: xr.Dataset | None, probed: xr.Dataset | None) -> xr.Dataset | None:
-    """Return the losses of records and of probed checkpoints; where both have a step, those of the record.
-
-    Probed checkpoints are left out if they probed other samples, of which :func:`with_probed` tells.
-    """
-    if recorded is None or probed is None:
-        return probed if recorded is None else recorded
-    labels = (*schema.SAMPLE_LABELS, "task")
-    if not all(np.array_equal(recorded[name].values, probed[name].values) for name in labels):
-        return recorded
-    new = probed.sel(step=~probed["step"].isin(recorded["step"].values))
-    whole = joined_losses([part for part in (new, recorded) if part.sizes["step"]])
-    assert whole is not None
-    return whole.sortby("step")
-
-
 def with_probed_effects(
     recorded: xr.Dataset | None,
     probed: xr.Dataset | None,
@@ -506,15 +450,6 @@ def unmeasured_effects(tree: xr.DataTree, name: str) -> xr.Dataset | None:
         return effects
     effects = effects.sel(step=~effects["recorded"])
     return effects if effects.sizes["step"] else None
-
-
-def unmeasured_losses(tree: xr.DataTree) -> xr.Dataset | None:
-    """Return what a stored result keeps of losses at its probed checkpoints; ``None`` if there are none."""
-    if "loss" not in tree.children:
-        return None
-    record = loss_record(tree["loss"].to_dataset().load())
-    record = record.sel(step=~record["recorded"].astype(bool))
-    return record if record.sizes["step"] else None
 
 
 def _step(part: xr.Dataset) -> int:

@@ -31,6 +31,7 @@ from dynamics.spectra.findings import findings_of
 from dynamics.spectra.null_models import SEED
 from dynamics.spectra.path import renamed_path
 from dynamics.store.capture import CAPTURE
+from dynamics.store.loss_records import unmeasured_losses, with_probed_losses
 from dynamics.store.merge import merge, unmeasured, with_live_names
 from dynamics.store.record_folders import RECORDS, RecordFolders, record_folders, records_below
 from dynamics.store.records import (
@@ -42,10 +43,8 @@ from dynamics.store.records import (
     read_records,
     unmeasured_effects,
     unmeasured_fisher,
-    unmeasured_losses,
     with_probed,
     with_probed_effects,
-    with_probed_losses,
     with_retained,
 )
 from dynamics.store.results import FOLDER, encodable_dataset, provenance
