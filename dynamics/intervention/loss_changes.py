@@ -99,21 +99,20 @@ def loss_changes(record: xr.Dataset) -> xr.Dataset:
 def loss_record(losses: xr.Dataset) -> xr.Dataset:
     """Return the record of all steps that :func:`loss_changes` made the group of; it gives the same again."""
     rows = losses.isel(step=slice(1, None))
-    start = losses["sample_loss"].values[:1]
-    steps = rows.sizes["step"]
-    record = rows[["sample_loss"]].assign(
-        start_loss=(("step", "sample"), np.repeat(start, steps, 0)),
-        curvature=(("step", "task"), 2 * (rows["predicted_second"] - rows["predicted_first"]).values),
-        first_order=rows["first_order"]
-        if "first_order" in rows
-        else (("step", "matrix", "task"), np.empty((steps, 0, losses.sizes["task"]))),
+    steps, tasks = rows.sizes["step"], rows.sizes["task"]
+    nothing = xr.DataArray(np.empty((steps, 0, tasks)), {"matrix": np.array([], dtype=str)}, ("step", "matrix", "task"))
+    record = xr.Dataset(
+        {
+            "sample_loss": rows["sample_loss"],
+            "start_loss": (("step", "sample"), np.repeat(losses["sample_loss"].values[:1], steps, 0)),
+            "first_order": rows["first_order"] if "first_order" in rows else nothing,
+            "curvature": 2 * (rows["predicted_second"] - rows["predicted_first"]),
+            **{name: rows[name] for name in ("scaled_loss",) if name in rows},
+        },
+        {"retained": rows["retained"], "start_step": ("step", np.full(steps, losses.attrs["start_step"]))},
+        losses.attrs,
     )
-    record = record.assign_coords(start_step=("step", np.full(steps, losses.attrs["start_step"], dtype=np.int64)))
-    if "first_order" not in rows:
-        record = record.assign_coords(matrix=np.array([], dtype=str))
-    if "scaled_loss" in losses:
-        record = record.assign(scaled_loss=losses["scaled_loss"])
-    return record.drop_vars("layer", errors="ignore").assign_attrs(losses.attrs)
+    return record.drop_vars("layer", errors="ignore")
 
 
 class CostliestLayer(NamedTuple):

@@ -44,14 +44,15 @@ def joined_losses(parts: Sequence[xr.Dataset], keep: re.Pattern[str] | None = No
         of_matrices=max(counts, default=0), scaled_reason="".join(reasons[-1:])
     )
     scaled = [part for part in same if "scaled_loss" in part]
-    if scaled:
-        whole = whole.assign(scaled_loss=scaled[-1]["scaled_loss"])
-        whole.attrs |= {"scaled_step": _scaled_step(scaled[-1])}
-    return whole
+    return _with_scaled(whole, scaled[-1]) if scaled else whole
 
 
-def _scaled_step(part: xr.Dataset) -> int:
-    return int(part.attrs.get("scaled_step", part["step"].values[-1]))
+def _with_scaled(whole: xr.Dataset, part: xr.Dataset) -> xr.Dataset:
+    """Return losses with those of shares of the update that a part has, if it has some."""
+    if "scaled_loss" not in part:
+        return whole
+    step = part.attrs["scaled_step"] if "scaled_step" in part.attrs else part["step"].values[-1]
+    return whole.assign(scaled_loss=part["scaled_loss"]).assign_attrs(scaled_step=int(step))
 
 
 def with_probed_losses(recorded: xr.Dataset | None, probed: xr.Dataset | None) -> xr.Dataset | None:
@@ -66,7 +67,7 @@ def with_probed_losses(recorded: xr.Dataset | None, probed: xr.Dataset | None) -
     new = probed.sel(step=~probed["step"].isin(recorded["step"].values))
     whole = joined_losses([part for part in (new, recorded) if part.sizes["step"]])
     assert whole is not None
-    return whole.sortby("step")
+    return _with_scaled(whole.sortby("step"), probed)
 
 
 def unmeasured_losses(tree: xr.DataTree) -> xr.Dataset | None:
@@ -75,7 +76,7 @@ def unmeasured_losses(tree: xr.DataTree) -> xr.Dataset | None:
         return None
     record = loss_record(tree["loss"].to_dataset().load())
     record = record.sel(step=~record["recorded"].astype(bool))
-    return record if record.sizes["step"] else None
+    return record if record.sizes["step"] or "scaled_loss" in record else None
 
 
 def _of_same_samples(one: xr.Dataset, other: xr.Dataset) -> bool:
