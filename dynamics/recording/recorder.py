@@ -105,7 +105,7 @@ class Recorder:
             task's gradient.
         intervene: Steps at which parts of the increment are run on the probe samples, too, to see which of them lower
             the loss: every so many steps, a list of steps, or a schedule. These steps are captured. With the default
-            arms such a step takes 28 forward passes over the probe samples and two forward and backward.
+            arms such a step takes 23 forward passes over the probe samples and two forward and backward.
         arms: Which parts, as for :func:`dynamics.counterfactuals`; only with ``intervene``.
         k: In how many directions, likewise.
         batch_size: Samples that the optimizer sees in one step, over all processes and accumulated; for the null of
@@ -165,6 +165,7 @@ class Recorder:
         self._takes_part = self._leads or any(is_sharded(p) for matrix in watched.watched for p in matrix.sources)
         self._gradients, self._strict, self._progress = gradients, strict, progress
         self._model, self._pattern, self._state = model, matrices, ModelState(model)
+        self._batch_size = float(batch_size) or math.nan
         self._bases = BaseWeights(model) if self._leads else None
         self._take_parameters(watched)
         self._lost_start = False  # of the increment: no Fisher can be measured there
@@ -270,7 +271,7 @@ class Recorder:
             if self._leads:
                 spectra = {name: (values / scale, rank) for name, (values, rank) in spectra.items()}
                 norms = self._by_matrix(before, flight.scale), self._by_matrix(after, scale)
-                flight.gradient = self._gradient_record(flight.step, *norms, spectra)
+                flight.gradient = self._gradient_record(flight.step, *norms, spectra, scale=flight.scale)
 
     @torch.no_grad()
     def after_optimizer_step(self) -> bool:
@@ -288,7 +289,7 @@ class Recorder:
                 before = self._norms.before_clipping()
                 if self._leads and before is not None:
                     norms = self._by_matrix(before, flight.scale), self._by_matrix(None, 1.0)
-                    flight.gradient = self._gradient_record(flight.step, *norms, {})
+                    flight.gradient = self._gradient_record(flight.step, *norms, {}, scale=flight.scale)
         return self._capture(flight.step, flight.gradient)
 
     @torch.no_grad()
@@ -554,15 +555,36 @@ class Recorder:
         return [norm / scale for norm in norms_of(squared, self._parameters, list(self._of_matrices.values()))]
 
     def _gradient_record(
-        self, step: int, before: Sequence[float], after: Sequence[float], spectra: Mapping[str, tuple[Tensor, int]]
+        self,
+        step: int,
+        before: Sequence[float],
+        after: Sequence[float],
+        spectra: Mapping[str, tuple[Tensor, int]],
+        *,
+        scale: float = 1.0,
     ) -> xr.Dataset:
         gradients = {}
-        for name, norm_before, norm_after in zip(self._of_matrices, before, after, strict=True):
+        micro_batches, micro_norms = self._micro_norms(scale)
+        columns = zip(self._of_matrices, before, after, micro_norms, strict=True)
+        for name, norm_before, norm_after, micro_norm in columns:
             # Where the norm is unknown, the zeros that stand in for the gradient are not a gradient of zero.
             spectrum = (None, 0) if math.isnan(norm_after) else spectra.get(name, (None, 0))
-            gradients[name] = GradientSpectrum(norm_before, norm_after, *spectrum)
+            gradients[name] = GradientSpectrum(norm_before, norm_after, *spectrum, micro_norm=micro_norm)
         shapes = {name: shape for name, shape in self._live.shapes.items() if name in gradients}
-        return raw.raw_gradient(step, shapes, gradients)
+        return raw.raw_gradient(step, shapes, gradients, micro_batches=micro_batches, batch_size=self._batch_size)
+
+    def _micro_norms(self, scale: float) -> tuple[float, list[float]]:
+        """Return the number of micro-batches over all processes, and the norm of each matrix's gradient of one.
+
+        NaN for gradients of a single micro-batch, and where processes hold shards of a parameter.
+        """
+        passes, sums = self._norms.of_micro_batches()
+        processes = dist.get_world_size() if _distributed() else 1
+        if passes * processes < 2 or any(map(is_sharded, self._parameters)):
+            return math.nan, [math.nan] * len(self._of_matrices)
+        norms = norms_of(sums, self._parameters, list(self._of_matrices.values()))
+        # The sum of the parts is the whole: each is 1/n of the gradient of its micro-batch.
+        return float(passes * processes), [norm * math.sqrt(passes) / scale for norm in norms]
 
     @contextmanager
     def _forgiven(self, step: int) -> Iterator[None]:

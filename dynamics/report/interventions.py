@@ -42,7 +42,8 @@ def intervention_summary(tree: xr.DataTree) -> dict[str, Any] | None:
           ``steps``: how many steps have each, and ``of`` how many;
         - ``parts``: a row for each k and task, the headline's first: effects at full length and what follows of them,
           with ``value``, ``low``, ``high``;
-        - ``arms``: a row for each arm, at the headline's k and λ = 1, of all samples.
+        - ``arms``: a row for each arm, at the headline's k and λ = 1, of all samples; ``score_effects`` of the tasks
+          with a score of their own.
     """
     if "intervention" not in tree.children:
         return None
@@ -66,7 +67,7 @@ def intervention_summary(tree: xr.DataTree) -> dict[str, Any] | None:
         "parts": [_parts(at_step.sel(k=k, task=task)) for k in ks for task in tasks]
         if {"on", "off"} <= set(group["arm"].values.tolist())
         else [],
-        "arms": [_arm(last.sel(task=ALL), str(arm)) for arm in group["arm"].values],
+        "arms": [_arm(last, str(arm)) for arm in group["arm"].values],
     }
 
 
@@ -83,13 +84,17 @@ def _parts(at: xr.Dataset) -> dict[str, Any]:
     }
 
 
-def _arm(at: xr.Dataset, arm: str) -> dict[str, Any]:
-    of_arm = at.sel(arm=arm)
+def _arm(last: xr.Dataset, arm: str) -> dict[str, Any]:
+    by_task = last.sel(arm=arm)
+    of_arm = by_task.sel(task=ALL)
+    tasks = [str(task) for task in last["task"].values if task != ALL]
+    scores = {task: _interval(by_task.sel(task=task), "score_effect") for task in tasks}
     return {
         "arm": arm,
         "norm": finite(of_arm["norm"]),
         "effect": _interval(of_arm, "effect", scale=1.0),
         "score_effect": _interval(of_arm, "score_effect"),
+        "score_effects": {task: effect for task, effect in scores.items() if effect["value"] is not None},
         "required_groups": integer(number_of(of_arm, "required_groups")),
     }
 

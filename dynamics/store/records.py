@@ -48,6 +48,7 @@ TABLES: Mapping[str, Mapping[str, Variable]] = {
 #: Variables that a record may lack: those that records of earlier versions do not have, and those not always known.
 OPTIONAL = (
     *raw.ADDED,
+    *raw.ADDED_TO_GRADIENT,
     *("momentum", "direction", "retained"),
     *(schema.INTERVENTION.keys() - {"effect", "norm", "headline"}),
 )
