@@ -178,8 +178,7 @@ def results() -> dict[str, Any]:
     whole_models()
     tables = two_recipes()
     tasks = [probes.Task(task, samples(task), group="image", score=first_guess) for task in ("report", "vqa")]
-    callback = dynamics.DynamicsCallback("runs/probed", tasks, preset="full", at=[4], intervene=[4])
-    training = trainer(Path("runs/probed"), [callback])
+    training = trainer(Path("runs/probed"), [dynamics.DynamicsCallback("runs/probed", tasks, intervene=[4])])
     training.train()
     groups = {"imax": ["imax_s1", "imax_s2"], "dmax": ["dmax_s1", "dmax_s2"]}
     of_runs = {"headline": "stable_rank"}
