@@ -35,9 +35,9 @@ def repetitions(count: int, seed: int) -> TensorDataset:
     return TensorDataset(torch.cat([half, half], dim=1))
 
 
-def collate(samples: list[tuple[Tensor]]) -> dict[str, Tensor]:
+def collate(samples: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
     """Stack rows into a batch; the first half cannot be predicted, so only the second is asked for."""
-    rows = torch.stack([row for (row,) in samples])
+    rows = torch.stack([sample[0] for sample in samples])
     labels = rows.clone()
     labels[:, :HALF] = -100
     return {"input_ids": rows, "labels": labels}

@@ -83,6 +83,8 @@ INTENDED: tuple[Intended, ...] = (
     Intended("recorded/*", "*/condition_number*_low", "values", "Of a null whose smallest singular value is rounding."),
     Intended("*", "*/decomposition", "values", "Triangular factors come from Grams where those hold all digits."),
     Intended("*", "summary.json:intervention", "added", "What parts of updates do; nothing where none was run."),
+    Intended("*", "*/loss/*", "added", "Losses of probe samples since the training began."),
+    Intended("*", "summary.json:*losses*", "added", "Losses of probe samples since the training began."),
     Intended("*", "OD502", "missing", "A score before training, at step 0, needs no measures at that step."),
     *(
         Intended("*", path, "added", "Groups are compared in scores; checkpoints are listed with theirs.")
