@@ -103,6 +103,8 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD413": ("note", "null gradients stand for too many samples to call an update concentrated"),
     "OD414": ("note", "the gradient null does not know the momentum"),
     "OD415": ("error", "an update could not be intervened on"),
+    "OD416": ("error", "losses of probe samples could not be measured"),
+    "OD417": ("note", "changes of losses are not predicted"),
     # 5xx: scores and statistics
     "OD501": ("warning", "scores of an unknown run"),
     "OD502": ("warning", "scores without a matching step"),

@@ -35,6 +35,7 @@ from dynamics.spectra.path import training_path
 from dynamics.spectra.trajectory_spectra import trajectory_spectra
 from dynamics.spectra.weights import weights
 from dynamics.store import RESULT, encodable_dataset, provenance, staged, write_text, write_tree, writing
+from dynamics.store.loss_records import joined_losses
 from dynamics.store.opening import add_findings
 from dynamics.store.records import (
     TrainingRecords,
@@ -625,6 +626,7 @@ def _probed(
         "intervention": joined_interventions(probes.intervention),
         "sensitivity": probes.sensitivity,
         "sharpness": joined_sharpness(probes.sharpness),
+        "loss": joined_losses([part.assign_coords(recorded=("step", [False])) for part in probes.loss]),
     }
     return groups, [*probes.findings, *findings]
 

@@ -89,6 +89,8 @@ INTENDED: tuple[Intended, ...] = (
         Intended("*", path, "added", "What merging keeps of an update, and whether weights equal their base.")
         for path in ("*/base/changed_share", "*/base/lost_in_merge", "OD211", "OD212")
     ),
+    Intended("*", "*/loss/*", "added", "Losses of probe samples since the training began."),
+    Intended("*", "summary.json:*losses*", "added", "Losses of probe samples since the training began."),
     Intended("*", "OD502", "missing", "A score before training, at step 0, needs no measures at that step."),
     *(
         Intended("*", path, "added", "Groups are compared in scores; checkpoints are listed with theirs.")

@@ -95,6 +95,11 @@ GROUPS: Mapping[str, Group] = {
         "[Interventions](interventions.md#how-far-can-a-step-go) has the question.",
         'tree["sharpness"]["critical_sharpness"].sel(task="all")',
     ),
+    "loss": Group(
+        "Measured on the probe samples of tasks, as the model is and as it was when the newest training began. "
+        "[Interventions](interventions.md#what-did-training-gain-and-forget) has the question.",
+        'tree["loss"]["change"].sel(task="vqa")',
+    ),
     "score": Group(
         "Measured on the probe samples of tasks that have a `score`, or read from the Trainer's log and score files.",
         'tree["score"]["score"].sel(task="vqa")',
@@ -183,6 +188,11 @@ PITFALLS: Mapping[str, str] = {
     "sharpness/critical_sharpness": "Not the Hessian's largest eigenvalue: far below it until training is unstable.",
     "sharpness/relative_sharpness": "Gradients and losses are of the same samples, so few samples make it too small.",
     "sharpness/reason": "With several tasks, one may have a critical step where another has none.",
+    "loss/change": "In the units of the tasks' losses: sums over tokens unless a task says `mean`.",
+    "loss/predicted_first": "Of a long training it may have the wrong sign: compare it with `change`.",
+    "loss/predicted_second": "The Fisher stands for the Hessian, which it is near where the model predicts well.",
+    "loss/layer_share": "Large and of both signs where the layers' parts nearly cancel.",
+    "loss/scaled_loss": "A share of the update is another model, not an earlier step.",
     "score/standard_error": "Of the items alone: it says nothing about other seeds.",
     "association/coefficient": "Of runs, not of checkpoints; a common cause such as faster learning remains in it.",
     "association/p_value": "Only the headline's stands as it is; read `p_familywise` for all others.",

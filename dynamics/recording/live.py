@@ -219,6 +219,42 @@ class LiveSpectra:
                 changes[matrix.name] = now.detach().to(torch.float64) - before.to(now.device, torch.float64)
         return changes
 
+    def totals(self) -> dict[str, Matrix]:
+        """Return the change of every matrix since training began, of those whose start is known, as :meth:`increments`.
+
+        Of an adapter that was zero, a copy of the product as it is now.
+        """
+        changes: dict[str, Matrix] = {}
+        for matrix in self._watched:
+            start = self._start.part(matrix)
+            if matrix.part_of or matrix.name in self._lost or (matrix.is_dense and start is None):
+                continue
+            now = matrix.read()
+            if isinstance(now, LowRankMatrix):
+                before = None if start is None else self._start.read(start)
+                changes[matrix.name] = difference(now, before) if isinstance(before, LowRankMatrix) else _copied(now)
+            else:
+                assert start is not None
+                before = self._start.read(start)
+                assert isinstance(before, Tensor)
+                changes[matrix.name] = now.detach().to(torch.float64) - before.to(now.device, torch.float64)
+        return changes
+
+    def start_values(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return parameters, with values that set the matrices back to the start, of those whose start is known.
+
+        Of an adapter that was zero, the left factor alone: a zero product is zero whatever the other one is.
+        """
+        values: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        for matrix in self._watched:
+            for term in terms_of(matrix):
+                known = all(id(parameter) in self._start.values for parameter in term.parameters)
+                if known:
+                    values |= {id(p): (p, self._start.values[id(p)]) for p in term.parameters}
+                elif isinstance(term, AdapterProduct):
+                    values[id(term.left)] = term.left, torch.zeros_like(term.left, requires_grad=False)
+        return list(values.values())
+
     def gradients(self, gradient: Reading) -> tuple[dict[str, tuple[Float[Tensor, " k"], int]], dict[str, str]]:
         """Return singular values of every matrix's gradient, and the columns of its factors; all ranks together.
 
@@ -381,6 +417,12 @@ class LiveSpectra:
         results = [self._results_before.get(matrix.name) for matrix in batch]
         earlier = (lambda: _low_rank(self._earlier, batch)) if self._cosines else None
         return Previous.of_factors(_low_rank(self._before, batch), results, earlier)
+
+
+def _copied(matrix: LowRankMatrix) -> LowRankMatrix:
+    """Return a product that stays as it is when its parameters move."""
+    left, right = (factor.detach().clone() for factor in (matrix.left_factor, matrix.right_factor))
+    return LowRankMatrix(left, right, matrix.scale, column_scale=matrix.column_scale)
 
 
 def _shape(watched: Watched) -> MatrixShape:

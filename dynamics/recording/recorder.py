@@ -26,6 +26,7 @@ from dynamics.recording import Schedule, at_no_step, either, preset_named
 from dynamics.recording.changes import BaseWeights, Change, ModelState, change_between
 from dynamics.recording.fisher import FisherProbe, Increment, Interventions, descent_rate, momentum_of
 from dynamics.recording.live import LiveSpectra
+from dynamics.recording.losses import LossProbe, outside
 from dynamics.recording.monitor import (
     findings_on_model,
     findings_on_resuming,
@@ -94,8 +95,10 @@ class Recorder:
         gradients: Whether gradients are recorded; ``False`` where they cannot be read (DeepSpeed ZeRO).
         disk_names: Matrix → its name in saved weights, where that differs; or a function that returns this for the
             names of dense matrices, including those that are trained later.
-        tasks: Held-out probe samples. With them a record has the Fisher at the start of the increment, K and b, and the
-            scores of tasks that have one; one forward-backward pass over all probe samples a captured step. Where K
+        tasks: Held-out probe samples. With them a record has the Fisher at the start of the increment, K and b, the
+            scores of tasks that have one, and the losses of all samples; one forward-backward pass over all probe
+            samples and one forward pass a captured step. ``"full"`` adds what gradients at the start of the training
+            say of the losses: two passes forward and backward, and two forward. Where K
             of every block would take more than 64 MiB a record, it holds only that of all together, and a warning says
             so; choose ``matrices`` (``"."``: all) to record theirs as well. The preset ``"full"`` records critical
             sharpness, too: about eight forward passes for all samples together, and as many for each task along each
@@ -169,6 +172,7 @@ class Recorder:
         self._in_flight: _InFlight | None = None
         self._records: Records | None = None
         self._probe = self._probe_of(model, tasks, watched, batch_size, restricted=matrices is not None)
+        self._losses = self._loss_probe_of(model, tasks, begins=resume_from is None)
         probe_findings = [] if self._probe is None else self._probe.findings()
         for finding in probe_findings:
             warnings.warn(str(finding), UserWarning, stacklevel=2)
@@ -322,7 +326,7 @@ class Recorder:
                 change = transition.change
                 self._live.lose(totals=change.restarted, increments={*change.restarted, *change.rescaled})
                 self._lost_start |= bool(change.restarted)
-                self._probe_follows(transition, moved=True)
+                self._probe_follows(transition, step, moved=True)
             spectra = self._live.measure()
             if self._records is not None and self._live.shapes:
                 update = self._update(step, spectra)
@@ -365,7 +369,7 @@ class Recorder:
         with self._forgiven(done):
             if self._takes_part and (transition := self._transition(captures=captures)) is not None:
                 self._lost_start |= bool(transition.change.restarted) and self._from_step != done
-                self._probe_follows(transition, moved=False)
+                self._probe_follows(transition, done, moved=False)
                 self._norms.disarm()
                 self._take_up(transition, done)
 
@@ -402,7 +406,9 @@ class Recorder:
         if self._records is not None:
             self._records.changed(change.findings(step, copied_at), start, self._named(transition.watched))
 
-    def _probe_follows(self, transition: _Transition, *, moved: bool) -> None:
+    def _probe_follows(self, transition: _Transition, step: int, *, moved: bool) -> None:
+        if self._losses is not None:
+            self._losses.lose(step)
         if self._probe is not None:
             watched, restarted = transition.watched.watched, set(transition.change.restarted)
             self._probe.follow(
@@ -427,6 +433,12 @@ class Recorder:
         blocks = [matrix.name for matrix in watched.watched if not matrix.part_of] if restricted else None
         return FisherProbe(model, tasks, blocks=blocks, on_host=dense, batch_size=batch_size)
 
+    def _loss_probe_of(self, model: nn.Module, tasks: Sequence[Task] | None, *, begins: bool) -> LossProbe | None:
+        if self._probe is None or not tasks:
+            return None
+        others = {name: parameter.detach().clone() for name, parameter in outside(model).items()} if begins else None
+        return LossProbe(model, tasks, others)
+
     def _probed(self, step: int) -> dict[str, xr.Dataset | None]:
         """Return what the probe samples give at this step; a failure there costs nothing else."""
         groups: dict[str, xr.Dataset | None] = {}
@@ -443,6 +455,13 @@ class Recorder:
         if self._probe is not None:
             with self._forgiven(step):
                 groups["score"] = self._probe.scores(step)
+        if self._losses is not None:
+            with self._forgiven(step):
+                groups["loss"] = self._losses.record(
+                    step,
+                    lambda: (self._live.start_values(), self._live.totals()),
+                    predicts=self.preset.predictions,
+                )
         return groups
 
     def _take_rates(self, optimizer: Any) -> None:

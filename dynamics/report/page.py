@@ -21,6 +21,7 @@ from markupsafe import Markup, escape
 
 from dynamics import plot, schema
 from dynamics.findings import evidence_words, grouped, location, severities
+from dynamics.intervention.loss_changes import costliest_layer_sentence
 from dynamics.plot.figures import (
     BETWEEN_TASKS,
     FISHER_OVER_STEPS,
@@ -87,6 +88,7 @@ _OF_DIRECTIONS = {
         "divergence_normalised",
         "divergence_null_high",
     ),
+    "loss": ("change", "predicted_first", "predicted_second", "layer_share"),
     "intervention": ("effect", "captured", "interaction", "attributed", "excess", "excess_p", "share", "efficiency"),
 }
 
@@ -274,6 +276,7 @@ def _run(
         "which_matrices": sentences.which_matrices(summary),
         "analysed": sentences.what_was_analysed(summary),
         "scored": list(filter(None, (score_summary.which_checkpoint(summary), score_summary.did_it_forget(summary)))),
+        "costliest_layer": costliest_layer_sentence(tree["loss"].to_dataset()) if "loss" in tree.children else "",
         "checkpoints": _checkpoint_rows(summary["checkpoints"]),
         "score_names": [score["task"] for score in summary["scores"]][:MOST_SCORES],
         "findings": grouped(summary["findings"]),
@@ -355,14 +358,15 @@ def _heatmap(update: xr.Dataset, variable: str) -> dict[str, Any]:
 
 def _definitions(tree: xr.DataTree) -> list[dict[str, str]]:
     """Return the table of definitions; a gradient's measures are those of an update and not defined again."""
-    tables: dict[str, tuple[xr.Dataset, tuple[str, ...]]] = {
+    tables: dict[str, tuple[xr.Dataset, Sequence[str]]] = {
         "": (tree["update"].to_dataset(), (*_SIZES, *schema.MEASURES))
     }
     if "gradient" in tree.children:
         tables["gradient/"] = (tree["gradient"].to_dataset(), _OF_THE_GRADIENT)
     for name, variables in _OF_DIRECTIONS.items():
         if name in tree.children:
-            tables[f"{name}/"] = (tree[name].to_dataset(), variables)
+            dataset = tree[name].to_dataset()
+            tables[f"{name}/"] = dataset, [variable for variable in variables if variable in dataset]
     keys = ("long_name", "units", "definition", "reference")
     return [
         {"name": f"{prefix}{name}", **{key: str(dataset[name].attrs.get(key, "")) for key in keys}}

@@ -20,6 +20,8 @@ from dynamics.schema.intervention_groups import (
     INTERVENTION_AXES,
     INTERVENTION_FLAGS,
     INTERVENTION_GROUPS,
+    LOSS,
+    LOSS_RECORD,
     SENSITIVITY,
     SHARPNESS,
 )
@@ -75,6 +77,8 @@ __all__ = [
     "INTERVENTION_GROUPS",
     "KINDS",
     "LOG_COORDINATES",
+    "LOSS",
+    "LOSS_RECORD",
     "MEASURES",
     "NULL",
     "NULL_MEASURES",
