@@ -251,10 +251,10 @@ _SECTIONS = {
 _CAPTIONS = {
     "trained": "Norm of the updates, by role",
     "rank": "Rank used of the adapter's, by role",
-    "checkpoint": "Over steps; ring: best",
+    "checkpoint": "Scores or losses over steps; ring: best",
     "tasks": "Cosines of pairs of tasks",
     "concentration": "Gain over steps; 1: a fresh gradient",
-    "stable": "Increment; dashed: learning rate",
+    "stable": "Increment (dashed: learning rate)",
     "recipe": "Score of each run, by group",
 }
 _SECTION = re.compile(r'<section(?: class="[^"]*")? id="([^"]+)" data-contents="([^"]+)"')
