@@ -163,7 +163,7 @@ def analyze_run(
         probe: ``"module:function"`` or the function itself: called with a checkpoint's folder, it returns the model
             there and its tasks; see ``recording.checkpoint_probe.Loader``.
         intervene: Run parts of each increment between probed checkpoints on the probe samples, to see which of them
-            lower the loss: the group ``/intervention``. With the default arms an increment takes 28 forward passes over
+            lower the loss: the group ``/intervention``. With the default arms an increment takes 23 forward passes over
             the probe samples and two forward and backward. Then the singular directions of the last checkpoint's
             adapters, see :func:`dynamics.sensitivity`: ten passes more; and how long each increment may be, see
             :func:`dynamics.critical_sharpness`: about eight passes, and as many for each task's gradient.
@@ -545,8 +545,8 @@ def measure(
         inputs += [{**file, "step": trajectory.base.step, "role": "base"} for file in trajectory.base.inputs]
     probed, probe_findings = _probed(trajectory, load, options, progress)
     groups, failures = _groups_of_checkpoints(trajectory, spectra, grams, options, progress)
-    alone = {name: probed.pop(name, None) for name in ("sensitivity", "sharpness")}
-    groups |= {name: group for name, group in alone.items() if group is not None}
+    if (directions := probed.pop("sensitivity", None)) is not None:
+        groups["sensitivity"] = directions
     findings = [*trajectory.findings, *findings, *probe_findings, *failures]
     parts = Parts(trajectory.name, spectra, records, log_groups(trajectory) | groups, findings, inputs, **probed)
     return result_tree(parts, configuration or {})

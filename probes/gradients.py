@@ -6,6 +6,10 @@ engine, which DDP and FSDP use for the same purpose. Where one backward pass run
 checkpointing), it is the end of the outermost that counts. What is measured at the end of each backward pass replaces
 what was measured before, so that under gradient accumulation the last one remains: the sum that the optimizer sees.
 
+On the way to that end, each backward pass gives the gradient of one micro-batch: a hook on each parameter sees it
+before it is added to the others, and before data parallelism reduces it. The mean of their squared norms beside the
+squared norm of the whole says how noisy the gradient is (McCandlish et al. 2018), for one norm more a backward pass.
+
 An optimizer that steps within the backward pass (LOMO, layer-wise GaLore) leaves no gradient at its end: that is not a
 gradient of zero, and is told apart from a parameter that was never reached.
 
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +61,8 @@ class GradientNorms:
         self._handles: list[RemovableHandle] = []
         self._backwards: set[int] = set()  # those at whose end we are called
         self._latest: Tensor | None = None
+        self._micro: dict[int, list[Tensor]] = {}  # squared norms of the micro-batches' gradients, by index
+        self._passes = 0  # outermost backward passes that have ended
         self._reached: set[int] = set()  # parameters, by id, that have had a gradient since we are armed
         self._taken: list[int] = []  # indices of those that had one and had lost it when the backward pass ended
         self._failure: Exception | None = None
@@ -64,10 +71,12 @@ class GradientNorms:
         """Start measuring; forget what was measured before."""
         self.disarm()
         self._latest = self._failure = None
+        self._micro, self._passes = {}, 0
         self._reached.clear()
         self._taken = []
-        for parameter in self._parameters:
+        for index, parameter in enumerate(self._parameters):
             if parameter.requires_grad:
+                self._handles.append(parameter.register_hook(partial(self._measure_micro, index)))
                 self._handles.append(parameter.register_post_accumulate_grad_hook(self._ask))
 
     def disarm(self) -> None:
@@ -88,6 +97,30 @@ class GradientNorms:
         if self._failure is not None:
             raise self._failure
         return None if self._latest is None else self._reduced(self._latest)
+
+    def of_micro_batches(self) -> tuple[int, Float[Tensor, " parameter"]]:
+        """Return the number of backward passes so far, and Σ‖g‖² over their gradients on this rank.
+
+        Their sum, or its mean over ranks that share a batch, is what :meth:`before_clipping` measures. −2 for a
+        parameter that had more gradients than passes (reentrant checkpointing adds up parts), or none while it has one
+        now, as where FSDP keeps shards.
+
+        >>> weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+        >>> norms = GradientNorms([weight])
+        >>> norms.arm()
+        >>> weight.sum().backward(), (2 * weight).sum().backward()
+        (None, None)
+        >>> passes, squares = norms.of_micro_batches()
+        >>> passes, round(squares.item(), 9)
+        (2, 10.0)
+        """
+        sums = []
+        for index, parameter in enumerate(self._parameters):
+            parts = self._micro.get(index, [])
+            is_known = len(parts) <= self._passes and (bool(parts) or parameter.grad is None)
+            missing = torch.full((), 0.0 if is_known else TAKEN, dtype=torch.float64, device=parameter.device)
+            sums.append(torch.stack(parts).sum() if parts and is_known else missing)
+        return self._passes, _stacked(sums)
 
     def after_clipping(self) -> Float[Tensor, " parameter"]:
         """Return squared norms of the gradients as they are now; see :func:`squared_norms`."""
@@ -123,8 +156,19 @@ class GradientNorms:
         if not following:
             _at_end_of_backward(self._measure, _ROUNDS - 1)
 
+    @torch.no_grad()
+    def _measure_micro(self, index: int, gradient: Tensor) -> None:
+        """Measure what a backward pass gives a parameter; the gradient stays as it is."""
+        try:
+            norm = torch.linalg.vector_norm(_entries(gradient), dtype=torch.float64)
+        except Exception as error:
+            self._failure = error
+        else:
+            self._micro.setdefault(index, []).append(norm.square())
+
     def _measure(self) -> None:
         if self._handles:
+            self._passes += 1
             try:
                 self._latest = squared_norms(self._parameters)
                 self._taken = [
@@ -155,18 +199,21 @@ def squared_norms(parameters: Sequence[nn.Parameter]) -> Float[Tensor, " paramet
     >>> squared_norms([nn.Parameter(torch.ones(1))])
     tensor([-1.], dtype=torch.float64)
     """
-    devices = {parameter.device for parameter in parameters}
-    home = next(iter(devices)) if len(devices) == 1 else torch.device("cpu")
-    missing = torch.full((), NONE, dtype=torch.float64, device=home)
-    return torch.stack(
+    return _stacked(
         [
-            missing
+            torch.full((), NONE, dtype=torch.float64, device=parameter.device)
             if parameter.grad is None
-            else torch.linalg.vector_norm(_entries(parameter.grad), dtype=torch.float64).square().to(home)
+            else torch.linalg.vector_norm(_entries(parameter.grad), dtype=torch.float64).square()
             for parameter in parameters
         ]
-        or [missing]
-    )[: len(parameters)]
+    )
+
+
+def _stacked(numbers: Sequence[Tensor]) -> Float[Tensor, " parameter"]:
+    """Return numbers as a vector: on their device, or on the host if they are on several."""
+    devices = {number.device for number in numbers}
+    home = next(iter(devices)) if len(devices) == 1 else torch.device("cpu")
+    return torch.stack([number.to(home) for number in numbers]) if numbers else torch.zeros(0, dtype=torch.float64)
 
 
 def _entries(gradient: Tensor) -> Tensor:

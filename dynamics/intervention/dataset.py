@@ -45,9 +45,10 @@ def intervene(
     and the variance between splits; they are conditional on the directions. What ``on`` and ``off`` do apart and
     together is in :func:`dynamics.intervention.effects.part_and_rest`.
 
-    Costs, with two splits, one k and the default arms and lengths, 28 forward passes over the probe samples and two
+    Costs, with two splits, one k and the default arms and lengths, 23 forward passes over the probe samples and two
     passes forward and backward for the directions. Each further k takes 18 more. Scores of the tasks' own take passes
-    of their own, 10 with the default arms.
+    of their own, 8 with the default arms. What no direction changes (``full``, arms of layers and of singular values)
+    is run once, on all samples.
 
     Args:
         model: At the weights where the update began; it is left as it was.
@@ -87,6 +88,7 @@ def intervene(
     stacked = StackedGram.of(arms.gram)
     run = _Run(model, tasks, arms, scales, progress)
     with undisturbed(model) as quiet, torch.no_grad():
+        run.whole(quiet)
         for number, fold in enumerate(arms.folds):
             run.fold(quiet, fold.arms, number // 2)
     progress(run.passes, run.passes)
@@ -95,7 +97,7 @@ def intervene(
 
 @dataclass
 class _Run:
-    """Effects on each sample of each split, fold by fold."""
+    """Effects on each sample of each split: of what no direction changes at once, of the rest fold by fold."""
 
     model: nn.Module
     tasks: tuple[Task, ...]
@@ -107,6 +109,8 @@ class _Run:
     predicted: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
     captured: dict[int, np.ndarray] = field(default_factory=dict)
     norms: dict[tuple[str, int], float] = field(default_factory=dict)
+    base: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    base_scores: np.ndarray | None = None
     repeated: float = 0.0
     deviation: float = 0.0
     done: int = 0
@@ -121,38 +125,68 @@ class _Run:
                 lines += [(name, k, scale) for k in ks for scale in (self.scales if arm in _CURVES else (1.0,))]
         return lines
 
+    def whole(self, model: nn.Module) -> None:
+        """Run the model as it is, and what no direction changes, on all samples."""
+        update = self.arms.update
+        rows = np.arange(len(update.numbers))
+        tasks = tasks_of(self.tasks, update.numbers)
+        self.base = self._losses(model, tasks, None)
+        self.arms.require_losses(rows, self.base)
+        self.base_scores = self._scores(model, tasks, None)
+        lines = [line for line in self.plan if _is_fixed(line[0])]
+        self._run(model, tasks, self.arms.folds[0].arms, lines, (slice(None), rows))
+
     def fold(self, model: nn.Module, parts: Arms, split: int) -> None:
-        """Run all arms of one fold on its held-out samples."""
+        """Run the arms of one fold on its held-out samples."""
         update = self.arms.update
         rows = np.setdiff1d(np.arange(len(update.numbers)), parts.rows)
         tasks = tasks_of(self.tasks, update.numbers[rows])
-        held_out = split, rows
         with torch.enable_grad():
             self.deviation = max(self.deviation, parts.deviation)
-        base = self._losses(model, tasks, None)
-        self.arms.require_losses(rows, base)
-        base_scores = self._scores(model, tasks, None)
-        for arm, k, scale in self.plan:
-            change = _scaled(parts.matrices(arm, k), scale)
-            name, half = ("matched", 0.5) if arm in PAIR else (arm, 1.0)
-            key = (name, k, scale)
-            self._add(self.differences, key, held_out, half * (base - self._losses(model, tasks, change)))
-            if scale == 1.0:
-                self.norms[name, k] = self.norms.get((name, k), 0.0) + half * energy(parts.change(arm, k)) / len(
-                    self.arms.folds
-                )
-                self._add(self.predicted, (name, k), held_out, half * self._slopes(parts, arm, k, rows))
-                if base_scores is not None and arm not in PAIR:
-                    self._add(self.scores, (name, k), held_out, self._scores(model, tasks, change) - base_scores)
+        lines = [line for line in self.plan if not _is_fixed(line[0])]
+        self._run(model, tasks, parts, lines, (split, rows), folds=len(self.arms.folds))
         for k in self.arms.k:
-            self._add(self.captured, k, held_out, np.full(len(rows), parts.captured("on", k)))
-        repeated = self._losses(model, tasks, None)
-        self.repeated = max(self.repeated, float(np.abs(repeated - base).max()))
+            self._add(self.captured, k, (split, rows), np.full(len(rows), parts.captured("on", k)))
+        if split == 0:  # once for each sample, in other batches than before
+            repeated = self._losses(model, tasks, None)
+            self.repeated = max(self.repeated, float(np.abs(repeated - self.base[rows]).max()))
         parts.release()
 
-    def _add(self, sums: dict, key: object, held_out: tuple[int, np.ndarray], values: np.ndarray) -> None:
+    def _run(
+        self,
+        model: nn.Module,
+        tasks: Sequence[Task],
+        parts: Arms,
+        lines: Sequence[tuple[str, int, float]],
+        cells: tuple[int | slice, np.ndarray],
+        folds: int = 1,
+    ) -> None:
+        """Add what arms do to samples.
+
+        Args:
+            tasks: With these samples alone.
+            parts: The arms' changes.
+            lines: As in the plan.
+            cells: Splits and rows of K to which the samples' effects belong.
+            folds: In how many an arm is made, of whose squared norms the mean is taken.
+        """
+        rows = cells[1]
+        for arm, k, scale in lines:
+            change = _scaled(parts.matrices(arm, k), scale)
+            name, half = ("matched", 0.5) if arm in PAIR else (arm, 1.0)
+            fall = self.base[rows] - self._losses(model, tasks, change)
+            self._add(self.differences, (name, k, scale), cells, half * fall)
+            if scale == 1.0:
+                share = half * energy(parts.change(arm, k)) / folds
+                self.norms[name, k] = self.norms.get((name, k), 0.0) + share
+                self._add(self.predicted, (name, k), cells, half * self._slopes(parts, arm, k, rows))
+                if self.base_scores is not None and arm not in PAIR:
+                    rise = self._scores(model, tasks, change) - self.base_scores[rows]
+                    self._add(self.scores, (name, k), cells, rise)
+
+    def _add(self, sums: dict, key: object, cells: tuple[int | slice, np.ndarray], values: np.ndarray) -> None:
         total = sums.setdefault(key, np.zeros((self.arms.splits, len(self.arms.update.numbers))))
-        total[held_out] += values
+        total[cells] += values
 
     def _slopes(self, parts: Arms, arm: str, k: int, rows: np.ndarray) -> np.ndarray:
         """Return −⟨g_i, x⟩ of the held-out samples, from K and b; NaN for an arm that they do not know."""
@@ -199,8 +233,9 @@ class _Run:
 
     @property
     def passes(self) -> int:
-        """Forward passes over samples: half of them in each fold, for each arm and twice without."""
-        return self.arms.splits * (len(self.plan) + 2) * len(self.arms.update.numbers)
+        """Forward passes over samples: those of directions once a split, all others once, and twice without an arm."""
+        fixed = sum(_is_fixed(arm) for arm, _, _ in self.plan)
+        return (self.arms.splits * (len(self.plan) - fixed) + fixed + 2) * len(self.arms.update.numbers)
 
     def _count(self, tasks: Sequence[Task]) -> None:
         self.progress(self.done, self.passes)
@@ -209,6 +244,11 @@ class _Run:
 
 def _has_no_k(arm: str) -> bool:
     return arm == "full" or ":" in arm
+
+
+def _is_fixed(arm: str) -> bool:
+    """Return whether an arm is the same whatever the directions."""
+    return _has_no_k(arm) or arm.startswith("sigma_")
 
 
 def _scaled(change: Mapping[str, Matrix], scale: float) -> dict[str, Matrix]:

@@ -47,6 +47,8 @@ from probes.watched import Matrix, find
 PER_DOUBLING = 16
 #: Doublings, or halvings, until the search gives up: 29 passes at most, two at the start and four after it.
 MOST_DOUBLINGS = 22
+#: Passes of a usual search, for estimates.
+_USUAL = 10
 #: Steps of the grid between which slopes are taken, 19 % apart: nearer ones would lose them in rounding, and a slope
 #: over the whole doubling is not the one at the critical step (intervals held it in 89 % of simulated cases).
 _OF_SLOPE = 4
@@ -69,6 +71,7 @@ def critical_sharpness(
     start: float | xr.Dataset | None = None,
     relative: bool = True,
     step: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> xr.Dataset:
     r"""Return how far the model can go along a direction before each task's loss is higher than where it stands.
 
@@ -92,6 +95,7 @@ def critical_sharpness(
             linear.
         relative: Measure each task's loss along each task's gradient, too.
         step: Of the training, for the result's coordinate.
+        progress: Called with the number of forward passes over samples made, and of all, an estimate: ten a search.
 
     Returns:
         The group ``/sharpness``, see ``schema.SHARPNESS``: ``critical_step(step, task)``, ``critical_sharpness(step,
@@ -122,7 +126,10 @@ def critical_sharpness(
         require_names(tasks)
         gradients = _gradients(quiet, tasks) if relative or direction is None else {}
         eta = 1.0 if lr is None else lr
-        along = _Line.of(quiet, tasks, weighted_sum([(eta, gradients[ALL].change)]) if direction is None else direction)
+        lines = 1 + (len(tasks) + (direction is not None) if relative else 0)
+        counter = _Counter(progress, _USUAL * lines * sum(map(len, tasks)))
+        change = weighted_sum([(eta, gradients[ALL].change)]) if direction is None else direction
+        along = _Line.of(quiet, tasks, change, counter)
         polyak = gradients[ALL].polyak / eta if direction is None else 1.0
         critical_steps = {name: along.critical(name, _start(start, name, polyak)) for name in along.tasks}
         critical_steps[ALL] = along.critical(ALL, _of_all(critical_steps, _start(start, ALL, polyak)), base=0)
@@ -134,6 +141,7 @@ def critical_sharpness(
                 pairs[name, name] = pairs[ALL, name].stretched(1.0)
             elif name != ALL or direction is not None:
                 pairs |= _of_gradient(along, name, gradient, start)
+    counter.end()
     return _dataset(along, critical_steps, pairs, lr=lr, step=step).assign_attrs(
         direction="gradient" if direction is None else "step"
     )
@@ -298,6 +306,29 @@ def _gradient(
 
 
 @dataclass
+class _Counter:
+    """Counts forward passes over samples, of which there may be more than estimated.
+
+    Args:
+        progress: Called with those made, and all.
+        total: How many there usually are.
+    """
+
+    progress: Callable[[int, int], None]
+    total: int
+    done: int = 0
+
+    def add(self, samples: int) -> None:
+        """Count a pass over so many samples."""
+        self.done += samples
+        self.progress(self.done, max(self.done, self.total))
+
+    def end(self) -> None:
+        """Have made all."""
+        self.progress(max(self.done, 1), max(self.done, 1))
+
+
+@dataclass
 class _Line:
     """Losses of all tasks along one direction.
 
@@ -307,6 +338,7 @@ class _Line:
         direction: δ.
         starts: Losses at θ, by task.
         rounding: Of a task's mean loss.
+        counter: Counts passes.
         losses: By task and n.
     """
 
@@ -315,10 +347,11 @@ class _Line:
     direction: Change
     starts: Mapping[str, Float[np.ndarray, " sample"]]
     rounding: Mapping[str, float]
+    counter: _Counter
     losses: dict[tuple[str, int], Float[np.ndarray, " sample"]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, tasks: Sequence[Task], direction: Change) -> _Line:
+    def of(cls, model: nn.Module, tasks: Sequence[Task], direction: Change, counter: _Counter) -> _Line:
         """Return the line that starts at the model's weights."""
         starts, rounding = {}, {}
         for task in tasks:
@@ -326,11 +359,11 @@ class _Line:
             starts[task.name] = losses.double().cpu().numpy()
             eps = torch.finfo(losses.dtype).eps if losses.dtype.is_floating_point else 0.0
             rounding[task.name] = 2 * eps * float(np.abs(starts[task.name]).mean())
-        return cls(model, {task.name: task for task in tasks}, direction, starts, rounding)
+        return cls(model, {task.name: task for task in tasks}, direction, starts, rounding, counter)
 
     def along(self, direction: Change) -> _Line:
         """Return another line from the same start."""
-        return _Line(self.model, self.tasks, direction, self.starts, self.rounding)
+        return _Line(self.model, self.tasks, direction, self.starts, self.rounding, self.counter)
 
     def parts(self, name: str) -> list[str]:
         """Return the tasks of which a loss is the mean."""
@@ -363,6 +396,7 @@ class _Line:
                 with added(self.model, weighted_sum([(_length(n), self.direction)])):
                     for part in missing:
                         self.losses[part, n] = _losses(self.model, self.tasks[part]).double().cpu().numpy()
+                        self.counter.add(len(self.tasks[part]))
             return np.concatenate([self.losses[part, n] for part in self.parts(name)]) - before
 
         if not np.isfinite(before).all():

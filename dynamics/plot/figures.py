@@ -19,6 +19,7 @@ from dynamics.plot.gain_trajectory import gain_trajectory
 from dynamics.plot.gradient import NORM, gradient
 from dynamics.plot.heatmap import heatmap
 from dynamics.plot.intervention import intervention
+from dynamics.plot.noise_scale import noise_scale
 from dynamics.plot.rarefaction import rarefaction
 from dynamics.plot.score_comparison import score_comparison
 from dynamics.plot.score_scatter import score_scatter
@@ -116,11 +117,14 @@ def _of_gradients(tree: xr.DataTree) -> dict[str, Draw]:
         return {}
     summary = group(tree, "summary_gradient")
     stored = {name: "norm_before_clip" if name == NORM else name for name in OF_GRADIENTS}
-    return {
+    draws: dict[str, Draw] = {
         gradient_name(name): partial(gradient, tree, variable=name)
         for name, variable in stored.items()
         if has_values(summary[f"{variable}_quantile"])
     }
+    if has_values(group(tree, "gradient").get("noise_to_signal")):
+        draws["noise_scale"] = partial(noise_scale, tree)
+    return draws
 
 
 def fisher_drawings(tree: xr.DataTree) -> dict[str, Draw]:

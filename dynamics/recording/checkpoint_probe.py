@@ -126,7 +126,7 @@ def probe_checkpoints(
     counter = _Counter(progress, len(checkpoints))
     arms = None
     if interventions is not None and checkpoints:
-        arms = _Arms(interventions, export, checkpoints[-1], matrices, _Counter(runs, len(checkpoints)))
+        arms = _Arms(interventions, export, checkpoints[-1], matrices, _Counter(runs, 2 * len(checkpoints) - 1))
     for checkpoint in checkpoints:
         if before is not None and before.segment != checkpoint.segment:
             before = None
@@ -212,7 +212,9 @@ class _Arms:
                     self.exported = True
             with self._forgiven(probed, checkpoint, f"the length of the increment since step {from_step}"):
                 earlier = probed.sharpness[-1] if probed.sharpness else None
-                probed.sharpness.append(probe.sharpness(increment, checkpoint.step, from_step, earlier))
+                length = probe.sharpness(increment, checkpoint.step, from_step, earlier, progress=self.counter)
+                probed.sharpness.append(length)
+                self.counter.next()
 
     def rank_directions(self, probed: Probed, model: nn.Module, tasks: Sequence[Task], checkpoint: Checkpoint) -> None:
         """Add what the singular directions of the last checkpoint's adapters do to the loss."""

@@ -315,21 +315,32 @@ class FisherProbe:
         return effects.assign_coords(from_step=("step", np.array([evaluated_at], dtype=np.int64)))
 
     def sharpness(
-        self, increment: Increment, step: int, evaluated_at: int, earlier: xr.Dataset | None = None
+        self,
+        increment: Increment,
+        step: int,
+        evaluated_at: int,
+        earlier: xr.Dataset | None = None,
+        *,
+        rate: float = math.nan,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> xr.Dataset:
-        """Return how far the model could have gone along the increment, see :func:`dynamics.critical_sharpness`.
+        """Return how far the model could have gone from where the increment began, see ``critical_sharpness``.
 
         Args:
-            increment: As measured.
+            increment: As measured: the direction, unless there is a rate.
             step, evaluated_at: As for :meth:`intervene`.
             earlier: What an earlier increment gave, near which the search starts.
+            rate: Learning rate of plain gradient descent, see :func:`descent_rate`: the direction is that of its step.
+            progress: Called with the number of forward passes over samples made, and of all, an estimate.
 
         Raises:
             ValueError: If the increment is not wholly known.
         """
-        changes = _known(increment)
+        direction, lr = (_known(increment), None) if math.isnan(rate) else (None, rate)
         with self.at_start():
-            measured = critical_sharpness(self._model, self._tasks, changes, start=earlier, step=step)
+            measured = critical_sharpness(
+                self._model, self._tasks, direction, lr=lr, start=earlier, step=step, progress=progress
+            )
         return measured.assign_coords(from_step=("step", np.array([evaluated_at], dtype=np.int64)))
 
     def export(self, increment: Increment, choice: Interventions, folder: Path) -> list[Path]:
@@ -409,6 +420,29 @@ def momentum_of(optimizer: Any) -> float:
     inner = optimizer if hasattr(optimizer, "param_groups") else getattr(optimizer, "optimizer", None)
     groups = getattr(inner, "param_groups", ())
     return max((_momentum_of_group(group) for group in groups), default=math.nan)
+
+
+def descent_rate(optimizer: Any) -> float:
+    """Return the learning rate of plain gradient descent: one for all parameters, no momentum, no weight decay.
+
+    Args:
+        optimizer: As for :func:`momentum_of`.
+
+    Returns:
+        NaN for any other optimizer: its step is not −η∇L.
+
+    >>> descent_rate(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+    0.1
+    >>> descent_rate(torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=0.1))
+    nan
+    """
+    inner = optimizer if hasattr(optimizer, "param_groups") else getattr(optimizer, "optimizer", None)
+    if type(inner) is not torch.optim.SGD:
+        return math.nan
+    groups = inner.param_groups
+    rates = {float(group["lr"]) for group in groups}
+    plain = not any(group["momentum"] or group["weight_decay"] or group["maximize"] for group in groups)
+    return rates.pop() if plain and len(rates) == 1 and min(rates) > 0 else math.nan
 
 
 def _momentum_of_group(group: Mapping[str, Any]) -> float:

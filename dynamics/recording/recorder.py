@@ -24,7 +24,7 @@ from dynamics.findings import Finding
 from dynamics.intervention.counterfactuals import ARMS
 from dynamics.recording import Schedule, at_no_step, either, preset_named
 from dynamics.recording.changes import BaseWeights, Change, ModelState, change_between
-from dynamics.recording.fisher import FisherProbe, Interventions, momentum_of
+from dynamics.recording.fisher import FisherProbe, Increment, Interventions, descent_rate, momentum_of
 from dynamics.recording.live import LiveSpectra
 from dynamics.recording.monitor import (
     findings_on_model,
@@ -97,10 +97,12 @@ class Recorder:
         tasks: Held-out probe samples. With them a record has the Fisher at the start of the increment, K and b, and the
             scores of tasks that have one; one forward-backward pass over all probe samples a captured step. Where K
             of every block would take more than 64 MiB a record, it holds only that of all together, and a warning says
-            so; choose ``matrices`` (``"."``: all) to record theirs as well.
+            so; choose ``matrices`` (``"."``: all) to record theirs as well. The preset ``"full"`` records critical
+            sharpness, too: about eight forward passes for all samples together, and as many for each task along each
+            task's gradient.
         intervene: Steps at which parts of the increment are run on the probe samples, too, to see which of them lower
             the loss: every so many steps, a list of steps, or a schedule. These steps are captured. With the default
-            arms such a step takes 28 forward passes over the probe samples and two forward and backward.
+            arms such a step takes 23 forward passes over the probe samples and two forward and backward.
         arms: Which parts, as for :func:`dynamics.counterfactuals`; only with ``intervene``.
         k: In how many directions, likewise.
         batch_size: Samples that the optimizer sees in one step, over all processes and accumulated; for the null of
@@ -160,6 +162,7 @@ class Recorder:
         self._takes_part = self._leads or any(is_sharded(p) for matrix in watched.watched for p in matrix.sources)
         self._gradients, self._strict, self._progress = gradients, strict, progress
         self._model, self._pattern, self._state = model, matrices, ModelState(model)
+        self._batch_size = float(batch_size) or math.nan
         self._bases = BaseWeights(model) if self._leads else None
         self._take_parameters(watched)
         self._lost_start = False  # of the increment: no Fisher can be measured there
@@ -169,7 +172,8 @@ class Recorder:
         probe_findings = [] if self._probe is None else self._probe.findings()
         for finding in probe_findings:
             warnings.warn(str(finding), UserWarning, stacklevel=2)
-        self._momentum = math.nan
+        self._momentum = self._rate = math.nan
+        self._sharpness: xr.Dataset | None = None  # of the last step that has one: the next search starts there
         self.scalars: dict[str, float] = {}
         choices = {"every": every, "at": None if at is None else list(map(int, at)), "schedule": _named(schedule)}
         configuration = {"preset": preset, **choices, "matrices": matrices, "gradients": gradients}
@@ -208,7 +212,7 @@ class Recorder:
         self.before_backward(step, scaler)
         hook = None
         if self._in_flight is not None and optimizer is not None:
-            self._momentum = momentum_of(optimizer)
+            self._take_rates(optimizer)
             inner = getattr(optimizer, "optimizer", optimizer)
             if hasattr(inner, "register_step_pre_hook"):  # not every optimizer is one of torch
                 hook = inner.register_step_pre_hook(lambda *_: self.before_optimizer_step(optimizer))
@@ -249,7 +253,7 @@ class Recorder:
         flight = self._in_flight
         self._follow(captures=False)
         if flight is not None and optimizer is not None:
-            self._momentum = momentum_of(optimizer)
+            self._take_rates(optimizer)
         if flight is None or not self._gradients or flight.has_gradient:
             return
         flight.has_gradient = True
@@ -263,7 +267,7 @@ class Recorder:
             if self._leads:
                 spectra = {name: (values / scale, rank) for name, (values, rank) in spectra.items()}
                 norms = self._by_matrix(before, flight.scale), self._by_matrix(after, scale)
-                flight.gradient = self._gradient_record(flight.step, *norms, spectra)
+                flight.gradient = self._gradient_record(flight.step, *norms, spectra, scale=flight.scale)
 
     @torch.no_grad()
     def after_optimizer_step(self) -> bool:
@@ -281,7 +285,7 @@ class Recorder:
                 before = self._norms.before_clipping()
                 if self._leads and before is not None:
                     norms = self._by_matrix(before, flight.scale), self._by_matrix(None, 1.0)
-                    flight.gradient = self._gradient_record(flight.step, *norms, {})
+                    flight.gradient = self._gradient_record(flight.step, *norms, {}, scale=flight.scale)
         return self._capture(flight.step, flight.gradient)
 
     @torch.no_grad()
@@ -434,10 +438,25 @@ class Recorder:
                     groups["intervention"] = self._probe.intervene(
                         increment, self._interventions, step, self._from_step, self._progress
                     )
+                if self.preset.sharpness:
+                    groups["sharpness"] = self._sharpness_along(increment, step)
         if self._probe is not None:
             with self._forgiven(step):
                 groups["score"] = self._probe.scores(step)
         return groups
+
+    def _take_rates(self, optimizer: Any) -> None:
+        self._momentum, self._rate = momentum_of(optimizer), descent_rate(optimizer)
+
+    def _sharpness_along(self, increment: Increment, step: int) -> xr.Dataset | None:
+        """Return the critical sharpness where the increment began; ``None`` where the increment is not wholly known."""
+        assert self._probe is not None
+        if increment.changes is None or increment.unknown:
+            return None
+        self._sharpness = self._probe.sharpness(
+            increment, step, self._from_step, self._sharpness, rate=self._rate, progress=self._progress
+        )
+        return self._sharpness
 
     def _annotate(self) -> None:
         """Keep the findings beside the records up to date."""
@@ -517,15 +536,36 @@ class Recorder:
         return [norm / scale for norm in norms_of(squared, self._parameters, list(self._of_matrices.values()))]
 
     def _gradient_record(
-        self, step: int, before: Sequence[float], after: Sequence[float], spectra: Mapping[str, tuple[Tensor, int]]
+        self,
+        step: int,
+        before: Sequence[float],
+        after: Sequence[float],
+        spectra: Mapping[str, tuple[Tensor, int]],
+        *,
+        scale: float = 1.0,
     ) -> xr.Dataset:
         gradients = {}
-        for name, norm_before, norm_after in zip(self._of_matrices, before, after, strict=True):
+        micro_batches, micro_norms = self._micro_norms(scale)
+        columns = zip(self._of_matrices, before, after, micro_norms, strict=True)
+        for name, norm_before, norm_after, micro_norm in columns:
             # Where the norm is unknown, the zeros that stand in for the gradient are not a gradient of zero.
             spectrum = (None, 0) if math.isnan(norm_after) else spectra.get(name, (None, 0))
-            gradients[name] = GradientSpectrum(norm_before, norm_after, *spectrum)
+            gradients[name] = GradientSpectrum(norm_before, norm_after, *spectrum, micro_norm=micro_norm)
         shapes = {name: shape for name, shape in self._live.shapes.items() if name in gradients}
-        return raw.raw_gradient(step, shapes, gradients)
+        return raw.raw_gradient(step, shapes, gradients, micro_batches=micro_batches, batch_size=self._batch_size)
+
+    def _micro_norms(self, scale: float) -> tuple[float, list[float]]:
+        """Return the number of micro-batches over all processes, and the norm of each matrix's gradient of one.
+
+        NaN for gradients of a single micro-batch, and where processes hold shards of a parameter.
+        """
+        passes, sums = self._norms.of_micro_batches()
+        processes = dist.get_world_size() if _distributed() else 1
+        if passes * processes < 2 or any(map(is_sharded, self._parameters)):
+            return math.nan, [math.nan] * len(self._of_matrices)
+        norms = norms_of(sums, self._parameters, list(self._of_matrices.values()))
+        # The sum of the parts is the whole: each is 1/n of the gradient of its micro-batch.
+        return float(passes * processes), [norm * math.sqrt(passes) / scale for norm in norms]
 
     @contextmanager
     def _forgiven(self, step: int) -> Iterator[None]:

@@ -127,12 +127,14 @@ class Preset:
         gradient_spectra: Whether each matrix's gradient gets singular values, beside its norms.
         increment_cosines: Whether the cosine of consecutive increments is recorded, which takes a second copy of
             the watched factors.
+        sharpness: Whether critical sharpness is recorded, where there are probe samples.
     """
 
     name: str
     schedule: Schedule
     gradient_spectra: bool = False
     increment_cosines: bool = False
+    sharpness: bool = False
 
 
 #: Every preset records the spectra of totals and increments, and gradient norms before and after clipping.
@@ -141,7 +143,7 @@ PRESETS: Mapping[str, Preset] = {
     for preset in (
         Preset("economy", either(geometric(4), every(100))),
         Preset("standard", either(geometric(2), every(50)), gradient_spectra=True),
-        Preset("full", either(geometric(2), every(10)), gradient_spectra=True, increment_cosines=True),
+        Preset("full", either(geometric(2), every(10)), gradient_spectra=True, increment_cosines=True, sharpness=True),
     )
 }
 

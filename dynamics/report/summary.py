@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.report.answers import answers, answers_of_runs
-from dynamics.report.interventions import intervention_summary
+from dynamics.report.interventions import intervention_summary, sharpness_summary
 from dynamics.report.score_summary import checkpoint_table, score_summary
 from dynamics.schema import ALL, FISHER_GROUPS, GLOBAL, last_step_with
 from dynamics.spectra.dataset import parts_of_sums
@@ -65,6 +65,7 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         - ``gradient``: ``None``, or medians over matrices at the last ``step`` at which gradients were recorded;
         - ``fisher``: ``None``, or informative directions, the update in them, and tasks, see ``fisher_summary``;
         - ``intervention``: ``None``, or what the parts of the last update do to the loss, see ``intervention_summary``;
+        - ``sharpness``: ``None``, or how far a step could have gone, see ``sharpness_summary``;
         - ``path``: ``None``, or the shape of the newest training's path through its checkpoints;
         - ``base``: ``None``, or medians over matrices of updates beside the weights they changed, and how many
           ``matrices`` could be compared;
@@ -104,6 +105,7 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         "gradient": _gradient(tree),
         "fisher": fisher_summary(tree),
         "intervention": intervention_summary(tree),
+        "sharpness": sharpness_summary(tree),
         "path": _path(tree),
         "base": _base(tree),
         "scores": scores,

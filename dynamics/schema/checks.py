@@ -261,7 +261,20 @@ def _spectrum_problems(update: xr.Dataset) -> Iterator[str]:
 _FORMATS = ("F64", "F32", "BF16", "F16")
 _SPACES = ("tangent", "factor", "weight")
 _COUNTS = ("count", "factor_rank", "decomposition")
-_TEXTS = ("kind", "matrix", "role", "stack", "storage", "block", "task", "arm", *SAMPLE_LABELS)
+_TEXTS = (
+    "kind",
+    "matrix",
+    "role",
+    "stack",
+    "storage",
+    "block",
+    "task",
+    "task_",
+    "arm",
+    "reason",
+    "relative_reason",
+    *SAMPLE_LABELS,
+)
 #: Coordinates that are not whole numbers.
 _REAL = ("scale",)
 #: No training has as many steps, no matrix as many rows.
@@ -316,7 +329,7 @@ def _record_problems(dataset: xr.Dataset, variables: Mapping[str, Variable]) -> 
             least = _SMALLEST.get(name, 0)
             if not (least <= int(values.min()) and int(values.max()) < _LARGEST_INTEGER):
                 yield f"has a number in {name!r} that is not from {least} to {_LARGEST_INTEGER - 1}"
-    for axis in ("matrix", "block", "task", "arm"):
+    for axis in ("matrix", "block", "task", "task_", "arm"):
         names = dataset.variables[axis].values.tolist() if axis in dims else []
         if len(set(names)) < len(names):
             yield f"has two {'matrices' if axis == 'matrix' else axis + 's'} of one name"
@@ -330,12 +343,12 @@ def _record_problems(dataset: xr.Dataset, variables: Mapping[str, Variable]) -> 
     if "storage" in dims and not set(dataset.variables["storage"].values.tolist()) <= set(_FORMATS):
         yield f"is stored in a format that is none of {', '.join(_FORMATS)}"
     yield from _recorded_spectrum_problems(dataset, variables) if "singular_value" in variables else ()
-    for name in (name for name in variables if name not in (*_COUNTS, *INTERVENTION_FLAGS)):
+    for name in (name for name in variables if name not in (*_COUNTS, *_TEXTS, *INTERVENTION_FLAGS)):
         numbers = dataset.variables[name].values.astype(np.float64)
         least = 0.0 if "singular_value" in variables and name != "inner_product" else -_LARGEST_NUMBER
-        # A gradient that is not finite has a norm that says so.
+        # A gradient that is not finite has a norm that says so, and an interval may have no upper end.
         allowed = np.isnan(numbers) | (numbers >= least) & (numbers <= _LARGEST_NUMBER)
-        if not (allowed | (np.isposinf(numbers) & name.startswith("norm"))).all():
+        if not (allowed | (np.isposinf(numbers) & name.startswith(("norm", "critical_step")))).all():
             yield f"has a number in {name!r} that is not from {least:g} to {_LARGEST_NUMBER:g}"
     yield from _recorded_gram_problems(dataset) if "gram" in variables else ()
     yield from _recorded_intervention_problems(dataset) if "effect" in variables else ()
@@ -365,7 +378,9 @@ def _record_dimensions(variables: Mapping[str, Variable]) -> dict[str, tuple[str
     elif "effect" in variables:
         coordinates |= {"from_step": ("step",), **{name: (name,) for name in INTERVENTION_AXES}}
     else:
-        coordinates["task"] = ("task",)
+        pairs = ("task_",) if "relative_sharpness" in variables else ()
+        coordinates |= {name: (name,) for name in ("task", *pairs)}
+        coordinates |= dict.fromkeys(("from_step",) if pairs else (), ("step",))
     return coordinates | {name: variable.dims for name, variable in variables.items()}
 
 

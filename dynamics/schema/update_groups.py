@@ -212,6 +212,48 @@ GRADIENT: Mapping[str, Variable] = {
         "gradient norm after clipping",
         "the same as the optimizer takes it, after clipping",
     ),
+    "micro_norm": Variable(
+        ("step", "matrix"),
+        "loss/weight",
+        "gradient norm of a micro-batch",
+        "√ of the mean of ‖n g_b‖² over the n backward passes of the step on the first process, g_b what each adds to "
+        "the gradient before clipping; NaN for a single one on a single process",
+    ),
+    "micro_batches": Variable(
+        ("step",), "1", "micro-batches behind a gradient", "backward passes of the step times processes; NaN if unknown"
+    ),
+    "batch_size": Variable(
+        ("step",), "samples", "samples behind a gradient", "of the optimizer's step; NaN if unknown"
+    ),
+    "signal": Variable(
+        ("step", "matrix"),
+        "(loss/weight)²",
+        "squared norm of the mean gradient",
+        "‖μ‖² = (n‖g‖² − s)/(n − 1), g the step's gradient before clipping, s = micro_norm², n = micro_batches: "
+        "unbiased for micro-batches of equal size, and below 0 where noise outweighs it",
+        "McCandlish et al. 2018, arXiv 1812.06162",
+    ),
+    "noise": Variable(
+        ("step", "matrix"),
+        "(loss/weight)²",
+        "variance of the gradient",
+        "tr Cov(g) = (s − ‖g‖²)/(n − 1), of the step's gradient before clipping: unbiased, as signal",
+        "McCandlish et al. 2018, arXiv 1812.06162",
+    ),
+    "noise_to_signal": Variable(
+        ("step",),
+        "1",
+        "noise to signal of the gradient",
+        "Σ noise/Σ signal over matrices and over this and the nine recorded steps before it: 1 where a step's noise is "
+        "as large as its mean. NaN where the sum of signals is not above 0",
+    ),
+    "noise_scale": Variable(
+        ("step",),
+        "samples",
+        "noise scale",
+        "noise_to_signal times batch_size: tr Σ/‖μ‖², the batch at which noise and mean are equally large",
+        "McCandlish et al. 2018, arXiv 1812.06162",
+    ),
     "singular_value": Variable(
         ("step", "matrix", "index"), "loss/weight", "singular value of the gradient", f"after clipping, {_GRADIENT_OF}"
     ),
@@ -249,7 +291,11 @@ RAW_REMAINDER: Mapping[str, Variable] = {
 }
 #: The raw gradient, from which everything in /gradient follows.
 RAW_GRADIENT: Mapping[str, Variable] = {
-    name: GRADIENT[name] for name in ("singular_value", "count", "factor_rank", "norm_before_clip", "norm_after_clip")
+    name: GRADIENT[name]
+    for name in (
+        *("singular_value", "count", "factor_rank", "norm_before_clip", "norm_after_clip"),
+        *("micro_norm", "micro_batches", "batch_size"),
+    )
 }
 #: Coordinates of /update and /gradient.
 COORDINATES: Mapping[str, Variable] = {

@@ -136,7 +136,7 @@ def _gradient_groups(raw_gradient: xr.Dataset) -> dict[str, xr.Dataset]:
     like_update = raw_gradient.expand_dims(kind=["gradient"], axis=1)
     norm = _norms(like_update["singular_value"].values)["frobenius_norm"]
     like_update = like_update.assign(label_arrays(schema.UPDATE, {"frobenius_norm": norm}))
-    like_update = like_update.assign(measures_of(like_update))
+    like_update = like_update.assign(measures_of(like_update)).assign(_gradient_noise(like_update))
     null, against_null = null_models_of(like_update)
     gradient = like_update.assign(against_null).isel(kind=0, drop=True)[[*schema.GRADIENT, *raw_gradient.coords]]
     gradient["frobenius_norm"].attrs = schema.GRADIENT["frobenius_norm"].attributes
@@ -145,6 +145,38 @@ def _gradient_groups(raw_gradient: xr.Dataset) -> dict[str, xr.Dataset]:
     finite = gradient.where(np.isfinite(gradient))
     summary = quantiles_over_matrices(finite, null, schema.SUMMARY_GRADIENT)
     return {"gradient": gradient, "null_gradient": null, "summary_gradient": summary}
+
+
+#: Captured steps over which noise and signal of gradients are averaged.
+_AVERAGED = 10
+
+
+def _gradient_noise(gradient: xr.Dataset) -> dict[str, xr.Variable]:
+    """Return signal and noise of gradients from two batch sizes; NaN where one micro-batch is all there is.
+
+    Args:
+        gradient: With ``micro_norm``, ``micro_batches`` and ``batch_size``, of one kind.
+    """
+    n = gradient["micro_batches"].values[..., None]
+    of_whole, of_parts = (gradient[name].values ** 2 for name in ("norm_before_clip", "micro_norm"))
+    n = np.where(n > 1, n, np.nan)
+    signal, noise = (n * of_whole - of_parts) / (n - 1), (of_parts - of_whole) / (n - 1)
+    alone = ~np.asarray(parts_of_sums(gradient["matrix"].values.tolist()), dtype=bool)
+    sums = [np.nansum(part[..., alone], -1) for part in (noise, signal)]
+    noises, signals = (
+        np.stack([values[max(0, row - _AVERAGED + 1) : row + 1].sum(0) for row in range(len(values))])
+        for values in sums
+    )
+    missing = ~np.isfinite(signal[..., alone]).any(-1) | ~(signals > 0)
+    ratio = np.where(missing, np.nan, noises / np.where(missing, 1.0, signals))
+    arrays = {
+        "signal": signal,
+        "noise": noise,
+        "noise_to_signal": ratio,
+        "noise_scale": ratio * gradient["batch_size"].values,
+    }
+    dims = {name: ("step", "kind", *schema.GRADIENT[name].dims[1:]) for name in arrays}
+    return {name: xr.Variable(dims[name], values, schema.GRADIENT[name].attributes) for name, values in arrays.items()}
 
 
 def measures_of(update: xr.Dataset, noise: np.ndarray | None = None) -> dict[str, xr.Variable]:

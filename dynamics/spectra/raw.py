@@ -31,6 +31,8 @@ ADDED = (
     "left_factor_change",
     "right_factor_change",
 )
+#: The same of a raw gradient.
+ADDED_TO_GRADIENT = ("micro_norm", "micro_batches", "batch_size")
 #: Whole numbers; where there is nothing they are 0, all others NaN.
 _COUNTS = ("count", "factor_rank", "decomposition")
 
@@ -43,12 +45,14 @@ class GradientSpectrum:
         norm_before_clip, norm_after_clip: Over its trainable parameters; NaN where it was not measured.
         values: Singular values, ``None`` where they were not measured.
         rank: Columns of the factors of the gradient.
+        micro_norm: Root mean square of the norms of micro-batches' gradients; NaN where it was not measured.
     """
 
     norm_before_clip: float
     norm_after_clip: float
     values: Float[Tensor, " k"] | None = None
     rank: int = 0
+    micro_norm: float = math.nan
 
 
 def raw_update(
@@ -101,8 +105,22 @@ def _spectra_in(spectra: Iterable[MatrixSpectra]) -> Iterator[Tensor]:
             yield from (matrix.factors.left, matrix.factors.right)
 
 
-def raw_gradient(step: int, shapes: Mapping[str, MatrixShape], gradients: Mapping[str, GradientSpectrum]) -> xr.Dataset:
-    """Return gradients of one step, labelled; matrices without one have NaN."""
+def raw_gradient(
+    step: int,
+    shapes: Mapping[str, MatrixShape],
+    gradients: Mapping[str, GradientSpectrum],
+    *,
+    micro_batches: float = math.nan,
+    batch_size: float = math.nan,
+) -> xr.Dataset:
+    """Return gradients of one step, labelled; matrices without one have NaN.
+
+    Args:
+        step: The step.
+        shapes: Matrix → its shape.
+        gradients: Matrix → its gradient.
+        micro_batches, batch_size: Micro-batches and samples behind them; NaN if unknown.
+    """
     spectra = [gradient.values for gradient in gradients.values() if gradient.values is not None]
     arrays = _empty(GRADIENT, 1, len(shapes), max(map(len, spectra), default=0))
     for column, name in enumerate(shapes):
@@ -110,10 +128,12 @@ def raw_gradient(step: int, shapes: Mapping[str, MatrixShape], gradients: Mappin
             continue
         arrays["norm_before_clip"][0, column] = gradient.norm_before_clip
         arrays["norm_after_clip"][0, column] = gradient.norm_after_clip
+        arrays["micro_norm"][0, column] = gradient.micro_norm
         if gradient.values is not None:
             arrays["singular_value"][0, column, : len(gradient.values)] = gradient.values.numpy()
             arrays["count"][0, column] = len(gradient.values)
             arrays["factor_rank"][0, column] = gradient.rank
+    arrays["micro_batches"][0], arrays["batch_size"][0] = micro_batches, batch_size
     return _dataset(GRADIENT, arrays, {step: None}, shapes)
 
 
@@ -196,7 +216,7 @@ def concatenate(parts: Sequence[xr.Dataset]) -> xr.Dataset:
             "index": np.arange(part.sizes["index"]),
         }
         for name, variable in variables.items():
-            if name in part.variables or name not in (*ADDED, *REMAINDER):
+            if name in part.variables or name not in (*ADDED, *ADDED_TO_GRADIENT, *REMAINDER):
                 arrays[name][np.ix_(*(positions[dim] for dim in variable.dims))] = part.variables[name].values
     return _dataset(variables, arrays, ordered, shapes)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,18 @@ TABLES: Mapping[str, Mapping[str, Variable]] = {
     "fisher": {**schema.FISHER_RECORD, "momentum": schema.FISHER_MOMENTUM},
     "score": {**schema.SCORE, "direction": schema.SCORE_DIRECTION},
     "intervention": schema.INTERVENTION,
+    "sharpness": schema.SHARPNESS,
 }
 #: Variables that a record may lack: those that records of earlier versions do not have, and those not always known.
-OPTIONAL = (*raw.ADDED, "momentum", "direction", *(schema.INTERVENTION.keys() - {"effect", "norm", "headline"}))
+OPTIONAL = (
+    *raw.ADDED,
+    *raw.ADDED_TO_GRADIENT,
+    "momentum",
+    "direction",
+    *(schema.INTERVENTION.keys() - {"effect", "norm", "headline"}),
+)
 #: Groups without which the others can be used.
-_PROBED = ("fisher", "score", "intervention")
+_PROBED = ("fisher", "score", "intervention", "sharpness")
 _COORDINATES = ("step", "block", "evaluated_at_step", *schema.SAMPLE_LABELS)
 
 
@@ -60,6 +67,7 @@ class TrainingRecords:
         fisher: K and b of the steps that have them, ``None`` if none has.
         score: Scores of the steps that have some, ``None`` if none has.
         intervention: Effects of parts of the increments that were intervened on, ``None`` if none was.
+        sharpness: Critical steps and sharpness, ``None`` if no step has them.
         live_names: Name on disk → name in the live model, where they differ.
         findings: What was found during the training, and while reading.
         stamp: Tells whether the folder has changed since: run, steps, records that cannot be used, attributes.
@@ -73,6 +81,7 @@ class TrainingRecords:
     fisher: xr.Dataset | None
     score: xr.Dataset | None
     intervention: xr.Dataset | None
+    sharpness: xr.Dataset | None
     live_names: Mapping[str, str]
     findings: tuple[Finding, ...]
     stamp: Mapping[str, Any]
@@ -149,6 +158,7 @@ def read_records(folders: RecordFolders, keep: re.Pattern[str] | None = None) ->
         fisher=fisher,
         score=joined_scores(parts["score"]),
         intervention=joined_interventions(parts["intervention"]),
+        sharpness=joined_sharpness(parts["sharpness"]),
         live_names=_live_names(stored.attributes.get("disk_names"), parts["update"]),
         findings=(
             *_findings_of_training(stored.attributes),
@@ -382,13 +392,21 @@ def joined_sharpness(parts: Sequence[xr.Dataset]) -> xr.Dataset | None:
     if not parts:
         return None
     fill = {name: "" if name.endswith("reason") else name != "resolved" and np.nan for name in schema.SHARPNESS}
-    return xr.concat(parts, "step", join="outer", fill_value=fill, combine_attrs="override")
+    return xr.concat(parts, "step", join="outer", fill_value=fill, combine_attrs="override").sortby("step")
 
 
-def with_probed_interventions(recorded: xr.Dataset | None, probed: xr.Dataset | None) -> xr.Dataset | None:
+def with_probed_effects(
+    recorded: xr.Dataset | None,
+    probed: xr.Dataset | None,
+    joined: Callable[[Sequence[xr.Dataset]], xr.Dataset | None],
+) -> xr.Dataset | None:
     """Return the effects of records and of probed checkpoints; where both have a step, those of the record.
 
     The coordinate ``recorded`` tells which is which.
+
+    Args:
+        recorded, probed: ``/intervention`` or ``/sharpness`` of each.
+        joined: :func:`joined_interventions` or :func:`joined_sharpness`.
     """
     parts = []
     if recorded is not None:
@@ -396,14 +414,19 @@ def with_probed_interventions(recorded: xr.Dataset | None, probed: xr.Dataset | 
         probed = None if probed is None else probed.sel(step=~probed["step"].isin(recorded["step"].values))
     if probed is not None and probed.sizes["step"]:
         parts.append(probed.assign_coords(recorded=("step", np.zeros(probed.sizes["step"], dtype=bool))))
-    return joined_interventions(parts)
+    return joined(parts)
 
 
-def unmeasured_interventions(tree: xr.DataTree) -> xr.Dataset | None:
-    """Return what a stored result keeps of interventions at its checkpoints; ``None`` if there are none."""
-    if "intervention" not in tree.children:
+def unmeasured_effects(tree: xr.DataTree, name: str) -> xr.Dataset | None:
+    """Return what a stored result keeps of its checkpoints in ``/intervention`` or ``/sharpness``, ``None`` if nothing.
+
+    A result of an earlier version may not say that its sharpness is that of checkpoints.
+    """
+    if name not in tree.children:
         return None
-    effects = tree["intervention"].to_dataset().load()
+    effects = tree[name].to_dataset().load()
+    if "recorded" not in effects:
+        return effects
     effects = effects.sel(step=~effects["recorded"])
     return effects if effects.sizes["step"] else None
 

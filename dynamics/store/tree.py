@@ -36,11 +36,13 @@ from dynamics.store.records import (
     TrainingRecords,
     find_records,
     is_current,
+    joined_interventions,
+    joined_sharpness,
     read_records,
+    unmeasured_effects,
     unmeasured_fisher,
-    unmeasured_interventions,
     with_probed,
-    with_probed_interventions,
+    with_probed_effects,
 )
 from dynamics.store.results import FOLDER, encodable_dataset, provenance
 from dynamics.text import encodable
@@ -60,6 +62,7 @@ class Parts:
         fisher: K and b of probed checkpoints, ``None`` if none was probed.
         score: Their scores, ``None`` if there are none.
         intervention: Effects of parts of their increments, ``None`` if there was no intervention.
+        sharpness: Critical steps along their increments, likewise.
     """
 
     run: str
@@ -71,6 +74,7 @@ class Parts:
     fisher: xr.Dataset | None = None
     score: xr.Dataset | None = None
     intervention: xr.Dataset | None = None
+    sharpness: xr.Dataset | None = None
 
 
 def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
@@ -104,12 +108,14 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
         probed = measure_fisher(fisher)
         groups |= probed
         findings += fisher_findings(probed)
-    effects = with_probed_interventions(None if records is None else records.intervention, parts.intervention)
+    effects = with_probed_effects(records and records.intervention, parts.intervention, joined_interventions)
     if effects is not None:
         groups["intervention"] = effects
         findings += intervention_findings(effects)
-    if "sharpness" in groups:
-        findings += sharpness_findings(groups["sharpness"])
+    sharpness = with_probed_effects(records and records.sharpness, parts.sharpness, joined_sharpness)
+    if sharpness is not None:
+        groups["sharpness"] = sharpness
+        findings += sharpness_findings(sharpness)
     scores = [score for score in (records and records.score, parts.score, parts.logs.get("score")) if score is not None]
     if scores:
         groups["score"] = reduce(_scores, scores)
@@ -145,7 +151,7 @@ def _findings_of_checkpoints(parts: Parts) -> list[Finding]:
 
 
 #: Groups that the records do not change.
-_KEPT = ("training", "score", "path", "base", "weights", "association", "sensitivity", "sharpness")
+_KEPT = ("training", "score", "path", "base", "weights", "association", "sensitivity")
 #: Findings that follow from the numbers of ``/update``, ``/intervention`` and ``/sharpness``: they are found anew.
 _FROM_NUMBERS = (
     *("OD202", "OD203", "OD204", "OD205", "OD206", "OD208"),
@@ -208,7 +214,8 @@ def reopened(stored: xr.DataTree, folders: RecordFolders) -> xr.DataTree:
         findings=[finding for finding in kept if finding.code not in _FROM_NUMBERS],
         inputs=[entry for entry in json.loads(attributes["inputs"]) if "captured_steps" not in entry],
         fisher=unmeasured_fisher(stored),
-        intervention=unmeasured_interventions(stored),
+        intervention=unmeasured_effects(stored, "intervention"),
+        sharpness=unmeasured_effects(stored, "sharpness"),
     )
     tree = result_tree(parts, configuration)
     tree.attrs |= {name: attributes[name] for name in ("label",) if name in attributes}

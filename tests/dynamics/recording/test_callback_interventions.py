@@ -196,7 +196,7 @@ def test_any_loop_is_left_alone(tmp_path):
     assert np.isfinite(record["effect"].sel(scale=1.0)).all()
     ends = [number for number, (done, total) in enumerate(told) if done == total]
     assert len(ends) == 3  # K twice, and the arms of step 2
-    assert told[-1] == (2 * 12 * (12 + 2),) * 2
+    assert told[-1] == (12 * (3 + 2 + 2 * 9),) * 2
 
 
 def too_late(model, batch):

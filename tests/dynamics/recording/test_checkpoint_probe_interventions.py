@@ -96,12 +96,15 @@ def test_a_result_is_opened_as_it_was_made(analysed):
 
 
 def test_progress_ends(analysed):
-    """Two increments of three arms, and the directions of the last checkpoint, first estimated as another increment."""
+    """Two increments of three arms and their lengths, and the last checkpoint's directions, all estimated as one."""
     told = [call[1:] for call in analysed[2] if call[0] == "run: interventions"]
-    passes, of_directions = 2 * 16 * (3 * 3 + 1 + 2), 16 * (1 + 6 + 3)
-    assert told[0] == (0, 3)
-    assert told[1] == (0, 3 * passes)
-    assert told[-1] == (2 * passes + of_directions,) * 2
+    passes, of_directions = 16 * (3 + 2 + 2 * (2 * 3 + 1)), 16 * (1 + 6 + 3)
+    sharpness = analysed[1]["sharpness"]
+    searched = 8 * float(sharpness["passes"].sum() + sharpness["relative_passes"].sum())  # samples of a task a pass
+    assert told[0] == (0, 5)
+    assert told[1] == (0, 5 * passes)
+    assert told[-1][0] == told[-1][1]
+    assert 0 < told[-1][0] - (2 * passes + of_directions) <= 2 * searched
     assert [done for done, _ in told] == sorted(done for done, _ in told)
 
 

@@ -93,6 +93,19 @@ def test_every_arm_has_its_effect_at_the_headline(group, tree):
     assert arms[3]["score_effect"] == {"value": None, "low": None, "high": None}
 
 
+def test_a_score_of_one_task_alone_is_told(group):
+    at = {"arm": "on", "k": 16, "task": "vqa"}
+    scored = group.copy(deep=True)
+    for end, value in (("", 0.2), ("_low", 0.1), ("_high", 0.3)):
+        if f"score_effect{end}" not in scored:
+            scored[f"score_effect{end}"] = scored["norm"].expand_dims(task=scored["task"]) * np.nan
+        scored[f"score_effect{end}"].loc[at] = value
+    arms = intervention_summary(with_intervention(example_tree(1, 1), scored))["arms"]
+    assert arms[1]["score_effects"] == {"vqa": {"value": 0.2, "low": 0.1, "high": 0.3}}
+    assert arms[0]["score_effects"] == {}
+    assert arms[1]["score_effect"]["value"] is None
+
+
 def test_missing_numbers_are_none():
     unresolved = intervention(CASES["unresolved"], share_outside_space=None, norm_deviation=[2e-7, 3e-7])
     told = intervention_summary(with_intervention(example_tree(1, 1), unresolved))

@@ -9,8 +9,8 @@ from dynamics.store.record_file import decoded_record, encoded_record
 from dynamics.store.records import (
     joined_interventions,
     joined_sharpness,
-    unmeasured_interventions,
-    with_probed_interventions,
+    unmeasured_effects,
+    with_probed_effects,
 )
 from tests.records import effects, rewrite
 from tests.runs import write_records
@@ -56,17 +56,19 @@ def test_attributes_are_the_last_steps_and_deviations_the_largest():
 
 def test_nothing_is_joined_to_nothing():
     assert joined_interventions([]) is None
-    assert with_probed_interventions(None, None) is None
+    assert with_probed_effects(None, None, joined_interventions) is None
 
 
 def test_records_win_over_checkpoints():
     recorded, probed = effects(10), joined_interventions([effects(10, ks=(8,)), effects(20, ks=(8,))])
-    joined = with_probed_interventions(recorded, probed)
+    joined = with_probed_effects(recorded, probed, joined_interventions)
     assert joined["recorded"].values.tolist() == [True, False]
     assert np.isfinite(joined["effect"].sel(step=10, k=2)).all()
     assert joined["effect"].sel(step=10, k=8).isnull().all()
-    assert with_probed_interventions(recorded, probed.isel(step=[0]))["recorded"].values.tolist() == [True]
-    kept = unmeasured_interventions(xr.DataTree.from_dict({"/intervention": joined}))
+    assert with_probed_effects(recorded, probed.isel(step=[0]), joined_interventions)["recorded"].values.tolist() == [
+        True
+    ]
+    kept = unmeasured_effects(xr.DataTree.from_dict({"/intervention": joined}), "intervention")
     xr.testing.assert_equal(kept["effect"].sel(k=[8]).drop_vars("recorded"), probed["effect"].sel(step=[20]))
 
 
