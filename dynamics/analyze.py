@@ -134,6 +134,10 @@ def analyze(
 ) -> None:
     """Measure what training did to the weights: spectra of the updates, with a null model beside each number.
 
+    \b
+    python -m dynamics.analyze runs/imax
+    python -m dynamics.analyze imax=runs/a imax=runs/b dmax=runs/c dmax=runs/d
+
     Writes analysis.zarr, summary.json, report.html, figures/, rank_pattern.json and run.yaml to RUN/dynamics/analysis/.
 
     Exit status: 0 analysed; 1 an input was refused or a number is not finite (each is named, the rest is saved);
