@@ -195,9 +195,9 @@ def test_tasks_agree_conflict_or_are_not_known(fisher):
         -1
     ] == (
         "The mean gradients of these tasks agree: a and b (cosine 0.500, 95 % interval 0.250 to 0.750). "
-        "These tasks conflict: a and c (cosine -0.500, 95 % interval -0.750 to -0.250). "
+        "These tasks conflict: a and c (cosine −0.500, 95 % interval −0.750 to −0.250). "
         "Agreement or conflict cannot be decided, since the interval of the cosine includes 0: b and c (cosine 0.125, "
-        "95 % interval -0.250 to 0.500). "
+        "95 % interval −0.250 to 0.500). "
         "Whether a and d conflict cannot be decided: at least one of their mean gradients is indistinguishable from "
         "zero with 40 samples. Probe more."
     )
