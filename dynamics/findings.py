@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from dynamics.text import encodable, one_line, some
+from dynamics.text import encodable, one_line, some, with_minus
 
 Severity = Literal["note", "warning", "error"]
 
@@ -304,7 +304,7 @@ def _value_words(value: Any) -> str:
     if value is None:
         return "unknown"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return with_minus(f"{value:.4g}")
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_value_words(content)}" for key, content in value.items())
     if isinstance(value, list):
@@ -312,19 +312,24 @@ def _value_words(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def finding_lines(summary: Mapping[str, Any], severities: Collection[str]) -> Iterator[str]:
+def finding_lines(summary: Mapping[str, Any], severities: Collection[str], most: int | None = None) -> Iterator[str]:
     """Yield a line for each finding of these severities, errors first.
 
     Args:
         summary: See ``summarise``; of several runs each line names its run.
         severities: Any of ``"error"``, ``"warning"``, ``"note"``.
+        most: Lines of one code, after which one line counts the others; by default all have a line.
     """
     findings = [("", finding) for finding in summary["findings"]]
     for name, run in summary.get("runs", {}).items():
         findings += [(name, finding) for finding in run["findings"]]
     for severity in SEVERITIES:
-        if severity in severities:
-            yield from (finding_line(finding, run) for run, finding in findings if finding["severity"] == severity)
+        told = [(run, finding) for run, finding in findings if finding["severity"] == severity]
+        for code in dict.fromkeys(finding["code"] for _, finding in told) if severity in severities else ():
+            lines = [finding_line(finding, run) for run, finding in told if finding["code"] == code]
+            yield from lines[:most]
+            if most is not None and len(lines) > most:
+                yield f"{code} {severity} {len(lines) - most:,} more; all are in summary.json."
 
 
 def finding_line(finding: Mapping[str, Any], run: str = "") -> str:

@@ -182,7 +182,8 @@ def _of_interventions(tree: xr.DataTree) -> dict[str, Draw]:
 def _of_relations(tree: xr.DataTree) -> dict[str, Draw]:
     """Return the figures of runs beside scores and beside one another."""
     draws: dict[str, Draw] = {}
-    if has_group(tree, "association"):
+    # Correlations within one run describe and decide nothing: they are in the result, and not drawn.
+    if has_group(tree, "association") and tree["association"].attrs["question"] != "one_run":
         draws = {"association": partial(association, tree), "association_scatter": partial(score_scatter, tree)}
         if tree["association"].sizes["task"] > 1:
             draws["association_grid"] = partial(association_grid, tree)

@@ -246,7 +246,8 @@ class _Arms:
             probed.findings.append(
                 Finding(
                     "OD415",
-                    f"The intervention on {what} failed ({type(error).__name__}: {first_line(error, 300)}).",
+                    f"The intervention on {what} failed ({type(error).__name__}: "
+                    f"{first_line(error, 300).rstrip('.')}).",
                     "Its Fisher and the other checkpoints are measured. Correct what the message names and analyse "
                     "again.",
                     file=checkpoint.folder.name,
@@ -445,4 +446,4 @@ def _description(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     users = [frame for frame in frames if "site-packages" not in frame.filename and "importlib" not in frame.filename]
     where = f", {users[-1].filename.rpartition('/')[2]} line {users[-1].lineno}" if users and len(frames) > 1 else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.')}{where}"

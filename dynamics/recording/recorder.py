@@ -158,6 +158,7 @@ class Recorder:
         self.preset = preset_named(preset)
         self._schedule = schedule_of(self.preset, interval=every, steps=at, schedule=schedule)
         self._intervenes, self._interventions = chosen_interventions(tasks, intervene, arms, k)
+        self._intervention_due = intervene is None  # whether a step came at which to intervene
         if intervene is not None:
             self._schedule = either(self._schedule, self._intervenes)
         watched = watched_or_refused(model, matrices)
@@ -307,6 +308,7 @@ class Recorder:
         self._in_flight = None
         self._takes_part = False
         try:
+            self._note_missing_intervention()
             self._annotate()
         finally:
             if self._records is not None:
@@ -442,6 +444,7 @@ class Recorder:
     def _probed(self, step: int) -> dict[str, xr.Dataset | None]:
         """Return what the probe samples give at this step; a failure there costs nothing else."""
         groups: dict[str, xr.Dataset | None] = {}
+        self._intervention_due |= self._intervenes(step)
         if self._probe is not None and self._from_step >= 0 and not self._lost_start:
             with self._forgiven(step):
                 increment = self._probe.measure(self._live.increments(), self._progress)
@@ -477,6 +480,19 @@ class Recorder:
         )
         return self._sharpness
 
+    def _note_missing_intervention(self) -> None:
+        """Note that the training ended before the first step at which to intervene."""
+        if self._records is None or self._intervention_due or not self.steps:
+            return
+        self._intervention_due = True
+        message = (
+            f"No update was intervened on: the training ended at step {self._last:,}, before the first step that "
+            "intervene asks for."
+        )
+        remedy = "Ask for earlier steps, such as intervene=[100], or run the command with --probe and --intervene."
+        with self._forgiven(self._last):
+            self._records.note(Finding("OD415", message, remedy, step=self._last))
+
     def _annotate(self) -> None:
         """Keep the findings beside the records up to date."""
         with self._forgiven(self._last):
@@ -501,6 +517,10 @@ class Recorder:
             if resume_from is not None and self._leads:
                 earlier = earlier_records(run)
                 start = {} if earlier is None else read_start(run / FOLDER)
+                of_before = {} if earlier is None else earlier.records
+                self._intervention_due |= any(
+                    "intervention" in record for step, record in of_before.items() if step <= resume_from
+                )
         start = {} if resume_from is not None and start is None else start
         cosines = self.preset.increment_cosines
         self._live = LiveSpectra(watched.watched, start=start, step=self._last, cosines=cosines, leads=self._leads)

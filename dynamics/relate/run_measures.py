@@ -115,6 +115,8 @@ def relate_runs(
     """
     measures = _aligned({name: measures_of_run(tree) for name, tree in runs.items()})
     chosen, findings = _headline(measures, headline)
+    if len(runs) == 1 and headline is None:
+        findings = []  # one run is related to nothing, whichever measure comes first
     steps = {name: _measured_steps(measures, name) for name in runs}
     recorded = {name: tree["score"].to_dataset().load() for name, tree in runs.items() if "score" in tree.children}
     scores = [*rows_of(recorded), *rows]

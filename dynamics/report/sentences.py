@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dynamics.intervention.findings import VERDICTS
 from dynamics.report.answers.concentration import CHANCE, chance_steps, concentration_state
 from dynamics.report.answers.tasks import degree_of_difference
 from dynamics.text import counted, listed, number, percent, sentence_case
@@ -42,6 +41,19 @@ def what_was_analysed(summary: Mapping[str, Any]) -> str:
     ranks = sorted({row["adapter_rank"] for row in summary["table"] if row["adapter_rank"]})
     kind = f" with LoRA updates of rank {' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}" if ranks else ""
     return f"{what} ({span}){apart}; {matrices}{kind}."
+
+
+def what_was_compared(summary: Mapping[str, Any]) -> str:
+    """Return how many runs there are, in which groups.
+
+    >>> what_was_compared({"runs": {"a": {"label": "imax"}, "b": {"label": ""}}})
+    '2 runs: 1 of imax and 1 without a group.'
+    """
+    labels = [run["label"] for run in summary["runs"].values()]
+    groups = [
+        f"{labels.count(label):,} {f'of {label}' if label else 'without a group'}" for label in dict.fromkeys(labels)
+    ]
+    return f"{counted(len(labels), 'run')}{f': {listed(groups)}' if any(labels) else ''}."
 
 
 def answers(summary: Mapping[str, Any]) -> list[str]:
@@ -183,21 +195,6 @@ def does_it_matter(summary: Mapping[str, Any]) -> list[str]:
         summary: Of one run, see ``summarise``.
     """
     return [] if summary["intervention"] is None else summary["intervention"]["statements"]
-
-
-def does_it_matter_in_short(summary: Mapping[str, Any]) -> str:
-    """Return the verdict on the last update that was taken apart; ``""`` where there is none.
-
-    Args:
-        summary: Of one run, see ``summarise``.
-    """
-    effects = summary["intervention"]
-    if effects is None or not effects["verdict"]:
-        return ""
-    return (
-        f"Does the part of the update in the {counted(effects['k'], 'leading informative direction')} matter? At step "
-        f"{effects['step']:,}, {VERDICTS[effects['verdict']]}."
-    )
 
 
 def _spectrum(fisher: Mapping[str, Any]) -> str:

@@ -216,6 +216,12 @@ def test_a_headline_that_no_run_has_is_replaced_by_that_of_increments(asked, mis
     )
 
 
+def test_one_run_needs_no_word_on_its_headline():
+    runs = results(["a"], with_fisher=False)
+    assert "OD513" not in codes(relate_runs(runs, accuracies(["a"])))
+    assert "OD513" in codes(relate_runs(runs, accuracies(["a"]), headline="ln_gain_16"))
+
+
 def test_a_headline_is_kept_where_one_run_has_it():
     names = ["a", "b", "c"]
     runs = results(names, with_fisher=False) | {"d": result(7)}
