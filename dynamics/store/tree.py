@@ -164,8 +164,8 @@ def _findings_of_checkpoints(parts: Parts) -> list[Finding]:
 
 #: Groups that the records do not change.
 _KEPT = ("training", "score", "path", "base", "weights", "association", "sensitivity")
-#: Findings that follow from the numbers of ``/update``, ``/base``, ``/intervention``, ``/loss`` and ``/sharpness``: found
-#: anew.
+#: Findings that follow from the numbers of ``/update``, ``/base``, ``/intervention``, ``/loss`` and ``/sharpness``:
+#: found anew.
 _FROM_NUMBERS = (
     *("OD202", "OD203", "OD204", "OD205", "OD206", "OD208", "OD211", "OD212"),
     "OD417",
