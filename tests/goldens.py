@@ -93,6 +93,7 @@ INTENDED: tuple[Intended, ...] = (
             "summary.json:*scores.*",
             "summary.json:*scores",
             "summary.json:*checkpoints.*",
+            "summary.json:*checkpoint_choice*",
         )
     ),
     *(
