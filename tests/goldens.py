@@ -102,6 +102,7 @@ INTENDED: tuple[Intended, ...] = (
             "summary.json:*scores.*",
             "summary.json:*scores",
             "summary.json:*checkpoints.*",
+            "summary.json:*checkpoint_choice*",
         )
     ),
     *(
