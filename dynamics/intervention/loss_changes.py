@@ -105,7 +105,7 @@ def loss_record(losses: xr.Dataset) -> xr.Dataset:
         {
             "sample_loss": rows["sample_loss"],
             "start_loss": (("step", "sample"), np.repeat(losses["sample_loss"].values[:1], steps, 0)),
-            "first_order": rows["first_order"] if "first_order" in rows else nothing,
+            "first_order": rows.get("first_order", nothing),
             "curvature": 2 * (rows["predicted_second"] - rows["predicted_first"]),
             **{name: rows[name] for name in ("scaled_loss",) if name in rows},
         },
