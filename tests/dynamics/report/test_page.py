@@ -131,7 +131,8 @@ def test_findings_have_evidence_and_remedy_and_fold_when_many(text, parsed):
     assert "c-1: Number 1. Evidence: bytes 1." in words
     assert words.count("What to do: Copy it again.") == 1
     assert "2 more" in words
-    folded = text[text.index("<summary>2 more</summary>") : text.index("</details>")]
+    start = text.index("<summary>2 more</summary>")
+    folded = text[start : text.index("</details>", start)]
     assert "Number 3." in folded
     assert "Number 2." not in folded
 

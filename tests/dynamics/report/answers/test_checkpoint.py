@@ -9,6 +9,7 @@ import xarray as xr
 from dynamics.report.answers.checkpoint import which_checkpoint
 from dynamics.report.score_summary import checkpoint_choice
 from dynamics.report.summary import summarise
+from dynamics.schema import LOSS
 from tests.dynamics.relate.simulated_trainings import STEPS, Training
 from tests.dynamics.relate.test_checkpoint_choice_scores import scores
 from tests.trees import HOSTILE, example_tree
@@ -22,6 +23,10 @@ def plain():
 def answered(plain, loss=None, score=None):
     """The answer for a run with these losses and scores; its evidence is in the tree or the summary."""
     tree = plain.copy()
+    if loss is not None:  # what is not chosen by is unknown
+        names = [name for name, variable in LOSS.items() if variable.dims == ("step", "task") and name not in loss]
+        unknown = np.full((loss.sizes["step"], loss.sizes["task"]), np.nan)
+        loss = loss.assign(dict.fromkeys(names, (("step", "task"), unknown)))
     for name, group in (("loss", loss), ("score", score)):
         if group is not None:
             tree[name] = xr.DataTree(group)
