@@ -90,6 +90,11 @@ INTENDED: tuple[Intended, ...] = (
         Intended("*", path, "added", "What merging keeps of an update, and whether weights equal their base.")
         for path in ("*/base/changed_share", "*/base/lost_in_merge", "OD211", "OD212")
     ),
+    *(
+        Intended("*", f"*/gradient/{name}", "added", "How noisy the training's gradients are, from micro-batches.")
+        for name in ("micro_norm", "micro_batches", "batch_size", "signal", "noise", "noise_to_signal", "noise_scale")
+    ),
+    Intended("*", "OD513", "missing", "One run has no correlations, and no headline measure unless one is named."),
     Intended("*", "*/loss/*", "added", "Losses of probe samples since the training began."),
     Intended("*", "summary.json:*losses*", "added", "Losses of probe samples since the training began."),
     Intended("*", "OD502", "missing", "A score before training, at step 0, needs no measures at that step."),
