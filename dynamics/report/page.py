@@ -252,7 +252,7 @@ _SECTIONS = {
 #: Question → what the small picture beside its answer shows.
 _CAPTIONS = {
     "trained": "Norm of the updates, by role",
-    "rank": "Rank used of the adapter's, by role",
+    "rank": "Rank used (grey: not used), by role",
     "checkpoint": "Scores or losses over steps; ring: best",
     "tasks": "Cosines of pairs of tasks",
     "concentration": "Gain over steps; 1: a fresh gradient",

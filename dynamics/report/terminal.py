@@ -57,16 +57,16 @@ def terminal_numbers(summary: Mapping[str, Any], explained_in: str = "report.htm
 
 
 def _answers(answered: Iterable[Mapping[str, Any]]) -> list[RenderableType]:
-    """Return a paragraph for each question that was put; the others share one."""
+    """Return a paragraph for each question that was put, then the others, each with how to ask it."""
     asked = [answer for answer in answered if answer["verdict"] != "not_asked"]
     parts: list[RenderableType] = [part for answer in asked for part in _answer(answer)]
     unasked = sorted((answer for answer in answered if answer["verdict"] == "not_asked"), key=remedy_of)
     if unasked:
-        words = [
-            f"{' '.join(answer['question'] for answer in members)}{f' ({remedy})' if remedy else ''}"
-            for remedy, members in groupby(unasked, key=remedy_of)
-        ]
-        parts.append(_text(f"Not asked: {' '.join(words)}"))
+        parts.append(Text("Not asked"))
+        for remedy, members in groupby(unasked, key=remedy_of):
+            words = _text(" ".join(answer["question"] for answer in members))
+            words.append(f" To ask: {one_line(remedy)}." if remedy else "", style="dim")
+            parts.append(Padding(words, (0, 0, 0, 2)))
     return parts
 
 

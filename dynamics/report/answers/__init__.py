@@ -93,8 +93,10 @@ def _in_runs(verdict: Verdict, names: Sequence[str], answered: Mapping[str, Any]
     where = f"{every if count == total else f'{count:,} of {total:,}'} runs" if most else some(names, _NAMED)
     answer = answered[names[0]]["answer"]
     shared = all(answered[name]["answer"] == answer for name in names)
-    example = answer if shared else f"For example {names[0]}: {answer}"
-    return f"{sentence_case(verdict_words(verdict))} in {where}" + ("." if verdict == "not_asked" else f": {example}")
+    example = "" if shared else f", for example {names[0]}"
+    return f"{sentence_case(verdict_words(verdict))} in {where}" + (
+        "." if verdict == "not_asked" else f"{example}: {answer}"
+    )
 
 
 def _nan(value: float | None) -> float:

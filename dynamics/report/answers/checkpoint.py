@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from dynamics.relate.directions import is_of_task
 from dynamics.relate.score_changes import score_changes
 from dynamics.report.answers.answer import Answer, Evidence, Verdict
 from dynamics.report.score_summary import scores_of_newest
-from dynamics.text import counted, number, some, with_minus
+from dynamics.text import counted, listed, number, some, with_minus
 
 _QUESTION = "checkpoint"
 #: Tasks of a kind, and other checkpoints, that the sentence names.
@@ -23,8 +24,10 @@ _HOW = (
     "FILE with scores of each checkpoint and of step 0, and --retained TASK."
 )
 _MARK = "Mark samples of what the base could do: Task(..., retained=True), or --retained TASK for scores."
-_START = "Evaluate the model before training, too (step 0), and give standard errors."
+_START = "Evaluate the model before training, too (step 0)."
+_ERRORS = "Give standard errors of the scores (--scores FILE)."
 _MORE = "Probe more groups of samples."
+_SAVE = "Save checkpoints at the steps that are evaluated."
 
 
 def which_checkpoint(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
@@ -43,6 +46,9 @@ def which_checkpoint(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
       can be chosen (every task is retained), something is shown to be worse.
     - ``undecided``: neither is shown, or the start was not measured.
     - ``not_asked``: there are neither losses of probe samples nor scores of a checkpoint.
+
+    Where the best step was measured, but has no checkpoint, the sentence names the best one that has. Where the best is
+    not the last step, it says which retained losses have risen by then.
 
     Intervals are 95 %: of the value alone, of tasks all together. With claims from a second source ``sure`` is 0.90.
 
@@ -66,17 +72,19 @@ def which_checkpoint(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
         Evidence("/loss/sample_loss" if of_losses else "/score/score"),
         *map(Evidence, paths),
     )
-    sure = None if reported["low"] is None else 0.90 if beside else 0.95
+    later = _worse_later(tree, choice)
+    sure = None if reported["low"] is None else 0.90 if beside or later else 0.95
+    instead = _best_saved(tree, choice)
     if choice["best"] is None:
         verdict = "no" if worse or beside else "undecided"
         sentence = f"{_changes(reported['tasks'], of_losses, reported['candidate'])}; {choice['reason']}"
         surer = "Probe samples of the tasks that training is for."
     else:
         verdict = _verdict(choice, bool(worse or beside))
-        sentence = _sentence(choice, reported, of_losses, verdict)
-        surer = _surer(choice, verdict)
+        sentence = _sentence(choice, reported, of_losses, verdict, instead)
+        surer = " ".join(filter(None, (_SAVE if instead else "", _surer(choice, verdict))))
     newest = "of the newest training, " if len(summary["segments"]) > 1 else ""
-    sentence = "; ".join([f"{newest}{sentence}", *beside])
+    sentence = "; ".join([f"{newest}{sentence}", *beside, *later])
     return Answer(_QUESTION, verdict, f"{sentence[:1].upper()}{sentence[1:]}.", evidence, sure, surer)
 
 
@@ -100,7 +108,28 @@ def _verdict(choice: Mapping[str, Any], forgot: bool) -> Verdict:
     return "undecided"
 
 
-def _sentence(choice: Mapping[str, Any], reported: Mapping[str, Any], of_losses: bool, verdict: Verdict) -> str:
+def _best_saved(tree: xr.DataTree, choice: Mapping[str, Any]) -> str:
+    """Return what to say of a best step that has no checkpoint; ``""`` where it has one."""
+    candidates = {candidate["name"]: candidate for candidate in choice["candidates"]}
+    best = candidates.get(choice["best"])
+    if "captured" in tree.attrs:
+        steps = json.loads(tree.attrs["captured"])["checkpoints"]
+    else:
+        steps = tree["update"].to_dataset()["step"].values.tolist()
+    if best is None or best["kind"] != "step" or best["step"] in steps:
+        return ""
+    saved = [one for one in candidates.values() if one["kind"] == "step" and one["step"] in steps]
+    known = [one for one in saved if one["value"] is not None]
+    if not known:
+        return "not saved, and no saved checkpoint was evaluated"
+    return (
+        f"not saved; of {counted(len(known), 'saved one')} {max(known, key=lambda one: one['value'])['name']} is best"
+    )
+
+
+def _sentence(
+    choice: Mapping[str, Any], reported: Mapping[str, Any], of_losses: bool, verdict: Verdict, instead: str
+) -> str:
     """Return the choice, what it improved and cost, and what cannot be told from it."""
     saved = sum(candidate["kind"] == "step" for candidate in choice["candidates"])
     best, others = choice["best"], choice["within_one_standard_error"] or []
@@ -111,20 +140,26 @@ def _sentence(choice: Mapping[str, Any], reported: Mapping[str, Any], of_losses:
         text = f"{shown} better than {before} ({counted(saved, 'checkpoint')})"
     else:
         of = f"of {saved:,}" if saved > 1 else "the only one"
+        of = f"{of}; {instead}" if instead else of
         text = f"keep {best} ({of})" if verdict in ("yes", "mixed") else f"{best} is best ({of})"
         if verdict == "undecided" and reported["low"] is not None:
             text += ", but not shown to be better than the start"
         if reported["tasks"]:
             text += f": {_changes(reported['tasks'], of_losses, '')}"
         elif not of_losses:
-            text += f" by {some(choice['tasks'], _NAMED)}"
+            text += f" by {_named(choice['tasks'])}"
     if others:
         cannot = "cannot be told from it" if best != "start" else "cannot be told from the start"
-        text += f"; {some(map(_in_words, others), _NAMED)} {cannot}"
+        text += f"; {_named(map(_in_words, others))} {cannot}"
     other_half = choice["other_half"]
     if other_half not in (None, best, *others):
         text += f"; the other half of the groups would choose {_in_words(other_half)}"
     return text
+
+
+def _named(names: Iterable[str]) -> str:
+    names = list(names)
+    return listed(names) if len(names) <= _NAMED else some(names, _NAMED)
 
 
 def _in_words(candidate: str) -> str:
@@ -195,6 +230,23 @@ def _worse_beside(tree: xr.DataTree, choice: Mapping[str, Any]) -> tuple[list[st
     return words, paths
 
 
+def _worse_later(tree: xr.DataTree, choice: Mapping[str, Any]) -> list[str]:
+    """Return which retained losses have risen by the last step, where a choice by losses is an earlier one."""
+    last = choice["candidates"][-1]["step"] if choice["candidates"] else None
+    best = next((row for row in choice["candidates"] if row["name"] == choice["best"]), None)
+    if choice["based_on"] != "losses" or best is None or best["step"] == last or best["kind"] == "scaled":
+        return []
+    at_last = tree["loss"].to_dataset().load().sel(step=last)
+    rows = [at_last.sel(task=task) for task in choice["retained"] if task in at_last["task"].values]
+    worse = [
+        f"the loss of retained {row['task'].item()} has risen by {number(float(row['change']))} nat "
+        f"({number(float(row['change_low']))} to {number(float(row['change_high']))})"
+        for row in rows
+        if "change_low" in row and float(row["change_low"]) > 0
+    ]
+    return [f"by step {last:,} {some(worse, _NAMED)}"] if worse else []
+
+
 def _of_any(score: str, tasks: Iterable[str]) -> bool:
     return any(is_of_task(score, task) for task in tasks)
 
@@ -208,8 +260,10 @@ def _surer(choice: Mapping[str, Any], verdict: Verdict) -> str:
     advice = []
     if not choice["retained"]:
         advice.append(_MARK)
-    if choice["based_on"] == "scores" and verdict == "undecided":
-        advice.append(_START)
+    lacks_start = choice["candidates"][0]["kind"] != "start"
+    lacks_errors = choice["reported"] is None or choice["reported"]["low"] is None
+    if choice["based_on"] == "scores" and verdict == "undecided" and (lacks_start or lacks_errors):
+        advice += [_START] * lacks_start + [_ERRORS] * lacks_errors
     elif choice["based_on"] == "losses" and (verdict == "undecided" or choice["within_one_standard_error"]):
         advice.append(_MORE)
     elif choice["based_on"] == "scores":

@@ -144,7 +144,7 @@ def _not_concentrated(concentration: Mapping[str, Any], state: State) -> tuple[V
     share = "a fresh gradient's share"
     if gain["high"] is not None and gain["high"] < ABOUT:
         less = "less than" if gain["high"] < 1 else "no more than"
-        return "no", f"The last update has in the {directions} {less} {share} (gain {_gain(row)}; chance: 1).", ""
+        return "no", f"The last update has {less} {share} in the {directions} (gain {_gain(row)}; chance: 1).", ""
     if steps["of"] >= _MANY:
         words = (
             f"In {steps['concentrated']:,} of {steps['of']:,} updates the {directions} hold more than {share}, no more "

@@ -197,7 +197,7 @@ def _sentence(adapters: _Adapters, effect: _Effect | None, is_by_noise: bool, tr
         for state, words in (
             ("used up", "used up in"),
             ("ends within", "used, with room to spare, in"),
-            ("idle", "half or more idle in"),
+            ("idle", "at least half idle in"),
         )
         if state in adapters.states
     ]
@@ -206,17 +206,16 @@ def _sentence(adapters: _Adapters, effect: _Effect | None, is_by_noise: bool, tr
     all_of_it = f"{needed[0]}" if len(needed) == 1 else f"{needed[0]} to {needed[-1]}"
     if not claims:
         claims = [f"not shown to be too high or too low: {percent(ENERGY, 0)} of an update's energy needs {all_of_it}"]
+    together = claims[0] if len(claims) == 1 else f"{', '.join(claims[:-1])}, and {claims[-1]}"
     newest = " of the newest training" if trainings > 1 else ""
     share = adapters.share if effect is None else effect.share
     pattern = f"adapters with the ranks of rank_pattern.json have {percent(share, 0)} of the parameters"
     if effect is None:
-        return f"{basis}, {subject}{newest} is {listed(claims)}; {pattern}."
+        return f"{basis}, {subject}{newest} is {together}; {pattern}."
     digits = 2 if max(abs(effect.low), abs(effect.high)) < HARMLESS else 1
     ends = interval(effect.low, effect.high, lambda end: with_minus(percent(end, digits)))
     rise = f"{'rises' if effect.rise >= 0 else 'falls'} by {percent(abs(effect.rise), digits)}"
-    return (
-        f"{basis}, {subject}{newest} is {listed(claims)}; {pattern}, and with them the held-out loss {rise} ({ends})."
-    )
+    return f"{basis}, {subject}{newest} is {together}; {pattern}, and with them the held-out loss {rise} ({ends})."
 
 
 def _where(adapters: _Adapters, state: str) -> str:

@@ -240,8 +240,9 @@ def _faults(course: Course) -> list[str]:
 
 def _moves(course: Course, training: Training) -> Sequence[str]:
     parts = []
-    if "direction" in course.reasons:
-        parts.append(_direction(course, training))
+    if "direction" in course.reasons and course.motion is not None:
+        weak = ", a drift that moves it less than noise does" if course.motion.high <= 1 / course.motion.blocks else ""
+        parts.append(f"{_direction(course, training)}{weak}")
     if course.trend is not None and "loss" in course.reasons:
         since = f" since step {course.trend.first_step:,}"
         parts.append(f"the loss fell by {number(-course.trend.change)} to {number(course.trend.last)}{since}")

@@ -64,7 +64,10 @@ def do_tasks_fight(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     samples = counted(fisher["samples"] or 0, "sample")
     if open_:
         verb = "is" if open_ == 1 else "are"
-        clauses.append(f"{open_:,} of {counted(len(pairs), 'pair')} {verb} not resolved with {samples}")
+        subject = f"{open_:,} of {counted(len(pairs), 'pair')} {verb}"
+        if len(pairs) == 1:
+            subject = f"whether {' and '.join(map(one_line, pairs[0]['tasks']))} share directions or fight is"
+        clauses.append(f"{subject} not resolved with {samples}")
     mixture = fisher["mixture"]
     if degree := degree_of_difference(mixture):
         divergence, largest = (number(mixture[f"normalised_{name}"]) for name in ("divergence", "largest"))

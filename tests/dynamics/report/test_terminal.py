@@ -47,7 +47,7 @@ def test_every_answer_has_its_verdict_and_the_others_one_line():
         f"{QUESTIONS['concentration']} Undecided The answer to concentration. Confidence 95 %. To be surer: probe more "
         "samples."
     ) in words(text)
-    unasked = f"Not asked: {QUESTIONS['tasks']} {QUESTIONS['recipe']} (pass --probe MODULE:FUNCTION)"
+    unasked = f"Not asked {QUESTIONS['tasks']} {QUESTIONS['recipe']} To ask: pass --probe MODULE:FUNCTION."
     assert unasked in words(text)
     assert "The answer to tasks." not in text
 

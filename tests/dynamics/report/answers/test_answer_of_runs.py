@@ -33,7 +33,7 @@ def test_what_all_runs_say_comes_once():
 
 def test_answers_in_other_words_have_an_example():
     answer = together("trained", "yes", "yes", words=["20 matrices moved.", "8 matrices moved."])
-    assert answer.answer == "Yes in both runs: For example a: 20 matrices moved."
+    assert answer.answer == "Yes in both runs, for example a: 20 matrices moved."
 
 
 def test_runs_that_differ_are_named_with_their_reason():

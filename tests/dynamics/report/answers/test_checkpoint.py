@@ -53,6 +53,35 @@ def test_what_was_learnt_and_what_was_forgotten_are_told_with_intervals(plain):
     assert answer.evidence[0].low > 0
 
 
+def test_what_the_last_step_forgot_is_told_beside_an_earlier_choice(plain):
+    data = losses()
+    rise = np.full((data.sizes["step"], data.sizes["task"]), 3.0)
+    bounds = {"change_low": rise - 0.5, "change": rise, "change_high": rise + 0.5}
+    data = data.assign({name: (("step", "task"), values) for name, values in bounds.items()})
+    answer = answered(plain, data)
+    assert answer.sure == 0.90
+    assert answer.answer.endswith("; by step 800 the loss of retained wiki has risen by 3.00 nat (2.50 to 3.50).")
+    uncertain = answered(plain, data.assign(change_low=data["change"] - 4))
+    assert "has risen" not in uncertain.answer
+
+
+def test_a_best_step_without_a_checkpoint_is_told_with_the_best_saved_one(plain):
+    score = scores(eval_loss=[1.5, 1.2, 1.4], steps=[100, 150, 300])
+    answer = answered(plain, score=score)
+    assert answer.answer == "Step 150 is best (of 3; not saved; of 2 saved ones step 300 is best) by eval_loss."
+    assert answer.surer.startswith("Save checkpoints at the steps that are evaluated.")
+    recorded = plain.copy()
+    recorded.attrs["captured"] = json.dumps({"steps": [100, 200, 300], "checkpoints": []})
+    score = scores(eval_loss=[1.5, 1.2, 1.4], steps=[100, 200, 300])
+    assert "(of 3; not saved, and no saved checkpoint was evaluated)" in answered(recorded, score=score).answer
+
+
+def test_only_what_is_missing_is_asked_for(plain):
+    answer = answered(plain, score=scores(eval_loss=[1.9, 1.2, 1.4], steps=[0, 100, 200], errors=np.nan))
+    assert "(step 0)" not in answer.surer
+    assert "Give standard errors" in answer.surer
+
+
 def test_new_tasks_alone_that_improved_are_kept(plain):
     data = losses()
     answer = answered(plain, data.isel(sample=(data["sample_task"] == "vqa").values, task=[0]))

@@ -135,7 +135,10 @@ def test_a_gain_close_to_one_is_a_no(leading):
     fisher = changed(leading, gain=interval(1.0, 0.9, 1.1), concentrated=False, steps={"concentrated": 0, "of": 1})
     answer = answered(leading, fisher=fisher)
     assert (answer.verdict, answer.sure) == ("no", 0.95)
-    assert "no more than a fresh gradient's share (gain 1.00, 0.900 to 1.10; chance: 1)." in answer.answer
+    assert (
+        "no more than a fresh gradient's share in the 16 leading directions (gain 1.00, 0.900 to 1.10; chance: 1)."
+        in answer.answer
+    )
 
 
 def test_a_batch_beyond_the_null_is_undecided(leading):

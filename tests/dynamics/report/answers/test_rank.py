@@ -65,7 +65,7 @@ def test_a_rank_of_which_half_holds_the_energy_is_too_high():
     result = answer(with_spectra(IDLE, [0.1] * 8))
     assert result.verdict == "no"
     assert result.answer == (
-        "By energy and training noise, rank 8 is half or more idle in all 14 matrices; adapters with the ranks of "
+        "By energy and training noise, rank 8 is at least half idle in all 14 matrices; adapters with the ranks of "
         "rank_pattern.json have 25 % of the parameters."
     )
     assert "alpha_pattern" in result.surer
@@ -106,7 +106,7 @@ def test_roles_are_told_apart():
     update["suggested_rank"].values[idle] = 2
     tree["update"] = xr.DataTree(update)
     result = answer(tree)
-    assert "half or more idle in 2 of 2 self_attn.q_proj" in result.answer
+    assert "at least half idle in 2 of 2 self_attn.q_proj" in result.answer
     assert "and in 3 other roles" in result.answer
 
 

@@ -33,7 +33,7 @@ def answered(means=None, *, tree=None, **changes):
     [
         (SHARE, "yes", "Tasks report and vqa share directions: cosine 0."),
         (FIGHT, "no", "Tasks report and vqa fight: cosine −0."),
-        (NOISE, "undecided", "1 of 1 pair is not resolved with 60 samples"),
+        (NOISE, "undecided", "Whether report and vqa share directions or fight is not resolved with 60 samples"),
     ],
 )
 def test_two_tasks_share_or_fight(means, verdict, words):
