@@ -190,7 +190,7 @@ def _from_start(record: xr.Dataset) -> tuple[int, Float[np.ndarray, " sample"], 
         first = int(record["step"].values[0])
         return first, record["sample_loss"].values[0], record.isel(step=slice(1, None))
     start_step = int(record["start_step"].values[known].min())
-    row = np.flatnonzero(known & (record["start_step"].values == start_step))[-1]
+    row = np.flatnonzero(known & (record["start_step"].values == start_step))[0]
     later = record["step"].values > start_step
     return start_step, record["start_loss"].values[row], record.isel(step=later)
 

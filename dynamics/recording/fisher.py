@@ -437,7 +437,7 @@ def descent_rate(optimizer: Any) -> float:
     >>> descent_rate(torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=0.1))
     nan
     """
-    inner = optimizer if hasattr(optimizer, "param_groups") else getattr(optimizer, "optimizer", None)
+    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper has groups of its own
     if type(inner) is not torch.optim.SGD:
         return math.nan
     groups = inner.param_groups

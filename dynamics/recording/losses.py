@@ -73,9 +73,13 @@ class LossProbe:
         self._first: list[Tensor] | None = None  # losses at the start, by task
         self._unknown = LATE if others is None and outside(model) else ""
 
-    def lose(self, step: int) -> None:
-        """Take note that something else is trained from a step on, or in another way: the start cannot be set again."""
-        self._unknown = self._unknown or f"what is trained changed after step {step}"
+    def lose(self, reason: str) -> None:
+        """Take note of why the start cannot be set again: the first reason stays."""
+        self._unknown = self._unknown or reason
+
+    def begin(self) -> None:
+        """Measure the losses at the start: the model is there now, and it may not be possible to set it back."""
+        self._first = [losses_of(self._model, task) for task in self._tasks]
 
     def record(
         self,

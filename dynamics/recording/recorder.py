@@ -26,7 +26,7 @@ from dynamics.recording import Schedule, at_no_step, either, preset_named
 from dynamics.recording.changes import BaseWeights, Change, ModelState, change_between
 from dynamics.recording.fisher import FisherProbe, Increment, Interventions, descent_rate, momentum_of
 from dynamics.recording.live import LiveSpectra
-from dynamics.recording.losses import LossProbe, outside
+from dynamics.recording.losses import LATE, LossProbe, outside, starts_at_zero
 from dynamics.recording.monitor import (
     findings_on_model,
     findings_on_resuming,
@@ -410,7 +410,7 @@ class Recorder:
 
     def _probe_follows(self, transition: _Transition, step: int, *, moved: bool) -> None:
         if self._losses is not None:
-            self._losses.lose(step)
+            self._losses.lose(f"what is trained changed after step {step}")
         if self._probe is not None:
             watched, restarted = transition.watched.watched, set(transition.change.restarted)
             self._probe.follow(
@@ -439,21 +439,28 @@ class Recorder:
         if self._probe is None or not tasks:
             return None
         others = {name: parameter.detach().clone() for name, parameter in outside(model).items()} if begins else None
-        return LossProbe(model, tasks, others)
+        losses = LossProbe(model, tasks, others)
+        if begins and self._pattern is not None:  # of matrices that are left out no start is kept
+            with self._forgiven(0):
+                losses.begin()
+        return losses
 
     def _probed(self, step: int) -> dict[str, xr.Dataset | None]:
         """Return what the probe samples give at this step; a failure there costs nothing else."""
         groups: dict[str, xr.Dataset | None] = {}
         self._intervention_due |= self._intervenes(step)
         if self._probe is not None and self._from_step >= 0 and not self._lost_start:
+            increment = None
             with self._forgiven(step):
                 increment = self._probe.measure(self._live.increments(), self._progress)
                 groups["fisher"] = self._probe.record(increment, step, self._from_step, self._momentum)
-                if self._intervenes(step):
+            if increment is not None and self._intervenes(step):
+                with self._forgiven(step):
                     groups["intervention"] = self._probe.intervene(
                         increment, self._interventions, step, self._from_step, self._progress
                     )
-                if self.preset.sharpness:
+            if increment is not None and self.preset.sharpness:
+                with self._forgiven(step):
                     groups["sharpness"] = self._sharpness_along(increment, step)
         if self._probe is not None:
             with self._forgiven(step):
@@ -543,12 +550,22 @@ class Recorder:
                     resume_from=resume_from,
                     earlier=earlier,
                 )
+                self._lose_start(self._records, knows_start=resume_from is None or earlier is not None)
                 try:
                     self._begin(self._records, resume_from, spectra, goes_on=goes_on)
                 except BaseException:
                     self._records.close()
                     raise
                 _OPEN[store_path(run)] = self
+
+    def _lose_start(self, records: Records, *, knows_start: bool) -> None:
+        """Take note of what happened before the training was resumed: it cannot be set back to its start then."""
+        if self._losses is None:
+            return
+        for change in records.changes:
+            self._losses.lose(f"what is trained changed after step {change.step}")
+        if not knows_start and not starts_at_zero(self._model):
+            self._losses.lose(LATE)
 
     def _begin(
         self, records: Records, resume_from: int | None, spectra: Mapping[str, MatrixSpectra], *, goes_on: bool

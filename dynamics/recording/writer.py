@@ -117,6 +117,11 @@ class Records:
         """The findings that hold now."""
         return [*self._notes, *self._changes, *self._unmeasured_findings(), *self._monitor.findings()]
 
+    @property
+    def changes(self) -> list[Finding]:
+        """The findings on changes of what is trained, those before the training was resumed included."""
+        return [*self._changes]
+
     def _unmeasured_findings(self) -> list[Finding]:
         if not self._unmeasured:
             return []

@@ -158,11 +158,13 @@ def tall_triangle(
 
     Args:
         tall: On the CPU it is decomposed by QR, which keeps all digits; on an accelerator by :func:`gram_triangle`.
+            With fewer rows than columns it has no full triangle, and goes through QR anywhere.
         fast: By :func:`gram_triangle` on the CPU as well.
     """
-    if fast or tall.device.type != "cpu":
+    rows, columns = tall.shape[-2:]
+    if rows >= columns and (fast or tall.device.type != "cpu"):
         return gram_triangle(tall)
-    return triangle(tall), torch.zeros(tall.shape[:-2], dtype=torch.bool)
+    return triangle(tall).cpu(), torch.zeros(tall.shape[:-2], dtype=torch.bool)
 
 
 def dense_singular_values(dense: Float[Tensor, "rows columns"]) -> Float[Tensor, " n"]:

@@ -40,9 +40,8 @@ def joined_losses(parts: Sequence[xr.Dataset], keep: re.Pattern[str] | None = No
     chosen = [name for name in names if keep is None or keep.search(name)]
     counts = [of for part in same if type(of := part.attrs.get("of_matrices")) is int]
     reasons = [str(reason) for part in same if (reason := part.attrs.get("scaled_reason"))]
-    whole = whole.sel(matrix=chosen).assign_attrs(
-        of_matrices=max(counts, default=0), scaled_reason="".join(reasons[-1:])
-    )
+    whole = whole.sel(matrix=chosen)
+    whole.attrs = {"of_matrices": max(counts, default=0), "scaled_reason": "".join(reasons[-1:])}
     scaled = [part for part in same if "scaled_loss" in part]
     return _with_scaled(whole, scaled[-1]) if scaled else whole
 
@@ -60,8 +59,10 @@ def with_probed_losses(recorded: xr.Dataset | None, probed: xr.Dataset | None) -
 
     Probed checkpoints are left out if they probed other samples, of which :func:`with_probed` tells.
     """
-    if recorded is None or probed is None:
-        return probed if recorded is None else recorded
+    if recorded is None:
+        return probed if probed is not None and probed.sizes["step"] else None  # not scales alone
+    if probed is None:
+        return recorded
     if not _of_same_samples(recorded, probed):
         return recorded
     new = probed.sel(step=~probed["step"].isin(recorded["step"].values))

@@ -54,6 +54,8 @@ OPTIONAL = (
 )
 #: Groups without which the others can be used.
 _PROBED = ("fisher", "score", "intervention", "loss", "sharpness")
+#: What losses have in a result and a recorder does not write.
+_OF_RESULTS = ("scaled_loss", "scale", "recorded", "reason")
 _COORDINATES = ("step", "block", "evaluated_at_step", *schema.SAMPLE_LABELS)
 
 
@@ -161,7 +163,7 @@ def read_records(folders: RecordFolders, keep: re.Pattern[str] | None = None) ->
         fisher=fisher,
         score=joined_scores(parts["score"]),
         intervention=joined_interventions(parts["intervention"]),
-        loss=joined_losses(parts["loss"], pattern),
+        loss=joined_losses([part.drop_vars(_OF_RESULTS, errors="ignore") for part in parts["loss"]], pattern),
         sharpness=joined_sharpness(parts["sharpness"]),
         live_names=_live_names(stored.attributes.get("disk_names"), parts["update"]),
         findings=(

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import dynamics
 from dynamics import DynamicsCallback, Recorder, analyze_run, schema
 from dynamics.intervention.loss_changes import NOT_ASKED, loss_changes
 from dynamics.recording.losses import LATE, LossProbe, losses_along, outside, predictions, starts_at_zero
+from dynamics.store.record_file import encoded_record, read_record
 from probes import Task
 from probes.undisturbed import swapped
 from probes.update_slopes import losses_of
@@ -213,11 +214,12 @@ class Net(nn.Module):
 
 
 def steps(model: nn.Module, folder: Path, count: int, between=None, **options) -> xr.Dataset:
-    """Train by hand; between steps 1 and 2 something may happen."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    """Train by hand up to a step; between steps 1 and 2 something may happen."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     batch = {"x": torch.randn(5, 3, generator=torch.Generator().manual_seed(9))}
-    with Recorder(folder, model, preset="full", every=1, tasks=[simple_task(retained=True)], strict=True) as recorder:
-        for step in range(1, count + 1):
+    options |= {"preset": "full", "every": 1, "tasks": [simple_task(retained=True)], "strict": True}
+    with Recorder(folder, model, **options) as recorder:
+        for step in range(1 + options.get("resume_from", 0), count + 1):
             with recorder.step(step, optimizer):
                 simple(model, batch).mean().backward()
                 optimizer.step()
@@ -244,6 +246,63 @@ def test_a_change_of_what_is_trained_ends_predictions_and_says_so(tmp_path):
     assert one["reason"].values[-1] == "what is trained changed after step 1"
     findings = json.loads(dynamics.open_run(tmp_path).attrs["findings"])
     assert any(f["code"] == "OD417" and "what is trained changed after step 1" in f["message"] for f in findings)
+
+
+def adapted(**options) -> nn.Module:
+    """Adapters whose increments have more columns than their matrices have."""
+    torch.manual_seed(0)
+    return get_peft_model(Net(), LoraConfig(target_modules=["first", "second"], r=2, **options))
+
+
+def merge_and_restart(model: nn.Module) -> None:
+    """Merge the adapters into their bases and start them again, as ReLoRA does."""
+    with torch.no_grad():
+        for layer in (module for module in model.modules() if hasattr(module, "get_delta_weight")):
+            layer.base_layer.weight += layer.get_delta_weight("default")
+            layer.lora_B["default"].weight.zero_()
+            layer.lora_A["default"].weight.normal_()
+
+
+def test_a_restart_before_the_training_was_resumed_does_not_move_the_start(tmp_path):
+    model = adapted()
+    before = steps(model, tmp_path, 3, merge_and_restart)
+    after = steps(model, tmp_path, 5, resume_from=3)
+    assert after["step"].values.tolist() == [0, 1, 2, 3, 4, 5]
+    np.testing.assert_array_equal(after["sample_loss"].values[:4], before["sample_loss"].values)
+    assert after["reason"].values[2:].tolist() == ["what is trained changed after step 1"] * 4
+    assert np.isnan(after["predicted_first"].values[2:]).all()
+
+
+def test_a_resumed_adapter_without_records_has_a_start_only_if_it_began_at_zero(tmp_path):
+    known = steps(adapted(), tmp_path / "zero", 3, resume_from=2)
+    assert known["step"].values.tolist() == [0, 3]
+    unknown = steps(adapted(init_lora_weights=False), tmp_path / "other", 4, resume_from=2)
+    assert unknown["step"].values.tolist() == [3, 4]
+    assert unknown["reason"].values.tolist() == ["", LATE]
+
+
+def test_where_matrices_are_chosen_losses_count_from_the_start_all_the_same(tmp_path):
+    model = adapted()
+    begin = losses_of(model, simple_task()).numpy()
+    one = steps(model, tmp_path, 2, matrices="first")
+    assert one["step"].values.tolist() == [0, 1, 2]
+    np.testing.assert_array_equal(one["sample_loss"].sel(step=0), begin)
+    assert np.isnan(one["predicted_first"]).all()
+    assert one["reason"].values.tolist() == ["", *["the start of second is unknown"] * 2]
+
+
+def test_what_no_recorder_writes_into_a_record_is_not_read(tmp_path):
+    plain = steps(adapted(), tmp_path, 1)
+    (path,) = (tmp_path / "dynamics" / "records").glob("step-*1.safetensors")
+    groups = read_record(path)
+    groups["loss"] = (
+        groups["loss"]
+        .assign(scaled_loss=("more", [1.0]))
+        .assign_coords(recorded=("step", [False]), reason=("more", ["x"]))
+        .assign_attrs(scaled_step="one")
+    )
+    path.write_bytes(encoded_record(1, groups))
+    xr.testing.assert_identical(dynamics.open_run(tmp_path)["loss"].to_dataset().load(), plain)
 
 
 def test_a_quadratic_is_exact_to_first_and_second_order():

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 import dynamics
 from dynamics import DynamicsCallback, Recorder, analyze_run, schema
-from dynamics.recording.fisher import descent_rate
+from dynamics.recording.fisher import FisherProbe, descent_rate
 from dynamics.store.record_file import decoded_record, encoded_record
 from dynamics.store.records import OPTIONAL, TABLES
 from probes import Task
@@ -33,9 +34,9 @@ def quadratic() -> nn.Module:
     return model
 
 
-def descend(folder, optimizer: torch.optim.Optimizer, model: nn.Module, steps: int = 3, preset: str = "full"):
+def descend(folder, optimizer: torch.optim.Optimizer, model: nn.Module, steps: int = 3, **options):
     task = Task("square", [{"x": [1.0]}] * 2, loss=squares)
-    with Recorder(folder, model, preset=preset, tasks=[task], every=1, strict=True) as recorder:
+    with Recorder(folder, model, tasks=[task], every=1, **{"preset": "full", "strict": True} | options) as recorder:
         for step in range(1, steps + 1):
             with recorder.step(step, optimizer):
                 optimizer.zero_grad()
@@ -127,6 +128,25 @@ def test_a_record_gives_it_back_and_a_broken_one_costs_only_itself(tmp_path):
 def test_only_plain_gradient_descent_has_a_rate(optimizer, changes, expected):
     rate = descent_rate(optimizer([nn.Parameter(torch.zeros(1))], lr=0.5, **changes))
     assert rate == expected or (expected is None and np.isnan(rate))
+
+
+def test_a_trainer_wraps_its_optimizer():
+    inner = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    assert descent_rate(AcceleratedOptimizer(inner)) == 0.5
+
+
+def test_an_intervention_that_fails_costs_only_itself(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(FisherProbe, "intervene", fail)
+    model = quadratic()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    with pytest.warns(UserWarning, match="no room"):
+        tree = descend(tmp_path, optimizer, model, steps=2, intervene=1, strict=False)
+    assert "intervention" not in tree.children
+    assert tree["fisher"]["step"].values.tolist() == tree["sharpness"]["step"].values.tolist() == [1, 2]
+    assert tree["loss"]["step"].values.tolist() == [0, 1, 2]
 
 
 def test_two_rates_are_none():

@@ -148,6 +148,14 @@ COLUMNS = {
 }
 
 
+@pytest.mark.parametrize("shape", [(2, 30), (30, 2), (3, 2), (8, 8)])
+def test_factors_wider_than_the_matrix_have_no_more_values_than_it(shape):
+    matrix = random_lora(*shape, rank=12, seed=0)
+    (slow,), (fast,) = (module.batched_singular_values([matrix], fast=fast) for fast in (False, True))
+    assert len(fast) == min(shape)
+    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_a_gram_is_taken_only_where_it_holds_the_columns(columns):
     tall, held = COLUMNS[columns]

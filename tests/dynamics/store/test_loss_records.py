@@ -58,6 +58,9 @@ def test_nothing_is_nothing():
     assert joined_losses([]) is None
     assert with_probed_losses(None, None) is None
     assert unmeasured_losses(xr.DataTree()) is None
+    probed = joined_losses([step(1)])
+    assert probed is not None
+    assert with_probed_losses(None, probed.isel(step=[])) is None
 
 
 def test_records_win_and_checkpoints_add_steps_and_scales():
