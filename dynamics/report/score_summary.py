@@ -53,12 +53,18 @@ def checkpoint_choice(tree: xr.DataTree) -> dict[str, Any] | None:
 
 
 def scores_of_newest(tree: xr.DataTree) -> xr.Dataset | None:
-    """Return the scores of a run without the steps of earlier trainings in its folder; ``None`` without scores."""
+    """Return the scores of a run without those of earlier trainings in its folder; ``None`` without scores.
+
+    Scores of a log say to which training they belong. Others are of the training that has a checkpoint at their step.
+    """
     if "score" not in tree.children:
         return None
     scores, update = tree["score"].to_dataset().load(), tree["update"].to_dataset()
-    earlier = update["step"].values[(update["segment"] < update["segment"].max()).values]
-    return scores.isel(step=~np.isin(scores["step"].values, earlier))
+    newest = update["segment"].values.max()
+    earlier = np.isin(scores["step"].values, update["step"].values[update["segment"].values < newest])
+    if "segment" in scores.coords:
+        earlier |= scores["segment"].values < newest
+    return scores.isel(step=~earlier)
 
 
 def checkpoint_table(

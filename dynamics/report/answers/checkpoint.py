@@ -10,6 +10,7 @@ import xarray as xr
 from dynamics.relate.directions import is_of_task
 from dynamics.relate.score_changes import score_changes
 from dynamics.report.answers.answer import Answer, Evidence, Verdict
+from dynamics.report.loss_summary import retained_rises
 from dynamics.report.score_summary import scores_of_newest
 from dynamics.text import counted, number, some, with_minus
 
@@ -183,12 +184,10 @@ def _worse_beside(tree: xr.DataTree, choice: Mapping[str, Any]) -> tuple[list[st
     if choice["based_on"] == "scores" and "loss" in tree.children:
         losses = tree["loss"].to_dataset().load()
         best = next((row["step"] for row in choice["candidates"] if row["name"] == choice["best"]), None)
-        if best in losses["step"].values and "change_low" in losses:
-            at_best = losses.sel(step=best)
+        if best in losses["step"].values:
             worse = [
-                f"the loss of retained {task} rose by {number(float(at_best['change'].sel(task=task)))} nat"
-                for task in map(str, losses["task"].values[losses["retained"].values.astype(bool)])
-                if float(at_best["change_low"].sel(task=task)) > 0
+                f"the loss of retained {task} rose by {number(rise)} nat ({number(low)} to {number(high)})"
+                for task, rise, low, high in retained_rises(losses.sel(step=best))
             ]
             words += _some_worse(worse)
             paths += ["/loss/change"] * bool(worse)

@@ -143,7 +143,7 @@ def _not_concentrated(concentration: Mapping[str, Any], state: State) -> tuple[V
         return "undecided", words, "See the findings for why there is no gradient null."
     share = "a fresh gradient's share"
     if gain["high"] is not None and gain["high"] < ABOUT:
-        less = "less than" if gain["high"] < 1 else "no more than"
+        less = "less than" if gain["high"] < 1 else "hardly more than" if gain["low"] > 1 else "no more than"
         return "no", f"The last update has in the {directions} {less} {share} (gain {_gain(row)}; chance: 1).", ""
     if steps["of"] >= _MANY:
         words = (

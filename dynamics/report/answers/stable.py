@@ -11,6 +11,8 @@ import xarray as xr
 from dynamics.relate.score_changes import score_directions
 from dynamics.relate.stability import FEWEST_BLOCKS, FEWEST_ROWS, Course, Training, course_of
 from dynamics.report.answers.answer import Answer, Evidence, Verdict
+from dynamics.report.loss_summary import retained_rises
+from dynamics.report.score_summary import scores_of_newest
 from dynamics.schema import ALL
 from dynamics.text import counted, listed, number, one_line, p_value, percent, sentence_case, with_minus
 
@@ -38,6 +40,8 @@ def may_training_stop(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     - ``undecided``: too few checkpoints and rows of the log, or increments between moving and wandering.
     - ``not_asked``: one checkpoint and no log.
 
+    That it moves or wanders is claimed at 95 %, and at 90 % together with the loss of a retained task.
+
     Args:
         tree: A result of one run.
         summary: Its summary.
@@ -50,6 +54,7 @@ def may_training_stop(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     course = course_of(training)
     cost = _retained(tree)
     verdict, words = _judged(course, training, held_out, cost)
+    sure = {"moving": 0.90 if cost else 0.95, "wandering": 0.95}.get(course.state)
     several = len(summary["segments"])
     opening = f"Of {several:,} trainings in this folder, the newest: {words}" if several > 1 else sentence_case(words)
     surer = _SURER if course.state == "undecided" else ""
@@ -58,7 +63,7 @@ def may_training_stop(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
         verdict,
         opening,
         (*_evidence(course, training), *((cost[1],) if cost else ())),
-        0.95 if course.state in ("moving", "wandering") else None,
+        sure,
         surer,
     )
 
@@ -76,7 +81,7 @@ def _newest(tree: xr.DataTree, summary: Mapping[str, Any]) -> tuple[Training, st
         if member.any():
             step, gram = path["step"].values[member], path["gram"].values[np.ix_(member, member)]
     log_step, loss, rate = _log(tree, segment)
-    name, evaluation_step, evaluation = _held_out(tree, int(moved_step[0]), segment)
+    name, evaluation_step, evaluation = _held_out(tree)
     faults = [
         _FAULTS[finding["code"]]
         for finding in summary["findings"]
@@ -114,15 +119,11 @@ def _log(tree: xr.DataTree, segment: int) -> tuple[np.ndarray, np.ndarray, np.nd
     return log["log_step"].values, columns[0], columns[1]
 
 
-def _held_out(tree: xr.DataTree, first_step: int, segment: int) -> tuple[str, np.ndarray, np.ndarray]:
+def _held_out(tree: xr.DataTree) -> tuple[str, np.ndarray, np.ndarray]:
     """Return the held-out loss with the most values: its name, steps and values."""
-    if "score" not in tree.children:
+    scores = scores_of_newest(tree)
+    if scores is None:
         return "", np.empty(0, dtype=np.int64), np.empty(0)
-    scores = tree["score"].to_dataset().load()
-    of_training = scores["step"].values >= (first_step if segment else 0)
-    if "segment" in scores.coords:
-        of_training &= scores["segment"].values == segment
-    scores = scores.isel(step=of_training)
     losses = [name for name, sign in score_directions(scores).items() if sign < 0 and "loss" in name]
     values = {name: scores["score"].sel(task=name).values for name in losses}
     name = max(values, key=lambda name: (np.isfinite(values[name]).sum(), name == "eval_loss"), default="")
@@ -144,7 +145,8 @@ def _beyond_edge(tree: xr.DataTree, first_step: int) -> bool:
     if "sharpness" not in tree.children:
         return False
     group = tree["sharpness"].to_dataset().load()
-    rated = np.flatnonzero(np.isfinite(group["learning_rate"].values) & (group["step"].values >= first_step))
+    rates = group["learning_rate"].values
+    rated = np.flatnonzero(np.isfinite(rates) & (rates > 0) & (group["step"].values >= first_step))
     if not rated.size:
         return False
     at = group.isel(step=rated[-1]).sel(task=ALL)
@@ -153,18 +155,10 @@ def _beyond_edge(tree: xr.DataTree, first_step: int) -> bool:
 
 def _retained(tree: xr.DataTree) -> tuple[str, Evidence] | None:
     """Return what the retained task that lost most has lost, if any did beyond its interval."""
-    if "loss" not in tree.children or "retained" not in tree["loss"].to_dataset():
+    rises = retained_rises(tree["loss"].to_dataset().isel(step=-1).load()) if "loss" in tree.children else []
+    if not rises:
         return None
-    last = tree["loss"].to_dataset().isel(step=-1).load()
-    rose = [
-        (float(at["change"]), float(at["change_low"]), float(at["change_high"]), str(at["task"].item()))
-        for index in np.flatnonzero(np.asarray(last["retained"].values, dtype=bool))
-        for at in [last.isel(task=int(index))]
-        if float(at["change_low"]) > 0
-    ]
-    if not rose:
-        return None
-    change, low, high, task = max(rose)
+    task, change, low, high = max(rises, key=lambda rise: rise[1])
     ends = f"{number(low)} to {number(high)}"
     words = f"the loss of the retained task {one_line(task)} has risen by {number(change)} ({ends})"
     return words, Evidence("/loss/change", change, low, high)

@@ -159,6 +159,15 @@ def test_of_several_trainings_the_newest_is_asked():
     assert answer.answer.startswith("Of the newest training, keep step 400 (of 2): vqa/acc improved by 0.500 (")
 
 
+def test_scores_that_the_log_gives_to_an_earlier_training_are_not_the_newest_ones():
+    tree = example_tree(steps=[100, 200, 300, 400], matrices=2, segment=[0, 0, 1, 1])
+    data = scores(vqa__acc=[0.2, 0.5, 0.95, 0.6, 0.7]).assign_coords(step=[0, 100, 150, 300, 400])
+    tree["score"] = xr.DataTree(data.assign_coords(segment=("step", [0, 0, 0, 1, 1])))
+    answer = which_checkpoint(tree, summarise(tree))
+    assert answer.verdict == "undecided"  # what the newest training began with was not evaluated
+    assert answer.answer.startswith("Of the newest training, step 400 is best (of 2)")
+
+
 def test_names_are_told_as_they_are(plain):
     data = losses()
     named = data.assign_coords(
