@@ -1,4 +1,4 @@
-"""A run's scores: its checkpoints as a table, the best ones, and whether it forgot, in sentences."""
+"""A run's scores: its checkpoints as a table, which one to keep, and whether it forgot."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import xarray as xr
 from dynamics.relate.checkpoint_choice import choose_checkpoint
 from dynamics.relate.directions import is_of_task
 from dynamics.relate.score_changes import score_changes
-from dynamics.text import counted, finite, listed, number, some, with_minus
+from dynamics.text import counted, finite, number, some
 
-#: Scores and sentences that are named; all are in the summary.
+#: Scores that a sentence names; all are in the summary.
 _NAMED = 5
 
 
@@ -104,25 +104,6 @@ def checkpoint_table(
     ]
 
 
-def which_checkpoint(summary: Mapping[str, Any]) -> str:
-    """Return at which step each score was best; ``""`` without scores whose direction is known.
-
-    Args:
-        summary: Of one run, see ``summarise``.
-    """
-    with_best = [score for score in summary["scores"] if score["best"] is not None]
-    if not with_best or len(summary["checkpoints"]) < 2:
-        return ""
-    words = [
-        f"{score['task']} at step {score['best']['step']:,} ({_number(score['best']['score'])}"
-        + ("" if score["best"]["step"] == score["last"]["step"] else f"; last {_number(score['last']['score'])}")
-        + ")"
-        for score in with_best[:_NAMED]
-    ]
-    more = f"; {len(with_best) - _NAMED:,} more in the table" if len(with_best) > _NAMED else ""
-    return f"Best checkpoint by score: {listed(words)}{more}."
-
-
 def did_it_forget(summary: Mapping[str, Any]) -> str:
     """Return which scores are worse than before training; ``""`` where none has a value at step 0.
 
@@ -153,13 +134,9 @@ def did_it_forget(summary: Mapping[str, Any]) -> str:
 
 def _fall(score: Mapping[str, Any]) -> str:
     low, high = -score["high"], -score["low"]
-    return f"{score['task']} ({_ends(score)}: worse by {_number(low)} to {_number(high)}, 95 % interval)"
+    return f"{score['task']} ({_ends(score)}: worse by {number(low)} to {number(high)}, 95 % interval)"
 
 
 def _ends(score: Mapping[str, Any]) -> str:
     start, last = score["start"], score["last"]
-    return f"{_number(start['score'])} at step 0, {_number(last['score'])} at step {last['step']:,}"
-
-
-def _number(value: float) -> str:
-    return with_minus(number(value))
+    return f"{number(start['score'])} at step 0, {number(last['score'])} at step {last['step']:,}"

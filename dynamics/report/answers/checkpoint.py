@@ -12,7 +12,7 @@ from dynamics.relate.score_changes import score_changes
 from dynamics.report.answers.answer import Answer, Evidence, Verdict
 from dynamics.report.loss_summary import retained_rises
 from dynamics.report.score_summary import scores_of_newest
-from dynamics.text import counted, number, some, with_minus
+from dynamics.text import counted, number, some
 
 _QUESTION = "checkpoint"
 #: Tasks of a kind, and other checkpoints, that the sentence names.
@@ -158,7 +158,7 @@ def _change(task: Mapping[str, Any], of_losses: bool, with_level: bool) -> str:
     text = f"{kind}{task['task']} {way} by {size}"
     if low is None:
         return f"{text} (no interval)"
-    ends = [with_minus(number(100 * end, 2) if of_losses else number(end)) for end in (low, high)]
+    ends = [number(100 * end, 2) if of_losses else number(end) for end in (low, high)]
     return f"{text} ({'95 % interval ' if with_level else ''}{' to '.join(ends)})"
 
 

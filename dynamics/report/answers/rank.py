@@ -16,7 +16,7 @@ from dynamics.schema import ALL
 from dynamics.spectra.dataset import parts_of_sums
 from dynamics.spectra.measures import ENERGY
 from dynamics.spectra.training_noise import FEWEST_INCREMENTS, STATES, energy_above_noise, states_of_rank
-from dynamics.text import counted, interval, listed, percent, with_minus
+from dynamics.text import counted, interval, listed, percent
 
 #: Share of the matrices from which a state is that of the run.
 MOST = 2 / 3
@@ -213,7 +213,7 @@ def _sentence(adapters: _Adapters, effect: _Effect | None, is_by_noise: bool, tr
     if effect is None:
         return f"{basis}, {subject}{newest} is {listed(claims)}; {pattern}."
     digits = 2 if max(abs(effect.low), abs(effect.high)) < HARMLESS else 1
-    ends = interval(effect.low, effect.high, lambda end: with_minus(percent(end, digits)))
+    ends = interval(effect.low, effect.high, lambda end: percent(end, digits))
     rise = f"{'rises' if effect.rise >= 0 else 'falls'} by {percent(abs(effect.rise), digits)}"
     return (
         f"{basis}, {subject}{newest} is {listed(claims)}; {pattern}, and with them the held-out loss {rise} ({ends})."
