@@ -178,7 +178,7 @@ def test_names_are_told_as_they_are(plain):
 
 
 def test_answers_are_right_in_93_percent_of_trainings(plain):
-    """The same with 400 of each kind: python -m tests.benchmarks.calibration --table verdicts."""
+    """The same with 400 of each kind: python -m tests.benchmarks.answer_rates --table verdicts."""
     rng = np.random.default_rng(2)
     verdicts, right = zip(
         *(checkpoint_answer(plain, training, rng) for training in KINDS.values() for _ in range(40)), strict=True
@@ -192,8 +192,11 @@ KINDS = {
     "helps, forgets nothing": Training(samples=2, forgetting=1e-6),
     "helps, and forgets": Training(samples=2),
     "only hurts": Training(samples=2, overfitting=1.0),
-    "noise": Training(samples=2, groups=12, noise=2.0),
-    "noise, unequal groups": Training(samples=2, noise=1.2, unequal=True),
+    "helps little, noisy": Training(samples=2, groups=12, noise=2.0),
+    "helps little, unequal groups": Training(samples=2, noise=1.2, unequal=True),
+    "hurts a little, noisy, unequal groups": Training(
+        samples=2, groups=12, noise=3.0, overfitting=1.0, forgetting=1e-6, unequal=True
+    ),
 }
 
 
