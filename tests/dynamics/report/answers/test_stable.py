@@ -155,6 +155,13 @@ def test_the_cost_of_a_retained_task_is_told_while_training_moves():
     assert answer.evidence[-1].path == "/loss/change"
 
 
+def test_small_increments_are_no_rest_while_the_loss_falls():
+    training = simulated("converged without noise")
+    assert answered(tree_of(training)).verdict == "yes"
+    falling = np.linspace(3.0, 1.0, len(training.loss))
+    assert answered(tree_of(dataclasses.replace(training, loss=falling))).verdict == "no"
+
+
 def test_costs_of_several_retained_tasks_are_judged_together():
     tree = with_retained(tree_of(simulated("far from the optimum, SGD")), 0.12, 0.01, 0.23)
     assert answered(tree).sure == 0.90
