@@ -83,7 +83,8 @@ def claimed_signs(rng: np.random.Generator, truth: np.ndarray, groups: int, rati
     known = np.isfinite(ends).all(1)
     signs = np.zeros(len(first))
     for pair in np.flatnonzero(known):
-        low, high = simultaneous_interval(*ends[pair].tolist(), groups, int(known.sum()))
+        cosine, low, high = ends[pair].tolist()
+        low, high = simultaneous_interval(cosine, low, high, groups, int(known.sum()))
         signs[pair] = float(low > 0) - float(high < 0)
     return signs
 
