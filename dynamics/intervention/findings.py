@@ -16,7 +16,7 @@ import xarray as xr
 from dynamics.findings import Finding
 from dynamics.intervention.loss_changes import NOT_ASKED
 from dynamics.schema import ALL
-from dynamics.text import counted, finite, integer, interval, listed, number, p_value, percent, some, with_minus
+from dynamics.text import counted, finite, integer, interval, listed, number, p_value, percent, some
 
 #: What is said of one step's update and of its part in the leading directions, by the first rule that applies.
 VERDICTS: Mapping[str, str] = {
@@ -324,7 +324,7 @@ def _over_steps(group: xr.Dataset, steps: list[int]) -> str:
 
 
 def _nat(value: float) -> str:
-    return with_minus(number(value, 2))
+    return number(value, 2)
 
 
 def findings_of(group: xr.Dataset) -> list[Finding]:

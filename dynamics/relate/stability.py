@@ -298,7 +298,9 @@ def course_of(training: Training) -> Course:
     sizes = [one for one in sizes_of(training) if np.isfinite(one).sum() > 1 and np.nanmedian(one) > 0]
     size = max((float(one[-1] / _first_half(one)) for one in sizes), default=np.nan)
     exploding = min((float(one[-1] / np.nanmedian(one)) for one in sizes), default=np.nan)
-    direction = motion is not None and motion.p_value <= LEVEL
+    # A cosine below 1 over their number is that of a drift which moves the increments less than their noise.
+    diffuses = motion is not None and motion.high <= 1 / motion.blocks
+    direction = motion is not None and motion.p_value <= LEVEL and not diffuses
     # While a learning rate falls to 0 noise dies away, and the loss falls with it wherever the training is.
     falls = trend is not None and trend.high < 0 and not ended
     rises = trend is not None and trend.low > 0 and trend.change > _RISE * abs(trend.level)
@@ -324,6 +326,6 @@ def course_of(training: Training) -> Course:
         reasons = tuple(reason for reason, holds in (("direction", direction), ("loss", falls)) if holds)
     elif training.rounded >= 0.5:
         state = "below_rounding"
-    elif motion is not None and motion.high <= 1 / motion.blocks:
+    elif diffuses:
         state = "wandering"
     return Course(state, ended, reasons, motion, trend, size, rate, spikes, best)

@@ -1,4 +1,4 @@
-"""What the summary says of ``/loss``: of each task, at the last step."""
+"""What is said of ``/loss``: of each task at the last step, and which retained tasks lost."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from scipy import special
 
+from dynamics.relate.permutations import LEVEL
 from dynamics.text import finite
 
 
@@ -54,3 +56,24 @@ def _row(of_task: xr.Dataset, task: str) -> dict[str, Any]:
         "worst_layer": layer,
         "worst_layer_first_order": part,
     }
+
+
+def retained_rises(at: xr.Dataset) -> list[tuple[str, float, float, float]]:
+    """Return the retained tasks whose loss rose beyond its interval: name, rise in nats, and the interval's ends.
+
+    Intervals hold with 95 % for all retained tasks together (Bonferroni).
+
+    Args:
+        at: ``/loss`` at one step.
+    """
+    kept = [at.sel(task=task) for task in at["task"].values[at["retained"].values.astype(bool)]]
+    rises = []
+    for of_task in kept:
+        change, low, high = (float(of_task[name]) for name in ("change", "change_low", "change_high"))
+        if len(kept) > 1:
+            groups = np.unique(at["sample_group"].values[at["sample_task"].values == of_task["task"].item()])
+            together, own = special.stdtrit(max(len(groups) - 1, 1), 1 - LEVEL / 2 / np.array([len(kept), 1]))
+            low, high = (change + float(together / own) * (end - change) for end in (low, high))
+        if low > 0:
+            rises.append((str(of_task["task"].item()), change, low, high))
+    return rises

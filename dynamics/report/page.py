@@ -36,8 +36,9 @@ from dynamics.plot.figures import (
 from dynamics.plot.gradient import NORM
 from dynamics.plot.hover_heatmap import fits_a_page
 from dynamics.plot.select import RULE, standouts, title_of
-from dynamics.report import score_summary, sentences
+from dynamics.report import sentences
 from dynamics.report.answers.answer import how_sure, recipe_first, verdict_words
+from dynamics.report.score_summary import did_it_forget
 from dynamics.report.summary import summarise
 from dynamics.text import counted, finite, number, percent, sentence_case, visible
 
@@ -366,10 +367,9 @@ def _run(
     over_steps = {figure_name(variable, kind): variable for variable, kind in OVER_STEPS}
     # The column of names sorts by the order in the model, which means more than the alphabet.
     position = {matrix: index for index, matrix in enumerate(update["matrix"].values.tolist())}
-    scored = list(filter(None, (score_summary.which_checkpoint(summary), score_summary.did_it_forget(summary))))
     present = {"where", "matrices", "moved"}
     present |= {"losses"} if "loss" in tree.children else set()
-    present |= {"scores"} if scored or "scores" in figures else set()
+    present |= {"scores"} if summary["scores"] else set()
     present |= {"informative"} if summary["fisher"] is not None else set()
     return {
         "id": identifier,
@@ -383,7 +383,7 @@ def _run(
         "sentences": sentences.answers(summary),
         "which_matrices": sentences.which_matrices(summary),
         "analysed": sentences.what_was_analysed(summary),
-        "scored": scored,
+        "forgot": did_it_forget(summary),
         "costliest_layer": costliest_layer_sentence(tree["loss"].to_dataset()) if "loss" in tree.children else "",
         "checkpoints": _checkpoint_rows(summary["checkpoints"]),
         "score_names": [score["task"] for score in summary["scores"]][:MOST_SCORES],

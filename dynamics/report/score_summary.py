@@ -1,7 +1,8 @@
-"""A run's scores: its checkpoints as a table, the best ones, and whether it forgot, in sentences."""
+"""A run's scores: its checkpoints as a table, which one to keep, and whether it forgot."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,9 @@ import xarray as xr
 from dynamics.relate.checkpoint_choice import choose_checkpoint
 from dynamics.relate.directions import is_of_task
 from dynamics.relate.score_changes import score_changes
-from dynamics.text import counted, finite, listed, number, some, with_minus
+from dynamics.text import counted, finite, number, some
 
-#: Scores and sentences that are named; all are in the summary.
+#: Scores that a sentence names; all are in the summary.
 _NAMED = 5
 
 
@@ -36,8 +37,9 @@ def checkpoint_choice(tree: xr.DataTree) -> dict[str, Any] | None:
         tree: A result of one run.
 
     Returns:
-        What :func:`dynamics.choose_checkpoint` returns; ``None`` without losses and scores. A task of the losses is
-        retained where one of its scores is.
+        What :func:`dynamics.choose_checkpoint` returns; ``None`` without losses and scores. Candidates are steps that
+        have a checkpoint, where any that was evaluated has one. A task of the losses is retained where one of its
+        scores is.
     """
     scores = scores_of_newest(tree)
     choices = []
@@ -46,19 +48,40 @@ def checkpoint_choice(tree: xr.DataTree) -> dict[str, Any] | None:
         marks = scores["task"].values[scores["retained"].values] if scores is not None and "retained" in scores else []
         tasks = dict.fromkeys(map(str, losses["sample_task"].values))
         retained = [task for task in tasks if any(is_of_task(str(score), task) for score in marks)]
-        choices.append(choose_checkpoint(losses, retained=retained))
+        choices.append(choose_checkpoint(_saved(losses, tree), retained=retained))
     if scores is not None and not any(choice["best"] for choice in choices):
-        choices.append(choose_checkpoint(scores))
+        choices.append(choose_checkpoint(_saved(scores, tree)))
     return next((choice for choice in choices if choice["best"]), choices[0] if choices else None)
 
 
+def saved_steps(tree: xr.DataTree) -> list[int]:
+    """Return the steps that have a checkpoint."""
+    if "captured" in tree.attrs:
+        return json.loads(tree.attrs["captured"])["checkpoints"]
+    return tree["update"].to_dataset()["step"].values.tolist()
+
+
+def _saved(evaluated: xr.Dataset, tree: xr.DataTree) -> xr.Dataset:
+    """Return losses or scores of the start and of steps with a checkpoint; all of them where none has one."""
+    steps = evaluated["step"].values
+    start = evaluated.attrs.get("start_step", 0)
+    is_saved = np.isin(steps, saved_steps(tree)) & (steps != start)
+    return evaluated.isel(step=is_saved | (steps == start)) if is_saved.any() else evaluated
+
+
 def scores_of_newest(tree: xr.DataTree) -> xr.Dataset | None:
-    """Return the scores of a run without the steps of earlier trainings in its folder; ``None`` without scores."""
+    """Return the scores of a run without those of earlier trainings in its folder; ``None`` without scores.
+
+    Scores of a log say to which training they belong. Others are of the training that has a checkpoint at their step.
+    """
     if "score" not in tree.children:
         return None
     scores, update = tree["score"].to_dataset().load(), tree["update"].to_dataset()
-    earlier = update["step"].values[(update["segment"] < update["segment"].max()).values]
-    return scores.isel(step=~np.isin(scores["step"].values, earlier))
+    newest = update["segment"].values.max()
+    earlier = np.isin(scores["step"].values, update["step"].values[update["segment"].values < newest])
+    if "segment" in scores.coords:
+        earlier |= scores["segment"].values < newest
+    return scores.isel(step=~earlier)
 
 
 def checkpoint_table(
@@ -98,25 +121,6 @@ def checkpoint_table(
     ]
 
 
-def which_checkpoint(summary: Mapping[str, Any]) -> str:
-    """Return at which step each score was best; ``""`` without scores whose direction is known.
-
-    Args:
-        summary: Of one run, see ``summarise``.
-    """
-    with_best = [score for score in summary["scores"] if score["best"] is not None]
-    if not with_best or len(summary["checkpoints"]) < 2:
-        return ""
-    words = [
-        f"{score['task']} at step {score['best']['step']:,} ({_number(score['best']['score'])}"
-        + ("" if score["best"]["step"] == score["last"]["step"] else f"; last {_number(score['last']['score'])}")
-        + ")"
-        for score in with_best[:_NAMED]
-    ]
-    more = f"; {len(with_best) - _NAMED:,} more in the table" if len(with_best) > _NAMED else ""
-    return f"Best checkpoint by score: {listed(words)}{more}."
-
-
 def did_it_forget(summary: Mapping[str, Any]) -> str:
     """Return which scores are worse than before training; ``""`` where none has a value at step 0.
 
@@ -147,13 +151,9 @@ def did_it_forget(summary: Mapping[str, Any]) -> str:
 
 def _fall(score: Mapping[str, Any]) -> str:
     low, high = -score["high"], -score["low"]
-    return f"{score['task']} ({_ends(score)}: worse by {_number(low)} to {_number(high)}, 95 % interval)"
+    return f"{score['task']} ({_ends(score)}: worse by {number(low)} to {number(high)}, 95 % interval)"
 
 
 def _ends(score: Mapping[str, Any]) -> str:
     start, last = score["start"], score["last"]
-    return f"{_number(start['score'])} at step 0, {_number(last['score'])} at step {last['step']:,}"
-
-
-def _number(value: float) -> str:
-    return with_minus(number(value))
+    return f"{number(start['score'])} at step 0, {number(last['score'])} at step {last['step']:,}"

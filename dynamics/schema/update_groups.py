@@ -475,7 +475,8 @@ BASE: Mapping[str, Variable] = {
                 "1",
                 "share of the base's numbers that the update changes",
                 "of dense weights, entries that differ from W⁰ once both are in the coarser of their formats; else "
-                f"entries with round(W⁰ + ΔW) ≠ W⁰ in the format of W⁰; {_OF_ROWS}",
+                f"entries with round(W⁰ + ΔW) ≠ W⁰ in the format of W⁰; {_OF_ROWS}. Dense weights of which none of "
+                "these rows differs are compared whole",
                 "",
             ),
             (

@@ -295,14 +295,23 @@ def kept_by_rounding(now: Matrix, weight: Float[Tensor, "out in"], *, is_weight:
         part = (now.left_factor[rows].detach().cpu().double() * now.scales()) @ now.right.detach().cpu()
     if not start.numel() or not bool(part.isfinite().all()) or not bool(start.isfinite().all()):
         return {}
-    if is_weight:
+    if is_weight and isinstance(now, Tensor):
         coarser = max(part.dtype, start.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        return {"changed_share": float((part.to(coarser) != start.to(coarser)).double().mean())}
+        changed = _changed_share(part, start, coarser)
+        if not changed and stride > 1:  # few rows may be all that trained, as of an embedding: look at all
+            blocks = [slice(first, first + len(start)) for first in range(0, len(weight), len(start))]
+            shares = [_changed_share(now[block].cpu(), weight[block].cpu(), coarser) for block in blocks]
+            changed = float(np.average(shares, weights=[len(weight[block]) for block in blocks]))
+        return {"changed_share": changed}
     change, before = part.double(), start.double()
     merged = (before + change).to(start.dtype).double()
     energy = float(change.square().sum())
     lost = float((merged - before - change).square().sum()) / energy if energy > 0 else math.nan
     return {"changed_share": float((merged != before).double().mean()), "lost_in_merge": lost}
+
+
+def _changed_share(now: Tensor, weight: Tensor, dtype: torch.dtype) -> float:
+    return float((now.to(dtype) != weight.to(dtype)).double().mean())
 
 
 def _update(now: Matrix, weight: Tensor, holds: str) -> Matrix:

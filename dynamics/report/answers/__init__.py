@@ -89,8 +89,8 @@ def _of_all(question: str, runs: Mapping[str, Mapping[str, Any]]) -> Answer:
 def _in_runs(verdict: Verdict, names: Sequence[str], answered: Mapping[str, Any], *, most: bool) -> str:
     """Return in which runs a verdict was reached: those of the majority counted, others named, and one's answer."""
     total, count = len(answered), len(names)
-    every = "both" if total == 2 else f"all {total:,}"
-    where = f"{every if count == total else f'{count:,} of {total:,}'} runs" if most else some(names, _NAMED)
+    every = {1: "the one run", 2: "both runs"}.get(total, f"all {total:,} runs")
+    where = (every if count == total else f"{count:,} of {total:,} runs") if most else some(names, _NAMED)
     answer = answered[names[0]]["answer"]
     shared = all(answered[name]["answer"] == answer for name in names)
     example = "" if shared else f", for example {names[0]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +10,9 @@ import xarray as xr
 from dynamics.relate.directions import is_of_task
 from dynamics.relate.score_changes import score_changes
 from dynamics.report.answers.answer import Answer, Evidence, Verdict
-from dynamics.report.score_summary import scores_of_newest
-from dynamics.text import counted, listed, number, some, with_minus
+from dynamics.report.loss_summary import retained_rises
+from dynamics.report.score_summary import saved_steps, scores_of_newest
+from dynamics.text import counted, listed, number, some
 
 _QUESTION = "checkpoint"
 #: Tasks of a kind, and other checkpoints, that the sentence names.
@@ -41,14 +41,14 @@ def which_checkpoint(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     - ``yes``: the checkpoint is better than the start (the 95 % interval of its value lies above 0), and nothing that
       was measured is shown to be worse than at the start.
     - ``mixed``: it is better than the start, and something is shown to be worse: it forgot. A rise of a loss by less
-      than 0.1 % does not count.
+      than 0.1 % does not count. Or the best is not shown to be better, and by the last step a retained loss has risen.
     - ``no``: no checkpoint is better than the start: the interval of each one's value lies below 0. Or, where nothing
       can be chosen (every task is retained), something is shown to be worse.
     - ``undecided``: neither is shown, or the start was not measured.
     - ``not_asked``: there are neither losses of probe samples nor scores of a checkpoint.
 
-    Where the best step was measured, but has no checkpoint, the sentence names the best one that has. Where the best is
-    not the last step, it says which retained losses have risen by then.
+    Steps that were evaluated and not saved are no candidates, unless none was saved. Where the best is not the last
+    step, the sentence says which retained losses have risen by then.
 
     Intervals are 95 %: of the value alone, of tasks all together. With claims from a second source ``sure`` is 0.90.
 
@@ -74,15 +74,16 @@ def which_checkpoint(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     )
     later = _worse_later(tree, choice)
     sure = None if reported["low"] is None else 0.90 if beside or later else 0.95
-    instead = _best_saved(tree, choice)
+    is_saved = _is_saved(tree, choice)
     if choice["best"] is None:
         verdict = "no" if worse or beside else "undecided"
         sentence = f"{_changes(reported['tasks'], of_losses, reported['candidate'])}; {choice['reason']}"
         surer = "Probe samples of the tasks that training is for."
     else:
         verdict = _verdict(choice, bool(worse or beside))
-        sentence = _sentence(choice, reported, of_losses, verdict, instead)
-        surer = " ".join(filter(None, (_SAVE if instead else "", _surer(choice, verdict))))
+        verdict = "mixed" if verdict == "undecided" and later else verdict
+        sentence = _sentence(choice, reported, of_losses, verdict, is_saved)
+        surer = " ".join(filter(None, ("" if is_saved else _SAVE, _surer(choice, verdict))))
     newest = "of the newest training, " if len(summary["segments"]) > 1 else ""
     sentence = "; ".join([f"{newest}{sentence}", *beside, *later])
     return Answer(_QUESTION, verdict, f"{sentence[:1].upper()}{sentence[1:]}.", evidence, sure, surer)
@@ -108,27 +109,14 @@ def _verdict(choice: Mapping[str, Any], forgot: bool) -> Verdict:
     return "undecided"
 
 
-def _best_saved(tree: xr.DataTree, choice: Mapping[str, Any]) -> str:
-    """Return what to say of a best step that has no checkpoint; ``""`` where it has one."""
-    candidates = {candidate["name"]: candidate for candidate in choice["candidates"]}
-    best = candidates.get(choice["best"])
-    if "captured" in tree.attrs:
-        steps = json.loads(tree.attrs["captured"])["checkpoints"]
-    else:
-        steps = tree["update"].to_dataset()["step"].values.tolist()
-    if best is None or best["kind"] != "step" or best["step"] in steps:
-        return ""
-    saved = [one for one in candidates.values() if one["kind"] == "step" and one["step"] in steps]
-    known = [one for one in saved if one["value"] is not None]
-    if not known:
-        return "not saved, and no saved checkpoint was evaluated"
-    return (
-        f"not saved; of {counted(len(known), 'saved one')} {max(known, key=lambda one: one['value'])['name']} is best"
-    )
+def _is_saved(tree: xr.DataTree, choice: Mapping[str, Any]) -> bool:
+    """Return whether the best candidate can be kept: the start, a share of an update, or a step with a checkpoint."""
+    best = next((one for one in choice["candidates"] if one["name"] == choice["best"]), None)
+    return best is None or best["kind"] != "step" or best["step"] in saved_steps(tree)
 
 
 def _sentence(
-    choice: Mapping[str, Any], reported: Mapping[str, Any], of_losses: bool, verdict: Verdict, instead: str
+    choice: Mapping[str, Any], reported: Mapping[str, Any], of_losses: bool, verdict: Verdict, is_saved: bool
 ) -> str:
     """Return the choice, what it improved and cost, and what cannot be told from it."""
     saved = sum(candidate["kind"] == "step" for candidate in choice["candidates"])
@@ -140,7 +128,7 @@ def _sentence(
         text = f"{shown} better than {before} ({counted(saved, 'checkpoint')})"
     else:
         of = f"of {saved:,}" if saved > 1 else "the only one"
-        of = f"{of}; {instead}" if instead else of
+        of += "" if is_saved else "; no evaluated step was saved"
         text = f"keep {best} ({of})" if verdict in ("yes", "mixed") else f"{best} is best ({of})"
         if verdict == "undecided" and reported["low"] is not None:
             text += ", but not shown to be better than the start"
@@ -192,7 +180,7 @@ def _change(task: Mapping[str, Any], of_losses: bool, with_level: bool) -> str:
     text = f"{kind}{task['task']} {way} by {size}"
     if low is None:
         return f"{text} (no interval)"
-    ends = [with_minus(number(100 * end, 2) if of_losses else number(end)) for end in (low, high)]
+    ends = [number(100 * end, 2) if of_losses else number(end) for end in (low, high)]
     return f"{text} ({'95 % interval ' if with_level else ''}{' to '.join(ends)})"
 
 
@@ -218,12 +206,10 @@ def _worse_beside(tree: xr.DataTree, choice: Mapping[str, Any]) -> tuple[list[st
     if choice["based_on"] == "scores" and "loss" in tree.children:
         losses = tree["loss"].to_dataset().load()
         best = next((row["step"] for row in choice["candidates"] if row["name"] == choice["best"]), None)
-        if best in losses["step"].values and "change_low" in losses:
-            at_best = losses.sel(step=best)
+        if best in losses["step"].values:
             worse = [
-                f"the loss of retained {task} rose by {number(float(at_best['change'].sel(task=task)))} nat"
-                for task in map(str, losses["task"].values[losses["retained"].values.astype(bool)])
-                if float(at_best["change_low"].sel(task=task)) > 0
+                f"the loss of retained {task} rose by {number(rise)} nat ({number(low)} to {number(high)})"
+                for task, rise, low, high in retained_rises(losses.sel(step=best))
             ]
             words += _some_worse(worse)
             paths += ["/loss/change"] * bool(worse)
@@ -237,12 +223,10 @@ def _worse_later(tree: xr.DataTree, choice: Mapping[str, Any]) -> list[str]:
     if choice["based_on"] != "losses" or best is None or best["step"] == last or best["kind"] == "scaled":
         return []
     at_last = tree["loss"].to_dataset().load().sel(step=last)
-    rows = [at_last.sel(task=task) for task in choice["retained"] if task in at_last["task"].values]
+    rises = retained_rises(at_last) if "change_low" in at_last else []
     worse = [
-        f"the loss of retained {row['task'].item()} has risen by {number(float(row['change']))} nat "
-        f"({number(float(row['change_low']))} to {number(float(row['change_high']))})"
-        for row in rows
-        if "change_low" in row and float(row["change_low"]) > 0
+        f"the loss of retained {task} has risen by {number(rise)} nat ({number(low)} to {number(high)})"
+        for task, rise, low, high in rises
     ]
     return [f"by step {last:,} {some(worse, _NAMED)}"] if worse else []
 

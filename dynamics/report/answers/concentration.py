@@ -9,7 +9,7 @@ from typing import Any, Literal
 import xarray as xr
 
 from dynamics.report.answers.answer import Answer, Evidence, Verdict
-from dynamics.text import counted, number, percent, sentence_case, with_minus
+from dynamics.text import counted, number, percent, sentence_case
 
 #: Share of steps or blocks that chance alone may call concentrated.
 CHANCE = 0.05
@@ -143,7 +143,7 @@ def _not_concentrated(concentration: Mapping[str, Any], state: State) -> tuple[V
         return "undecided", words, "See the findings for why there is no gradient null."
     share = "a fresh gradient's share"
     if gain["high"] is not None and gain["high"] < ABOUT:
-        less = "less than" if gain["high"] < 1 else "no more than"
+        less = "less than" if gain["high"] < 1 else "hardly more than" if gain["low"] > 1 else "no more than"
         return "no", f"The last update has {less} {share} in the {directions} (gain {_gain(row)}; chance: 1).", ""
     if steps["of"] >= _MANY:
         words = (
@@ -173,10 +173,6 @@ def _does_it_matter(effects: Mapping[str, Any] | None, k: int) -> tuple[str, boo
     if raised or share["value"] is None:
         but = ", but the whole update raised the loss" if raised else ""
         return f"{subject} pays more than its share of the norm{but}{at}", not raised, evidence
-    ends = "" if share["low"] is None else f" ({_percent(share['low'])} to {_percent(share['high'])})"
+    ends = "" if share["low"] is None else f" ({percent(share['low'], 0)} to {percent(share['high'], 0)})"
     norm = f" with {percent(part['captured'])} of the squared norm" if part["captured"] is not None else ""
-    return f"{subject} brings {_percent(share['value'])}{ends} of the fall of the loss{norm}{at}", True, evidence
-
-
-def _percent(share: float) -> str:
-    return with_minus(percent(share, 0))
+    return f"{subject} brings {percent(share['value'], 0)}{ends} of the fall of the loss{norm}{at}", True, evidence

@@ -16,7 +16,7 @@ from dynamics.schema import ALL
 from dynamics.spectra.dataset import parts_of_sums
 from dynamics.spectra.measures import ENERGY
 from dynamics.spectra.training_noise import FEWEST_INCREMENTS, STATES, energy_above_noise, states_of_rank
-from dynamics.text import counted, interval, listed, percent, with_minus
+from dynamics.text import counted, interval, listed, percent
 
 #: Share of the matrices from which a state is that of the run.
 MOST = 2 / 3
@@ -39,8 +39,8 @@ def is_the_rank_right(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     noise). An effect counts more than either: where adapters cut to the ranks of rank_pattern.json were evaluated, up
     to 1 % more held-out loss is harmless.
 
-    - ``yes``: two thirds of the adapters end within their rank; or their cutting costs more than 1 % of the loss, and
-      so does not show a rank that is too high;
+    - ``yes``: two thirds of the adapters end within their rank; or, though some are idle and fewer than half used up,
+      cutting costs more than 1 % of the loss, so that the rank is not too high;
     - ``no``: two thirds of them are idle and, where it was evaluated, cutting is harmless: the rank is too high;
     - ``mixed``: half of them or more are in one of the three states, but no two thirds in the same;
     - ``undecided``: else. A rank that is used up is undecided too: just right and too low look the same;
@@ -72,7 +72,8 @@ def is_the_rank_right(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
         numbers.append(Evidence("/update/singular_value"))
     if effect is not None:
         numbers += effect.evidence
-    sure = 0.95 if effect is not None or is_by_noise else None
+    claims = is_by_noise and any(state in ("used up", "ends within") for state in adapters.states)
+    sure = 0.95 if effect is not None or claims else None
     words = _sentence(adapters, effect, is_by_noise, len(summary["segments"]))
     return Answer("rank", verdict, words, tuple(numbers), sure, _surer(adapters, effect, is_by_noise))
 
@@ -180,7 +181,7 @@ def _verdict(states: Sequence[str], effect: _Effect | None) -> Verdict:
     share = {state: states.count(state) / len(states) for state in STATES}
     if effect is not None and share["idle"]:
         if effect.is_costly:
-            return "yes"
+            return "yes" if share["used up"] < 1 / 2 else "undecided"
         if not effect.is_harmless:
             return "undecided"
     for state, verdict in _OF_MOST.items():
@@ -213,7 +214,7 @@ def _sentence(adapters: _Adapters, effect: _Effect | None, is_by_noise: bool, tr
     if effect is None:
         return f"{basis}, {subject}{newest} is {together}; {pattern}."
     digits = 2 if max(abs(effect.low), abs(effect.high)) < HARMLESS else 1
-    ends = interval(effect.low, effect.high, lambda end: with_minus(percent(end, digits)))
+    ends = interval(effect.low, effect.high, lambda end: percent(end, digits))
     rise = f"{'rises' if effect.rise >= 0 else 'falls'} by {percent(abs(effect.rise), digits)}"
     return f"{basis}, {subject}{newest} is {together}; {pattern}, and with them the held-out loss {rise} ({ends})."
 

@@ -11,7 +11,7 @@ import xarray as xr
 
 from dynamics.relate.comparison import least_pairs, smallest_design
 from dynamics.report.answers.answer import Answer, Evidence, Verdict
-from dynamics.text import counted, interval, listed, number, some, with_minus
+from dynamics.text import counted, interval, listed, number, some
 
 _QUESTION = "recipe"
 _SHOWN = ("better", "worse", "different")
@@ -147,13 +147,13 @@ class _Contrast:
         task = f"the mean over {self.of_all} scores" if of_all else row["task"]
         unit = " standard deviations" if of_all else ""
         ahead, behind = (first, second) if difference * (row["direction"] or 1) >= 0 else (second, first)
-        by = f"by {_quantity(abs(difference))}{unit}"
+        by = f"by {number(abs(difference))}{unit}"
         better = "better" if row["direction"] else "higher"
         if row["verdict"] in _SHOWN:
             ends = (row["low"], row["high"]) if difference >= 0 else (-row["high"], -row["low"])
-            return f"{ahead} is {better} than {behind} in {task} {by} ({interval(*ends, _quantity)})"
+            return f"{ahead} is {better} than {behind} in {task} {by} ({interval(*ends, number)})"
         if row["verdict"] == "not_shown":
-            ends = interval(row["low"], row["high"], _quantity)
+            ends = interval(row["low"], row["high"], number)
             return f"no difference between {first} and {second} is shown in {task} ({first} − {second}: {ends})"
         if row["verdict"] == "equal":
             return f"{first} and {second} are equal in {task}"
@@ -211,7 +211,3 @@ _REST = {
 
 def _units(row: Mapping[str, Any]) -> str:
     return f"{row['n_pairs']} pairs" if row["n_pairs"] else f"{row['n_first']} + {row['n_second']} runs"
-
-
-def _quantity(value: float) -> str:
-    return with_minus(number(value))

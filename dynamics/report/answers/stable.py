@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from dynamics.relate.permutations import LEVEL
 from dynamics.relate.score_changes import score_directions
 from dynamics.relate.stability import FEWEST_BLOCKS, FEWEST_ROWS, Course, Training, course_of
 from dynamics.report.answers.answer import Answer, Evidence, Verdict
+from dynamics.report.loss_summary import retained_rises
+from dynamics.report.score_summary import scores_of_newest
 from dynamics.schema import ALL
 from dynamics.text import counted, listed, number, one_line, p_value, percent, sentence_case, with_minus
 
@@ -25,18 +28,20 @@ _SURER = f"Log loss and learning rate ({FEWEST_ROWS} rows or more), and keep {2 
 def may_training_stop(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     """Return the answer to "Is training stable, is it still moving, may I stop?", of the newest training of the folder.
 
-    - ``yes``: more steps like the last ones gain nothing. The training wanders: the increments of its newest half do
-      not agree in direction, and the upper limit of their mean cosine is below one over their number, so that a drift
+    - ``yes``: more steps like the last ones gain nothing. The training wanders: the loss does not fall, and the upper
+      limit of the mean cosine of increments of its newest half is below one over the number of blocks, so that a drift
       moved it less than noise did. Or it is at rest: at the same learning rate and number of steps, its newest
       increment has at most 5 % of the size of those of the first half, and the loss hardly falls. Or its increments
       are below the rounding of the files, or its schedule has ended (learning rate at most 5 % of its peak).
-    - ``no``: still moving. Increments agree in direction (p ≤ 0.05), or the loss falls (99 % interval below 0).
+    - ``no``: still moving. Increments agree in direction (p ≤ 0.05) by more than that, or the loss falls (99 % interval below 0).
     - ``mixed``: look before going on. It is unstable (loss that rises by 5 % of its level, spikes by ten robust
       standard deviations, increments five times the median, numbers that are not finite, steps beyond the edge of
       stability that are not shown to move it); a held-out loss has risen since its best, or a retained task's
       since the start, while the training moves; or the schedule ended while it moved.
     - ``undecided``: too few checkpoints and rows of the log, or increments between moving and wandering.
     - ``not_asked``: one checkpoint and no log.
+
+    That it moves or wanders is claimed at 95 %, and at 90 % together with the loss of a retained task.
 
     Args:
         tree: A result of one run.
@@ -50,6 +55,7 @@ def may_training_stop(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     course = course_of(training)
     cost = _retained(tree)
     verdict, words = _judged(course, training, held_out, cost)
+    sure = {"moving": 0.90 if cost else 0.95, "wandering": 0.95}.get(course.state)
     several = len(summary["segments"])
     opening = f"Of {several:,} trainings in this folder, the newest: {words}" if several > 1 else sentence_case(words)
     surer = _SURER if course.state == "undecided" else ""
@@ -58,7 +64,7 @@ def may_training_stop(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
         verdict,
         opening,
         (*_evidence(course, training), *((cost[1],) if cost else ())),
-        0.95 if course.state in ("moving", "wandering") else None,
+        sure,
         surer,
     )
 
@@ -76,7 +82,7 @@ def _newest(tree: xr.DataTree, summary: Mapping[str, Any]) -> tuple[Training, st
         if member.any():
             step, gram = path["step"].values[member], path["gram"].values[np.ix_(member, member)]
     log_step, loss, rate = _log(tree, segment)
-    name, evaluation_step, evaluation = _held_out(tree, int(moved_step[0]), segment)
+    name, evaluation_step, evaluation = _held_out(tree)
     faults = [
         _FAULTS[finding["code"]]
         for finding in summary["findings"]
@@ -114,15 +120,11 @@ def _log(tree: xr.DataTree, segment: int) -> tuple[np.ndarray, np.ndarray, np.nd
     return log["log_step"].values, columns[0], columns[1]
 
 
-def _held_out(tree: xr.DataTree, first_step: int, segment: int) -> tuple[str, np.ndarray, np.ndarray]:
+def _held_out(tree: xr.DataTree) -> tuple[str, np.ndarray, np.ndarray]:
     """Return the held-out loss with the most values: its name, steps and values."""
-    if "score" not in tree.children:
+    scores = scores_of_newest(tree)
+    if scores is None:
         return "", np.empty(0, dtype=np.int64), np.empty(0)
-    scores = tree["score"].to_dataset().load()
-    of_training = scores["step"].values >= (first_step if segment else 0)
-    if "segment" in scores.coords:
-        of_training &= scores["segment"].values == segment
-    scores = scores.isel(step=of_training)
     losses = [name for name, sign in score_directions(scores).items() if sign < 0 and "loss" in name]
     values = {name: scores["score"].sel(task=name).values for name in losses}
     name = max(values, key=lambda name: (np.isfinite(values[name]).sum(), name == "eval_loss"), default="")
@@ -144,7 +146,8 @@ def _beyond_edge(tree: xr.DataTree, first_step: int) -> bool:
     if "sharpness" not in tree.children:
         return False
     group = tree["sharpness"].to_dataset().load()
-    rated = np.flatnonzero(np.isfinite(group["learning_rate"].values) & (group["step"].values >= first_step))
+    rates = group["learning_rate"].values
+    rated = np.flatnonzero(np.isfinite(rates) & (rates > 0) & (group["step"].values >= first_step))
     if not rated.size:
         return False
     at = group.isel(step=rated[-1]).sel(task=ALL)
@@ -153,18 +156,10 @@ def _beyond_edge(tree: xr.DataTree, first_step: int) -> bool:
 
 def _retained(tree: xr.DataTree) -> tuple[str, Evidence] | None:
     """Return what the retained task that lost most has lost, if any did beyond its interval."""
-    if "loss" not in tree.children or "retained" not in tree["loss"].to_dataset():
+    rises = retained_rises(tree["loss"].to_dataset().isel(step=-1).load()) if "loss" in tree.children else []
+    if not rises:
         return None
-    last = tree["loss"].to_dataset().isel(step=-1).load()
-    rose = [
-        (float(at["change"]), float(at["change_low"]), float(at["change_high"]), str(at["task"].item()))
-        for index in np.flatnonzero(np.asarray(last["retained"].values, dtype=bool))
-        for at in [last.isel(task=int(index))]
-        if float(at["change_low"]) > 0
-    ]
-    if not rose:
-        return None
-    change, low, high, task = max(rose)
+    task, change, low, high = max(rises, key=lambda rise: rise[1])
     ends = f"{number(low)} to {number(high)}"
     words = f"the loss of the retained task {one_line(task)} has risen by {number(change)} ({ends})"
     return words, Evidence("/loss/change", change, low, high)
@@ -241,8 +236,7 @@ def _faults(course: Course) -> list[str]:
 def _moves(course: Course, training: Training) -> Sequence[str]:
     parts = []
     if "direction" in course.reasons and course.motion is not None:
-        weak = ", a drift that moves it less than noise does" if course.motion.high <= 1 / course.motion.blocks else ""
-        parts.append(f"{_direction(course, training)}{weak}")
+        parts.append(_direction(course, training))
     if course.trend is not None and "loss" in course.reasons:
         since = f" since step {course.trend.first_step:,}"
         parts.append(f"the loss fell by {number(-course.trend.change)} to {number(course.trend.last)}{since}")
@@ -252,7 +246,8 @@ def _moves(course: Course, training: Training) -> Sequence[str]:
 def _direction(course: Course, training: Training) -> str:
     motion = course.motion
     assert motion is not None
-    agree = "agree in direction" if "direction" in course.reasons else "do not agree in direction"
+    hardly = "hardly agree" if motion.p_value <= LEVEL else "do not agree"
+    agree = f"{'agree' if 'direction' in course.reasons else hardly} in direction"
     cosine = with_minus(f"{motion.cosine:z.2f}")
     return (
         f"increments over steps {motion.first_step:,} to {int(training.step[-1]):,} {agree} (mean cosine {cosine}, "

@@ -167,4 +167,4 @@ def _signed(value: float | None) -> str:
 
 
 def _signed_percent(share: float) -> str:
-    return f"{'+' if share > 0 else ''}{with_minus(percent(share, 2))}"
+    return f"{'+' if share > 0 else ''}{percent(share, 2)}"

@@ -1,4 +1,4 @@
-"""Checkpoints with their scores, and sentences about the best ones and about forgetting."""
+"""Checkpoints with their scores, and sentences about forgetting."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import xarray as xr
 
 from dynamics.report import summarise
 from dynamics.report.page import MOST_CHECKPOINTS, page
-from dynamics.report.score_summary import did_it_forget, which_checkpoint
+from dynamics.report.score_summary import did_it_forget
 from tests.trees import HOSTILE, example_runs, example_tree
 
 STEPS = (0, 100, 200, 300)
@@ -46,14 +46,11 @@ def test_without_scores_checkpoints_have_their_norms_alone():
     summary = summarise(example_tree(steps=3, matrices=3))
     assert summary["scores"] == []
     assert [row["scores"] for row in summary["checkpoints"]] == [{}, {}, {}]
-    assert (which_checkpoint(summary), did_it_forget(summary)) == ("", "")
+    assert did_it_forget(summary) == ""
 
 
-def test_the_best_checkpoints_and_what_was_forgotten_are_told(tree):
+def test_what_was_forgotten_is_told(tree):
     summary = summarise(tree)
-    assert which_checkpoint(summary) == (
-        "Best checkpoint by score: mmlu/acc at step 0 (0.620; last 0.500) and eval_loss at step 200 (1.20; last 1.30)."
-    )
     assert did_it_forget(summary).startswith(
         "Worse than before training: mmlu/acc (0.620 at step 0, 0.500 at step 300: worse by 0.0883 to 0.152, 95 % "
     )
@@ -77,11 +74,11 @@ def test_a_fall_without_standard_errors_is_undecided_and_a_rise_no_question():
 
 def test_the_page_has_the_sentences_and_the_table_with_the_best_marked(tree):
     text = page(tree, figures={"scores": "<svg></svg>"})
-    assert "Which checkpoint scored best, and did it forget?" in text
+    assert "How did scores change?" in text
     assert "Worse than before training: mmlu/acc" in text
     assert "<b>1.20 (best)</b>" in text
     assert "<figcaption>Scores over steps" in text
-    assert "scored best" not in page(example_tree(steps=2, matrices=2), figures={})
+    assert "How did scores change?" not in page(example_tree(steps=2, matrices=2), figures={})
 
 
 def test_a_long_table_keeps_the_best_and_the_last():

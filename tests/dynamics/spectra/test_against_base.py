@@ -148,3 +148,12 @@ def test_of_a_large_matrix_evenly_spaced_rows_are_rounded(monkeypatch):
 def test_what_is_not_finite_has_no_such_numbers():
     assert kept_by_rounding(torch.full((2, 2), torch.nan), torch.ones(2, 2), is_weight=False) == {}
     assert kept_by_rounding(torch.ones(2, 2), torch.full((2, 2), torch.inf), is_weight=True) == {}
+
+
+def test_few_rows_of_dense_weights_that_changed_are_not_missed(monkeypatch):
+    monkeypatch.setattr(against_base, "_ROUNDED", 300)
+    weight = gaussian(400, 30).bfloat16()
+    same, trained = weight.float(), weight.float()
+    trained[7] += 1.0  # as of an embedding of which one token was trained
+    assert kept_by_rounding(same, weight, is_weight=True) == {"changed_share": 0.0}
+    assert kept_by_rounding(trained, weight, is_weight=True) == {"changed_share": pytest.approx(1 / 400)}

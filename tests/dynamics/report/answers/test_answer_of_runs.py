@@ -69,6 +69,11 @@ def test_evidence_names_the_run():
     assert (answer.evidence[0].value, answer.evidence[0].low) == (-2.5, -3.0)
 
 
+def test_one_run_is_not_called_all_runs():
+    tree = example_runs(a=example_tree(steps=1, matrices=1))
+    assert answers_of_runs(tree, summarise(tree))[0].answer.startswith("Yes in the one run: ")
+
+
 def test_missing_ends_of_evidence_stay_missing():
     tree = example_runs(a=example_tree(steps=1, matrices=1))
     summary = summarise(tree)

@@ -141,6 +141,12 @@ def test_a_gain_close_to_one_is_a_no(leading):
     )
 
 
+def test_a_gain_that_lies_little_above_one_is_not_called_no_more(leading):
+    fisher = changed(leading, gain=interval(1.1, 1.02, 1.2), concentrated=False, steps={"concentrated": 0, "of": 1})
+    answer = answered(leading, fisher=fisher)
+    assert (answer.verdict, "hardly more than a fresh" in answer.answer) == ("no", True)
+
+
 def test_a_batch_beyond_the_null_is_undecided(leading):
     fisher = changed(
         leading, concentrated=False, null_batch=400, null_batch_limit=160.0, steps={"concentrated": 0, "of": 1}

@@ -86,7 +86,7 @@ def test_a_rank_with_room_to_spare_is_right():
 
 def test_noise_as_large_as_the_update_decides_nothing():
     result = answer(with_spectra(FULL, [9.0] * 8))
-    assert result.verdict == "undecided"
+    assert (result.verdict, result.sure) == ("undecided", None)
     assert "not shown to be too high or too low: 99 % of an update's energy needs 8" in result.answer
 
 
@@ -124,6 +124,18 @@ def test_a_cut_that_costs_or_may_cost_is_no_proof_of_a_rank_that_is_too_high(low
     result = answer(with_sensitivity(with_spectra(IDLE, [0.1] * 8), (low + high) / 2, low, high))
     assert result.verdict == verdict
     assert ("alpha_pattern" in result.surer) == (verdict != "yes")
+
+
+def test_a_cut_that_costs_is_no_proof_that_a_rank_that_is_used_up_suffices():
+    tree = with_spectra(FULL, [0.2] * 8)
+    update = tree["update"].to_dataset().load()
+    update["singular_value"].values[:, 0, 0, :8] = IDLE
+    update["suggested_rank"].values[0] = 2
+    tree["update"] = xr.DataTree(update)
+    result = answer(with_sensitivity(tree, -0.3, -0.5, -0.1))
+    assert result.verdict == "undecided"
+    assert "used up in" in result.answer
+    assert "half or more idle in 1 of 2" in result.answer
 
 
 @pytest.mark.parametrize("change", [{"step": 100}, {"effect": np.nan}, {"loss": 0.0}])

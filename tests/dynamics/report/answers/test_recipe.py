@@ -143,7 +143,7 @@ def test_names_are_told_as_they_are():
 
 
 def test_of_groups_without_a_difference_few_answers_claim_one():
-    """The same with 400 studies of each kind: python -m tests.benchmarks.calibration --table verdicts."""
+    """The same with 400 studies of each kind: python -m tests.benchmarks.answer_rates --table verdicts."""
     rng = np.random.default_rng(0)
     answers = [recipe_answer(rng, (4, 4)) for _ in range(60)]
     claims = [answer.sure for answer in answers if answer.verdict in ("yes", "mixed")]

@@ -155,6 +155,25 @@ def test_the_cost_of_a_retained_task_is_told_while_training_moves():
     assert answer.evidence[-1].path == "/loss/change"
 
 
+def test_small_increments_are_no_rest_while_the_loss_falls():
+    training = simulated("converged without noise")
+    assert answered(tree_of(training)).verdict == "yes"
+    falling = np.linspace(3.0, 1.0, len(training.loss))
+    assert answered(tree_of(dataclasses.replace(training, loss=falling))).verdict == "no"
+
+
+def test_costs_of_several_retained_tasks_are_judged_together():
+    tree = with_retained(tree_of(simulated("far from the optimum, SGD")), 0.12, 0.01, 0.23)
+    assert answered(tree).sure == 0.90
+    losses = tree["loss"].to_dataset().assign_coords(retained=("task", [True, True]))
+    samples = {"sample_task": ("sample", ["general", "new"] * 8), "sample_group": ("sample", np.repeat(range(8), 2))}
+    change = losses["change"].copy(data=[[0.12, 0.0]])
+    numbers = {"change": change, "change_low": change - 0.11, "change_high": change + 0.11}
+    tree["loss"] = losses.assign_coords(samples).assign(numbers)
+    answer = answered(tree)
+    assert (answer.verdict, answer.sure) == ("no", 0.95)
+
+
 @pytest.mark.parametrize(("low", "high"), [(-0.05, 0.3), (np.nan, np.nan)])
 def test_a_cost_that_is_not_resolved_is_not_told(low, high):
     answer = answered(with_retained(tree_of(simulated("far from the optimum, SGD")), 0.12, low, high))
@@ -168,6 +187,8 @@ def test_steps_beyond_the_edge_of_stability_are_told():
         {"step": [800], "task": ["all"]},
     )
     assert "beyond the edge of stability" in answered(tree).answer
+    tree["sharpness"]["learning_rate"][:] = 0.0  # a schedule that has ended has no edge
+    assert "edge" not in answered(tree).answer
 
 
 def test_hostile_names_and_missing_numbers_do_no_harm():
