@@ -33,7 +33,8 @@ def may_training_stop(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
       moved it less than noise did. Or it is at rest: at the same learning rate and number of steps, its newest
       increment has at most 5 % of the size of those of the first half, and the loss hardly falls. Or its increments
       are below the rounding of the files, or its schedule has ended (learning rate at most 5 % of its peak).
-    - ``no``: still moving. Increments agree in direction (p ≤ 0.05) by more than that, or the loss falls (99 % interval below 0).
+    - ``no``: still moving. Increments agree in direction (p ≤ 0.05) by more than that, or the loss falls (99 % interval
+      below 0).
     - ``mixed``: look before going on. It is unstable (loss that rises by 5 % of its level, spikes by ten robust
       standard deviations, increments five times the median, numbers that are not finite, steps beyond the edge of
       stability that are not shown to move it); a held-out loss has risen since its best, or a retained task's

@@ -135,7 +135,7 @@ def test_a_cut_that_costs_is_no_proof_that_a_rank_that_is_used_up_suffices():
     result = answer(with_sensitivity(tree, -0.3, -0.5, -0.1))
     assert result.verdict == "undecided"
     assert "used up in" in result.answer
-    assert "half or more idle in 1 of 2" in result.answer
+    assert "at least half idle in 1 of 2" in result.answer
 
 
 @pytest.mark.parametrize("change", [{"step": 100}, {"effect": np.nan}, {"loss": 0.0}])
