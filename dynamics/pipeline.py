@@ -166,7 +166,7 @@ def analyze_run(
         probe: ``"module:function"`` or the function itself: called with a checkpoint's folder, it returns the model
             there and its tasks; see ``recording.checkpoint_probe.Loader``.
         intervene: Run parts of each increment between probed checkpoints on the probe samples, to see which of them
-            lower the loss: the group ``/intervention``. With the default arms an increment takes 23 forward passes over
+            lower the loss: the group ``/intervention``. With the default arms an increment takes 25 forward passes over
             the probe samples and two forward and backward. Then the singular directions of the last checkpoint's
             adapters, see :func:`dynamics.sensitivity`: ten passes more; and how long each increment may be, see
             :func:`dynamics.critical_sharpness`: about eight passes, and as many for each task's gradient.

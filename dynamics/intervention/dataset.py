@@ -45,7 +45,7 @@ def intervene(
     and the variance between splits; they are conditional on the directions. What ``on`` and ``off`` do apart and
     together is in :func:`dynamics.intervention.effects.part_and_rest`.
 
-    Costs, with two splits, one k and the default arms and lengths, 23 forward passes over the probe samples and two
+    Costs, with two splits, one k and the default arms and lengths, 25 forward passes over the probe samples and two
     passes forward and backward for the directions. Each further k takes 18 more. Scores of the tasks' own take passes
     of their own, 8 with the default arms. What no direction changes (``full``, arms of layers and of singular values)
     is run once, on all samples.
@@ -134,7 +134,7 @@ class _Run:
         self.arms.require_losses(rows, self.base)
         self.base_scores = self._scores(model, tasks, None)
         lines = [line for line in self.plan if _is_fixed(line[0])]
-        self._run(model, tasks, self.arms.folds[0].arms, lines, (slice(None), rows))
+        self._run(model, tasks, self.arms.folds[0].arms, lines, (slice(None), rows), self.base)
 
     def fold(self, model: nn.Module, parts: Arms, split: int) -> None:
         """Run the arms of one fold on its held-out samples."""
@@ -143,13 +143,14 @@ class _Run:
         tasks = tasks_of(self.tasks, update.numbers[rows])
         with torch.enable_grad():
             self.deviation = max(self.deviation, parts.deviation)
+        base = self._losses(model, tasks, None)  # in the batches of the arms, so that what batches do to it cancels
         lines = [line for line in self.plan if not _is_fixed(line[0])]
-        self._run(model, tasks, parts, lines, (split, rows), folds=len(self.arms.folds))
+        self._run(model, tasks, parts, lines, (split, rows), base, folds=len(self.arms.folds))
         for k in self.arms.k:
             self._add(self.captured, k, (split, rows), np.full(len(rows), parts.captured("on", k)))
-        if split == 0:  # once for each sample, in other batches than before
+        if split == 0:  # once for each sample
             repeated = self._losses(model, tasks, None)
-            self.repeated = max(self.repeated, float(np.abs(repeated - self.base[rows]).max()))
+            self.repeated = max(self.repeated, float(np.abs(repeated - base).max()))
         parts.release()
 
     def _run(
@@ -159,6 +160,7 @@ class _Run:
         parts: Arms,
         lines: Sequence[tuple[str, int, float]],
         cells: tuple[int | slice, np.ndarray],
+        base: Float[np.ndarray, " held_out"],
         folds: int = 1,
     ) -> None:
         """Add what arms do to samples.
@@ -168,13 +170,14 @@ class _Run:
             parts: The arms' changes.
             lines: As in the plan.
             cells: Splits and rows of K to which the samples' effects belong.
+            base: Their losses without an arm.
             folds: In how many an arm is made, of whose squared norms the mean is taken.
         """
         rows = cells[1]
         for arm, k, scale in lines:
             change = _scaled(parts.matrices(arm, k), scale)
             name, half = ("matched", 0.5) if arm in PAIR else (arm, 1.0)
-            fall = self.base[rows] - self._losses(model, tasks, change)
+            fall = base - self._losses(model, tasks, change)
             self._add(self.differences, (name, k, scale), cells, half * fall)
             if scale == 1.0:
                 share = half * energy(parts.change(arm, k)) / folds
@@ -233,9 +236,9 @@ class _Run:
 
     @property
     def passes(self) -> int:
-        """Forward passes over samples: those of directions once a split, all others once, and twice without an arm."""
+        """Forward passes over samples: of directions and the base once a split, of others and the base again once."""
         fixed = sum(_is_fixed(arm) for arm, _, _ in self.plan)
-        return (self.arms.splits * (len(self.plan) - fixed) + fixed + 2) * len(self.arms.update.numbers)
+        return (self.arms.splits * (len(self.plan) - fixed + 1) + fixed + 2) * len(self.arms.update.numbers)
 
     def _count(self, tasks: Sequence[Task]) -> None:
         self.progress(self.done, self.passes)

@@ -52,7 +52,7 @@ class DynamicsCallback(TrainerCallback):
             ``disable_tqdm``.
         intervene: Steps at which parts of the update are run on the probe samples, too, to see which of them lower the
             loss: every so many steps, a list of steps, or a schedule. They are captured. With the default arms such a
-            step takes 23 forward passes over the probe samples and two forward and backward.
+            step takes 25 forward passes over the probe samples and two forward and backward.
         arms: Which parts, as for :func:`dynamics.counterfactuals`.
         k: In how many directions, as for :func:`dynamics.counterfactuals`.
         preset: ``"economy"``: spectra of updates and gradient norms; ``"standard"``: spectra of gradients as well;

@@ -105,7 +105,7 @@ class Recorder:
             task's gradient.
         intervene: Steps at which parts of the increment are run on the probe samples, too, to see which of them lower
             the loss: every so many steps, a list of steps, or a schedule. These steps are captured. With the default
-            arms such a step takes 23 forward passes over the probe samples and two forward and backward.
+            arms such a step takes 25 forward passes over the probe samples and two forward and backward.
         arms: Which parts, as for :func:`dynamics.counterfactuals`; only with ``intervene``.
         k: In how many directions, likewise.
         batch_size: Samples that the optimizer sees in one step, over all processes and accumulated; for the null of

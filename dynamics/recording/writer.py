@@ -193,8 +193,10 @@ class Records:
         self._monitor.observe(update, gradient)
 
     def gap(self, step: int, reason: str) -> None:
-        """Note that a step could not be recorded, or not all of it, and warn the first time."""
-        self._gaps.append({"step": step, "reason": encodable(reason)})
+        """Note once that a step could not be recorded, or not all of it, and warn the first time."""
+        gap = {"step": step, "reason": encodable(reason)}
+        if gap not in self._gaps[-4:]:  # where several parts of a step fail alike
+            self._gaps.append(gap)
         self._tell(
             "OD305",
             f"optimization-dynamics could not record step {step} ({reason}). Training goes on, and so does recording "

@@ -196,7 +196,7 @@ def test_any_loop_is_left_alone(tmp_path):
     assert np.isfinite(record["effect"].sel(scale=1.0)).all()
     ends = [number for number, (done, total) in enumerate(told) if done == total]
     assert len(ends) == 3  # K twice, and the arms of step 2
-    assert told[-1] == (12 * (3 + 2 + 2 * 9),) * 2
+    assert told[-1] == (12 * (3 + 2 + 2 * (9 + 1)),) * 2
 
 
 def too_late(model, batch):
@@ -210,7 +210,7 @@ def too_late(model, batch):
     ("task", "words"),
     [
         (rows_task(groups=3), "ValueError: Expected at least 4 groups, half for directions and half for losses"),
-        (rows_task(loss=too_late), "RuntimeError: no loss today"),
+        (rows_task(loss=too_late), "RuntimeError: no loss today"),  # costs the losses, too
     ],
 )
 def test_a_fault_is_a_gap_and_costs_nothing_else(tmp_path, task, words):
@@ -220,7 +220,8 @@ def test_a_fault_is_a_gap_and_costs_nothing_else(tmp_path, task, words):
         states = loop(tmp_path, model, task, intervene=1)
     assert sum("could not record step" in str(warning.message) for warning in warned) == 1
     records = records_of(tmp_path)
-    assert [set(groups) for groups in records.records.values()] == [{"update", "gradient", "fisher"}] * 2
+    expected = {"update", "gradient", "fisher", *(["loss"] if task.loss is not too_late else [])}
+    assert [set(groups) for groups in records.records.values()] == [expected] * 2
     assert [gap["step"] for gap in records.attributes["gaps"]] == [1, 2]
     assert not any(module._forward_hooks for module in model.modules())
     assert all(module.training for module in model.modules())

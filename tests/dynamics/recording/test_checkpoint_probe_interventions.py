@@ -98,7 +98,7 @@ def test_a_result_is_opened_as_it_was_made(analysed):
 def test_progress_ends(analysed):
     """Two increments of three arms and their lengths, and the last checkpoint's directions, all estimated as one."""
     told = [call[1:] for call in analysed[2] if call[0] == "run: interventions"]
-    passes, of_directions = 16 * (3 + 2 + 2 * (2 * 3 + 1)), 16 * (1 + 6 + 3)
+    passes, of_directions = 16 * (3 + 2 + 2 * (2 * 3 + 1 + 1)), 16 * (1 + 6 + 3)
     sharpness = analysed[1]["sharpness"]
     searched = 8 * float(sharpness["passes"].sum() + sharpness["relative_passes"].sum())  # samples of a task a pass
     assert told[0] == (0, 5)
