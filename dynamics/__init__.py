@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dynamics.recording.callback import ProjectedUpdates as ProjectedUpdates
     from dynamics.recording.recorder import Recorder as Recorder
     from dynamics.relate import associate as associate
+    from dynamics.relate import choose_checkpoint as choose_checkpoint
     from dynamics.relate import compare as compare
     from dynamics.relate import compare_scores as compare_scores
     from dynamics.spectra.measures import dominant_ratio as dominant_ratio
@@ -45,6 +46,7 @@ _HOME = {
     "Recorder": "dynamics.recording.recorder",
     "analyze_run": "dynamics.pipeline",
     "associate": "dynamics.relate",
+    "choose_checkpoint": "dynamics.relate",
     "compare": "dynamics.relate",
     "compare_scores": "dynamics.relate",
     "concentration": "dynamics.fisher",

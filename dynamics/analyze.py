@@ -18,6 +18,8 @@ from dynamics._version import __version__
 if TYPE_CHECKING:
     import xarray as xr
 
+#: Lines on stderr for findings of one code, beside a page that has them all.
+_LINES = 3
 _LEVELS = ("error", "warning", "note")
 ANALYSED, INPUT_REFUSED, NOTHING_ANALYSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -106,6 +108,10 @@ def analyze(
     ] = None,
     higher: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Higher scores are better for TASK.")] = None,
     lower: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Lower scores are better for TASK.")] = None,
+    retained: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="TASK is what the base could do: did training cost any of it?"),
+    ] = None,
     headline: Annotated[
         str | None, typer.Option(metavar="MEASURE", help="The primary measure; choose it before looking at scores.")
     ] = None,
@@ -132,7 +138,12 @@ def analyze(
 ) -> None:
     """Measure what training did to the weights: spectra of the updates, with a null model beside each number.
 
-    Writes analysis.zarr, summary.json, report.html, figures/, rank_pattern.json and run.yaml to RUN/dynamics/analysis/.
+    \b
+    python -m dynamics.analyze runs/imax
+    python -m dynamics.analyze imax=runs/a imax=runs/b dmax=runs/c dmax=runs/d
+
+    Writes analysis.zarr, summary.json, report.html, figures/, rank_pattern.json, checkpoint_choice.json (where there
+    are scores or probe losses) and run.yaml to RUN/dynamics/analysis/.
 
     Exit status: 0 analysed; 1 an input was refused or a number is not finite (each is named, the rest is saved);
     2 nothing analysed; 130 interrupted.
@@ -142,6 +153,7 @@ def analyze(
     choices |= {"headline": headline, "given": given}
     choices |= {"intervene": intervene, "arms": _listed(arms), "k": _numbers(k), "export": export and str(export)}
     choices |= {"scores": tuple(map(str, scores or ())), "higher": tuple(higher or ()), "lower": tuple(lower or ())}
+    choices |= {"retained": tuple(retained or ())}
     if fail_on not in _LEVELS:
         raise typer.BadParameter(f"expected note, warning or error, got {fail_on!r}", param_hint="--fail-on")
     sys.exit(_analyze(runs, choices, out, as_json, progress, quiet, fail_on))
@@ -195,23 +207,38 @@ def _analyze(
 def _tell(tree: xr.DataTree, folder: Path, as_json: bool, quiet: bool, fail_on: str) -> int:
     from rich.console import Console
 
-    from dynamics.report import all_findings, finding_lines, summarise, terminal_summary
-    from dynamics.text import one_line
+    from dynamics.report import all_findings, finding_lines, summarise, terminal_answers, terminal_numbers
 
     summary = summarise(tree)
     _write_any_text()
     if as_json:
         typer.echo(json.dumps(summary, allow_nan=False))
     elif not quiet:
-        Console().print(terminal_summary(summary))
+        Console().print(terminal_answers(summary))
+    # Between the answers and the numbers in a terminal; all of them only where nothing else tells them.
+    for line in finding_lines(summary, _severities(quiet), most=None if as_json or quiet else _LINES):
+        _complain(line)
+    if not as_json and not quiet:
         # A report of an earlier analysis is removed with its result: what is there is new.
         page = folder / "analysis" / "report.html"
-        typer.echo(one_line(str(page if page.exists() else page.with_name("summary.json"))))
-    for line in finding_lines(summary, _severities(quiet)):
-        _complain(line)
+        written = page if page.exists() else page.with_name("summary.json")
+        Console().print(terminal_numbers(summary, written.name))
+        _point_to(written)
     counted = _LEVELS[: _LEVELS.index(fail_on) + 1]
     failed = any(finding["severity"] in counted for finding in all_findings(summary))
     return INPUT_REFUSED if failed else ANALYSED
+
+
+def _point_to(path: Path) -> None:
+    """Print a path, which a terminal that can opens on a click."""
+    from rich.console import Console
+    from rich.style import Style
+    from rich.text import Text
+
+    from dynamics.text import one_line
+
+    link = Style(link=path.absolute().as_uri())
+    Console().print(Text(one_line(str(path)), style=link), soft_wrap=True)
 
 
 def _listed(text: str | None) -> tuple[str, ...] | None:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from dynamics.text import encodable, one_line, some
+from dynamics.text import encodable, one_line, some, with_minus
 
 Severity = Literal["note", "warning", "error"]
 
@@ -59,11 +59,13 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD203": ("note", "an update is below the resolution of its storage format"),
     "OD204": ("note", "increments that cannot be formed"),
     "OD205": ("note", "updates use fewer directions than chance"),
-    "OD206": ("note", "unused rank"),
+    "OD206": ("note", "unused rank, in results of earlier versions"),
     "OD207": ("error", "singular values did not converge"),
     "OD208": ("note", "an increment without a null model"),
     "OD209": ("error", "part of the result could not be made"),
     "OD210": ("note", "only leading singular values were computed"),
+    "OD211": ("warning", "merging would lose an update"),
+    "OD212": ("warning", "trained weights equal their base"),
     # 3xx: capturing a training
     "OD301": ("warning", "a matrix gets no gradient"),
     "OD302": ("warning", "an adapter has not moved after the warm-up"),
@@ -101,6 +103,8 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD413": ("note", "null gradients stand for too many samples to call an update concentrated"),
     "OD414": ("note", "the gradient null does not know the momentum"),
     "OD415": ("error", "an update could not be intervened on"),
+    "OD416": ("error", "losses of probe samples could not be measured"),
+    "OD417": ("note", "changes of losses are not predicted"),
     # 5xx: scores and statistics
     "OD501": ("warning", "scores of an unknown run"),
     "OD502": ("warning", "scores without a matching step"),
@@ -118,6 +122,7 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD514": ("warning", "a quantity that could not be held equal"),
     "OD515": ("error", "scores and groups could not be related"),
     "OD516": ("note", "shares of updates for different numbers of directions"),
+    "OD520": ("warning", "an unknown retained task"),
     # 6xx: results on disk
     "OD601": ("warning", "an analysis was stopped while it put its result in place"),
     "OD602": ("note", "results of an earlier version beside this one"),
@@ -299,7 +304,7 @@ def _value_words(value: Any) -> str:
     if value is None:
         return "unknown"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return with_minus(f"{value:.4g}")
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_value_words(content)}" for key, content in value.items())
     if isinstance(value, list):
@@ -307,19 +312,24 @@ def _value_words(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def finding_lines(summary: Mapping[str, Any], severities: Collection[str]) -> Iterator[str]:
+def finding_lines(summary: Mapping[str, Any], severities: Collection[str], most: int | None = None) -> Iterator[str]:
     """Yield a line for each finding of these severities, errors first.
 
     Args:
         summary: See ``summarise``; of several runs each line names its run.
         severities: Any of ``"error"``, ``"warning"``, ``"note"``.
+        most: Lines of one code, after which one line counts the others; by default all have a line.
     """
     findings = [("", finding) for finding in summary["findings"]]
     for name, run in summary.get("runs", {}).items():
         findings += [(name, finding) for finding in run["findings"]]
     for severity in SEVERITIES:
-        if severity in severities:
-            yield from (finding_line(finding, run) for run, finding in findings if finding["severity"] == severity)
+        told = [(run, finding) for run, finding in findings if finding["severity"] == severity]
+        for code in dict.fromkeys(finding["code"] for _, finding in told) if severity in severities else ():
+            lines = [finding_line(finding, run) for run, finding in told if finding["code"] == code]
+            yield from lines[:most]
+            if most is not None and len(lines) > most:
+                yield f"{code} {severity} {len(lines) - most:,} more; all are in summary.json."
 
 
 def finding_line(finding: Mapping[str, Any], run: str = "") -> str:

@@ -35,6 +35,7 @@ from dynamics.spectra.path import training_path
 from dynamics.spectra.trajectory_spectra import trajectory_spectra
 from dynamics.spectra.weights import weights
 from dynamics.store import RESULT, encodable_dataset, provenance, staged, write_text, write_tree, writing
+from dynamics.store.loss_records import joined_losses
 from dynamics.store.opening import add_findings
 from dynamics.store.records import (
     TrainingRecords,
@@ -76,6 +77,7 @@ class Options:
     scores: tuple[str, ...] = ()
     higher: tuple[str, ...] = ()
     lower: tuple[str, ...] = ()
+    retained: tuple[str, ...] = ()
     headline: str | None = None
     given: str | None = None
     intervene: bool = False
@@ -143,6 +145,7 @@ def analyze_run(
     top: int | None = None,
     higher: Sequence[str] = (),
     lower: Sequence[str] = (),
+    retained: Sequence[str] = (),
     headline: str | None = None,
     given: Given | None = None,
     device: str = "auto",
@@ -177,6 +180,8 @@ def analyze_run(
             entropies get bounds, what needs all values is NaN. For matrices of 4096 rows and more.
         higher: Tasks for which a higher score is better, where names do not tell.
         lower: Tasks for which a lower score is better.
+        retained: Tasks of what the base could do; a checkpoint is chosen by these and by the new ones, see
+            :func:`dynamics.choose_checkpoint`.
         headline: The primary measure of associations and comparisons; choose it before looking at scores.
         given: What associations over steps hold equal: ``"loss"`` or ``"trend"``; see :func:`dynamics.associate`.
         device: ``"auto"``, ``"cpu"`` or ``"cuda[:i]"``: where the linear algebra runs.
@@ -216,6 +221,7 @@ def analyze_run(
             scores=tuple(fspath(path) for path in scores),
             higher=tuple(higher),
             lower=tuple(lower),
+            retained=tuple(retained),
             headline=headline,
             given=given,
         )
@@ -424,12 +430,12 @@ def _refuse_names(names: Iterable[str]) -> None:
             raise ValueError(f"Expected the name of a run to be a plain name of at most 200 bytes, got {name!r}.")
 
 
-def _rank_patterns(tree: xr.DataTree, run: str) -> dict[str, dict[str, int]]:
-    """Return rank patterns of one run by file name: by energy, and by effect where that is measured."""
+def _rank_patterns(tree: xr.DataTree) -> dict[str, dict[str, int]]:
+    """Return rank patterns of one run by the file's stem: by energy, and by effect where that is measured."""
     ranks = {"rank_pattern": tree["update"].to_dataset()["suggested_rank"]}
     if "sensitivity" in tree.children:
         ranks["rank_pattern_by_effect"] = tree["sensitivity"].to_dataset()["rank_by_effect"].isel(step=-1)
-    return {f"{stem}.{run}.json" if run else f"{stem}.json": rank_pattern(array) for stem, array in ranks.items()}
+    return {stem: rank_pattern(array) for stem, array in ranks.items()}
 
 
 def _open_all(runs: Mapping[str, Path], options: Options) -> tuple[dict[str, Source], list[Finding]]:
@@ -466,12 +472,17 @@ def _joined(
 
 def _write(tree: xr.DataTree, stage: Path, texts: Mapping[str, str]) -> None:
     write_tree(tree, stage / RESULT)
-    summary = json.dumps(summarise(tree), indent=2, allow_nan=False, ensure_ascii=False)
-    write_text(stage / "summary.json", summary + "\n")
+    summary = summarise(tree)
+    write_text(stage / "summary.json", json.dumps(summary, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     runs = tree["runs"].children if "runs" in tree.children else {"": tree}
     for run, part in runs.items():
-        for name, pattern in _rank_patterns(part, str(run)).items():
-            write_text(stage / name, json.dumps(pattern, indent=2) + "\n")
+        name = f".{run}.json" if run else ".json"
+        for stem, pattern in _rank_patterns(part).items():
+            write_text(stage / f"{stem}{name}", json.dumps(pattern, indent=2) + "\n")
+        choice = (summary["runs"][run] if run else summary)["checkpoint_choice"]
+        if choice is not None and choice["best"] is not None:
+            text = json.dumps(choice, indent=2, allow_nan=False, ensure_ascii=False)
+            write_text(stage / f"checkpoint_choice{name}", text + "\n")
     for name, text in texts.items():
         write_text(stage / name, text)
 
@@ -615,6 +626,7 @@ def _probed(
         "intervention": joined_interventions(probes.intervention),
         "sensitivity": probes.sensitivity,
         "sharpness": joined_sharpness(probes.sharpness),
+        "loss": joined_losses([part.assign_coords(recorded=("step", [False])) for part in probes.loss]),
     }
     return groups, [*probes.findings, *findings]
 
@@ -645,6 +657,7 @@ def add_relations(
             given=cast(Given | None, options.given),
             directions=directions,
             labels=labels,
+            retained=options.retained,
         )
         for name, group in related.groups.items():
             tree[name] = xr.DataTree(encodable_dataset(group.assign_attrs(encodable(group.attrs))))
@@ -655,6 +668,6 @@ def add_relations(
         problem = f"Scores and groups could not be related: {type(error).__name__}: {first_line(error)}."
         findings.append(Finding("OD515", problem, "Please report it, with the score files."))
     else:
-        if related.groups or rows or options.scores:
+        if related.groups or rows or options.scores or options.retained:
             findings += related.findings
     add_findings(tree, findings)

@@ -89,13 +89,15 @@ def first_line(error: BaseException, limit: int = 160) -> str:
 
 
 def number(value: float | int | None, digits: int = 3) -> str:
-    """Return a number with so many significant digits, or a dash where there is none.
+    """Return a number with so many significant digits and a minus sign, or a dash where there is none.
 
-    >>> number(0.0123456), number(12345.6), number(None), number(2.0), number(3.1e-9)
-    ('0.0123', '12,346', '–', '2.00', '3.10e-09')
+    >>> number(0.0123456), number(-12345.6), number(None), number(2.0), number(3.1e-9)
+    ('0.0123', '−12,346', '–', '2.00', '3.10e-09')
     """
     if value is None:
         return UNKNOWN
+    if value < 0:
+        return f"−{number(-value, digits)}"
     if isinstance(value, int):
         return f"{value:,}"
     if value == 0:
@@ -110,10 +112,10 @@ def number(value: float | int | None, digits: int = 3) -> str:
 def percent(share: float | None, digits: int = 1) -> str:
     """Return a share as percent, with so many digits after the point.
 
-    >>> percent(0.1234), percent(0.99, 0), percent(None)
-    ('12.3 %', '99 %', '–')
+    >>> percent(0.1234), percent(-0.0699, 0), percent(None)
+    ('12.3 %', '−7 %', '–')
     """
-    return UNKNOWN if share is None else f"{100 * share:.{digits}f} %"
+    return UNKNOWN if share is None else with_minus(f"{100 * share:z.{digits}f} %")
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
@@ -139,7 +141,7 @@ def some(names: Iterable[str], limit: int = 3) -> str:
 def with_minus(text: str) -> str:
     """Return a number's text with a minus sign in place of a leading hyphen.
 
-    >>> with_minus(number(-0.00123456)), with_minus("3.10e-09")
+    >>> with_minus("-0.00123"), with_minus("3.10e-09")
     ('−0.00123', '3.10e-09')
     """
     return f"−{text[1:]}" if text.startswith("-") else text

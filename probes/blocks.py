@@ -122,6 +122,25 @@ def find_blocks(model: nn.Module, space: str, names: Sequence[str] | None = None
     return Blocks(tuple(blocks), uncovered, share)
 
 
+def blocks_in_weight_space(model: nn.Module) -> list[str]:
+    """Return the names of the blocks that have a gradient in weight space, of all that is trained.
+
+    >>> blocks_in_weight_space(nn.Sequential(nn.Linear(2, 2)))
+    ['0', '0.bias']
+    """
+    adapted = _adapted_layers(base_model(model))
+    matrices = [matrix for matrix in find(model).watched if not matrix.part_of and matrix.parameters]
+    taken = {id(parameter) for matrix in matrices for parameter in matrix.parameters}
+    names = [matrix.name for matrix in matrices if matrix.is_dense or _layer(matrix, adapted) is not None]
+    return names + [name for name, parameter in trained_parameters(model).items() if id(parameter) not in taken]
+
+
+def _layer(watched: Watched, adapted: Mapping[int, nn.Module]) -> nn.Module | None:
+    """Return the layer whose weight a low-rank matrix changes, ``None`` if there is not one alone."""
+    assert not isinstance(watched.terms, Dense)
+    return None if "[" in watched.name else adapted.get(id(watched.terms[0].left))
+
+
 def _block(watched: Watched, space: str, adapted: Mapping[int, nn.Module]) -> Block:
     if isinstance(watched.terms, Dense):
         parameter, view = watched.terms.parameter, watched.terms.view
@@ -147,7 +166,7 @@ def _block(watched: Watched, space: str, adapted: Mapping[int, nn.Module]) -> Bl
         )
         size = sum((view(p.detach()) if view else p).numel() for p, view in views)
         return Block(watched.name, products, views, size)
-    layer = None if "[" in watched.name else adapted.get(id(products[0].left))
+    layer = _layer(watched, adapted)
     if layer is None:
         raise ValueError(
             f"Expected matrices of layers in weight space, got {watched.name!r}: its gradient does not follow from "

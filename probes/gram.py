@@ -314,10 +314,13 @@ class Measurement:
                 part = [gradient_as_matrix(block, block.layer, matrix, taken.parameters, len(losses))]
             else:
                 part = [viewed(taken.parameters[id(p)], view, p) for p, view in block.parameters]
-            block.parts.append(
-                self._projected(block, part) if self._projection else [compact(gradient) for gradient in part]
-            )
+            self._keep(block, part)
         return taken.in_order
+
+    def _keep(self, block: Block, part: Sequence[SampleGradient]) -> None:
+        """Keep what is needed of a block's gradients in one batch."""
+        kept = self._projected(block, part) if self._projection else [compact(gradient) for gradient in part]
+        block.parts.append(kept)
 
     def _needs_matrix(self, block: Block, recorded: ForwardCalls) -> bool:
         """Return whether ∇W comes from the layer itself: in weight space, or where solving would lose digits."""
@@ -329,7 +332,7 @@ class Measurement:
     def _projected(self, block: Block, part: Sequence[SampleGradient]) -> list[SampleGradient]:
         """Return the block's gradients as k numbers a sample, after taking their products with the update."""
         if self._update is not None:
-            products = self._product(block, part, self._update, part[0].samples)
+            products = self.product(block, part, self._update, part[0].samples)
             self._products.setdefault(block.name, []).append(products)
         position = next(position for position, candidate in enumerate(self._blocks) if candidate is block)
         like = self._parameters[0].detach()
@@ -356,7 +359,7 @@ class Measurement:
         """Return b, ‖δ‖² inside the space, and all of ‖δ‖², over all batches."""
         assert self._update is not None
         if not self._projection:
-            return self._product(block, columns, self._update, samples)
+            return self.product(block, columns, self._update, samples)
         parts = self._products[block.name]
         return torch.cat([product for product, _, _ in parts]), *parts[0][1:]
 
@@ -416,7 +419,7 @@ class Measurement:
             projection=self._projection,
         )
 
-    def _product(
+    def product(
         self, block: Block, columns: Sequence[SampleGradient], update: Mapping[str, Matrix], samples: int
     ) -> tuple[Float[Tensor, " n"], float, float]:
         """Return b, ‖δ‖² inside the space, and all of ‖δ‖², of one block."""

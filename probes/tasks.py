@@ -49,6 +49,8 @@ class Task:
             ``group`` and ``sample_id`` are left out.
         batch_size: Samples a batch.
         higher_is_better: Which way ``score`` points; ``None`` if unknown. The default score is better when higher.
+        retained: Whether these are samples of what the base model could do (general text, old tasks): training is not
+            meant to improve them, and a rise of their loss is what it forgot.
 
     Raises:
         ValueError: If one of these is not as described.
@@ -71,6 +73,7 @@ class Task:
     collate: Callable[[list[Any]], Any] | None = None
     batch_size: int = 8
     higher_is_better: bool | None = None
+    retained: bool = False
 
     def __post_init__(self) -> None:
         if not self.name or self.name == "all":
@@ -93,6 +96,8 @@ class Task:
                 raise ValueError(f"{self}: expected one {what} for each of {len(self)} samples, got {len(naming)}.")
         if self.score is None and self.higher_is_better is False:
             raise ValueError(f"{self}: the default score is better when higher. Leave higher_is_better out.")
+        if not isinstance(self.retained, bool):
+            raise ValueError(f"{self}: expected retained to be True or False, got {self.retained!r}.")
 
     def __str__(self) -> str:
         return f"Task {self.name!r}"

@@ -83,6 +83,20 @@ INTENDED: tuple[Intended, ...] = (
     Intended("recorded/*", "*/condition_number*_low", "values", "Of a null whose smallest singular value is rounding."),
     Intended("*", "*/decomposition", "values", "Triangular factors come from Grams where those hold all digits."),
     Intended("*", "summary.json:intervention", "added", "What parts of updates do; nothing where none was run."),
+    Intended("*", "summary.json:sharpness", "added", "How far a step can go; nothing where it was not measured."),
+    Intended("*", "OD206", "missing", "The answer to “Is the rank right?” says it."),
+    Intended("*", "summary.json:answers*", "added", "A result answers the questions that it is asked first."),
+    *(
+        Intended("*", path, "added", "What merging keeps of an update, and whether weights equal their base.")
+        for path in ("*/base/changed_share", "*/base/lost_in_merge", "OD211", "OD212")
+    ),
+    *(
+        Intended("*", f"*/gradient/{name}", "added", "How noisy the training's gradients are, from micro-batches.")
+        for name in ("micro_norm", "micro_batches", "batch_size", "signal", "noise", "noise_to_signal", "noise_scale")
+    ),
+    Intended("*", "OD513", "missing", "One run has no correlations, and no headline measure unless one is named."),
+    Intended("*", "*/loss/*", "added", "Losses of probe samples since the training began."),
+    Intended("*", "summary.json:*losses*", "added", "Losses of probe samples since the training began."),
     Intended("*", "OD502", "missing", "A score before training, at step 0, needs no measures at that step."),
     *(
         Intended("*", path, "added", "Groups are compared in scores; checkpoints are listed with theirs.")
@@ -93,6 +107,7 @@ INTENDED: tuple[Intended, ...] = (
             "summary.json:*scores.*",
             "summary.json:*scores",
             "summary.json:*checkpoints.*",
+            "summary.json:*checkpoint_choice*",
         )
     ),
     *(
@@ -100,6 +115,11 @@ INTENDED: tuple[Intended, ...] = (
         for name in ("low", "high")
         for path in (f"/fisher/*participation_ratio*_{name}", f"summary.json:fisher.*participation_ratio*.{name}")
     ),
+    *(
+        Intended("*", path, "added", "The path stands beside a random walk with steps of the same lengths.")
+        for path in ("*/path/*_null", "summary.json:*path.*_null")
+    ),
+    Intended("*", "summary.json:*fisher.pairs.*", "added", "A pair of tasks has overlap, transfer and a sentence."),
     Intended("*", "*/path/training", "renamed", "one word for a training's number, as everywhere else", "segment"),
 )
 #: Of inputs whose training or model runs anew: what follows from K, whose gradients are in float32, and null models of

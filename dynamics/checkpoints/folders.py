@@ -361,7 +361,7 @@ def _nothing(run: Path, names: Sequence[str], findings: Sequence[Finding]) -> tu
     """Return the message and the findings for a folder in which nothing can be analysed."""
     problems = [*findings, *other_weights(run, run)]
     subfolders = {name: entries(run / name) for name in names if (run / name).is_dir()}
-    runs = [shown_path(path, run) for path in _below(run, _DEEPEST)]
+    runs = [shown_path(path, run) for path in _below(run, _DEEPEST + 1)]
     adapters = [shown(name) for name, inside in subfolders.items() if holds_adapter(inside)]
     models = [
         shown(name)

@@ -101,6 +101,28 @@ def cosines(gram: Float[np.ndarray, "block sample sample"], labels: SampleGroups
     )
 
 
+def simultaneous_interval(cosine: float, low: float, high: float, groups: int, pairs: int) -> tuple[float, float]:
+    """Return the ends of a cosine's interval that hold with 95 % for so many pairs of tasks together (Bonferroni).
+
+    Args:
+        cosine, low, high: With the ends of its own 95 % interval, of Student's t.
+        groups: Smaller number of groups of the two tasks.
+        pairs: Pairs whose cosines are compared with 0.
+
+    >>> low, high = simultaneous_interval(0.3, 0.1, 0.5, 20, 6)
+    >>> round(low, 3), round(high, 3)
+    (0.019, 0.581)
+    >>> simultaneous_interval(0.3, 0.1, 0.5, 20, 1)
+    (0.1, 0.5)
+    """
+    (_, own), (_, together) = (
+        confidence_interval(np.zeros(1), np.ones(1), groups, level) for level in (0.95, 1 - 0.05 / max(pairs, 1))
+    )
+    wider = float(together[0] / own[0])
+    # An end that was cut at ±1 stays there.
+    return max(cosine - wider * (cosine - low), -1.0), min(cosine + wider * (high - cosine), 1.0)
+
+
 def conflict_rate(
     low: Float[np.ndarray, "block task task"], high: Float[np.ndarray, "block task task"]
 ) -> tuple[np.ndarray, np.ndarray]:

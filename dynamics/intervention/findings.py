@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.findings import Finding
+from dynamics.intervention.loss_changes import NOT_ASKED
 from dynamics.schema import ALL
 from dynamics.text import counted, finite, integer, interval, listed, number, p_value, percent, some, with_minus
 
@@ -426,6 +427,31 @@ def _imprecise(attributes: Mapping[str, Any]) -> Iterator[Finding]:
             "Measure gradients in single precision for exact parts.",
             evidence={"norm_deviation": apart},
         )
+
+
+def loss_findings(group: xr.Dataset) -> list[Finding]:
+    """Return what could not be measured of the losses at the last step, and why.
+
+    Args:
+        group: ``/loss``.
+    """
+    reason = str(group["reason"].values[-1])
+    if reason in ("", NOT_ASKED):
+        reason = ""
+    lacking = {"Changes of the losses are not predicted": reason, _NOT_SCALED: str(group.attrs["scaled_reason"])}
+    return [
+        Finding(
+            "OD417",
+            f"{what}: {why}.",
+            "The losses themselves are measured. To have the rest, train and probe weights whose start is known.",
+            step=int(group["step"].values[-1]),
+        )
+        for what, why in lacking.items()
+        if why
+    ]
+
+
+_NOT_SCALED = "Losses with shares of the update are not measured"
 
 
 def sharpness_findings(group: xr.Dataset) -> list[Finding]:

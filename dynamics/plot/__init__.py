@@ -12,6 +12,7 @@ from dynamics.plot.gradient import gradient
 from dynamics.plot.heatmap import heatmap
 from dynamics.plot.hover_heatmap import hover_heatmap
 from dynamics.plot.intervention import intervention
+from dynamics.plot.losses import losses
 from dynamics.plot.noise_scale import noise_scale
 from dynamics.plot.rarefaction import rarefaction
 from dynamics.plot.score_comparison import score_comparison
@@ -38,6 +39,7 @@ __all__ = [
     "heatmap",
     "hover_heatmap",
     "intervention",
+    "losses",
     "noise_scale",
     "rarefaction",
     "score_comparison",

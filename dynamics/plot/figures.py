@@ -19,6 +19,7 @@ from dynamics.plot.gain_trajectory import gain_trajectory
 from dynamics.plot.gradient import NORM, gradient
 from dynamics.plot.heatmap import heatmap
 from dynamics.plot.intervention import intervention
+from dynamics.plot.losses import losses
 from dynamics.plot.noise_scale import noise_scale
 from dynamics.plot.rarefaction import rarefaction
 from dynamics.plot.score_comparison import score_comparison
@@ -162,8 +163,10 @@ def fisher_drawings(tree: xr.DataTree) -> dict[str, Draw]:
 
 
 def _of_interventions(tree: xr.DataTree) -> dict[str, Draw]:
-    """Return the figures of what parts of updates do; those of parts only where ``on`` and ``off`` were run."""
+    """Return the figures of what updates and their parts do; those of parts only where ``on`` and ``off`` were run."""
     draws: dict[str, Draw] = {}
+    if has_group(tree, "loss") and has_values(group(tree, "loss")["change"].isel(step=slice(1, None))):
+        draws["losses"] = partial(losses, tree)
     if has_group(tree, "sharpness") and has_values(group(tree, "sharpness")["critical_sharpness"]):
         draws["sharpness"] = partial(sharpness, tree)
     if not has_group(tree, "intervention") or not has_values(group(tree, "intervention")["effect"]):
@@ -179,7 +182,8 @@ def _of_interventions(tree: xr.DataTree) -> dict[str, Draw]:
 def _of_relations(tree: xr.DataTree) -> dict[str, Draw]:
     """Return the figures of runs beside scores and beside one another."""
     draws: dict[str, Draw] = {}
-    if has_group(tree, "association"):
+    # Correlations within one run describe and decide nothing: they are in the result, and not drawn.
+    if has_group(tree, "association") and tree["association"].attrs["question"] != "one_run":
         draws = {"association": partial(association, tree), "association_scatter": partial(score_scatter, tree)}
         if tree["association"].sizes["task"] > 1:
             draws["association_grid"] = partial(association_grid, tree)

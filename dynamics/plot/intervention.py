@@ -25,7 +25,7 @@ from dynamics.plot.style import (
     without_mathematics,
 )
 from dynamics.schema import ALL
-from dynamics.text import counted, interval, number, with_minus
+from dynamics.text import counted, interval, number
 
 #: Arms whose effects are compared, by position of their colour and marker.
 _COMPARED = {"full": len(COLOURS) - 1, "on": 0, "off": 1}
@@ -241,7 +241,7 @@ def _description(rows: xr.Dataset, show: str) -> str:
     at = rows.isel({dim: -1 for dim in ("k", "step") if dim in rows.dims})
     at = at.sel(task=ALL) if "task" in at.dims else at
     sentences = [
-        f"{_NAMES[arm]} {with_minus(number(effect.value))} ({interval(effect.low, effect.high, _signed)})"
+        f"{_NAMES[arm]} {number(effect.value)} ({interval(effect.low, effect.high, _signed)})"
         for arm in _compared(rows)
         if np.isfinite((effect := value_of(at, "effect", arm=arm, scale=1.0)).value)
     ]
@@ -250,7 +250,7 @@ def _description(rows: xr.Dataset, show: str) -> str:
 
 
 def _signed(value: float) -> str:
-    return with_minus(number(value))
+    return number(value)
 
 
 _VIEWS: Mapping[str, Callable[[Axes, xr.Dataset], None]] = {

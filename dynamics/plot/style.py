@@ -19,6 +19,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
 from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -33,6 +35,8 @@ _FEW_STEPS = 3
 #: Panels of one figure, and side by side.
 MOST_PANELS, _COLUMNS = 6, 3
 MISSING_COLOUR = "#dddddd"
+#: Letters on a light cell, which stay dark in a dark scheme.
+ON_LIGHT = "#262626"
 #: Perceptually uniform; the order from dark to light is the same with any kind of colour vision.
 COLOUR_MAP = "viridis"
 
@@ -83,6 +87,8 @@ def panel(
         axes = Figure(figsize=(width, height), layout="constrained").subplots() if ax is None else ax
         without_mathematics([axes.set_title(title if block == GLOBAL else f"{title}\n{shorten(block, 60)}")])
         yield axes
+        if ax is None:
+            mark_cut_axis(axes)
     if ax is None:
         describe(figure_of(axes), title if block == GLOBAL else f"{title}, {block}", description)
 
@@ -111,6 +117,7 @@ def panels(names: Sequence[str], draw: Callable[[Axes, str], None], title: str, 
         for axes, name in zip(places, names, strict=False):
             without_mathematics([axes.set_title(shorten(name, 34))])
             draw(axes, name)
+            mark_cut_axis(axes)
         if not names:
             say_nothing_to_draw(places[0], "No score has a value")
         for axes in places[max(len(names), 1) :]:
@@ -125,6 +132,18 @@ def step_axis(ax: Axes, steps: Sequence[int]) -> None:
     few = len(steps) <= _FEW_STEPS
     ax.xaxis.set_major_locator(FixedLocator(steps) if few else MaxNLocator(nbins=6, integer=True))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+
+
+def mark_cut_axis(ax: Axes) -> None:
+    """Mark a vertical axis of numbers that does not begin at zero with a break at its foot."""
+    low, high = sorted(ax.get_ylim())
+    numbers = ax.get_yscale() == "linear" and not isinstance(ax.yaxis.get_major_locator(), FixedLocator)
+    if not numbers or low <= 0 <= high or ax.images:
+        return
+    strokes = Path([(-0.01, 0.01), (0.01, 0.03), (-0.01, 0.035), (0.01, 0.055)], [Path.MOVETO, Path.LINETO] * 2)
+    mark = PathPatch(strokes, transform=ax.transAxes, fill=False, color="#333333", linewidth=0.9, clip_on=False)
+    mark.set_in_layout(False)
+    ax.add_artist(mark)
 
 
 def logarithmic(ax: Axes) -> None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from dynamics.plot.select import axis_label, chosen, group, long_name, variable_of
-from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, figure_of, panel, shorten, without_mathematics
+from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, ON_LIGHT, figure_of, panel, shorten, without_mathematics
 from dynamics.schema import ALL, GLOBAL
 
 _PAIR = ("step", "block", "task", "task_")
@@ -108,7 +108,7 @@ def _write(axes: Axes, pairs: xr.Dataset, variable: str, shade: np.ndarray, colo
     for row, column in np.ndindex(*values.shape):
         value, bottom, top = (float(array[row, column]) for array in (values, low, high))
         if not np.isfinite(value):
-            axes.text(column, row, missing, ha="center", va="center", fontsize=7, color="#555555")
+            axes.text(column, row, missing, ha="center", va="center", fontsize=7, color=ON_LIGHT)
             continue
         interval = (
             f"\n{_short(bottom)} to {_short(top)}" if row != column and np.isfinite(bottom) and np.isfinite(top) else ""
@@ -136,7 +136,7 @@ def _short(value: float) -> str:
 
 def _ink(shade: float, colours: str) -> str:
     red, green, blue, _ = mpl.colormaps[colours](float(np.clip(shade, 0, 1)))
-    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > _BRIGHT else "white"
+    return ON_LIGHT if 0.299 * red + 0.587 * green + 0.114 * blue > _BRIGHT else "white"
 
 
 def _name(axes: Axes, names: list[str], *, directed: bool) -> None:

@@ -48,15 +48,17 @@ class DynamicsCallback(TrainerCallback):
         out_dir: Run folder, best the Trainer's ``output_dir``. Each trial of a hyperparameter search is a run,
             ``out_dir/run-<number>``, where its checkpoints are.
         tasks: Held-out probe samples, each a :class:`probes.Task`: with them each captured step also has the Fisher at
-            the start of its increment, and the tasks' scores. Samples that are also in the training set are refused,
-            where that can be told. A step that takes long has a progress bar, unless ``disable_tqdm``.
+            the start of its increment, the tasks' scores, and the losses of all samples. Samples that are also in the
+            training set are refused, where that can be told. A step that takes long has a progress bar, unless
+            ``disable_tqdm``.
         intervene: Steps at which parts of the update are run on the probe samples, too, to see which of them lower the
             loss: every so many steps, a list of steps, or a schedule. They are captured. With the default arms such a
             step takes 23 forward passes over the probe samples and two forward and backward.
         arms: Which parts, as for :func:`dynamics.counterfactuals`.
         k: In how many directions, as for :func:`dynamics.counterfactuals`.
         preset: ``"economy"``: spectra of updates and gradient norms; ``"standard"``: spectra of gradients as well;
-            ``"full"``: also cosines of consecutive increments, for a second copy of the watched factors.
+            ``"full"``: also cosines of consecutive increments, for a second copy of the watched factors, and with tasks
+            predictions of their losses, for four passes over the samples, two of them with a backward pass.
         every: Capture every so many steps instead of the preset's.
         at: Capture these steps.
         schedule: Capture where ``schedule(step)`` is true, see ``dynamics.recording``.

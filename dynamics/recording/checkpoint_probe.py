@@ -26,12 +26,13 @@ from dynamics.checkpoints import Checkpoint
 from dynamics.findings import Finding
 from dynamics.intervention.sensitivity import sensitivity
 from dynamics.recording.fisher import FisherProbe, Increment, Interventions
+from dynamics.recording.losses import SCALES, LossProbe, outside, starts_at_zero, zero_start
 from dynamics.spectra.increments import difference
 from dynamics.text import first_line
 from probes.blocks import trained_parameters
 from probes.low_rank import LowRankMatrix
 from probes.tasks import Task
-from probes.undisturbed import bare
+from probes.undisturbed import bare, swapped
 from probes.watched import Matrix, find
 
 #: Called with a checkpoint's folder; returns ``model, tasks``, ``model, tasks, batch_size`` or those and ``momentum``.
@@ -48,6 +49,7 @@ class Probed:
         intervention: Effects of parts of the increments, likewise; no first checkpoint has any.
         sensitivity: Of the last checkpoint's adapters, where it has some and interventions are asked for.
         sharpness: Critical steps along the increments, likewise; no first checkpoint has any.
+        loss: Losses of the probe samples, of the checkpoints of the newest training.
         findings: Checkpoints that could not be probed or intervened on, and why.
     """
 
@@ -56,6 +58,7 @@ class Probed:
     intervention: list[xr.Dataset] = field(default_factory=list)
     sensitivity: xr.Dataset | None = None
     sharpness: list[xr.Dataset] = field(default_factory=list)
+    loss: list[xr.Dataset] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -103,7 +106,7 @@ def probe_checkpoints(
     export: Path | None = None,
     runs: Callable[[int, int], None] = lambda done, total: None,
 ) -> Probed:
-    """Return K, b and scores at each checkpoint. A checkpoint that fails is left out, with a finding.
+    """Return K, b, scores and losses at each checkpoint. A checkpoint that fails is left out, with a finding.
 
     Args:
         checkpoints: Checkpoints of one run, ascending.
@@ -122,16 +125,21 @@ def probe_checkpoints(
     Returns:
         Records as those of a training. The first checkpoint of each training has K alone, at its own weights.
     """
-    probed, before = Probed(), None
+    probed, before, origin = Probed(), None, None
     counter = _Counter(progress, len(checkpoints))
     arms = None
     if interventions is not None and checkpoints:
         arms = _Arms(interventions, export, checkpoints[-1], matrices, _Counter(runs, 2 * len(checkpoints) - 1))
     for checkpoint in checkpoints:
         if before is not None and before.segment != checkpoint.segment:
-            before = None
+            before = origin = None
+            probed.loss.clear()
         try:
-            before = _probe(probed, checkpoint, load, matrices, before, counter, arms)
+            last = checkpoint is checkpoints[-1]
+            before, model, tasks = _probe(probed, checkpoint, load, matrices, before, counter, arms)
+            origin = origin or before
+            _measure_losses(probed, model, tasks, before, origin, checkpoint, scales=SCALES if last else ())
+            del model  # before the next is loaded
             counter.next()
         except (Exception, SystemExit) as error:  # a user's function may raise anything
             counter.next(counts=False)
@@ -238,7 +246,8 @@ class _Arms:
             probed.findings.append(
                 Finding(
                     "OD415",
-                    f"The intervention on {what} failed ({type(error).__name__}: {first_line(error, 300)}).",
+                    f"The intervention on {what} failed ({type(error).__name__}: "
+                    f"{first_line(error, 300).rstrip('.')}).",
                     "Its Fisher and the other checkpoints are measured. Correct what the message names and analyse "
                     "again.",
                     file=checkpoint.folder.name,
@@ -278,7 +287,7 @@ def _probe(
     before: _State | None,
     progress: Callable[[int, int], None],
     arms: _Arms | None,
-) -> _State:
+) -> tuple[_State, nn.Module, list[Task]]:
     model, tasks, batch_size, momentum = _loaded(load(str(checkpoint.folder)))
     if not trained_parameters(model):
         raise ValueError(
@@ -296,7 +305,7 @@ def _probe(
         arms.rank_directions(probed, model, tasks, checkpoint)
     if before is None:
         probed.fisher.append(probe.record(probe.measure(None, progress), state.step, state.step))
-        return state
+        return state, model, tasks
     _require_alike(before, state)
     now = _matrices(model)
     probe.start_from(before.trained)
@@ -307,7 +316,59 @@ def _probe(
     probed.fisher.append(probe.record(increment, state.step, before.step, momentum))
     if arms is not None:
         arms.run(probed, probe, increment, checkpoint, before.step)
-    return state
+    return state, model, tasks
+
+
+def _measure_losses(
+    probed: Probed,
+    model: nn.Module,
+    tasks: Sequence[Task],
+    state: _State,
+    origin: _State,
+    checkpoint: Checkpoint,
+    scales: Sequence[float],
+) -> None:
+    """Add the losses at a checkpoint and at the start of its training: the zero of adapters, or its first checkpoint.
+
+    Args:
+        state: The checkpoint.
+        origin: The first one of its training.
+        scales: Shares of the change at which losses are measured, too.
+    """
+    zero = starts_at_zero(model) and all(shape.holds == "update" for shape in checkpoint.shapes.values())
+    trained = trained_parameters(model)
+    others = {name: origin.trained[name] for name in outside(model)}
+
+    def start() -> tuple[list[tuple[nn.Parameter, Tensor]], dict[str, Matrix]]:
+        now = _matrices(model)
+        if zero:
+            return zero_start(model), now
+        values = [(trained[name], value) for name, value in origin.trained.items() if name not in others]
+        with swapped([parameter for parameter, _ in values], [value for _, value in values]):
+            earlier = _matrices(model)
+        return values, {name: _change(matrix, earlier[name]) for name, matrix in now.items()}
+
+    first = not zero and state is origin
+    try:
+        probed.loss.append(
+            LossProbe(model, tasks, others).record(
+                state.step,
+                start,
+                predicts=not first,
+                scales=() if first else scales,
+                start_step=0 if zero else origin.step,
+            )
+        )
+    except (Exception, SystemExit) as error:  # a user's loss may raise anything
+        probed.findings.append(
+            Finding(
+                "OD416",
+                f"The losses of the probe samples could not be measured ({_description(error)}).",
+                "Its Fisher is measured. Correct what the message names and analyse again.",
+                file=checkpoint.folder.name,
+                step=checkpoint.step,
+            )
+        )
 
 
 def _loaded(returned: Any) -> tuple[nn.Module, list[Task], int, float]:
@@ -385,4 +446,4 @@ def _description(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     users = [frame for frame in frames if "site-packages" not in frame.filename and "importlib" not in frame.filename]
     where = f", {users[-1].filename.rpartition('/')[2]} line {users[-1].lineno}" if users and len(frames) > 1 else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.')}{where}"

@@ -378,7 +378,8 @@ class FisherProbe:
     def scores(self, step: int) -> xr.Dataset | None:
         """Return the scores of the model as it is now, for tasks with a score of their own; ``None`` if none has."""
         scored = [task for task in self._tasks if task.score is not None]
-        return score_record(step, evaluate(self._model, scored)) if scored else None
+        retained = [task.retained for task in scored]
+        return score_record(step, evaluate(self._model, scored), retained) if scored else None
 
     def advance(self) -> None:
         """Let the next increment begin at the weights as they are now."""
@@ -526,8 +527,8 @@ def fisher_record(
     )
 
 
-def score_record(step: int, scores: Sequence[Score]) -> xr.Dataset:
-    """Return the scores of one step, as the group ``score`` has them."""
+def score_record(step: int, scores: Sequence[Score], retained: Sequence[bool]) -> xr.Dataset:
+    """Return the scores of one step, as the group ``score`` has them, and whether each task is retained."""
     directions = {True: 1.0, False: -1.0, None: 0.0}
     columns = {
         "score": [score.score for score in scores],
@@ -541,6 +542,7 @@ def score_record(step: int, scores: Sequence[Score]) -> xr.Dataset:
         coords={
             "step": np.array([step], dtype=np.int64),
             "task": np.asarray([score.task for score in scores], dtype=str),
+            "retained": ("task", np.asarray(retained, dtype=bool), schema.RETAINED.attributes),
         },
     )
 

@@ -226,6 +226,42 @@ class LiveSpectra:
                 changes[matrix.name] = now.detach().to(torch.float64) - before.to(now.device, torch.float64)
         return changes
 
+    def totals(self) -> dict[str, Matrix]:
+        """Return the change of every matrix since training began, of those whose start is known, as :meth:`increments`.
+
+        Of an adapter that was zero, a copy of the product as it is now.
+        """
+        changes: dict[str, Matrix] = {}
+        for matrix in self._watched:
+            start = self._start.part(matrix)
+            if matrix.part_of or matrix.name in self._lost or (matrix.is_dense and start is None):
+                continue
+            now = matrix.read(self._present)
+            if isinstance(now, LowRankMatrix):
+                before = None if start is None else self._start.read(start)
+                changes[matrix.name] = difference(now, before) if isinstance(before, LowRankMatrix) else _copied(now)
+            else:
+                assert start is not None
+                before = self._start.read(start)
+                assert isinstance(before, Tensor)
+                changes[matrix.name] = now.detach().to(torch.float64) - before.to(now.device, torch.float64)
+        return changes
+
+    def start_values(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return parameters, with values that set the matrices back to the start, of those whose start is known.
+
+        Of an adapter that was zero, the left factor alone: a zero product is zero whatever the other one is.
+        """
+        values: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        for matrix in self._watched:
+            for term in terms_of(matrix):
+                known = all(id(parameter) in self._start.values for parameter in term.parameters)
+                if known:
+                    values |= {id(p): (p, self._start.values[id(p)].to(p.dtype)) for p in term.parameters}
+                elif isinstance(term, AdapterProduct):
+                    values[id(term.left)] = term.left, torch.zeros_like(term.left, requires_grad=False)
+        return list(values.values())
+
     def gradients(
         self, gradient: Reading | None = None, gather: Gather | None = None
     ) -> tuple[dict[str, tuple[Float[Tensor, " k"], int]], dict[str, str]]:
@@ -419,6 +455,12 @@ class LiveSpectra:
 def _sources(batch: Sequence[Watched]) -> list[nn.Parameter]:
     """Return the parameters of matrices, each once."""
     return list({id(parameter): parameter for matrix in batch for parameter in matrix.sources}.values())
+
+
+def _copied(matrix: LowRankMatrix) -> LowRankMatrix:
+    """Return a product that stays as it is when its parameters move."""
+    left, right = (factor.detach().clone() for factor in (matrix.left_factor, matrix.right_factor))
+    return LowRankMatrix(left, right, matrix.scale, column_scale=matrix.column_scale)
 
 
 def _shape(watched: Watched) -> MatrixShape:

@@ -27,6 +27,7 @@ from dynamics.recording.changes import BaseWeights, Change, ModelState, change_b
 from dynamics.recording.deepspeed import RanksApart, Zero, is_zero, needs_all_ranks
 from dynamics.recording.fisher import FisherProbe, Increment, Interventions, descent_rate, momentum_of
 from dynamics.recording.live import LiveSpectra
+from dynamics.recording.losses import LossProbe, outside
 from dynamics.recording.monitor import (
     findings_on_model,
     findings_on_resuming,
@@ -106,8 +107,10 @@ class Recorder:
         gradients: Whether gradients are recorded; ``False`` where they cannot be read.
         disk_names: Matrix → its name in saved weights, where that differs; or a function that returns this for the
             names of dense matrices, including those that are trained later.
-        tasks: Held-out probe samples. With them a record has the Fisher at the start of the increment, K and b, and the
-            scores of tasks that have one; one forward-backward pass over all probe samples a captured step. Where K
+        tasks: Held-out probe samples. With them a record has the Fisher at the start of the increment, K and b, the
+            scores of tasks that have one, and the losses of all samples; one forward-backward pass over all probe
+            samples and one forward pass a captured step. ``"full"`` adds what gradients at the start of the training
+            say of the losses: two passes forward and backward, and two forward. Where K
             of every block would take more than 64 MiB a record, it holds only that of all together, and a warning says
             so; choose ``matrices`` (``"."``: all) to record theirs as well. The preset ``"full"`` records critical
             sharpness, too: about eight forward passes for all samples together, and as many for each task along each
@@ -171,6 +174,7 @@ class Recorder:
         self.preset = preset_named(preset)
         self._schedule = schedule_of(self.preset, interval=every, steps=at, schedule=schedule)
         self._intervenes, self._interventions = chosen_interventions(tasks, intervene, arms, k)
+        self._intervention_due = intervene is None  # whether a step came at which to intervene
         if intervene is not None:
             self._schedule = either(self._schedule, self._intervenes)
         watched = watched_or_refused(model, matrices)
@@ -195,6 +199,7 @@ class Recorder:
         self._in_flight: _InFlight | None = None
         self._records: Records | None = None
         self._probe = self._probe_of(model, tasks, watched, batch_size, restricted=matrices is not None)
+        self._losses = self._loss_probe_of(model, tasks, begins=resume_from is None)
         probe_findings = [] if self._probe is None else self._probe.findings()
         for finding in probe_findings:
             warnings.warn(str(finding), UserWarning, stacklevel=2)
@@ -335,6 +340,7 @@ class Recorder:
         self._in_flight = None
         self._takes_part = False
         try:
+            self._note_missing_intervention()
             self._annotate()
         finally:
             if self._records is not None:
@@ -410,7 +416,7 @@ class Recorder:
                     change = transition.change
                     self._live.lose(totals=change.restarted, increments={*change.restarted, *change.rescaled})
                     self._lost_start |= bool(change.restarted)
-                    self._probe_follows(transition, moved=True)
+                    self._probe_follows(transition, step, moved=True)
             spectra = self._live.measure()
             if self._records is not None and self._live.shapes:
                 update = self._update(step, spectra)
@@ -453,7 +459,7 @@ class Recorder:
         with self._forgiven(done):
             if self._takes_part and (transition := self._transition(captures=captures)) is not None:
                 self._lost_start |= bool(transition.change.restarted) and self._from_step != done
-                self._probe_follows(transition, moved=False)
+                self._probe_follows(transition, done, moved=False)
                 self._disarm()
                 self._take_up(transition, done)
 
@@ -490,7 +496,9 @@ class Recorder:
         if self._records is not None:
             self._records.changed(change.findings(step, copied_at), start, self._named(transition.watched))
 
-    def _probe_follows(self, transition: _Transition, *, moved: bool) -> None:
+    def _probe_follows(self, transition: _Transition, step: int, *, moved: bool) -> None:
+        if self._losses is not None:
+            self._losses.lose(step)
         if self._probe is not None:
             watched, restarted = transition.watched.watched, set(transition.change.restarted)
             self._probe.follow(
@@ -515,9 +523,16 @@ class Recorder:
         blocks = [matrix.name for matrix in watched.watched if not matrix.part_of] if restricted else None
         return FisherProbe(model, tasks, blocks=blocks, on_host=dense, batch_size=batch_size)
 
+    def _loss_probe_of(self, model: nn.Module, tasks: Sequence[Task] | None, *, begins: bool) -> LossProbe | None:
+        if self._probe is None or not tasks:
+            return None
+        others = {name: parameter.detach().clone() for name, parameter in outside(model).items()} if begins else None
+        return LossProbe(model, tasks, others)
+
     def _probed(self, step: int) -> dict[str, xr.Dataset | None]:
         """Return what the probe samples give at this step; a failure there costs nothing else."""
         groups: dict[str, xr.Dataset | None] = {}
+        self._intervention_due |= self._intervenes(step)
         if self._probe is not None and self._from_step >= 0 and not self._lost_start:
             with self._forgiven(step):
                 increment = self._probe.measure(self._live.increments(), self._progress)
@@ -531,6 +546,13 @@ class Recorder:
         if self._probe is not None:
             with self._forgiven(step):
                 groups["score"] = self._probe.scores(step)
+        if self._losses is not None:
+            with self._forgiven(step):
+                groups["loss"] = self._losses.record(
+                    step,
+                    lambda: (self._live.start_values(), self._live.totals()),
+                    predicts=self.preset.predictions,
+                )
         return groups
 
     def _take_rates(self, optimizer: Any) -> None:
@@ -545,6 +567,19 @@ class Recorder:
             increment, step, self._from_step, self._sharpness, rate=self._rate, progress=self._progress
         )
         return self._sharpness
+
+    def _note_missing_intervention(self) -> None:
+        """Note that the training ended before the first step at which to intervene."""
+        if self._records is None or self._intervention_due or not self.steps:
+            return
+        self._intervention_due = True
+        message = (
+            f"No update was intervened on: the training ended at step {self._last:,}, before the first step that "
+            "intervene asks for."
+        )
+        remedy = "Ask for earlier steps, such as intervene=[100], or run the command with --probe and --intervene."
+        with self._forgiven(self._last):
+            self._records.note(Finding("OD415", message, remedy, step=self._last))
 
     def _annotate(self) -> None:
         """Keep the findings beside the records up to date."""
@@ -570,6 +605,10 @@ class Recorder:
             if resume_from is not None and self._leads:
                 earlier = earlier_records(run)
                 start = {} if earlier is None else read_start(run / FOLDER)
+                of_before = {} if earlier is None else earlier.records
+                self._intervention_due |= any(
+                    "intervention" in record for step, record in of_before.items() if step <= resume_from
+                )
         start = {} if resume_from is not None and start is None else start
         cosines = self.preset.increment_cosines
         self._live = LiveSpectra(

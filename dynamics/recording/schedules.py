@@ -127,6 +127,8 @@ class Preset:
         gradient_spectra: Whether each matrix's gradient gets singular values, beside its norms.
         increment_cosines: Whether the cosine of consecutive increments is recorded, which takes a second copy of
             the watched factors.
+        predictions: Whether changes of the probe samples' losses are predicted from gradients at the start, which takes
+            two forward and backward passes and two forward ones more over the samples.
         sharpness: Whether critical sharpness is recorded, where there are probe samples.
     """
 
@@ -134,6 +136,7 @@ class Preset:
     schedule: Schedule
     gradient_spectra: bool = False
     increment_cosines: bool = False
+    predictions: bool = False
     sharpness: bool = False
 
 
@@ -143,7 +146,14 @@ PRESETS: Mapping[str, Preset] = {
     for preset in (
         Preset("economy", either(geometric(4), every(100))),
         Preset("standard", either(geometric(2), every(50)), gradient_spectra=True),
-        Preset("full", either(geometric(2), every(10)), gradient_spectra=True, increment_cosines=True, sharpness=True),
+        Preset(
+            "full",
+            either(geometric(2), every(10)),
+            gradient_spectra=True,
+            increment_cosines=True,
+            predictions=True,
+            sharpness=True,
+        ),
     )
 }
 

@@ -166,6 +166,11 @@ class Records:
         if start:
             self._writer.write_start({**self._writer.read_start(), **start})
 
+    def note(self, finding: Finding) -> None:
+        """Add a finding on the training up to here, and warn."""
+        self._notes.append(finding)
+        self._tell(finding.code, str(finding))
+
     def write(
         self,
         step: int,

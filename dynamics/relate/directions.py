@@ -183,6 +183,15 @@ def _negation(before: Sequence[str], metric: str, direction: int) -> tuple[int, 
     return sign, words
 
 
+def is_of_task(score: str, task: str) -> bool:
+    """Tell whether a score is of a task: by its whole name, the part before the metric, or a folder of its name.
+
+    >>> [is_of_task(score, "mmlu") for score in ("mmlu", "eval_mmlu_loss", "mmlu/acc", "mmlu/stem/acc", "mmlu_pro/acc")]
+    [True, True, True, True, False]
+    """
+    return task in (score, metric_of(score).task) or score.startswith(f"{task}/")
+
+
 def directions_of(
     tasks: Iterable[str], asked: Mapping[str, str] | None = None, stated: Mapping[str, bool] | None = None
 ) -> dict[str, int]:

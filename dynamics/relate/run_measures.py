@@ -11,11 +11,13 @@ import xarray as xr
 from dynamics.findings import Finding
 from dynamics.relate.association import HEADLINE, Given, associate
 from dynamics.relate.comparison import compare
+from dynamics.relate.directions import is_of_task
 from dynamics.relate.findings import findings_of
 from dynamics.relate.score_comparison import compare_scores
 from dynamics.relate.score_files import ScoreRow
 from dynamics.relate.score_tables import rows_of, score_table, with_file_scores
 from dynamics.schema import ALL, GLOBAL
+from dynamics.text import some
 
 #: Leading directions at which the log gain stands for concentration, as in the report.
 GAIN_AT = 16
@@ -94,6 +96,7 @@ def relate_runs(
     given: Given | None = None,
     directions: Mapping[str, str] | None = None,
     labels: Mapping[str, str] | None = None,
+    retained: Sequence[str] = (),
 ) -> Related:
     """Relate measures of runs to their scores, and compare groups of runs in scores and measures.
 
@@ -105,12 +108,15 @@ def relate_runs(
         given: What is held equal, see :func:`dynamics.associate`; where it cannot be, nothing is, with a finding.
         directions: Task → ``"higher"`` or ``"lower"``.
         labels: Run → group; two groups or more are compared.
+        retained: Tasks of what the base could do, whose scores are marked.
 
     Raises:
         ValueError: If a direction is none.
     """
     measures = _aligned({name: measures_of_run(tree) for name, tree in runs.items()})
     chosen, findings = _headline(measures, headline)
+    if len(runs) == 1 and headline is None:
+        findings = []  # one run is related to nothing, whichever measure comes first
     steps = {name: _measured_steps(measures, name) for name in runs}
     recorded = {name: tree["score"].to_dataset().load() for name, tree in runs.items() if "score" in tree.children}
     scores = [*rows_of(recorded), *rows]
@@ -121,7 +127,7 @@ def relate_runs(
         table = score_table(scores, runs=steps, directions=directions)
         findings += table.findings
         of_runs = {
-            str(run): with_file_scores(recorded.get(str(run)), table.scores.sel(run=run))
+            str(run): with_file_scores(recorded.get(str(run)), table.scores.sel(run=run), retained)
             for run in table.scores["run"].values
         }
         if table.scores.sizes["task"] and table.scores.sizes["run"]:
@@ -147,6 +153,17 @@ def relate_runs(
         findings += findings_of(comparison)
     if groups:
         findings += _directions(runs)
+    names = list(dict.fromkeys(row.task for row in scores))
+    if absent := [task for task in retained if not any(is_of_task(name, task) for name in names)]:
+        findings.append(
+            Finding(
+                "OD520",
+                f"Expected retained tasks among the scores, got {', '.join(map(repr, absent))}; there are "
+                f"{f'scores of {some(map(repr, names), 8)}' if names else 'no scores'}.",
+                "Check the task's name, or pass its scores with --scores.",
+                evidence={"tasks": absent},
+            )
+        )
     return Related(groups, findings, of_runs)
 
 

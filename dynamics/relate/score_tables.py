@@ -13,9 +13,9 @@ import pandas as pd
 import xarray as xr
 
 from dynamics.findings import Finding
-from dynamics.relate.directions import direction_remedy, directions_of, metric_of
+from dynamics.relate.directions import direction_remedy, directions_of, is_of_task, metric_of
 from dynamics.relate.score_files import ScoreRow
-from dynamics.schema import SCORE, SCORE_DIRECTION
+from dynamics.schema import RETAINED, SCORE, SCORE_DIRECTION
 from dynamics.text import counted, some
 
 #: The task that is the mean of all tasks.
@@ -235,20 +235,34 @@ def rows_of(groups: Mapping[str, xr.Dataset]) -> Iterator[ScoreRow]:
             yield ScoreRow(run, step, task, float(scores[i, j]), float(items[i, j]), float(errors[i, j]), higher)
 
 
-def with_file_scores(recorded: xr.Dataset | None, scores: xr.Dataset) -> xr.Dataset:
+def with_file_scores(recorded: xr.Dataset | None, scores: xr.Dataset, retained: Collection[str] = ()) -> xr.Dataset:
     """Return all scores of one run as the group ``/score``: what was recorded, and what files add.
 
     Args:
         recorded: The run's group ``/score``, ``None`` if it has none.
         scores: The run's part of a :class:`ScoreTable`'s dataset, ``(step, task)``, whose directions count.
+        retained: Tasks of what the base could do, beside those that the recorded scores mark: the coordinate
+            ``retained (task)``, where there are any.
     """
     present = scores["score"].notnull()
     of_files = scores[list(SCORE)].drop_vars(["run", "direction"], errors="ignore")
     of_files = of_files.isel(step=present.any("task").values, task=present.any("step").values)
-    joined = of_files if recorded is None else recorded.drop_vars("direction", errors="ignore").combine_first(of_files)
+    marked: set[str] = set()
+    joined = of_files
+    if recorded is not None:
+        if "retained" in recorded:
+            marks = recorded["retained"].astype(bool)
+            marks = marks.any("step") if "step" in marks.dims else marks
+            marked = {*map(str, recorded["task"].values[marks.values])}
+        joined = recorded.drop_vars(["direction", "retained"], errors="ignore").combine_first(of_files)
     known = dict(zip(scores["task"].values.tolist(), scores["direction"].values.tolist(), strict=True))
     signs = [known.get(task, metric_of(task).direction) for task in joined["task"].values.tolist()]
     directions = np.tile(np.array(signs, dtype=np.float64), (joined.sizes["step"], 1))
+    kept = [
+        name in marked or any(is_of_task(name, task) for task in retained) for name in map(str, joined["task"].values)
+    ]
+    if any(kept):
+        joined = joined.assign_coords(retained=("task", kept, RETAINED.attributes))
     return joined.assign(direction=(("step", "task"), directions, SCORE_DIRECTION.attributes))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynamics.relate.permutations import LEVEL
-from dynamics.text import counted, interval, number, p_value, sentence_case, signed, some, with_minus
+from dynamics.text import counted, interval, number, p_value, sentence_case, signed, some
 
 #: Tasks that a sentence names.
 _NAMED = 8
@@ -277,4 +277,4 @@ def _turned(low: float, high: float, sign: int) -> tuple[float, float]:
 
 def _quantity(value: float) -> str:
     """Return a number with units of its own: three significant digits."""
-    return with_minus(number(value))
+    return number(value)

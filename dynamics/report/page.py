@@ -9,7 +9,7 @@ import json
 import re
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -21,6 +21,8 @@ from markupsafe import Markup, escape
 
 from dynamics import plot, schema
 from dynamics.findings import evidence_words, grouped, location, severities
+from dynamics.intervention.loss_changes import costliest_layer_sentence
+from dynamics.plot.answers import answer_pictures
 from dynamics.plot.figures import (
     BETWEEN_TASKS,
     FISHER_OVER_STEPS,
@@ -35,8 +37,9 @@ from dynamics.plot.gradient import NORM
 from dynamics.plot.hover_heatmap import fits_a_page
 from dynamics.plot.select import RULE, standouts, title_of
 from dynamics.report import score_summary, sentences
+from dynamics.report.answers.answer import how_sure, recipe_first, verdict_words
 from dynamics.report.summary import summarise
-from dynamics.text import counted, finite, number, percent, sentence_case, visible, with_minus
+from dynamics.text import counted, finite, number, percent, sentence_case, visible
 
 #: A longer table makes a page that opens slowly; the whole table is in summary.json.
 MOST_ROWS = 1000
@@ -87,6 +90,7 @@ _OF_DIRECTIONS = {
         "divergence_normalised",
         "divergence_null_high",
     ),
+    "loss": ("change", "predicted_first", "predicted_second", "layer_share"),
     "intervention": ("effect", "captured", "interaction", "attributed", "excess", "excess_p", "share", "efficiency"),
 }
 
@@ -180,6 +184,38 @@ def breakable(name: str) -> Markup:
     return Markup(".<wbr>").join(escape(part) for part in name.split("."))
 
 
+def explained(text: str) -> Markup:
+    """Return text in which the first use of each word of the glossary has its meaning.
+
+    >>> explained("0.1 nat, <b>")
+    Markup('0.1 <abbr title="unit of entropy; e to the entropy is a number of directions">nat</abbr>, &lt;b&gt;')
+    """
+    used = set()
+
+    def mark(word: re.Match[str]) -> str:
+        term = word[0].lower()
+        if term in used:
+            return word[0]
+        used.add(term)
+        return f'<abbr title="{escape(GLOSSARY[term])}">{word[0]}</abbr>'
+
+    return Markup(_TERM.sub(mark, str(escape(text))))
+
+
+def inline(svg: str) -> Markup:
+    """Return a figure as it stands in a page: without the fonts and the indentation that the page does not need."""
+    return Markup(_INDENTED.sub("\n", _FONT.sub("", svg)))
+
+
+def contents(html: str) -> list[tuple[str, str]]:
+    """Return identifier and short title of each section that has one.
+
+    >>> contents('<section id="a" data-contents="Scores">')
+    [('a', 'Scores')]
+    """
+    return _SECTION.findall(html)
+
+
 def formula(text: str) -> Markup:
     """Return a definition with its indices set as subscripts.
 
@@ -191,6 +227,43 @@ def formula(text: str) -> Markup:
     return Markup(_INDEX.sub(lambda index: f"<sub>{index[1] or index[2]}</sub>", str(escape(text))))
 
 
+#: What the words of the page mean, shown by pointing at them and in the section of definitions.
+GLOSSARY = {
+    "energy": "squared singular values; over all directions they add up to the squared Frobenius norm",
+    "nat": "unit of entropy; e to the entropy is a number of directions",
+    "chance": "a random update of the same shape and rank",
+    "increment": "change since the previous step in the result",
+    "participation ratio": "(Σλ)²/Σλ²: in how many directions something varies, strong ones counting most",
+    "deficit": "how far the spectral entropy lies below that of a random update",
+    "ρ": "dominant ratio: share of the energy in the leading direction",
+}
+_TERM = re.compile(rf"(?<![\w&#./-])(?:{'|'.join(GLOSSARY)})(?![\w/-])", re.IGNORECASE)
+_ONE_RUN = "One run cannot show which measures go with its scores: give several runs."
+_MARKS = {"yes": "✓", "no": "✕", "mixed": "◐", "undecided": "?", "not_asked": "–"}
+#: Question → sections that show what its answer rests on; the first that the page has is linked.
+_SECTIONS = {
+    "trained": ("where",),
+    "rank": ("matrices",),
+    "checkpoint": ("losses", "scores"),
+    "tasks": ("informative",),
+    "concentration": ("informative",),
+    "stable": ("moved",),
+}
+#: Question → what the small picture beside its answer shows.
+_CAPTIONS = {
+    "trained": "Norm of the updates, by role",
+    "rank": "Rank used of the adapter's, by role",
+    "checkpoint": "Scores or losses over steps; ring: best",
+    "tasks": "Cosines of pairs of tasks",
+    "concentration": "Gain over steps; 1: a fresh gradient",
+    "stable": "Increment (dashed: learning rate)",
+    "recipe": "Score of each run, by group",
+}
+_SECTION = re.compile(r'<section(?: class="[^"]*")? id="([^"]+)" data-contents="([^"]+)"')
+_CONTENTS = "<!-- contents -->"
+_FONT = re.compile(r" font-family: [^;\"]*;")
+_INDENTED = re.compile(r"\n +")
+
 _TEMPLATES = Environment(
     loader=PackageLoader("dynamics.report", ""),
     autoescape=True,
@@ -199,15 +272,18 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 _TEMPLATES.filters |= {
-    "number": lambda value, digits=3: with_minus(number(value, digits)),
+    "number": number,
     "percent": percent,
     "place": location,
     "evidence": evidence_words,
     "breakable": breakable,
     "formula": formula,
     "sentence_case": sentence_case,
+    "explained": explained,
+    "verdict_words": verdict_words,
+    "how_sure": how_sure,
 }
-_TEMPLATES.globals |= {"counted": counted}
+_TEMPLATES.globals |= {"counted": counted, "glossary": GLOSSARY, "marks": _MARKS, "captions": _CAPTIONS}
 
 
 def page(
@@ -229,6 +305,7 @@ def page(
         figures = {name: plot.to_svg(figure) for name, figure in plot.figures(tree).items()}
     summary = summarise(tree) if summary is None else summary
     several = "runs" in tree.children
+    related = related_sections(tree, figures)
     if several:
         runs = [
             _run(run, summary["runs"][name], _figures_of(figures, f"{name}/"), f"run{number}", name)
@@ -236,18 +313,44 @@ def page(
         ]
     else:
         runs = [_run(tree, summary, figures, "run0", summary["run"])]
+    for run in runs:
+        run["article"] = Markup(_with_contents("run.html.j2", run=run, several=several, related=related))
     script = _TEMPLATES.get_template("sort.js.j2").render()
-    html = _TEMPLATES.get_template("page.html.j2").render(
+    of_all: dict[str, Any] = {}
+    if several:
+        pictures = {question: Markup(picture) for question, picture in answer_pictures(tree, summary).items()}
+        section = {"recipe": "related" if related["score_comparison"] else "runs"}
+        of_all = {
+            "answers": [
+                {**answer, "section": section.get(answer["id"], "runs")} for answer in recipe_first(summary["answers"])
+            ],
+            "pictures": pictures,
+            "compared": sentences.what_was_compared(summary),
+            "shared_findings": grouped(summary["findings"]),
+            "shared_severities": severities(summary["findings"]),
+        }
+    html = _with_contents(
+        "page.html.j2",
         runs=runs,
         several=several,
         score_columns=_score_columns(runs),
-        related=related_sections(tree, figures),
-        shared_findings=grouped(summary["findings"]) if several else [],
+        related=related,
         script=Markup(script),
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
         version=runs[0]["summary"]["toolkit_version"],
+        **of_all,
     )
     return visible(html)
+
+
+def _with_contents(template: str, **values: Any) -> str:
+    """Render a template; its contents are those of its sections outside of articles."""
+    html = _TEMPLATES.get_template(template).render(values)
+    before, mark, after = html.partition(_CONTENTS)
+    if not mark:
+        return html
+    links = _TEMPLATES.get_template("contents.html.j2").render(sections=contents(after.partition("<article")[0]))
+    return f"{before}{links}{after}"
 
 
 def _figures_of(figures: Mapping[str, str], prefix: str) -> dict[str, str]:
@@ -263,22 +366,31 @@ def _run(
     over_steps = {figure_name(variable, kind): variable for variable, kind in OVER_STEPS}
     # The column of names sorts by the order in the model, which means more than the alphabet.
     position = {matrix: index for index, matrix in enumerate(update["matrix"].values.tolist())}
+    scored = list(filter(None, (score_summary.which_checkpoint(summary), score_summary.did_it_forget(summary))))
+    present = {"where", "matrices", "moved"}
+    present |= {"losses"} if "loss" in tree.children else set()
+    present |= {"scores"} if scored or "scores" in figures else set()
+    present |= {"informative"} if summary["fisher"] is not None else set()
     return {
         "id": identifier,
         "name": name,
         "summary": summary,
+        "answers": [
+            {**answer, "section": _section(answer["id"], identifier, present)} for answer in summary["answers"]
+        ],
         "informative_directions": sentences.informative_directions(summary),
         "does_it_matter": sentences.does_it_matter(summary),
-        "does_it_matter_in_short": sentences.does_it_matter_in_short(summary),
-        "answers": sentences.answers(summary),
+        "sentences": sentences.answers(summary),
         "which_matrices": sentences.which_matrices(summary),
         "analysed": sentences.what_was_analysed(summary),
-        "scored": list(filter(None, (score_summary.which_checkpoint(summary), score_summary.did_it_forget(summary)))),
+        "scored": scored,
+        "costliest_layer": costliest_layer_sentence(tree["loss"].to_dataset()) if "loss" in tree.children else "",
         "checkpoints": _checkpoint_rows(summary["checkpoints"]),
         "score_names": [score["task"] for score in summary["scores"]][:MOST_SCORES],
         "findings": grouped(summary["findings"]),
         "severities": severities(summary["findings"]),
-        "figures": {key: Markup(svg) for key, svg in figures.items()},
+        "figures": {key: inline(svg) for key, svg in figures.items()},
+        "pictures": {question: Markup(picture) for question, picture in answer_pictures(tree, summary).items()},
         "captions": {key: _definition(update, variable) for key, variable in over_steps.items()}
         | _gradient_definitions(tree)
         | _fisher_definitions(tree),
@@ -297,6 +409,12 @@ def _run(
         "definitions": _definitions(tree),
         "provenance": _provenance(tree),
     }
+
+
+def _section(question: str, identifier: str, present: Collection[str]) -> str:
+    """Return the identifier of the section that shows what an answer rests on, ``""`` where the page has none."""
+    names = [name for name in _SECTIONS.get(question, ()) if name in present]
+    return f"{identifier}-{names[0]}" if names else ""
 
 
 def _checkpoint_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -355,14 +473,15 @@ def _heatmap(update: xr.Dataset, variable: str) -> dict[str, Any]:
 
 def _definitions(tree: xr.DataTree) -> list[dict[str, str]]:
     """Return the table of definitions; a gradient's measures are those of an update and not defined again."""
-    tables: dict[str, tuple[xr.Dataset, tuple[str, ...]]] = {
+    tables: dict[str, tuple[xr.Dataset, Sequence[str]]] = {
         "": (tree["update"].to_dataset(), (*_SIZES, *schema.MEASURES))
     }
     if "gradient" in tree.children:
         tables["gradient/"] = (tree["gradient"].to_dataset(), _OF_THE_GRADIENT)
     for name, variables in _OF_DIRECTIONS.items():
         if name in tree.children:
-            tables[f"{name}/"] = (tree[name].to_dataset(), variables)
+            dataset = tree[name].to_dataset()
+            tables[f"{name}/"] = dataset, [variable for variable in variables if variable in dataset]
     keys = ("long_name", "units", "definition", "reference")
     return [
         {"name": f"{prefix}{name}", **{key: str(dataset[name].attrs.get(key, "")) for key in keys}}
@@ -398,7 +517,14 @@ def related_sections(tree: xr.DataTree, figures: Mapping[str, str]) -> dict[str,
     }
     of_measures = (parts["comparison"], parts["association"])
     headline = next((part["headline"] for part in of_measures if part), "")
-    return {**parts, "headline": headline, "false_reports": FALSE_REPORTS, "false_scores": FALSE_SCORES}
+    alone = "association" in tree.children and tree["association"].attrs["question"] == "one_run"
+    return {
+        **parts,
+        "one_run": _ONE_RUN if alone else "",
+        "headline": headline,
+        "false_reports": FALSE_REPORTS,
+        "false_scores": FALSE_SCORES,
+    }
 
 
 def _part(name: str, group: xr.Dataset, relation: Relation, figures: Mapping[str, str]) -> dict[str, Any]:
@@ -420,7 +546,7 @@ def _part(name: str, group: xr.Dataset, relation: Relation, figures: Mapping[str
         "headline": first,
         "statements": statements[:MOST_STATEMENTS],
         "more": max(0, len(statements) - MOST_STATEMENTS),
-        "figures": [(Markup(figures[key]), text) for key, text in relation.figures.items() if key in figures],
+        "figures": [(inline(figures[key]), text) for key, text in relation.figures.items() if key in figures],
         "caption": caption,
         "headings": [*relation.names.values(), *relation.columns],
         "rows": rows,
@@ -449,13 +575,13 @@ def _cell(name: str, row: Mapping[str, Any]) -> Any:
     if name == "holds":
         return "yes" if row[name] else "no"
     if name == "verdict":
-        return str(row[name]).replace("_", " ")
+        return str(row[name]).replace("not_shown", "not significantly different").replace("_", " ")
     if name.startswith("n_"):
         return int(row[name])
     if not name.endswith("low"):
         return finite(row[name])
     low, high = float(row[name]), float(row[_high_end(name)])
-    return f"{with_minus(number(low))} to {with_minus(number(high))}" if np.isfinite((low, high)).all() else "–"
+    return f"{number(low)} to {number(high)}" if np.isfinite((low, high)).all() else "–"
 
 
 def _high_end(name: str) -> str:

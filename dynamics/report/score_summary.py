@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
+from dynamics.relate.checkpoint_choice import choose_checkpoint
+from dynamics.relate.directions import is_of_task
 from dynamics.relate.score_changes import score_changes
 from dynamics.text import counted, finite, listed, number, some, with_minus
 
@@ -24,6 +27,38 @@ def score_summary(tree: xr.DataTree) -> list[dict[str, Any]]:
         What :func:`dynamics.relate.score_changes.score_changes` returns; nothing without scores.
     """
     return score_changes(tree["score"].to_dataset().load()) if "score" in tree.children else []
+
+
+def checkpoint_choice(tree: xr.DataTree) -> dict[str, Any] | None:
+    """Return which checkpoint of the newest training to keep, by losses of probe samples, else by scores.
+
+    Args:
+        tree: A result of one run.
+
+    Returns:
+        What :func:`dynamics.choose_checkpoint` returns; ``None`` without losses and scores. A task of the losses is
+        retained where one of its scores is.
+    """
+    scores = scores_of_newest(tree)
+    choices = []
+    if "loss" in tree.children:
+        losses = tree["loss"].to_dataset().load()
+        marks = scores["task"].values[scores["retained"].values] if scores is not None and "retained" in scores else []
+        tasks = dict.fromkeys(map(str, losses["sample_task"].values))
+        retained = [task for task in tasks if any(is_of_task(str(score), task) for score in marks)]
+        choices.append(choose_checkpoint(losses, retained=retained))
+    if scores is not None and not any(choice["best"] for choice in choices):
+        choices.append(choose_checkpoint(scores))
+    return next((choice for choice in choices if choice["best"]), choices[0] if choices else None)
+
+
+def scores_of_newest(tree: xr.DataTree) -> xr.Dataset | None:
+    """Return the scores of a run without the steps of earlier trainings in its folder; ``None`` without scores."""
+    if "score" not in tree.children:
+        return None
+    scores, update = tree["score"].to_dataset().load(), tree["update"].to_dataset()
+    earlier = update["step"].values[(update["segment"] < update["segment"].max()).values]
+    return scores.isel(step=~np.isin(scores["step"].values, earlier))
 
 
 def checkpoint_table(

@@ -5,21 +5,15 @@ Every sentence is made of the numbers of a summary (see ``summarise``).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from dynamics.intervention.findings import VERDICTS
+from dynamics.report.answers.concentration import CHANCE, chance_steps, concentration_state
+from dynamics.report.answers.tasks import degree_of_difference
 from dynamics.text import counted, listed, number, percent, sentence_case
 
 #: Share of the squared distance in one direction from which a path is called almost a line.
 _ONE_LINE = 0.9
-#: Share of blocks or steps that chance alone may call concentrated.
-_CHANCE = 0.05
-#: p-values up to this one are significant.
-_SIGNIFICANT = 0.05
-#: Share of the largest possible χ from which tasks are said to use largely different directions.
-_LARGELY = 0.5
 #: A gain within this factor of 1 is called about as much.
 _ABOUT = 1.25
 #: Pairs of tasks that a sentence names; all are in the summary.
@@ -47,6 +41,19 @@ def what_was_analysed(summary: Mapping[str, Any]) -> str:
     ranks = sorted({row["adapter_rank"] for row in summary["table"] if row["adapter_rank"]})
     kind = f" with LoRA updates of rank {' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}" if ranks else ""
     return f"{what} ({span}){apart}; {matrices}{kind}."
+
+
+def what_was_compared(summary: Mapping[str, Any]) -> str:
+    """Return how many runs there are, in which groups.
+
+    >>> what_was_compared({"runs": {"a": {"label": "imax"}, "b": {"label": ""}}})
+    '2 runs: 1 of imax and 1 without a group.'
+    """
+    labels = [run["label"] for run in summary["runs"].values()]
+    groups = [
+        f"{labels.count(label):,} {f'of {label}' if label else 'without a group'}" for label in dict.fromkeys(labels)
+    ]
+    return f"{counted(len(labels), 'run')}{f': {listed(groups)}' if any(labels) else ''}."
 
 
 def answers(summary: Mapping[str, Any]) -> list[str]:
@@ -103,19 +110,24 @@ def how_straight(summary: Mapping[str, Any]) -> str:
     path = summary["path"]
     if path is None or path["checkpoints"] < 3 or path["participation_ratio"] is None:
         return ""
-    share, straightness = path["component_share"][0], path["straightness"]
-    if share is not None and share >= _ONE_LINE:
-        shape = f"Training moved almost along one line: one direction holds {percent(share)} of the squared distance."
-    else:
-        ratio = number(path["participation_ratio"])
-        shape = (
-            f"Training did not move along one line: the leading direction holds {percent(share)} of the squared "
-            f"distance (participation ratio {ratio})."
-        )
-    if not straightness:
+    share, by_chance = path["component_share"][0], path.get("component_share_null")
+    ratio = f"participation ratio {number(path['participation_ratio'])}"
+    chance = ""
+    if by_chance is not None:
+        walk_ratio = number(path["participation_ratio_null"])
+        chance = f"; a random walk with steps of these lengths has {percent(by_chance)} and {walk_ratio}"
+    where = "lie almost on one line" if share >= _ONE_LINE else "do not lie on one line"
+    expected = ", as a random walk's would" if by_chance is not None and _ONE_LINE <= share <= by_chance else ""
+    shape = (
+        f"The checkpoints {where}{expected}: the leading direction holds {percent(share)} of the squared distance "
+        f"({ratio}{chance})."
+    )
+    if not path["straightness"]:
         return shape
-    longer = number(1 / straightness, 2)
-    return f"{shape} The path was {longer} times as long as the straight line from start to end."
+    longer = number(1 / path["straightness"], 2)
+    walked = path.get("straightness_null")
+    beside = f" (the random walk: {number(1 / walked, 2)} times)" if walked else ""
+    return f"{shape} The path was {longer} times as long as the straight line from start to end{beside}."
 
 
 def beside_the_base(summary: Mapping[str, Any]) -> str:
@@ -183,21 +195,6 @@ def does_it_matter(summary: Mapping[str, Any]) -> list[str]:
         summary: Of one run, see ``summarise``.
     """
     return [] if summary["intervention"] is None else summary["intervention"]["statements"]
-
-
-def does_it_matter_in_short(summary: Mapping[str, Any]) -> str:
-    """Return the verdict on the last update that was taken apart; ``""`` where there is none.
-
-    Args:
-        summary: Of one run, see ``summarise``.
-    """
-    effects = summary["intervention"]
-    if effects is None or not effects["verdict"]:
-        return ""
-    return (
-        f"Does the part of the update in the {counted(effects['k'], 'leading informative direction')} matter? At step "
-        f"{effects['step']:,}, {VERDICTS[effects['verdict']]}."
-    )
 
 
 def _spectrum(fisher: Mapping[str, Any]) -> str:
@@ -294,29 +291,29 @@ def _times(gain: float) -> str:
 
 
 def _verdict(concentration: Mapping[str, Any]) -> str:
-    row, steps, blocks = concentration["at_k"], concentration["steps"], concentration["blocks"]
-    several = steps["of"] > 1
+    steps, blocks = concentration["steps"], concentration["blocks"]
     at_steps = f"at {steps['concentrated']:,} of {steps['of']:,} steps"
-    by_chance = f"chance: up to {math.ceil(_CHANCE * steps['of']):,}"
-    limit = concentration["null_batch_limit"]
-    if row["concentrated"] and several and steps["concentrated"] <= _CHANCE * steps["of"]:
+    by_chance = f"chance: up to {chance_steps(steps['of']):,}"
+    state = concentration_state(concentration)
+    if state == "chance":
         sentence = f"The interval of the gain lies above 1 {at_steps}, no more often than by chance ({by_chance})."
-    elif row["concentrated"]:
+    elif state == "concentrated":
         sentence = "The update is concentrated along informative directions, more than a gradient of its batch."
-        sentence += f" The same holds {at_steps} ({by_chance})." if several else ""
-    elif row["gain"]["high"] is not None and row["gain"]["high"] < 1:
+        sentence += f" The same holds {at_steps} ({by_chance})." if steps["of"] > 1 else ""
+    elif state == "less":
         sentence = (
             "The update follows informative directions less than a plain gradient step would; Adam's scaling and "
             "momentum alone can cause this."
         )
-    elif limit is not None and concentration["null_batch"] > limit:
+    elif state == "beyond_null":
+        limit = concentration["null_batch_limit"]
         sentence = (
             "Whether the update follows informative directions more than a gradient of its batch cannot be decided: "
             f"the null can imitate at most {limit:,.0f} samples, eight times half of those probed. Probe more samples."
         )
     else:
         sentence = "The update is not shown to follow informative directions more than a gradient of its batch."
-    if blocks["of"] and blocks["concentrated"] / blocks["of"] > _CHANCE:
+    if blocks["of"] and blocks["concentrated"] / blocks["of"] > CHANCE:
         sentence += (
             f" The updates of {blocks['concentrated']:,} of {blocks['of']:,} blocks are concentrated. Chance makes "
             "about 2.5 % so, all at once or none, since blocks share samples and draws."
@@ -326,64 +323,32 @@ def _verdict(concentration: Mapping[str, Any]) -> str:
 
 def _tasks(fisher: Mapping[str, Any]) -> str:
     pairs = fisher["pairs"]
-    unresolved = [pair for pair in pairs if pair["state"] == "unresolved"]
-    sentences = [
-        f"{heading}: {_named(members)}."
-        for state, heading in (
-            ("share", "The mean gradients of these tasks agree"),
-            ("conflict", "These tasks conflict"),
-            ("undecided", "Agreement or conflict cannot be decided, since the interval of the cosine includes 0"),
-        )
-        if (members := [pair for pair in pairs if pair["state"] == state])
-    ]
-    if unresolved:
-        sentences.append(_unresolved(unresolved, fisher["samples"] or 0))
+    resolved = [pair for pair in pairs if pair["state"] in ("share", "conflict")]
+    named = (resolved + [pair for pair in pairs if pair not in resolved])[:_NAMED]
+    sentences = [pair["sentence"] for pair in named]
+    if len(pairs) > _NAMED:
+        sentences.append(f"{counted(len(pairs) - _NAMED, 'more pair')} in summary.json.")
+    if len(named) > 1:
+        sentences.append("Intervals of cosines hold with 95 % for all pairs together.")
     if sentences and (mixture := _mixture(fisher["mixture"])):
         sentences.append(mixture)
     return " ".join(sentences)
 
 
-def _unresolved(pairs: Sequence[Mapping[str, Any]], samples: int) -> str:
-    reason = f"indistinguishable from zero with {counted(samples, 'sample')}"
-    if len(pairs) == 1:
-        first, second = pairs[0]["tasks"]
-        return (
-            f"Whether {first} and {second} conflict cannot be decided: at least one of their mean gradients is "
-            f"{reason}. Probe more."
-        )
-    return f"Probe more to decide on conflicts of these tasks, since mean gradients are {reason}: {_named(pairs)}."
-
-
-def _named(pairs: Sequence[Mapping[str, Any]]) -> str:
-    names = []
-    for pair in pairs[:_NAMED]:
-        cosine = pair["cosine"]
-        words = "" if cosine["value"] is None else f" (cosine {_with_interval(cosine, brackets=False)})"
-        names.append(f"{' and '.join(pair['tasks'])}{words}")
-    if len(pairs) > _NAMED:
-        names.append(f"{len(pairs) - _NAMED:,} more {'pairs' if len(pairs) > _NAMED + 1 else 'pair'}")
-    return "; ".join(names)
-
-
 def _mixture(mixture: Mapping[str, float | None]) -> str:
     """Return how far tasks use different directions: with its test where every task's trace was made 1."""
-    divergence, largest = mixture["normalised_divergence"], mixture["normalised_largest"]
-    p = mixture["p_value"]
-    if mixture["null_low"] is None or divergence is None or p is None:
+    verdict = degree_of_difference(mixture)
+    if not verdict:
         if mixture["divergence"] is None or mixture["within_tasks"] is None:
             return ""
         return (
             f"Of the spectral entropy, {number(mixture['within_tasks'])} nat lie within tasks and χ = "
             f"{number(mixture['divergence'])} of at most {number(mixture['largest_divergence'])} nat between them."
         )
-    if p > _SIGNIFICANT:
-        verdict = "The tasks are not shown to use different directions"
-    else:
-        degree = "largely" if largest and divergence >= _LARGELY * largest else "partly"
-        verdict = f"The tasks use {degree} different directions"
+    divergence, largest = (number(mixture[f"normalised_{name}"]) for name in ("divergence", "largest"))
     return (
-        f"{verdict}: with equal traces χ = {number(divergence)} of at most {number(largest)} nat (with shuffled task "
-        f"labels {number(mixture['null_low'])} to {number(mixture['null_high'])}; p = {number(p, 2)})."
+        f"{sentence_case(verdict)}: with equal traces χ = {divergence} of at most {largest} nat (with shuffled task "
+        f"labels {number(mixture['null_low'])} to {number(mixture['null_high'])}; p = {number(mixture['p_value'], 2)})."
     )
 
 

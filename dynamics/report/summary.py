@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from dynamics.fisher.task_structure import simultaneous_interval
 from dynamics.report.answers import answers, answers_of_runs
+from dynamics.report.answers.tasks import pair_sentence
 from dynamics.report.interventions import intervention_summary, sharpness_summary
-from dynamics.report.score_summary import checkpoint_table, score_summary
+from dynamics.report.loss_summary import loss_summary
+from dynamics.report.score_summary import checkpoint_choice, checkpoint_table, score_summary
 from dynamics.schema import ALL, FISHER_GROUPS, GLOBAL, last_step_with
 from dynamics.spectra.dataset import parts_of_sums
 from dynamics.text import finite, integer
@@ -66,11 +69,15 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         - ``fisher``: ``None``, or informative directions, the update in them, and tasks, see ``fisher_summary``;
         - ``intervention``: ``None``, or what the parts of the last update do to the loss, see ``intervention_summary``;
         - ``sharpness``: ``None``, or how far a step could have gone, see ``sharpness_summary``;
-        - ``path``: ``None``, or the shape of the newest training's path through its checkpoints;
+        - ``losses``: how the loss of each task's probe samples changed, a row each, see ``loss_summary``;
+        - ``path``: ``None``, or the shape of the newest training's path through its checkpoints, and of a random
+          walk with steps of the same lengths;
         - ``base``: ``None``, or medians over matrices of updates beside the weights they changed, and how many
           ``matrices`` could be compared;
         - ``scores``: each score at the start, at its last step and at its best, see ``score_changes``; and
           ``checkpoints``: a row for each step with the size of the update, the increment, and the scores;
+        - ``checkpoint_choice``: ``None`` without losses of probe samples and scores, else which checkpoint to keep, see
+          :func:`dynamics.choose_checkpoint`;
         - ``score_comparison`` and ``comparison`` of groups in scores and measures, and ``association`` of both:
           ``None``, or the ``headline`` and ``statements``, those about the headline first; of scores also ``rows``,
           with the ``verdict`` and numbers of each;
@@ -106,10 +113,12 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         "fisher": fisher_summary(tree),
         "intervention": intervention_summary(tree),
         "sharpness": sharpness_summary(tree),
+        "losses": loss_summary(tree),
         "path": _path(tree),
         "base": _base(tree),
         "scores": scores,
         "checkpoints": checkpoint_table(update, tree, scores),
+        "checkpoint_choice": checkpoint_choice(tree),
         **_related(tree),
         "suggested_rank_energy": float(update["suggested_rank"].attrs["energy"]),
         "totals": _totals(last),
@@ -198,9 +207,10 @@ def _path(tree: xr.DataTree) -> dict[str, Any] | None:
     newest = path.isel(step=path["step_segment"].values == int(last["segment"]))
     return {
         "checkpoints": newest.sizes["step"],
-        "straightness": finite(newest["straightness"][-1]),
-        "participation_ratio": finite(last["participation_ratio"]),
+        **{name: _number(newest.isel(step=-1), name) for name in ("straightness", "straightness_null")},
+        **{name: _number(last, name) for name in ("participation_ratio", "participation_ratio_null")},
         "component_share": [finite(share) for share in last["component_share"].values[:2]],
+        "component_share_null": _number(last.isel(component=0), "component_share_null"),
         "matrices": integer(last["matrices"]),
     }
 
@@ -319,9 +329,11 @@ def fisher_summary(tree: xr.DataTree) -> dict[str, Any] | None:
         - ``concentration``: ``None`` without an update, else at its own ``step``: ``by_k``, and in ``at_k`` the row of
           the largest k that has a gain, a choice that no result influenced; ``steps`` and ``blocks``: how many of
           those with a gain at that k are concentrated;
-        - ``pairs`` of tasks with their cosine and ``state``: ``"share"`` or ``"conflict"`` if its 95 % interval lies
-          above or below 0, ``"undecided"`` if it includes 0, ``"unresolved"`` if there is none; ``mixture``: the parts
-          of SE, and the permutation test of χ with the trace of every task made 1.
+        - ``pairs`` of tasks with their ``cosine``, ``overlap``, ``transfer`` (of the second by a step for the first)
+          and ``transfer_back``; the ends of the cosine's 95 % interval of all pairs ``together``; ``state``:
+          ``"share"`` or ``"conflict"`` if that interval lies above or below 0, ``"undecided"`` if it includes 0,
+          ``"unresolved"`` if there is none; and the ``sentence`` about it;
+        - ``mixture``: the parts of SE, and the permutation test of χ with the trace of every task made 1.
     """
     if not set(FISHER_GROUPS) <= set(tree.children):
         return None
@@ -347,7 +359,7 @@ def fisher_summary(tree: xr.DataTree) -> dict[str, Any] | None:
         "largest_samples_share": _number(of_all, "largest_samples_share"),
         "by_task": {str(task): _of_task(last.sel(task=task)) for task in last["task"].values if task != ALL},
         "concentration": _concentration(shares.load()),
-        **_between_tasks(tasks.sel(block=GLOBAL, step=int(last["step"])).load()),
+        **_between_tasks(tasks.sel(block=GLOBAL, step=int(last["step"])).load(), last),
     }
 
 
@@ -413,7 +425,7 @@ def _count(shares: xr.Dataset) -> dict[str, int]:
     return {"concentrated": int((shares["concentrated"].values.astype(float) == 1).sum()), "of": int(possible.sum())}
 
 
-def _between_tasks(tasks: xr.Dataset) -> dict[str, Any]:
+def _between_tasks(tasks: xr.Dataset, fisher: xr.Dataset) -> dict[str, Any]:
     names = [str(name) for name in tasks["task"].values if name != ALL]
     if len(names) < 2:
         return {"pairs": [], "mixture": None}
@@ -431,17 +443,33 @@ def _between_tasks(tasks: xr.Dataset) -> dict[str, Any]:
             "p_value": "divergence_p_value",
         }.items()
     }
-    pairs = [_pair(tasks.sel(task=first, task_=second)) for first, second in combinations(names, 2)]
+    groups = {name: int(fisher["groups"].sel(task=name)) for name in names}
+    samples = integer(fisher["samples"].sel(task=ALL)) or 0
+    intervals = tasks["cosine_low"].sel(task=names, task_=names).values
+    resolved = int(np.isfinite(intervals[np.triu_indices(len(names), 1)]).sum())
+    pairs = []
+    for first, second in combinations(names, 2):
+        pair = _pair(tasks, first, second, min(groups[first], groups[second]), resolved)
+        pairs.append({**pair, "sentence": pair_sentence(pair, samples)})
     return {"pairs": pairs, "mixture": mixture}
 
 
-def _pair(tasks: xr.Dataset) -> dict[str, Any]:
-    cosine = _interval(tasks, "cosine")
-    low, high = cosine["low"], cosine["high"]
-    if cosine["value"] is None or low is None or high is None:
-        state = "unresolved"
-    elif low > 0:
-        state = "share"
-    else:
-        state = "conflict" if high < 0 else "undecided"
-    return {"tasks": [str(tasks["task"].item()), str(tasks["task_"].item())], "state": state, "cosine": cosine}
+def _pair(tasks: xr.Dataset, first: str, second: str, groups: int, comparisons: int) -> dict[str, Any]:
+    at = tasks.sel(task=first, task_=second)
+    cosine = _interval(at, "cosine")
+    value, low, high = cosine.values()
+    together: dict[str, float | None] = {"low": None, "high": None}
+    state = "unresolved"
+    if value is not None and low is not None and high is not None:
+        low, high = simultaneous_interval(value, low, high, groups, comparisons)
+        together = {"low": low, "high": high}
+        state = "share" if low > 0 else "conflict" if high < 0 else "undecided"
+    return {
+        "tasks": [first, second],
+        "state": state,
+        "cosine": cosine,
+        "together": together,
+        "overlap": _interval(at, "overlap"),
+        "transfer": _interval(at, "transfer"),
+        "transfer_back": _interval(tasks.sel(task=second, task_=first), "transfer"),
+    }

@@ -20,10 +20,19 @@ from dynamics.schema.intervention_groups import (
     INTERVENTION_AXES,
     INTERVENTION_FLAGS,
     INTERVENTION_GROUPS,
+    LOSS,
+    LOSS_RECORD,
     SENSITIVITY,
     SHARPNESS,
 )
-from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_COMPARISON, SCORE_DIRECTION
+from dynamics.schema.relation_groups import (
+    ASSOCIATION,
+    COMPARISON,
+    RETAINED,
+    SCORE,
+    SCORE_COMPARISON,
+    SCORE_DIRECTION,
+)
 from dynamics.schema.update_groups import (
     BASE,
     BOUNDS,
@@ -68,6 +77,8 @@ __all__ = [
     "INTERVENTION_GROUPS",
     "KINDS",
     "LOG_COORDINATES",
+    "LOSS",
+    "LOSS_RECORD",
     "MEASURES",
     "NULL",
     "NULL_MEASURES",
@@ -78,6 +89,7 @@ __all__ = [
     "RAW_GRADIENT",
     "RAW_REMAINDER",
     "RAW_UPDATE",
+    "RETAINED",
     "ROOT_ATTRIBUTES",
     "SAMPLE_LABELS",
     "SCORE",

@@ -103,7 +103,7 @@ def _problems(tree: xr.DataTree) -> Iterator[str]:
             yield from _fisher_problems(f"/{name}", dataset)
     for name, variables in INTERVENTION_GROUPS.items():
         if name in tree.children:  # an intervention lacks what an arm that was not run would give
-            complete = name != "intervention"
+            complete = name not in ("intervention", "loss")
             yield from _variable_problems(f"/{name}", tree[name].to_dataset(), variables, complete=complete)
     if "intervention" in tree.children:
         yield from _intervention_problems(tree["intervention"].to_dataset())
@@ -337,9 +337,10 @@ def _record_problems(dataset: xr.Dataset, variables: Mapping[str, Variable]) -> 
             yield f"has a {axis} whose name is not text"
         if axis == "matrix" and any(name.startswith(WRAPPERS) for name in names):
             yield f"has a {axis} whose name begins with a wrapper's prefix"
-    for name in ("from_step", "evaluated_at_step"):
+    later = {"from_step": "is an increment since", "evaluated_at_step": "was evaluated at", "start_step": "starts at"}
+    for name, words in later.items():
         if name in dims and bool(dataset.variables[name] >= dataset.variables["step"] + (name != "from_step")):
-            yield "is an increment since a later step" if name == "from_step" else "was evaluated at a later step"
+            yield f"{words} a later step"
     if "storage" in dims and not set(dataset.variables["storage"].values.tolist()) <= set(_FORMATS):
         yield f"is stored in a format that is none of {', '.join(_FORMATS)}"
     yield from _recorded_spectrum_problems(dataset, variables) if "singular_value" in variables else ()
@@ -358,7 +359,7 @@ def _expected_format(name: str, *, is_coordinate: bool) -> tuple[str, Callable[[
     """Return what a coordinate or variable of a record holds, in words, and whether a format is one for it."""
     if name in _TEXTS:
         return "text", lambda dtype: dtype.kind == "U"
-    if name in INTERVENTION_FLAGS:
+    if name in (*INTERVENTION_FLAGS, "retained"):
         return "truth values", lambda dtype: dtype.kind == "b"
     if name in _COUNTS or (is_coordinate and name not in _REAL):
         return "whole numbers of 64 bits", lambda dtype: dtype == np.int64
@@ -375,6 +376,9 @@ def _record_dimensions(variables: Mapping[str, Variable]) -> dict[str, tuple[str
         per_kind = "kind" in variables["count"].dims
         coordinates |= {name: (name,) for name in ("matrix", "index", *(["kind"] if per_kind else []))}
         coordinates |= {name: (dim,) for name, dim in UPDATE_COORDINATES.items() if per_kind or dim != "step"}
+    elif "start_loss" in variables:
+        coordinates |= {"matrix": ("matrix",), "task": ("task",), "start_step": ("step",), "retained": ("task",)}
+        coordinates |= dict.fromkeys(SAMPLE_LABELS, ("sample",))
     elif "effect" in variables:
         coordinates |= {"from_step": ("step",), **{name: (name,) for name in INTERVENTION_AXES}}
     else:

@@ -1,4 +1,4 @@
-"""What follows from running a model with other weights: the groups /intervention, /sensitivity and /sharpness."""
+"""What follows from running a model with other weights: /intervention, /sensitivity, /sharpness and /loss."""
 
 from __future__ import annotations
 
@@ -287,9 +287,76 @@ SHARPNESS: Mapping[str, Variable] = {
     ),
 }
 
+_SINCE = "since the training began; positive: the loss rose"
+#: What a record holds of the losses of probe samples.
+LOSS_RECORD: Mapping[str, Variable] = {
+    "sample_loss": Variable(
+        ("step", "sample"), "nat", "loss of a sample", "ℓ_i(θ_t), the task's own; NaN where it is not finite"
+    ),
+    "start_loss": Variable(
+        ("step", "sample"), "nat", "loss of a sample when training began", "ℓ_i(θ₀); NaN where θ₀ is unknown"
+    ),
+    "first_order": Variable(
+        ("step", "matrix", "task"),
+        "nat",
+        "change of the loss to first order, by matrix",
+        "mean of ⟨∇_W ℓ_i(θ₀), W_t − W₀⟩ over the task's samples",
+    ),
+    "curvature": Variable(
+        _PER_TASK,
+        "nat",
+        "curvature along the update",
+        "δᵀFδ with δ = θ_t − θ₀ and F the task's Fisher at θ₀, from labels drawn from the model's own prediction, one "
+        "draw a sample; NaN for tasks with a loss of their own",
+        "Kunstner, Balles & Hennig 2019, arXiv 1905.12558",
+    ),
+    "scaled_loss": Variable(
+        ("scale", "sample"),
+        "nat",
+        "loss of a sample with a share of the update",
+        "ℓ_i(θ₀ + λ(θ_t − θ₀)) at the step scaled_step, for each scale λ",
+        "Wortsman et al. 2022, arXiv 2109.01903",
+    ),
+}
+#: How the losses of probe samples changed since the training began.
+LOSS: Mapping[str, Variable] = {
+    **{name: LOSS_RECORD[name] for name in ("sample_loss", "first_order", "scaled_loss")},
+    **_with_interval(
+        "change",
+        Variable(
+            _PER_TASK,
+            "nat",
+            "change of the loss",
+            f"mean of ℓ_i(θ_t) − ℓ_i(θ₀) over the task's samples {_SINCE}. Samples without a loss at θ₀ are left out",
+        ),
+        "95 %, paired by sample, from the delete-one-group jackknife, Student's t of groups − 1",
+    ),
+    "predicted_first": Variable(
+        _PER_TASK,
+        "nat",
+        "change of the loss to first order",
+        "Σ over matrices of ⟨∇L(θ₀), ΔW⟩, ΔW the change since the training began; over of_matrices fewer where some "
+        "have no gradient in weight space. NaN where not measured",
+    ),
+    "predicted_second": Variable(
+        _PER_TASK,
+        "nat",
+        "change of the loss to second order",
+        "predicted_first + δᵀFδ/2, F the task's Fisher at θ₀ from sampled labels, in place of the Hessian",
+    ),
+    "layer_share": Variable(
+        ("step", "layer", "task"),
+        "1",
+        "share of the change to first order, by layer",
+        "Σ over the layer's matrices of ⟨∇L(θ₀), ΔW⟩ over predicted_first: shares add to 1, and may be negative. "
+        'The layer "" is that of matrices in none',
+    ),
+}
+
 #: Groups of interventions.
 INTERVENTION_GROUPS: Mapping[str, Mapping[str, Variable]] = {
     "intervention": INTERVENTION,
     "sensitivity": SENSITIVITY,
     "sharpness": SHARPNESS,
+    "loss": LOSS,
 }

@@ -13,6 +13,8 @@ SCORE: Mapping[str, Variable] = {
 }
 #: Beside a score where its task says so.
 SCORE_DIRECTION = Variable(("step", "task"), "1", "+1: higher is better, -1: lower is better, 0: not known")
+#: Likewise, of tasks whose samples are known.
+RETAINED = Variable(("task",), "1", "whether the task is of what the base model could do")
 
 
 def _with_dims(dims: tuple[str, ...], rows: Mapping[str, tuple[str, ...]]) -> dict[str, Variable]:

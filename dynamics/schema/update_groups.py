@@ -420,6 +420,10 @@ LOG_COORDINATES: Mapping[str, Variable] = {
     "task": Variable(("task",), "1", "name of the score in the log"),
     "segment": Variable(("step",), "1", "number of the training"),
 }
+_WALK = (
+    "a walk through the same checkpoints whose steps have the same lengths and are orthogonal, as independent ones are "
+    "in a space of high dimension"
+)
 #: The path of each training (segment) through weight space, all matrices together.
 PATH: Mapping[str, Variable] = {
     "gram": Variable(
@@ -440,11 +444,25 @@ PATH: Mapping[str, Variable] = {
         "eigenvalue of gram over its trace, uncentred",
     ),
     "participation_ratio": Variable(("segment",), "1", "directions the path moved in", "1/Σ share²"),
+    "straightness_null": Variable(
+        ("step",), "1", "straightness of a random walk", f"√Σ‖Δ_s‖²/Σ‖Δ_s‖ up to t, Δ_s the steps: {_WALK}"
+    ),
+    "component_share_null": Variable(
+        ("segment", "component"),
+        "1",
+        "share of a principal direction of a random walk",
+        f"eigenvalue of K_tu = Σ_(s ≤ min(t, u)) ‖Δ_s‖² over its trace: {_WALK}",
+        "Antognini & Sohl-Dickstein 2018",
+    ),
+    "participation_ratio_null": Variable(
+        ("segment",), "1", "directions a random walk moves in", f"1/Σ share² of component_share_null: {_WALK}"
+    ),
     "matrices": Variable(
         ("segment",), "1", "number of matrices", "those that every checkpoint of the training has in one shape"
     ),
 }
 _SHUTTLEWORTH = "Shuttleworth et al. 2024"
+_OF_ROWS = "over evenly spaced rows with about 2¹⁸ entries, of smaller matrices over all"
 #: The newest update of each matrix beside the weight that it changed.
 BASE: Mapping[str, Variable] = {
     "relative_size": Variable(("step", "matrix"), "1", "relative size of the update", "‖ΔW‖_F/‖W⁰‖_F"),
@@ -452,6 +470,22 @@ BASE: Mapping[str, Variable] = {
         name: Variable(("matrix",), units, long_name, definition, reference)
         for name, units, long_name, definition, reference in (
             ("base_norm", "weight", "Frobenius norm of the base", "‖W⁰‖_F", ""),
+            (
+                "changed_share",
+                "1",
+                "share of the base's numbers that the update changes",
+                "of dense weights, entries that differ from W⁰ once both are in the coarser of their formats; else "
+                f"entries with round(W⁰ + ΔW) ≠ W⁰ in the format of W⁰; {_OF_ROWS}",
+                "",
+            ),
+            (
+                "lost_in_merge",
+                "1",
+                "share of the update that merging loses",
+                "‖round(W⁰ + ΔW) − (W⁰ + ΔW)‖_F²/‖ΔW‖_F², rounded to the format of W⁰: 0 if nothing is lost, 1 if "
+                f"the merged weights are the base's; NaN for dense weights; {_OF_ROWS}",
+                "",
+            ),
             (
                 "overlap_left",
                 "1",
@@ -507,8 +541,9 @@ BASE: Mapping[str, Variable] = {
         )
     },
 }
-#: Dimensions of what is always there of a training's path, and of updates beside the base's weights.
+#: Dimensions of what is always there of a training's path, and of updates beside the base's weights. Results of earlier
+#: versions have no null of the path.
 OF_CHECKPOINTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "path": {name: variable.dims for name, variable in PATH.items()},
+    "path": {name: variable.dims for name, variable in PATH.items() if not name.endswith("_null")},
     "base": {name: BASE[name].dims for name in ("relative_size", "base_norm")},
 }

@@ -6,6 +6,7 @@ an overlap or a count of "intruders" says little: in 4096 dimensions a random di
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,6 +30,10 @@ from dynamics.spectra.dense import gram_matrix
 from dynamics.spectra.singular_values import triangle
 from probes.low_rank import LowRankMatrix
 
+#: Entries of a matrix that are rounded to see what merging would keep of an update.
+_ROUNDED = 2**18
+#: Variables that need no decomposition.
+_WITHOUT_DIRECTIONS = ("base_norm", "changed_share", "lost_in_merge")
 #: Directions that are compared by default.
 TOP_K = 10
 #: A direction with no larger cosine with any singular vector of the base is an intruder (Shuttleworth et al. 2024).
@@ -195,7 +200,9 @@ def compare_with_base(
     directions: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> xr.Dataset | None:
-    """Return relative sizes at every step and, if directions are asked for, overlaps and intruders at the last one.
+    """Return relative sizes at every step, and at the last one what merging keeps.
+
+    Overlaps and intruders at the last step are added if directions are asked for.
 
     Args:
         trajectory: The run, with its base; without one there is no result.
@@ -219,7 +226,7 @@ def compare_with_base(
             if name in before.shapes:
                 rows[name] = _of_matrix(name, before, after, k if directions else 0)
             progress(1)
-    per_matrix = [name for name in schema.BASE if name != "relative_size"] if directions else ["base_norm"]
+    per_matrix = [name for name in schema.BASE if name != "relative_size"] if directions else _WITHOUT_DIRECTIONS
     arrays = {name: np.array([rows.get(matrix, {}).get(name, np.nan) for matrix in names]) for name in per_matrix}
     values = raw_update["singular_value"].sel(kind="total").values
     norm = np.where(np.isfinite(values).any(-1), np.sqrt(np.nansum(values**2, -1)), np.nan)
@@ -235,15 +242,19 @@ def compare_with_base(
 
 
 def _of_matrix(name: str, before: OpenCheckpoint, after: OpenCheckpoint, k: int) -> dict[str, float]:
-    """Return what is known of one matrix; with ``k`` = 0 only its norm."""
+    """Return what is known of one matrix; with ``k`` = 0 no directions."""
     try:
         weight = before[name]
         if not isinstance(weight, Tensor):
             return {}
         numbers = {"base_norm": float(torch.linalg.vector_norm(weight, dtype=torch.float64))}
-        if not k or name not in after.shapes or after.shapes[name].holds == "state":
+        if name not in after.shapes or after.shapes[name].holds == "state":
             return numbers
-        update = _update(after[name], weight, after.shapes[name].holds)
+        now, holds = after[name], after.shapes[name].holds
+        numbers |= kept_by_rounding(now, weight, is_weight=holds == "weight")
+        if not k:
+            return numbers
+        update = _update(now, weight, holds)
     except UnreadableMatrix:
         return {}
     if not _is_finite(weight) or not _is_finite(update):
@@ -259,6 +270,39 @@ def _of_matrix(name: str, before: OpenCheckpoint, after: OpenCheckpoint, k: int)
         "intruder_energy": strange.energy_share,
         "intruder_energy_null": strange.null_energy_share,
     }
+
+
+def kept_by_rounding(now: Matrix, weight: Float[Tensor, "out in"], *, is_weight: bool) -> dict[str, float]:
+    """Return ``changed_share`` and, of updates, ``lost_in_merge`` (see ``schema.BASE``); nothing if not all is finite.
+
+    Args:
+        now: The trained weight, or its update.
+        weight: W⁰ as it is stored.
+        is_weight: Which of the two ``now`` is.
+
+    >>> weight = torch.ones(1, 2, dtype=torch.bfloat16)
+    >>> kept_by_rounding(torch.tensor([[2**-7, 2**-10]]), weight, is_weight=False)
+    {'changed_share': 0.5, 'lost_in_merge': 0.015384615384615385}
+    >>> kept_by_rounding(torch.full((1, 2), 1 + 2**-10), weight, is_weight=True)
+    {'changed_share': 0.0}
+    """
+    stride = max(1, math.ceil(weight.numel() / _ROUNDED))
+    rows = slice(min(stride // 2, max(len(weight) - 1, 0)), None, stride)
+    start = weight[rows].detach().cpu()
+    if isinstance(now, Tensor):
+        part = now[rows].detach().cpu()
+    else:
+        part = (now.left_factor[rows].detach().cpu().double() * now.scales()) @ now.right.detach().cpu()
+    if not start.numel() or not bool(part.isfinite().all()) or not bool(start.isfinite().all()):
+        return {}
+    if is_weight:
+        coarser = max(part.dtype, start.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        return {"changed_share": float((part.to(coarser) != start.to(coarser)).double().mean())}
+    change, before = part.double(), start.double()
+    merged = (before + change).to(start.dtype).double()
+    energy = float(change.square().sum())
+    lost = float((merged - before - change).square().sum()) / energy if energy > 0 else math.nan
+    return {"changed_share": float((merged != before).double().mean()), "lost_in_merge": lost}
 
 
 def _update(now: Matrix, weight: Tensor, holds: str) -> Matrix:

@@ -8,7 +8,6 @@ import numpy as np
 import xarray as xr
 
 from dynamics.findings import Finding
-from dynamics.spectra.measures import ENERGY
 from dynamics.spectra.rounding import NOISE_LIMIT
 from dynamics.text import listed, percent, some
 
@@ -18,8 +17,8 @@ NAMED = 8
 PERCENTILE = 5.0
 #: Root mean square of an update's entries beyond which it is no training's: weights are about 0.01 to 1.
 ABSURD = 1e3
-#: A rank is called unused if this share of it would hold ``ENERGY`` of the update.
-UNUSED = 0.5
+#: Share of an update's energy that rounding takes, from which on merging is said to lose it.
+LOST = 0.5
 
 
 def findings_of(update: xr.Dataset) -> list[Finding]:
@@ -31,9 +30,41 @@ def findings_of(update: xr.Dataset) -> list[Finding]:
         *_missing_increments(update),
         *_against_null(update),
         *_without_null(update),
-        *_unused_rank(update),
         *_leading_alone(update),
     ]
+
+
+def base_findings(base: xr.Dataset) -> list[Finding]:
+    """Return the findings that follow from the numbers of ``/base``; results of earlier versions lack those numbers."""
+    return [*_lost_in_merge(base), *_equal_to_base(base)] if "changed_share" in base else []
+
+
+def _lost_in_merge(base: xr.Dataset) -> Iterator[Finding]:
+    lost = base["lost_in_merge"].values
+    names = base["matrix"].values[np.nan_to_num(lost) > LOST].tolist()
+    if names:
+        yield Finding(
+            "OD211",
+            f"Merged into the base's weights, the update of {_count(names, int(np.isfinite(lost).sum()))} is mostly "
+            f"rounded away: the base's format loses {percent(float(np.nanmax(lost)), 0)} of its energy at worst.",
+            "Keep the adapter beside the base, or merge into float32 weights.",
+            matrix=names[0] if len(names) == 1 else "",
+            evidence={"threshold": LOST, "largest_share": float(np.nanmax(lost)), **_named(names)},
+        )
+
+
+def _equal_to_base(base: xr.Dataset) -> Iterator[Finding]:
+    dense = np.isfinite(base["changed_share"].values) & np.isnan(base["lost_in_merge"].values)
+    last = base["relative_size"].isel(step=-1).values
+    if dense.any() and not (base["changed_share"].values[dense] > 0).any():
+        rounded = " but for rounding to another format" if np.nan_to_num(last[dense]).any() else ""
+        yield Finding(
+            "OD212",
+            f"All {int(dense.sum()):,} weight matrices that could be compared equal those of the base{rounded}: "
+            "nothing was trained, or a merge lost the adapter.",
+            "Check that the adapter was loaded when it was merged, and that these are the trained weights.",
+            evidence={"matrices": int(dense.sum())},
+        )
 
 
 def _named(names: Sequence[str]) -> dict[str, object]:
@@ -151,20 +182,6 @@ def _without_null(update: xr.Dataset) -> Iterator[Finding]:
             "since the rank changed, or since an earlier version recorded or analysed them.",
             "Analyse the run again where it has checkpoints; records of an earlier version keep their other numbers.",
             evidence={"increments": int(cells.sum()), "of": int(moved.sum()), "steps": steps},
-        )
-
-
-def _unused_rank(update: xr.Dataset) -> Iterator[Finding]:
-    rank, suggested = update["adapter_rank"].values, update["suggested_rank"].values
-    unused = (rank > 1) & (suggested <= UNUSED * rank)
-    names = update["matrix"].values[unused].tolist()
-    if names:
-        yield Finding(
-            "OD206",
-            f"Half of the adapter's rank or less holds {percent(ENERGY, 0)} of the update's energy in "
-            f"{_count(names, update.sizes['matrix'])}.",
-            remedy="rank_pattern.json has a rank for each matrix; keep α/r by an alpha_pattern.",
-            evidence={"energy": ENERGY, "threshold_share_of_rank": UNUSED, **_named(names)},
         )
 
 

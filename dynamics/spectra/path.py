@@ -57,6 +57,7 @@ class PathShape:
         component_share: ``(component,)``, share of Σ‖D_t‖² along each principal direction of the path, descending; the
             start, where D = 0, is the origin: nothing is centred.
         participation_ratio: How many directions the path moved in, 1/Σ share².
+        straightness_null, component_share_null, participation_ratio_null: The same of a random walk (``walk_gram``).
     """
 
     distance: Float[np.ndarray, " step"]
@@ -64,6 +65,15 @@ class PathShape:
     straightness: Float[np.ndarray, " step"]
     component_share: Float[np.ndarray, " component"]
     participation_ratio: float
+    straightness_null: Float[np.ndarray, " step"]
+    component_share_null: Float[np.ndarray, " component"]
+    participation_ratio_null: float
+
+
+#: What a path has for each step, for each principal direction, and as a whole.
+_OF_STEPS = ("distance", "length", "straightness", "straightness_null")
+_OF_COMPONENTS = ("component_share", "component_share_null")
+_OF_PATHS = ("participation_ratio", "participation_ratio_null")
 
 
 def path_gram(
@@ -123,7 +133,7 @@ def _stacked(
 
 
 def path_shape(gram: Float[np.ndarray, "step step"]) -> PathShape:
-    r"""Return distance, length, straightness and principal directions of a path that begins at the origin.
+    r"""Return distance, length, straightness and directions of a path from the origin, beside those of a random walk.
 
     ‖D_t − D_{t−1}‖² = K_tt − 2K_{t,t−1} + K_{t−1,t−1}. It cancels where steps are small: below about 1e-8 of the
     distance a step is not resolved; lengths from increments themselves (``path_length``) do not have this limit.
@@ -138,17 +148,48 @@ def path_shape(gram: Float[np.ndarray, "step step"]) -> PathShape:
     steps = len(gram)
     if not np.isfinite(gram).all():
         missing = np.full(steps, np.nan)
-        return PathShape(missing, missing, missing, missing, float("nan"))
+        return PathShape(missing, missing, missing, missing, float("nan"), missing, missing, float("nan"))
     squared = np.diag(gram).clip(0)
     beside = np.diag(gram, -1)
     moved = np.concatenate([squared[:1], (squared[1:] - 2 * beside + squared[:-1]).clip(0)])
+    walk = walk_gram(moved)
     distance, length = np.sqrt(squared), np.cumsum(np.sqrt(moved))
-    straightness = np.divide(distance, length, out=np.full(steps, np.nan), where=length > 0)
-    energies = np.linalg.eigvalsh(gram)[::-1].clip(0) if steps else np.empty(0)
+    straightness, straightness_null = (
+        np.divide(reached, length, out=np.full(steps, np.nan), where=length > 0)
+        for reached in (distance, np.sqrt(np.diag(walk)))
+    )
+    directions, of_walk = _principal_directions(gram), _principal_directions(walk)
+    return PathShape(distance, length, straightness, *directions, straightness_null, *of_walk)
+
+
+def walk_gram(squared_increments: Float[np.ndarray, " step"]) -> Float[np.ndarray, "step step"]:
+    r"""Return inner products of the points of a random walk whose steps have given lengths.
+
+    In a space of high dimension independent steps are orthogonal, so that
+
+    .. math:: K_{tu} = \sum_{s \le \min(t, u)} \|\text{inc}_s\|^2
+
+    is certain. Of many equal steps the leading direction holds 8/π² = 81 % of Σ‖D_t‖² (Antognini & Sohl-Dickstein
+    2018), and the walk is √T times as long as the way from its start to its end.
+
+    Args:
+        squared_increments: ‖inc_s‖².
+
+    >>> walk_gram(np.array([1.0, 4.0])).tolist()
+    [[1.0, 1.0], [1.0, 5.0]]
+    """
+    reached = np.cumsum(squared_increments)
+    return np.minimum(reached[:, None], reached)
+
+
+def _principal_directions(gram: Float[np.ndarray, "step step"]) -> tuple[Float[np.ndarray, " step"], float]:
+    """Return the share of each principal direction, descending, and 1/Σ share²; NaN where nothing has moved."""
+    energies = np.linalg.eigvalsh(gram)[::-1].clip(0) if len(gram) else np.empty(0)
     total = energies.sum()
-    share = energies / total if total > 0 else np.full(steps, np.nan)
-    ratio = float(1 / (share**2).sum()) if total > 0 else float("nan")
-    return PathShape(distance, length, straightness, share, ratio)
+    if not total > 0:
+        return np.full(len(gram), np.nan), float("nan")
+    share = energies / total
+    return share, float(1 / (share**2).sum())
 
 
 def training_path(
@@ -190,12 +231,9 @@ def training_path(
     longest = max(len(block) for block, _ in blocks)
     arrays = {
         "gram": gram[np.ix_(order, order)],
-        **{
-            name: np.concatenate([getattr(shape, name) for shape in shapes])[order]
-            for name in ("distance", "length", "straightness")
-        },
-        "component_share": np.stack([_padded(shape.component_share, longest) for shape in shapes]),
-        "participation_ratio": np.array([shape.participation_ratio for shape in shapes]),
+        **{name: np.concatenate([getattr(shape, name) for shape in shapes])[order] for name in _OF_STEPS},
+        **{name: np.stack([_padded(getattr(shape, name), longest) for shape in shapes]) for name in _OF_COMPONENTS},
+        **{name: np.array([getattr(shape, name) for shape in shapes]) for name in _OF_PATHS},
         "matrices": np.array([float(matrices) for _, matrices in blocks]),
     }
     ordered = np.array(steps, dtype=np.int64)[order]

@@ -21,6 +21,7 @@ from dynamics.schema import WRAPPERS, Variable
 from dynamics.spectra import raw
 from dynamics.store.capture import CAPTURE, capture_steps
 from dynamics.store.disk import is_folder
+from dynamics.store.loss_records import joined_losses
 from dynamics.store.record_folders import (
     RECORDS,
     RecordFolders,
@@ -39,20 +40,20 @@ TABLES: Mapping[str, Mapping[str, Variable]] = {
     "update": raw.UPDATE,
     "gradient": raw.GRADIENT,
     "fisher": {**schema.FISHER_RECORD, "momentum": schema.FISHER_MOMENTUM},
-    "score": {**schema.SCORE, "direction": schema.SCORE_DIRECTION},
+    "score": {**schema.SCORE, "direction": schema.SCORE_DIRECTION, "retained": schema.RETAINED},
     "intervention": schema.INTERVENTION,
+    "loss": {name: variable for name, variable in schema.LOSS_RECORD.items() if name != "scaled_loss"},
     "sharpness": schema.SHARPNESS,
 }
 #: Variables that a record may lack: those that records of earlier versions do not have, and those not always known.
 OPTIONAL = (
     *raw.ADDED,
     *raw.ADDED_TO_GRADIENT,
-    "momentum",
-    "direction",
+    *("momentum", "direction", "retained"),
     *(schema.INTERVENTION.keys() - {"effect", "norm", "headline"}),
 )
 #: Groups without which the others can be used.
-_PROBED = ("fisher", "score", "intervention", "sharpness")
+_PROBED = ("fisher", "score", "intervention", "loss", "sharpness")
 _COORDINATES = ("step", "block", "evaluated_at_step", *schema.SAMPLE_LABELS)
 
 
@@ -67,6 +68,7 @@ class TrainingRecords:
         fisher: K and b of the steps that have them, ``None`` if none has.
         score: Scores of the steps that have some, ``None`` if none has.
         intervention: Effects of parts of the increments that were intervened on, ``None`` if none was.
+        loss: Losses of the probe samples, ``None`` if there are none.
         sharpness: Critical steps and sharpness, ``None`` if no step has them.
         live_names: Name on disk → name in the live model, where they differ.
         findings: What was found during the training, and while reading.
@@ -81,6 +83,7 @@ class TrainingRecords:
     fisher: xr.Dataset | None
     score: xr.Dataset | None
     intervention: xr.Dataset | None
+    loss: xr.Dataset | None
     sharpness: xr.Dataset | None
     live_names: Mapping[str, str]
     findings: tuple[Finding, ...]
@@ -158,6 +161,7 @@ def read_records(folders: RecordFolders, keep: re.Pattern[str] | None = None) ->
         fisher=fisher,
         score=joined_scores(parts["score"]),
         intervention=joined_interventions(parts["intervention"]),
+        loss=joined_losses(parts["loss"], pattern),
         sharpness=joined_sharpness(parts["sharpness"]),
         live_names=_live_names(stored.attributes.get("disk_names"), parts["update"]),
         findings=(
@@ -344,8 +348,26 @@ def unmeasured_fisher(tree: xr.DataTree) -> xr.Dataset | None:
 
 
 def joined_scores(parts: Sequence[xr.Dataset]) -> xr.Dataset | None:
-    """Return the scores of all steps."""
-    return xr.concat(parts, "step", data_vars="all", join="outer") if parts else None
+    """Return the scores of all steps; a task is retained if it is at any of them."""
+    if not parts:
+        return None
+    scores = [part.drop_vars("retained", errors="ignore") for part in parts]
+    return with_retained(xr.concat(scores, "step", data_vars="all", join="outer"), *parts)
+
+
+def with_retained(scores: xr.Dataset, *sources: xr.Dataset) -> xr.Dataset:
+    """Return scores with the coordinate ``retained`` of the sources, if any of them has it.
+
+    >>> one = xr.Dataset(coords={"task": ["a"], "retained": ("task", [True])})
+    >>> with_retained(xr.Dataset(coords={"task": ["a", "b"]}), one)["retained"].values.tolist()
+    [True, False]
+    """
+    known = [source for source in sources if "retained" in source.variables]
+    if not known:
+        return scores
+    names = {name for source in known for name in source["task"].values[source["retained"].values]}
+    flags = [name in names for name in scores["task"].values.tolist()]
+    return scores.assign_coords(retained=("task", flags, schema.RETAINED.attributes))
 
 
 def joined_interventions(parts: Sequence[xr.Dataset]) -> xr.Dataset | None:

@@ -36,8 +36,8 @@ RESULT = "analysis.zarr"
 _STAGE = ".analysis-"
 _PLAIN = r"(?!\.)[^/\\\0]+"
 _RESULT = re.compile(
-    rf"run\.yaml|summary\.json|report\.html|findings\.sarif|checkpoint_choice\.json"
-    rf"|rank_pattern(_by_effect)?(\.{_PLAIN})?\.json"
+    rf"run\.yaml|summary\.json|report\.html|findings\.sarif"
+    rf"|(rank_pattern(_by_effect)?|checkpoint_choice)(\.{_PLAIN})?\.json"
     rf"|figures/({_PLAIN}/)?{_PLAIN}\.svg"
     rf"|analysis\.zarr/({_PLAIN}/)*(\.z(group|array|attrs|metadata)|[0-9]+(\.[0-9]+)*)"
 )

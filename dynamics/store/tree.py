@@ -24,12 +24,14 @@ from dynamics.findings import Finding, from_json, to_json
 from dynamics.fisher import measure_fisher
 from dynamics.fisher.findings import findings_of as fisher_findings
 from dynamics.intervention.findings import findings_of as intervention_findings
-from dynamics.intervention.findings import sharpness_findings
+from dynamics.intervention.findings import loss_findings, sharpness_findings
+from dynamics.intervention.loss_changes import loss_changes
 from dynamics.spectra.dataset import measure_update
-from dynamics.spectra.findings import findings_of
+from dynamics.spectra.findings import base_findings, findings_of
 from dynamics.spectra.null_models import SEED
 from dynamics.spectra.path import renamed_path
 from dynamics.store.capture import CAPTURE
+from dynamics.store.loss_records import unmeasured_losses, with_probed_losses
 from dynamics.store.merge import merge, unmeasured, with_live_names
 from dynamics.store.record_folders import RECORDS, RecordFolders, record_folders, records_below
 from dynamics.store.records import (
@@ -43,6 +45,7 @@ from dynamics.store.records import (
     unmeasured_fisher,
     with_probed,
     with_probed_effects,
+    with_retained,
 )
 from dynamics.store.results import FOLDER, encodable_dataset, provenance
 from dynamics.text import encodable
@@ -62,6 +65,7 @@ class Parts:
         fisher: K and b of probed checkpoints, ``None`` if none was probed.
         score: Their scores, ``None`` if there are none.
         intervention: Effects of parts of their increments, ``None`` if there was no intervention.
+        loss: Losses of their probe samples, ``None`` if none was probed.
         sharpness: Critical steps along their increments, likewise.
     """
 
@@ -74,6 +78,7 @@ class Parts:
     fisher: xr.Dataset | None = None
     score: xr.Dataset | None = None
     intervention: xr.Dataset | None = None
+    loss: xr.Dataset | None = None
     sharpness: xr.Dataset | None = None
 
 
@@ -100,6 +105,8 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
     groups |= parts.logs
     if records is not None and "base" in groups:
         groups["base"] = _live(groups["base"], records.live_names)
+    if "base" in groups:
+        findings += base_findings(groups["base"])
     fisher, news = with_probed(None if records is None else records.fisher, parts.fisher)
     findings += news
     if records is not None and parts.fisher is not None:
@@ -112,6 +119,10 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
     if effects is not None:
         groups["intervention"] = effects
         findings += intervention_findings(effects)
+    losses = with_probed_losses(records and records.loss, parts.loss)
+    if losses is not None:
+        groups["loss"] = loss_changes(losses)
+        findings += loss_findings(groups["loss"])
     sharpness = with_probed_effects(records and records.sharpness, parts.sharpness, joined_sharpness)
     if sharpness is not None:
         groups["sharpness"] = sharpness
@@ -141,7 +152,8 @@ def _live(group: xr.Dataset, live_names: Mapping[str, str]) -> xr.Dataset:
 
 def _scores(first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
     """Return the scores of both; where both have one, that of the first."""
-    return first.combine_first(second).assign_attrs(second.attrs)
+    one, other = (scores.drop_vars("retained", errors="ignore") for scores in (first, second))
+    return with_retained(one.combine_first(other), first, second).assign_attrs(second.attrs)
 
 
 def _findings_of_checkpoints(parts: Parts) -> list[Finding]:
@@ -152,9 +164,11 @@ def _findings_of_checkpoints(parts: Parts) -> list[Finding]:
 
 #: Groups that the records do not change.
 _KEPT = ("training", "score", "path", "base", "weights", "association", "sensitivity")
-#: Findings that follow from the numbers of ``/update``, ``/intervention`` and ``/sharpness``: they are found anew.
+#: Findings that follow from the numbers of ``/update``, ``/base``, ``/intervention``, ``/loss`` and ``/sharpness``:
+#: found anew.
 _FROM_NUMBERS = (
-    *("OD202", "OD203", "OD204", "OD205", "OD206", "OD208"),
+    *("OD202", "OD203", "OD204", "OD205", "OD206", "OD208", "OD211", "OD212"),
+    "OD417",
     *("OD701", "OD702", "OD703", "OD704", "OD705", "OD706"),
 )
 #: What findings about ``/association`` begin with: they stay with it.
@@ -215,6 +229,7 @@ def reopened(stored: xr.DataTree, folders: RecordFolders) -> xr.DataTree:
         inputs=[entry for entry in json.loads(attributes["inputs"]) if "captured_steps" not in entry],
         fisher=unmeasured_fisher(stored),
         intervention=unmeasured_effects(stored, "intervention"),
+        loss=unmeasured_losses(stored),
         sharpness=unmeasured_effects(stored, "sharpness"),
     )
     tree = result_tree(parts, configuration)

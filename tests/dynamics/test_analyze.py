@@ -115,6 +115,7 @@ def test_help_needs_no_torch():
     """
     result = python(script)
     assert "[LABEL=]RUN" in result.stdout
+    assert "\n  python -m dynamics.analyze runs/imax\n  python -m dynamics.analyze imax=runs/a " in result.stdout
     assert result.stdout.splitlines()[-1] == "set()"
 
 

@@ -182,3 +182,15 @@ def test_of_several_runs_each_line_names_its_run(tmp_path):
     run, other = damaged_run(tmp_path / "run"), write_run(tmp_path / "other", [1])
     lines = analyze(run, other, "--no-report", "--quiet", "--out", tmp_path / "out").stderr.splitlines()
     assert [line.partition(": ")[0] for line in lines] == ["OD101 error run, checkpoint-20/adapter_model.safetensors"]
+
+
+def test_each_error_is_told_once(tmp_path):
+    run = write_run(tmp_path / "run")
+    for step in (10, 20):
+        (run / f"checkpoint-{step}" / "adapter_model.safetensors").write_bytes(b"")
+    result = analyze(run, "--no-report")
+    errors = [line for line in result.stderr.splitlines() if " error " in line]
+    assert len(errors) == 2
+    assert all(line not in " ".join(result.stdout.split()) for line in errors)
+    assert "Findings: 2 errors" in result.stdout
+    assert "They are explained in summary.json." in " ".join(result.stdout.split())

@@ -213,7 +213,7 @@ def test_records_of_strangers_cost_only_themselves(tmp_path):
         run / STORE / "step-000000000110.safetensors",
         lambda _, groups: groups["update"]["variables"]["count"]["attributes"].update(units=float("nan")),
     )
-    result = analyze(run, "--no-report")
+    result = analyze(run, "--no-report", "--json")
     assert result.returncode == 0
     assert [line.split(": ")[0] for line in result.stderr.splitlines()] == [
         f"OD309 warning dynamics/records/step-{step:012d}.safetensors" for step in bad

@@ -37,3 +37,13 @@ def test_of_several_runs_each_line_names_its_run():
 def test_what_a_terminal_would_obey_is_written_out():
     tree = example_tree(steps=1, findings=[Finding("OD101", "\x1b[2J", file="a\u202eb")])
     assert list(finding_lines(summarise(tree), ("error",))) == ["OD101 error a\\u202eb: \\x1b[2J"]
+
+
+def test_many_findings_of_one_code_can_be_counted():
+    findings = [*FINDINGS, *(Finding("OD115", f"Number {number}.") for number in range(4))]
+    lines = list(finding_lines(summarise(example_tree(steps=1, findings=findings)), ("error", "warning"), most=2))
+    assert lines[1:] == [
+        "OD115 warning m: It is absent.",
+        "OD115 warning Number 0.",
+        "OD115 warning 3 more; all are in summary.json.",
+    ]

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from dynamics.text import finite
+from dynamics.text import finite, percent
 
 Verdict = Literal["yes", "no", "mixed", "undecided", "not_asked"]
 VERDICTS: tuple[Verdict, ...] = ("yes", "no", "mixed", "undecided", "not_asked")
+
+
+def verdict_words(verdict: str) -> str:
+    """Return a verdict as the terminal and the page write it.
+
+    >>> verdict_words("not_asked")
+    'not asked'
+    """
+    return verdict.replace("_", " ")
+
 
 #: The questions by their identifiers, in the order in which they are answered.
 QUESTIONS: Mapping[str, str] = MappingProxyType(
@@ -95,3 +105,33 @@ class Answer:
             "sure": self.sure,
             "surer": self.surer,
         }
+
+
+def how_sure(answer: Mapping[str, Any]) -> str:
+    """Return the confidence in an answer, and what would make it surer, for the terminal and the page.
+
+    Args:
+        answer: See ``Answer.to_json``.
+
+    >>> how_sure({"verdict": "undecided", "sure": 0.95, "surer": "Probe more samples."})
+    'Confidence 95 %. To be surer: probe more samples.'
+    """
+    confidence = "" if answer["sure"] is None else f"Confidence {percent(answer['sure'], 0)}."
+    remedy = remedy_of(answer)
+    aim = "To ask" if answer["verdict"] == "not_asked" else "To be surer"
+    return " ".join(filter(None, (confidence, f"{aim}: {remedy}." if remedy else "")))
+
+
+def remedy_of(answer: Mapping[str, Any]) -> str:
+    """Return what would make an answer surer, to be written after a colon or in brackets.
+
+    >>> remedy_of({"surer": "not asked: Pass --probe MODULE:FUNCTION."})
+    'pass --probe MODULE:FUNCTION'
+    """
+    remedy = answer["surer"].strip().removeprefix("not asked: ").removesuffix(".")
+    return remedy if remedy[1:2].isupper() else remedy[:1].lower() + remedy[1:]
+
+
+def recipe_first(answers: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the answers of several runs as they are read: what compares the runs, then what all of them say."""
+    return sorted(answers, key=lambda answer: answer["id"] != "recipe")

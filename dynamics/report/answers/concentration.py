@@ -2,19 +2,181 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import xarray as xr
 
-from dynamics.report.answers.answer import Answer
+from dynamics.report.answers.answer import Answer, Evidence, Verdict
+from dynamics.text import counted, number, percent, sentence_case, with_minus
+
+#: Share of steps or blocks that chance alone may call concentrated.
+CHANCE = 0.05
+#: A gain below this one is no more than chance has; so are fewer steps than chance would have, of this many.
+ABOUT, _MANY = 1.25, 10
+_PROBE = "Record with tasks (DynamicsCallback(run, tasks)), or pass --probe module:function."
+_INTERVENE = "Pass --intervene with --probe, or record with intervene=, to run the parts of updates."
+#: What would decide whether it matters.
+_SURER: Mapping[str, str] = {
+    "unresolved": "Probe samples of more groups, or take apart a longer increment.",
+    "together": "Take apart shorter increments.",
+    "as_much": "Probe samples of more groups.",
+}
+#: What follows for the answer from the verdict of an intervention.
+_MATTERS: Mapping[str, str] = {
+    "unresolved": "whether that matters is not resolved: the whole update's effect cannot be told from 0",
+    "together": "the two parts of the update work only together, so neither has a share of the effect",
+    "as_much": "{part} is not shown to pay more or less than its share of the norm",
+    "less": "{part} lowers the loss by less than its share of the norm",
+    "no_gain": "{part} does not lower the loss",
+}
+
+State = Literal["concentrated", "chance", "less", "beyond_null", "not_shown", "no_null"]
+
+
+def chance_steps(count: int) -> int:
+    """Return in how many of several steps chance alone may find an update concentrated.
+
+    >>> chance_steps(12), chance_steps(30)
+    (1, 2)
+    """
+    return math.ceil(CHANCE * count)
+
+
+def concentration_state(concentration: Mapping[str, Any]) -> State:
+    """Return what the last update's concentration shows, at its largest k with a gain.
+
+    ``"concentrated"``: the intervals of the gain over gradients of the same batch, uncentred and centred, both lie
+    above 1, and of several steps this holds at more than chance would have; ``"chance"``: at no more; ``"less"``: the
+    interval lies below 1; ``"beyond_null"``: the null cannot stand for so large a batch; ``"no_null"``: there is no
+    gain; else ``"not_shown"``.
+
+    Args:
+        concentration: Of ``fisher_summary``.
+    """
+    row, steps, limit = concentration["at_k"], concentration["steps"], concentration["null_batch_limit"]
+    if row["gain"]["value"] is None:
+        return "no_null"
+    if row["concentrated"]:
+        by_chance = steps["of"] > 1 and steps["concentrated"] <= chance_steps(steps["of"])
+        return "chance" if by_chance else "concentrated"
+    if row["gain"]["high"] is not None and row["gain"]["high"] < 1:
+        return "less"
+    return "beyond_null" if limit is not None and concentration["null_batch"] > limit else "not_shown"
 
 
 def did_updates_concentrate(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     """Return the answer to "Did updates follow informative directions more than chance, and does it matter?"
 
+    Of one update, it is concentrated if the 95 % intervals of its gain over gradients of the same batch, uncentred and
+    centred, both lie above 1; of several, if that holds at more than 5 % of them, rounded up: more than chance would
+    have. Whether it matters is the headline of ``/intervention``, a k chosen before looking.
+
+    - ``yes``: concentrated, and the part along the leading directions pays more than its share of the squared norm.
+    - ``mixed``: concentrated, but that part does not pay more, or this was not measured or not resolved.
+    - ``no``: not concentrated. The interval of the last gain ends below 1.25, or of ten updates or more no more are
+      concentrated than chance would have: at even odds to detect each, one or none of ten has a probability of 1 %.
+    - ``undecided``: otherwise, or there is no gradient null for this batch.
+    - ``not_asked``: no Fisher, or no update for its gradients.
+
     Args:
         tree: A result of one run.
         summary: Its summary.
     """
-    return Answer("concentration", "not_asked", "This is not answered yet.")
+    fisher = summary["fisher"]
+    if fisher is None or fisher["concentration"] is None:
+        what = "No Fisher was measured" if fisher is None else "No update is known for the gradients of the Fisher"
+        return Answer("concentration", "not_asked", f"{what}, so directions of updates are not compared.", surer=_PROBE)
+    concentration = fisher["concentration"]
+    row, steps, state = concentration["at_k"], concentration["steps"], concentration_state(concentration)
+    rows = [Evidence("/concentration/gain", *map(_or_nan, (row["gain"][end] for end in ("value", "low", "high"))))]
+    several = steps["of"] > 1
+    often = several and steps["concentrated"] > chance_steps(steps["of"])
+    if not (often or (state == "concentrated" and not several)):
+        verdict, words, surer = _not_concentrated(concentration, state)
+        return Answer("concentration", verdict, words, tuple(rows), 0.95 if verdict == "no" else None, surer)
+    matters, pays, evidence = _does_it_matter(summary["intervention"], row["k"])
+    return Answer(
+        "concentration",
+        "yes" if pays else "mixed",
+        f"{_held(concentration)}; {matters}.",
+        (*rows, *evidence),
+        0.95,
+        _SURER.get(summary["intervention"]["verdict"], "") if evidence else _INTERVENE,
+    )
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _held(concentration: Mapping[str, Any]) -> str:
+    """Return at how many updates the leading directions hold more than a fresh gradient's share of them."""
+    row, steps = concentration["at_k"], concentration["steps"]
+    directions = counted(row["k"], "leading direction")
+    holds = "holds" if row["k"] == 1 else "hold"
+    several = steps["of"] > 1
+    where = (
+        f"in {steps['concentrated']:,} of {steps['of']:,} updates"
+        if several
+        else f"in the update to step {concentration['step']:,}"
+    )
+    last = "at the last " if several else ""
+    chance = f"; chance: up to {chance_steps(steps['of']):,}" if several else "; chance: 1"
+    return sentence_case(
+        f"{where} the {directions} {holds} more than a fresh gradient's share ({last}gain {_gain(row)}{chance})"
+    )
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    gain = row["gain"]
+    ends = "" if gain["low"] is None else f", {number(gain['low'])} to {number(gain['high'])}"
+    return f"{number(gain['value'])}{ends}"
+
+
+def _not_concentrated(concentration: Mapping[str, Any], state: State) -> tuple[Verdict, str, str]:
+    row, steps = concentration["at_k"], concentration["steps"]
+    directions, gain = counted(row["k"], "leading direction"), row["gain"]
+    if state == "no_null":
+        words = f"Whether updates follow the {directions} more than a gradient would cannot be told without a null."
+        return "undecided", words, "See the findings for why there is no gradient null."
+    share = "a fresh gradient's share"
+    if gain["high"] is not None and gain["high"] < ABOUT:
+        less = "less than" if gain["high"] < 1 else "no more than"
+        return "no", f"The last update has in the {directions} {less} {share} (gain {_gain(row)}; chance: 1).", ""
+    if steps["of"] >= _MANY:
+        words = (
+            f"In {steps['concentrated']:,} of {steps['of']:,} updates the {directions} hold more than {share}, no more "
+            f"often than by chance (up to {chance_steps(steps['of']):,}; at the last gain {_gain(row)})."
+        )
+        return "no", words, ""
+    reason = "its interval includes 1"
+    if state == "beyond_null":
+        reason = f"the null can imitate at most {concentration['null_batch_limit']:,.0f} samples"
+    words = f"whether updates follow the {directions} more than chance cannot be told (gain {_gain(row)}: {reason})."
+    return "undecided", sentence_case(words), "Probe more samples, or capture more steps."
+
+
+def _does_it_matter(effects: Mapping[str, Any] | None, k: int) -> tuple[str, bool, tuple[Evidence, ...]]:
+    """Return what the part along the leading directions pays, whether it is more than its norm, and the numbers."""
+    if effects is None or not effects["verdict"]:
+        return "whether that matters was not measured", False, ()
+    part, steps, share = effects["parts"][0], effects["steps"], effects["parts"][0]["share"]
+    evidence = (Evidence("/intervention/share", *map(_or_nan, (share[end] for end in ("value", "low", "high")))),)
+    subject = "that part" if effects["k"] == k else f"the part in {counted(effects['k'], 'leading direction')}"
+    several = steps["of"] > 1
+    at = f" (step {effects['step']:,}; it pays more at {steps['more']:,} of {steps['of']:,} steps)" if several else ""
+    if effects["verdict"] != "more":
+        return f"{_MATTERS[effects['verdict']].format(part=subject)}{at}", False, evidence
+    raised = (part["full"]["value"] or 0.0) < 0
+    if raised or share["value"] is None:
+        but = ", but the whole update raised the loss" if raised else ""
+        return f"{subject} pays more than its share of the norm{but}{at}", not raised, evidence
+    ends = "" if share["low"] is None else f" ({_percent(share['low'])} to {_percent(share['high'])})"
+    norm = f" with {percent(part['captured'])} of the squared norm" if part["captured"] is not None else ""
+    return f"{subject} brings {_percent(share['value'])}{ends} of the fall of the loss{norm}{at}", True, evidence
+
+
+def _percent(share: float) -> str:
+    return with_minus(percent(share, 0))

@@ -133,6 +133,12 @@ def test_several_runs_below_are_named(tmp_path: Path) -> None:
         open_trajectory(tmp_path)
 
 
+def test_runs_three_levels_below_are_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "team" / "model" / "v0", (10, 20))
+    with pytest.raises(NotARun, match=r"Pass one of the runs inside it: team/model/v0\.$"):
+        open_trajectory(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["epochs_3", "llama-3-8b", "checkpoint-0.5", "seed1", "steps_100"])
 def test_names_that_tell_no_step(name: str, tmp_path: Path) -> None:
     write_adapter(tmp_path / name, FIRST)

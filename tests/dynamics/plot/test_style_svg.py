@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from dynamics import plot
 from dynamics.plot import style
-from dynamics.plot.style import describe
+from dynamics.plot.style import describe, panel
 from tests.trees import HOSTILE, example_tree
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -80,3 +80,19 @@ def test_a_figure_that_is_laid_out_before_is_drawn_as_matplotlib_would(tree, dra
     assert (figure.get_layout_engine(), figure.canvas, figure.dpi) == before
     monkeypatch.setattr(style, "_laid_out", nullcontext)
     assert drawn == plot.to_svg(figure_in_layout())
+
+
+@pytest.mark.parametrize(
+    ("values", "scale", "marked"),
+    [([3.0, 4.0], "linear", True), ([-3.0, -2.0], "linear", True), ([0.0, 4.0], "linear", False),
+     ([-1.0, 4.0], "linear", False), ([3.0, 4.0], "log", False)],
+)  # fmt: skip
+def test_an_axis_that_does_not_begin_at_zero_is_marked(values, scale, marked):
+    with panel(None, "title", "description") as axes:
+        axes.plot([0, 1], values)
+        axes.set_yscale(scale)
+    assert len(axes.patches) == marked
+    own = Figure().subplots()
+    with panel(own, "title", "description"):
+        own.plot([0, 1], values)
+    assert not own.patches

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dynamics import plot
-from dynamics.plot.style import words_of
+from dynamics.plot.style import ON_LIGHT, words_of
 from tests.fishers import MEANS, with_fisher
 from tests.trees import HOSTILE, example_tree
 
@@ -82,7 +82,7 @@ def test_a_transfer_has_its_direction_on_the_axes(tree):
 
 def test_letters_can_be_read_on_their_colour(tree):
     colours = {text.get_color() for text in plot.task_matrix(tree).axes[0].texts}
-    assert {"black", "white"} <= colours
+    assert {ON_LIGHT, "white"} <= colours
 
 
 def test_many_tasks_have_colours_without_numbers():

@@ -227,6 +227,23 @@ def test_a_fault_is_a_gap_and_costs_nothing_else(tmp_path, task, words):
     assert not torch.equal(states[-1][0][0][0], start[0])
 
 
+def test_a_training_shorter_than_the_first_step_to_intervene_says_so(tmp_path):
+    with pytest.warns(UserWarning, match="OD415 No update was intervened on: the training ended at step 2, before"):
+        loop(tmp_path, dense(), rows_task(), intervene=500)
+    findings = records_of(tmp_path).attributes["findings"]
+    (finding,) = [finding for finding in findings if finding["code"] == "OD415"]
+    assert finding["step"] == 2
+    assert "intervene=[100]" in finding["remedy"]
+
+
+def test_a_training_that_reached_it_or_never_asked_does_not(tmp_path):
+    loop(tmp_path / "reached", dense(), rows_task(), intervene=2)
+    loop(tmp_path / "unasked", dense(), rows_task())
+    for name in ("reached", "unasked"):
+        codes = [finding["code"] for finding in records_of(tmp_path / name).attributes["findings"]]
+        assert "OD415" not in codes
+
+
 def test_strict_raises(tmp_path):
     with pytest.raises(ValueError, match="Expected at least 4 groups"):
         loop(tmp_path, dense(), rows_task(groups=3), intervene=1, strict=True)

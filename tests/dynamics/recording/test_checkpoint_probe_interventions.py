@@ -191,7 +191,7 @@ def test_an_intervention_that_fails_costs_neither_k_nor_the_others(captured, tmp
     def fails_at_two(path):
         def loss(model, batch):
             if path.endswith("-2") and not torch.is_grad_enabled():
-                raise RuntimeError("no loss today")
+                raise RuntimeError("no loss today.")  # whose full stop is not doubled
             return model(**batch).logits.flatten(1).square().mean(1)
 
         model, tasks, batch_size = load(path)

@@ -174,10 +174,11 @@ def test_an_increment_of_which_a_part_is_unknown_is_not_intervened_on():
 
 def test_scores_and_their_direction():
     scores = [Score("a", 0.5, 4, 0.1, True), Score("b", 0.25, 2, 0.2, False), Score("c", 0.0, 1, 0.0, None)]
-    record = score_record(7, scores)
+    record = score_record(7, scores, [False, True, False])
     assert record["task"].values.tolist() == ["a", "b", "c"]
     assert record["score"].values.tolist() == [[0.5, 0.25, 0.0]]
     assert record["direction"].values.tolist() == [[1.0, -1.0, 0.0]]
+    assert record["retained"].values.tolist() == [False, True, False]
 
 
 def test_momentum_is_the_largest_of_the_groups():

@@ -256,8 +256,8 @@ def test_zero_3_without_its_optimizer_is_refused(tmp_path):
     weights = nn.Linear(2, 2)
     weights.weight.ds_id = 0
     message = (
-        "Expected parameters that can be read, got those of DeepSpeed ZeRO-3 without their optimizer. Make the recorder "
-        "after deepspeed.initialize, and install deepspeed>=0.19. Or use FSDP 2."
+        "Expected parameters that can be read, got those of DeepSpeed ZeRO-3 without their optimizer. Make the "
+        "recorder after deepspeed.initialize, and install deepspeed>=0.19. Or use FSDP 2."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Recorder(tmp_path, weights)

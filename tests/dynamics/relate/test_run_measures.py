@@ -216,6 +216,12 @@ def test_a_headline_that_no_run_has_is_replaced_by_that_of_increments(asked, mis
     )
 
 
+def test_one_run_needs_no_word_on_its_headline():
+    runs = results(["a"], with_fisher=False)
+    assert "OD513" not in codes(relate_runs(runs, accuracies(["a"])))
+    assert "OD513" in codes(relate_runs(runs, accuracies(["a"]), headline="ln_gain_16"))
+
+
 def test_a_headline_is_kept_where_one_run_has_it():
     names = ["a", "b", "c"]
     runs = results(names, with_fisher=False) | {"d": result(7)}
@@ -355,6 +361,13 @@ def test_a_direction_turns_a_score():
     np.testing.assert_array_equal(coefficients[0], coefficients[2])
     assert codes(neither).count("OD505") == 1
     assert "OD505" not in codes(up)
+
+
+def test_a_retained_task_without_a_score_is_named():
+    rows = [ScoreRow("a", 10, "vqa/acc", 0.5)]
+    absent = only(relate_runs(results(["a", "b"]), rows, retained=["vqa", "mmlu"]), "OD520")
+    assert absent.message == "Expected retained tasks among the scores, got 'mmlu'; there are scores of 'vqa/acc'."
+    assert "there are no scores" in only(relate_runs(results(["a"]), retained=["mmlu"]), "OD520").message
 
 
 def test_a_direction_without_any_score_is_named():

@@ -233,6 +233,17 @@ def test_scores_of_files_stand_beside_those_that_were_recorded():
     assert with_file_scores(None, scores.sel(run="a"))["score"].sel(task="eval_loss", step=0) == 2
 
 
+@pytest.mark.parametrize("by_step", [False, True])
+def test_retained_tasks_are_marked_by_records_and_by_name(by_step):
+    table = score_table([ScoreRow("a", 10, task, 0.5) for task in ("mmlu/acc", "vqa/acc", "wiki")])
+    recorded = table.scores.sel(run="a").isel(task=[2]).drop_vars(["run", "direction"])
+    marks = ("task", [True]) if not by_step else (("step", "task"), [[True]])
+    joined = with_file_scores(recorded.assign(retained=marks), table.scores.sel(run="a"), ["mmlu"])
+    assert joined["retained"].dtype == bool
+    assert joined["task"].values[joined["retained"].values].tolist() == ["mmlu/acc", "wiki"]
+    assert "retained" not in with_file_scores(None, table.scores.sel(run="a"))
+
+
 def test_cells_that_are_no_numbers_are_missing_from_the_table(tmp_path):
     lines = ["run,step,task,score,items,standard_error", "a,10,qa,0.5,many,0.1", "a,20,qa,n/a,5,0.1", "b,10,qa,NaN,5,"]
     (tmp_path / "scores.csv").write_text("\n".join([*lines, "b,20,qa,1e-1,5,"]))

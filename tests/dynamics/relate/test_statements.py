@@ -402,7 +402,7 @@ def test_the_numbers_of_a_difference_are_those_of_its_variables(paired, decidabl
             rf"(?:by |shown \()({NUMBER})(?:,| \() ?95 % interval ({NUMBER}) to ({NUMBER}), effect size ({NUMBER}), "
             rf"p = ({NUMBER})"
         )
-        expected = [number(row[f"mean_{name}"].item()) for name in ("difference", "low", "high")]
+        expected = [number(row[f"mean_{name}"].item()).replace("−", "-") for name in ("difference", "low", "high")]
         p_value = row["mean_p_value" if measure == "m" else "mean_p_familywise"]
         expected += [f"{row['mean_effect_size']:.2f}", f"{p_value:.2g}"]
         assert numbers(row["statement"].item(), pattern) == tuple(expected)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
-from io import StringIO
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 import dynamics
 from dynamics import plot
 from dynamics.intervention.findings import VERDICTS, findings_of, statements
-from dynamics.report import summarise, terminal_summary
+from dynamics.report import summarise
 from dynamics.report.interventions import intervention_summary
 from dynamics.report.page import page
-from dynamics.report.sentences import does_it_matter_in_short
 from probes import Task, gradient_gram
 from tests.interventions import CASES, intervention, with_intervention
 from tests.trees import HOSTILE, example_tree
@@ -130,13 +126,6 @@ def test_without_parts_there_are_arms_alone():
     assert "<table" not in section(page(tree, figures={}))
 
 
-def test_the_terminal_says_it(group, tree):
-    out = StringIO()
-    Console(file=out, width=80).print(terminal_summary(summarise(tree)))
-    text = " ".join(out.getvalue().split())
-    assert all(sentence in text for sentence in statements(group))
-
-
 def test_the_page_has_a_section_with_figures_and_a_row_for_each_k_and_task(tree):
     text = page(tree)
     part = section(text)
@@ -145,17 +134,6 @@ def test_the_page_has_a_section_with_figures_and_a_row_for_each_k_and_task(tree)
     assert "<p>Of the update to step 300, 50.0 % of the squared norm lies in the 16 leading directions" in part
     assert "<td>−0.12 (−0.14 to −0.095)</td>" in part
     assert "<code>intervention/excess</code>" in text
-
-
-def test_the_page_opens_with_the_verdict_and_leads_to_the_section(tree):
-    summary = summarise(tree)
-    text = does_it_matter_in_short(summary)
-    assert VERDICTS[summary["intervention"]["verdict"]] in text
-    report = page(tree, figures={})
-    link = re.search(r'<a href="#([^"]+)">Does the part', report)
-    assert link is not None
-    assert f'<section id="{link[1]}">' in report
-    assert does_it_matter_in_short({"intervention": None}) == ""
 
 
 def test_a_run_that_was_not_intervened_on_has_no_section():

@@ -115,27 +115,42 @@ def test_what_the_base_was_compared_with_is_counted():
     assert beside_the_base({"base": None}) == ""
 
 
-def path(share, straightness, checkpoints=8):
+def path(share, straightness, checkpoints=8, **walk):
     shape = {"component_share": [share, 0.01], "participation_ratio": 1.13, "straightness": straightness}
-    return {"path": {"checkpoints": checkpoints, **shape}}
+    return {"path": {"checkpoints": checkpoints, **shape, **walk}}
 
 
-def test_a_path_along_one_line_is_called_that():
-    assert how_straight(path(0.938, 0.559)) == (
-        "Training moved almost along one line: one direction holds 93.8 % of the squared distance. The path was 1.8 "
-        "times as long as the straight line from start to end."
+WALK = {"component_share_null": 0.811, "participation_ratio_null": 1.5, "straightness_null": 0.353}
+
+
+def test_a_path_along_one_line_is_called_that_beside_a_random_walk():
+    assert how_straight(path(0.938, 0.559, **WALK)) == (
+        "The checkpoints lie almost on one line: the leading direction holds 93.8 % of the squared distance "
+        "(participation ratio 1.13; a random walk with steps of these lengths has 81.1 % and 1.50). The path was 1.8 "
+        "times as long as the straight line from start to end (the random walk: 2.8 times)."
     )
 
 
 def test_a_path_along_several_directions_is_not_called_a_line():
-    assert how_straight(path(0.5, 0.25)) == (
-        "Training did not move along one line: the leading direction holds 50.0 % of the squared distance "
-        "(participation ratio 1.13). The path was 4.0 times as long as the straight line from start to end."
+    assert how_straight(path(0.5, 0.25, **WALK)).startswith(
+        "The checkpoints do not lie on one line: the leading direction holds 50.0 % of the squared distance "
+    )
+
+
+def test_a_line_that_a_random_walk_makes_too_proves_nothing():
+    words = how_straight(path(0.96, 0.9, **{**WALK, "component_share_null": 0.97}))
+    assert words.startswith("The checkpoints lie almost on one line, as a random walk's would: ")
+
+
+def test_a_result_of_an_earlier_version_has_no_walk_beside_it():
+    assert how_straight(path(0.938, 0.559)) == (
+        "The checkpoints lie almost on one line: the leading direction holds 93.8 % of the squared distance "
+        "(participation ratio 1.13). The path was 1.8 times as long as the straight line from start to end."
     )
 
 
 def test_a_path_that_ends_where_it_began_has_no_ratio():
-    assert how_straight(path(0.938, 0.0)).endswith("of the squared distance.")
+    assert how_straight(path(0.938, 0.0)).endswith("(participation ratio 1.13).")
 
 
 def test_two_checkpoints_have_no_shape():

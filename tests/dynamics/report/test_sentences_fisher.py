@@ -90,9 +90,10 @@ def test_concentrated_is_said_where_the_flag_says_so(leading):
     )
 
 
-def test_a_step_as_rare_as_chance_makes_it_is_not_called_concentrated(leading):
-    words = said(leading, steps={"concentrated": 1, "of": 30}, blocks={"concentrated": 0, "of": 2})
-    assert "at 1 of 30 steps, no more often than by chance (chance: up to 2)." in words
+@pytest.mark.parametrize(("steps", "chance"), [(30, 2), (12, 1), (2, 1)])
+def test_a_step_as_rare_as_chance_makes_it_is_not_called_concentrated(leading, steps, chance):
+    words = said(leading, steps={"concentrated": 1, "of": steps}, blocks={"concentrated": 0, "of": 2})
+    assert f"at 1 of {steps} steps, no more often than by chance (chance: up to {chance})." in words
     assert "update is concentrated" not in words
 
 
@@ -180,34 +181,17 @@ def test_what_differs_is_said(fisher, changes, words):
     assert words in informative_directions({"fisher": {**fisher, **changes}})[0]
 
 
-def pair(first, second, state, *ends):
-    return {"tasks": [first, second], "state": state, "cosine": dict(zip(("value", "low", "high"), ends, strict=True))}
+def test_every_pair_of_tasks_has_its_sentence(fisher):
+    told = informative_directions({"fisher": fisher})[-1]
+    for pair in fisher["pairs"][:4]:
+        assert pair["sentence"] in told
+    assert "Intervals of cosines hold with 95 % for all pairs together." in told
 
 
-def test_tasks_agree_conflict_or_are_not_known(fisher):
-    pairs = [
-        pair("a", "b", "share", 0.5, 0.25, 0.75),
-        pair("a", "c", "conflict", -0.5, -0.75, -0.25),
-        pair("b", "c", "undecided", 0.125, -0.25, 0.5),
-        pair("a", "d", "unresolved", None, None, None),
-    ]
-    assert informative_directions({"fisher": {**fisher, "pairs": pairs, "mixture": dict.fromkeys(fisher["mixture"])}})[
-        -1
-    ] == (
-        "The mean gradients of these tasks agree: a and b (cosine 0.500, 95 % interval 0.250 to 0.750). "
-        "These tasks conflict: a and c (cosine -0.500, 95 % interval -0.750 to -0.250). "
-        "Agreement or conflict cannot be decided, since the interval of the cosine includes 0: b and c (cosine 0.125, "
-        "95 % interval -0.250 to 0.500). "
-        "Whether a and d conflict cannot be decided: at least one of their mean gradients is indistinguishable from "
-        "zero with 40 samples. Probe more."
-    )
-
-
-def test_of_many_pairs_the_first_are_named(fisher):
-    pairs = [pair("a", str(number), "unresolved", None, None, None) for number in range(9)]
-    words = informative_directions({"fisher": {**fisher, "pairs": pairs}})[-1]
-    assert "a and 4; 4 more pairs." in words
-    assert "a and 5" not in words
+def test_of_many_pairs_those_that_are_resolved_come_first(fisher):
+    unresolved = [{**fisher["pairs"][2], "sentence": f"Pair {number}."} for number in range(9)]
+    told = informative_directions({"fisher": {**fisher, "pairs": [*unresolved, fisher["pairs"][0]]}})[-1]
+    assert told.startswith(f"{fisher['pairs'][0]['sentence']} Pair 0. Pair 1. Pair 2. Pair 3. 5 more pairs in summary")
 
 
 def test_the_sharing_term_has_its_band(fisher):

@@ -129,9 +129,9 @@ def test_pairs_have_the_state_that_their_interval_proves(tree):
     tree = tree.copy(deep=True)
     tasks = tree["tasks"]
     for (first, second), (value, low, high) in {
-        ("chart", "document"): (0.5, 0.1, 0.9),
-        ("chart", "grounding"): (-0.5, -0.9, -0.1),
-        ("document", "grounding"): (-0.2, -0.5, 0.1),
+        ("chart", "document"): (0.5, 0.2, 0.8),
+        ("chart", "grounding"): (-0.5, -0.8, -0.2),
+        ("document", "grounding"): (-0.4, -0.75, -0.05),  # alone it would be resolved, but not of three
         ("chart", "noise"): (np.nan, np.nan, np.nan),
         ("document", "noise"): (0.9, np.nan, np.nan),
     }.items():
@@ -143,6 +143,16 @@ def test_pairs_have_the_state_that_their_interval_proves(tree):
     assert states["chart", "grounding"] == "conflict"
     assert states["document", "grounding"] == "undecided"
     assert states["chart", "noise"] == states["document", "noise"] == "unresolved"
+
+
+def test_a_pair_has_overlap_transfer_both_ways_and_a_sentence():
+    fisher = fisher_summary(with_fisher(example_tree(3, 2), space="factor"))
+    pair = fisher["pairs"][0]
+    assert pair["overlap"]["low"] < pair["overlap"]["value"] < pair["overlap"]["high"]
+    assert pair["transfer"]["value"] > 0
+    assert pair["transfer_back"]["value"] > 0
+    assert pair["together"]["low"] < pair["cosine"]["low"] < pair["cosine"]["high"] < pair["together"]["high"]
+    assert pair["sentence"].startswith("Tasks chart and document share directions: cosine ")
 
 
 def test_the_parts_of_the_entropy_add_up(summary):

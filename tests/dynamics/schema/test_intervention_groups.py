@@ -21,7 +21,7 @@ VARIABLES = [(group, name) for group, table in schema.INTERVENTION_GROUPS.items(
 def test_each_variable_has_a_definition_and_a_step(group: str, name: str) -> None:
     variable = schema.INTERVENTION_GROUPS[group][name]
     assert variable.definition
-    assert variable.dims[0] == "step"
+    assert variable.dims[0] == ("scale" if name == "scaled_loss" else "step")
 
 
 @pytest.mark.parametrize(("group", "name"), [pair for pair in VARIABLES if pair[1].endswith("_low")])

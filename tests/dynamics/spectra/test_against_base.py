@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from dynamics.spectra.against_base import base_overlap, intruders, leading_vectors
+from dynamics.spectra import against_base
+from dynamics.spectra.against_base import base_overlap, intruders, kept_by_rounding, leading_vectors
 from dynamics.spectra.base_directions import decompose_base
 from probes import LowRankMatrix
 
@@ -103,3 +104,47 @@ def test_an_update_of_nothing_has_no_energy_to_share():
     weight = gaussian(6, 5)
     found = base_overlap(LowRankMatrix(torch.zeros(6, 2), torch.ones(2, 5)), decompose_base(weight), k=2)
     assert torch.tensor([found.energy_left, found.energy_right]).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scale", [1e-5, 1e-3, 1e-1])
+def test_what_merging_loses_is_that_of_the_merged_weight(dtype, scale):
+    weight, update = gaussian(30, 20).to(dtype), low_rank(30, 20, 3, scale=scale)
+    dense = update.to_dense()
+    merged = (weight.double() + dense).to(dtype).double()
+    for form in (update, dense):
+        found = kept_by_rounding(form, weight, is_weight=False)
+        assert found["changed_share"] == pytest.approx(float((merged != weight.double()).double().mean()))
+        lost = (merged - weight.double() - dense).square().sum() / dense.square().sum()
+        assert found["lost_in_merge"] == pytest.approx(float(lost))
+        assert 0 <= found["lost_in_merge"] <= 1
+
+
+def test_an_update_below_half_a_unit_is_lost_as_a_whole():
+    weight = torch.ones(4, 4, dtype=torch.bfloat16)
+    found = kept_by_rounding(torch.full((4, 4), 2.0**-10), weight, is_weight=False)
+    assert found == {"changed_share": 0.0, "lost_in_merge": 1.0}
+
+
+@pytest.mark.parametrize(("now", "before"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16")])
+def test_a_change_of_format_is_no_change_of_the_weight(now, before):
+    weight = gaussian(9, 7).to(getattr(torch, before))
+    same = weight.to(getattr(torch, now))
+    assert kept_by_rounding(same, weight, is_weight=True) == {"changed_share": 0.0}
+    other = same.clone()
+    other[0, 0] *= 2
+    assert kept_by_rounding(other, weight, is_weight=True) == {"changed_share": pytest.approx(1 / 63)}
+
+
+def test_of_a_large_matrix_evenly_spaced_rows_are_rounded(monkeypatch):
+    weight, update = gaussian(400, 30).bfloat16(), low_rank(400, 30, 4, scale=1e-3)
+    whole = kept_by_rounding(update, weight, is_weight=False)
+    monkeypatch.setattr(against_base, "_ROUNDED", 3000)
+    part = kept_by_rounding(update, weight, is_weight=False)
+    assert part == kept_by_rounding(update.to_dense()[2::4], weight[2::4], is_weight=False)
+    assert part["lost_in_merge"] == pytest.approx(whole["lost_in_merge"], rel=0.1)
+
+
+def test_what_is_not_finite_has_no_such_numbers():
+    assert kept_by_rounding(torch.full((2, 2), torch.nan), torch.ones(2, 2), is_weight=False) == {}
+    assert kept_by_rounding(torch.ones(2, 2), torch.full((2, 2), torch.inf), is_weight=True) == {}

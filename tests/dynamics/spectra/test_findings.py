@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from dynamics.spectra import findings
-from dynamics.spectra.findings import findings_of
+from dynamics.spectra.findings import base_findings, findings_of
 from tests.trees import example_tree
 
 
@@ -74,8 +75,34 @@ def test_no_more_than_a_few_names_are_listed():
     assert (evidence["matrices"], len(evidence["names"])) == (20, findings.NAMED)
 
 
-def test_an_unused_rank_is_one_of_which_half_holds_the_energy(update):
-    update["suggested_rank"].values[:] = update["adapter_rank"].values
-    assert "OD206" not in [finding.code for finding in findings_of(update)]
-    update["suggested_rank"].values[0] = update["adapter_rank"].values[0] // 2
-    assert "1 of 4 matrices" in only(update, "OD206").message
+def beside_base(lost, changed, size=0.1):
+    names = [f"layers.{number}.w" for number in range(len(lost))]
+    return xr.Dataset(
+        {
+            "relative_size": (("step", "matrix"), np.full((1, len(lost)), size)),
+            "lost_in_merge": ("matrix", lost),
+            "changed_share": ("matrix", changed),
+        },
+        coords={"matrix": names},
+    )
+
+
+def test_an_update_that_merging_rounds_away_is_warned_of():
+    (finding,) = base_findings(beside_base([0.9, 0.1, np.nan], [0.1, 0.9, 0.5]))
+    assert (finding.code, finding.matrix, finding.evidence["largest_share"]) == ("OD211", "layers.0.w", 0.9)
+    assert "the update of 1 of 2 matrices" in finding.message
+
+
+@pytest.mark.parametrize(("size", "but"), [(0.0, "equal those of the base: "), (1e-3, "but for rounding")])
+def test_weights_that_equal_their_base_are_warned_of(size, but):
+    (finding,) = base_findings(beside_base([np.nan, np.nan], [0.0, 0.0], size))
+    assert finding.code == "OD212"
+    assert but in finding.message
+
+
+def test_one_trained_weight_is_enough():
+    assert base_findings(beside_base([np.nan, np.nan], [0.0, 0.2])) == []
+
+
+def test_results_of_earlier_versions_have_no_such_findings():
+    assert base_findings(xr.Dataset({"relative_size": (("step", "matrix"), np.ones((1, 2)))})) == []

@@ -66,9 +66,35 @@ def test_a_straight_line_is_one_direction():
 def test_what_has_not_moved_has_no_shape():
     shape = path_shape(np.zeros((3, 3)))
     assert shape.length.tolist() == [0, 0, 0]
+    assert np.isnan([*shape.straightness_null, *shape.component_share_null, shape.participation_ratio_null]).all()
     assert np.isnan([*shape.straightness, *shape.component_share, shape.participation_ratio]).all()
 
 
 def test_a_broken_update_breaks_the_shape():
     shape = path_shape(np.array([[1.0, np.nan], [np.nan, 1.0]]))
     assert np.isnan([*shape.distance, *shape.component_share, shape.participation_ratio]).all()
+    assert np.isnan([*shape.straightness_null, *shape.component_share_null, shape.participation_ratio_null]).all()
+
+
+@pytest.mark.parametrize("lengths", [np.ones(12), np.geomspace(1.0, 0.01, 12)])
+def test_a_simulated_walk_has_the_shape_of_its_null(lengths):
+    steps = np.random.default_rng(0).standard_normal((12, 20_000))
+    points = (lengths[:, None] * steps / np.linalg.norm(steps, axis=1, keepdims=True)).cumsum(0)
+    shape = path_shape(points @ points.T)
+    np.testing.assert_allclose(shape.straightness, shape.straightness_null, rtol=0.03)
+    np.testing.assert_allclose(shape.component_share[:3], shape.component_share_null[:3], rtol=0.05)
+    assert shape.participation_ratio == pytest.approx(shape.participation_ratio_null, rel=0.03)
+
+
+def test_a_line_is_more_than_its_null():
+    shape = path_shape(np.outer(np.arange(1.0, 9.0), np.arange(1.0, 9.0)))
+    np.testing.assert_allclose(shape.straightness_null, 1 / np.sqrt(np.arange(1, 9)), rtol=1e-9)
+    assert shape.component_share[0] == pytest.approx(1.0)
+    assert shape.component_share_null[0] < 0.85
+
+
+def test_of_2000_equal_steps_a_walk_has_81_percent_in_one_direction():
+    shape = path_shape(np.minimum.outer(np.arange(1.0, 2001.0), np.arange(1.0, 2001.0)))
+    assert shape.component_share[0] == pytest.approx(8 / np.pi**2, abs=1e-3)
+    np.testing.assert_allclose(shape.component_share, shape.component_share_null, atol=1e-12)
+    assert shape.straightness_null[-1] == pytest.approx(2000**-0.5)

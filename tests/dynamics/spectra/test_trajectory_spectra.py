@@ -241,10 +241,9 @@ def test_threads_of_the_caller_are_as_before(runs, tmp_path):
 
 def test_suggested_ranks_hold_their_share_of_energy(tmp_path):
     left, right = torch.eye(12)[:, :4] * torch.tensor([10.0, 5.0, 0.1, 0.01]), torch.eye(10)[:4]
-    update, findings = analyse(write_run(tmp_path / "run", {1: {"layers.0.w": (left, right)}}))
+    update, _ = analyse(write_run(tmp_path / "run", {1: {"layers.0.w": (left, right)}}))
     assert update["suggested_rank"].values.tolist() == [2.0]
     assert update["suggested_rank"].attrs["energy"] == 0.99
-    assert "OD206" in [f.code for f in findings]
 
 
 def test_an_absurd_size_is_warned_of(tmp_path):

@@ -179,6 +179,7 @@ def test_results_of_the_first_edition_are_named_and_left_alone(first_edition, tm
 def test_names_of_results():
     ours = ["run.yaml", "summary.json", "report.html", "findings.sarif", "rank_pattern.json", "rank_pattern.a b.json"]
     ours += ["rank_pattern_by_effect.json", "rank_pattern_by_effect.a b.json"]
+    ours += ["checkpoint_choice.json", "checkpoint_choice.a b.json"]
     store = [f"analysis.zarr/{name}" for name in (".zgroup", ".zmetadata", "runs/a b/update/count/0.0.12", "x/.zarray")]
     assert all(is_result(name) for name in [*ours, *store, "figures/a.svg", "figures/run 1/a.svg"])
     others = ["records/run.json", "figures", "figures/.svg", "figures/a/b/c.svg", "figures/..svg/a.svg"]
