@@ -211,7 +211,7 @@ def differences(run: Path, alone: Path) -> dict[str, float]:
         for name in names:
             values, truth = found[group][name], expected[group][name]
             np.testing.assert_array_equal(np.isnan(values), np.isnan(truth))
-            size = truth.max("singular_index") if "singular_index" in truth.dims else truth
+            size = truth.max("index") if "index" in truth.dims else truth
             worst[f"{group}/{name}"] = float((np.abs(values - truth) / size).max())
     return worst
 
