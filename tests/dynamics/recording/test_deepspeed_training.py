@@ -30,6 +30,7 @@ import dynamics
 from dynamics import DynamicsCallback, Recorder
 from dynamics.recording import deepspeed as zero
 from tests.distributed import RANKS, Ranks
+from tests.records import records_of
 from tests.runs import VOCABULARY, lora_llama, trainer
 from tests.updates import probe_tasks
 
@@ -377,7 +378,7 @@ def test_through_the_trainer(ranks, tmp_path):
         assert ranks(by_trainer, run, stage) == [(every_step, True), ([], False)]
         worst = differences(run, tmp_path / "0")
         assert max(worst.values()) <= 1e-3, (stage, worst)  # Adam divides small gradients by themselves
-        codes = [finding["code"] for finding in dynamics.open_run(run).attrs["findings"]]
+        codes = [finding["code"] for finding in records_of(run).attributes["findings"]]
         assert "OD311" not in codes
 
 
