@@ -98,7 +98,7 @@ def find_blocks(model: nn.Module, space: str, names: Sequence[str] | None = None
         raise ValueError("Expected a model with trainable parameters, got one in which none requires a gradient.")
     if any(is_sharded(parameter) for parameter in trained.values()):
         raise ValueError(
-            "Expected parameters that are whole on each rank, got FSDP 2's shards. Gather the model first."
+            "Expected parameters that are whole on each rank, got shards of FSDP 2 or ZeRO-3. Gather the model first."
         )
     watched = find(model).watched
     taken = {id(parameter) for matrix in watched for parameter in matrix.parameters}

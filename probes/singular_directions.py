@@ -81,7 +81,7 @@ is_trainable=True.
         )
     if any(is_sharded(parameter) for matrix in chosen.values() for parameter in matrix.sources):
         raise ValueError(
-            "Expected parameters that are whole on each rank, got FSDP 2's shards. Gather the model first."
+            "Expected parameters that are whole on each rank, got shards of FSDP 2 or ZeRO-3. Gather the model first."
         )
     return chosen
 

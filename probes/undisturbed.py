@@ -14,11 +14,18 @@ from torch import Tensor, nn
 from probes.watched import class_names
 
 #: Child under which each wrapper that only distributes or compiles a model keeps it.
-_WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "OptimizedModule": "_orig_mod",
+}
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP and ``torch.compile``, adapters included: it computes the same and keeps no state.
+    """Return the model inside DDP, DeepSpeed and ``torch.compile``, adapters included.
+
+    It computes the same and keeps no state.
 
     >>> inner = nn.Linear(2, 2)
     >>> bare(nn.DataParallel(inner)) is inner

@@ -7,6 +7,7 @@ submodule ``module`` itself."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,16 +31,33 @@ _PLAIN_VARIANTS = ("ALora", "Monteclora", "Velora", "MiCA")
 def whole(parameter: Tensor) -> Tensor:
     """Return a parameter's value; that of a DTensor is gathered, which all ranks must do together.
 
+    Raises:
+        ValueError: If DeepSpeed ZeRO-3 has split it.
+
     >>> whole(nn.Parameter(torch.ones(2)))
     tensor([1., 1.])
     """
+    if parameter.shape != shape_of(parameter):
+        raise ValueError(
+            f"Expected a parameter that can be read, got one of {tuple(shape_of(parameter))} that DeepSpeed ZeRO-3 has "
+            "split over all ranks. Put the code into deepspeed.zero.GatheredParameters(model.parameters())."
+        )
     tensor = parameter.detach()
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Return whether a parameter is a DTensor, of which this rank holds a piece."""
-    return hasattr(parameter, "full_tensor")
+    """Return whether this rank holds a piece of a parameter: of a DTensor, or of one that ZeRO-3 has split."""
+    return hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id")
+
+
+def shape_of(parameter: Tensor) -> torch.Size:
+    """Return a parameter's shape, be it split by ZeRO-3, which leaves an empty tensor in its place.
+
+    >>> shape_of(nn.Parameter(torch.ones(2, 3)))
+    torch.Size([2, 3])
+    """
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -316,12 +334,11 @@ def _not_a_product(module: nn.Module, adapter: str, left: nn.Parameter, right: n
         return "DoRA: its update is not the product of its two factors"
     if left.is_meta or right.is_meta:
         return "its factors are on the meta device (offloaded), where they have no values"
-    if left.ndim < 2 or right.ndim < 2 or left[0].numel() * getattr(module, "num_experts", 1) == 0:
-        return f"its factors have shapes {tuple(left.shape)} and {tuple(right.shape)}"
-    if left.flatten(1).shape[1] != right.shape[0]:
-        return (
-            f"its factors of shapes {tuple(left.shape)} and {tuple(right.shape)} do not multiply (grouped convolution)"
-        )
+    shape, other = tuple(shape_of(left)), tuple(shape_of(right))
+    if len(shape) < 2 or len(other) < 2 or math.prod(shape[1:]) * getattr(module, "num_experts", 1) == 0:
+        return f"its factors have shapes {shape} and {other}"
+    if math.prod(shape[1:]) != other[0]:
+        return f"its factors of shapes {shape} and {other} do not multiply (grouped convolution)"
     return ""
 
 
@@ -367,7 +384,8 @@ def _low_rank(
 
 
 def _is_dense(base: nn.Module, path: str, parameter: nn.Parameter) -> bool:
-    if parameter.ndim < 2 or parameter.numel() == 0 or parameter.is_meta or not parameter.is_floating_point():
+    shape = shape_of(parameter)
+    if len(shape) < 2 or shape.numel() == 0 or parameter.is_meta or not parameter.is_floating_point():
         return False
     # What belongs to an adapter of another kind is part of a formula, not a weight.
     words = [word for module, word in parents(base, path) if "BaseTunerLayer" in class_names(module)]
@@ -377,15 +395,15 @@ def _is_dense(base: nn.Module, path: str, parameter: nn.Parameter) -> bool:
 def _weights(base: nn.Module, dense: Mapping[str, nn.Parameter], names: Mapping[str, str]) -> Iterator[Watched]:
     for path, parameter in dense.items():
         name = names[path]
-        owner = list(parents(base, path))[-1][0]
-        if parameter.ndim == 2:
+        owner, shape = list(parents(base, path))[-1][0], shape_of(parameter)
+        if len(shape) == 2:
             yield Watched(name, Dense(parameter))
-        elif parameter.ndim > 3 or any("Conv" in name_of_class for name_of_class in class_names(owner)):
+        elif len(shape) > 3 or any("Conv" in name_of_class for name_of_class in class_names(owner)):
             yield Watched(name, Dense(parameter, _flat))
-        elif parameter.shape[0] == 1:
+        elif shape[0] == 1:
             yield Watched(name, Dense(parameter, partial(_part, 0)))
         else:
-            for index in range(parameter.shape[0]):
+            for index in range(shape[0]):
                 yield Watched(f"{name}[{index}]", Dense(parameter, partial(_part, index)))
 
 
@@ -412,13 +430,18 @@ def _coverage(base: nn.Module, chosen: list[Watched]) -> tuple[tuple[str, ...], 
     watched = {id(parameter) for matrix in chosen for parameter in matrix.parameters}
     trained = [(path, parameter) for path, parameter in base.named_parameters() if parameter.requires_grad]
     uncovered = tuple(plain_path(base, path) for path, parameter in trained if id(parameter) not in watched)
-    total = sum(parameter.numel() for _, parameter in trained)
-    covered = sum(parameter.numel() for _, parameter in trained if id(parameter) in watched)
+    total = sum(shape_of(parameter).numel() for _, parameter in trained)
+    covered = sum(shape_of(parameter).numel() for _, parameter in trained if id(parameter) in watched)
     return uncovered, covered / total if total else 0.0
 
 
 #: Child under which a wrapper keeps what it wraps, by the name of the wrapper's class.
-_AROUND = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
+_AROUND = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "OptimizedModule": "_orig_mod",
+}
 _INSIDE = {**_AROUND, "CheckpointWrapper": "_checkpoint_wrapped_module"}
 
 
@@ -428,7 +451,7 @@ def class_names(module: nn.Module) -> set[str]:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP, ``torch.compile`` and PEFT, whose names are the live base model's.
+    """Return the model inside DDP, DeepSpeed, ``torch.compile`` and PEFT, whose names are the live base model's.
 
     Raises:
         ValueError: For FSDP 1, which keeps flattened pieces of parameters instead of matrices.
@@ -444,9 +467,7 @@ def base_model(model: nn.Module) -> nn.Module:
                 "Expected a model whose parameters are matrices, got one wrapped by FullyShardedDataParallel (FSDP 1), "
                 "which flattens them. Use FSDP 2 (torch.distributed.fsdp.fully_shard; accelerate: fsdp_version: 2)."
             )
-        if "DeepSpeedEngine" in names:
-            model = model.module  # pyright: ignore[reportAssignmentType]
-        elif "PeftModel" in names or "PeftMixedModel" in names:
+        if "PeftModel" in names or "PeftMixedModel" in names:
             model = model.base_model  # pyright: ignore[reportAssignmentType]
         elif "BaseTuner" in names:
             model = model.model  # pyright: ignore[reportAssignmentType]

@@ -183,7 +183,7 @@ its rounding. Load the model in float32 and train with autocast (bf16=True), or 
     modules = {name for module in model.modules() for name in class_names(module)}
     trained = [parameter for parameter in bare(model).parameters() if parameter.requires_grad]
     split = "FullyShardedDataParallel" in modules or "DeepSpeedEngine" in modules
-    if split or any(is_sharded(p) or hasattr(p, "ds_id") for p in model.parameters()):
+    if split or any(is_sharded(p) for p in model.parameters()):
         raise ValueError(
             "Expected parameters that are whole on each rank, got those of FSDP or DeepSpeed, which are split. "
             "Train with DistributedDataParallel, or in one process."

@@ -20,6 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 from dynamics.findings import Finding
 from dynamics.intervention.projection import StepProjection, require_projectable
 from dynamics.recording import Schedule, at_no_step, either, preset_named
+from dynamics.recording.deepspeed import is_zero
 from dynamics.recording.disk_names import disk_names
 from dynamics.recording.recorder import Recorder, chosen_interventions
 from dynamics.text import some
@@ -152,8 +153,9 @@ class DynamicsCallback(TrainerCallback):
             schedule=either(self._schedule, lambda step: _is_saved(step, args, state)),
             resume_from=resume_from,
             warmup_steps=args.get_warmup_steps(state.max_steps),
-            gradients=not _keeps_gradients_away(args, kwargs.get("optimizer")),
+            gradients=is_zero(model) or not _keeps_gradients_away(args, kwargs.get("optimizer")),
             disk_names=lambda names: _disk_names(model, names),
+            optimizer=kwargs.get("optimizer"),
             batch_size=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             notes=self._findings_on_loss(args),
             progress=_nothing if args.disable_tqdm else self._show,

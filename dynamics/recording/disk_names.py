@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from probes.watched import base_model, class_names, parents, plain_path
+from probes.watched import base_model, class_names, parents, plain_path, shape_of
 
 #: From a model and its state dict to the one that is written.
 Conversion: TypeAlias = Callable[[nn.Module, dict[str, Tensor]], Mapping[str, Tensor]]
@@ -100,7 +100,7 @@ def _numbered_state(base: nn.Module, number_of: Mapping[str, int]) -> dict[str, 
     for path, tensor in base.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and not _is_of_adapter(base, path):
             key = plain_path(base, path)
-            state[key] = numbered.setdefault(id(tensor), _numbered(key, tensor.shape, number_of))
+            state[key] = numbered.setdefault(id(tensor), _numbered(key, shape_of(tensor), number_of))
     return state
 
 

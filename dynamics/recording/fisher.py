@@ -129,8 +129,8 @@ class FisherProbe:
         self._trained = trained_parameters(model)
         if any(is_sharded(parameter) for parameter in self._trained.values()):
             raise ValueError(
-                "Expected parameters that are whole on each rank, got FSDP 2's shards, of which per-sample gradients "
-                "are not measured. Leave tasks out, and probe checkpoints: "
+                "Expected parameters that are whole on each rank, got shards of FSDP 2 or ZeRO-3, of which per-sample "
+                "gradients are not measured. Leave tasks out, and probe checkpoints: "
                 "python -m dynamics.analyze RUN --probe module:function"
             )
         self._model, self._tasks = model, tuple(tasks)

@@ -1,20 +1,22 @@
 """Spectra of a model in training: the watched matrices as they are, against copies from the last captured step.
 
 Factors of adapters are copied on their own device, dense weights to the host: a copy of all weights beside the model
-is what an accelerator has no room for. Sharded parameters (DTensors) are gathered one batch of matrices at a time, by
-all ranks in the same order; one rank computes.
+is what an accelerator has no room for. Sharded parameters (DTensors, those under DeepSpeed ZeRO) are gathered one batch
+of matrices at a time, by all ranks in the same order; one rank computes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dynamics.checkpoints.trajectory import MatrixShape
+from dynamics.recording.deepspeed import Zero, gathered_dtype, needs_all_ranks
 from dynamics.recording.snapshots import (
     Snapshot,
     factors_of,
@@ -29,8 +31,10 @@ from dynamics.spectra.increments import Workspace, difference
 from dynamics.spectra.singular_values import batched_singular_values, dense_singular_values
 from dynamics.spectra.walk import BatchResult, MatrixSpectra, Previous
 from probes.low_rank import LowRankMatrix
-from probes.watched import AdapterProduct, Matrix, Reading, Watched, is_sharded, whole
+from probes.watched import AdapterProduct, Matrix, Reading, Watched, shape_of, whole
 
+#: From parameters to a whole tensor of each, by identity; all ranks together.
+Gather: TypeAlias = Callable[[Sequence[nn.Parameter]], dict[int, Tensor]]
 #: Storage dtypes as safetensors names them.
 _STORAGE = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -44,6 +48,7 @@ class LiveSpectra:
         step: The step that is resumed from.
         cosines: Whether inner products of consecutive increments are formed, which takes a second copy.
         leads: Whether this process computes and copies; the others only help to gather.
+        zero: The model's ZeRO, if it is trained under it.
 
     Attributes:
         shapes: Matrix to its shape and storage format.
@@ -57,8 +62,9 @@ class LiveSpectra:
         step: int = 0,
         cosines: bool = False,
         leads: bool = True,
+        zero: Zero | None = None,
     ) -> None:
-        self._cosines, self._leads = cosines, leads
+        self._cosines, self._leads, self._zero = cosines, leads, zero
         self._dense: set[int] = set()
         self._start, self._before, self._earlier = Snapshot(), Snapshot(), Snapshot()
         # The following is the same on all ranks, those without copies included.
@@ -126,7 +132,7 @@ class LiveSpectra:
             late = [p for p in moves if copied_at < 0 or (copied_at != step and id(p) in anew | scaled)]
             changed.append(matrix)
             self._fresh[matrix.name] = "late" if late else "new"
-            now = Snapshot(_gather([matrix]))
+            now = Snapshot(self._gather([matrix]))
             self._begin(matrix, now)
             if self._leads:
                 for parameter in moves:
@@ -177,7 +183,7 @@ class LiveSpectra:
 
         def solve(batch: Sequence[Watched], values: dict[int, Tensor]) -> None:
             # On the host, so that no more than one batch is ever whole beside the model.
-            sharded = [p for matrix in batch for p in matrix.sources if is_sharded(p)]
+            sharded = [p for matrix in batch for p in matrix.sources if needs_all_ranks(p)]
             self._gathered |= {id(p): values[id(p)].to("cpu", copy=True) for p in sharded}
             self._results |= self._solve(batch, Snapshot(values), workspace)
 
@@ -206,13 +212,14 @@ class LiveSpectra:
     def increments(self) -> dict[str, Matrix]:
         """Return the change of every matrix since the last captured step; of a sum, not of its parts; in float64.
 
-        Only on the leading rank, for parameters that are whole there. Dense weights take a float64 copy of the model.
+        Only on the leading rank, between :meth:`measure` and :meth:`advance`, for parameters that are whole there.
+        Dense weights take a float64 copy of the model.
         """
         changes: dict[str, Matrix] = {}
         for matrix in self._watched:
             if matrix.part_of or not self._before.holds(matrix) or matrix.name in self._lost:
                 continue
-            now, before = matrix.read(), self._before.read(matrix)
+            now, before = matrix.read(self._present), self._before.read(matrix)
             if isinstance(now, LowRankMatrix) and isinstance(before, LowRankMatrix):
                 changes[matrix.name] = difference(now, before)
             elif isinstance(now, Tensor) and isinstance(before, Tensor):
@@ -229,7 +236,7 @@ class LiveSpectra:
             start = self._start.part(matrix)
             if matrix.part_of or matrix.name in self._lost or (matrix.is_dense and start is None):
                 continue
-            now = matrix.read()
+            now = matrix.read(self._present)
             if isinstance(now, LowRankMatrix):
                 before = None if start is None else self._start.read(start)
                 changes[matrix.name] = difference(now, before) if isinstance(before, LowRankMatrix) else _copied(now)
@@ -250,16 +257,19 @@ class LiveSpectra:
             for term in terms_of(matrix):
                 known = all(id(parameter) in self._start.values for parameter in term.parameters)
                 if known:
-                    values |= {id(p): (p, self._start.values[id(p)]) for p in term.parameters}
+                    values |= {id(p): (p, self._start.values[id(p)].to(p.dtype)) for p in term.parameters}
                 elif isinstance(term, AdapterProduct):
                     values[id(term.left)] = term.left, torch.zeros_like(term.left, requires_grad=False)
         return list(values.values())
 
-    def gradients(self, gradient: Reading) -> tuple[dict[str, tuple[Float[Tensor, " k"], int]], dict[str, str]]:
+    def gradients(
+        self, gradient: Reading | None = None, gather: Gather | None = None
+    ) -> tuple[dict[str, tuple[Float[Tensor, " k"], int]], dict[str, str]]:
         """Return singular values of every matrix's gradient, and the columns of its factors; all ranks together.
 
         Args:
             gradient: From a parameter to its gradient as this rank has it, zeros if it has none.
+            gather: Instead: what gives whole gradients of parameters, by identity.
 
         Returns:
             Spectra by matrix; and the matrices whose gradient could not be measured, with the reason.
@@ -285,14 +295,22 @@ class LiveSpectra:
                     for matrix in batch:
                         solve_or_note([matrix], values, changes)
 
-        self._for_each_batch(solve_or_note, gradient)
+        def gathered(batch: Sequence[Watched]) -> dict[int, Tensor]:
+            return self._gather(batch, gradient) if gather is None else gather(_sources(batch))
+
+        self._for_each_batch(solve_or_note, gathered)
         return spectra, failures
 
-    def _for_each_batch(self, function: Callable[..., None], *readings: Reading) -> None:
+    def visit(self, gather: Gather) -> None:
+        """Call it with the parameters of each batch; all ranks together."""
+        for batch in self._batches:
+            gather(_sources(batch))
+
+    def _for_each_batch(self, function: Callable[..., None], *gathers: Callable[..., dict[int, Tensor]]) -> None:
         """Call it with each batch and its parameters' values (and what else is read); on the leading rank alone."""
         failure: Exception | None = None
         for batch in self._batches:
-            gathered = [_gather(batch, reading) for reading in (_value, *readings)]
+            gathered = [gather(batch) for gather in (self._gather, *gathers)]
             if self._leads and failure is None:
                 try:
                     with self._threads_for(batch):
@@ -327,7 +345,7 @@ class LiveSpectra:
     def _take_start(self, watched: Sequence[Watched]) -> None:
         """Let totals count from now."""
         for matrix in watched:
-            now = Snapshot(_gather([matrix]))
+            now = Snapshot(self._gather([matrix]))
             self._begin(matrix, now)
             del now  # before the next is gathered
 
@@ -366,7 +384,10 @@ class LiveSpectra:
         """
         copies: dict[int, Tensor] = {}
         for parameter in self._keys:
-            value = whole(parameter) if gathered is None else gathered.get(id(parameter), parameter.detach())
+            if gathered is not None:
+                value = gathered.get(id(parameter), parameter.detach())
+            else:
+                value = whole(parameter) if self._zero is None else self._zero.values([parameter])[id(parameter)]
             if not self._leads:
                 continue
             copy, start = old.values.get(id(parameter)), self._start.values.get(id(parameter))
@@ -394,6 +415,18 @@ class LiveSpectra:
         batches = walk.batches(self.shapes, lambda name: matrices[name].sources[0].device, kind)
         return [[matrices[name] for name in names] for names in batches]
 
+    def _gather(self, batch: Sequence[Watched], reading: Reading | None = None) -> dict[int, Tensor]:
+        """Return the values of a batch's parameters, or what is read of each, whole."""
+        parameters = _sources(batch)
+        if reading is None and self._zero is not None:
+            return self._zero.values(parameters)
+        return {id(p): whole(p if reading is None else reading(p)) for p in parameters}
+
+    def _present(self, parameter: nn.Parameter) -> Tensor:
+        """Return a parameter's value as it was measured."""
+        gathered = self._gathered.get(id(parameter))
+        return whole(parameter) if gathered is None else gathered.to(self._home(parameter))
+
     def _home(self, parameter: nn.Parameter) -> torch.device:
         return torch.device("cpu") if id(parameter) in self._dense else parameter.device
 
@@ -419,6 +452,11 @@ class LiveSpectra:
         return Previous.of_factors(_low_rank(self._before, batch), results, earlier)
 
 
+def _sources(batch: Sequence[Watched]) -> list[nn.Parameter]:
+    """Return the parameters of matrices, each once."""
+    return list({id(parameter): parameter for matrix in batch for parameter in matrix.sources}.values())
+
+
 def _copied(matrix: LowRankMatrix) -> LowRankMatrix:
     """Return a product that stays as it is when its parameters move."""
     left, right = (factor.detach().clone() for factor in (matrix.left_factor, matrix.right_factor))
@@ -434,17 +472,9 @@ def _shape(watched: Watched) -> MatrixShape:
 
 def _shape_only(parameter: nn.Parameter) -> Tensor:
     """Return a tensor of a parameter's shape, without gathering one that is sharded."""
-    if not is_sharded(parameter):
+    if not needs_all_ranks(parameter):
         return parameter.detach()
-    return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
-
-
-def _value(parameter: nn.Parameter) -> Tensor:
-    return parameter
-
-
-def _gather(batch: Sequence[Watched], reading: Reading = _value) -> dict[int, Tensor]:
-    return {id(parameter): whole(reading(parameter)) for matrix in batch for parameter in matrix.sources}
+    return torch.zeros((), dtype=gathered_dtype(parameter), device=parameter.device).expand(shape_of(parameter))
 
 
 def _reading(values: Mapping[int, Tensor]) -> Reading:

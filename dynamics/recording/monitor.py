@@ -187,13 +187,8 @@ def watched_or_refused(model: nn.Module, matrices: str | None) -> WatchedModel:
     """Return the matrices to watch.
 
     Raises:
-        ValueError: If there are none, or their parameters cannot be read.
+        ValueError: If there are none.
     """
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ValueError(
-            "Expected parameters that can be read, got those of DeepSpeed ZeRO-3, which are split over all ranks. "
-            "Use FSDP 2, or ZeRO-2 with gradients=False."
-        )
     watched = find(model, matrices)
     if not watched.watched:
         trained = sum(parameter.requires_grad for parameter in model.parameters())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -24,6 +24,7 @@ from dynamics.findings import Finding
 from dynamics.intervention.counterfactuals import ARMS
 from dynamics.recording import Schedule, at_no_step, either, preset_named
 from dynamics.recording.changes import BaseWeights, Change, ModelState, change_between
+from dynamics.recording.deepspeed import RanksApart, Zero, is_zero, needs_all_ranks
 from dynamics.recording.fisher import FisherProbe, Increment, Interventions, descent_rate, momentum_of
 from dynamics.recording.live import LiveSpectra
 from dynamics.recording.losses import LATE, LossProbe, outside, starts_at_zero
@@ -60,6 +61,16 @@ class _InFlight:
     scale: float = 1.0
     has_gradient: bool = False  # on every rank alike: measuring takes them all
     gradient: xr.Dataset | None = None  # on the rank that writes
+    unclipped: _Unclipped | None = None  # under ZeRO, likewise
+
+
+@dataclass(frozen=True)
+class _Unclipped:
+    """Gradients under ZeRO, before it clips them: norms by matrix, spectra, and the loss scale."""
+
+    norms: Sequence[float]
+    spectra: Mapping[str, tuple[Tensor, int]]
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,8 @@ class Recorder:
 
     Args:
         run: Run folder; records go into ``run/dynamics/records/``.
-        model: The model in training, its adapters in place; in any wrapper (PEFT, DDP, FSDP 2, ``torch.compile``).
+        model: The model in training, its adapters in place; in any wrapper (PEFT, DDP, FSDP 2, ``torch.compile``), or
+            DeepSpeed's engine. Under ZeRO every rank needs a recorder.
         preset: ``"economy"``, ``"standard"`` or ``"full"``: what a record holds, and by default which steps.
         every: Capture every so many steps instead of the preset's.
         at: Capture these steps.
@@ -92,7 +104,7 @@ class Recorder:
         resume_from: The step that the training resumes from: recording continues, and later records are dropped.
             ``None``: training begins now, and the model's weights are its start.
         warmup_steps: Of the learning rate; warnings allow for them.
-        gradients: Whether gradients are recorded; ``False`` where they cannot be read (DeepSpeed ZeRO).
+        gradients: Whether gradients are recorded; ``False`` where they cannot be read.
         disk_names: Matrix → its name in saved weights, where that differs; or a function that returns this for the
             names of dense matrices, including those that are trained later.
         tasks: Held-out probe samples. With them a record has the Fisher at the start of the increment, K and b, the
@@ -112,12 +124,15 @@ class Recorder:
             concentration. 0: unknown.
         notes: Findings about the whole training, kept with its records.
         strict: Raise if recording fails, instead of one warning and a gap in the records.
+        optimizer: Under DeepSpeed ZeRO-1 and 2, if the model is not DeepSpeed's engine: ``engine.optimizer``,
+            without which gradients cannot be read.
         progress: Called with the number of probe samples measured at a captured step, and of all; then, if it is
             intervened on, with the number of forward passes over samples.
 
     Raises:
         ValueError: If there is nothing to watch, or the preset, the schedule or the regular expression is invalid; if
-            there is something to intervene with but no tasks, or an arm is unknown.
+            there is something to intervene with but no tasks, or an arm is unknown; under ZeRO-3 with tasks, or where
+            its weights cannot be put together.
         RecordsExist: If the run has records already and does not resume, or resumes from other weights than recorded.
         OSError: If the records cannot be written at the start; later failures only raise with ``strict``.
 
@@ -153,6 +168,7 @@ class Recorder:
         batch_size: int = 0,
         notes: Sequence[Finding] = (),
         strict: bool = False,
+        optimizer: Any = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.preset = preset_named(preset)
@@ -162,13 +178,23 @@ class Recorder:
         if intervene is not None:
             self._schedule = either(self._schedule, self._intervenes)
         watched = watched_or_refused(model, matrices)
+        self._zero = Zero.of(model, optimizer)
+        if is_zero(model) and self._zero is None:
+            gradients = False
+        if self._zero is None and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise ValueError(
+                "Expected parameters that can be read, got those of DeepSpeed ZeRO-3 without their optimizer. Make the "
+                "recorder after deepspeed.initialize, and install deepspeed>=0.19. Or use FSDP 2."
+            )
         self._leads = not _distributed() or dist.get_rank() == 0
-        self._takes_part = self._leads or any(is_sharded(p) for matrix in watched.watched for p in matrix.sources)
+        self._takes_part = self._leads or any(needs_all_ranks(p) for matrix in watched.watched for p in matrix.sources)
         self._gradients, self._strict, self._progress = gradients, strict, progress
         self._model, self._pattern, self._state = model, matrices, ModelState(model)
         self._batch_size = float(batch_size) or math.nan
-        self._bases = BaseWeights(model) if self._leads else None
+        # Not under ZeRO: what is noticed there all ranks must notice.
+        self._bases = BaseWeights(model) if self._leads and self._zero is None else None
         self._take_parameters(watched)
+        self._call_off: Callable[[], None] = lambda: None  # the reading of gradients under ZeRO
         self._lost_start = False  # of the increment: no Fisher can be measured there
         self._in_flight: _InFlight | None = None
         self._records: Records | None = None
@@ -207,11 +233,13 @@ class Recorder:
     def step(self, step: int, optimizer: Any = None, scaler: Any = None) -> Iterator[None]:
         """Enclose one optimizer step: everything from the first forward pass to after ``optimizer.step()``.
 
+        Under DeepSpeed: all ``engine.backward`` and ``engine.step`` of one optimizer step.
+
         Args:
             step: Number of this optimizer step, from 1.
-            optimizer: The optimizer, Accelerate's wrapper or not; without it, or with one that is no
+            optimizer: The optimizer, Accelerate's wrapper or not. Without it, or with one that is no
                 ``torch.optim.Optimizer``, call :meth:`before_optimizer_step` after clipping; otherwise only the
-                norms of gradients before clipping are recorded.
+                norms of gradients before clipping are recorded. Not needed under DeepSpeed.
             scaler: The ``torch.amp.GradScaler``, if the loss is scaled.
         """
         self.before_backward(step, scaler)
@@ -219,7 +247,7 @@ class Recorder:
         if self._in_flight is not None and optimizer is not None:
             self._take_rates(optimizer)
             inner = getattr(optimizer, "optimizer", optimizer)
-            if hasattr(inner, "register_step_pre_hook"):  # not every optimizer is one of torch
+            if self._zero is None and hasattr(inner, "register_step_pre_hook"):  # not every optimizer is one of torch
                 hook = inner.register_step_pre_hook(lambda *_: self.before_optimizer_step(optimizer))
         try:
             yield
@@ -227,7 +255,7 @@ class Recorder:
         finally:
             if hook is not None:
                 hook.remove()
-            self._norms.disarm()
+            self._disarm()
             self._in_flight = None
 
     def before_backward(self, step: int, scaler: Any = None) -> None:
@@ -239,14 +267,14 @@ class Recorder:
             step: Number of this optimizer step, from 1.
             scaler: The ``torch.amp.GradScaler``, if the loss is scaled.
         """
-        self._norms.disarm()
+        self._disarm()
         self._in_flight, self._step = None, step
         captures = self._takes_part and step > self._last and self._schedule(step)
         self._follow(captures=captures)
         if captures:
             self._in_flight = _InFlight(step, scaler, loss_scale(scaler, None))
             if self._gradients:
-                self._norms.arm()
+                self._arm()
 
     @torch.no_grad()
     def before_optimizer_step(self, optimizer: Any = None) -> None:
@@ -259,7 +287,7 @@ class Recorder:
         self._follow(captures=False)
         if flight is not None and optimizer is not None:
             self._take_rates(optimizer)
-        if flight is None or not self._gradients or flight.has_gradient:
+        if flight is None or not self._gradients or flight.has_gradient or self._zero is not None:
             return
         flight.has_gradient = True
         with self._forgiven(flight.step):
@@ -284,8 +312,12 @@ class Recorder:
         flight, self._in_flight = self._in_flight, None
         if flight is None:
             return False
-        self._norms.disarm()
-        if self._gradients and not flight.has_gradient:  # nobody said when gradients were clipped, or no step was taken
+        self._disarm()
+        if self._zero is not None:
+            self._after_clipping(self._zero, flight)
+        elif (
+            self._gradients and not flight.has_gradient
+        ):  # nobody said when gradients were clipped, or no step was taken
             with self._forgiven(flight.step):
                 before = self._norms.before_clipping()
                 if self._leads and before is not None:
@@ -304,7 +336,7 @@ class Recorder:
 
     def close(self) -> None:
         """Remove all hooks and close the records; later calls do nothing, and closing twice does no harm."""
-        self._norms.disarm()
+        self._disarm()
         self._in_flight = None
         self._takes_part = False
         try:
@@ -320,15 +352,71 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _arm(self) -> None:
+        """Have gradients measured when they are there."""
+        if self._zero is not None:
+            self._call_off = self._zero.before_step(self._before_zero_steps)
+        if self._zero is None or not any(map(is_sharded, self._parameters)):  # gradients of micro-batches, too
+            self._norms.arm()
+
+    def _disarm(self) -> None:
+        self._norms.disarm()
+        self._call_off()
+
+    @torch.no_grad()
+    def _before_zero_steps(self) -> None:
+        """Measure gradients, whole and not yet clipped; ZeRO clips as it steps."""
+        flight, zero = self._in_flight, self._zero
+        if flight is None or zero is None or not self._takes_part:
+            return
+        squared: dict[int, Tensor] = {}
+
+        def gather(parameters: Sequence[nn.Parameter]) -> dict[int, Tensor]:
+            gradients = zero.gradients(parameters)
+            squared.update(
+                {key: torch.linalg.vector_norm(one, dtype=torch.float64).square() for key, one in gradients.items()}
+            )
+            return gradients
+
+        with self._forgiven(flight.step):
+            self._norms.disarm()
+            self._take_rates(zero.optimizer)
+            spectra, failures = {}, {}
+            if self.preset.gradient_spectra:
+                spectra, failures = self._live.gradients(gather=gather)
+            else:
+                self._live.visit(gather)
+            if self._records is not None and failures:
+                self._records.unmeasured_gradients(flight.step, failures)
+            norms = self._by_matrix(torch.stack([squared[id(parameter)] for parameter in self._parameters]), 1.0)
+            flight.unclipped = _Unclipped(norms, spectra, zero.loss_scale)
+
+    def _after_clipping(self, zero: Zero, flight: _InFlight) -> None:
+        """Make the record of the gradients, now that it is known by how much ZeRO has clipped them."""
+        unclipped = flight.unclipped
+        if not self._leads or not self._gradients:
+            return
+        with self._forgiven(flight.step):
+            if unclipped is None:  # no step was taken, or measuring failed
+                unclipped, clipping = _Unclipped(self._by_matrix(None, 1.0), {}, 1.0), math.nan
+            else:
+                clipping = zero.clipping()
+            spectra = {name: (values * clipping, rank) for name, (values, rank) in unclipped.spectra.items()}
+            after = [norm * clipping for norm in unclipped.norms]
+            flight.gradient = self._gradient_record(flight.step, unclipped.norms, after, spectra, scale=unclipped.scale)
+
     def _capture(self, step: int, gradient: xr.Dataset | None) -> bool:
+        if not self._takes_part:  # since a rank was missing in this step
+            return False
         self._last, written, transition = step, False, None
         with self._forgiven(step):
-            transition = self._transition(captures=True)
-            if transition is not None:
-                change = transition.change
-                self._live.lose(totals=change.restarted, increments={*change.restarted, *change.rescaled})
-                self._lost_start |= bool(change.restarted)
-                self._probe_follows(transition, step, moved=True)
+            with nullcontext() if self._zero is None else self._zero.agreed():
+                transition = self._transition(captures=True)
+                if transition is not None:
+                    change = transition.change
+                    self._live.lose(totals=change.restarted, increments={*change.restarted, *change.rescaled})
+                    self._lost_start |= bool(change.restarted)
+                    self._probe_follows(transition, step, moved=True)
             spectra = self._live.measure()
             if self._records is not None and self._live.shapes:
                 update = self._update(step, spectra)
@@ -372,7 +460,7 @@ class Recorder:
             if self._takes_part and (transition := self._transition(captures=captures)) is not None:
                 self._lost_start |= bool(transition.change.restarted) and self._from_step != done
                 self._probe_follows(transition, done, moved=False)
-                self._norms.disarm()
+                self._disarm()
                 self._take_up(transition, done)
 
     def _transition(self, *, captures: bool) -> _Transition | None:
@@ -429,7 +517,7 @@ class Recorder:
         *,
         restricted: bool,
     ) -> FisherProbe | None:
-        if not tasks or not self._takes_part:
+        if not tasks or not (self._leads or any(map(is_sharded, model.parameters()))):
             return None
         dense = [parameter for matrix in watched.watched if matrix.is_dense for parameter in matrix.sources]
         blocks = [matrix.name for matrix in watched.watched if not matrix.part_of] if restricted else None
@@ -530,7 +618,9 @@ class Recorder:
                 )
         start = {} if resume_from is not None and start is None else start
         cosines = self.preset.increment_cosines
-        self._live = LiveSpectra(watched.watched, start=start, step=self._last, cosines=cosines, leads=self._leads)
+        self._live = LiveSpectra(
+            watched.watched, start=start, step=self._last, cosines=cosines, leads=self._leads, zero=self._zero
+        )
         with _raised_on_all():
             spectra = self._live.measure() if resume_from is not None and self._takes_part else {}
             if self._leads:
@@ -557,6 +647,8 @@ class Recorder:
                     self._records.close()
                     raise
                 _OPEN[store_path(run)] = self
+        if self._zero is not None:
+            self._zero.begin()
 
     def _lose_start(self, records: Records, *, knows_start: bool) -> None:
         """Take note of what happened before the training was resumed: it cannot be set back to its start then."""
@@ -628,6 +720,12 @@ class Recorder:
         """Turn an error inside into a gap in the records, so that training goes on."""
         try:
             yield
+        except RanksApart as error:
+            self._takes_part, self._in_flight = False, None
+            if self._strict:
+                raise
+            if self._records is not None:
+                self._records.end(step, str(error))
         except Exception as error:
             if self._strict:
                 raise

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from probes.watched import AdapterProduct, Dense, Matrix, Watched
+from probes.watched import AdapterProduct, Dense, Matrix, Watched, shape_of
 
 
 @dataclass
@@ -79,7 +79,7 @@ def start_tensors(
         for parameter in matrix.sources:
             value = start.values.get(id(parameter))
             if value is not None or step is not None:
-                zero = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                zero = torch.zeros(shape_of(parameter), dtype=parameter.dtype)
                 tensors[f"{keys[parameter]}{suffix}"] = zero if value is None else value
         scales = [start.scales.get(factors_of(term), scale) for term, scale in scaled_products(matrix)]
         if scales:

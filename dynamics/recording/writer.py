@@ -203,6 +203,15 @@ class Records:
             "at the next captured step. This warning appears once.",
         )
 
+    def end(self, step: int, reason: str) -> None:
+        """Note that nothing is recorded from this step on, and warn."""
+        self._gaps.append({"step": step, "reason": encodable(reason)})
+        self._tell(
+            "OD305",
+            f"optimization-dynamics records nothing from step {step} on, since the ranks were not together ({reason}). "
+            "Training goes on.",
+        )
+
     def annotate(self) -> None:
         """Bring the attributes up to date, and warn once of each new finding.
 

@@ -24,15 +24,6 @@ def test_a_model_without_trained_matrices_is_refused_with_the_remedy():
         watched_or_refused(model, None)
 
 
-def test_parameters_in_pieces_are_refused():
-    model = nn.Linear(3, 2)
-    model.weight.ds_id = 0
-    with pytest.raises(
-        ValueError, match=re.escape("DeepSpeed ZeRO-3") + ".*Use FSDP 2, or ZeRO-2 with gradients=False"
-    ):
-        watched_or_refused(model, None)
-
-
 def test_gradients_that_are_not_recorded_are_noted():
     found = watched_or_refused(nn.Linear(3, 2, bias=False), None)
     assert [note.code for note in findings_on_model(found, gradients=False)] == ["OD311"]

@@ -251,13 +251,13 @@ def test_the_callback_in_a_trainer_on_two_processes(ranks, tmp_path):
 # ---- DeepSpeed ----
 
 
-def test_zero_3_is_refused(tmp_path):
+def test_zero_3_without_its_optimizer_is_refused(tmp_path):
     """Its parameters are known by the number that DeepSpeed gives them."""
     weights = nn.Linear(2, 2)
     weights.weight.ds_id = 0
     message = (
-        "Expected parameters that can be read, got those of DeepSpeed ZeRO-3, which are split over all ranks. "
-        "Use FSDP 2, or ZeRO-2 with gradients=False."
+        "Expected parameters that can be read, got those of DeepSpeed ZeRO-3 without their optimizer. Make the "
+        "recorder after deepspeed.initialize, and install deepspeed>=0.19. Or use FSDP 2."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Recorder(tmp_path, weights)
@@ -271,8 +271,8 @@ class DeepSpeedOptimizerWrapper:
 @pytest.mark.parametrize(
     ("deepspeed", "optimizer"), [("zero2.json", None), (None, DeepSpeedOptimizerWrapper())], ids=["Trainer", "wrapper"]
 )
-def test_under_zero_2_updates_are_recorded_and_gradients_are_not(tmp_path, deepspeed, optimizer):
-    """Its engine takes gradients out of `.grad` as they come, clips and steps; the callback sees the same events."""
+def test_where_zero_does_not_show_itself_updates_are_recorded_and_gradients_are_not(tmp_path, deepspeed, optimizer):
+    """An engine takes gradients out of `.grad` as they come, clips and steps; the callback sees the same events."""
     weights = nn.Linear(2, 2)
     options = arguments(tmp_path, save_strategy="no")
     options.deepspeed = deepspeed  # afterwards: DeepSpeed itself is not needed here
