@@ -95,6 +95,13 @@ def read_scores(path: str | Path, *, run: str | None = None) -> ScoreFile:
 def _read(path: Path, run: str | None) -> ScoreFile:
     if path.suffix.lower() in (".csv", ".tsv"):
         return _read_table(_table_text(path), path, run)
+    if path.suffix.lower() != ".json":
+        raise UnreadableFile(
+            _CODE,
+            f"Expected a score file whose name ends in .csv, .tsv or .json, got {shown(path.name)!r}.",
+            "Give scores as a CSV with the columns run, step, task, score, as trainer_state.json, or as a result file "
+            "of lm-evaluation-harness.",
+        )
     content = read_json(path, _CODE)
     if isinstance(content.get("results"), dict):
         return _numbers_only(_harness(content, path, run), path)

@@ -127,7 +127,7 @@ def _sentence(
         before = f"the start at step {start:,}" if start else "the model before training"
         text = f"{shown} better than {before} ({counted(saved, 'checkpoint')})"
     else:
-        of = f"of {saved:,}" if saved > 1 else "the only one"
+        of = f"of {saved:,}" if saved > 1 else "the only one evaluated"
         of += "" if is_saved else "; no evaluated step was saved"
         text = f"keep {best} ({of})" if verdict in ("yes", "mixed") else f"{best} is best ({of})"
         if verdict == "undecided" and reported["low"] is not None:

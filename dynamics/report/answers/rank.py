@@ -211,6 +211,8 @@ def _sentence(adapters: _Adapters, effect: _Effect | None, is_by_noise: bool, tr
     newest = " of the newest training" if trainings > 1 else ""
     share = adapters.share if effect is None else effect.share
     pattern = f"adapters with the ranks of rank_pattern.json have {percent(share, 0)} of the parameters"
+    if effect is None and share >= 1:
+        pattern = "the ranks of rank_pattern.json would save no parameters"
     if effect is None:
         return f"{basis}, {subject}{newest} is {together}; {pattern}."
     digits = 2 if max(abs(effect.low), abs(effect.high)) < HARMLESS else 1

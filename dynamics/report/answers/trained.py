@@ -178,6 +178,8 @@ def _moved(matrices: _Matrices, moved: int, trainings: int) -> str:
     newest = f" of the newest of {trainings} trainings" if trainings > 1 else ""
     count = len(matrices.names)
     total = counted(count, "matrix", "matrices")
+    if not moved and not np.isfinite(matrices.sizes).any():
+        return f"None of {total}{newest} has a finite update{by}" if count > 1 else f"The update is not finite{by}"
     if not moved:
         return f"None of {total}{newest} moved{by}" if count > 1 else f"The one matrix{newest} did not move{by}"
     if moved < count:

@@ -159,6 +159,7 @@ def test_cells_that_are_no_numbers_are_named_with_their_line(tmp_path):
         ("s.json", {"a": 1}, "Expected trainer_state.json, *_results.json"),
         ("s.json", "{", "It is not valid JSON"),
         ("s.csv", "", "It is empty"),
+        ("s.md", "# Scores", "Expected a score file whose name ends in .csv, .tsv or .json, got 's.md'."),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, problem):

@@ -75,6 +75,7 @@ def test_a_rank_that_is_used_to_its_end_may_be_too_low_or_just_right():
     result = answer(with_spectra(FULL, [0.2] * 8))
     assert result.verdict == "undecided"
     assert "rank 8 is used up in all 14 matrices" in result.answer
+    assert "the ranks of rank_pattern.json would save no parameters" in result.answer
     assert "twice the rank" in result.surer
 
 

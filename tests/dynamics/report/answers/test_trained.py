@@ -127,6 +127,14 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     assert "1 is not finite, as after a loss that diverged" in result.answer
 
 
+def test_where_no_update_is_finite_that_is_told():
+    tree = example_tree(steps=2, matrices=2)
+    tree["update"]["frobenius_norm"].loc[{"kind": "total"}] = np.inf
+    result = answer(tree)
+    assert result.verdict == "no"
+    assert result.answer.startswith("None of 2 matrices has a finite update by step 200")
+
+
 def test_one_shard_of_a_sharded_training_is_told(tmp_path):
     def keep_an_eighth(step, factors):
         for left, _ in factors.values():
