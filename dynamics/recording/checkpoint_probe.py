@@ -26,7 +26,7 @@ from dynamics.checkpoints import Checkpoint
 from dynamics.findings import Finding
 from dynamics.intervention.sensitivity import sensitivity
 from dynamics.recording.fisher import FisherProbe, Increment, Interventions
-from dynamics.recording.losses import SCALES, LossProbe, outside, starts_at_zero, zero_start
+from dynamics.recording.loss_probe import SCALES, LossProbe, outside, starts_at_zero, zero_start
 from dynamics.spectra.increments import difference
 from dynamics.text import first_line
 from probes.blocks import trained_parameters

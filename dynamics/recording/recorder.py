@@ -27,7 +27,7 @@ from dynamics.recording.changes import BaseWeights, Change, ModelState, change_b
 from dynamics.recording.deepspeed import RanksApart, Zero, is_zero, needs_all_ranks
 from dynamics.recording.fisher import FisherProbe, Increment, Interventions, descent_rate, momentum_of
 from dynamics.recording.live import LiveSpectra
-from dynamics.recording.losses import LATE, LossProbe, outside, starts_at_zero
+from dynamics.recording.loss_probe import LATE, LossProbe, outside, starts_at_zero
 from dynamics.recording.monitor import (
     findings_on_model,
     findings_on_resuming,

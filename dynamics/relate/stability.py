@@ -153,12 +153,12 @@ class Course:
     best: int | None
 
 
-def increment_products(
+def products_of_increments(
     gram: Float[np.ndarray, "checkpoint checkpoint"],
 ) -> Float[np.ndarray, "checkpoint checkpoint"]:
     """Return inner products of increments between checkpoints, the first from the start.
 
-    >>> increment_products(np.array([[1.0, 1.0], [1.0, 2.0]])).tolist()
+    >>> products_of_increments(np.array([[1.0, 1.0], [1.0, 2.0]])).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
     points = np.pad(gram, ((1, 0), (1, 0)))
@@ -167,7 +167,7 @@ def increment_products(
 
 def motion_of(training: Training) -> Motion | None:
     """Return whether the newest half of the increments agree in direction; ``None`` for too few."""
-    products = increment_products(training.gram)
+    products = products_of_increments(training.gram)
     if not np.isfinite(products).all() or not len(products):
         return None
     moved = np.flatnonzero(np.diag(products) > _RESOLVED * np.diag(training.gram).max())

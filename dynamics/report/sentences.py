@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dynamics.report.answers.concentration import CHANCE, chance_steps, concentration_state
-from dynamics.report.answers.tasks import degree_of_difference
+from dynamics.report.answers.concentrated import CHANCE, chance_steps, concentration_state
+from dynamics.report.answers.conflicts import degree_of_difference
 from dynamics.text import counted, listed, number, percent, sentence_case
 
 #: Share of the squared distance in one direction from which a path is called almost a line.

@@ -12,7 +12,7 @@ import xarray as xr
 
 from dynamics.fisher.task_structure import simultaneous_interval
 from dynamics.report.answers import answers, answers_of_runs
-from dynamics.report.answers.tasks import pair_sentence
+from dynamics.report.answers.conflicts import pair_sentence
 from dynamics.report.interventions import intervention_summary, sharpness_summary
 from dynamics.report.loss_summary import loss_summary
 from dynamics.report.score_summary import checkpoint_choice, checkpoint_table, score_summary

@@ -20,7 +20,7 @@ from dynamics.relate import choose_checkpoint
 from dynamics.relate.group_losses import GroupedLosses
 from dynamics.relate.stability import course_of
 from dynamics.report.answers.answer import VERDICTS
-from dynamics.report.answers.concentration import ABOUT, chance_steps
+from dynamics.report.answers.concentrated import ABOUT, chance_steps
 from dynamics.report.answers.trained import did_it_train
 from dynamics.spectra.training_noise import STATES
 from dynamics.text import counted
@@ -28,7 +28,7 @@ from tests.adapters import claims
 from tests.benchmarks.calibration import Row, Table, main, share
 from tests.dynamics.fisher.simulated import gradients, grams, power_law, stacked
 from tests.dynamics.relate.simulated_trainings import STEPS, Training
-from tests.dynamics.report.answers import test_checkpoint, test_recipe
+from tests.dynamics.report.answers import test_kept_checkpoint, test_recipe
 from tests.trainings import KINDS, trainings
 from tests.trees import example_tree
 
@@ -165,9 +165,9 @@ def verdict_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
     sets //= 5
     yield "answer", "simulated", *VERDICTS[:4], "right"
     run = example_tree(steps=[step for step in STEPS if step], matrices=2)
-    for name, training in test_checkpoint.KINDS.items():
+    for name, training in test_kept_checkpoint.KINDS.items():
         verdicts, right = zip(
-            *(test_checkpoint.checkpoint_answer(run, training, rng) for _ in range(sets)), strict=True
+            *(test_kept_checkpoint.checkpoint_answer(run, training, rng) for _ in range(sets)), strict=True
         )
         yield (
             "checkpoint",

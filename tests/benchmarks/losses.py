@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynamics.fisher.samples import SampleGroups
 from dynamics.intervention.effects import effects
-from dynamics.recording.losses import losses_along, predictions, zero_start
+from dynamics.recording.loss_probe import losses_along, predictions, zero_start
 from probes import LowRankMatrix, Task, watched_matrices
 from probes.undisturbed import swapped
 from probes.update_slopes import losses_of

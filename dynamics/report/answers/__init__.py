@@ -10,12 +10,12 @@ from typing import Any
 import xarray as xr
 
 from dynamics.report.answers.answer import QUESTIONS, Answer, Evidence, Verdict, verdict_words
-from dynamics.report.answers.checkpoint import which_checkpoint
-from dynamics.report.answers.concentration import did_updates_concentrate
+from dynamics.report.answers.concentrated import did_updates_concentrate
+from dynamics.report.answers.conflicts import do_tasks_fight
+from dynamics.report.answers.kept_checkpoint import which_checkpoint
 from dynamics.report.answers.rank import is_the_rank_right
 from dynamics.report.answers.recipe import which_recipe
 from dynamics.report.answers.stable import may_training_stop
-from dynamics.report.answers.tasks import do_tasks_fight
 from dynamics.report.answers.trained import did_it_train
 from dynamics.text import sentence_case, some
 

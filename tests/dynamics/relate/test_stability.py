@@ -10,8 +10,8 @@ import pytest
 from dynamics.relate.stability import (
     best_evaluation,
     course_of,
-    increment_products,
     motion_of,
+    products_of_increments,
     sizes_of,
     spikes_of,
     trend_of,
@@ -47,12 +47,12 @@ def test_a_schedule_that_ended_is_not_taken_for_rest():
 def test_increments_have_the_products_of_the_points():
     points = np.random.default_rng(0).standard_normal((5, 30)).cumsum(0)
     moved = np.diff(points, axis=0, prepend=0)
-    np.testing.assert_allclose(increment_products(points @ points.T), moved @ moved.T, atol=1e-12)
+    np.testing.assert_allclose(products_of_increments(points @ points.T), moved @ moved.T, atol=1e-12)
 
 
 def test_the_cosine_is_that_of_joined_unit_increments():
     training = one("stationary noise, SGD")
-    products = increment_products(training.gram)[-8:, -8:]
+    products = products_of_increments(training.gram)[-8:, -8:]
     units = np.linalg.cholesky(products / np.sqrt(np.outer(np.diag(products), np.diag(products))))
     pairs = [units[i] @ units[j] for i in range(8) for j in range(i + 2, 8)]
     motion = motion_of(training)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from dynamics.report.answers.checkpoint import which_checkpoint
+from dynamics.report.answers.kept_checkpoint import which_checkpoint
 from dynamics.report.score_summary import checkpoint_choice
 from dynamics.report.summary import summarise
 from dynamics.schema import LOSS

@@ -9,7 +9,7 @@ import math
 import pytest
 
 from dynamics.intervention.findings import VERDICTS
-from dynamics.report.answers.concentration import concentration_state, did_updates_concentrate
+from dynamics.report.answers.concentrated import concentration_state, did_updates_concentrate
 from dynamics.report.interventions import intervention_summary
 from dynamics.report.summary import fisher_summary
 from tests.fishers import with_fisher

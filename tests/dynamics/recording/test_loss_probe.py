@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import dynamics
 from dynamics import DynamicsCallback, Recorder, analyze_run, schema
 from dynamics.intervention.loss_changes import NOT_ASKED, loss_changes
-from dynamics.recording.losses import LATE, LossProbe, losses_along, outside, predictions, starts_at_zero
+from dynamics.recording.loss_probe import LATE, LossProbe, losses_along, outside, predictions, starts_at_zero
 from dynamics.store.record_file import encoded_record, read_record
 from probes import Task
 from probes.undisturbed import swapped

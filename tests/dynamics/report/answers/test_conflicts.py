@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from dynamics.report.answers.tasks import do_tasks_fight, pair_sentence
+from dynamics.report.answers.conflicts import do_tasks_fight, pair_sentence
 from dynamics.report.summary import fisher_summary
 from tests.fishers import with_fisher
 from tests.trees import HOSTILE, example_tree
