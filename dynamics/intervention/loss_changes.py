@@ -185,12 +185,12 @@ def costliest_layer_sentence(losses: xr.Dataset) -> str:
 
 def _from_start(record: xr.Dataset) -> tuple[int, Float[np.ndarray, " sample"], xr.Dataset]:
     """Return the step of the start, the losses there, and the later steps."""
-    known = np.isfinite(record["start_loss"].values).any(1)
-    if not known.any():
+    has_start = np.isfinite(record["start_loss"].values).any(1)
+    if not has_start.any():
         first = int(record["step"].values[0])
         return first, record["sample_loss"].values[0], record.isel(step=slice(1, None))
-    start_step = int(record["start_step"].values[known].min())
-    row = np.flatnonzero(known & (record["start_step"].values == start_step))[0]
+    start_step = int(record["start_step"].values[has_start].min())
+    row = np.flatnonzero(has_start & (record["start_step"].values == start_step))[0]
     later = record["step"].values > start_step
     return start_step, record["start_loss"].values[row], record.isel(step=later)
 
@@ -216,11 +216,11 @@ def _layers(names: list[str]) -> tuple[list[str], np.ndarray]:
 
     Numbers; beside their stack where there are several; "" for matrices in none, first.
     """
-    places = [layer_and_role(name) for name in names]
-    stacks = {stack for number, _, stack in places if number >= 0}
+    positions = [layer_and_role(name) for name in names]
+    stacks = {stack for number, _, stack in positions if number >= 0}
     labels = [
-        "" if number < 0 else str(number) if len(stacks) == 1 else f"{stack}.{number}" for number, _, stack in places
+        "" if number < 0 else str(number) if len(stacks) == 1 else f"{stack}.{number}" for number, _, stack in positions
     ]
-    order = {label: (stack, number) for label, (number, _, stack) in zip(labels, places, strict=True)}
+    order = {label: (stack, number) for label, (number, _, stack) in zip(labels, positions, strict=True)}
     layers = sorted(order, key=lambda label: ("", -1) if not label else order[label])
     return layers, np.array([layers.index(label) for label in labels])

@@ -74,15 +74,17 @@ def _rank_by_role(tree: xr.DataTree, summary: Mapping[str, Any]) -> str:
         return ""
     roles = [role for role in adapters if role in ranks]
     scale = _Scale([0, *ranks.values()], _HEIGHT - _EDGE, _EDGE)
-    marks, said = [], []
+    marks, titles = [], []
     for role, x in zip(roles, _middles(len(roles)), strict=True):
         used = float(np.median(needed[role]))
-        said.append(f"{role}: {used:g} of {ranks[role]:g}")
+        titles.append(f"{role}: {used:g} of {ranks[role]:g}")
         bars = _line(x, scale(0.0), x, scale(ranks[role]), "track") + _line(x, scale(0.0), x, scale(used), "bar")
-        marks.append(_titled(bars, said[-1]))
+        marks.append(_titled(bars, titles[-1]))
     energy = f"{100 * summary['suggested_rank_energy']:.0f} %"
     ends = _ends(scale, {0.0: "0", float(max(ranks.values())): number(max(ranks.values()))})
-    return _svg([*marks, ends], f"Rank that holds {energy} of the energy against the adapter's rank: {'; '.join(said)}")
+    return _svg(
+        [*marks, ends], f"Rank that holds {energy} of the energy against the adapter's rank: {'; '.join(titles)}"
+    )
 
 
 def _scores_over_steps(tree: xr.DataTree, summary: Mapping[str, Any]) -> str:
@@ -109,17 +111,17 @@ def _cosines(tree: xr.DataTree, summary: Mapping[str, Any]) -> str:
     if not pairs:
         return ""
     scale = _Scale([-1.0, 1.0], _SIDE, _WIDTH - _SIDE)
-    marks, said = [_line(scale(0.0), 2.0, scale(0.0), _HEIGHT - 2, "rule")], []
+    marks, titles = [_line(scale(0.0), 2.0, scale(0.0), _HEIGHT - 2, "rule")], []
     for pair, y in zip(pairs, _middles(len(pairs), 4.0, _HEIGHT - 4), strict=True):
         cosine, low, high = pair["cosine"]["value"], pair["cosine"]["low"], pair["cosine"]["high"]
         interval, range_ = "", ""
         if low is not None and high is not None:
             interval = f" ({number(low)} to {number(high)})"
             range_ = _line(scale(max(low, -1.0)), y, scale(min(high, 1.0)), y, "range")
-        said.append(f"{' and '.join(pair['tasks'])} {number(cosine)}{interval}")
-        marks.append(_titled(range_ + _dot(scale(cosine), y), said[-1]))
+        titles.append(f"{' and '.join(pair['tasks'])} {number(cosine)}{interval}")
+        marks.append(_titled(range_ + _dot(scale(cosine), y), titles[-1]))
     marks += [_text(scale(end) + side, _HEIGHT / 2 + 3, words, anchor) for end, side, words, anchor in _COSINE_ENDS]
-    return _svg(marks, f"Cosine of the mean gradients: {'; '.join(said)}")
+    return _svg(marks, f"Cosine of the mean gradients: {'; '.join(titles)}")
 
 
 _COSINE_ENDS = ((-1.0, -4.0, "−1", "end"), (1.0, 4.0, "1", "start"))
@@ -175,17 +177,17 @@ def _scores_of_groups(tree: xr.DataTree, summary: Mapping[str, Any]) -> str:
     if not finite.size:
         return ""
     scale = _Scale(finite, _HEIGHT - _EDGE - 10, _EDGE)
-    marks, said = [], []
+    marks, titles = [], []
     for name, x in zip(names, _middles(len(names)), strict=True):
         mean = float(compared["group_mean"].sel(group=name))
         dots = "".join(_dot(x, scale(value)) for value in values[(owners == name) & np.isfinite(values)])
         bar = _line(x - 12, scale(mean), x + 12, scale(mean), "range") if np.isfinite(mean) else ""
-        said.append(f"{name} {number(mean)}")
+        titles.append(f"{name} {number(mean)}")
         marks.append(
             _titled(dots + bar, f"{name}: mean {number(mean)}") + _text(x, _HEIGHT - 2, shorten(name, 12), "middle")
         )
     ends = _ends(scale, {end: number(end) for end in (float(finite.min()), float(finite.max()))})
-    return _svg([*marks, ends], f"{compared['task'].item()} of every run; means: {'; '.join(said)}")
+    return _svg([*marks, ends], f"{compared['task'].item()} of every run; means: {'; '.join(titles)}")
 
 
 #: Question → what draws its picture from the result of one run.
@@ -214,8 +216,8 @@ class _Series:
 
     def thinned(self) -> list[tuple[float, float]]:
         """Return steps and values of so many points as a small picture can show."""
-        places = np.unique(np.linspace(0, self.steps.size - 1, min(self.steps.size, _MOST_POINTS)).round().astype(int))
-        return list(zip(self.steps[places].tolist(), self.values[places].tolist(), strict=True))
+        spots = np.unique(np.linspace(0, self.steps.size - 1, min(self.steps.size, _MOST_POINTS)).round().astype(int))
+        return list(zip(self.steps[spots].tolist(), self.values[spots].tolist(), strict=True))
 
     def ends(self) -> str:
         """Return the first and the last value in words."""
@@ -259,10 +261,10 @@ def _over_steps(
     values = np.concatenate([one.values for one in series.values()])
     values = values if rule is None else np.append(values, rule)
     ends = {float(end): number(float(end)) for end in (values.min(), values.max())}
-    said = "; ".join(f"{name} {one.ends()}" for name, one in series.items())
+    titles = "; ".join(f"{name} {one.ends()}" for name, one in series.items())
     ringed = "" if best is None else f"; best at step {best['step']:,}"
     marks = _lines(series, classes, rule=rule, best=best, ends=ends)
-    return _svg(marks, f"{title} over steps: {said}{ringed}")
+    return _svg(marks, f"{title} over steps: {titles}{ringed}")
 
 
 def _lines(
@@ -279,9 +281,9 @@ def _lines(
     across = _Scale(np.concatenate([one.steps for one in series.values()]), _SIDE, _WIDTH - _SIDE)
     marks = [] if rule is None else [_line(_SIDE, down(rule), _WIDTH - _SIDE, down(rule), "rule")]
     for (name, one), kind in zip(series.items(), classes, strict=False):
-        places = [(across(step), down(value)) for step, value in one.thinned()]
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        lone = _dot(*places[0]) if len(places) == 1 else ""
+        spots = [(across(step), down(value)) for step, value in one.thinned()]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+        lone = _dot(*spots[0]) if len(spots) == 1 else ""
         marks.append(_titled(f'<polyline class="{kind}" points="{points}"/>{lone}', name))
     if best is not None:
         marks.append(_dot(across(best["step"]), down(best["score"]), "best", 4.0))

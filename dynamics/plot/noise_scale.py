@@ -29,9 +29,9 @@ def noise_scale(data: xr.DataTree | xr.Dataset, *, ax: Axes | None = None) -> Fi
     """
     gradient = group(data, "gradient")
     steps, batch = gradient["step"].values, gradient["batch_size"].values
-    known = bool(np.isfinite(batch).all())
-    values = gradient["noise_scale" if known else "noise_to_signal"]
-    unit = "samples" if known else "batches"
+    has_batch = bool(np.isfinite(batch).all())
+    values = gradient["noise_scale" if has_batch else "noise_to_signal"]
+    unit = "samples" if has_batch else "batches"
     words = first_and_last(values)
     description = (
         f"Line over optimizer steps of the noise scale in {unit}; {words}." if words else "No step has a value."
@@ -41,7 +41,7 @@ def noise_scale(data: xr.DataTree | xr.Dataset, *, ax: Axes | None = None) -> Fi
         if np.isfinite(values).any():
             marker = "o" if np.isfinite(values).sum() == 1 else ""
             axes.plot(steps, values, color=COLOURS[0], marker=marker, label="tr Σ/‖μ‖², ten steps together")
-            edge = batch if known else np.ones(len(steps))
+            edge = batch if has_batch else np.ones(len(steps))
             axes.plot(
                 steps, edge, color="#444444", linestyle="--", linewidth=1.2, label="batch of the optimizer's step"
             )

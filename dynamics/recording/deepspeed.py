@@ -132,19 +132,19 @@ class Zero:
         cls._trainings += 1  # alike on all ranks
         ranks, store = dist.get_world_size(), _get_default_store()
         meeting = Meeting(PrefixStore(f"optimization-dynamics/{cls._trainings}", store), dist.get_rank(), ranks)
-        found = next(filter(_tells_enough, _optimizers(model, optimizer)), None)
+        zero_optimizer = next(filter(_tells_enough, _optimizers(model, optimizer)), None)
         try:
-            meeting.meet(None if found is not None else LookupError("ZeRO's optimizer was not found"))
+            meeting.meet(None if zero_optimizer is not None else LookupError("ZeRO's optimizer was not found"))
         except RuntimeError:  # on all ranks alike
             return None
-        assert found is not None
-        members = dist.get_world_size(found.dp_process_group)
+        assert zero_optimizer is not None
+        members = dist.get_world_size(zero_optimizer.dp_process_group)
         if members != ranks:
             raise ValueError(
                 f"Expected ZeRO over all {ranks} ranks, got groups of {members}: tensor, pipeline and expert "
                 "parallelism are not recorded. Analyse checkpoints: python -m dynamics.analyze RUN"
             )
-        return cls(found, meeting)
+        return cls(zero_optimizer, meeting)
 
     _trainings = 0
 

@@ -196,9 +196,9 @@ def predictions(model: nn.Module, tasks: Sequence[Task], changes: Mapping[str, M
     losses = []
     try:
         for task in tasks:
-            measured = update_slopes(model, task, changes)
-            losses.append(measured.losses)
-            slopes[task.name] = measured.slopes
+            of_update = update_slopes(model, task, changes)
+            losses.append(of_update.losses)
+            slopes[task.name] = of_update.slopes
             if not callable(task.loss):
                 quadratics[task.name] = quadratic(model, task, changes)
     except (ValueError, RuntimeError) as error:  # a layer that computes in another way; no room

@@ -344,21 +344,23 @@ def _by_scores(data: xr.Dataset, asked: Sequence[str], weight: float) -> dict[st
     ]
     choice = _choice("scores", tasks, retained, weight)
     choice |= {"left_out": left_out, "caveats": list(_CAVEATS_OF_SCORES)}
-    places = np.flatnonzero(np.all(np.isfinite(score[:, columns]), axis=1)) if columns else np.empty(0, dtype=np.int64)
-    after = places[steps[places] > 0]
+    complete = (
+        np.flatnonzero(np.all(np.isfinite(score[:, columns]), axis=1)) if columns else np.empty(0, dtype=np.int64)
+    )
+    after = complete[steps[complete] > 0]
     if not after.size:
         return choice | {"reason": "no score of known direction has a value after the start"}
-    if len(places) < 2:
+    if len(complete) < 2:
         return choice | {"reason": f"only step {steps[after[0]]:,} has scores"}
-    values = score[places][:, columns] * np.array([directions[task] for task in tasks])
-    errors = error[places][:, columns]
+    values = score[complete][:, columns] * np.array([directions[task] for task in tasks])
+    errors = error[complete][:, columns]
     pooled = np.sqrt((errors**2).mean(0))
     scale = np.fmax(values.std(0), np.where(pooled > 0, pooled, np.nan))
     scale = np.where(scale > 0, scale, 1.0)
     trade_off = _TradeOff.of([metric_of(task).task for task in tasks], retained, weight)
     if not trade_off.new.any():
         return choice | {"reason": "every score is of a retained task"}
-    rows = [_named("step" if step else "start", int(step), float(step > 0)) for step in steps[places]]
+    rows = [_named("step" if step else "start", int(step), float(step > 0)) for step in steps[complete]]
     relative = np.where(errors > 0, errors, np.nan) / scale
     candidates = _Candidates(
         rows,

@@ -198,10 +198,10 @@ def motion_of(training: Training) -> Motion | None:
 
 def trend_of(training: Training) -> Trend | None:
     """Return how the loss changes over the newest half of its log; ``None`` for too few rows."""
-    known = np.flatnonzero(np.isfinite(training.loss))
-    if len(known) < FEWEST_ROWS:
+    logged = np.flatnonzero(np.isfinite(training.loss))
+    if len(logged) < FEWEST_ROWS:
         return None
-    step, loss = training.log_step[known], training.loss[known]
+    step, loss = training.log_step[logged], training.loss[logged]
     newest = step > (step[0] + step[-1]) / 2
     count = min(int(newest.sum()), _LOSS_BLOCKS)
     if count < FEWEST_ROWS // 2:
@@ -215,15 +215,15 @@ def trend_of(training: Training) -> Trend | None:
 def _change(values: Float[np.ndarray, " row"]) -> tuple[float, float, float]:
     """Return the change of a fitted line from first to last value, between the ends of its 99 % interval."""
     count = len(values)
-    place = np.arange(count) - (count - 1) / 2
-    slope = float(place @ values / (place @ place))
-    residual = values - values.mean() - slope * place
+    position = np.arange(count) - (count - 1) / 2
+    slope = float(position @ values / (position @ position))
+    residual = values - values.mean() - slope * position
     spread = float(residual @ residual)
     likeness = float(residual[1:] @ residual[:-1]) / spread if spread > 0 else 0.0
     # Residuals of a line resemble each other less than errors do (Marriott & Pope 1954).
     likeness = float(np.clip((count * likeness + 2) / (count - 4), 0, 0.95))
     independent = count * (1 - likeness) / (1 + likeness)
-    error = np.sqrt(spread / (count - 2) * count / independent / (place @ place))
+    error = np.sqrt(spread / (count - 2) * count / independent / (position @ position))
     reach = float(special.stdtrit(max(independent - 2, 1.0), 1 - _LOSS_LEVEL) * error)
     return (count - 1) * (slope - reach), (count - 1) * slope, (count - 1) * (slope + reach)
 
@@ -244,11 +244,11 @@ def spikes_of(training: Training) -> int:
 
 def _rates(training: Training) -> Float[np.ndarray, " increment"]:
     """Return the mean learning rate of each increment's steps; 1 where none is logged."""
-    known = np.isfinite(training.learning_rate)
-    if not known.any():
+    logged = np.isfinite(training.learning_rate)
+    if not logged.any():
         return np.ones(len(training.moved))
     within = np.linspace(training.moved_from + 1, training.moved_step, 16)
-    return np.interp(within, training.log_step[known], training.learning_rate[known]).mean(0)
+    return np.interp(within, training.log_step[logged], training.learning_rate[logged]).mean(0)
 
 
 def sizes_of(training: Training) -> tuple[Float[np.ndarray, " increment"], Float[np.ndarray, " increment"]]:
@@ -265,8 +265,8 @@ def sizes_of(training: Training) -> tuple[Float[np.ndarray, " increment"], Float
 
 def _first_half(sizes: Float[np.ndarray, " increment"]) -> float:
     """Return the median of the first half of those that are known, NaN where it is 0."""
-    known = sizes[np.isfinite(sizes)]
-    return float(np.median(known[: (len(known) + 1) // 2])) or np.nan
+    logged = sizes[np.isfinite(sizes)]
+    return float(np.median(logged[: (len(logged) + 1) // 2])) or np.nan
 
 
 def best_evaluation(values: Float[np.ndarray, " evaluation"]) -> int | None:

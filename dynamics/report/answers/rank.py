@@ -224,12 +224,12 @@ def _sentence(adapters: _Adapters, effect: _Effect | None, is_by_noise: bool, tr
 def _where(adapters: _Adapters, state: str) -> str:
     """Return in how many matrices of which roles a state is found."""
     members = Counter(adapters.roles)
-    found = Counter(role for role, other in zip(adapters.roles, adapters.states, strict=True) if other == state)
-    total = sum(found.values())
+    by_role = Counter(role for role, other in zip(adapters.roles, adapters.states, strict=True) if other == state)
+    total = sum(by_role.values())
     if total == len(adapters.roles):
         return f"all {counted(total, 'matrix', 'matrices')}" if total > 1 else f"its one matrix, {adapters.roles[0]}"
-    roles = [f"{count:,} of {members[role]:,} {role}" for role, count in found.most_common(_NAMED)]
-    rest = len(found) - _NAMED
+    roles = [f"{count:,} of {members[role]:,} {role}" for role, count in by_role.most_common(_NAMED)]
+    rest = len(by_role) - _NAMED
     return listed([*roles, f"in {counted(rest, 'other role')}"] if rest > 0 else roles)
 
 

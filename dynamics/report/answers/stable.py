@@ -131,8 +131,8 @@ def _held_out(tree: xr.DataTree) -> tuple[str, np.ndarray, np.ndarray]:
     name = max(values, key=lambda name: (np.isfinite(values[name]).sum(), name == "eval_loss"), default="")
     if not name:
         return "", np.empty(0, dtype=np.int64), np.empty(0)
-    known = np.isfinite(values[name])
-    return name, scores["step"].values[known], values[name][known]
+    is_finite = np.isfinite(values[name])
+    return name, scores["step"].values[is_finite], values[name][is_finite]
 
 
 def _rounded(update: xr.Dataset) -> float:

@@ -160,15 +160,15 @@ class _Fault:
     def words(self, matrices: _Matrices) -> str:
         """Return how many matrices have the fault, what it is, and which they are."""
         roles = np.asarray(matrices.roles)
-        of_role, found = Counter(roles.tolist()), Counter(roles[self.members].tolist())
-        count = max(sum(found.values()), self.count)
+        of_role, by_role = Counter(roles.tolist()), Counter(roles[self.members].tolist())
+        count = max(sum(by_role.values()), self.count)
         everything = count == len(roles) > 1
-        where = [f"{members:,} of {of_role[role]:,} {role}" for role, members in found.most_common(_NAMED)]
-        if len(found) > _NAMED:
-            where.append(counted(len(found) - _NAMED, "other role"))
+        where = [f"{members:,} of {of_role[role]:,} {role}" for role, members in by_role.most_common(_NAMED)]
+        if len(by_role) > _NAMED:
+            where.append(counted(len(by_role) - _NAMED, "other role"))
         name = matrices.names[int(np.argmax(self.members)) if self.worst is None else self.worst]
         example = f"{'first' if self.worst is None else 'worst'} {name}" if count > 1 else name
-        which = example if everything or self.count > sum(found.values()) else f"{listed(where)}; {example}"
+        which = example if everything or self.count > sum(by_role.values()) else f"{listed(where)}; {example}"
         return f"{'all' if everything else f'{count:,}'} {'is' if count == 1 else 'are'} {self.state} ({which})"
 
 
