@@ -141,7 +141,7 @@ def train(
     callbacks = []
     if record:
         probed = probe_tasks(held_out(size.probes), scored=False)
-        callbacks = [DynamicsCallback(out, probed, preset="full", at=size.captured(steps))]
+        callbacks = [DynamicsCallback(out, probed, at=size.captured(steps))]
     trained: Any = rows
     trainer = Trainer(model, training, collate, trained, callbacks=callbacks)  # pyright: ignore[reportArgumentType]
     for callback in callbacks:
