@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics.plot.marks import first_and_last, legend_below
-from dynamics.plot.select import group
+from dynamics.plot.select import group, variable_of
 from dynamics.plot.style import COLOURS, figure_of, logarithmic, panel, say_nothing_to_draw, step_axis
 
 
@@ -23,14 +23,15 @@ def noise_scale(data: xr.DataTree | xr.Dataset, *, ax: Axes | None = None) -> Fi
         ax: Draw here, in the style of these axes; a new figure by default.
 
     Raises:
-        ValueError: If the result has no gradients.
+        ValueError: If the result has no gradients, or is of a version that did not measure their noise.
 
     Example: ``plot.noise_scale(dynamics.open_run("runs/imax"))``
     """
     gradient = group(data, "gradient")
+    ratio = variable_of(gradient, "noise_to_signal")
     steps, batch = gradient["step"].values, gradient["batch_size"].values
     has_batch = bool(np.isfinite(batch).all())
-    values = gradient["noise_scale" if has_batch else "noise_to_signal"]
+    values = gradient["noise_scale"] if has_batch else ratio
     unit = "samples" if has_batch else "batches"
     words = first_and_last(values)
     description = (

@@ -34,10 +34,10 @@ def loss_summary(tree: xr.DataTree) -> list[dict[str, Any]]:
     if losses.sizes["step"] < 2:
         return []
     at = losses.isel(step=-1)
-    return [_row(at.sel(task=task), task) for task in losses["task"].values.tolist()]
+    return [_row(at.sel(task=task), task, int(losses["step"][0])) for task in losses["task"].values.tolist()]
 
 
-def _row(of_task: xr.Dataset, task: str) -> dict[str, Any]:
+def _row(of_task: xr.Dataset, task: str, start_step: int) -> dict[str, Any]:
     layer, part = None, None
     if "layer_share" in of_task:
         parts = of_task["layer_share"].values * float(of_task["predicted_first"])
@@ -47,7 +47,7 @@ def _row(of_task: xr.Dataset, task: str) -> dict[str, Any]:
         "task": task,
         "retained": bool(of_task["retained"]),
         "step": int(of_task["step"]),
-        "start_step": int(of_task.attrs["start_step"]),
+        "start_step": start_step,
         "change": finite(of_task["change"]),
         "low": finite(of_task["change_low"]),
         "high": finite(of_task["change_high"]),

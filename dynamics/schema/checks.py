@@ -13,7 +13,16 @@ import xarray as xr
 from dynamics.schema.fisher_groups import ALL, FISHER_GROUPS, SAMPLE_LABELS
 from dynamics.schema.intervention_groups import INTERVENTION_AXES, INTERVENTION_FLAGS, INTERVENTION_GROUPS
 from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_COMPARISON
-from dynamics.schema.update_groups import BOUNDS, GRADIENT, MEASURES, NULL, OF_CHECKPOINTS, UPDATE, UPDATE_COORDINATES
+from dynamics.schema.update_groups import (
+    BOUNDS,
+    GRADIENT,
+    GRADIENT_NOISE,
+    MEASURES,
+    NULL,
+    OF_CHECKPOINTS,
+    UPDATE,
+    UPDATE_COORDINATES,
+)
 from dynamics.schema.variable import DECOMPOSITIONS, KINDS, Variable
 from dynamics.text import encodable
 
@@ -93,7 +102,9 @@ def _problems(tree: xr.DataTree) -> Iterator[str]:
     yield from _step_problems(update)
     yield from _spectrum_problems(update)
     if "gradient" in tree.children:
-        yield from _variable_problems("/gradient", tree["gradient"].to_dataset(), GRADIENT, complete=True)
+        gradient = tree["gradient"].to_dataset()
+        variables = {name: GRADIENT[name] for name in GRADIENT if name in gradient or name not in GRADIENT_NOISE}
+        yield from _variable_problems("/gradient", gradient, variables, complete=True)
     if "score" in tree.children:
         yield from _variable_problems("/score", tree["score"].to_dataset(), SCORE, complete=True)
     for name, variables in FISHER_GROUPS.items():

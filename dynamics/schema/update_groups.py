@@ -197,21 +197,8 @@ _GRADIENT_OF = (
     "of a dense weight ∇W; of a LoRA pair s(∇_B·A + B·∇_A), what a small step along the factors' gradients does to the "
     "matrix"
 )
-#: Gradients as the optimizer saw them; of a low-rank matrix those of its factors, and what they do to the matrix.
-GRADIENT: Mapping[str, Variable] = {
-    "norm_before_clip": Variable(
-        ("step", "matrix"),
-        "loss/weight",
-        "gradient norm before clipping",
-        "√Σ‖∂L/∂p‖² over the matrix's trainable parameters p at the end of the step's last backward pass, reduced over "
-        "processes, summed over accumulation, without the loss scale",
-    ),
-    "norm_after_clip": Variable(
-        ("step", "matrix"),
-        "loss/weight",
-        "gradient norm after clipping",
-        "the same as the optimizer takes it, after clipping",
-    ),
+#: How much the gradients of a step's micro-batches differ; results of earlier versions do not have it.
+GRADIENT_NOISE: Mapping[str, Variable] = {
     "micro_norm": Variable(
         ("step", "matrix"),
         "loss/weight",
@@ -254,6 +241,23 @@ GRADIENT: Mapping[str, Variable] = {
         "noise_to_signal times batch_size: tr Σ/‖μ‖², the batch at which noise and mean are equally large",
         "McCandlish et al. 2018, arXiv 1812.06162",
     ),
+}
+#: Gradients as the optimizer saw them; of a low-rank matrix those of its factors, and what they do to the matrix.
+GRADIENT: Mapping[str, Variable] = {
+    "norm_before_clip": Variable(
+        ("step", "matrix"),
+        "loss/weight",
+        "gradient norm before clipping",
+        "√Σ‖∂L/∂p‖² over the matrix's trainable parameters p at the end of the step's last backward pass, reduced over "
+        "processes, summed over accumulation, without the loss scale",
+    ),
+    "norm_after_clip": Variable(
+        ("step", "matrix"),
+        "loss/weight",
+        "gradient norm after clipping",
+        "the same as the optimizer takes it, after clipping",
+    ),
+    **GRADIENT_NOISE,
     "singular_value": Variable(
         ("step", "matrix", "index"), "loss/weight", "singular value of the gradient", f"after clipping, {_GRADIENT_OF}"
     ),

@@ -10,6 +10,7 @@ import xarray as xr
 
 from dynamics.plot.answers import answer_pictures
 from dynamics.report import summarise
+from tests.dynamics.relate.simulated_trainings import Training
 from tests.fishers import with_fisher
 from tests.related import RUNS
 from tests.trees import HOSTILE, example_runs, example_tree, matrix_names
@@ -76,9 +77,10 @@ def test_the_best_score_is_ringed():
 
 def test_losses_since_the_start_are_drawn_where_known():
     tree = example_tree(steps=3)
-    change = xr.DataArray([[0.0, 0.0], [-0.5, 0.1], [-0.8, np.nan]], dims=("step", "task"))
-    coords = {"step": [0, 100, 200], "task": ["vqa", "wiki"], "retained": ("task", [False, True])}
-    tree["loss"] = xr.DataTree(xr.Dataset({"change": change}, coords))
+    losses = Training(groups=8).draw(np.random.default_rng(0)).sel(step=[0, 100, 200])
+    change = np.array([[0.0, 0.0], [-0.5, 0.1], [-0.8, np.nan]])
+    names = ("change", "change_low", "change_high", "predicted_first", "predicted_second")
+    tree["loss"] = xr.DataTree(losses.assign(dict.fromkeys(names, (("step", "task"), change))))
     picture = pictures(tree)["checkpoint"]
     assert label(picture).endswith("vqa 0 at step 0 and −0.800 at step 200; wiki 0 at step 0 and 0.100 at step 100")
     assert len(marks(picture, "polyline", "line retained")) == 1

@@ -33,6 +33,12 @@ def test_without_micro_batches_there_is_no_figure():
     assert "No step has a noise scale" in [text.get_text() for text in plot.noise_scale(tree).axes[0].texts]
 
 
+def test_a_result_of_an_earlier_version_is_refused():
+    gradient = example_tree(gradients=[100, 200])["gradient"].to_dataset().drop_vars(["noise_to_signal", "batch_size"])
+    with pytest.raises(ValueError, match="noise_to_signal"):
+        plot.noise_scale(gradient)
+
+
 def test_a_run_without_gradients_is_refused():
     with pytest.raises(ValueError, match="Expected a result with the group /gradient"):
         plot.noise_scale(example_tree())

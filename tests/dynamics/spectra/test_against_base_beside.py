@@ -36,7 +36,7 @@ def test_relative_sizes_are_those_of_the_matrices(trajectory):
         weight = base[f"{name}.weight"].double()
         expected = (last[f"{name}.weight"].double() - weight).norm() / weight.norm()
         assert found["relative_size"].sel(step=20, matrix=name).item() == pytest.approx(float(expected), rel=1e-6)
-    assert set(found) == {"relative_size", "base_norm"}
+    assert set(found) == {"relative_size", "base_norm", "changed_share", "lost_in_merge"}
     assert not cache_folder().exists()
 
 
