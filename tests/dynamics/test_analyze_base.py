@@ -45,7 +45,7 @@ def test_totals_are_since_the_base(tmp_path):
     roles = [each.get("role", "") for each in json.loads(tree.attrs["inputs"])]
     assert roles == ["", "", "", "base"]
     assert "of the norm of the base weights" in " ".join(result.stdout.split())
-    assert "as long as the straight line from start to end." in " ".join(result.stdout.split())
+    assert "as long as the straight line from start to end" in " ".join(result.stdout.split())
     assert np.isfinite(tree["base"]["intruder_energy"]).all()
     assert "weights" not in tree.children
 
