@@ -61,7 +61,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks") / "run"
     model = lora_llama()
     weights = Weights(model)
-    callback = DynamicsCallback(folder, tasks(), preset="full", at=[2, 3, 6])
+    callback = DynamicsCallback(folder, tasks(), at=[2, 3, 6])
     training = trainer(folder, [callback, weights], model, save_strategy="no", max_steps=6)
     callback.attach(training)
     training.train()

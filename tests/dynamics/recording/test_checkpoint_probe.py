@@ -42,7 +42,7 @@ def load(folder: str):
 def captured(tmp_path_factory) -> Path:
     """A training that recorded what its checkpoints can be asked as well."""
     folder = tmp_path_factory.mktemp("probe") / "run"
-    callback = DynamicsCallback(folder, tasks(), preset="full", at=[2, 4, 6])
+    callback = DynamicsCallback(folder, tasks(), at=[2, 4, 6])
     training = trainer(folder, [callback], lora_llama(), save_strategy="steps", save_steps=2, max_steps=6)
     callback.attach(training)
     training.train()
