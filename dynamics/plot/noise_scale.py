@@ -15,8 +15,8 @@ from dynamics.plot.style import COLOURS, figure_of, logarithmic, panel, say_noth
 def noise_scale(data: xr.DataTree | xr.Dataset, *, ax: Axes | None = None) -> Figure:
     """Draw the noise scale of the training's gradients over the steps, in samples, with the batch size.
 
-    Below the noise scale a larger batch takes away noise almost in proportion, far above it almost nothing. Where the
-    batch size is unknown, the unit is one batch, and the line is at 1.
+    Where the batch is far below the noise scale, a larger one takes away noise almost in proportion; where it is far
+    above, a larger one hardly helps. Where the batch size is unknown, the unit is one batch, and the line is at 1.
 
     Args:
         data: The result of one run, or its ``/gradient`` group.

@@ -21,7 +21,7 @@ def joined_losses(parts: Sequence[xr.Dataset], keep: re.Pattern[str] | None = No
     """
     if not parts:
         return None
-    same = [part for part in parts if _of_same_samples(part, parts[-1])]
+    matching = [part for part in parts if _of_same_samples(part, parts[-1])]
     by_step = [name for name in schema.LOSS_RECORD if name != "scaled_loss"]
     rows = [
         part[by_step].assign_coords(
@@ -31,27 +31,27 @@ def joined_losses(parts: Sequence[xr.Dataset], keep: re.Pattern[str] | None = No
                 if name not in part.coords
             }
         )
-        for part in same
+        for part in matching
     ]
     rows = [row.drop_vars("retained") for row in rows]
-    whole = xr.concat(rows, "step", data_vars="all", coords="minimal", compat="override", join="outer")
-    whole = whole.assign_coords(retained=same[-1]["retained"])
-    names = dict.fromkeys(name for part in same for name in part["matrix"].values.tolist())
-    chosen = [name for name in names if keep is None or keep.search(name)]
-    counts = [of for part in same if type(of := part.attrs.get("of_matrices")) is int]
-    reasons = [str(reason) for part in same if (reason := part.attrs.get("scaled_reason"))]
-    whole = whole.sel(matrix=chosen)
-    whole.attrs = {"of_matrices": max(counts, default=0), "scaled_reason": "".join(reasons[-1:])}
-    scaled = [part for part in same if "scaled_loss" in part]
-    return _with_scaled(whole, scaled[-1]) if scaled else whole
+    losses = xr.concat(rows, "step", data_vars="all", coords="minimal", compat="override", join="outer")
+    losses = losses.assign_coords(retained=matching[-1]["retained"])
+    names = dict.fromkeys(name for part in matching for name in part["matrix"].values.tolist())
+    matrices = [name for name in names if keep is None or keep.search(name)]
+    counts = [count for part in matching if type(count := part.attrs.get("of_matrices")) is int]
+    reasons = [str(reason) for part in matching if (reason := part.attrs.get("scaled_reason"))]
+    losses = losses.sel(matrix=matrices)
+    losses.attrs = {"of_matrices": max(counts, default=0), "scaled_reason": "".join(reasons[-1:])}
+    scaled = [part for part in matching if "scaled_loss" in part]
+    return _with_scaled(losses, scaled[-1]) if scaled else losses
 
 
-def _with_scaled(whole: xr.Dataset, part: xr.Dataset) -> xr.Dataset:
+def _with_scaled(losses: xr.Dataset, part: xr.Dataset) -> xr.Dataset:
     """Return losses with those of shares of the update that a part has, if it has some."""
     if "scaled_loss" not in part:
-        return whole
+        return losses
     step = part.attrs["scaled_step"] if "scaled_step" in part.attrs else part["step"].values[-1]
-    return whole.assign(scaled_loss=part["scaled_loss"]).assign_attrs(scaled_step=int(step))
+    return losses.assign(scaled_loss=part["scaled_loss"]).assign_attrs(scaled_step=int(step))
 
 
 def with_probed_losses(recorded: xr.Dataset | None, probed: xr.Dataset | None) -> xr.Dataset | None:
@@ -66,9 +66,9 @@ def with_probed_losses(recorded: xr.Dataset | None, probed: xr.Dataset | None) -
     if not _of_same_samples(recorded, probed):
         return recorded
     new = probed.sel(step=~probed["step"].isin(recorded["step"].values))
-    whole = joined_losses([part for part in (new, recorded) if part.sizes["step"]])
-    assert whole is not None
-    return _with_scaled(whole.sortby("step"), probed)
+    losses = joined_losses([part for part in (new, recorded) if part.sizes["step"]])
+    assert losses is not None
+    return _with_scaled(losses.sortby("step"), probed)
 
 
 def unmeasured_losses(tree: xr.DataTree) -> xr.Dataset | None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from probes import LowRankMatrix, Task
 from probes.additions import added
@@ -17,6 +16,7 @@ from probes.blocks import blocks_in_weight_space, find_blocks
 from probes.update_slopes import losses_of, quadratic, update_slopes
 from probes.watched import Matrix
 from tests.families import FAMILIES
+from tests.probes.test_additions import Layers
 from tests.runs import VOCABULARY, llama, lora_llama
 from tests.updates import adapted_model, dense_model, texts, trained
 
@@ -80,22 +80,6 @@ def test_at_the_start_of_an_adapter_they_hold_what_a_itself_changed():
         changes[block.name] = LowRankMatrix(left, right, 0.01)
     assert not any(value.any() for name, value in factors.items() if "lora_B" in name)
     assert_slopes_are_differences(model, Task("a", texts(4, seed=1), group="image"), changes, ROUNDED)
-
-
-class Layers(nn.Module):
-    """One layer of each kind, one after the other, with biases and a norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(11, 6)
-        self.linear = nn.Linear(6, 5)
-        self.conv1d = Conv1D(4, 5)
-        self.images = nn.Conv2d(4, 3, 2, padding=1)
-        self.norm = nn.LayerNorm(3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        hidden = self.conv1d(torch.tanh(self.linear(self.words(ids))))
-        return self.norm(self.images(hidden.mT.unflatten(2, (2, 3))).flatten(2).mT)
 
 
 def squares(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
