@@ -84,6 +84,26 @@ def test_a_falling_learning_rate_does_not_hide_the_direction():
     assert motion.p_value <= 0.01
 
 
+@pytest.mark.parametrize(("cosine", "state"), [(0.02, "wandering"), (0.2, "moving")])
+def test_a_drift_that_noise_outweighs_is_wandering(cosine, state):
+    """All increments agree a little, so that both are significant: of twelve, a drift outweighs noise from 1/12 on."""
+    products = np.full((24, 24), cosine) + (1 - cosine) * np.eye(24)
+    training = dataclasses.replace(
+        one("stationary noise, SGD"),
+        step=10 * np.arange(1, 25),
+        gram=products.cumsum(0).cumsum(1),
+        moved=np.ones(24),
+        moved_step=10 * np.arange(1, 25),
+        moved_from=10 * np.arange(24),
+        loss=np.full(0, np.nan),
+        learning_rate=np.full(0, np.nan),
+        log_step=np.arange(0),
+    )
+    course = course_of(training)
+    assert course.motion.p_value < 0.01
+    assert course.state == state
+
+
 def test_five_increments_are_too_few():
     training = one("stationary noise, SGD")
     assert motion_of(dataclasses.replace(training, step=training.step[:5], gram=training.gram[:5, :5])) is None
