@@ -69,20 +69,20 @@ def choose_checkpoint(
     Returns:
         JSON-compatible, missing numbers ``None``:
 
-        - ``based_on`` (``"losses"`` or ``"scores"``), ``unit`` of improvements, ``retained_weight``, ``tasks`` and
-          those of them that are ``retained``;
-        - ``best``: the candidate's name, ``None`` with a ``reason`` where nothing can be chosen;
-        - ``within_one_standard_error``: the others whose value is less than one standard error of their difference
-          below the best; ``None`` without standard errors; ``not_dominated``;
-        - ``other_half``: what the half that judges would have chosen; ``None`` without one;
-        - ``reported``: of the best ``candidate``, by the groups that did not choose, ``value`` with ``low`` and
-          ``high``, and for each of ``tasks`` its ``improvement`` with ``low`` and ``high`` (of scores in their own
-          units), these at 95 % of all tasks together; ``None`` where nothing judges. Without a new task, of the last
-          step;
-        - ``candidates``: ``name``, ``kind`` (``"start"``, ``"step"``, ``"scaled"``), ``step``, ``scale``, and by the
-          groups that chose: ``value`` with ``low`` and ``high``, mean improvement in ``new`` and ``retained`` tasks and
-          in each of ``tasks``, ``dominated``, ``within_one_standard_error``;
-        - ``samples`` and ``groups`` of both halves (``None`` of scores), ``left_out``, ``caveats``: in words.
+            - ``based_on`` (``"losses"`` or ``"scores"``), ``unit`` of improvements, ``retained_weight``, ``tasks`` and
+              those of them that are ``retained``;
+            - ``best``: the candidate's name, ``None`` with a ``reason`` where nothing can be chosen;
+            - ``within_one_standard_error``: the others whose value is less than one standard error of their difference
+              below the best; ``None`` without standard errors; ``not_dominated``;
+            - ``other_half``: what the half that judges would have chosen; ``None`` without one;
+            - ``reported``: of the best ``candidate``, by the groups that did not choose, ``value`` with ``low`` and
+              ``high``, and for each of ``tasks`` its ``improvement`` with ``low`` and ``high`` (of scores in their own
+              units), these at 95 % of all tasks together; ``None`` where nothing judges. Without a new task, of the
+              last step;
+            - ``candidates``: ``name``, ``kind`` (``"start"``, ``"step"``, ``"scaled"``), ``step``, ``scale``, and by
+              the groups that chose: ``value`` with ``low`` and ``high``, mean improvement in ``new`` and ``retained``
+              tasks and in each of ``tasks``, ``dominated``, ``within_one_standard_error``;
+            - ``samples`` and ``groups`` of both halves (``None`` of scores), ``left_out``, ``caveats``: in words.
 
     Raises:
         ValueError: If ``data`` has neither losses nor scores, a retained task is unknown, or the weight is negative.
