@@ -87,6 +87,10 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD318": ("warning", "training may minimise a different loss than the one probed"),
     "OD319": ("note", "records in two formats"),
     "OD320": ("note", "a record of the Fisher is large"),
+    "OD330": ("warning", "experts that get no token"),
+    "OD331": ("note", "experts that get too many tokens"),
+    "OD332": ("note", "a router whose choices are not known"),
+    "OD333": ("note", "weights of several experts in one matrix"),
     # 4xx: the Fisher
     "OD401": ("note", "intervals rest on few groups"),
     "OD402": ("warning", "a Gram matrix is not finite"),

@@ -4,6 +4,8 @@ from dynamics.plot.association import association
 from dynamics.plot.association_grid import association_grid
 from dynamics.plot.comparison import comparison
 from dynamics.plot.concentration import concentration
+from dynamics.plot.expert_load import expert_load
+from dynamics.plot.expert_updates import expert_updates
 from dynamics.plot.figures import drawings, figures
 from dynamics.plot.fisher_spectrum import fisher_spectrum
 from dynamics.plot.fisher_trajectory import fisher_trajectory
@@ -15,6 +17,7 @@ from dynamics.plot.intervention import intervention
 from dynamics.plot.losses import losses
 from dynamics.plot.noise_scale import noise_scale
 from dynamics.plot.rarefaction import rarefaction
+from dynamics.plot.routing import routing
 from dynamics.plot.score_comparison import score_comparison
 from dynamics.plot.score_scatter import score_scatter
 from dynamics.plot.score_trajectory import scores
@@ -31,6 +34,8 @@ __all__ = [
     "comparison",
     "concentration",
     "drawings",
+    "expert_load",
+    "expert_updates",
     "figures",
     "fisher_spectrum",
     "fisher_trajectory",
@@ -42,6 +47,7 @@ __all__ = [
     "losses",
     "noise_scale",
     "rarefaction",
+    "routing",
     "score_comparison",
     "score_scatter",
     "scores",

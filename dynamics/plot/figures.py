@@ -13,6 +13,8 @@ from dynamics.plot.association import association
 from dynamics.plot.association_grid import association_grid
 from dynamics.plot.comparison import comparison
 from dynamics.plot.concentration import concentration
+from dynamics.plot.expert_load import expert_load
+from dynamics.plot.expert_updates import expert_updates
 from dynamics.plot.fisher_spectrum import fisher_spectrum
 from dynamics.plot.fisher_trajectory import fisher_trajectory
 from dynamics.plot.gain_trajectory import gain_trajectory
@@ -22,6 +24,7 @@ from dynamics.plot.intervention import intervention
 from dynamics.plot.losses import losses
 from dynamics.plot.noise_scale import noise_scale
 from dynamics.plot.rarefaction import rarefaction
+from dynamics.plot.routing import OF_ROUTING, routing
 from dynamics.plot.score_comparison import score_comparison
 from dynamics.plot.score_scatter import score_scatter
 from dynamics.plot.score_trajectory import scores
@@ -99,6 +102,7 @@ def _of_a_run(tree: xr.DataTree) -> dict[str, Draw]:
         if has_values(summary[f"{variable}_quantile"], kind) and (moved or variable != "path_length")
     }
     draws |= _of_gradients(tree) | fisher_drawings(tree) | _of_interventions(tree) | _of_relations(tree)
+    draws |= _of_routing(tree)
     if has_group(tree, "training") and has_values(logged_number(group(tree, "training"), "loss")):
         draws["training_loss"] = partial(training_log, tree, variable="loss")
     if has_group(tree, "score") and has_values(group(tree, "score")["score"]):
@@ -160,6 +164,17 @@ def fisher_drawings(tree: xr.DataTree) -> dict[str, Draw]:
             if has_values(pairs[name])
         }
     return draws
+
+
+def _of_routing(tree: xr.DataTree) -> dict[str, Draw]:
+    """Return the figures of experts, where routing was recorded."""
+    if not has_group(tree, "routing") or not has_values(group(tree, "routing")["load"]):
+        return {}
+    table = group(tree, "routing")
+    draws: dict[str, Draw] = {"expert_load": partial(expert_load, tree)}
+    if (np.isfinite(table["load"]) & np.isfinite(table["update_norm"])).values.any():
+        draws["expert_updates"] = partial(expert_updates, tree)
+    return draws | {f"routing_{name}": partial(routing, tree, variable=name) for name in OF_ROUTING}
 
 
 def _of_interventions(tree: xr.DataTree) -> dict[str, Draw]:

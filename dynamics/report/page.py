@@ -91,6 +91,7 @@ _OF_DIRECTIONS = {
         "divergence_normalised",
         "divergence_null_high",
     ),
+    "routing": ("load", "effective_experts", "largest_share", "largest_share_chance", "dead", "margin", "update_norm"),
     "loss": ("change", "predicted_first", "predicted_second", "layer_share"),
     "intervention": ("effect", "captured", "interaction", "attributed", "excess", "excess_p", "share", "efficiency"),
 }

@@ -15,6 +15,7 @@ from dynamics.report.answers import answers, answers_of_runs
 from dynamics.report.answers.conflicts import pair_sentence
 from dynamics.report.interventions import intervention_summary, sharpness_summary
 from dynamics.report.loss_summary import loss_summary
+from dynamics.report.routing_summary import routing_summary
 from dynamics.report.score_summary import checkpoint_choice, checkpoint_table, score_summary
 from dynamics.schema import ALL, FISHER_GROUPS, GLOBAL, last_step_with
 from dynamics.spectra.dataset import parts_of_sums
@@ -69,6 +70,7 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         - ``fisher``: ``None``, or informative directions, the update in them, and tasks, see ``fisher_summary``;
         - ``intervention``: ``None``, or what the parts of the last update do to the loss, see ``intervention_summary``;
         - ``sharpness``: ``None``, or how far a step could have gone, see ``sharpness_summary``;
+        - ``routing``: ``None``, or how tokens are spread over experts, see ``routing_summary``;
         - ``losses``: how the loss of each task's probe samples changed, a row each, see ``loss_summary``;
         - ``path``: ``None``, or the shape of the newest training's path through its checkpoints, and of a random
           walk with steps of the same lengths;
@@ -113,6 +115,7 @@ def summarise(tree: xr.DataTree) -> dict[str, Any]:
         "fisher": fisher_summary(tree),
         "intervention": intervention_summary(tree),
         "sharpness": sharpness_summary(tree),
+        "routing": routing_summary(tree),
         "losses": loss_summary(tree),
         "path": _path(tree),
         "base": _base(tree),

@@ -53,7 +53,8 @@ def terminal_numbers(summary: Mapping[str, Any], explained_in: str = "report.htm
     findings = _findings(summary, explained_in)
     if "runs" in summary:
         return Group(Text(), findings, Text(), _table_of_runs(summary["runs"]))
-    return Group(Text(), findings, Text(), _text(" ".join(answers(summary))), Text(), _table(summary))
+    sentences = [*answers(summary), *([summary["routing"]["sentence"]] if summary["routing"] is not None else [])]
+    return Group(Text(), findings, Text(), _text(" ".join(sentences)), Text(), _table(summary))
 
 
 def _answers(answered: Iterable[Mapping[str, Any]]) -> list[RenderableType]:

@@ -33,6 +33,7 @@ from dynamics.schema.relation_groups import (
     SCORE_COMPARISON,
     SCORE_DIRECTION,
 )
+from dynamics.schema.routing_groups import ROUTING, ROUTING_COORDINATES, ROUTING_RECORD
 from dynamics.schema.update_groups import (
     BASE,
     BOUNDS,
@@ -93,6 +94,9 @@ __all__ = [
     "RAW_UPDATE",
     "RETAINED",
     "ROOT_ATTRIBUTES",
+    "ROUTING",
+    "ROUTING_COORDINATES",
+    "ROUTING_RECORD",
     "SAMPLE_LABELS",
     "SCORE",
     "SCORE_COMPARISON",

@@ -13,6 +13,7 @@ import xarray as xr
 from dynamics.schema.fisher_groups import ALL, FISHER_GROUPS, SAMPLE_LABELS
 from dynamics.schema.intervention_groups import INTERVENTION_AXES, INTERVENTION_FLAGS, INTERVENTION_GROUPS
 from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_COMPARISON
+from dynamics.schema.routing_groups import ROUTING, ROUTING_COORDINATES
 from dynamics.schema.update_groups import (
     BOUNDS,
     GRADIENT,
@@ -116,6 +117,9 @@ def _problems(tree: xr.DataTree) -> Iterator[str]:
         if name in tree.children:  # an intervention lacks what an arm that was not run would give
             complete = name not in ("intervention", "loss")
             yield from _variable_problems(f"/{name}", tree[name].to_dataset(), variables, complete=complete)
+    if "routing" in tree.children:
+        yield from _variable_problems("/routing", tree["routing"].to_dataset(), ROUTING, complete=True)
+        yield from _routing_problems("/routing", tree["routing"].to_dataset())
     if "intervention" in tree.children:
         yield from _intervention_problems(tree["intervention"].to_dataset())
     for name, dims in OF_CHECKPOINTS.items():
@@ -139,6 +143,14 @@ def _fisher_problems(group: str, dataset: xr.Dataset) -> Iterator[str]:
         yield f"{group} lacks the coordinate 'evaluated_at_step'"
     if "task" in dataset.dims and ALL not in dataset["task"].values:
         yield f"{group} lacks the task {ALL!r}"
+
+
+def _routing_problems(group: str, dataset: xr.Dataset) -> Iterator[str]:
+    for name, dim in ROUTING_COORDINATES.items():
+        if name not in dataset.coords or dataset[name].dims != (dim,):
+            yield f"{group} lacks the coordinate {name!r} on {dim!r}"
+    if not dataset.indexes["layer"].is_unique:
+        yield f"{group} names a layer twice"
 
 
 def _intervention_problems(dataset: xr.Dataset) -> Iterator[str]:
@@ -284,6 +296,8 @@ _TEXTS = (
     "arm",
     "reason",
     "relative_reason",
+    "routing",
+    "held_in",
     *SAMPLE_LABELS,
 )
 #: Coordinates that are not whole numbers.
@@ -327,7 +341,8 @@ def _record_problems(dataset: xr.Dataset, variables: Mapping[str, Variable]) -> 
         if name not in dataset.variables or dataset.variables[name].dims != expected:
             yield f"lacks {name!r} with the dimensions {expected}"
     for name in dims:
-        wanted, fits = _expected_format(name, is_coordinate=name not in variables)
+        is_text = name == "layer" and "assigned" in variables
+        wanted, fits = _expected_format(name, is_coordinate=name not in variables, is_text=is_text)
         if not fits(dataset.variables[name].dtype):
             yield f"holds no {wanted} in {name!r}"
     if dataset.sizes["step"] != 1:
@@ -340,8 +355,8 @@ def _record_problems(dataset: xr.Dataset, variables: Mapping[str, Variable]) -> 
             least = _SMALLEST.get(name, 0)
             if not (least <= int(values.min()) and int(values.max()) < _LARGEST_INTEGER):
                 yield f"has a number in {name!r} that is not from {least} to {_LARGEST_INTEGER - 1}"
-    for axis in ("matrix", "block", "task", "task_", "arm"):
-        names = dataset.variables[axis].values.tolist() if axis in dims else []
+    for axis in ("matrix", "block", "task", "task_", "arm", "layer"):
+        names = dataset.variables[axis].values.tolist() if axis in dims and dims[axis] == (axis,) else []
         if len(set(names)) < len(names):
             yield f"has two {'matrices' if axis == 'matrix' else axis + 's'} of one name"
         if names != encodable(names):
@@ -363,12 +378,15 @@ def _record_problems(dataset: xr.Dataset, variables: Mapping[str, Variable]) -> 
         if not (allowed | (np.isposinf(numbers) & name.startswith(("norm", "critical_step")))).all():
             yield f"has a number in {name!r} that is not from {least:g} to {_LARGEST_NUMBER:g}"
     yield from _recorded_gram_problems(dataset) if "gram" in variables else ()
+    yield from _recorded_routing_problems(dataset) if "assigned" in variables else ()
     yield from _recorded_intervention_problems(dataset) if "effect" in variables else ()
 
 
-def _expected_format(name: str, *, is_coordinate: bool) -> tuple[str, Callable[[np.dtype], bool]]:
+def _expected_format(
+    name: str, *, is_coordinate: bool, is_text: bool = False
+) -> tuple[str, Callable[[np.dtype], bool]]:
     """Return what a coordinate or variable of a record holds, in words, and whether a format is one for it."""
-    if name in _TEXTS:
+    if is_text or name in _TEXTS:
         return "text", lambda dtype: dtype.kind == "U"
     if name in (*INTERVENTION_FLAGS, "retained"):
         return "truth values", lambda dtype: dtype.kind == "b"
@@ -390,6 +408,10 @@ def _record_dimensions(variables: Mapping[str, Variable]) -> dict[str, tuple[str
     elif "start_loss" in variables:
         coordinates |= {"matrix": ("matrix",), "task": ("task",), "start_step": ("step",), "retained": ("task",)}
         coordinates |= dict.fromkeys(SAMPLE_LABELS, ("sample",))
+    elif "assigned" in variables:
+        coordinates |= {name: (name,) for name in ("layer", "expert")} | {
+            name: (dim,) for name, dim in ROUTING_COORDINATES.items()
+        }
     elif "effect" in variables:
         coordinates |= {"from_step": ("step",), **{name: (name,) for name in INTERVENTION_AXES}}
     else:
@@ -444,6 +466,19 @@ def _recorded_gram_problems(dataset: xr.Dataset) -> Iterator[str]:
         yield "has a K that is no Gram matrix"
     elif (np.linalg.eigvalsh(k) < -1e-4 * size[..., None] * k.shape[-1]).any():
         yield "has a K with a negative eigenvalue"
+
+
+def _recorded_routing_problems(dataset: xr.Dataset) -> Iterator[str]:
+    assigned, experts = dataset["assigned"].values, dataset["experts"].values
+    if dataset["expert"].values.tolist() != list(range(dataset.sizes["expert"])):
+        yield "does not number its experts from 0"
+    if (experts > dataset.sizes["expert"]).any():
+        yield "counts more experts than it has"
+    inside = np.arange(dataset.sizes["expert"]) < experts[:, None]
+    if (np.isfinite(assigned) != inside).any() or (np.nan_to_num(assigned) < 0).any():
+        yield "does not count the tokens of each expert from 0"
+    if not (dataset["tokens"].values >= 0).all():
+        yield "does not count its tokens"
 
 
 def _recorded_intervention_problems(dataset: xr.Dataset) -> Iterator[str]:

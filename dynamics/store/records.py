@@ -17,6 +17,7 @@ import xarray as xr
 
 from dynamics import schema
 from dynamics.findings import Finding, from_json
+from dynamics.routing.dataset import joined_routing
 from dynamics.schema import WRAPPERS, Variable
 from dynamics.spectra import raw
 from dynamics.store.capture import CAPTURE, capture_steps
@@ -44,6 +45,7 @@ TABLES: Mapping[str, Mapping[str, Variable]] = {
     "intervention": schema.INTERVENTION,
     "loss": {name: variable for name, variable in schema.LOSS_RECORD.items() if name != "scaled_loss"},
     "sharpness": schema.SHARPNESS,
+    "routing": schema.ROUTING_RECORD,
 }
 #: Variables that a record may lack: those that records of earlier versions do not have, and those not always known.
 OPTIONAL = (
@@ -53,7 +55,7 @@ OPTIONAL = (
     *(schema.INTERVENTION.keys() - {"effect", "norm", "headline"}),
 )
 #: Groups without which the others can be used.
-_PROBED = ("fisher", "score", "intervention", "loss", "sharpness")
+_PROBED = ("fisher", "score", "intervention", "loss", "sharpness", "routing")
 #: What losses have in a result and a recorder does not write.
 _OF_RESULTS = ("scaled_loss", "scale", "recorded", "reason")
 _COORDINATES = ("step", "block", "evaluated_at_step", *schema.SAMPLE_LABELS)
@@ -72,6 +74,7 @@ class TrainingRecords:
         intervention: Effects of parts of the increments that were intervened on, ``None`` if none was.
         loss: Losses of the probe samples, ``None`` if there are none.
         sharpness: Critical steps and sharpness, ``None`` if no step has them.
+        routing: Tokens that routers sent to each expert, ``None`` if no step has them.
         live_names: Name on disk → name in the live model, where they differ.
         findings: What was found during the training, and while reading.
         stamp: Tells whether the folder has changed since: run, steps, records that cannot be used, attributes.
@@ -87,6 +90,7 @@ class TrainingRecords:
     intervention: xr.Dataset | None
     loss: xr.Dataset | None
     sharpness: xr.Dataset | None
+    routing: xr.Dataset | None
     live_names: Mapping[str, str]
     findings: tuple[Finding, ...]
     stamp: Mapping[str, Any]
@@ -165,6 +169,7 @@ def read_records(folders: RecordFolders, keep: re.Pattern[str] | None = None) ->
         intervention=joined_interventions(parts["intervention"]),
         loss=joined_losses([part.drop_vars(_OF_RESULTS, errors="ignore") for part in parts["loss"]], pattern),
         sharpness=joined_sharpness(parts["sharpness"]),
+        routing=joined_routing(parts["routing"]),
         live_names=_live_names(stored.attributes.get("disk_names"), parts["update"]),
         findings=(
             *_findings_of_training(stored.attributes),

@@ -26,6 +26,8 @@ from dynamics.fisher.findings import findings_of as fisher_findings
 from dynamics.intervention.findings import findings_of as intervention_findings
 from dynamics.intervention.findings import loss_findings, sharpness_findings
 from dynamics.intervention.loss_changes import loss_changes
+from dynamics.routing.dataset import measure_routing
+from dynamics.routing.findings import routing_findings
 from dynamics.spectra.dataset import measure_update
 from dynamics.spectra.findings import base_findings, findings_of
 from dynamics.spectra.null_models import SEED
@@ -127,6 +129,9 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
     if sharpness is not None:
         groups["sharpness"] = sharpness
         findings += sharpness_findings(sharpness)
+    if records is not None and records.routing is not None:
+        groups["routing"] = measure_routing(records.routing, groups["update"], groups.get("gradient"))
+        findings += routing_findings(groups["routing"], groups["update"]["matrix"].values.tolist())
     scores = [score for score in (records and records.score, parts.score, parts.logs.get("score")) if score is not None]
     if scores:
         groups["score"] = reduce(_scores, scores)

@@ -13,6 +13,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 
 from dynamics.report.answers.answer import Answer, Evidence, Verdict
+from dynamics.routing.dataset import expert_matrices
 from dynamics.spectra.dataset import parts_of_sums
 from dynamics.spectra.findings import LOST
 from dynamics.spectra.outlying_sizes import FACTOR, is_expert, outlying, relative_sizes
@@ -237,10 +238,12 @@ def _zero(tree: xr.DataTree, matrices: _Matrices) -> Iterator[_Fault]:
     adapters = matrices.newest["adapter_rank"].values > 0
     unchanged = _beside_base(tree, matrices, "changed_share") == 0
     recorded = Evidence("/gradient/norm_before_clip")
+    unreached = _without_tokens(tree, matrices)
     rates_are_zero = np.full(len(left), _rates_are_zero(tree, matrices))
     whole = _whole_roles(left & ~adapters, matrices)
     causes = (
         (totals.any(0), "although not at an earlier step: lost when saved, or reset", None, ""),
+        (unreached, "since its expert got no token at any captured step", Evidence("/routing/assigned", 0.0), ""),
         (gradient == 0, "since no gradient reached it", recorded, ""),
         (rates_are_zero, "since the learning rate was 0", Evidence("/training/value", 0.0), ""),
         (gradient > 0, "despite its gradients: not in the optimizer, or a learning rate of 0", recorded, ""),
@@ -262,6 +265,20 @@ def _whole_roles(members: Bool[np.ndarray, " matrix"], matrices: _Matrices) -> B
     """Return the members of roles of which every matrix is one."""
     roles = np.asarray(matrices.roles)
     return members & ~np.isin(roles, roles[~members])
+
+
+def _without_tokens(tree: xr.DataTree, matrices: _Matrices) -> Bool[np.ndarray, " matrix"]:
+    """Return the matrices of experts to which no token was sent at any captured step of the newest training."""
+    unreached = np.zeros(len(matrices.names), dtype=bool)
+    if "routing" not in tree.children:
+        return unreached
+    routing = tree["routing"].to_dataset()
+    routing = routing.isel(step=routing["step"].values >= matrices.newest["step"].values[0]).load()
+    assigned = routing["assigned"].values
+    dead = (np.nan_to_num(assigned) == 0).all(0) & np.isfinite(assigned).any(0)
+    for layer, expert, matrix in expert_matrices(routing, matrices.names):
+        unreached[matrix] = dead[layer, expert]
+    return unreached
 
 
 def _largest_gradient(tree: xr.DataTree, matrices: _Matrices) -> Float[np.ndarray, " matrix"]:

@@ -1,0 +1,158 @@
+"""Records of routing → ``/routing``: loads, their entropy and extremes, and who was trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+from scipy import stats
+
+from dynamics import schema
+from dynamics.routing.uniform_null import dead_probability, largest_share
+from dynamics.spectra.dataset import parts_of_sums
+
+#: Experts of a token are chosen, or all of them have a weight.
+CHOSEN, SOFT = "top-k", "soft"
+#: The number of an expert in what follows the name of the module that holds it.
+_NUMBER = re.compile(r"(?:[^\[\]@]*\[(\d+)\]|\.(?:experts?_)?(\d+)(?:\..*)?)(?:@.*)?")
+
+
+def routing_record(
+    step: int, layers: Mapping[str, tuple[Float[np.ndarray, " expert"], float, float]], about: Mapping[str, Sequence]
+) -> xr.Dataset:
+    """Return the record of one step.
+
+    Args:
+        step: Which one.
+        layers: Name → tokens of each expert, tokens routed, mean margin.
+        about: ``routing`` (``"top-k"`` or ``"soft"``) and ``held_in`` (names of the modules below the layer that hold
+            its experts, joined by commas), of each layer.
+    """
+    most = max((len(assigned) for assigned, *_ in layers.values()), default=0)
+    padded = np.full((1, len(layers), most), np.nan)
+    for row, (assigned, *_) in enumerate(layers.values()):
+        padded[0, row, : len(assigned)] = assigned
+    arrays = {
+        "assigned": padded,
+        "tokens": np.array([[tokens for _, tokens, _ in layers.values()]], dtype=np.float64),
+        "margin": np.array([[margin for *_, margin in layers.values()]], dtype=np.float64),
+    }
+    coords = {
+        "step": [step],
+        "layer": np.array(list(layers), dtype=str),
+        "expert": np.arange(most, dtype=np.int64),
+        "experts": ("layer", np.array([len(assigned) for assigned, *_ in layers.values()], dtype=np.int64)),
+        **{name: ("layer", np.array(list(about[name]), dtype=str)) for name in ("routing", "held_in")},
+    }
+    return xr.Dataset(schema.label_arrays(schema.ROUTING_RECORD, arrays), coords)
+
+
+def joined_routing(parts: Sequence[xr.Dataset]) -> xr.Dataset | None:
+    """Return the records of all steps, over the layers and experts of any of them; ``None`` if there are none.
+
+    A layer that a step did not pass through is NaN there.
+
+    >>> joined_routing([])
+    """
+    if not parts:
+        return None
+    layers: dict[str, xr.Dataset] = {}
+    for part in parts:
+        layers |= {str(name): part for name in part["layer"].values}
+    most = max(part.sizes["expert"] for part in parts)
+    stripped = [part.drop_vars(schema.ROUTING_COORDINATES).reindex(expert=np.arange(most)) for part in parts]
+    whole = xr.concat(stripped, "step", join="outer", combine_attrs="override").sortby("step")
+    whole = whole.sel(layer=list(layers))
+    return whole.assign_coords(
+        {
+            name: ("layer", np.array([part[name].sel(layer=layer).item() for layer, part in layers.items()]))
+            for name in schema.ROUTING_COORDINATES
+        }
+    )
+
+
+def measure_routing(record: xr.Dataset, update: xr.Dataset, gradient: xr.Dataset | None = None) -> xr.Dataset:
+    """Return ``/routing``.
+
+    Args:
+        record: Joined records.
+        update: ``/update`` of the same run, for the size of each expert's increments.
+        gradient: ``/gradient``, ``None`` without one.
+    """
+    assigned, tokens = record["assigned"].values, record["tokens"].values
+    experts = record["experts"].values.astype(np.float64)[None]
+    total = np.nansum(assigned, -1)
+    known = np.isfinite(tokens) & (total > 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        load = np.where(known[..., None], assigned / total[..., None], np.nan)
+        entropy = np.where(known, -np.nansum(load * np.log(np.where(load > 0, load, 1.0)), -1), np.nan)
+        k = np.where(known & (record["routing"].values != SOFT)[None], total / tokens, np.nan)
+    largest = np.where(known, np.nan_to_num(load).max(-1, initial=0.0), np.nan)
+    numbers = {
+        "assigned": assigned,
+        "tokens": tokens,
+        "margin": record["margin"].values,
+        "load": load,
+        "entropy": entropy,
+        "effective_experts": np.exp(entropy),
+        "largest_share": largest,
+        "largest_share_chance": largest_share(tokens, k, np.broadcast_to(experts, tokens.shape)),
+        "dead": np.where(known, (assigned == 0).sum(-1), np.nan),
+        "dead_chance": experts * dead_probability(tokens, k, np.broadcast_to(experts, tokens.shape)),
+        "update_norm": _norms(record, update, "increment"),
+        "gradient_norm": _norms(record, gradient, ""),
+    }
+    numbers["load_update_correlation"] = _correlations(load, numbers["update_norm"])
+    coords = {name: record[name] for name in ("step", "layer", "expert", *schema.ROUTING_COORDINATES)}
+    return xr.Dataset(schema.label_arrays(schema.ROUTING, numbers), coords)
+
+
+def expert_matrices(record: xr.Dataset, names: Sequence[str]) -> Iterator[tuple[int, int, int]]:
+    """Yield layer, expert and matrix, by number, for each matrix that belongs to one expert.
+
+    >>> record = routing_record(1, {"mlp": (np.ones(3), 3, 1)}, {"routing": ["top-k"], "held_in": ["experts"]})
+    >>> list(expert_matrices(record, ["mlp.experts.down_proj[2]", "mlp.experts.0.w1", "mlp.gate"]))
+    [(0, 2, 0), (0, 0, 1)]
+    """
+    holders = [
+        (f"{layer}.{word}".strip("."), row, int(experts))
+        for row, (layer, words, experts) in enumerate(
+            zip(*(record[name].values.tolist() for name in ("layer", "held_in", "experts")), strict=True)
+        )
+        for word in words.split(",")
+    ]
+    for number, name in enumerate(names):
+        for prefix, row, experts in holders:
+            match = _NUMBER.fullmatch(name[len(prefix) :]) if name.startswith(prefix) else None
+            if match is not None and (expert := int(match[1] or match[2])) < experts:
+                yield row, expert, number
+
+
+def _norms(record: xr.Dataset, group: xr.Dataset | None, kind: str) -> Float[np.ndarray, "step layer expert"]:
+    """Return the norm of each expert's matrices together."""
+    shape = [record.sizes[name] for name in ("step", "layer", "expert")]
+    if group is None:
+        return np.full(shape, np.nan)
+    norm = group["frobenius_norm"].sel(kind=kind) if kind else group["norm_before_clip"]
+    names = norm["matrix"].values.tolist()
+    values = norm.reindex(step=record["step"].values).transpose("step", "matrix").values
+    squares, counts = np.zeros(shape), np.zeros(shape[1:])
+    is_part = parts_of_sums(names)
+    for layer, expert, matrix in expert_matrices(record, names):
+        if not is_part[matrix]:
+            squares[:, layer, expert] += values[:, matrix] ** 2
+            counts[layer, expert] += 1
+    return np.where(counts > 0, np.sqrt(squares), np.nan)
+
+
+def _correlations(load: Float[np.ndarray, "step layer expert"], norms: Float[np.ndarray, "step layer expert"]):
+    result = np.full(load.shape[:2], np.nan)
+    for place in np.ndindex(*result.shape):
+        both = np.isfinite(load[place]) & np.isfinite(norms[place])
+        ranks = [stats.rankdata(values[place][both]) for values in (load, norms)]
+        if both.sum() >= 3 and all(np.ptp(rank) > 0 for rank in ranks):
+            result[place] = np.corrcoef(*ranks)[0, 1]
+    return result
