@@ -269,10 +269,8 @@ def _margin(layout: Layout, scores: Tensor | None, chosen: Tensor) -> tuple[Tens
         return nothing, nothing
     scores = scores.float()
     if layout.scale != "logits":
-        tiny = torch.finfo(torch.float32).tiny
-        scores = scores.clamp_min(tiny).log() - (
-            torch.log1p(-scores).clamp_min(-88) if layout.scale == "sigmoid" else 0
-        )
+        others = torch.log1p(-scores).clamp_min(-88.0) if layout.scale == "sigmoid" else 0.0
+        scores = scores.clamp_min(torch.finfo(torch.float32).tiny).log() - others
     has_both = chosen.any(-1) & ~chosen.all(-1)
     last = scores.masked_fill(~chosen, torch.inf).amin(-1).double()
     first = scores.masked_fill(chosen, -torch.inf).amax(-1).double()

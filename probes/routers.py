@@ -160,13 +160,9 @@ class Routing:
             if not any(name.startswith(f"{mixture.name}.") for name in known)
         }
 
-    def matrices_of(self) -> dict[str, list[str]]:
-        """Return the paths of the modules that hold the experts of each mixture that is read."""
-        return {
-            mixture.name: [f"{mixture.name}.{path}".strip(".") for path in mixture.holders]
-            for mixture in self.mixtures
-            if mixture.layout is not None
-        }
+    def held_in(self, name: str) -> list[str]:
+        """Return the paths, below the block, of the modules that hold the experts of a mixture."""
+        return next((list(mixture.holders) for mixture in self.mixtures if mixture.name == name), [])
 
     def is_soft(self, name: str) -> bool:
         """Return whether every expert of a mixture gets every token, with a weight."""
@@ -207,7 +203,7 @@ class Routing:
             if layout is None or layout.way == "arguments":
                 yield module.register_forward_pre_hook(self._counted(called), with_kwargs=True)
             if isinstance(module, nn.ModuleList | nn.ModuleDict) and (layout is None or layout.way == "rows"):
-                for number, child in enumerate(module.children()):
+                for number, child in enumerate(_listed(module)):
                     yield child.register_forward_pre_hook(self._counted(partial(reached, number)))
 
     def _counted(self, hook: Callable[..., None]) -> Callable[..., None]:
@@ -311,13 +307,9 @@ def _inner(module: nn.Module) -> nn.Module:
 def _experts_in(name: str, module: nn.Module) -> int:
     """Return how many experts a module holds, 0 if it holds none."""
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        children = [_inner(child) for child in module.children()]
-        shapes = {tuple(tuple(shape_of(parameter)) for parameter in child.parameters()) for child in children}
-        return (
-            len(children)
-            if len({type(child) for child in children}) == 1 and len(shapes) == 1 and shapes != {()}
-            else 0
-        )
+        children = _listed(module)
+        kinds = {(type(child), *(tuple(shape_of(parameter)) for parameter in child.parameters())) for child in children}
+        return len(children) if len(kinds) == 1 else 0
     stacks = [
         shape_of(parameter)[0]
         for parameter in module.parameters(recurse=False)
@@ -326,6 +318,11 @@ def _experts_in(name: str, module: nn.Module) -> int:
     if stacks:
         return min(stacks)
     return _number_of_experts(module) if _EXPERTS.search(name) and any(True for _ in module.parameters()) else 0
+
+
+def _listed(module: nn.ModuleList | nn.ModuleDict) -> list[nn.Module]:
+    """Return the modules of a list that hold parameters."""
+    return [_inner(child) for child in module.children() if any(True for _ in child.parameters())]
 
 
 def _number_of_experts(module: nn.Module) -> int:

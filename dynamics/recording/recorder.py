@@ -34,6 +34,7 @@ from dynamics.recording.monitor import (
     update_numbers,
     watched_or_refused,
 )
+from dynamics.recording.routing import RoutingRecorder, exchange_of_ranks, routing_numbers
 from dynamics.recording.schedules import schedule_of
 from dynamics.recording.step_gradients import StepGradients
 from dynamics.recording.step_probes import StepProbes, chosen_interventions
@@ -64,7 +65,8 @@ class Recorder:
 
     Each captured step becomes one file in ``run/dynamics/records/``: singular values of every watched
     matrix's update since the start and since the last captured step, its gradient's norm before and after clipping,
-    and by preset the singular values of its gradient and the cosine of consecutive increments.
+    and by preset the singular values of its gradient and the cosine of consecutive increments. Of mixtures of experts
+    it has the number of tokens that each router sent to each expert.
 
     The set of trained parameters may change: weights that are unfrozen and adapters that are added, switched or
     restarted are recorded from the step at which the change is noticed, with a finding; what is frozen ends.
@@ -173,6 +175,7 @@ class Recorder:
         self._in_flight: int | None = None  # the step that is being captured
         self._reads_gradients, self._batch_size = gradients, float(batch_size) or math.nan
         self._gradients: StepGradients | None = None
+        self._routing = RoutingRecorder(model, exchange_of_ranks())
         self._records: Records | None = None
         self._probes: StepProbes | None = None
         if tasks and (self._leads or any(map(is_sharded, model.parameters()))):
@@ -256,8 +259,12 @@ class Recorder:
         """
         self._disarm()
         self._in_flight, self._step = None, step
-        captures = self._takes_part and step > self._last and self._schedule(step)
+        due = step > self._last and self._schedule(step)
+        captures = self._takes_part and due
         self._follow(captures=captures)
+        if captures or (due and not self._leads):
+            with self._forgiven(step):
+                self._routing.arm(step)
         if captures:
             self._in_flight = step
             if self._gradients is not None:
@@ -284,14 +291,17 @@ class Recorder:
             Whether there is a new record; its numbers are in :attr:`scalars`.
         """
         step, self._in_flight = self._in_flight, None
+        if not self._leads:
+            self._routing.send()
         if step is None:
             return False
         self._disarm()
+        routing = self._routed(step)
         gradient = None
         if self._gradients is not None:
             with self._forgiven(step):
                 gradient = self._gradients.record(step)
-        return self._capture(step, gradient)
+        return self._capture(step, gradient, routing)
 
     @torch.no_grad()
     def record(self, step: int) -> bool:
@@ -321,6 +331,7 @@ class Recorder:
         self.close()
 
     def _disarm(self) -> None:
+        self._routing.disarm()
         if self._gradients is not None:
             self._gradients.disarm()
 
@@ -338,7 +349,7 @@ class Recorder:
             if self._records is not None and failures:
                 self._records.unmeasured_gradients(self._in_flight, failures)
 
-    def _capture(self, step: int, gradient: xr.Dataset | None) -> bool:
+    def _capture(self, step: int, gradient: xr.Dataset | None, routing: xr.Dataset | None = None) -> bool:
         if not self._takes_part:  # since a rank was missing in this step
             return False
         self._last, written, transition = step, False, None
@@ -353,8 +364,8 @@ class Recorder:
             spectra = self._live.measure()
             if self._records is not None and self._live.shapes:
                 update = self._update(step, spectra)
-                probed = self._probed(step)
-                numbers = update_numbers(update, gradient)
+                probed = {**self._probed(step), "routing": routing}
+                numbers = update_numbers(update, gradient) | routing_numbers(routing)
                 with self._forgiven(step):
                     numbers |= fisher_numbers(probed.get("fisher"))
                     numbers |= intervention_numbers(probed.get("intervention"))
@@ -430,6 +441,16 @@ class Recorder:
         """Return what the probe samples give at this step."""
         self._intervention_due |= self._intervenes(step)
         return {} if self._probes is None else self._probes.measure(self._live, step, self._from_step)
+
+    def _routed(self, step: int) -> xr.Dataset | None:
+        """Return what routers chose in this step, on the rank that writes."""
+        routing = None
+        if self._records is not None:
+            with self._forgiven(step):
+                routing = self._routing.record()
+                for finding in self._routing.findings():
+                    self._records.note(finding)
+        return routing
 
     def _take_rates(self, optimizer: Any) -> None:
         if self._probes is not None:

@@ -92,13 +92,12 @@ class RoutingRecorder:
                 sums[name] = sums[name] + theirs if name in sums else theirs
         if not sums:
             return None
-        held, order = self._routing.matrices_of(), [m.name for m in self._routing.mixtures]
+        order = [mixture.name for mixture in self._routing.mixtures]
         names = sorted(sums, key=lambda name: order.index(name) if name in order else len(order))
         layers = {name: (sums[name].assigned.numpy(), *_tokens_and_margin(sums[name])) for name in names}
-        inside = {name: [path[len(name) :].lstrip(".") for path in held.get(name, ())] for name in names}
         about = {
             "routing": [SOFT if self._routing.is_soft(name) else CHOSEN for name in names],
-            "held_in": [",".join(inside[name]) for name in names],
+            "held_in": [",".join(self._routing.held_in(name)) for name in names],
         }
         return routing_record(step, layers, about)
 

@@ -57,8 +57,8 @@ def _dead(routing: xr.Dataset) -> list[Finding]:
         Finding(
             "OD330",
             f"{counted(count, 'expert')} of {counted(int(experts), 'expert')} in {counted(len(layers), 'layer')} got "
-            f"no token at the last {STEPS} captured steps: {some(where, _NAMED)}. Uniform routing would leave an expert "
-            "without a token for so long in less than 5 % of trainings.",
+            f"no token at the last {STEPS} captured steps: {some(where, _NAMED)}. Uniform routing would leave an "
+            "expert without a token for so long in less than 5 % of trainings.",
             "Check the loss or bias that balances the load. What no token reaches is not trained.",
             matrix=str(last["layer"].values[layers[0]]) if len(layers) == 1 else "",
             step=int(last["step"].values[-1]),

@@ -28,8 +28,8 @@ ROUTING_RECORD: Mapping[str, Variable] = {
         "margin of the choice",
         "mean over tokens of the smallest logit among chosen experts minus the largest among the others; where the "
         "router returns probabilities, their logarithm (softmax) or log-odds (sigmoid) are the logits. Negative where "
-        "a bias, groups or a capacity decide otherwise than the logits. Of soft routing, of the largest weight over the "
-        "next. NaN where every expert is chosen or a logit is not finite",
+        "a bias, groups or a capacity decide otherwise than the logits. Of soft routing, of the largest weight over "
+        "the next. NaN where every expert is chosen or a logit is not finite",
     ),
 }
 
