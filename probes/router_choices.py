@@ -120,6 +120,18 @@ def learn(call: Call, experts: int, ks: Mapping[int, int], order: Sequence[int])
         ks: Number of the candidate → experts of a token, where it or the block says so.
         order: Numbers of the candidates, the likeliest router first.
     """
+    found = _learn(call, experts, ks, order)
+    if found is None or found.way in ("rows", "soft") or not call.rows:
+        return found
+    rows = [float(call.rows.get(expert, 0)) for expert in range(experts)]
+    sums = sums_of(found, Call(call.outputs, call.arguments))
+    # Where all experts compute all tokens, weights of zero decide; else what experts are called with is the truth.
+    if rows == sums.assigned.tolist()[:experts] or all(row == float(sums.others[0]) for row in rows):
+        return found
+    return Layout("rows", experts, found.router if found.experts == experts else -1, logits=found.logits)
+
+
+def _learn(call: Call, experts: int, ks: Mapping[int, int], order: Sequence[int]) -> Layout | None:
     routers = [number for number in order if number in call.outputs]
     for number in routers:
         found = _returned(call.outputs[number], experts, number, k=ks.get(number, 0))
@@ -134,12 +146,10 @@ def learn(call: Call, experts: int, ks: Mapping[int, int], order: Sequence[int])
     for choice, weights in _index_pairs(call.arguments, width, tokens):
         return Layout("arguments", width, number, choice, weights, position, scale)
     k = ks.get(number, 0)
-    rows = torch.tensor([call.rows.get(expert, 0) for expert in range(experts)])
     if scores is not None and 0 < k <= width:
-        layout = Layout("top_k", width, number, logits=position, scale=scale, k=k)
-        if not call.rows or torch.equal(sums_of(layout, Call(call.outputs)).assigned.cpu()[:experts], rows.double()):
-            return layout
-    if call.rows and not (scores is not None and bool((rows == tokens).all())):
+        return Layout("top_k", width, number, logits=position, scale=scale, k=k)
+    everywhere = scores is not None and all(call.rows.get(expert, 0) == tokens for expert in range(experts))
+    if call.rows and not everywhere:
         return Layout("rows", experts, number if width == experts else -1, logits=position, scale=scale, k=k)
     if scores is not None and (call.rows or call.arguments) and scale != "sigmoid":
         return Layout("soft", width, number, logits=position, scale=scale)

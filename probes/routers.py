@@ -212,7 +212,7 @@ class Routing:
         def acting(module: nn.Module, *values: Any) -> None:
             if _is_in_backward():
                 return
-            if (module.training and torch.is_grad_enabled()) if self._inside is None else self._inside:
+            if torch.is_grad_enabled() if self._inside is None else self._inside:
                 with torch.no_grad():
                     hook(module, *values)
 
@@ -232,7 +232,7 @@ class Routing:
         return quiet
 
     def _entered(self, model: nn.Module, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-        self._inside = model.training and torch.is_grad_enabled() and not _is_in_backward()
+        self._inside = torch.is_grad_enabled() and not _is_in_backward()
         named = dict(options)
         if arguments:
             with suppress(TypeError, ValueError):

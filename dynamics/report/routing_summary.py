@@ -68,12 +68,12 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
         f"{counted(len(known), 'layer')}). The largest load is that of expert {worst['largest_expert']} of "
         f"{worst['layer']}: {percent(worst['largest_share'])} of its layer's, "
         f"{number(worst['largest_share'] * worst['experts'], 2)} times a uniform load. "
-        f"{counted(dead, 'expert') if dead else 'No expert'} of {experts:,} got no token."
+        f"{f'{dead:,} of {experts:,} experts got no token' if dead else f'All {experts:,} experts got tokens'}."
     )
     correlations = [row["load_update_correlation"] for row in known if row["load_update_correlation"] is not None]
     if correlations:
         text += (
-            f" Experts with more tokens moved {'further' if np.median(correlations) > 0 else 'less'}: rank correlation "
-            f"of load and increment {number(float(np.median(correlations)), 2)} (median over layers)."
+            f" Rank correlation of load and increment over the experts of a layer: {number(float(np.median(correlations)), 2)} "
+            "(median over layers; near 1, tokens decide who is trained)."
         )
     return text
