@@ -17,11 +17,11 @@ from dynamics.spectra.dataset import parts_of_sums
 #: Experts of a token are chosen, or all of them have a weight.
 CHOSEN, SOFT = "top-k", "soft"
 #: The number of an expert in what follows the name of the module that holds it.
-_NUMBER = re.compile(r"(?:[^\[\]@]*\[(\d+)\]|\.(?:experts?_)?(\d+)(?:\..*)?)(?:@.*)?")
+_NUMBER = re.compile(r"(?:(?:\.[^\[\]@]*)?\[(\d+)\]|\.(?:experts?_)?(\d+)(?:\..*)?)(?:@.*)?")
 
 
 def routing_record(
-    step: int, layers: Mapping[str, tuple[Float[np.ndarray, " expert"], float, float]], about: Mapping[str, Sequence]
+    step: int, layers: Mapping[str, tuple[Float[np.ndarray, " _"], float, float]], about: Mapping[str, Sequence]
 ) -> xr.Dataset:
     """Return the record of one step.
 
@@ -113,7 +113,7 @@ def measure_routing(record: xr.Dataset, update: xr.Dataset, gradient: xr.Dataset
 def expert_matrices(record: xr.Dataset, names: Sequence[str]) -> Iterator[tuple[int, int, int]]:
     """Yield layer, expert and matrix, by number, for each matrix that belongs to one expert.
 
-    >>> record = routing_record(1, {"mlp": (np.ones(3), 3, 1)}, {"routing": ["top-k"], "held_in": ["experts"]})
+    >>> record = routing_record(1, {"mlp": (np.ones(3), 3.0, 1.0)}, {"routing": ["top-k"], "held_in": ["experts"]})
     >>> list(expert_matrices(record, ["mlp.experts.down_proj[2]", "mlp.experts.0.w1", "mlp.gate"]))
     [(0, 2, 0), (0, 0, 1)]
     """

@@ -41,7 +41,7 @@ def largest_share(
         experts: E.
 
     >>> largest_share(np.array([1000.0]), np.array([2.0]), np.array([8.0]))
-    array([0.144])
+    array([0.1425])
     """
     count = np.ceil(tokens)
     with np.errstate(invalid="ignore", divide="ignore"):

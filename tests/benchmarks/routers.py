@@ -24,7 +24,7 @@ def row(family: str) -> str:
     names = [watched.name for watched in find(model).watched]
     experts = [name for name, parameter in model.named_parameters() if "experts" in name and parameter.ndim > 1]
     unwatched = [name for name in experts if not any(one.startswith(name.removesuffix(".weight")) for one in names)]
-    without = sorted({why for why in routing.unread().values()})
+    without = sorted(set(routing.unread().values()))
     watched = "all" if not unwatched else f"without {', '.join(unwatched[:2])}"
     return f"| {family} | {len(sums)} | {', '.join(sorted(ways)) or '–'} | {watched} | {'; '.join(without) or '–'} |"
 

@@ -31,7 +31,8 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_each_way_gives_the_same_counts(way: str) -> None:
     layout = learn(WAYS[way], 4, {0: 2} if way == "top_k" else {}, [0])
-    assert layout is not None and layout.way == way
+    assert layout is not None
+    assert layout.way == way
     sums = sums_of(layout, WAYS[way])
     assert sums.assigned.tolist() == ASSIGNED
     assert sums.others.tolist() == ([3, 0, 0] if way == "rows" else [3, MARGIN, 3])
@@ -40,7 +41,8 @@ def test_each_way_gives_the_same_counts(way: str) -> None:
 def test_soft_routing_sums_the_weights() -> None:
     call = Call({0: [LOGITS]}, rows=dict.fromkeys(range(4), 3), tokens=3)
     layout = learn(call, 4, {}, [0])
-    assert layout is not None and layout.way == "soft"
+    assert layout is not None
+    assert layout.way == "soft"
     torch.testing.assert_close(sums_of(layout, call).assigned, LOGITS.double().softmax(-1).sum(0))
 
 
@@ -48,7 +50,8 @@ def test_probabilities_have_the_margin_of_their_logits() -> None:
     for scale, scores in (("softmax", LOGITS.softmax(-1)), ("sigmoid", LOGITS.sigmoid())):
         call = outputs(scores, TOP.values, TOP.indices)
         layout = learn(call, 4, {}, [0])
-        assert layout is not None and layout.scale == scale
+        assert layout is not None
+        assert layout.scale == scale
         assert sums_of(layout, call).others[1] == pytest.approx(MARGIN, rel=1e-5)
 
 

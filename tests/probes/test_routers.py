@@ -254,7 +254,7 @@ def test_a_list_of_experts_behind_a_linear_router(says_k: bool) -> None:
     assert sums.others[0] == 10
 
 
-@pytest.mark.parametrize("experts, top_k", [(1, 1), (2, 2), (5, 5)])
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (2, 2), (5, 5)])
 def test_one_expert_and_all_experts(experts: int, top_k: int) -> None:
     model = mixture("mixtral", num_local_experts=experts, num_experts_per_tok=top_k)
     sums = counted(model, batch(model))["model.layers.1.mlp"]
