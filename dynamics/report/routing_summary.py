@@ -72,8 +72,9 @@ def _sentence(rows: list[dict[str, Any]]) -> str:
     )
     correlations = [row["load_update_correlation"] for row in known if row["load_update_correlation"] is not None]
     if correlations:
+        middle = number(float(np.median(correlations)), 2)
         text += (
-            f" Rank correlation of load and increment over the experts of a layer: {number(float(np.median(correlations)), 2)} "
-            "(median over layers; near 1, tokens decide who is trained)."
+            f" Rank correlation of load and increment over the experts of a layer: {middle} (median over layers; near "
+            "1, tokens decide who is trained)."
         )
     return text

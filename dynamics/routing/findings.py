@@ -44,19 +44,18 @@ def _dead(routing: xr.Dataset) -> list[Finding]:
     last = routing.isel(step=slice(-STEPS, None))
     dead = (last["assigned"].values == 0).all(0)
     chance = np.prod(_dead_chance(last), axis=0)
-    layers = np.flatnonzero(dead.any(-1))
-    experts = float(last["experts"].values[layers].sum()) if len(layers) else 0.0
-    layers = np.array([row for row in layers if chance[row] * last["experts"].values.sum() <= LEVEL], dtype=int)
+    # Of all experts of all layers, one would be without a token by chance in less than 5 %.
+    layers = np.flatnonzero(dead.any(-1) & (chance * last["experts"].values.sum() <= LEVEL))
     if not len(layers):
         return []
-    count = int(dead[layers].sum())
+    count, experts = int(dead[layers].sum()), int(last["experts"].values[layers].sum())
     where = [
         f"{last['layer'].values[row]} ({some(map(str, np.flatnonzero(dead[row]).tolist()), _NAMED)})" for row in layers
     ]
     return [
         Finding(
             "OD330",
-            f"{counted(count, 'expert')} of {counted(int(experts), 'expert')} in {counted(len(layers), 'layer')} got "
+            f"{count:,} of {counted(experts, 'expert')} in {counted(len(layers), 'layer')} got "
             f"no token at the last {STEPS} captured steps: {some(where, _NAMED)}. Uniform routing would leave an "
             "expert without a token for so long in less than 5 % of trainings.",
             "Check the loss or bias that balances the load. What no token reaches is not trained.",

@@ -39,8 +39,8 @@ def did_it_train(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     role's median and 10 robust standard deviations below it (:func:`dynamics.spectra.outlying_sizes.outlying`; not for
     experts, nor in roles of fewer than 3). One that has moved is faulty if it is as far above its role's median, was
     saved in part (OD139), is more than half rounding of its storage format, or, in 32 bits, did not change in the last
-    interval while others did. Causes are told where gradients, learning rates or earlier steps show them; else the
-    possible ones are named.
+    interval while others did. Causes are told where gradients, learning rates, routing or earlier steps show them; else
+    the possible ones are named.
 
     - ``yes``: every matrix has moved, and none is faulty; whole roles of dense weights that are as at the start, and
       whole roles that did not change in the last interval, count as frozen on purpose, and are told;
@@ -243,7 +243,7 @@ def _zero(tree: xr.DataTree, matrices: _Matrices) -> Iterator[_Fault]:
     whole = _whole_roles(left & ~adapters, matrices)
     causes = (
         (totals.any(0), "although not at an earlier step: lost when saved, or reset", None, ""),
-        (unreached, "since its expert got no token at any captured step", Evidence("/routing/assigned", 0.0), ""),
+        (unreached, "since no token reached the expert at any captured step", Evidence("/routing/assigned", 0.0), ""),
         (gradient == 0, "since no gradient reached it", recorded, ""),
         (rates_are_zero, "since the learning rate was 0", Evidence("/training/value", 0.0), ""),
         (gradient > 0, "despite its gradients: not in the optimizer, or a learning rate of 0", recorded, ""),

@@ -224,7 +224,7 @@ def test_a_rank_that_does_not_come_costs_its_patience_once() -> None:
 def test_a_rank_that_failed_says_why() -> None:
     first, second = exchanges(dist.HashStore())
     second.send(3, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
-    with pytest.raises(RuntimeError, match="^rank 1: division by zero$"):
+    with pytest.raises(RuntimeError, match=r"^rank 1: division by zero$"):
         first.receive(3)
     second.send(4, lambda: b"")
     assert first.receive(4) == [b""]  # and goes on

@@ -41,7 +41,7 @@ def test_an_expert_without_tokens_at_the_last_three_steps() -> None:
     counts[:, 2, 5] = 0
     finding = found(counts)["OD330"]
     assert finding.message == (
-        "1 expert of 8 experts in 1 layer got no token at the last 3 captured steps: layers.2 (5). Uniform routing "
+        "1 of 8 experts in 1 layer got no token at the last 3 captured steps: layers.2 (5). Uniform routing "
         "would leave an expert without a token for so long in less than 5 % of trainings."
     )
     assert (finding.matrix, finding.step, finding.evidence["experts"]) == ("layers.2", 3, 1)

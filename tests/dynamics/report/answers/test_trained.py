@@ -13,6 +13,7 @@ from dynamics import analyze_run, open_trajectory
 from dynamics.pipeline import measure
 from dynamics.report.answers.trained import did_it_train
 from dynamics.report.summary import summarise
+from dynamics.routing.dataset import joined_routing, measure_routing, routing_record
 from tests.runs import drifting, random_factors, write_adapter, write_records, write_run
 from tests.trees import HOSTILE, example_tree, matrix_names
 from tests.whole_models import model_tensors, write_dense_run, write_model
@@ -198,6 +199,19 @@ def test_experts_that_were_chosen_rarely_are_no_fault_and_those_never_chosen_are
     assert (
         "15 of 16 matrices moved by step 600; 1 is exactly zero, as if their experts were never chosen" in result.answer
     )
+
+
+def test_experts_without_a_token_are_told_from_those_whose_routing_is_unknown():
+    names = [f"model.layers.{layer}.mlp.experts.up_proj[{expert}]" for layer in range(2) for expert in range(4)]
+    tree = example_tree(matrices=names, zero=[names[1], names[6]])
+    steps = tree["update"]["step"].values
+    counts = np.array([5.0, 0.0, 5.0, 5.0])
+    about = {"routing": ["top-k"], "held_in": ["experts"]}
+    parts = [routing_record(int(step), {"model.layers.0.mlp": (counts, 15.0, 0.1)}, about) for step in steps]
+    tree["routing"] = xr.DataTree(measure_routing(joined_routing(parts), tree["update"].to_dataset()))
+    text = answer(tree).answer
+    assert "1 is exactly zero, since no token reached the expert at any captured step" in text
+    assert "1 is exactly zero, as if their experts were never chosen" in text
 
 
 def test_a_merge_that_lost_the_adapter_is_told(tmp_path):
