@@ -100,6 +100,12 @@ GROUPS: Mapping[str, Group] = {
         "[Interventions](interventions.md#what-did-training-gain-and-forget) has the question.",
         'tree["loss"]["change"].sel(task="vqa")',
     ),
+    "routing": Group(
+        "Measured from the tokens that routers sent to each expert in the forward passes of a "
+        "captured step, and from the norms of `/update` and `/gradient`. A layer is a block of experts. "
+        "[Recording](recording.md#experts-and-their-routing) says what is counted.",
+        'tree["routing"]["load"].isel(step=-1, layer=0)',
+    ),
     "score": Group(
         "Measured on the probe samples of tasks that have a `score`, or read from the Trainer's log and score files.",
         'tree["score"]["score"].sel(task="vqa")',
@@ -193,6 +199,12 @@ PITFALLS: Mapping[str, str] = {
     "loss/predicted_second": "The Fisher stands for the Hessian, which it is near where the model predicts well.",
     "loss/layer_share": "Large and of both signs where the layers' parts nearly cancel.",
     "loss/scaled_loss": "A share of the update is another model, not an earlier step.",
+    "routing/load": "Neighbouring tokens choose alike: loads vary more than chance without any preference of the router.",
+    "routing/largest_share_chance": "Of independent tokens. A real router exceeds it without any fault.",
+    "routing/dead": "Of this step's tokens: a rarely chosen expert is not dead.",
+    "routing/margin": "Logits of different layers and models have different scales.",
+    "routing/update_norm": "Includes weight decay and momentum: an expert without a token may move.",
+    "routing/load_update_correlation": "Of few experts it is noisy, and Adam makes updates depend less on load.",
     "score/standard_error": "Of the items alone: it says nothing about other seeds.",
     "association/coefficient": "Of runs, not of checkpoints; a common cause such as faster learning remains in it.",
     "association/p_value": "Only the headline's stands as it is; read `p_familywise` for all others.",

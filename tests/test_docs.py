@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 import dynamics
 import probes
+from tests.mixtures import batch, loss, mixture
 from tests.runs import VOCABULARY, Tokens, llama, lora_llama, trainer, write_run
 from tests.whole_models import model_tensors, write_dense_run, write_model
 
@@ -186,6 +187,10 @@ def results() -> dict[str, Any]:
     tree = dynamics.open_run("runs/probed")
     tree["sensitivity"] = xr.DataTree(dynamics.sensitivity(training.model, tasks))
     tree["sharpness"] = xr.DataTree(dynamics.critical_sharpness(training.model, tasks))
+    model = mixture("mixtral")
+    with dynamics.Recorder("runs/mixture", model, every=1) as recorder, recorder.step(1):
+        loss(model, batch(model)).backward()
+    tree["routing"] = dynamics.open_run("runs/mixture")["routing"]
     return {
         "tree": tree,
         "full": dynamics.analyze_run("runs/full", base="models/base", **options),
