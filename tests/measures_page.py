@@ -199,7 +199,7 @@ PITFALLS: Mapping[str, str] = {
     "loss/predicted_second": "The Fisher stands for the Hessian, which it is near where the model predicts well.",
     "loss/layer_share": "Large and of both signs where the layers' parts nearly cancel.",
     "loss/scaled_loss": "A share of the update is another model, not an earlier step.",
-    "routing/load": "Neighbouring tokens choose alike: loads vary more than chance without any preference of the router.",
+    "routing/load": "Neighbouring tokens choose alike: loads exceed chance without any preference of the router.",
     "routing/largest_share_chance": "Of independent tokens. A real router exceeds it without any fault.",
     "routing/dead": "Of this step's tokens: a rarely chosen expert is not dead.",
     "routing/margin": "Logits of different layers and models have different scales.",
