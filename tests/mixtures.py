@@ -132,7 +132,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def mixture(family: str, seed: int = 0, **changes: Any) -> nn.Module:
+def mixture(family: str, seed: int = 0, **changes: Any) -> Any:
     """Return a model in training mode whose weights are large enough for routers to decide.
 
     Args:
