@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 from scipy import stats
 
-from dynamics.fisher.concentration import MOST_TIMES, matched_gain
+from dynamics.fisher.concentration import MOST_TIMES, matched_gains
 from dynamics.fisher.samples import SampleGroups, confidence_interval, counted_groups, weight_of
 from dynamics.fisher.spectrum import directional, log_participation_ratio
 from dynamics.fisher.task_structure import divergence_test
@@ -280,7 +280,7 @@ def gain_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
         update = mean[:, 0] + rng.standard_normal((sets, 300)) * np.sqrt(spectrum / batch)
         product, size = np.einsum("bnd,bd->bn", rows, update), np.linalg.norm(update, axis=1)
         gram = stacked(grams(rows), product, size, batch_size=batch)
-        plain, centred = matched_gain(gram, k), matched_gain(gram, k, centre=True)
+        plain, centred = (matched_gains(gram, k, centre=centre)[0] for centre in (False, True))
         above = (plain.low > 1) & (centred.low > 1)
         for position, count in enumerate(k):
             if count > samples // 2:
