@@ -99,7 +99,8 @@ class ProbeGram:
         preconditioned_gram: Block → G P² Gᵀ ``(N, N)``, likewise.
         drawn_product: Block → G P(Gᵀw) ``(N, draws)`` for combinations w of samples, where P is not linear.
         drawn_norm_squared: Block → ‖P(Gᵀw)‖² ``(draws,)``.
-        unpreconditioned: Why there is nothing of an optimizer that was given; empty if there is.
+        optimizer_gradients: How many equally weighted gradients the optimizer's second moments rest on; NaN without.
+        unpreconditioned: Why some or all of it is missing; empty if nothing is.
 
     >>> ProbeGram({"global": np.eye(2)}, tasks=("chart", "text")).blocks
     ('global',)
@@ -126,6 +127,7 @@ class ProbeGram:
     preconditioned_gram: Mapping[str, Array] = field(default_factory=dict)
     drawn_product: Mapping[str, Array] = field(default_factory=dict)
     drawn_norm_squared: Mapping[str, Array] = field(default_factory=dict)
+    optimizer_gradients: float = float("nan")
     unpreconditioned: str = ""
 
     @property

@@ -101,7 +101,11 @@ class Preconditioning:
         else:
             names = ("drawn_product", "drawn_norm_squared")
         fields = [{name: pair[number] for name, pair in parts.items()} for number in (0, 1)]
-        return {**dict(zip(names, fields, strict=True)), "unpreconditioned": self._reason}
+        return {
+            **dict(zip(names, fields, strict=True)),
+            "optimizer_gradients": self._preconditioner.gradients,
+            "unpreconditioned": self._reason,
+        }
 
 
 def preconditioned_grams(

@@ -8,7 +8,7 @@ its P is no linear map, and is applied to whole gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -65,12 +65,14 @@ class Preconditioner:
         constant: Parameter (by identity) → the number that P is for all of it.
         orthogonalised: Parameter → Muon's step of it.
         rules: Any other parameter → its P, read when asked for.
+        counts: The same → how many equally weighted gradients its second moment is the mean of.
     """
 
     optimizer: str
     constant: Mapping[int, float] = field(default_factory=dict)
     orthogonalised: Mapping[int, Orthogonalisation] = field(default_factory=dict)
     rules: Mapping[int, Callable[[], Tensor | float]] = field(default_factory=dict)
+    counts: Sequence[Callable[[], float]] = ()
 
     def of(self, parameter: nn.Parameter) -> Tensor | float | Orthogonalisation:
         """Return P of a parameter: of its shape, or one number for all of it, or Muon's."""
@@ -78,6 +80,14 @@ class Preconditioner:
         if key in self.orthogonalised:
             return self.orthogonalised[key]
         return self.rules[key]() if key in self.rules else self.constant.get(key, 0.0)
+
+    @property
+    def gradients(self) -> float:
+        """How many gradients the second moments rest on, of the parameter with the fewest; NaN if there are none.
+
+        Where they are few, the gradient of the last step is in them: it divides itself, as no fresh one would.
+        """
+        return min((count for read in self.counts if not math.isnan(count := read())), default=math.nan)
 
     def is_linear(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Return whether P of these parameters is a linear map: not Muon's."""
@@ -123,7 +133,7 @@ def preconditioner_of(optimizer: Any) -> Preconditioner:
     largest = max(rates, default=1.0)
     if largest <= 0:
         raise ValueError(f"the learning rate of {name} is 0 at this step")
-    constant, orthogonalised, rules = {}, {}, {}
+    constant, orthogonalised, rules, counts = {}, {}, {}, []
     for parameter, group in parameters:
         rate = 1.0 if group.get("lr") is None else _number(group["lr"]) / largest
         if name == "SGD":
@@ -132,7 +142,8 @@ def preconditioner_of(optimizer: Any) -> Preconditioner:
             orthogonalised[id(parameter)] = _orthogonalisation(rate, group, parameter.shape)
         else:
             rules[id(parameter)] = partial(_read, _RULES[package, name], inner, parameter, group, rate)
-    return Preconditioner(name, constant, orthogonalised, rules)
+            counts.append(partial(_count, name, inner, parameter, group))
+    return Preconditioner(name, constant, orthogonalised, rules, counts)
 
 
 def _read(
@@ -140,6 +151,19 @@ def _read(
 ) -> Tensor | float:
     state = optimizer.state.get(parameter)
     return rule(state, group, parameter) * rate if state else 0.0
+
+
+def _count(name: str, optimizer: Any, parameter: nn.Parameter, group: Group) -> float:
+    """Return (Σw)²/Σw² of the weights of squared gradients in the second moment."""
+    state = optimizer.state.get(parameter)
+    if not state:
+        return math.nan
+    step = _number(state["step"])
+    decay = _number(group["betas"][1]) if "betas" in group else _number(group.get("alpha", 1.0))
+    if name == "Adamax":  # a maximum: the present gradient's with a probability of one over the number that count
+        return min(step, 1 / (1 - decay) if decay < 1 else step)
+    kept = decay**step
+    return step if decay >= 1 else (1 - kept) * (1 + decay) / ((1 - decay) * (1 + kept))
 
 
 def _orthogonalisation(rate: float, group: Group, shape: torch.Size) -> Orthogonalisation:

@@ -330,6 +330,7 @@ def _concentration_dataset(gram: StackedGram, arrays: dict[str, np.ndarray], k: 
         },
         "null_batch": np.array(batch_size if batch_size > 0 else np.nan),
         "null_batch_limit": np.array(float(limit)),
+        "optimizer_gradients": np.array(gram.optimizer_gradients),
     }
     ordered = {name: arrays[name] for name in CONCENTRATION if name in arrays}
     return xr.Dataset(_at_one_step(CONCENTRATION, ordered), {"block": list(gram.blocks), "k": list(k)})
@@ -530,8 +531,10 @@ def _of_optimizer(step: xr.Dataset, gram: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a ``ProbeGram`` on the optimizer, of one step's record."""
     if "plain_optimizer" in step and float(step["plain_optimizer"]) == 1:
         return {"preconditioned_product": gram, "preconditioned_gram": gram}
-    fields = {}
-    for name in OPTIMIZER_RECORD.keys() - {"plain_optimizer"}:
+    if "optimizer_gradients" not in step:
+        return {}
+    fields: dict[str, Any] = {"optimizer_gradients": float(step["optimizer_gradients"])}
+    for name in OPTIMIZER_RECORD.keys() - {"plain_optimizer", "optimizer_gradients"}:
         if name in step:
             known = {
                 block: values

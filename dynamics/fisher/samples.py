@@ -122,7 +122,7 @@ class StackedGram:
         update_norm: ‖δ‖ inside the space, not squared; NaN if unknown.
         dimension: d; NaN if unknown.
         losses: Loss of each sample in nats; NaN if unknown.
-        space, batch_size, projection: As in the ``ProbeGram``.
+        space, batch_size, projection, optimizer_gradients: As in the ``ProbeGram``.
         preconditioned: G P Gᵀ and G P² Gᵀ, P the optimizer's preconditioner; ``None`` if unknown, NaN for a block of
             which it is, K itself twice where P is 1.
         drawn: Products with drawn gradients passed through the optimizer, and their squared norms, likewise.
@@ -141,6 +141,7 @@ class StackedGram:
     projection: int
     preconditioned: tuple[Float[np.ndarray, "block sample sample"], Float[np.ndarray, "block sample sample"]] | None
     drawn: tuple[Float[np.ndarray, "block sample draw"], Float[np.ndarray, "block draw"]] | None
+    optimizer_gradients: float
 
     @classmethod
     def of(cls, gram: ProbeGram) -> StackedGram:
@@ -176,6 +177,7 @@ class StackedGram:
             if gram.preconditioned_gram is gram.gram
             else _pair(gram.preconditioned_product, gram.preconditioned_gram, gram.blocks),
             _pair(gram.drawn_product, gram.drawn_norm_squared, gram.blocks),
+            gram.optimizer_gradients,
         )
 
     @cached_property

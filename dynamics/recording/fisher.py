@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dynamics import schema
 from dynamics.findings import Finding
-from dynamics.fisher.concentration import effective_batches, predictive_draws
+from dynamics.fisher.concentration import predictive_draws
 from dynamics.fisher.samples import codes_of
 from dynamics.intervention.counterfactuals import ARMS, Counterfactuals, chosen_arms, chosen_k, counterfactuals
 from dynamics.intervention.dataset import intervene
@@ -29,7 +29,7 @@ from dynamics.intervention.sharpness import critical_sharpness
 from dynamics.text import some
 from probes.blocks import trained_parameters
 from probes.gram import ProbeGram, gradient_gram
-from probes.preconditioner import Preconditioner
+from probes.preconditioner import Preconditioner, preconditioner_of
 from probes.scores import Score, evaluate
 from probes.tasks import ProbeBatch, Task, probe_batches, probe_loss
 from probes.undisturbed import swapped
@@ -76,15 +76,25 @@ class Interventions:
 
 
 class Passing(NamedTuple):
-    """The optimizer of an increment.
+    """The optimizer that made an increment.
 
     Args:
-        preconditioner: Its preconditioner, as after the increment's last step.
+        preconditioner: As after the increment's last step; ``None`` if unknown.
         batches: Equally weighted batches behind the increment, see :func:`effective_batches`.
+        reason: Why it is unknown.
     """
 
-    preconditioner: Preconditioner
-    batches: float
+    preconditioner: Preconditioner | None = None
+    batches: float = 1.0
+    reason: str = "the optimizer is unknown"
+
+    @classmethod
+    def through(cls, optimizer: Any) -> Passing:
+        """Return an optimizer's, of a single batch."""
+        try:
+            return cls(preconditioner_of(optimizer), reason="")
+        except ValueError as error:
+            return cls(reason=str(error))
 
 
 class Increment(NamedTuple):
@@ -254,17 +264,18 @@ class FisherProbe:
         self,
         increments: Mapping[str, Matrix] | None,
         progress: Callable[[int, int], None] = lambda done, total: None,
-        passing: Passing | None = None,
+        passing: Passing = Passing(),  # noqa: B008
     ) -> Increment:
         """Return K, and b of the increment that ends now, at the weights where it began.
 
         Args:
             increments: Watched matrix → its change since then; ``None`` for K alone.
             progress: Called with the number of probe samples measured, and of all.
-            passing: The optimizer that made it, through which gradients are passed; ``None`` if that is unknown.
+            passing: The optimizer that made it, through which gradients are passed.
         """
         changes = None if increments is None else self._of_blocks({**self._changes(), **increments})
         unknown = dict.fromkeys({*self._matrices, *self._others} - set(changes)) if changes is not None else {}
+        lacking = self._lacking(passing)
         with torch.enable_grad(), self.at_start():
             gram = gradient_gram(
                 self._model,
@@ -274,12 +285,13 @@ class FisherProbe:
                 blocks=self._blocks,
                 update=changes,
                 skip_broken=True,
-                optimizer=passing and passing.preconditioner,
-                draws=passing and self._draws(passing.batches),
+                optimizer=None if lacking else passing.preconditioner,
+                draws=self._draws(passing.batches),
             )
         present = np.setdiff1d(np.arange(self._samples), gram.left_out).tolist()
         tasks, groups, names = ([column[row] for row in present] for column in self._labels.values())
-        gram = replace(gram, tasks=tasks, groups=groups, sample_ids=names)
+        reason = gram.unpreconditioned or lacking
+        gram = replace(gram, tasks=tasks, groups=groups, sample_ids=names, unpreconditioned=reason)
         return Increment(gram, changes, tuple(sorted(self._of_blocks(unknown))))
 
     def _draws(self, batches: float) -> Callable[[Tensor], Tensor]:
@@ -291,23 +303,12 @@ class FisherProbe:
 
         return weights
 
-    def passing(self, preconditioner: Preconditioner, step: int, evaluated_at: int, momentum: float) -> Passing:
-        """Return the optimizer through which gradients are passed at a step.
-
-        Args:
-            preconditioner: Of the optimizer.
-            step, evaluated_at, momentum: As for :meth:`record`.
-
-        Raises:
-            ValueError: If a record would be too large with it.
-        """
-        blocks = (
-            1 if self._blocks == [schema.GLOBAL] else self._of_all if self._blocks is None else len(self._blocks) + 1
-        )
-        size = 3 * record_bytes(blocks, self._samples)
-        if size > MOST_BYTES:
-            raise ValueError(f"a record would take {_mebibytes(size)} with it")
-        return Passing(preconditioner, effective_batches(max(step - evaluated_at, 1), evaluated_at, momentum))
+    def _lacking(self, passing: Passing) -> str:
+        """Return why gradients are not passed through the optimizer, empty if they are."""
+        chosen = self._of_all if self._blocks is None else len(self._blocks) + 1
+        size = 3 * record_bytes(1 if self._blocks == [schema.GLOBAL] else chosen, self._samples)
+        too_large = f"a record would take {_mebibytes(size)} with it" if size > MOST_BYTES else ""
+        return passing.reason or too_large
 
     def record(self, increment: Increment, step: int, evaluated_at: int, momentum: float = math.nan) -> xr.Dataset:
         """Return the record of K and b.
@@ -572,6 +573,7 @@ def fisher_record(
             "unit": "sequence",
             "reduction": reduction,
             "batch_size": batch_size,
+            "unpreconditioned": gram.unpreconditioned,
         },
     )
 
@@ -594,7 +596,8 @@ def _of_optimizer(gram: ProbeGram, present: np.ndarray, samples: int) -> dict[st
             known = {block: np.asarray(values) for block, values in by_block.items()}
             missing = np.full(next(iter(known.values())).shape, np.nan)
             arrays[name] = np.stack([known.get(block, missing) for block in gram.blocks])[None]
-    return {"plain_optimizer": np.zeros(1), **arrays} if arrays else {}
+    known = {"plain_optimizer": np.zeros(1), "optimizer_gradients": np.array([gram.optimizer_gradients])}
+    return {**known, **arrays} if arrays else {}
 
 
 def score_record(step: int, scores: Sequence[Score], retained: Sequence[bool]) -> xr.Dataset:

@@ -39,6 +39,12 @@ _DRAWN = "h drawn mean gradients, four for each half of the groups; for an optim
 #: Beside the record, where the optimizer's steps are known: of gradients passed through it.
 OPTIMIZER_RECORD: Mapping[str, Variable] = {
     "plain_optimizer": Variable(("step",), "1", "whether P is 1", "1 if G P Gᵀ and G P² Gᵀ are K: plain SGD"),
+    "optimizer_gradients": Variable(
+        ("step",),
+        "1",
+        "gradients behind the optimizer's second moments",
+        "(Σw)²/Σw² of the weights of squared gradients in v̂, the fewest of any parameter; NaN without a second moment",
+    ),
     "preconditioned_product": Variable(
         ("step", "block", "sample", "sample_"),
         _SQUARED,
@@ -259,7 +265,8 @@ _HALVES = "over random halves of the groups: directions from one half, gradients
 _RATIO = "central 95 % of update over null gradient, over halves and draws"
 _PASSED = (
     "those of null_gradient after P, the optimizer's preconditioner at the end of the increment: learning rates of "
-    "parameter groups, Adam's 1/(√v̂ + ε), Muon's orthogonalisation; without momentum and weight decay"
+    "parameter groups, Adam's 1/(√v̂ + ε), Muon's orthogonalisation; without momentum and weight decay. NaN where P is "
+    "unknown, or optimizer_gradients is below 10"
 )
 
 #: The group that follows from K, b and ‖δ‖.
@@ -359,6 +366,7 @@ CONCENTRATION: Mapping[str, Variable] = {
         "largest batch of the null gradients for which the flag is given",
         "8 × half of the probe samples",
     ),
+    "optimizer_gradients": OPTIMIZER_RECORD["optimizer_gradients"],
     **_with_interval(
         "rayleigh_ratio",
         Variable(_PER_BLOCK, "1", "Rayleigh ratio", "(δᵀFδ/‖δ‖²)/(tr F/d): 1 for a random direction, at most d·ρ"),

@@ -153,7 +153,7 @@ def test_only_all_blocks_together():
 def test_drawn_gradients_are_stepped_by_muon(kind):
     """A model of which Muon steps the matrices: each drawn gradient, orthogonalised whole."""
     model, batch, loss = (Layers(), BATCH, squares) if kind == "dense" else (adapted(), TOKENS, None)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and parameter.ndim == 2)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Muon(weights, lr=0.01)

@@ -91,7 +91,9 @@ def test_muon_steps_along_the_orthogonalised_gradient(shape, adjustment):
     optimizer.step()
     step = preconditioner_of(optimizer).of(weight)
     assert isinstance(step, Orthogonalisation)
-    torch.testing.assert_close(-step(weight.grad), weight.detach(), rtol=0.05, atol=0.02 * float(weight.detach().abs().max()))
+    torch.testing.assert_close(
+        -step(weight.grad), weight.detach(), rtol=0.05, atol=0.02 * float(weight.detach().abs().max())
+    )
 
 
 def test_what_the_optimizer_does_not_step_does_not_move():
