@@ -87,6 +87,8 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD318": ("warning", "training may minimise a different loss than the one probed"),
     "OD319": ("note", "records in two formats"),
     "OD320": ("note", "a record of the Fisher is large"),
+    "OD335": ("note", "an update is not compared with steps of its optimizer"),
+    "OD336": ("note", "an update is more concentrated than steps of its optimizer"),
     # 4xx: the Fisher
     "OD401": ("note", "intervals rest on few groups"),
     "OD402": ("warning", "a Gram matrix is not finite"),

@@ -24,9 +24,9 @@ conservative where the mean dominates.
 **The optimizer's null.** Adam passes a gradient through a preconditioner P and so flattens it; the plain null does not
 know this. The second null asks where fresh gradients would have gone under this optimizer. P g_i are samples like any
 others, of mean Pμ and covariance PΣP, so the same draws are made of them: from G P² Gᵀ of half B, and their products
-G P Gᵀ with A's directions. P is that of the increment's last step. A fresh gradient has no momentum (it counts in m) and
-no weight decay. P of Adam holds the squares of the update's own gradients: below ``LEAST_GRADIENTS`` of them there is no
-null. Muon is not linear: a few draws, made beforehand by :func:`predictive_draws`, went through it.
+G P Gᵀ with A's directions. P is that of the increment's last step. A fresh gradient has no momentum (which counts in m)
+and no weight decay. Adam's P holds the squares of the update's own gradients: below ``LEAST_GRADIENTS`` of them there
+is no null. Muon is not linear: a few draws, made beforehand by :func:`predictive_draws`, went through it.
 
 Decoupled weight decay is not taken out of δ: over an increment it adds −Σ η λ θ.
 """
@@ -61,7 +61,7 @@ DRAWN = 4
 #: Leading directions inside which such draws are shrunk by themselves.
 DRAWN_DIRECTIONS = 16
 #: With fewer gradients in its second moment, an optimizer divides the update's own by itself. Simulated after 10 steps,
-#: the flag came by chance in at most 2 %; after one step, in 10 to 40 %.
+#: the flag came by chance in at most 3 %; after one step, in 20 to 56 %.
 LEAST_GRADIENTS = 10
 #: Fewer groups than this cannot be split into halves that each have pairs.
 LEAST_GROUPS = 4
