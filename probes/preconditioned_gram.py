@@ -164,6 +164,18 @@ def preconditioned_draws(
     if grams is not None:
         between, within = grams
         return between @ weights.mT, ((weights @ within) * weights).sum(1)
+    if block.tangent is not None:
+        _require_factors(block)
+        gradients = _values(columns[0])
+        parts = []
+        for part in weights.split(max(1, len(gradients))):  # no more at once than there are gradients
+            stepped = _stepped(preconditioner, block, part.to(gradients) @ gradients)
+            parts.append((gradients @ stepped.mT, stepped.square().sum(1, dtype=torch.float64)))
+        product, norm = (
+            torch.cat(column, -1).to(device="cpu", dtype=torch.float64) for column in zip(*parts, strict=True)
+        )
+        return product, norm
+    _require_parameters(block)
     products, norms = [], []
     for row in weights:
         product, norm = _drawn(preconditioner, block, columns, row[None])
@@ -182,14 +194,6 @@ def _is_plain(preconditioner: Preconditioner, block: Block) -> bool:
 def _drawn(
     preconditioner: Preconditioner, block: Block, columns: Sequence[SampleGradient], weights: Tensor
 ) -> tuple[Tensor, float]:
-    if block.tangent is not None:
-        _require_factors(block)
-        gradients = _values(columns[0])
-        drawn = (weights.to(gradients) @ gradients).contiguous()
-        stepped = _stepped(preconditioner, block, drawn)[0]
-        product = (gradients @ stepped).to(device="cpu", dtype=torch.float64)
-        return product, float(stepped.double().square().sum())
-    _require_parameters(block)
     product, norm = torch.zeros(columns[0].samples, dtype=torch.float64), 0.0
     for column, (parameter, view) in zip(columns, block.parameters, strict=True):
         scale = preconditioner.of(parameter)
