@@ -91,6 +91,8 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD331": ("note", "experts that get too many tokens"),
     "OD332": ("note", "a router whose choices are not known"),
     "OD333": ("note", "weights of several experts in one matrix"),
+    "OD335": ("note", "an update is not compared with steps of its optimizer"),
+    "OD336": ("note", "an update is more concentrated than steps of its optimizer"),
     # 4xx: the Fisher
     "OD401": ("note", "intervals rest on few groups"),
     "OD402": ("warning", "a Gram matrix is not finite"),

@@ -31,6 +31,8 @@ from probes.block_gradients import along, factors, gradient_as_matrix, in_tangen
 from probes.blocks import Block, Blocks, find_blocks, trained_parameters
 from probes.losses import token_losses
 from probes.per_sample import Chain, ForwardCalls, owners, recording, sample_gradients
+from probes.preconditioned_gram import Draws, Preconditioning
+from probes.preconditioner import Preconditioner, preconditioner_of
 from probes.sample_gradients import (
     Materialised,
     SampleGradient,
@@ -92,6 +94,13 @@ class ProbeGram:
         one_by_one: Names of parameters whose gradients took one backward pass a sample.
         left_out: Positions of samples without a finite loss or gradient among those given. They have no row in K.
         projection: k, if gradients were randomly projected to k numbers: K is an estimate then. 0 if they were not.
+        preconditioned_product: Block → G P Gᵀ ``(N, N)``, P the optimizer's preconditioner, whose rates count relative
+            to the largest; empty if not measured, K itself where P is 1.
+        preconditioned_gram: Block → G P² Gᵀ ``(N, N)``, likewise.
+        drawn_product: Block → G P(Gᵀw) ``(N, draws)`` for combinations w of samples, where P is not linear.
+        drawn_norm_squared: Block → ‖P(Gᵀw)‖² ``(draws,)``.
+        optimizer_gradients: How many equally weighted gradients the optimizer's second moments rest on; NaN without.
+        unpreconditioned: Why some or all of it is missing; empty if nothing is.
 
     >>> ProbeGram({"global": np.eye(2)}, tasks=("chart", "text")).blocks
     ('global',)
@@ -114,6 +123,12 @@ class ProbeGram:
     one_by_one: tuple[str, ...] = ()
     left_out: tuple[int, ...] = ()
     projection: int = 0
+    preconditioned_product: Mapping[str, Array] = field(default_factory=dict)
+    preconditioned_gram: Mapping[str, Array] = field(default_factory=dict)
+    drawn_product: Mapping[str, Array] = field(default_factory=dict)
+    drawn_norm_squared: Mapping[str, Array] = field(default_factory=dict)
+    optimizer_gradients: float = float("nan")
+    unpreconditioned: str = ""
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -134,6 +149,8 @@ def gradient_gram(
     seed: int = 0,
     projection: int = 0,
     skip_broken: bool = False,
+    optimizer: Any = None,
+    draws: Draws | None = None,
 ) -> ProbeGram:
     r"""Return the inner products of per-sample gradients of the trainable parameters, and those with an update.
 
@@ -162,10 +179,14 @@ def gradient_gram(
         projection: k: project each sample's gradient of a block randomly to k numbers, so that only N·k are held. K is
             then an estimate (:mod:`probes.sample_gradients`), b is exact. 0 for none.
         skip_broken: Leave out and list samples whose loss or gradient is not finite, instead of raising.
+        optimizer: The optimizer that made the update, as it is after its step: gradients are passed through its
+            preconditioner, too, see :func:`probes.preconditioner.preconditioner_of`.
+        draws: For an optimizer that is not linear (Muon): combinations of samples whose gradients are passed through
+            it, given K of a block; see :func:`dynamics.fisher.concentration.predictive_draws`.
 
     Raises:
         ValueError: If there is nothing to differentiate, an argument is invalid, a loss does not return one number a
-            sample, or a sample's loss or gradient is not finite.
+            sample, a sample's loss or gradient is not finite, or the optimizer's preconditioner is unknown.
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> _ = nn.init.ones_(layer.weight)
@@ -187,13 +208,23 @@ def gradient_gram(
     batches, labels = _batches_and_labels(tasks, loss)
     together = blocks is not None and list(blocks) == [GLOBAL]
     found = find_blocks(model, space, None if together else blocks)
-    measurement = Measurement(model, found, loss, space, fisher, seed, projection, update)
+    passing = None
+    if optimizer is not None:
+        passing = Preconditioning(_preconditioner(optimizer), found.chosen, draws, together=together)
+    measurement = Measurement(model, found, loss, space, fisher, seed, projection, update, passing)
     with undisturbed(model) as quiet, torch.enable_grad():
         for batch in batches:
             measurement.add(quiet, batch)
     if not measurement.losses:
         raise ValueError("Expected at least one batch of probe samples, got none.")
     return measurement.result(labels, batch_size, skip_broken, together=together)
+
+
+def _preconditioner(optimizer: Any) -> Preconditioner:
+    try:
+        return optimizer if isinstance(optimizer, Preconditioner) else preconditioner_of(optimizer)
+    except ValueError as error:
+        raise ValueError(f"Expected an optimizer whose steps are known, but {error}. Leave optimizer out.") from error
 
 
 def _batches_and_labels(tasks: Any, loss: Loss | None) -> tuple[Iterable[Any], Sequence[Sequence[str]]]:
@@ -226,6 +257,7 @@ class Measurement:
         seed: int,
         projection: int,
         update: Mapping[str, Matrix] | None,
+        preconditioning: Preconditioning | None = None,
     ) -> None:
         self._coverage, self._blocks = blocks, blocks.chosen
         self._loss, self._space, self._fisher = loss, space, fisher
@@ -238,7 +270,7 @@ class Measurement:
         self._names = {id(parameter): name for name, parameter in trained_parameters(model).items()}
         self._slow: dict[int, str] = {}
         self._in_order: bool | None = None  # of batches of text, once one was looked at
-        self._update = update
+        self._update, self._preconditioning = update, preconditioning
         self._products: dict[str, list[tuple[Tensor, float, float]]] = {}
         self.losses: list[Tensor] = []
         self._require_known(update)
@@ -382,6 +414,8 @@ class Measurement:
             if not together:
                 grams[block.name] = k
             projections += columns if self._projection else ()
+            if self._preconditioning is not None and not self._projection:
+                self._preconditioning.add(block, columns, k)
             if update is not None:
                 product, inside[block.name], norms[block.name] = self._product_of(block, columns, len(losses))
                 products[block.name] = product
@@ -395,8 +429,10 @@ class Measurement:
         dimension = {block.name: block.dimension for block in self._blocks}
         dimension[GLOBAL] = sum(dimension.values())
         tasks, groups, sample_ids = (tuple(names[sample] for sample in kept) if names else () for names in labels)
+        chosen = {name: k[kept][:, kept] for name, k in grams.items()}
+        passed = {} if self._preconditioning is None else self._preconditioning.result(chosen, kept, GLOBAL)
         return ProbeGram(
-            gram={name: k[kept][:, kept] for name, k in grams.items()},
+            gram=chosen,
             update_product={name: products[name][kept] for name in grams if name in products},
             update_norm_squared={name: inside[name] for name in grams if name in inside},
             share_outside_space={
@@ -417,6 +453,7 @@ class Measurement:
             one_by_one=tuple(dict.fromkeys(self._slow.values())),
             left_out=left_out,
             projection=self._projection,
+            **passed,
         )
 
     def product(

@@ -215,6 +215,33 @@ def gram(gradient: SampleGradient) -> Float[Tensor, "n n"]:
     return total
 
 
+def scaled_grams(
+    gradient: SampleGradient, scale: Float[Tensor, "*shape"]
+) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n n"]]:
+    """Return ⟨g_i, p∘g_j⟩ and ⟨p∘g_i, p∘g_j⟩ of gradients g, ``(N, N)`` each, float64 on the host.
+
+    Args:
+        gradient: Of N samples.
+        scale: p, of the shape of one gradient.
+
+    >>> gradient = SampleGradient((2,), 2, [Materialised(torch.eye(2))])
+    >>> [part.diagonal().tolist() for part in scaled_grams(gradient, torch.tensor([2.0, 3.0]))]
+    [[2.0, 3.0], [4.0, 9.0]]
+    """
+    between, within = torch.zeros(2, gradient.samples, gradient.samples, dtype=torch.float64)
+    if not gradient.terms:
+        return between, within
+    scale = scale.reshape(gradient.shape[0], -1)
+    step = max(1, _rows_at_once(gradient) // 2)
+    for first in range(0, gradient.shape[0], step):
+        last = min(first + step, gradient.shape[0])
+        rows = gradient.rows(first, last)
+        scaled = (rows * scale[first:last].to(rows)).flatten(1)
+        between += (rows.flatten(1) @ scaled.mT).to(device="cpu", dtype=torch.float64)
+        within += (scaled @ scaled.mT).to(device="cpu", dtype=torch.float64)
+    return (between + between.mT) / 2, within
+
+
 def _longer_first(gradient: SampleGradient) -> SampleGradient:
     """Return gradients whose inner products are the same, transposed where that makes products of longer rows."""
     if any(not isinstance(term, Outer) for term in gradient.terms) or gradient.shape[0] >= gradient.shape[-1]:

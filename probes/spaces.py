@@ -99,6 +99,29 @@ class TangentSpace:
         left = torch.cat([self.left, beside.mT], 1).to(dtype)
         return LowRankMatrix(left, torch.cat([along, self.right.mT]).to(dtype))
 
+    def factor_gradients(
+        self, coordinates: Float[Tensor, "sample number"]
+    ) -> tuple[Float[Tensor, "sample r out"], Float[Tensor, "sample q in"]]:
+        """Return ∇_Bᵀ and ∇_A from the coordinates of ∇W: of all trained factors, side by side."""
+        (out, b), (in_, a) = self.left.shape, self.right.shape
+        samples, cut = len(coordinates), b * in_
+        along, beside = coordinates[:, :cut].view(samples, b, in_), coordinates[:, cut:].view(samples, a, out)
+        left, right = self.left.to(coordinates), self.right.to(coordinates)
+        reached = beside + (along @ right).mT @ left.mT  # (∇W Q_A)ᵀ
+        to_left, to_right = (torch.linalg.pinv(one).to(coordinates) for one in (self.from_left, self.from_right))
+        return to_left.mT @ reached, to_right @ along
+
+    def of_factor_changes(
+        self, left_change: Float[Tensor, "sample r out"], right_change: Float[Tensor, "sample q in"]
+    ) -> Float[Tensor, "sample number"]:
+        """Return the coordinates of s(dB A + B dA), from dBᵀ and dA of all trained factors."""
+        left, right = self.left.to(left_change), self.right.to(left_change)
+        to_left, to_right = (torch.linalg.pinv(one).to(left_change) for one in (self.from_left, self.from_right))
+        # s A of the adapters whose B is trained is to_leftᵀ Q_Aᵀ, and s B of those whose A is, Q_B to_rightᵀ.
+        along = (left_change @ left).mT @ (to_left.mT @ right.mT) + to_right.mT @ right_change
+        beside = to_left @ left_change + (right_change @ right).mT @ (to_right @ left.mT)
+        return self.coordinates(along, beside)
+
     @property
     def numbers(self) -> int:
         """How many coordinates a change has: more than the dimension, since R lies beside Q_B."""

@@ -30,6 +30,7 @@ def fisher_record(
     update: str = "gradient",
     space: str = "tangent",
     seed: int = 0,
+    optimizer: bool = False,
 ) -> xr.Dataset:
     """Raw records of K and b: per-sample gradients of two blocks and both together, and an update.
 
@@ -38,10 +39,11 @@ def fisher_record(
         means: Mean gradient of each task, in the four leading directions of each block.
         groups: Groups of each task, with one sample each.
         batch_size: The optimizer's, 0 if it is not known.
-        update: ``"gradient"``: that of a batch, ``"leading"``: along the direction in which gradients vary most,
-            ``"random"``, or ``"none"``: not known.
+        update: ``"gradient"``: that of a batch, ``"step"``: the same through an optimizer that flattens,
+            ``"leading"``: along the direction in which gradients vary most, ``"random"``, or ``"none"``: not known.
         space: That of the gradients.
         seed: Of everything.
+        optimizer: Whether the optimizer that flattens is known.
     """
     means = MEANS if means is None else means
     generator = np.random.default_rng(seed)
@@ -50,8 +52,14 @@ def fisher_record(
         _of_step(generator, np.repeat(list(means.values()), groups, axis=0), progress, batch_size, update)
         for progress in range(len(steps))
     ]
-    gram, product, norm = (np.stack(parts) for parts in zip(*found, strict=True))
+    gram, product, norm, between, within = (np.stack(parts) for parts in zip(*found, strict=True))
     count = len(tasks)
+    passed = {
+        "plain_optimizer": ("step", np.zeros(len(steps))),
+        "optimizer_gradients": ("step", np.full(len(steps), 500.0)),
+        "preconditioned_product": (("step", "block", "sample", "sample_"), between),
+        "preconditioned_gram": (("step", "block", "sample", "sample_"), within),
+    }
     return xr.Dataset(
         {
             "gram": (("step", "block", "sample", "sample_"), gram),
@@ -60,6 +68,7 @@ def fisher_record(
             "share_outside_space": (("step", "block"), np.where(np.isnan(norm), np.nan, 0.04)),
             "dimension": (("step", "block"), np.tile([_DIMENSION, _DIMENSION, 2.0 * _DIMENSION], (len(steps), 1))),
             "loss": (("step", "sample"), np.full((len(steps), count), 2.0)),
+            **(passed if optimizer else {}),
         },
         coords={
             "step": np.asarray(steps, dtype=np.int64),
@@ -81,19 +90,20 @@ def fisher_record(
 
 def _of_step(
     generator: np.random.Generator, means: np.ndarray, progress: int, batch_size: int, update: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """K, b and ‖δ‖² of both blocks and their sum; the later, the fewer directions."""
+) -> tuple[np.ndarray, ...]:
+    """K, b and ‖δ‖² of both blocks and their sum, and K after an optimizer; the later, the fewer directions."""
     scale = np.exp(-np.arange(_DIMENSION) * (0.03 + 0.02 * progress))
-    grams, products, norms = [], [], []
+    parts: list[list[np.ndarray]] = [[], [], [], [], []]
     for size in (1.0, 0.6):
         centre = np.zeros((len(means), _DIMENSION))
         centre[:, : means.shape[1]] = means
         gradients = size * (centre + scale * generator.normal(size=centre.shape))
         change = size * _change(generator, scale, centre, max(batch_size, 1), update)
-        grams.append(gradients @ gradients.T)
-        products.append(gradients @ change)
-        norms.append(change @ change)
-    return tuple(np.array([*parts, sum(parts)]) for parts in (grams, products, norms))  # type: ignore[return-value]
+        flat = gradients / np.sqrt(scale**2 + (means**2).mean(0).sum() / _DIMENSION)
+        numbers = gradients @ gradients.T, gradients @ change, change @ change, gradients @ flat.T, flat @ flat.T
+        for part, number in zip(parts, numbers, strict=True):
+            part.append(number)
+    return tuple(np.array([*part, sum(part)]) for part in parts)
 
 
 def _change(
@@ -106,7 +116,8 @@ def _change(
     if update == "leading":
         return np.eye(_DIMENSION)[0] - 0.2 * np.eye(_DIMENSION)[2]
     chosen = centre[generator.integers(len(centre), size=batch)]
-    return -(chosen + scale * generator.normal(size=chosen.shape)).mean(0)
+    gradient = -(chosen + scale * generator.normal(size=chosen.shape)).mean(0)
+    return gradient / np.sqrt(scale**2 + (centre**2).mean(0).sum() / _DIMENSION) if update == "step" else gradient
 
 
 _MEASURED: dict[str, dict[str, xr.Dataset]] = {}

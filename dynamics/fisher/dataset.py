@@ -19,7 +19,7 @@ from dynamics.fisher.concentration import (
     effective_batches,
     energy_share,
     isotropic_null,
-    matched_gain,
+    matched_gains,
     rayleigh_ratio,
     relative_rayleigh_ratio,
 )
@@ -63,7 +63,17 @@ from dynamics.fisher.task_structure import (
     overlap,
     purity_gap,
 )
-from dynamics.schema import CONCENTRATION, FISHER, FISHER_RECORD, GLOBAL, SAMPLE_LABELS, TASKS, Variable, label_arrays
+from dynamics.schema import (
+    CONCENTRATION,
+    FISHER,
+    FISHER_RECORD,
+    GLOBAL,
+    OPTIMIZER_RECORD,
+    SAMPLE_LABELS,
+    TASKS,
+    Variable,
+    label_arrays,
+)
 from dynamics.spectra.workers import available_cores, single_threaded_workers
 from probes.gram import ProbeGram
 
@@ -288,17 +298,20 @@ def _concentration_arrays(
         **_with_ends("null_isotropic", Estimate(*isotropic_null(gram.dimension, k))),
     }
     for suffix in ("", "_centred"):
-        gain = matched_gain(gram, k, centre=bool(suffix), **sampling)
-        arrays |= {
-            f"captured_split{suffix}": gain.captured,
-            f"null_gradient{suffix}": gain.null,
-            f"null_gradient_low{suffix}": gain.null_low,
-            f"null_gradient_high{suffix}": gain.null_high,
-            f"gain{suffix}": gain.gain,
-            f"ln_gain{suffix}": gain.ln_gain,
-            f"gain_low{suffix}": gain.low,
-            f"gain_high{suffix}": gain.high,
-        }
+        gains = matched_gains(gram, k, centre=bool(suffix), **sampling)
+        arrays[f"captured_split{suffix}"] = gains[0].captured
+        for gain, null, over in zip(
+            gains, ("null_gradient", "null_optimizer"), ("gain", "gain_optimizer"), strict=True
+        ):
+            arrays |= {
+                f"{null}{suffix}": gain.null,
+                f"{null}_low{suffix}": gain.null_low,
+                f"{null}_high{suffix}": gain.null_high,
+                f"{over}{suffix}": gain.gain,
+                f"ln_{over}{suffix}": gain.ln_gain,
+                f"{over}_low{suffix}": gain.low,
+                f"{over}_high{suffix}": gain.high,
+            }
     return arrays | {
         **_with_ends("rayleigh_ratio", rayleigh_ratio(gram)),
         "relative_rayleigh_ratio": relative_rayleigh_ratio(spectrum[0], product, norm),
@@ -309,10 +322,15 @@ def _concentration_arrays(
 def _concentration_dataset(gram: StackedGram, arrays: dict[str, np.ndarray], k: Sequence[int]) -> xr.Dataset:
     """Return :func:`concentration` without its check of b and ‖δ‖ against K, given the shares of each block."""
     batch_size, limit = gram.batch_size, MOST_TIMES * (len(gram.labels.group) // 2)
+    within = batch_size <= limit
     arrays |= {
-        "concentrated": (batch_size <= limit) & (arrays["gain_low"] > 1) & (arrays["gain_low_centred"] > 1),
+        **{
+            name: within & (arrays[f"{gain}_low"] > 1) & (arrays[f"{gain}_low_centred"] > 1)
+            for name, gain in (("concentrated", "gain"), ("concentrated_optimizer", "gain_optimizer"))
+        },
         "null_batch": np.array(batch_size if batch_size > 0 else np.nan),
         "null_batch_limit": np.array(float(limit)),
+        "optimizer_gradients": np.array(gram.optimizer_gradients),
     }
     ordered = {name: arrays[name] for name in CONCENTRATION if name in arrays}
     return xr.Dataset(_at_one_step(CONCENTRATION, ordered), {"block": list(gram.blocks), "k": list(k)})
@@ -492,7 +510,6 @@ def gram_of(record: xr.Dataset) -> ProbeGram:
     momentum = float(record["momentum"]) if "momentum" in record else 0.0
     batches = effective_batches(max(int(record["step"]) - before, 1), before, momentum)
     return ProbeGram(
-        gram=by_block("gram"),
         update_product=by_block("update_product"),
         update_norm_squared=by_block("update_norm_squared"),
         share_outside_space=by_block("share_outside_space"),
@@ -505,4 +522,24 @@ def gram_of(record: xr.Dataset) -> ProbeGram:
         space=record.attrs["space"],
         fisher=record.attrs["fisher"],
         left_out=tuple(np.flatnonzero(~present).tolist()),
+        gram=(gram := by_block("gram")),
+        **_of_optimizer(step, gram),
     )
+
+
+def _of_optimizer(step: xr.Dataset, gram: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a ``ProbeGram`` on the optimizer, of one step's record."""
+    if "plain_optimizer" in step and float(step["plain_optimizer"]) == 1:
+        return {"preconditioned_product": gram, "preconditioned_gram": gram}
+    if "optimizer_gradients" not in step:
+        return {}
+    fields: dict[str, Any] = {"optimizer_gradients": float(step["optimizer_gradients"])}
+    for name in OPTIMIZER_RECORD.keys() - {"plain_optimizer", "optimizer_gradients"}:
+        if name in step:
+            known = {
+                block: values
+                for block, values in zip(step["block"].values.tolist(), step[name].values, strict=True)
+                if np.isfinite(values).all()
+            }
+            fields |= {name: known} if known else {}
+    return fields

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.findings import Finding
-from dynamics.fisher.concentration import LEAST_GROUPS
+from dynamics.fisher.concentration import LEAST_GRADIENTS, LEAST_GROUPS
 from dynamics.schema import ALL, GLOBAL
 from dynamics.text import percent, some
 
@@ -40,6 +40,7 @@ def findings_of(groups: Mapping[str, xr.Dataset]) -> list[Finding]:
         *_null(fisher, concentration),
         *_momentum(fisher, concentration),
         *_concentrated(concentration),
+        *_beside_optimizer(concentration),
         *_clustered(fisher),
         *_unequal(fisher),
         *_heavy(fisher),
@@ -141,19 +142,63 @@ def _null(fisher: xr.Dataset, concentration: xr.Dataset) -> Iterator[Finding]:
         )
 
 
-def _concentrated(concentration: xr.Dataset) -> Iterator[Finding]:
-    concentrated = concentration["concentrated"]
-    possible = np.isfinite(concentration["gain_low"]) & np.isfinite(concentration["gain_low_centred"])
+def _cases(concentration: xr.Dataset, null: str = "") -> tuple[int, int]:
+    """Return in how many cases the update is concentrated, and how many there are."""
+    concentrated = concentration[f"concentrated{null}"]
+    possible = np.isfinite(concentration[f"gain{null}_low"]) & np.isfinite(concentration[f"gain{null}_low_centred"])
     possible &= concentration["null_batch"] <= concentration["null_batch_limit"]
-    share, cases = float(concentrated.sum() / max(int(possible.sum()), 1)), int(possible.sum())
+    return int(concentrated.sum()), int(possible.sum())
+
+
+def _concentrated(concentration: xr.Dataset) -> Iterator[Finding]:
+    concentrated, cases = _cases(concentration)
+    share = concentrated / max(cases, 1)
     if share > CHANCE:
         yield Finding(
             "OD407",
-            f"In {int(concentrated.sum())} of {cases} cases (step, block, k) the update is more concentrated along "
+            f"In {concentrated} of {cases} cases (step, block, k) the update is more concentrated along "
             "informative directions than a plain gradient of as many samples: the 95 % interval of the gain lies above "
             "1, also for centred gradients. Up to 5 % of cases would be by chance; cases share samples, so they would "
             "be so together.",
-            evidence={"cases": int(concentrated.sum()), "of": cases, "share": share},
+            evidence={"cases": concentrated, "of": cases, "share": share},
+        )
+
+
+def _beside_optimizer(concentration: xr.Dataset) -> Iterator[Finding]:
+    known, beside = (concentration[name].notnull().any(("block", "k")).values for name in ("gain", "gain_optimizer"))
+    lacking, several = known & ~beside, int(known.sum())
+    young = concentration["optimizer_gradients"].values < LEAST_GRADIENTS
+    if lacking.any():
+        reason = str(concentration.attrs.get("unpreconditioned", ""))
+        if (young | ~lacking).all():
+            reason = f"the optimizer's second moments rest on fewer than {LEAST_GRADIENTS} gradients there"
+        yield Finding(
+            "OD335",
+            f"At {int(lacking.sum())} of {several} steps the update is not compared with steps of its optimizer along "
+            f"fresh gradients: {reason or 'no optimizer was given'}. Adam's scaling alone can bring a gain below 1.",
+            "Record a training with tasks; its optimizer's state is not read from checkpoints."
+            if not reason
+            else "Compare other steps, or updates of the same optimizer with each other.",
+            evidence={"steps": int(lacking.sum()), "of": several, "reason": reason},
+        )
+    elif known.any() and (unknown := concentration["gain_optimizer"].isnull().all(("step", "k")).values).any():
+        names = concentration["block"].values[unknown].tolist()
+        yield Finding(
+            "OD335",
+            f"The update of {_named(names)} is not compared with steps of its optimizer along fresh gradients: "
+            f"{concentration.attrs.get('unpreconditioned', '')}.",
+            evidence={"blocks": names[:_NAMED], "reason": concentration.attrs.get("unpreconditioned", "")},
+        )
+    concentrated, cases = _cases(concentration, "_optimizer")
+    share = concentrated / max(cases, 1)
+    same = bool((concentration["gain_optimizer"].fillna(0) == concentration["gain"].fillna(0)).all())  # plain SGD
+    if share > CHANCE and not same:
+        yield Finding(
+            "OD336",
+            f"In {concentrated} of {cases} cases (step, block, k) the update is more concentrated along informative "
+            "directions than a step of its optimizer along a fresh gradient: the optimizer's scaling alone does not "
+            "explain it. Up to 5 % of cases would be by chance; cases share samples, so they would be so together.",
+            evidence={"cases": concentrated, "of": cases, "share": share},
         )
 
 

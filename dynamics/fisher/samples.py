@@ -122,7 +122,10 @@ class StackedGram:
         update_norm: ‖δ‖ inside the space, not squared; NaN if unknown.
         dimension: d; NaN if unknown.
         losses: Loss of each sample in nats; NaN if unknown.
-        space, batch_size, projection: As in the ``ProbeGram``.
+        space, batch_size, projection, optimizer_gradients: As in the ``ProbeGram``.
+        preconditioned: G P Gᵀ and G P² Gᵀ, P the optimizer's preconditioner; ``None`` if unknown, NaN for a block of
+            which it is, K itself twice where P is 1.
+        drawn: Products with drawn gradients passed through the optimizer, and their squared norms, likewise.
     """
 
     blocks: tuple[str, ...]
@@ -136,6 +139,9 @@ class StackedGram:
     space: str
     batch_size: int
     projection: int
+    preconditioned: tuple[Float[np.ndarray, "block sample sample"], Float[np.ndarray, "block sample sample"]] | None
+    drawn: tuple[Float[np.ndarray, "block sample draw"], Float[np.ndarray, "block draw"]] | None
+    optimizer_gradients: float
 
     @classmethod
     def of(cls, gram: ProbeGram) -> StackedGram:
@@ -167,12 +173,22 @@ class StackedGram:
             gram.space,
             gram.batch_size,
             gram.projection,
+            (k, k)
+            if gram.preconditioned_gram is gram.gram
+            else _pair(gram.preconditioned_product, gram.preconditioned_gram, gram.blocks),
+            _pair(gram.drawn_product, gram.drawn_norm_squared, gram.blocks),
+            gram.optimizer_gradients,
         )
 
     @cached_property
     def norms(self) -> Float[np.ndarray, "block sample"]:
         """Squared norm of each gradient, K_ii."""
         return np.diagonal(self.gram, axis1=1, axis2=2)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the optimizer's preconditioner is 1, so that K stands for both products with it."""
+        return self.preconditioned is not None and self.preconditioned[1] is self.gram
 
     def parts(self) -> list[StackedGram]:
         """Return the blocks, a few at a time where there are many samples, so that temporary arrays stay small."""
@@ -182,10 +198,12 @@ class StackedGram:
             replace(
                 self,
                 blocks=self.blocks[part],
-                gram=self.gram[part],
+                gram=(gram := self.gram[part]),
                 update_product=self.update_product[part],
                 update_norm=self.update_norm[part],
                 dimension=self.dimension[part],
+                preconditioned=(gram, gram) if self.is_plain else _part(self.preconditioned, part),
+                drawn=_part(self.drawn, part),
             )
             for part in slices
         ]
@@ -249,6 +267,25 @@ def _by_block(values: Mapping[str, Any], blocks: Sequence[str], shape: tuple[int
         if array.shape != shape:
             raise ValueError(f"Expected {what} of block {name!r} with shape {shape}, got {array.shape}.")
     return np.stack(arrays)
+
+
+def _pair(
+    first: Mapping[str, Any], second: Mapping[str, Any], blocks: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return two arrays stacked over blocks, NaN for a block that has none; ``None`` if there is nothing."""
+    if not first:
+        return None
+    return _filled(first, blocks), _filled(second, blocks)
+
+
+def _filled(values: Mapping[str, Any], blocks: Sequence[str]) -> np.ndarray:
+    known = {name: as_array(array) for name, array in values.items()}
+    missing = np.full(next(iter(known.values())).shape, np.nan)
+    return np.stack([known.get(name, missing) for name in blocks])
+
+
+def _part(pair: tuple[np.ndarray, np.ndarray] | None, part: slice) -> tuple[np.ndarray, np.ndarray] | None:
+    return None if pair is None else (pair[0][part], pair[1][part])
 
 
 def codes_of(labels: Sequence[Any] | np.ndarray, samples: int, what: str) -> Int[np.ndarray, " sample"]:

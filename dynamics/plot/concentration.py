@@ -7,13 +7,13 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.plot.marks import draw_gains, legend_below
+from dynamics.plot.marks import draw_gains, has_optimizer, legend_below
 from dynamics.plot.select import chosen, group
 from dynamics.plot.style import COLOURS, NULL_COLOUR, doubling_axis, figure_of, panel, say_nothing_to_draw
 from dynamics.schema import GLOBAL
 from dynamics.text import counted, number, percent
 
-_UPDATE, _GRADIENT = COLOURS[0], COLOURS[5]
+_UPDATE, _GRADIENT, _OPTIMIZER = COLOURS[0], COLOURS[5], COLOURS[2]
 
 
 def concentration(
@@ -24,15 +24,17 @@ def concentration(
     step: int | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Draw the share of an update in the k leading informative directions with both nulls, or its gain over a gradient.
+    """Draw the share of an update in the k leading informative directions with its nulls, or its gain over a gradient.
 
     Directions from all samples compare the update with a random direction. Directions from half of the groups compare
-    it with fresh gradients of the other half, of as many samples as are behind the update.
+    it with fresh gradients of the other half, of as many samples as are behind the update, and with these after the
+    optimizer's preconditioner, where that is known and does not leave them as they are.
 
     Args:
         data: The result of one run, or its ``/concentration`` group.
-        show: ``"share"``: shares of the squared norm and both nulls. ``"gain"``: the update's share over a fresh
-            gradient's, uncentred and centred, with 95 % intervals; filled where both intervals lie above 1.
+        show: ``"share"``: shares of the squared norm and all nulls. ``"gain"``: the update's share over a fresh
+            gradient's, uncentred and centred, with 95 % intervals; filled where both intervals lie above 1. Beside
+            them that over a fresh step of the optimizer.
         block: A matrix, or ``"global"``.
         step: By default the last one that has an update.
         ax: Draw here, in the style of these axes; a new figure by default.
@@ -53,7 +55,7 @@ def concentration(
             if show == "share":
                 _draw_shares(axes, shares)
             else:
-                draw_gains(axes, shares, (k * 0.97, k * 1.03))
+                draw_gains(axes, shares, (k * 0.97, k * 1.03, k * 1.09))
             doubling_axis(axes, k.tolist(), "Number k of leading directions of the Fisher")
             legend_below(axes)
         else:
@@ -65,10 +67,13 @@ def _draw_shares(axes: Axes, shares: xr.Dataset) -> None:
     k = shares["k"].values
     batch = float(shares["null_batch"])
     of_samples = "" if np.isnan(batch) else f" of {counted(int(batch), 'sample')}"
-    for name, colour, label, line in (
+    nulls = [
         ("null_isotropic", NULL_COLOUR, "random direction", ":"),
         ("null_gradient", _GRADIENT, f"fresh gradient{of_samples}", "--"),
-    ):
+    ]
+    if has_optimizer(shares):
+        nulls.append(("null_optimizer", _OPTIMIZER, "the same through the optimizer", "-."))
+    for name, colour, label, line in nulls:
         mean, low, high = (shares[f"{name}{end}"].values for end in ("", "_low", "_high"))
         if np.isfinite(mean).any():
             axes.fill_between(k, low, high, facecolor=colour, edgecolor=colour, alpha=0.25, linewidth=0.8)

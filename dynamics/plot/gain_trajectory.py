@@ -19,6 +19,7 @@ def gain_trajectory(
     """Draw the update's share in the k leading directions over a fresh gradient's, at each step, with 95 % intervals.
 
     Filled where the intervals of both gains, uncentred and centred, lie above 1. Of many steps some do so by chance.
+    Beside them, where it is known, the gain over a fresh step of the optimizer.
 
     Args:
         data: The result of one run, or its ``/concentration`` group.
@@ -45,7 +46,7 @@ def gain_trajectory(
         if finite.any():
             steps = gains["step"].values
             span = float(steps[-1] - steps[0]) or 1.0
-            draw_gains(axes, gains, (steps - 0.008 * span, steps + 0.008 * span))
+            draw_gains(axes, gains, (steps - 0.008 * span, steps + 0.008 * span, steps + 0.024 * span))
             margin = 0.05 if len(steps) > 1 else 0.3
             axes.set_xlim(steps[0] - margin * span, steps[-1] + margin * span)
             step_axis(axes, steps.tolist())

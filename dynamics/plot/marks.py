@@ -15,8 +15,12 @@ _MOST_MARKERS = 40
 _ONE_ROW = 3
 #: The ends of an interval are cut off beyond this factor from all gains, which they would otherwise squeeze together.
 _FAR = 8.0
-#: Suffix of the variables, colour, marker and label of both kinds of gain.
-_GAINS = (("", COLOURS[0], "o", "gain, 95 % interval"), ("_centred", COLOURS[1], "s", "gain, centred Fisher"))
+#: Variable, suffix, colour, marker and label of each kind of gain; the last only where the optimizer is known.
+_GAINS = (
+    ("gain", "", COLOURS[0], "o", "gain, 95 % interval"),
+    ("gain", "_centred", COLOURS[1], "s", "gain, centred Fisher"),
+    ("gain_optimizer", "", COLOURS[2], "D", "gain over a step of the optimizer"),
+)
 
 
 def draw_quartiles(axes: Axes, quantiles: xr.DataArray, number: int, label: str) -> None:
@@ -81,27 +85,42 @@ def draw_band(axes: Axes, steps: np.ndarray, low: np.ndarray, high: np.ndarray, 
         axes.fill_between(steps, low, high, facecolor=NULL_COLOUR, edgecolor=NULL_COLOUR, alpha=0.45, label=label)
 
 
-def draw_gains(axes: Axes, gains: xr.Dataset, x: tuple[np.ndarray, np.ndarray]) -> None:
-    """Draw both gains side by side on a logarithmic axis, filled where the result calls the update concentrated.
+def has_optimizer(shares: xr.Dataset) -> bool:
+    """Return whether there is a null of the optimizer, other than the gradient's."""
+    if "gain_optimizer" not in shares:
+        return False
+    beside, gain = shares["gain_optimizer"].values, shares["gain"].values
+    return bool((np.isfinite(beside) & (beside != gain)).any())
+
+
+def draw_gains(axes: Axes, gains: xr.Dataset, x: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    """Draw the gains side by side on a logarithmic axis, filled where the result calls the update concentrated.
 
     Args:
         axes: Where to draw.
-        gains: ``gain``, ``gain_low``, ``gain_high``, the same ``…_centred``, and ``concentrated``, of one dimension.
-        x: Positions on the horizontal axis: of the gains, and of the centred ones beside them.
+        gains: ``gain``, ``gain_low``, ``gain_high``, the same ``…_centred``, and ``concentrated``, of one dimension;
+            those of ``gain_optimizer`` where they are known.
+        x: Positions on the horizontal axis: of the gains, of the centred ones, and of those over the optimizer.
     """
     # A flag that is stored with gaps is a number or NaN.
-    concentrated = np.asarray(gains["concentrated"].values, dtype=np.float64) == 1
+    flags = {
+        name: np.asarray(gains[flag].values, dtype=np.float64) == 1
+        for name, flag in (("gain", "concentrated"), ("gain_optimizer", "concentrated_optimizer"))
+        if flag in gains
+    }
     bottom, top = gain_limits(gains)
     axes.axhline(1, color="#444444", linestyle="--", linewidth=1.2, label="as a fresh gradient")
-    for at, (suffix, colour, marker, label) in zip(x, _GAINS, strict=True):
-        gain, low, high = (gains[f"gain{end}{suffix}"].values for end in ("", "_low", "_high"))
+    for at, (name, suffix, colour, marker, label) in zip(x, _GAINS, strict=True):
+        if name == "gain_optimizer" and not has_optimizer(gains):
+            continue
+        gain, low, high = (gains[f"{name}{end}{suffix}"].values for end in ("", "_low", "_high"))
         drawn = np.isfinite(gain) & (gain > 0)
-        filled = drawn & concentrated
+        filled = drawn & flags[name]
         axes.vlines(at[drawn], np.maximum(low, bottom / 2)[drawn], np.minimum(high, top * 2)[drawn], color=colour)
         axes.plot(at[drawn], gain[drawn], marker, color=colour, markerfacecolor="white", markersize=6, label=label)
         if filled.any():
             axes.plot(at[filled], gain[filled], marker, color=colour, markersize=6)
-    if concentrated.any():
+    if any(flag.any() for flag in flags.values()):
         axes.plot([], [], "o", color="#444444", markersize=6, label="filled: both above 1")
     axes.set_ylim(bottom, top)
     logarithmic(axes)
@@ -110,8 +129,11 @@ def draw_gains(axes: Axes, gains: xr.Dataset, x: tuple[np.ndarray, np.ndarray]) 
 
 def gain_limits(gains: xr.Dataset) -> tuple[float, float]:
     """Return limits that hold 1, all gains, and as much of their intervals as leaves the gains readable."""
-    values = np.concatenate([gains[f"gain{suffix}"].values for suffix, *_ in _GAINS])
-    ends = np.concatenate([gains[f"gain_{end}{suffix}"].values for end in ("low", "high") for suffix, *_ in _GAINS])
+    drawn = [kind for kind in _GAINS if kind[0] == "gain" or has_optimizer(gains)]
+    values = np.concatenate([gains[f"{name}{suffix}"].values for name, suffix, *_ in drawn])
+    ends = np.concatenate(
+        [gains[f"{name}_{end}{suffix}"].values for end in ("low", "high") for name, suffix, *_ in drawn]
+    )
     values = np.append(values[np.isfinite(values) & (values > 0)], 1.0)
     reach = np.clip(np.append(ends[np.isfinite(ends)], values), values.min() / _FAR, values.max() * _FAR)
     return float(reach.min() / 1.15), float(reach.max() * 1.15)

@@ -21,12 +21,15 @@ from torch import Tensor, nn
 
 from dynamics import schema
 from dynamics.findings import Finding
+from dynamics.fisher.concentration import predictive_draws
+from dynamics.fisher.samples import codes_of
 from dynamics.intervention.counterfactuals import ARMS, Counterfactuals, chosen_arms, chosen_k, counterfactuals
 from dynamics.intervention.dataset import intervene
 from dynamics.intervention.sharpness import critical_sharpness
 from dynamics.text import some
 from probes.blocks import trained_parameters
 from probes.gram import ProbeGram, gradient_gram
+from probes.preconditioner import Preconditioner, preconditioner_of
 from probes.scores import Score, evaluate
 from probes.tasks import ProbeBatch, Task, probe_batches, probe_loss
 from probes.undisturbed import swapped
@@ -70,6 +73,28 @@ class Interventions:
         object.__setattr__(self, "arms", chosen_arms(self.arms))
         if self.k is not None:
             object.__setattr__(self, "k", chosen_k(self.k))
+
+
+class Passing(NamedTuple):
+    """The optimizer that made an increment.
+
+    Args:
+        preconditioner: As after the increment's last step; ``None`` if unknown.
+        batches: Equally weighted batches behind the increment, see :func:`effective_batches`.
+        reason: Why it is unknown.
+    """
+
+    preconditioner: Preconditioner | None = None
+    batches: float = 1.0
+    reason: str = "the optimizer is unknown"
+
+    @classmethod
+    def through(cls, optimizer: Any) -> Passing:
+        """Return an optimizer's, of a single batch."""
+        try:
+            return cls(preconditioner_of(optimizer), reason="")
+        except ValueError as error:
+            return cls(reason=str(error))
 
 
 class Increment(NamedTuple):
@@ -239,15 +264,18 @@ class FisherProbe:
         self,
         increments: Mapping[str, Matrix] | None,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        passing: Passing = Passing(),  # noqa: B008
     ) -> Increment:
         """Return K, and b of the increment that ends now, at the weights where it began.
 
         Args:
             increments: Watched matrix → its change since then; ``None`` for K alone.
             progress: Called with the number of probe samples measured, and of all.
+            passing: The optimizer that made it, through which gradients are passed.
         """
         changes = None if increments is None else self._of_blocks({**self._changes(), **increments})
         unknown = dict.fromkeys({*self._matrices, *self._others} - set(changes)) if changes is not None else {}
+        lacking = self._lacking(passing)
         with torch.enable_grad(), self.at_start():
             gram = gradient_gram(
                 self._model,
@@ -257,11 +285,30 @@ class FisherProbe:
                 blocks=self._blocks,
                 update=changes,
                 skip_broken=True,
+                optimizer=None if lacking else passing.preconditioner,
+                draws=self._draws(passing.batches),
             )
         present = np.setdiff1d(np.arange(self._samples), gram.left_out).tolist()
         tasks, groups, names = ([column[row] for row in present] for column in self._labels.values())
-        gram = replace(gram, tasks=tasks, groups=groups, sample_ids=names)
+        reason = gram.unpreconditioned or lacking
+        gram = replace(gram, tasks=tasks, groups=groups, sample_ids=names, unpreconditioned=reason)
         return Increment(gram, changes, tuple(sorted(self._of_blocks(unknown))))
+
+    def _draws(self, batches: float) -> Callable[[Tensor], Tensor]:
+        """Return what draws gradients of so many batches."""
+        group = codes_of(self._labels["sample_group"], self._samples, "group")
+
+        def weights(k: Tensor) -> Tensor:
+            return torch.from_numpy(predictive_draws(k.numpy(), group, round(self._batch_size * batches)))
+
+        return weights
+
+    def _lacking(self, passing: Passing) -> str:
+        """Return why gradients are not passed through the optimizer, empty if they are."""
+        chosen = self._of_all if self._blocks is None else len(self._blocks) + 1
+        size = 3 * record_bytes(1 if self._blocks == [schema.GLOBAL] else chosen, self._samples)
+        too_large = f"a record would take {_mebibytes(size)} with it" if size > MOST_BYTES else ""
+        return passing.reason or too_large
 
     def record(self, increment: Increment, step: int, evaluated_at: int, momentum: float = math.nan) -> xr.Dataset:
         """Return the record of K and b.
@@ -507,6 +554,7 @@ def fisher_record(
         "dimension": np.array([[float(gram.dimension[block]) for block in blocks]]),
         "loss": loss,
         "momentum": np.array([momentum]),
+        **_of_optimizer(gram, present, samples),
     }
     coords = {
         "step": np.array([step], dtype=np.int64),
@@ -515,7 +563,9 @@ def fisher_record(
         **{name: ("sample", np.asarray(labels[name], dtype=str)) for name in schema.SAMPLE_LABELS},
     }
     return xr.Dataset(
-        schema.label_arrays({**schema.FISHER_RECORD, "momentum": schema.FISHER_MOMENTUM}, arrays),
+        schema.label_arrays(
+            {**schema.FISHER_RECORD, "momentum": schema.FISHER_MOMENTUM, **schema.OPTIMIZER_RECORD}, arrays
+        ),
         coords=coords,
         attrs={
             "space": gram.space,
@@ -523,8 +573,31 @@ def fisher_record(
             "unit": "sequence",
             "reduction": reduction,
             "batch_size": batch_size,
+            "unpreconditioned": gram.unpreconditioned,
         },
     )
+
+
+def _of_optimizer(gram: ProbeGram, present: np.ndarray, samples: int) -> dict[str, np.ndarray]:
+    """Return what a record has of gradients passed through the optimizer: nothing if that was not measured."""
+    if gram.preconditioned_gram is gram.gram:
+        return {"plain_optimizer": np.ones(1)}
+    pairs = {name: getattr(gram, name) for name in ("preconditioned_product", "preconditioned_gram")}
+    arrays = {}
+    for name, by_block in pairs.items():
+        if by_block:
+            array = np.full((1, len(gram.blocks), samples, samples), np.nan)
+            for row, block in enumerate(gram.blocks):
+                if block in by_block:
+                    array[0, row][np.ix_(present, present)] = by_block[block]
+            arrays[name] = array
+    for name, by_block in {name: getattr(gram, name) for name in ("drawn_product", "drawn_norm_squared")}.items():
+        if by_block:
+            known = {block: np.asarray(values) for block, values in by_block.items()}
+            missing = np.full(next(iter(known.values())).shape, np.nan)
+            arrays[name] = np.stack([known.get(block, missing) for block in gram.blocks])[None]
+    known = {"plain_optimizer": np.zeros(1), "optimizer_gradients": np.array([gram.optimizer_gradients])}
+    return {**known, **arrays} if arrays else {}
 
 
 def score_record(step: int, scores: Sequence[Score], retained: Sequence[bool]) -> xr.Dataset:

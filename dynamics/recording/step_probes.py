@@ -11,8 +11,9 @@ import xarray as xr
 from torch import nn
 
 from dynamics.findings import Finding
+from dynamics.fisher.concentration import effective_batches
 from dynamics.intervention.counterfactuals import ARMS
-from dynamics.recording.fisher import FisherProbe, Increment, Interventions, descent_rate, momentum_of
+from dynamics.recording.fisher import FisherProbe, Increment, Interventions, Passing, descent_rate, momentum_of
 from dynamics.recording.live import LiveSpectra
 from dynamics.recording.loss_probe import LossProbe, outside
 from dynamics.recording.schedules import Preset, Schedule, at_no_step, chosen_steps
@@ -71,6 +72,7 @@ class StepProbes:
                 self._losses.begin()
         self._lost_start = False  # of the increment: no Fisher can be measured there
         self._momentum = self._rate = math.nan
+        self._passing = Passing()
         self._sharpness: xr.Dataset | None = None  # of the last step that has one: the next search starts there
 
     def findings(self) -> list[Finding]:
@@ -78,8 +80,9 @@ class StepProbes:
         return self._fisher.findings()
 
     def take_rates(self, optimizer: Any) -> None:
-        """Take note of the optimizer's momentum and learning rate."""
+        """Take note of the optimizer's momentum and learning rates."""
         self._momentum, self._rate = momentum_of(optimizer), descent_rate(optimizer)
+        self._passing = Passing.through(optimizer)
 
     def lose_start(self, reason: str) -> None:
         """Take note of why the model cannot be set back to the start of the training."""
@@ -116,7 +119,9 @@ class StepProbes:
         increment = None
         if from_step >= 0 and not self._lost_start:
             with self._forgiven(step):
-                increment = self._fisher.measure(live.increments(), self._progress)
+                batches = effective_batches(max(step - from_step, 1), from_step, self._momentum)
+                passing = self._passing._replace(batches=batches)
+                increment = self._fisher.measure(live.increments(), self._progress, passing)
                 groups["fisher"] = self._fisher.record(increment, step, from_step, self._momentum)
         if increment is not None and self._intervenes(step):
             with self._forgiven(step):

@@ -78,6 +78,8 @@ _OF_DIRECTIONS = {
         "gain",
         "gain_low",
         "gain_centred",
+        "null_optimizer",
+        "gain_optimizer",
         "rayleigh_ratio",
         "share_outside_space",
     ),

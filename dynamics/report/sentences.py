@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dynamics.report.answers.concentrated import CHANCE, chance_steps, concentration_state
+from dynamics.report.answers.concentrated import CHANCE, chance_steps, concentration_state, has_one_null
 from dynamics.report.answers.conflicts import degree_of_difference
 from dynamics.text import counted, listed, number, percent, sentence_case
 
@@ -274,7 +274,7 @@ def _update(concentration: Mapping[str, Any] | None) -> list[str]:
         f"and {_percents(row['null_gradient'])} of a fresh gradient of {batch}: {_times(row['gain']['value'])} "
         f"(gain {gain}; centred {centred})."
     )
-    return [" ".join(sentences), f"{compared} {_verdict(concentration)}"]
+    return [" ".join(sentences), f"{compared} {_verdict(concentration)}", *_beside_optimizer(concentration)]
 
 
 def _times(gain: float) -> str:
@@ -301,9 +301,9 @@ def _verdict(concentration: Mapping[str, Any]) -> str:
         sentence = "The update is concentrated along informative directions, more than a gradient of its batch."
         sentence += f" The same holds {at_steps} ({by_chance})." if steps["of"] > 1 else ""
     elif state == "less":
-        sentence = (
-            "The update follows informative directions less than a plain gradient step would; Adam's scaling and "
-            "momentum alone can cause this."
+        sentence = "The update follows informative directions less than a plain gradient step would"
+        sentence += (
+            "; Adam's scaling and momentum alone can cause this." if has_one_null(concentration["at_k"]) else "."
         )
     elif state == "beyond_null":
         limit = concentration["null_batch_limit"]
@@ -319,6 +319,31 @@ def _verdict(concentration: Mapping[str, Any]) -> str:
             "about 2.5 % so, all at once or none, since blocks share samples and draws."
         )
     return sentence
+
+
+def _beside_optimizer(concentration: Mapping[str, Any]) -> list[str]:
+    """Return how the update compares with fresh gradients that went through the optimizer."""
+    row = concentration["at_k"]
+    if row["gain_optimizer"]["value"] is None:
+        return []
+    if has_one_null(row):
+        return ["The optimizer steps along the gradient itself, so that fresh steps of it are no other null."]
+    gain, centred = (_with_interval(row[f"gain_optimizer{end}"], brackets=False) for end in ("", "_centred"))
+    state = concentration_state(concentration)
+    beside = concentration_state(concentration, "_optimizer")
+    if beside == "concentrated":
+        verdict = "The update follows informative directions more than the optimizer's scaling explains."
+    elif beside == "less":
+        verdict = "The update follows informative directions less than a fresh gradient does under this optimizer."
+    elif beside == "not_shown" and state in ("concentrated", "less"):
+        what = "concentration" if state == "concentrated" else "difference from a plain gradient"
+        verdict = f"The optimizer's scaling may explain the {what}."
+    else:
+        verdict = "The update is not shown to differ from a fresh gradient under this optimizer."
+    return [
+        f"Passed through the optimizer, a fresh gradient has {_percents(row['null_optimizer'])} there; the update has "
+        f"{_times(row['gain_optimizer']['value'])} (gain {gain}; centred {centred}). {verdict}"
+    ]
 
 
 def _tasks(fisher: Mapping[str, Any]) -> str:

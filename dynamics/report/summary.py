@@ -331,7 +331,7 @@ def fisher_summary(tree: xr.DataTree) -> dict[str, Any] | None:
           ``by_task`` has samples, groups, effective groups and both participation ratios of each task;
         - ``concentration``: ``None`` without an update, else at its own ``step``: ``by_k``, and in ``at_k`` the row of
           the largest k that has a gain, a choice that no result influenced; ``steps`` and ``blocks``: how many of
-          those with a gain at that k are concentrated;
+          those with a gain at that k are concentrated; ``…_optimizer``: the same beside steps of the optimizer;
         - ``pairs`` of tasks with their ``cosine``, ``overlap``, ``transfer`` (of the second by a step for the first)
           and ``transfer_back``; the ends of the cosine's 95 % interval of all pairs ``together``; ``state``:
           ``"share"`` or ``"conflict"`` if that interval lies above or below 0, ``"undecided"`` if it includes 0,
@@ -402,6 +402,7 @@ def _concentration(shares: xr.Dataset) -> dict[str, Any] | None:
         "at_k": at_k,
         "by_k": rows,
         "steps": _count(of_all.sel(k=at_k["k"])),
+        "steps_optimizer": _count(of_all.sel(k=at_k["k"]), "_optimizer"),
         "blocks": _count(shares.sel(step=int(last["step"]), k=at_k["k"]).drop_sel(block=GLOBAL)),
     }
 
@@ -417,15 +418,23 @@ def _of_k(shares: xr.Dataset) -> dict[str, Any]:
         "gain_centred": _interval(shares, "gain", "_centred"),
         "ln_gain": _number(shares, "ln_gain"),
         "concentrated": float(shares["concentrated"]) == 1,
+        "null_optimizer": _interval(shares, "null_optimizer"),
+        "gain_optimizer": _interval(shares, "gain_optimizer"),
+        "gain_optimizer_centred": _interval(shares, "gain_optimizer", "_centred"),
+        "concentrated_optimizer": _number(shares, "concentrated_optimizer") == 1,
     }
 
 
-def _count(shares: xr.Dataset) -> dict[str, int]:
+def _count(shares: xr.Dataset, null: str = "") -> dict[str, int]:
     """Count what is concentrated, and what could be. A missing flag counts as no flag."""
-    possible = np.isfinite(shares["gain_low"].values) & np.isfinite(shares["gain_low_centred"].values)
+    if f"concentrated{null}" not in shares:
+        return {"concentrated": 0, "of": 0}
+    low, centred = (shares[f"gain{null}_low{suffix}"].values for suffix in ("", "_centred"))
+    possible = np.isfinite(low) & np.isfinite(centred)
     if "null_batch_limit" in shares:
         possible &= np.asarray(shares["null_batch"].values <= shares["null_batch_limit"].values)
-    return {"concentrated": int((shares["concentrated"].values.astype(float) == 1).sum()), "of": int(possible.sum())}
+    flags = shares[f"concentrated{null}"].values.astype(float) == 1
+    return {"concentrated": int(flags.sum()), "of": int(possible.sum())}
 
 
 def _between_tasks(tasks: xr.Dataset, fisher: xr.Dataset) -> dict[str, Any]:

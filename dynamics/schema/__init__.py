@@ -12,6 +12,7 @@ from dynamics.schema.fisher_groups import (
     FISHER_MOMENTUM,
     FISHER_RECORD,
     GLOBAL,
+    OPTIMIZER_RECORD,
     SAMPLE_LABELS,
     TASKS,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "NULL",
     "NULL_MEASURES",
     "OF_CHECKPOINTS",
+    "OPTIMIZER_RECORD",
     "PATH",
     "PER_MATRIX",
     "QUANTILES",

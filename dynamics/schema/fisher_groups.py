@@ -34,6 +34,36 @@ FISHER_RECORD: Mapping[str, Variable] = {
 #: Beside the record, where the optimizer is known; NaN where it is not.
 FISHER_MOMENTUM = Variable(("step",), "1", "momentum of the optimizer", "β₁ of Adam, the momentum of SGD")
 _SQUARED = "(loss/weight)²"
+_PRECONDITIONER = "P the optimizer's preconditioner at the end of the increment, rates relative to the largest"
+_DRAWN = "h drawn mean gradients, four for each half of the groups; for an optimizer that is not linear"
+#: Beside the record, where the optimizer's steps are known: of gradients passed through it.
+OPTIMIZER_RECORD: Mapping[str, Variable] = {
+    "plain_optimizer": Variable(("step",), "1", "whether P is 1", "1 if G P Gᵀ and G P² Gᵀ are K: plain SGD"),
+    "optimizer_gradients": Variable(
+        ("step",),
+        "1",
+        "gradients behind the optimizer's second moments",
+        "(Σw)²/Σw² of the weights of squared gradients in v̂, the fewest of any parameter; NaN without a second moment",
+    ),
+    "preconditioned_product": Variable(
+        ("step", "block", "sample", "sample_"),
+        _SQUARED,
+        "inner products of gradients with preconditioned ones",
+        f"⟨g_i, P g_j⟩, {_PRECONDITIONER}",
+    ),
+    "preconditioned_gram": Variable(
+        ("step", "block", "sample", "sample_"),
+        _SQUARED,
+        "inner products of preconditioned gradients",
+        f"⟨P g_i, P g_j⟩, {_PRECONDITIONER}",
+    ),
+    "drawn_product": Variable(
+        ("step", "block", "sample", "draw"), _SQUARED, "inner products with drawn steps", f"⟨g_i, P(h)⟩, {_DRAWN}"
+    ),
+    "drawn_norm_squared": Variable(
+        ("step", "block", "draw"), _SQUARED, "squared norms of drawn steps", f"‖P(h)‖², {_DRAWN}"
+    ),
+}
 _PER_BLOCK = ("step", "block")
 _PER_TASK = ("step", "block", "task")
 _PER_PAIR = ("step", "block", "task", "task_")
@@ -233,6 +263,11 @@ FISHER: Mapping[str, Variable] = {
 _SHARE = "Σ_{j≤k} ⟨δ, v_j⟩²/‖δ‖², v_j the leading eigenvectors of the"
 _HALVES = "over random halves of the groups: directions from one half, gradients from the other"
 _RATIO = "central 95 % of update over null gradient, over halves and draws"
+_PASSED = (
+    "those of null_gradient after P, the optimizer's preconditioner at the end of the increment: learning rates of "
+    "parameter groups, Adam's 1/(√v̂ + ε), Muon's orthogonalisation; without momentum and weight decay. NaN where P is "
+    "unknown, or optimizer_gradients is below 10"
+)
 
 #: The group that follows from K, b and ‖δ‖.
 CONCENTRATION: Mapping[str, Variable] = {
@@ -274,6 +309,36 @@ CONCENTRATION: Mapping[str, Variable] = {
             ),
             "gain_low": Variable(_PER_K, "1", "gain, low end", _RATIO),
             "gain_high": Variable(_PER_K, "1", "gain, high end", _RATIO),
+            "null_optimizer": Variable(
+                _PER_K,
+                "1",
+                f"share of a fresh step of the optimizer, directions of half the {which}",
+                f"mean share of fresh mean gradients, {_PASSED}",
+            ),
+            "null_optimizer_low": Variable(
+                _PER_K, "1", "optimizer's null, low end", "2.5 % point over halves and draws"
+            ),
+            "null_optimizer_high": Variable(
+                _PER_K, "1", "optimizer's null, high end", "97.5 % point over halves and draws"
+            ),
+            "gain_optimizer": Variable(
+                _PER_K,
+                "1",
+                f"gain over a step of the optimizer ({which})",
+                f"captured_split{suffix}/null_optimizer{suffix}",
+            ),
+            "ln_gain_optimizer": Variable(
+                _PER_K,
+                "nat",
+                f"log gain over a step of the optimizer ({which})",
+                "median of ln(update/null step), over halves and draws: about 0 for a step along a fresh gradient",
+            ),
+            "gain_optimizer_low": Variable(
+                _PER_K, "1", "gain over a step of the optimizer, low end", _RATIO.replace("gradient", "step")
+            ),
+            "gain_optimizer_high": Variable(
+                _PER_K, "1", "gain over a step of the optimizer, high end", _RATIO.replace("gradient", "step")
+            ),
         }.items()
     },
     "concentrated": Variable(
@@ -282,6 +347,12 @@ CONCENTRATION: Mapping[str, Variable] = {
         "more concentrated than a gradient",
         "gain_low > 1 and gain_low_centred > 1, for a null_batch of at most null_batch_limit. A fresh gradient is so "
         "with a probability of up to 5 %; blocks, steps and k share samples and draws: together or not at all",
+    ),
+    "concentrated_optimizer": Variable(
+        _PER_K,
+        "1",
+        "more concentrated than a step of the optimizer",
+        "gain_optimizer_low > 1 and gain_optimizer_low_centred > 1, for a null_batch of at most null_batch_limit",
     ),
     "null_batch": Variable(
         ("step",),
@@ -295,6 +366,7 @@ CONCENTRATION: Mapping[str, Variable] = {
         "largest batch of the null gradients for which the flag is given",
         "8 × half of the probe samples",
     ),
+    "optimizer_gradients": OPTIMIZER_RECORD["optimizer_gradients"],
     **_with_interval(
         "rayleigh_ratio",
         Variable(_PER_BLOCK, "1", "Rayleigh ratio", "(δᵀFδ/‖δ‖²)/(tr F/d): 1 for a random direction, at most d·ρ"),

@@ -40,7 +40,7 @@ _REMEDY = "The other records are used; restore it from a copy, or remove it."
 TABLES: Mapping[str, Mapping[str, Variable]] = {
     "update": raw.UPDATE,
     "gradient": raw.GRADIENT,
-    "fisher": {**schema.FISHER_RECORD, "momentum": schema.FISHER_MOMENTUM},
+    "fisher": {**schema.FISHER_RECORD, "momentum": schema.FISHER_MOMENTUM, **schema.OPTIMIZER_RECORD},
     "score": {**schema.SCORE, "direction": schema.SCORE_DIRECTION, "retained": schema.RETAINED},
     "intervention": schema.INTERVENTION,
     "loss": {name: variable for name, variable in schema.LOSS_RECORD.items() if name != "scaled_loss"},
@@ -52,6 +52,7 @@ OPTIONAL = (
     *raw.ADDED,
     *raw.ADDED_TO_GRADIENT,
     *("momentum", "direction", "retained"),
+    *schema.OPTIMIZER_RECORD,
     *(schema.INTERVENTION.keys() - {"effect", "norm", "headline"}),
 )
 #: Groups without which the others can be used.

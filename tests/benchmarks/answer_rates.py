@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 import xarray as xr
 
-from dynamics.fisher.concentration import matched_gain
+from dynamics.fisher.concentration import matched_gains
 from dynamics.fisher.samples import SampleGroups
 from dynamics.fisher.task_structure import cosines, simultaneous_interval
 from dynamics.relate import choose_checkpoint
@@ -100,7 +100,7 @@ def concentrated(rng: np.random.Generator, sets: int, batch: int) -> tuple[np.nd
             update = 0.05 * update + rng.standard_normal((200, 100)) * (np.arange(100) < 2)
         product, size = np.einsum("bnd,bd->bn", rows, update), np.linalg.norm(update, axis=1)
         gram = stacked(grams(rows), product, size, batch_size=batch or 16)
-        plain, centred = matched_gain(gram, (k,)), matched_gain(gram, (k,), centre=True)
+        plain, centred = (matched_gains(gram, (k,), centre=centre)[0] for centre in (False, True))
         above.append(((plain.low > 1) & (centred.low > 1))[:, 0])
         less.append((plain.high < ABOUT)[:, 0])
     return np.concatenate(above), np.concatenate(less)

@@ -10,16 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
 import numpy as np
+import torch
 import xarray as xr
 from scipy import stats
 
-from dynamics.fisher.concentration import MOST_TIMES, matched_gain
-from dynamics.fisher.samples import SampleGroups, confidence_interval, counted_groups, weight_of
+from dynamics.fisher.concentration import MOST_TIMES, effective_batches, matched_gains, predictive_draws
+from dynamics.fisher.samples import SampleGroups, StackedGram, confidence_interval, counted_groups, weight_of
 from dynamics.fisher.spectrum import directional, log_participation_ratio
 from dynamics.fisher.task_structure import divergence_test
 from dynamics.relate import associate, compare, compare_scores
 from dynamics.relate.differences import relabelled_difference, students_test
 from dynamics.relate.permutations import LEVEL
+from probes import ProbeGram
+from probes.preconditioner import Orthogonalisation
 from tests.dynamics.fisher.simulated import NORMS, gradients, grams, norms, power_law, stacked
 from tests.dynamics.relate import simulated
 from tests.dynamics.relate.simulated import decided
@@ -280,7 +283,7 @@ def gain_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
         update = mean[:, 0] + rng.standard_normal((sets, 300)) * np.sqrt(spectrum / batch)
         product, size = np.einsum("bnd,bd->bn", rows, update), np.linalg.norm(update, axis=1)
         gram = stacked(grams(rows), product, size, batch_size=batch)
-        plain, centred = matched_gain(gram, k), matched_gain(gram, k, centre=True)
+        plain, centred = (matched_gains(gram, k, centre=centre)[0] for centre in (False, True))
         above = (plain.low > 1) & (centred.low > 1)
         for position, count in enumerate(k):
             if count > samples // 2:
@@ -296,6 +299,76 @@ def gain_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
             )
 
 
+def optimizer_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
+    """How often a step of an optimizer along fresh gradients is called concentrated, over both nulls."""
+    spectrum, k, sets = power_law(240), (1, 4, 16), max(sets // 20, 1)
+    yield "step of a fresh gradient: N, tr Σ/‖μ‖², batch", "holds 1, plain", "holds 1, optimizer", "above 1, k = 1/4/16"
+    for samples, scale, batch in ((64, 4, 4), (64, 64, 16), (128, 1000, 16)):
+        mean = rng.standard_normal((sets, 1, 240)) * np.sqrt(spectrum)
+        mean *= np.sqrt(spectrum.sum() / scale / (mean**2).sum(-1, keepdims=True))
+        rows = gradients(rng, sets, samples, spectrum, mean)
+        where = f"{samples}, {scale}, {batch}"
+        for name, steps, increment, decay in (
+            ("AdamW, step 1", 1, 1, 0.999),
+            ("AdamW, step 3", 3, 1, 0.999),
+            ("AdamW, step 10", 10, 1, 0.999),
+            ("AdamW, step 100", 100, 1, 0.999),
+            ("AdamW, β₂ = 0.95, step 20", 20, 1, 0.95),
+            ("AdamW, steps 51 to 100", 100, 50, 0.999),
+        ):
+            update, adam = adamw_training(rng, mean[:, 0], spectrum, batch, steps, increment, decay)
+            passed = rows * adam[:, None]
+            m = round(batch * effective_batches(increment, steps - increment, 0.9))
+            products = {"preconditioned_product": rows @ passed.mT, "preconditioned_gram": passed @ passed.mT}
+            yield f"{name}: {where}", *optimizer_shares(rows, update, m, products, k)
+        fresh = mean[:, 0] + rng.standard_normal((sets, 240)) * np.sqrt(spectrum / batch)
+        turned = np.linalg.qr(rng.standard_normal((240, 240)))[0]
+        weights = np.stack([predictive_draws(one, np.arange(samples), batch) for one in grams(rows)])
+        drawn = np.stack([by_muon(part @ turned) for part in weights @ rows])
+        products = {"drawn_product": rows @ turned @ drawn.mT, "drawn_norm_squared": (drawn**2).sum(-1)}
+        yield f"Muon: {where}", *optimizer_shares(rows @ turned, by_muon(fresh @ turned), batch, products, k)
+
+
+def adamw_training(
+    rng: np.random.Generator,
+    mean: np.ndarray,
+    spectrum: np.ndarray,
+    batch: int,
+    steps: int,
+    increment: int,
+    decay: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The last increment of trainings with β₁ = 0.9, and P at its end; gradients stay those of the start."""
+    first, second, update = np.zeros_like(mean), np.zeros_like(mean), np.zeros_like(mean)
+    for step in range(1, steps + 1):
+        gradient = mean + rng.standard_normal(mean.shape) * np.sqrt(spectrum / batch)
+        first, second = 0.9 * first + 0.1 * gradient, decay * second + (1 - decay) * gradient**2
+        if step > steps - increment:
+            update = update + first / (1 - 0.9**step) / np.sqrt(second / (1 - decay**step))
+    return update, 1 / np.sqrt(second / (1 - decay**steps))
+
+
+def by_muon(flat: np.ndarray) -> np.ndarray:
+    """Steps of Muon along gradients of a matrix of 12 × 20."""
+    muon = Orthogonalisation(1.0, (3.4445, -4.775, 2.0315), 5, 1e-7)
+    return np.stack([muon(torch.tensor(row.reshape(12, 20))).numpy().ravel() for row in flat])
+
+
+def optimizer_shares(
+    rows: np.ndarray, update: np.ndarray, batch: int, products: dict[str, np.ndarray], k: Sequence[int]
+) -> Iterator[str]:
+    """How often intervals hold 1, over the plain null and the optimizer's, and how often the latter's flag is given."""
+    names = [str(number) for number in range(len(rows))]
+    arrays = (grams(rows), np.einsum("bnd,bd->bn", rows, update), (update**2).sum(1))
+    by_block = [dict(zip(names, array, strict=True)) for array in arrays]
+    passed = {name: dict(zip(names, array, strict=True)) for name, array in products.items()}
+    gram = StackedGram.of(ProbeGram(*by_block, batch_size=batch, **passed))
+    plain, centred = (matched_gains(gram, k, centre=centre) for centre in (False, True))
+    for gain in plain:
+        yield "/".join(share(held) for held in ((gain.low <= 1) & (gain.high >= 1)).T)
+    yield "/".join(share(above) for above in ((plain[1].low > 1) & (centred[1].low > 1)).T)
+
+
 #: Each gives a table: headings first, then its rows.
 TABLES: dict[str, Table] = {
     "associations": false_associations,
@@ -307,6 +380,7 @@ TABLES: dict[str, Table] = {
     "divergence": divergence_rates,
     "participation": participation_coverage,
     "gain": gain_rates,
+    "optimizer": optimizer_rates,
 }
 
 

@@ -4,12 +4,12 @@
 
 N = 32 sequences of 64 tokens, a Llama of 6 layers, 512 wide, with LoRA of rank 16 on all linear layers, float32, all
 probes in one batch; then what each further batch of a stream takes, whose rows are not checked any more, and 64
-sequences in batches of 8. Contestants in turns; each line is the ratio to the plain passes of the same batches in the
-same round, median and range. Times are those of the processor, so that others on the machine disturb them less: with
-one thread, they are what a free machine would take. Weight space stands beside a count of its operations, ½ for the
-gradients multiplied out and N/(2T) for their inner products on top of a plain pass. Then the 16 largest eigenvalues of
-the Fisher: from K, and by Lanczos on the empirical Fishers of hessian-eigenthings and of curvlinops, if they are
-installed.
+sequences in batches of 8. In tangent space also with the gradients passed through an optimizer. Contestants in turns;
+each line is the ratio to the plain passes of the same batches in the same round, median and range. Times are those of
+the processor, so that others on the machine disturb them less: with one thread, they are what a free machine would
+take. Weight space stands beside a count of its operations, ½ for the gradients multiplied out and N/(2T) for their
+inner products on top of a plain pass. Then the 16 largest eigenvalues of the Fisher: from K, and by Lanczos on the
+empirical Fishers of hessian-eigenthings and of curvlinops, if they are installed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dynamics.fisher.concentration import predictive_draws
 from probes.gram import SPACES, gradient_gram
 from probes.losses import token_losses
 
@@ -65,6 +68,20 @@ def plain(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
         model.zero_grad()
 
 
+def stepped(net: nn.Module, given: dict[str, Tensor], kind: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    """An optimizer of the factors that has a state, and has moved nothing."""
+    optimizer = kind([parameter for parameter in net.parameters() if parameter.requires_grad], lr=1e-12)
+    token_losses(net, given).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def drawn(k: Tensor) -> Tensor:
+    """Gradients for an optimizer that is not linear."""
+    return torch.from_numpy(predictive_draws(k.numpy(), np.arange(len(k)), 64))
+
+
 def autogram(model: nn.Module) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
     """TorchJD's Gramian of the same losses."""
     from torchjd.autogram import Engine
@@ -95,6 +112,10 @@ def main() -> None:
     for space in SPACES:
         contestants[f"K in {space} space, {BATCHES} batches"] = lambda space=space: gradient_gram(
             net, [given] * BATCHES, space=space
+        )
+    for optimizer in (torch.optim.AdamW, torch.optim.Muon):
+        contestants[f"K in tangent space, through {optimizer.__name__}"] = partial(
+            gradient_gram, net, given, optimizer=stepped(net, given, optimizer), draws=drawn
         )
     contestants[small_base] = lambda: plain(net, small)
     for space in SPACES:

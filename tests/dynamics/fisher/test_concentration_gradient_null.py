@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dynamics.fisher.concentration import _batch_noise, effective_batches, energy_share, matched_gain
+from dynamics.fisher.concentration import _batch_noise, effective_batches, energy_share, matched_gains
 from dynamics.fisher.samples import half_splits
 from dynamics.fisher.spectrum import fisher_eigenvectors
 from tests.dynamics.fisher.simulated import gradients, grams, power_law, stacked
@@ -25,7 +25,7 @@ def gain(rows, update, batch_size, per_group=1, **more):
     product = np.einsum("bnd,bd->bn", rows, update)
     group = np.arange(SAMPLES) // per_group
     gram = stacked(grams(rows), product, np.linalg.norm(update, axis=1), groups=group, batch_size=batch_size)
-    return matched_gain(gram, K, **more)
+    return matched_gains(gram, K, **more)[0]
 
 
 @pytest.mark.parametrize("centre", [False, True])
@@ -90,13 +90,13 @@ def test_no_null_without_batch_size_or_groups():
     rows, batch = probes_and_batch(8, 0.1)
     assert np.isnan(gain(rows, batch, 0).gain).all()
     product = np.einsum("bnd,bd->bn", rows, batch)
-    few = matched_gain(stacked(grams(rows), product, np.ones(SETS), groups=np.arange(SAMPLES) % 3, batch_size=8), K)
+    few = matched_gains(stacked(grams(rows), product, np.ones(SETS), groups=np.arange(SAMPLES) % 3, batch_size=8), K)[0]
     assert np.isnan(few.low).all()
 
 
 def test_zero_gradients_and_more_directions_than_a_half_has_are_missing():
     gram = np.stack([np.zeros((8, 8)), np.eye(8) + 1])
-    found = matched_gain(stacked(gram, np.ones((2, 8)), np.full(2, 9.0), batch_size=4), (1, 8))
+    found = matched_gains(stacked(gram, np.ones((2, 8)), np.full(2, 9.0), batch_size=4), (1, 8))[0]
     assert np.isnan(found.gain[0]).all()
     assert np.isfinite(found.gain[1, 0])
     assert np.isnan(found.gain[1, 1])
@@ -121,7 +121,9 @@ def test_an_interval_where_draws_may_be_no_gradient(samples, batch_size, spectru
     rows = gradients(rng, SETS, samples, spectrum)
     update = rng.standard_normal((SETS, 300)) * np.sqrt(spectrum / batch_size)
     product = np.einsum("bnd,bd->bn", rows, update)
-    found = matched_gain(stacked(grams(rows), product, np.linalg.norm(update, axis=1), batch_size=batch_size), (1, 2))
+    found = matched_gains(stacked(grams(rows), product, np.linalg.norm(update, axis=1), batch_size=batch_size), (1, 2))[
+        0
+    ]
     for name in ("gain", "ln_gain", "low", "high", "null", "null_low", "null_high"):
         assert np.isfinite(getattr(found, name)).all(), name
     assert (found.low <= np.exp(found.ln_gain)).all()

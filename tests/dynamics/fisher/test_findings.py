@@ -4,6 +4,7 @@ import pytest
 from dynamics.fisher import measure_fisher
 from dynamics.fisher.findings import findings_of
 from tests.dynamics.fisher.records import record
+from tests.fishers import BLOCKS, fisher_record
 
 
 def codes(raw):
@@ -104,3 +105,54 @@ def test_momentum_that_is_not_known():
     raw["momentum"] = ("step", [np.nan, 0.9, 0.0])  # the first has no update
     assert "OD414" not in codes(raw)
     assert "OD414" not in codes(record(batch_size=0))
+
+
+def beside_optimizer(**changes):
+    return {f.code: f for f in findings_of(measure_fisher(fisher_record(optimizer=True, **changes)))}
+
+
+def test_without_a_known_optimizer_its_null_is_missing():
+    finding = codes(fisher_record())["OD335"]
+    assert finding.message.startswith(
+        "At 3 of 3 steps the update is not compared with steps of its optimizer along fresh gradients: no optimizer "
+        "was given. "
+    )
+    assert "OD335" not in beside_optimizer()
+    assert "OD335" not in codes(fisher_record(batch_size=0))  # there is no null at all
+
+
+def test_the_reason_why_the_optimizers_null_is_missing():
+    raw = fisher_record()
+    raw.attrs["unpreconditioned"] = "the preconditioner of Lion (lion) is unknown"
+    assert "gradients: the preconditioner of Lion (lion) is unknown." in codes(raw)["OD335"].message
+
+
+def test_young_second_moments_have_no_null():
+    raw = fisher_record(optimizer=True)
+    raw["optimizer_gradients"][0] = 3.0
+    finding = codes(raw)["OD335"]
+    assert finding.evidence["steps"] == 1
+    assert "the optimizer's second moments rest on fewer than 10 gradients there." in finding.message
+
+
+def test_a_block_without_the_optimizers_null_is_named():
+    raw = fisher_record(optimizer=True)
+    for name in ("preconditioned_product", "preconditioned_gram"):
+        raw[name][:, 1] = np.nan
+    raw.attrs["unpreconditioned"] = "some reason"
+    assert codes(raw)["OD335"].message == (
+        f"The update of {BLOCKS[1]!r} is not compared with steps of its optimizer along fresh gradients: some reason."
+    )
+
+
+def test_more_concentrated_than_steps_of_the_optimizer():
+    assert beside_optimizer(update="leading")["OD336"].evidence["share"] > 0.5
+    assert "OD336" not in beside_optimizer(update="step")
+
+
+def test_plain_sgd_is_not_told_twice():
+    raw = fisher_record(update="leading")
+    raw["plain_optimizer"] = ("step", np.ones(3))
+    found = codes(raw)
+    assert "OD407" in found
+    assert not {"OD335", "OD336"} & set(found)

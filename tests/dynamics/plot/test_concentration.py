@@ -127,3 +127,20 @@ def test_what_is_not_there_is_an_error(tree):
         plot.concentration(tree, show="gains")
     with pytest.raises(ValueError, match=r"^Expected a block of the result, got 'x'\. There are: "):
         plot.concentration(tree, block="x")
+
+
+def test_the_optimizers_null_is_drawn_beside_the_gradients():
+    tree = with_fisher(example_tree(3, 2), optimizer=True)
+    here = tree["concentration"].to_dataset().sel(block="global", step=300)
+    drawn = line(plot.concentration(tree), "the same through the optimizer, mean and 95 %")
+    assert np.array_equal(drawn.get_ydata(), here["null_optimizer"])
+    gains = line(plot.concentration(tree, show="gain"), "gain over a step of the optimizer")
+    assert np.array_equal(gains.get_ydata(), here["gain_optimizer"])
+
+
+def test_a_null_that_is_the_gradients_is_not_drawn_twice(tree):
+    shares = tree["concentration"].to_dataset().copy()
+    for end in ("", "_low", "_high"):
+        shares[f"gain_optimizer{end}"] = shares[f"gain{end}"]
+    assert "gain over a step of the optimizer" not in labels(plot.concentration(shares, show="gain"))
+    assert "the same through the optimizer, mean and 95 %" not in labels(plot.concentration(shares))

@@ -232,3 +232,43 @@ def test_a_single_task_has_no_paragraph_of_tasks():
     paragraphs = informative_directions({"fisher": fisher_summary(alone)})
     assert len(paragraphs) == 3
     assert not any("tasks" in paragraph for paragraph in paragraphs)
+
+
+@pytest.mark.parametrize(
+    ("update", "words"),
+    [
+        ("leading", "The update follows informative directions more than the optimizer's scaling explains."),
+        ("random", "The update follows informative directions less than a fresh gradient does under this optimizer."),
+        ("step", "The update is not shown to differ from a fresh gradient under this optimizer."),
+    ],
+)
+def test_an_update_is_compared_with_steps_of_its_optimizer(update, words):
+    told = fisher_summary(with_fisher(example_tree(3, 2), update=update, optimizer=True))
+    row = told["concentration"]["at_k"]
+    paragraph = informative_directions({"fisher": told})[3]
+    assert paragraph.startswith(
+        f"Passed through the optimizer, a fresh gradient has {percent(row['null_optimizer']['value'])} (95 % interval "
+    )
+    assert f"(gain {number(row['gain_optimizer']['value'])}, 95 %" in paragraph
+    assert paragraph.endswith(words)
+
+
+@pytest.mark.parametrize(
+    ("gain", "concentrated", "words"),
+    [
+        (interval(0.2, 0.5), False, "The optimizer's scaling may explain the difference from a plain gradient."),
+        (interval(1.2, 1.5), True, "The optimizer's scaling may explain the concentration."),
+    ],
+)
+def test_what_the_optimizer_may_explain(leading, gain, concentrated, words):
+    beside = {"gain_optimizer": interval(0.8, 1.3), "gain_optimizer_centred": interval(0.8, 1.3)}
+    told = said(leading, gain=gain, concentrated=concentrated, null_optimizer=interval(0.1, 0.3), **beside)
+    assert words in told
+    assert "momentum alone can cause this" not in told
+
+
+def test_plain_sgd_has_one_null(leading):
+    row = leading["concentration"]["at_k"]
+    told = said(leading, gain_optimizer=row["gain"])
+    assert "The optimizer steps along the gradient itself, so that fresh steps of it are no other null." in told
+    assert "Passed through" not in told

@@ -89,6 +89,10 @@ def test_concentration_stands_beside_both_nulls(tree, summary):
         "gain_centred": ends(at_k, "gain", "_centred"),
         "ln_gain": float(at_k["ln_gain"]),
         "concentrated": False,
+        "null_optimizer": {"value": None, "low": None, "high": None},
+        "gain_optimizer": {"value": None, "low": None, "high": None},
+        "gain_optimizer_centred": {"value": None, "low": None, "high": None},
+        "concentrated_optimizer": False,
     }
     assert found["rayleigh_ratio"] == ends(here, "rayleigh_ratio")
     assert (found["null_batch"], found["null_batch_limit"], found["share_outside_space"]) == (

@@ -168,3 +168,68 @@ def test_without_a_fisher_or_an_update_it_is_not_asked(update):
     answer = did_updates_concentrate(tree, {"fisher": fisher_summary(tree), "intervention": None})
     assert answer.verdict == "not_asked"
     assert "--probe module:function" in answer.surer
+
+
+@pytest.fixture(scope="module")
+def beside():
+    """Updates and the null of an optimizer that flattens, by kind of update."""
+    kinds = ("gradient", "step", "leading", "random")
+    return {kind: with_fisher(example_tree(3, 2), update=kind, optimizer=True) for kind in kinds}
+
+
+def test_more_than_both_nulls_is_as_more_than_one(beside):
+    outcome = Outcome(on=0.04, off=0.02, full=0.06, captured=0.08, error=0.005)
+    answer = answered(with_intervention(beside["leading"], intervention(outcome, steps=[300])))
+    assert answer.verdict == "yes"
+    assert ", and more than the share of a fresh gradient that went through the optimizer (gain 1.98, " in answer.answer
+    assert [evidence.path for evidence in answer.evidence[:2]] == [
+        "/concentration/gain",
+        "/concentration/gain_optimizer",
+    ]
+
+
+def test_more_than_a_gradient_but_not_than_a_step_of_the_optimizer_is_mixed(beside):
+    fisher = changed(
+        beside["leading"],
+        gain_optimizer=interval(1.1, 0.7, 1.6),
+        concentrated_optimizer=False,
+        steps_optimizer={"concentrated": 0, "of": 3},
+    )
+    outcome = Outcome(on=0.04, off=0.02, full=0.06, captured=0.08, error=0.005)
+    answer = answered(with_intervention(beside["leading"], intervention(outcome, steps=[300])), fisher=fisher)
+    assert answer.verdict == "mixed"
+    assert (
+        ", but are not shown to hold more than the share of a fresh gradient that went through the optimizer (gain "
+        "1.10, 0.700 to 1.60): the optimizer may explain it; that part brings" in answer.answer
+    )
+
+
+def test_more_than_a_step_of_the_optimizer_but_not_than_a_gradient_is_mixed(beside):
+    answer = answered(beside["gradient"])
+    assert answer.verdict == "mixed"
+    assert answer.answer.startswith(
+        "In 2 of 3 updates the 16 leading directions hold more than the share of a fresh gradient that went through "
+        "the optimizer (at the last gain 1.53, "
+    )
+    assert ", but not more than a fresh gradient's share (gain 1.04, " in answer.answer
+    assert "): the optimizer flattens its steps; whether that matters was not measured." in answer.answer
+
+
+def test_less_than_a_gradient_because_of_the_optimizer_is_undecided(beside):
+    """Without the optimizer's null this is a no."""
+    answer = answered(beside["step"])
+    assert answer.verdict == "undecided"
+    assert answered(with_fisher(example_tree(3, 2), update="step")).verdict == "no"
+    assert "more than a step of the optimizer cannot be told (gain 1.01, " in answer.answer
+
+
+def test_less_than_both_is_a_no(beside):
+    answer = answered(beside["random"])
+    assert (answer.verdict, answer.sure) == ("no", 0.95)
+    assert "less than the share of a fresh gradient that went through the optimizer in the 16 leading" in answer.answer
+
+
+def test_the_same_null_twice_is_told_once(leading):
+    row = fisher_summary(leading)["concentration"]["at_k"]
+    fisher = changed(leading, gain_optimizer=row["gain"], concentrated_optimizer=True)
+    assert answered(leading, fisher=fisher) == answered(leading)
