@@ -176,5 +176,7 @@ def test_by_the_trainer(ranks, tmp_path):
     kind = "DistributedType.FSDP"
     assert ranks(by_trainer, tmp_path / "FSDP", "FSDP") == [(kind, EVERY_STEP, True), (kind, [], False)]
     worst = differences(tmp_path / "FSDP", tmp_path / "DDP")
-    assert len(worst) == 5
-    assert max(worst.values()) <= 1e-3, worst  # Adam divides small gradients by themselves
+    # Adam's first step leaves B nearly of lower rank, where the tangent space of a matrix turns with a last digit.
+    assert worst.pop("fisher/gram") <= 1e-2
+    assert len(worst) == 4
+    assert max(worst.values()) <= 1e-5, worst
