@@ -69,7 +69,7 @@ class ShardedModel:
             )
         if not all(hasattr(module, "reset_iter_state") for module in self._modules):
             raise ValueError(
-                f"Expected a torch whose FSDP 2 can be probed (2.13 or later), got {torch.__version__}. Update torch, "
+                f"Expected a torch whose FSDP 2 can be reset after an error (2.13 can), got {torch.__version__}. Update it, "
                 "or leave tasks out and probe checkpoints."
             )
 
@@ -221,6 +221,16 @@ class ShardedModel:
             sharded, dtype = part.sharded_param, part.param_dtype or part.orig_dtype
             stand_in = nn.Parameter(torch.empty(sharded.shape, dtype=dtype, device=sharded.device))
         self._stand_ins[id(part.sharded_param)] = stand_in
+
+
+def reshard(model: nn.Module) -> None:
+    """Put shards back where FSDP 2 keeps a layer whole after a pass without gradients; all ranks together.
+
+    >>> reshard(nn.Linear(2, 2))
+    """
+    for module in model.modules():
+        if "FSDPModule" in class_names(module):
+            module.reshard()  # pyright: ignore[reportCallIssue]
 
 
 class _Asking:

@@ -46,6 +46,7 @@ from dynamics.spectra.walk import MatrixSpectra
 from dynamics.store.record_writer import read_start
 from dynamics.store.results import FOLDER
 from dynamics.text import encodable
+from probes.sharded import reshard
 from probes.tasks import Task
 from probes.watched import WatchedModel, find, is_sharded
 
@@ -157,6 +158,7 @@ class Recorder:
         self._intervention_due = intervene is None  # whether a step came at which to intervene
         if intervene is not None:
             self._schedule = either(self._schedule, self._intervenes)
+        reshard(model)  # parameters are told by their identity
         watched = watched_or_refused(model, matrices)
         self._zero = Zero.of(model, optimizer)
         if is_zero(model) and self._zero is None:

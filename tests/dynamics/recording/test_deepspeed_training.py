@@ -1,6 +1,6 @@
-"""One training in two processes, by DDP, FSDP 2 and DeepSpeed ZeRO, and in one: the records hold the same numbers.
+"""One training in two processes by DeepSpeed ZeRO, and in one: the records hold the same numbers.
 
-Two accumulated micro-batches, clipping, an uneven last one. Run as a module, it prints the table of docs/recording.md.
+Run as a module, it prints the table of docs/recording.md, with the ways of test_sharded_training.py.
 """
 
 from __future__ import annotations
@@ -302,7 +302,8 @@ def test_through_the_trainer(ranks, tmp_path):
 def table() -> None:
     """Print the table of docs/recording.md."""
     labels = ("norm before clipping", "norm after clipping", "gradient spectra", "update spectra", "K")
-    print("| | " + " | ".join(labels) + " |\n|---" * (len(labels) + 1) + "|")
+    print("| | " + " | ".join(labels) + " |")
+    print("|---" * (len(labels) + 1) + "|")
     with tempfile.TemporaryDirectory() as folder, Ranks(timeout=180) as processes:
         for precision in TOLERANCES:
             alone, split = Path(folder, precision, "alone"), Path(folder, precision, "split")
