@@ -173,8 +173,8 @@ def refused(run: Path) -> str:
 
 def test_tasks_are_refused_under_zero_3(ranks, tmp_path):
     message = (
-        "Expected parameters that are whole on each rank, got shards of ZeRO-3, of which per-sample "
-        "gradients are not measured. Leave tasks out, and probe checkpoints: "
+        "Expected parameters that are whole on each rank, got shards of ZeRO-3 or tensor parallelism, of which "
+        "per-sample gradients are not measured. Use FSDP 2, or leave tasks out and probe checkpoints: "
         "python -m dynamics.analyze RUN --probe module:function"
     )
     assert ranks(refused, tmp_path) == [message] * RANKS
