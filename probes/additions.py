@@ -20,7 +20,7 @@ from probes.layer_rules import adapted_layer, is_conv1d, is_convolution
 from probes.low_rank import LowRankMatrix
 from probes.sample_gradients import at_least_single
 from probes.undisturbed import swapped
-from probes.watched import Dense, Matrix, Watched, base_model, class_names, find
+from probes.watched import Dense, Matrix, Watched, base_model, class_names, find, whole
 
 #: Layers that are known by their own forward functions: a class derived from one may do more.
 _KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -59,10 +59,9 @@ def added(model: nn.Module, changes: Mapping[str, Matrix]) -> Iterator[None]:
     with ExitStack() as stack:
         for name, change in changes.items():
             watched = matrices.get(name) or Watched(name, Dense(others[name]))
-            if change.shape != watched.read().shape:
-                raise ValueError(
-                    f"Expected a change of shape {tuple(watched.read().shape)} for {name!r}, got {tuple(change.shape)}."
-                )
+            shape = watched.read(lambda parameter: parameter.detach()).shape
+            if change.shape != shape:
+                raise ValueError(f"Expected a change of shape {tuple(shape)} for {name!r}, got {tuple(change.shape)}.")
             layers = _layers(users, watched)
             for module, layer in layers:
                 hook = partial(_with_addition, _addition(layer, watched, change))
@@ -87,7 +86,7 @@ def _move(moved: dict[int, tuple[nn.Parameter, Tensor]], watched: Watched, chang
             f"{watched.name!r} in {parameter.dtype}, where a change rounds away. Train it in float32, or leave it out."
         )
     _, value = moved.setdefault(
-        id(parameter), (parameter, parameter.detach().clone(memory_format=torch.contiguous_format))
+        id(parameter), (parameter, whole(parameter).clone(memory_format=torch.contiguous_format))
     )
     view(value).add_((change.to_dense() if isinstance(change, LowRankMatrix) else change).to(value))
 

@@ -86,6 +86,11 @@ class GradientNorms:
         self._handles = []
         self._backwards.clear()
 
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Measure what :meth:`before_clipping` returns now, and not at the end of the backward pass."""
+        self._latest = squared_norms(self._parameters)
+
     def before_clipping(self) -> Float[Tensor, " parameter"] | None:
         """Return squared norms at the end of the last backward pass, ``None`` if there was none.
 

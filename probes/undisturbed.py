@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from probes.watched import class_names
+from probes.watched import ABSENT, Holder, class_names
 
 #: Child under which each wrapper that only distributes or compiles a model keeps it.
 _WRAPPERS = {
@@ -98,17 +98,26 @@ def swapped(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Ite
     1.0
     """
     _require_fitting(parameters, values)
-    originals = [parameter.detach().clone() for parameter in parameters]
-    try:
-        _copy(parameters, values)
-        yield
-    finally:
-        _copy(parameters, originals)
+    pairs = list(zip(parameters, values, strict=True))
+    present = [(parameter, value) for parameter, value in pairs if id(parameter) not in ABSENT]
+    originals = [(parameter, parameter.detach().clone()) for parameter, _ in present]
+    absent: dict[Holder, list[tuple[nn.Parameter, Tensor]]] = {}
+    for parameter, value in pairs:
+        if (holder := ABSENT.get(id(parameter))) is not None:
+            absent.setdefault(holder, []).append((parameter, value))
+    with ExitStack() as stack:
+        for holder, replacements in absent.items():
+            stack.enter_context(holder.replaced(replacements))
+        try:
+            _copy(present)
+            yield
+        finally:
+            _copy(originals)
 
 
 @torch.no_grad()
-def _copy(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
+def _copy(values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    for parameter, value in values:
         # Through .data: a graph that has saved the parameter must not find it modified, since it gets it back.
         parameter.data.copy_(value)
     # Autocast keeps casts of weights until its outermost block ends; they would be those of other values.
@@ -131,6 +140,8 @@ def _require_fitting(parameters: Sequence[nn.Parameter], values: Sequence[Tensor
                 f"Expected a copy as the value of parameter {number}, got a parameter's memory, which swapping "
                 "overwrites. Pass parameter.detach().clone()."
             )
+        if id(parameter) in ABSENT:
+            continue
         other = given.setdefault((parameter.data_ptr(), tuple(parameter.stride())), value)
         if other is not value and not torch.equal(other.to(value.device), value):
             raise ValueError(

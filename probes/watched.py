@@ -11,9 +11,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +26,23 @@ Matrix: TypeAlias = Tensor | LowRankMatrix
 #: From a parameter to a tensor of its shape: its value, its gradient, a copy of it from an earlier step.
 Reading: TypeAlias = Callable[[nn.Parameter], Tensor]
 
+#: Parameters whose memory is filled only while their layer computes, by identity, and what knows their values.
+ABSENT: WeakValueDictionary[int, Holder] = WeakValueDictionary()
+
 #: Variants of LoRA (PEFT's classes) that train or initialise it in their own way, and leave the update s B A.
 _PLAIN_VARIANTS = ("ALora", "Monteclora", "Velora", "MiCA")
+
+
+class Holder(Protocol):
+    """What knows the values of parameters without memory (:mod:`probes.sharded`)."""
+
+    def value(self, parameter: nn.Parameter, /) -> Tensor:
+        """Return the value."""
+        ...
+
+    def replaced(self, values: Sequence[tuple[nn.Parameter, Tensor]], /) -> AbstractContextManager[None]:
+        """Give parameters other values inside a ``with`` block."""
+        ...
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -42,6 +59,9 @@ def whole(parameter: Tensor) -> Tensor:
             f"Expected a parameter that can be read, got one of {tuple(shape_of(parameter))} that DeepSpeed ZeRO-3 has "
             "split over all ranks. Put the code into deepspeed.zero.GatheredParameters(model.parameters())."
         )
+    holder = ABSENT.get(id(parameter))
+    if holder is not None:
+        return holder.value(parameter)  # pyright: ignore[reportArgumentType]
     tensor = parameter.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]
 

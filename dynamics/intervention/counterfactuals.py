@@ -56,7 +56,7 @@ from probes.low_rank import LowRankMatrix
 from probes.scores import device_of
 from probes.tasks import Task, require_names, subset
 from probes.undisturbed import bare, undisturbed
-from probes.watched import Matrix, find
+from probes.watched import Matrix, find, whole
 from probes.weighted_gradients import weighted_gradients
 
 #: What is scored unless other arms are chosen.
@@ -564,7 +564,7 @@ def _groups(labels: np.ndarray, rows: np.ndarray) -> tuple[str, ...]:
 
 def _sums(model: nn.Module) -> dict[str, float]:
     """Return the sum of each trained parameter, by which a move is noticed."""
-    return {name: float(p.detach().sum(dtype=torch.float64)) for name, p in trained_parameters(model).items()}
+    return {name: float(whole(p).sum(dtype=torch.float64)) for name, p in trained_parameters(model).items()}
 
 
 def _precision(model: nn.Module, task: Task) -> torch.dtype:

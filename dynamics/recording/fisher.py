@@ -33,7 +33,7 @@ from probes.preconditioner import Preconditioner, preconditioner_of
 from probes.scores import Score, evaluate
 from probes.tasks import ProbeBatch, Task, probe_batches, probe_loss
 from probes.undisturbed import swapped
-from probes.watched import Matrix, find, is_sharded
+from probes.watched import Matrix, find, is_sharded, whole
 
 #: The space in which gradients and updates are compared: what a step of LoRA can reach, whatever its gauge.
 SPACE = "tangent"
@@ -154,8 +154,8 @@ class FisherProbe:
         self._trained = trained_parameters(model)
         if any(is_sharded(parameter) for parameter in self._trained.values()):
             raise ValueError(
-                "Expected parameters that are whole on each rank, got shards of FSDP 2 or ZeRO-3, of which per-sample "
-                "gradients are not measured. Leave tasks out, and probe checkpoints: "
+                "Expected parameters that are whole on each rank, got shards of ZeRO-3 or tensor parallelism, of "
+                "which per-sample gradients are not measured. Use FSDP 2, or leave tasks out and probe checkpoints: "
                 "python -m dynamics.analyze RUN --probe module:function"
             )
         self._model, self._tasks = model, tuple(tasks)
@@ -216,7 +216,7 @@ class FisherProbe:
         ]
 
     def _copied(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.detach().to("cpu" if id(parameter) in self._host else parameter.device, copy=True)
+        return whole(parameter).to("cpu" if id(parameter) in self._host else parameter.device, copy=True)
 
     def follow(
         self,
@@ -432,7 +432,7 @@ class FisherProbe:
         """Let the next increment begin at the weights as they are now."""
         self._ended, self._unknown = [], set()
         for name, parameter in self._trained.items():
-            self._before[name].copy_(parameter.detach())
+            self._before[name].copy_(whole(parameter))
 
     def _of_blocks(self, changes: Mapping[str, Matrix | None]) -> dict[str, Any]:
         """Return the changes of the measured blocks."""

@@ -209,6 +209,11 @@ class LiveSpectra:
             self._watch([matrix for matrix in self._watched if matrix.name not in ended])
             self._batches = self._in_batches()
 
+    @property
+    def gathered(self) -> Mapping[int, Tensor]:
+        """Whole values of shards, by identity, between :meth:`measure` and :meth:`advance`."""
+        return self._gathered
+
     def increments(self) -> dict[str, Matrix]:
         """Return the change of every matrix since the last captured step; of a sum, not of its parts; in float64.
 
@@ -259,7 +264,7 @@ class LiveSpectra:
                 if known:
                     values |= {id(p): (p, self._start.values[id(p)].to(p.dtype)) for p in term.parameters}
                 elif isinstance(term, AdapterProduct):
-                    values[id(term.left)] = term.left, torch.zeros_like(term.left, requires_grad=False)
+                    values[id(term.left)] = term.left, torch.zeros(term.left.shape, dtype=term.left.dtype)
         return list(values.values())
 
     def gradients(

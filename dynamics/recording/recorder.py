@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from torch import nn
 from dynamics.findings import Finding
 from dynamics.recording import Schedule, either, preset_named
 from dynamics.recording.changes import BaseWeights, Change, ModelState, change_between
-from dynamics.recording.deepspeed import RanksApart, Zero, is_zero, needs_all_ranks
+from dynamics.recording.deepspeed import Zero, is_zero, needs_all_ranks
 from dynamics.recording.live import LiveSpectra
 from dynamics.recording.loss_probe import LATE, starts_at_zero
+from dynamics.recording.meeting import Meeting, RanksApart
 from dynamics.recording.monitor import (
     findings_on_model,
     findings_on_resuming,
@@ -36,6 +38,7 @@ from dynamics.recording.monitor import (
 )
 from dynamics.recording.routing import RoutingRecorder, exchange_of_ranks, routing_numbers
 from dynamics.recording.schedules import schedule_of
+from dynamics.recording.sharded import ProbingRanks
 from dynamics.recording.step_gradients import StepGradients
 from dynamics.recording.step_probes import StepProbes, chosen_interventions
 from dynamics.recording.writer import Records, earlier_records, refuse_other_weights, store_path
@@ -44,6 +47,7 @@ from dynamics.spectra.walk import MatrixSpectra
 from dynamics.store.record_writer import read_start
 from dynamics.store.results import FOLDER
 from dynamics.text import encodable
+from probes.sharded import reshard
 from probes.tasks import Task
 from probes.watched import WatchedModel, find, is_sharded
 
@@ -74,7 +78,7 @@ class Recorder:
     Args:
         run: Run folder; records go into ``run/dynamics/records/``.
         model: The model in training, its adapters in place; in any wrapper (PEFT, DDP, FSDP 2, ``torch.compile``), or
-            DeepSpeed's engine. Under ZeRO every rank needs a recorder.
+            DeepSpeed's engine. Under FSDP 2 and ZeRO every rank needs a recorder.
         preset: ``"economy"``, ``"standard"`` or ``"full"``: what a record holds, and by default which steps.
         every: Capture every so many steps instead of the preset's.
         at: Capture these steps.
@@ -156,6 +160,7 @@ class Recorder:
         self._intervention_due = intervene is None  # whether a step came at which to intervene
         if intervene is not None:
             self._schedule = either(self._schedule, self._intervenes)
+        reshard(model)  # parameters are told by their identity
         watched = watched_or_refused(model, matrices)
         self._zero = Zero.of(model, optimizer)
         if is_zero(model) and self._zero is None:
@@ -166,11 +171,15 @@ class Recorder:
                 "recorder after deepspeed.initialize, and install deepspeed>=0.19. Or use FSDP 2."
             )
         self._leads = not _distributed() or dist.get_rank() == 0
-        self._takes_part = self._leads or any(needs_all_ranks(p) for matrix in watched.watched for p in matrix.sources)
+        gathers = any(needs_all_ranks(p) for matrix in watched.watched for p in matrix.sources)
+        gathers |= bool(tasks) and any(map(is_sharded, model.parameters()))
+        self._takes_part = self._leads or gathers
+        of_all = Meeting.of_all_ranks if gathers and _distributed() else lambda: None
+        self._meeting: Meeting | None = of_all() if self._zero is None else self._zero.meeting
         self._strict = strict
         self._model, self._pattern, self._state = model, matrices, ModelState(model)
-        # Not under ZeRO: what is noticed there all ranks must notice.
-        self._bases = BaseWeights(model) if self._leads and self._zero is None else None
+        # Not where ranks gather together: what is noticed there all must notice.
+        self._bases = BaseWeights(model) if self._leads and self._meeting is None else None
         self._watched = watched
         self._in_flight: int | None = None  # the step that is being captured
         self._reads_gradients, self._batch_size = gradients, float(batch_size) or math.nan
@@ -178,20 +187,22 @@ class Recorder:
         self._routing = RoutingRecorder(model, exchange_of_ranks())
         self._records: Records | None = None
         self._probes: StepProbes | None = None
-        if tasks and (self._leads or any(map(is_sharded, model.parameters()))):
-            self._probes = StepProbes(
-                model,
-                tasks,
-                watched,
-                self.preset,
-                restricted=matrices is not None,
-                begins=resume_from is None,
-                batch_size=batch_size,
-                intervenes=self._intervenes,
-                interventions=interventions,
-                forgiven=self._forgiven,
-                progress=progress,
-            )
+        with _raised_on_all():
+            if tasks and (self._leads or any(map(is_sharded, model.parameters()))):
+                self._probes = StepProbes(
+                    model,
+                    tasks,
+                    watched,
+                    self.preset,
+                    restricted=matrices is not None,
+                    begins=resume_from is None,
+                    batch_size=batch_size,
+                    intervenes=self._intervenes,
+                    interventions=interventions,
+                    forgiven=partial(self._forgiven, nested=True),
+                    progress=progress,
+                    ranks=None if self._meeting is None else ProbingRanks.of(model, self._meeting),
+                )
         probe_findings = [] if self._probes is None else self._probes.findings()
         for finding in probe_findings:
             warnings.warn(str(finding), UserWarning, stacklevel=2)
@@ -270,6 +281,15 @@ class Recorder:
             if self._gradients is not None:
                 self._gradients.arm(scaler, self._before_zero_steps)
 
+    def before_clipping(self) -> None:
+        """Call this before clipping if the loop itself reduces gradients over processes: only then are they whole.
+
+        DDP, FSDP 2 and DeepSpeed reduce them within the backward pass, at whose end their norms are taken.
+        """
+        if self._in_flight is not None and self._gradients is not None:
+            with self._forgiven(self._in_flight):
+                self._gradients.take_norms()
+
     @torch.no_grad()
     def before_optimizer_step(self, optimizer: Any = None) -> None:
         """Call this after clipping and before ``optimizer.step()``, at least on captured steps.
@@ -300,6 +320,7 @@ class Recorder:
         gradient = None
         if self._gradients is not None:
             with self._forgiven(step):
+                self._meet()
                 gradient = self._gradients.record(step)
         return self._capture(step, gradient, routing)
 
@@ -345,6 +366,7 @@ class Recorder:
         if self._gradients is None or self._in_flight is None:
             return
         with self._forgiven(self._in_flight):
+            self._meet()
             failures = self._gradients.read(optimizer)
             if self._records is not None and failures:
                 self._records.unmeasured_gradients(self._in_flight, failures)
@@ -354,17 +376,19 @@ class Recorder:
             return False
         self._last, written, transition = step, False, None
         with self._forgiven(step):
-            with nullcontext() if self._zero is None else self._zero.agreed():
+            with nullcontext() if self._meeting is None else self._meeting.agreed():
                 transition = self._transition(captures=True)
                 if transition is not None:
                     change = transition.change
                     self._live.lose(totals=change.restarted, increments={*change.restarted, *change.rescaled})
-                    if self._probes is not None:
-                        self._probes.follow(transition.watched, change.restarted, step, moved=True, stale=True)
-            spectra = self._live.measure()
+            if transition is not None and self._probes is not None:
+                self._probes.follow(transition.watched, transition.change.restarted, step, moved=True, stale=True)
+            with nullcontext() if self._meeting is None else self._meeting.agreed():
+                spectra = self._live.measure()
+            probed = self._probed(step) if self._live.shapes else {}
             if self._records is not None and self._live.shapes:
                 update = self._update(step, spectra)
-                probed = {**self._probed(step), "routing": routing}
+                probed |= {"routing": routing}
                 numbers = update_numbers(update, gradient) | routing_numbers(routing)
                 with self._forgiven(step):
                     numbers |= fisher_numbers(probed.get("fisher"))
@@ -420,6 +444,7 @@ class Recorder:
     def _take_up(self, transition: _Transition, step: int) -> None:
         """Continue with what is trained now; it is as it was after this step."""
         change, copied_at = transition.change, self._from_step
+        self._meet()
         start = self._live.follow(
             transition.watched.watched,
             step,
@@ -451,6 +476,11 @@ class Recorder:
                 for finding in self._routing.findings():
                     self._records.note(finding)
         return routing
+
+    def _meet(self) -> None:
+        """Wait for the other ranks where something is about to be gathered; under ZeRO each gathering does."""
+        if self._meeting is not None and self._zero is None:
+            self._meeting.meet()
 
     def _take_rates(self, optimizer: Any) -> None:
         if self._probes is not None:
@@ -537,8 +567,8 @@ class Recorder:
                     self._records.close()
                     raise
                 _OPEN[store_path(run)] = self
-        if self._zero is not None:
-            self._zero.begin()
+        if self._meeting is not None:
+            self._meeting.begin()
 
     def _lose_start(self, records: Records, *, knows_start: bool) -> None:
         """Take note of what happened before the training was resumed: it cannot be set back to its start then."""
@@ -568,11 +598,18 @@ class Recorder:
         return raw.raw_update({step: (0, self._from_step)}, self._live.shapes, results)
 
     @contextmanager
-    def _forgiven(self, step: int) -> Iterator[None]:
-        """Turn an error inside into a gap in the records, so that training goes on."""
+    def _forgiven(self, step: int, *, nested: bool = False) -> Iterator[None]:
+        """Turn an error inside into a gap in the records, so that training goes on; where ranks are apart, they end.
+
+        Args:
+            step: The step.
+            nested: Whether the caller deals with ranks that are apart.
+        """
         try:
             yield
         except RanksApart as error:
+            if nested:
+                raise
             self._takes_part, self._in_flight = False, None
             self._disarm()
             if self._strict:

@@ -86,6 +86,11 @@ class StepGradients:
         self._norms.disarm()
         self._call_off()
 
+    def take_norms(self) -> None:
+        """Take norms before clipping now, and not at the end of the backward pass; under ZeRO they are taken later."""
+        if not self._is_read and self._zero is None:
+            self._norms.measure()
+
     def read(self, optimizer: Any) -> Mapping[str, str]:
         """Measure gradients as they are: after clipping, under ZeRO before it; only the first time in a step.
 

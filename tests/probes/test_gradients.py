@@ -133,6 +133,18 @@ def test_what_the_optimizer_sees_is_a_sum() -> None:
     assert norms(recorded.before_clipping()) == [7.0]
 
 
+def test_measured_when_asked_instead_of_when_the_backward_pass_ends() -> None:
+    weight = nn.Parameter(torch.tensor([3.0, 4.0]))
+    measured = GradientNorms([weight])
+    measured.arm()
+    (weight * weight).sum().backward()
+    assert norms(measured.before_clipping()) == [10.0]
+    assert weight.grad is not None
+    weight.grad /= 2  # as a loop does that averages over processes
+    measured.measure()
+    assert norms(measured.before_clipping()) == [5.0]
+
+
 def test_used_twice() -> None:
     weight = nn.Parameter(torch.tensor([2.0, 1.0]))
     recorded = GradientNorms([weight])

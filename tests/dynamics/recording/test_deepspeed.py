@@ -1,8 +1,7 @@
-"""Ranks go on together or not at all; what DeepSpeed's own functions do is in test_deepspeed_training.py."""
+"""What is asked of ZeRO's optimizer; what DeepSpeed's own functions do is in test_deepspeed_training.py."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,78 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dynamics.recording.deepspeed import Meeting, RanksApart, Zero, gathered_dtype, is_zero, needs_all_ranks
-
-
-def at_once(*functions: Callable[[], Any]) -> list[Any]:
-    """What each gives or raises, each in a thread."""
-    results: list[Any] = [None] * len(functions)
-
-    def run(index: int, function: Callable[[], Any]) -> None:
-        try:
-            results[index] = function()
-        except Exception as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=run, args=each) for each in enumerate(functions)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive()
-    return results
-
-
-def meetings(patience: float = 20.0, ranks: int = 2) -> list[Meeting]:
-    store = dist.HashStore()
-    return [Meeting(store, rank, ranks, patience) for rank in range(ranks)]
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_all_go_on_together(ranks):
-    def twice(meeting: Meeting) -> str:
-        meeting.meet()
-        meeting.meet()
-        return "on"
-
-    assert at_once(*[lambda each=each: twice(each) for each in meetings(ranks=ranks)]) == ["on"] * ranks
-
-
-def test_what_fails_on_one_fails_on_all_and_the_next_meeting_is_as_any():
-    first, second = meetings()
-    errors = at_once(first.meet, lambda: second.meet(ValueError("no memory")))
-    assert [type(error) for error in errors] == [RuntimeError, RuntimeError]
-    assert {str(error) for error in errors} == {"rank 1: ValueError: no memory"}
-    assert at_once(first.meet, second.meet) == [None, None]
-
-
-def test_who_waited_long_enough_leaves_and_the_late_one_hears_of_it():
-    first, second = meetings(patience=0.05)
-    with pytest.raises(RanksApart, match=r"^rank 0 waited 0.05 s for another$"):
-        first.meet()
-    with pytest.raises(RanksApart, match=r"^rank 0 waited 0.05 s for another$"):
-        second.meet()
-
-
-def test_a_rank_that_leaves_is_not_waited_for():
-    first, second = meetings()
-    second.leave("no memory")
-    with pytest.raises(RanksApart, match=r"^rank 1: no memory$"):
-        first.meet()
-
-
-def test_a_verdict_is_the_same_for_all_however_close_the_race():
-    for _ in range(30):
-        errors = at_once(*[each.meet for each in meetings(patience=1e-4)])
-        assert len({str(error) for error in errors}) == 1
-
-
-def test_keys_of_earlier_meetings_are_deleted():
-    store = dist.HashStore()
-    meeting = Meeting(store, 0, 1)
-    for _ in range(20):
-        meeting.meet()
-    assert store.num_keys() <= 3
+from dynamics.recording.deepspeed import Zero, gathered_dtype, is_zero, needs_all_ranks
+from dynamics.recording.meeting import Meeting, RanksApart
 
 
 class Optimizer:

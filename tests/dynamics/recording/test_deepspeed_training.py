@@ -1,6 +1,6 @@
-"""One training in two processes, by DDP, FSDP 2 and DeepSpeed ZeRO, and in one: the records hold the same numbers.
+"""One training in two processes by DeepSpeed ZeRO, and in one: the records hold the same numbers.
 
-Two accumulated micro-batches, clipping, an uneven last one. Run as a module, it prints the table of docs/recording.md.
+Run as a module, it prints the table of docs/recording.md, with the ways of test_sharded_training.py.
 """
 
 from __future__ import annotations
@@ -18,20 +18,30 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 import xarray as xr
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import dynamics
 from dynamics import DynamicsCallback, Recorder
-from dynamics.recording import deepspeed as zero
+from dynamics.recording import meeting
 from tests.distributed import RANKS, Ranks
+from tests.one_training import (
+    CLIP,
+    COLUMNS,
+    MICRO,
+    STEPS,
+    TOLERANCES,
+    WAYS,
+    batches,
+    differences,
+    loss_of,
+    model,
+    optimizer_of,
+    trained_alone,
+    trained_by_torch,
+)
 from tests.records import records_of
-from tests.runs import VOCABULARY, lora_llama, trainer
+from tests.runs import trainer
 from tests.updates import probe_tasks
 
 pytestmark = [
@@ -41,11 +51,7 @@ pytestmark = [
     ),
 ]
 
-STEPS, MICRO, CLIP = 3, 2, 0.5
 ZERO = ("ZeRO-1", "ZeRO-2", "ZeRO-3")
-WAYS = ("DDP", "FSDP 2", *ZERO)
-#: Largest difference from one process, as a share of the matrix's largest number.
-TOLERANCES = {"float32": 1e-5, "bf16 autocast": 1e-2}
 
 
 @pytest.fixture(scope="module")
@@ -55,77 +61,6 @@ def ranks() -> Iterator[Ranks]:
 
 
 # ---- one training in several ways ----
-
-
-def model() -> nn.Module:
-    """LoRA on every linear layer, and one weight that is trained whole."""
-    adapted = lora_llama(lora_dropout=0.0).eval()
-    adapted.get_output_embeddings().weight.requires_grad_(True)
-    return adapted
-
-
-def batches(rank: int) -> list[list[Tensor]]:
-    """(step, micro-batch): tokens of two samples; the second rank's last micro-batch has one."""
-    tokens = torch.randint(VOCABULARY, (STEPS, MICRO, RANKS, 2, 6), generator=torch.Generator().manual_seed(1))
-    rows = [[micro[rank] for micro in step] for step in tokens]
-    rows[-1][-1] = rows[-1][-1][: 2 - rank]
-    return rows
-
-
-def optimizer_of(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=2.0)
-
-
-def autocast(precision: str) -> Any:
-    return torch.autocast("cpu", torch.bfloat16) if precision == "bf16 autocast" else nullcontext()
-
-
-def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    return model(input_ids=tokens, labels=tokens).loss
-
-
-def trained_alone(run: Path, precision: str = "float32", **options: Any) -> None:
-    """One process, which goes through the micro-batches of both."""
-    trained = model()
-    parameters = [p for p in trained.parameters() if p.requires_grad]
-    optimizer, rows = optimizer_of(parameters), [batches(rank) for rank in range(RANKS)]
-    with Recorder(run, trained, every=1, strict=True, **options) as recorder:
-        for step in range(STEPS):
-            with recorder.step(step + 1, optimizer):
-                micro_batches = [micro for rank in rows for micro in rank[step]]
-                for micro in micro_batches:
-                    with autocast(precision):
-                        loss = loss_of(trained, micro)
-                    (loss / len(micro_batches)).backward()
-                nn.utils.clip_grad_norm_(parameters, CLIP)
-                optimizer.step()
-                optimizer.zero_grad()
-
-
-def trained_by_torch(run: Path, way: str, precision: str, **options: Any) -> list[int]:
-    """DDP or FSDP 2; the steps that this process recorded."""
-    trained = model()
-    if way == "FSDP 2":
-        for layer in [module for module in trained.modules() if isinstance(module, LlamaDecoderLayer)]:
-            fully_shard(layer)
-        trained = fully_shard(trained)
-    else:
-        trained = DistributedDataParallel(trained)
-    parameters = [p for p in trained.parameters() if p.requires_grad]
-    optimizer = optimizer_of(parameters)
-    with Recorder(run, trained, every=1, strict=True, **options) as recorder:
-        for step, micro_batches in enumerate(batches(dist.get_rank()), 1):
-            with recorder.step(step, optimizer):
-                for index, micro in enumerate(micro_batches, 1):
-                    waits = way == "DDP" and index < MICRO
-                    with trained.no_sync() if waits else nullcontext():
-                        with autocast(precision):
-                            loss = loss_of(trained, micro)
-                        (loss / MICRO).backward()
-                nn.utils.clip_grad_norm_(parameters, CLIP)
-                optimizer.step()
-                optimizer.zero_grad()
-        return recorder.steps
 
 
 def engine_of(stage: int, **changes: Any) -> Any:
@@ -193,34 +128,16 @@ def trained(run: Path, way: str, precision: str, **options: Any) -> list[int]:
     """The steps that this process recorded."""
     if way in ZERO:
         return trained_by_zero(run, int(way[-1]), precision, **options)[0]
-    return trained_by_torch(run, way, precision, **options)
+    return trained_by_torch(run, way, precision, **options)[0]
 
 
 # ---- one truth ----
 
 
-def differences(run: Path, alone: Path) -> dict[str, float]:
-    """The largest difference between two runs, by variable: of norms relative, of spectra in units of the largest."""
-    found, expected = dynamics.open_run(run), dynamics.open_run(alone)
-    assert found["update"]["matrix"].values.tolist() == expected["update"]["matrix"].values.tolist()
-    assert found["update"]["step"].values.tolist() == list(range(1, STEPS + 1))
-    worst = {}
-    for group, names in {
-        "gradient": ("norm_before_clip", "norm_after_clip", "singular_value"),
-        "update": ("singular_value",),
-    }.items():
-        for name in names:
-            values, truth = found[group][name], expected[group][name]
-            np.testing.assert_array_equal(np.isnan(values), np.isnan(truth))
-            size = truth.max("index") if "index" in truth.dims else truth
-            worst[f"{group}/{name}"] = float((np.abs(values - truth) / size).max())
-    return worst
-
-
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_records_are_those_of_one_process(ranks, tmp_path, precision):
     trained_alone(tmp_path / "alone", precision)
-    for way in WAYS:
+    for way in ZERO:
         run = tmp_path / way
         assert ranks(trained, run, way, precision) == [list(range(1, STEPS + 1)), []], way
         worst = differences(run, tmp_path / "alone")
@@ -256,8 +173,8 @@ def refused(run: Path) -> str:
 
 def test_tasks_are_refused_under_zero_3(ranks, tmp_path):
     message = (
-        "Expected parameters that are whole on each rank, got shards of FSDP 2 or ZeRO-3, of which per-sample "
-        "gradients are not measured. Leave tasks out, and probe checkpoints: "
+        "Expected parameters that are whole on each rank, got shards of ZeRO-3 or tensor parallelism, of which "
+        "per-sample gradients are not measured. Use FSDP 2, or leave tasks out and probe checkpoints: "
         "python -m dynamics.analyze RUN --probe module:function"
     )
     assert ranks(refused, tmp_path) == [message] * RANKS
@@ -296,7 +213,7 @@ def late(recorder: Recorder, step: int) -> None:
     """On the second rank the second step's record takes longer than the first rank waits."""
     assert recorder._zero is not None
     if dist.get_rank() == 0:
-        recorder._zero._meeting.patience = 0.2
+        recorder._zero.meeting.patience = 0.2
     elif step == 2:
         recorder._transition = _takes_long
 
@@ -312,7 +229,7 @@ def test_a_rank_that_is_late_ends_the_record_and_not_the_training(ranks, tmp_pat
     assert "records nothing from step 2 on" in first[2][0]
     assert "rank 0 waited 0.2 s for another" in first[2][0]
     assert [first[1], second[1]] == [digest for _, digest, _ in ranks(trained_by_zero, None, stage)]
-    assert zero.PATIENCE == 15
+    assert meeting.PATIENCE == 15
 
 
 # ---- half precision, and the Trainer ----
@@ -382,20 +299,25 @@ def test_through_the_trainer(ranks, tmp_path):
         assert "OD311" not in codes
 
 
-if __name__ == "__main__":
+def table() -> None:
+    """Print the table of docs/recording.md."""
+    labels = ("norm before clipping", "norm after clipping", "gradient spectra", "update spectra", "K")
+    print("| | " + " | ".join(labels) + " |")
+    print("|---" * (len(labels) + 1) + "|")
     with tempfile.TemporaryDirectory() as folder, Ranks(timeout=180) as processes:
-        columns = (
-            "gradient/norm_before_clip",
-            "gradient/norm_after_clip",
-            "gradient/singular_value",
-            "update/singular_value",
-        )
-        print("| | " + " | ".join(columns) + " |")
         for precision in TOLERANCES:
-            alone = Path(folder, precision, "alone")
-            trained_alone(alone, precision)
-            for way in WAYS:
-                run = Path(folder, precision, way)
-                processes(trained, run, way, precision)
+            alone, split = Path(folder, precision, "alone"), Path(folder, precision, "split")
+            trained_alone(alone, precision, tasks=probe_tasks())
+            trained_alone(split, precision, split=True, tasks=probe_tasks())
+            runs = {"one process, another split": split}
+            for way in (*WAYS, *ZERO):
+                runs[way] = Path(folder, precision, way)
+                processes(trained, runs[way], way, precision, tasks=None if way == "ZeRO-3" else probe_tasks())
+            for way, run in runs.items():
                 worst = differences(run, alone)
-                print(f"| {way}, {precision} | " + " | ".join(f"{worst[name]:.1e}" for name in columns) + " |")
+                shown = [f"{worst[name]:.1e}" if name in worst else "–" for name in COLUMNS]
+                print(f"| {way}, {precision} | " + " | ".join(shown) + " |")
+
+
+if __name__ == "__main__":
+    table()
