@@ -347,6 +347,12 @@ def lora_llama(layers: int = 1, **changes: Any) -> nn.Module:
     return get_peft_model(llama(num_hidden_layers=layers), LoraConfig(**{**lora, **changes}))
 
 
+def loss_of(model: nn.Module, data: Tokens) -> Tensor:
+    """Return the loss of the first two samples."""
+    rows = torch.stack([data[index]["input_ids"] for index in range(2)])
+    return model(input_ids=rows, labels=rows).loss
+
+
 def arguments(out: Path, **changes: Any) -> TrainingArguments:
     """Eight steps of two accumulated batches, clipped, saved every four."""
     from transformers import TrainingArguments

@@ -22,7 +22,8 @@ from dynamics.intervention.projection import StepProjection, require_projectable
 from dynamics.recording import Schedule, at_no_step, either, preset_named
 from dynamics.recording.deepspeed import is_zero
 from dynamics.recording.disk_names import disk_names
-from dynamics.recording.recorder import Recorder, chosen_interventions
+from dynamics.recording.recorder import Recorder
+from dynamics.recording.step_probes import chosen_interventions
 from dynamics.text import some
 from probes.tasks import Task
 from probes.undisturbed import undisturbed

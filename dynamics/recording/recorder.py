@@ -18,16 +18,14 @@ from weakref import WeakValueDictionary
 import torch
 import torch.distributed as dist
 import xarray as xr
-from torch import Tensor, nn
+from torch import nn
 
 from dynamics.findings import Finding
-from dynamics.intervention.counterfactuals import ARMS
-from dynamics.recording import Schedule, at_no_step, either, preset_named
+from dynamics.recording import Schedule, either, preset_named
 from dynamics.recording.changes import BaseWeights, Change, ModelState, change_between
 from dynamics.recording.deepspeed import RanksApart, Zero, is_zero, needs_all_ranks
-from dynamics.recording.fisher import FisherProbe, Increment, Interventions, descent_rate, momentum_of
 from dynamics.recording.live import LiveSpectra
-from dynamics.recording.loss_probe import LATE, LossProbe, outside, starts_at_zero
+from dynamics.recording.loss_probe import LATE, starts_at_zero
 from dynamics.recording.monitor import (
     findings_on_model,
     findings_on_resuming,
@@ -36,41 +34,20 @@ from dynamics.recording.monitor import (
     update_numbers,
     watched_or_refused,
 )
-from dynamics.recording.schedules import chosen_steps, schedule_of
+from dynamics.recording.schedules import schedule_of
+from dynamics.recording.step_gradients import StepGradients
+from dynamics.recording.step_probes import StepProbes, chosen_interventions
 from dynamics.recording.writer import Records, earlier_records, refuse_other_weights, store_path
 from dynamics.spectra import raw
-from dynamics.spectra.raw import GradientSpectrum
 from dynamics.spectra.walk import MatrixSpectra
 from dynamics.store.record_writer import read_start
 from dynamics.store.results import FOLDER
 from dynamics.text import encodable
-from probes.gradients import GradientNorms, loss_scale, norms_of
 from probes.tasks import Task
 from probes.watched import WatchedModel, find, is_sharded
 
 #: The recorders of this process that have taken a store, by its path.
 _OPEN: WeakValueDictionary[Path, Recorder] = WeakValueDictionary()
-
-
-@dataclass
-class _InFlight:
-    """The step that is being captured."""
-
-    step: int
-    scaler: Any = None
-    scale: float = 1.0
-    has_gradient: bool = False  # on every rank alike: measuring takes them all
-    gradient: xr.Dataset | None = None  # on the rank that writes
-    unclipped: _Unclipped | None = None  # under ZeRO, likewise
-
-
-@dataclass(frozen=True)
-class _Unclipped:
-    """Gradients under ZeRO, before it clips them: norms by matrix, spectra, and the loss scale."""
-
-    norms: Sequence[float]
-    spectra: Mapping[str, tuple[Tensor, int]]
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -173,7 +150,7 @@ class Recorder:
     ) -> None:
         self.preset = preset_named(preset)
         self._schedule = schedule_of(self.preset, interval=every, steps=at, schedule=schedule)
-        self._intervenes, self._interventions = chosen_interventions(tasks, intervene, arms, k)
+        self._intervenes, interventions = chosen_interventions(tasks, intervene, arms, k)
         self._intervention_due = intervene is None  # whether a step came at which to intervene
         if intervene is not None:
             self._schedule = either(self._schedule, self._intervenes)
@@ -188,28 +165,38 @@ class Recorder:
             )
         self._leads = not _distributed() or dist.get_rank() == 0
         self._takes_part = self._leads or any(needs_all_ranks(p) for matrix in watched.watched for p in matrix.sources)
-        self._gradients, self._strict, self._progress = gradients, strict, progress
+        self._strict = strict
         self._model, self._pattern, self._state = model, matrices, ModelState(model)
-        self._batch_size = float(batch_size) or math.nan
         # Not under ZeRO: what is noticed there all ranks must notice.
         self._bases = BaseWeights(model) if self._leads and self._zero is None else None
-        self._take_parameters(watched)
-        self._call_off: Callable[[], None] = lambda: None  # the reading of gradients under ZeRO
-        self._lost_start = False  # of the increment: no Fisher can be measured there
-        self._in_flight: _InFlight | None = None
+        self._watched = watched
+        self._in_flight: int | None = None  # the step that is being captured
+        self._reads_gradients, self._batch_size = gradients, float(batch_size) or math.nan
+        self._gradients: StepGradients | None = None
         self._records: Records | None = None
-        self._probe = self._probe_of(model, tasks, watched, batch_size, restricted=matrices is not None)
-        self._losses = self._loss_probe_of(model, tasks, begins=resume_from is None)
-        probe_findings = [] if self._probe is None else self._probe.findings()
+        self._probes: StepProbes | None = None
+        if tasks and (self._leads or any(map(is_sharded, model.parameters()))):
+            self._probes = StepProbes(
+                model,
+                tasks,
+                watched,
+                self.preset,
+                restricted=matrices is not None,
+                begins=resume_from is None,
+                batch_size=batch_size,
+                intervenes=self._intervenes,
+                interventions=interventions,
+                forgiven=self._forgiven,
+                progress=progress,
+            )
+        probe_findings = [] if self._probes is None else self._probes.findings()
         for finding in probe_findings:
             warnings.warn(str(finding), UserWarning, stacklevel=2)
-        self._momentum = self._rate = math.nan
-        self._sharpness: xr.Dataset | None = None  # of the last step that has one: the next search starts there
         self.scalars: dict[str, float] = {}
         choices = {"every": every, "at": None if at is None else list(map(int, at)), "schedule": _named(schedule)}
         configuration = {"preset": preset, **choices, "matrices": matrices, "gradients": gradients}
         if intervene is not None:
-            configuration |= {"intervene": _named(intervene), **asdict(self._interventions)}
+            configuration |= {"intervene": _named(intervene), **asdict(interventions)}
         self._disk_names = disk_names if callable(disk_names) else lambda _: disk_names or {}
         content = {"disk_names": self._named(watched), "covered_share": watched.covered_share}
         self._open(Path(run), [*probe_findings, *notes], resume_from, warmup_steps, encodable(configuration), content)
@@ -272,9 +259,9 @@ class Recorder:
         captures = self._takes_part and step > self._last and self._schedule(step)
         self._follow(captures=captures)
         if captures:
-            self._in_flight = _InFlight(step, scaler, loss_scale(scaler, None))
-            if self._gradients:
-                self._arm()
+            self._in_flight = step
+            if self._gradients is not None:
+                self._gradients.arm(scaler, self._before_zero_steps)
 
     @torch.no_grad()
     def before_optimizer_step(self, optimizer: Any = None) -> None:
@@ -283,24 +270,11 @@ class Recorder:
         Args:
             optimizer: The optimizer: for its momentum, and where a loss scaler is in use, which may have unscaled it.
         """
-        flight = self._in_flight
         self._follow(captures=False)
-        if flight is not None and optimizer is not None:
+        if self._in_flight is not None and optimizer is not None:
             self._take_rates(optimizer)
-        if flight is None or not self._gradients or flight.has_gradient or self._zero is not None:
-            return
-        flight.has_gradient = True
-        with self._forgiven(flight.step):
-            self._norms.disarm()
-            scale = loss_scale(flight.scaler, optimizer)
-            before, after = self._norms.before_clipping(), self._norms.after_clipping()
-            spectra, failures = self._live.gradients(_gradient) if self.preset.gradient_spectra else ({}, {})
-            if self._records is not None and failures:
-                self._records.unmeasured_gradients(flight.step, failures)
-            if self._leads:
-                spectra = {name: (values / scale, rank) for name, (values, rank) in spectra.items()}
-                norms = self._by_matrix(before, flight.scale), self._by_matrix(after, scale)
-                flight.gradient = self._gradient_record(flight.step, *norms, spectra, scale=flight.scale)
+        if self._zero is None:
+            self._read_gradients(optimizer)
 
     @torch.no_grad()
     def after_optimizer_step(self) -> bool:
@@ -309,21 +283,15 @@ class Recorder:
         Returns:
             Whether there is a new record; its numbers are in :attr:`scalars`.
         """
-        flight, self._in_flight = self._in_flight, None
-        if flight is None:
+        step, self._in_flight = self._in_flight, None
+        if step is None:
             return False
         self._disarm()
-        if self._zero is not None:
-            self._after_clipping(self._zero, flight)
-        elif (
-            self._gradients and not flight.has_gradient
-        ):  # nobody said when gradients were clipped, or no step was taken
-            with self._forgiven(flight.step):
-                before = self._norms.before_clipping()
-                if self._leads and before is not None:
-                    norms = self._by_matrix(before, flight.scale), self._by_matrix(None, 1.0)
-                    flight.gradient = self._gradient_record(flight.step, *norms, {}, scale=flight.scale)
-        return self._capture(flight.step, flight.gradient)
+        gradient = None
+        if self._gradients is not None:
+            with self._forgiven(step):
+                gradient = self._gradients.record(step)
+        return self._capture(step, gradient)
 
     @torch.no_grad()
     def record(self, step: int) -> bool:
@@ -352,58 +320,23 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _arm(self) -> None:
-        """Have gradients measured when they are there."""
-        if self._zero is not None:
-            self._call_off = self._zero.before_step(self._before_zero_steps)
-        if self._zero is None or not any(map(is_sharded, self._parameters)):  # gradients of micro-batches, too
-            self._norms.arm()
-
     def _disarm(self) -> None:
-        self._norms.disarm()
-        self._call_off()
+        if self._gradients is not None:
+            self._gradients.disarm()
 
     @torch.no_grad()
     def _before_zero_steps(self) -> None:
-        """Measure gradients, whole and not yet clipped; ZeRO clips as it steps."""
-        flight, zero = self._in_flight, self._zero
-        if flight is None or zero is None or not self._takes_part:
+        if self._zero is not None and self._in_flight is not None:
+            self._take_rates(self._zero.optimizer)
+            self._read_gradients(self._zero.optimizer)
+
+    def _read_gradients(self, optimizer: Any) -> None:
+        if self._gradients is None or self._in_flight is None:
             return
-        squared: dict[int, Tensor] = {}
-
-        def gather(parameters: Sequence[nn.Parameter]) -> dict[int, Tensor]:
-            gradients = zero.gradients(parameters)
-            squared.update(
-                {key: torch.linalg.vector_norm(one, dtype=torch.float64).square() for key, one in gradients.items()}
-            )
-            return gradients
-
-        with self._forgiven(flight.step):
-            self._norms.disarm()
-            self._take_rates(zero.optimizer)
-            spectra, failures = {}, {}
-            if self.preset.gradient_spectra:
-                spectra, failures = self._live.gradients(gather=gather)
-            else:
-                self._live.visit(gather)
+        with self._forgiven(self._in_flight):
+            failures = self._gradients.read(optimizer)
             if self._records is not None and failures:
-                self._records.unmeasured_gradients(flight.step, failures)
-            norms = self._by_matrix(torch.stack([squared[id(parameter)] for parameter in self._parameters]), 1.0)
-            flight.unclipped = _Unclipped(norms, spectra, zero.loss_scale)
-
-    def _after_clipping(self, zero: Zero, flight: _InFlight) -> None:
-        """Make the record of the gradients, now that it is known by how much ZeRO has clipped them."""
-        unclipped = flight.unclipped
-        if not self._leads or not self._gradients:
-            return
-        with self._forgiven(flight.step):
-            if unclipped is None:  # no step was taken, or measuring failed
-                unclipped, clipping = _Unclipped(self._by_matrix(None, 1.0), {}, 1.0), math.nan
-            else:
-                clipping = zero.clipping()
-            spectra = {name: (values * clipping, rank) for name, (values, rank) in unclipped.spectra.items()}
-            after = [norm * clipping for norm in unclipped.norms]
-            flight.gradient = self._gradient_record(flight.step, unclipped.norms, after, spectra, scale=unclipped.scale)
+                self._records.unmeasured_gradients(self._in_flight, failures)
 
     def _capture(self, step: int, gradient: xr.Dataset | None) -> bool:
         if not self._takes_part:  # since a rank was missing in this step
@@ -415,8 +348,8 @@ class Recorder:
                 if transition is not None:
                     change = transition.change
                     self._live.lose(totals=change.restarted, increments={*change.restarted, *change.rescaled})
-                    self._lost_start |= bool(change.restarted)
-                    self._probe_follows(transition, step, moved=True)
+                    if self._probes is not None:
+                        self._probes.follow(transition.watched, change.restarted, step, moved=True, stale=True)
             spectra = self._live.measure()
             if self._records is not None and self._live.shapes:
                 update = self._update(step, spectra)
@@ -439,27 +372,22 @@ class Recorder:
         """Begin the next increment at this step."""
         self._from_step = -1  # until there are copies of this step
         self._live.advance()
-        if self._probe is not None:
-            self._probe.advance()
-        self._from_step, self._lost_start = step, False
+        if self._probes is not None:
+            self._probes.advance()
+        self._from_step = step
 
     def _named(self, watched: WatchedModel) -> dict[str, Any]:
         """Return the names on disk of dense matrices."""
         return dict(self._disk_names([matrix.name for matrix in watched.watched if matrix.is_dense]))
-
-    def _take_parameters(self, watched: WatchedModel) -> None:
-        self._watched = watched
-        self._parameters = list({id(p): p for matrix in watched.watched for p in matrix.parameters}.values())
-        self._of_matrices = {matrix.name: matrix.parameters for matrix in watched.watched}
-        self._norms = GradientNorms(self._parameters)
 
     def _follow(self, *, captures: bool) -> None:
         """Follow a change of what is trained before the present step moves it."""
         done = max(self._step - 1, self._last)
         with self._forgiven(done):
             if self._takes_part and (transition := self._transition(captures=captures)) is not None:
-                self._lost_start |= bool(transition.change.restarted) and self._from_step != done
-                self._probe_follows(transition, done, moved=False)
+                if self._probes is not None:
+                    restarted, stale = transition.change.restarted, self._from_step != done
+                    self._probes.follow(transition.watched, restarted, done, moved=False, stale=stale)
                 self._disarm()
                 self._take_up(transition, done)
 
@@ -490,90 +418,22 @@ class Recorder:
             copied_at=copied_at,
         )
         self._state = transition.state
-        self._take_parameters(transition.watched)
+        self._watched = transition.watched
+        if self._gradients is not None:
+            self._gradients.watch(transition.watched)
         if self._bases is not None:
             self._bases.take()
         if self._records is not None:
             self._records.changed(change.findings(step, copied_at), start, self._named(transition.watched))
 
-    def _probe_follows(self, transition: _Transition, step: int, *, moved: bool) -> None:
-        if self._losses is not None:
-            self._losses.lose(f"what is trained changed after step {step}")
-        if self._probe is not None:
-            watched, restarted = transition.watched.watched, set(transition.change.restarted)
-            self._probe.follow(
-                blocks=None if self._pattern is None else [matrix.name for matrix in watched if not matrix.part_of],
-                on_host=[parameter for matrix in watched if matrix.is_dense for parameter in matrix.sources],
-                rewritten=[id(p) for matrix in watched if matrix.name in restarted for p in matrix.sources],
-                moved=moved,
-            )
-
-    def _probe_of(
-        self,
-        model: nn.Module,
-        tasks: Sequence[Task] | None,
-        watched: WatchedModel,
-        batch_size: int,
-        *,
-        restricted: bool,
-    ) -> FisherProbe | None:
-        if not tasks or not (self._leads or any(map(is_sharded, model.parameters()))):
-            return None
-        dense = [parameter for matrix in watched.watched if matrix.is_dense for parameter in matrix.sources]
-        blocks = [matrix.name for matrix in watched.watched if not matrix.part_of] if restricted else None
-        return FisherProbe(model, tasks, blocks=blocks, on_host=dense, batch_size=batch_size)
-
-    def _loss_probe_of(self, model: nn.Module, tasks: Sequence[Task] | None, *, begins: bool) -> LossProbe | None:
-        if self._probe is None or not tasks:
-            return None
-        others = {name: parameter.detach().clone() for name, parameter in outside(model).items()} if begins else None
-        losses = LossProbe(model, tasks, others)
-        if begins and self._pattern is not None:  # of matrices that are left out no start is kept
-            with self._forgiven(0):
-                losses.begin()
-        return losses
-
     def _probed(self, step: int) -> dict[str, xr.Dataset | None]:
-        """Return what the probe samples give at this step; a failure there costs nothing else."""
-        groups: dict[str, xr.Dataset | None] = {}
+        """Return what the probe samples give at this step."""
         self._intervention_due |= self._intervenes(step)
-        if self._probe is not None and self._from_step >= 0 and not self._lost_start:
-            increment = None
-            with self._forgiven(step):
-                increment = self._probe.measure(self._live.increments(), self._progress)
-                groups["fisher"] = self._probe.record(increment, step, self._from_step, self._momentum)
-            if increment is not None and self._intervenes(step):
-                with self._forgiven(step):
-                    groups["intervention"] = self._probe.intervene(
-                        increment, self._interventions, step, self._from_step, self._progress
-                    )
-            if increment is not None and self.preset.sharpness:
-                with self._forgiven(step):
-                    groups["sharpness"] = self._sharpness_along(increment, step)
-        if self._probe is not None:
-            with self._forgiven(step):
-                groups["score"] = self._probe.scores(step)
-        if self._losses is not None:
-            with self._forgiven(step):
-                groups["loss"] = self._losses.record(
-                    step,
-                    lambda: (self._live.start_values(), self._live.totals()),
-                    predicts=self.preset.predictions,
-                )
-        return groups
+        return {} if self._probes is None else self._probes.measure(self._live, step, self._from_step)
 
     def _take_rates(self, optimizer: Any) -> None:
-        self._momentum, self._rate = momentum_of(optimizer), descent_rate(optimizer)
-
-    def _sharpness_along(self, increment: Increment, step: int) -> xr.Dataset | None:
-        """Return the critical sharpness where the increment began; ``None`` where the increment is not wholly known."""
-        assert self._probe is not None
-        if increment.changes is None or increment.unknown:
-            return None
-        self._sharpness = self._probe.sharpness(
-            increment, step, self._from_step, self._sharpness, rate=self._rate, progress=self._progress
-        )
-        return self._sharpness
+        if self._probes is not None:
+            self._probes.take_rates(optimizer)
 
     def _note_missing_intervention(self) -> None:
         """Note that the training ended before the first step at which to intervene."""
@@ -621,13 +481,22 @@ class Recorder:
         self._live = LiveSpectra(
             watched.watched, start=start, step=self._last, cosines=cosines, leads=self._leads, zero=self._zero
         )
+        if self._reads_gradients:
+            self._gradients = StepGradients(
+                watched,
+                self._live,
+                zero=self._zero,
+                spectra=self.preset.gradient_spectra,
+                leads=self._leads,
+                batch_size=self._batch_size,
+            )
         with _raised_on_all():
             spectra = self._live.measure() if resume_from is not None and self._takes_part else {}
             if self._leads:
                 goes_on = earlier is not None and refuse_other_weights(
                     earlier, self._last, self._update(self._last, spectra)
                 )
-                findings = findings_on_model(watched, gradients=self._gradients) + findings_on_resuming(
+                findings = findings_on_model(watched, gradients=self._reads_gradients) + findings_on_resuming(
                     resume_from, continues=goes_on
                 )
                 _end_earlier(run, resumes=resume_from is not None)
@@ -652,12 +521,12 @@ class Recorder:
 
     def _lose_start(self, records: Records, *, knows_start: bool) -> None:
         """Take note of what happened before the training was resumed: it cannot be set back to its start then."""
-        if self._losses is None:
+        if self._probes is None:
             return
         for change in records.changes:
-            self._losses.lose(f"what is trained changed after step {change.step}")
+            self._probes.lose_start(f"what is trained changed after step {change.step}")
         if not knows_start and not starts_at_zero(self._model):
-            self._losses.lose(LATE)
+            self._probes.lose_start(LATE)
 
     def _begin(
         self, records: Records, resume_from: int | None, spectra: Mapping[str, MatrixSpectra], *, goes_on: bool
@@ -677,44 +546,6 @@ class Recorder:
         results = {(step, name): matrix for name, matrix in spectra.items()}
         return raw.raw_update({step: (0, self._from_step)}, self._live.shapes, results)
 
-    def _by_matrix(self, squared: Tensor | None, scale: float) -> list[float]:
-        """Return the norm of each matrix's gradient, NaN where there is none to measure."""
-        if squared is None:
-            return [math.nan] * len(self._of_matrices)
-        return [norm / scale for norm in norms_of(squared, self._parameters, list(self._of_matrices.values()))]
-
-    def _gradient_record(
-        self,
-        step: int,
-        before: Sequence[float],
-        after: Sequence[float],
-        spectra: Mapping[str, tuple[Tensor, int]],
-        *,
-        scale: float = 1.0,
-    ) -> xr.Dataset:
-        gradients = {}
-        micro_batches, micro_norms = self._micro_norms(scale)
-        columns = zip(self._of_matrices, before, after, micro_norms, strict=True)
-        for name, norm_before, norm_after, micro_norm in columns:
-            # Where the norm is unknown, the zeros that stand in for the gradient are not a gradient of zero.
-            spectrum = (None, 0) if math.isnan(norm_after) else spectra.get(name, (None, 0))
-            gradients[name] = GradientSpectrum(norm_before, norm_after, *spectrum, micro_norm=micro_norm)
-        shapes = {name: shape for name, shape in self._live.shapes.items() if name in gradients}
-        return raw.raw_gradient(step, shapes, gradients, micro_batches=micro_batches, batch_size=self._batch_size)
-
-    def _micro_norms(self, scale: float) -> tuple[float, list[float]]:
-        """Return the number of micro-batches over all processes, and the norm of each matrix's gradient of one.
-
-        NaN for gradients of a single micro-batch, and where processes hold shards of a parameter.
-        """
-        passes, sums = self._norms.of_micro_batches()
-        processes = dist.get_world_size() if _distributed() else 1
-        if passes * processes < 2 or any(map(is_sharded, self._parameters)):
-            return math.nan, [math.nan] * len(self._of_matrices)
-        norms = norms_of(sums, self._parameters, list(self._of_matrices.values()))
-        # The sum of the parts is the whole: each is 1/n of the gradient of its micro-batch.
-        return float(passes * processes), [norm * math.sqrt(passes) / scale for norm in norms]
-
     @contextmanager
     def _forgiven(self, step: int) -> Iterator[None]:
         """Turn an error inside into a gap in the records, so that training goes on."""
@@ -722,6 +553,7 @@ class Recorder:
             yield
         except RanksApart as error:
             self._takes_part, self._in_flight = False, None
+            self._disarm()
             if self._strict:
                 raise
             if self._records is not None:
@@ -731,29 +563,6 @@ class Recorder:
                 raise
             if self._records is not None:
                 self._records.gap(step, f"{type(error).__name__}: {error}")
-
-
-def chosen_interventions(
-    tasks: Sequence[Task] | None,
-    intervene: int | Sequence[int] | Schedule | None,
-    arms: Sequence[str] | None,
-    k: int | Sequence[int] | None,
-) -> tuple[Schedule, Interventions]:
-    """Return at which steps to intervene, and with what; see :class:`Recorder`.
-
-    Raises:
-        ValueError: If there are no tasks for it, or a choice is invalid.
-    """
-    if intervene is None:
-        if arms is not None or k is not None:
-            raise ValueError("Expected intervene with arms and k, got none. Pass intervene=500, or a list of steps.")
-        return at_no_step, Interventions()
-    if not tasks:
-        raise ValueError(
-            "Expected tasks with intervene, got none: their samples show what a part of an update does. Pass "
-            "tasks=[probes.Task(…)]."
-        )
-    return chosen_steps(intervene), Interventions(ARMS if arms is None else arms, k)
 
 
 def _named(choice: Any) -> Any:
@@ -796,10 +605,3 @@ def _raised_on_all() -> Iterator[None]:
         error = box[0] or error
     if error is not None:
         raise error
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    """Return a parameter's gradient, zeros where it has none; that of a sparse embedding is made dense for now."""
-    if parameter.grad is None:
-        return torch.zeros_like(parameter)
-    return parameter.grad if parameter.grad.layout == torch.strided else parameter.grad.to_dense()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from contextlib import nullcontext
 from itertools import product
 
 import numpy as np
@@ -15,7 +14,7 @@ from transformers import TrainerCallback
 
 import dynamics
 from dynamics import DynamicsCallback, Recorder
-from tests.runs import Tokens, llama, lora_llama, trainer
+from tests.runs import Tokens, llama, lora_llama, loss_of, trainer
 
 
 def analysed_without_records(run, out) -> xr.Dataset:
@@ -146,73 +145,7 @@ def test_norms_equal_a_brute_force_twin(tmp_path, monkeypatch, accumulation, cli
         assert total["norm_after_clip"] == pytest.approx(clipping, rel=1e-3)
 
 
-@pytest.mark.parametrize("explicit", [True, False])
-@pytest.mark.parametrize("unscale", [True, False])
-def test_norms_under_a_loss_scaler_are_those_of_the_loss(tmp_path, unscale, explicit):
-    """A plain loop with a GradScaler: recorded norms are unscaled, whether the loop unscales before clipping or not.
-
-    Told explicitly, as the Trainer tells it, the recorder looks before ``scaler.step`` has unscaled anything.
-    """
-    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 2))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    inputs = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
-    model(inputs).square().sum().backward()
-    expected = {name: float(getattr(model, name).weight.grad.double().norm()) for name in ("0", "1")}
-    model.zero_grad()
-    with Recorder(tmp_path, model, every=1) as recorder, recorder.step(1, optimizer, scaler):
-        scaler.scale(model(inputs).square().sum()).backward()
-        if unscale:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        if explicit:
-            recorder.before_optimizer_step(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-    gradient = dynamics.open_run(tmp_path)["gradient"].sel(step=1)
-    for name, norm in expected.items():
-        assert float(gradient["norm_before_clip"].sel(matrix=name)) == pytest.approx(norm, rel=1e-6)
-    after = gradient["norm_after_clip"].values
-    of_spectra = (gradient["singular_value"] ** 2).sum("index") ** 0.5
-    np.testing.assert_allclose(of_spectra.values, after, rtol=1e-6)
-    if unscale:
-        assert 0 < float((after**2).sum() ** 0.5) <= 0.5 + 1e-6
-    else:
-        np.testing.assert_allclose(after, list(expected.values()), rtol=1e-6)
-
-
 # ---- the loop's own terms ----
-
-
-def losses_of(model, data) -> torch.Tensor:
-    rows = torch.stack([data[index]["input_ids"] for index in range(2)])
-    return model(input_ids=rows, labels=rows).loss
-
-
-def test_three_explicit_calls_record_what_the_context_records(tmp_path):
-    results = []
-    for name, explicit in (("context", False), ("calls", True)):
-        model, data = lora_llama(lora_dropout=0.0), Tokens()
-        model.eval()  # no dropout, so that both see the same
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        with Recorder(tmp_path / name, model, preset="standard", every=1) as recorder:
-            for step in (1, 2):
-                with nullcontext() if explicit else recorder.step(step, optimizer):
-                    if explicit:
-                        recorder.before_backward(step)
-                    losses_of(model, data).backward()
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-                    if explicit:
-                        recorder.before_optimizer_step(optimizer)
-                    optimizer.step()
-                    if explicit:
-                        assert recorder.after_optimizer_step()
-                    optimizer.zero_grad()
-        tree = dynamics.open_run(tmp_path / name)
-        results.append((tree["update"].to_dataset().load(), tree["gradient"].to_dataset().load()))
-    for one, other in zip(*results, strict=True):
-        xr.testing.assert_equal(one, other)
 
 
 def test_the_step_is_the_one_after_the_update(tmp_path):
@@ -264,7 +197,7 @@ def test_a_step_that_is_not_captured_runs_no_operation(tmp_path):
     with Recorder(tmp_path, model, preset="full", at=[2]) as recorder:
         counts = {}
         for step in (1, 2, 3):
-            losses_of(model, Tokens()).backward()  # the first step's own gradients
+            loss_of(model, Tokens()).backward()  # the first step's own gradients
             with Count() as count:
                 recorder.before_backward(step)
                 recorder.before_optimizer_step(optimizer)
