@@ -330,16 +330,16 @@ class Tokens(Dataset):
 
 
 def llama(**changes: Any) -> LlamaForCausalLM:
-    """Two layers, with dropout."""
+    """One layer, with dropout; a test of what lies between layers asks for two."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=VOCABULARY, attention_dropout=0.1, **{**sizes, **changes})
     return LlamaForCausalLM(config)
 
 
-def lora_llama(layers: int = 2, **changes: Any) -> nn.Module:
+def lora_llama(layers: int = 1, **changes: Any) -> nn.Module:
     """The same with LoRA on every linear layer, and dropout in it; ``changes`` are of its configuration."""
     from peft import LoraConfig, get_peft_model
 

@@ -69,19 +69,21 @@ def run_command(*words: str) -> None:
             assert result.exit_code == 0, f"{shlex.join(words)}\n{result.output}"
         case ["python", "-m", "pip", "install", *arguments]:
             assert set(re.findall(r"[\w-]+(?=[],])", arguments[-1])) <= extras(), "an extra that pyproject.toml lacks"
-        case ["python", "-m", module, *arguments]:  # benchmarks take minutes: only asked what they can do
-            with pytest.raises(SystemExit, match=r"^0$"):
-                run_program(runpy.run_module, module, [*arguments, "--help"])
+        # Benchmarks take minutes, and examples run in their own tests: both are only asked what they can do.
+        case ["python", "-m", module, *arguments]:
+            assert_asked(runpy.run_module, module, arguments)
         case ["python", script, *arguments]:
-            run_program(runpy.run_path, script, [*arguments, "--steps", "4"])
+            assert_asked(runpy.run_path, script, arguments)
         case _:
             pytest.fail(f"The docs have a command that no test runs: {shlex.join(words)}")
 
 
-def run_program(run: Callable[..., Any], program: str, arguments: list[str]) -> None:
+def assert_asked(run: Callable[..., Any], program: str, arguments: list[str]) -> None:
+    """The program takes these arguments."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [program, *arguments])
-        run(program, run_name="__main__")
+        patch.setattr(sys, "argv", [program, *arguments, "--help"])
+        with pytest.raises(SystemExit, match=r"^0$"):
+            run(program, run_name="__main__")
 
 
 def extras() -> set[str]:
@@ -94,10 +96,10 @@ def extras() -> set[str]:
 
 def batches() -> list[dict[str, torch.Tensor]]:
     rows = torch.stack([Tokens()[index]["input_ids"] for index in range(8)])
-    return [{"input_ids": rows, "labels": rows}] * 4
+    return [{"input_ids": rows, "labels": rows}] * 2
 
 
-def samples(task: str, count: int = 12) -> list[dict[str, Any]]:
+def samples(task: str, count: int = 8) -> list[dict[str, Any]]:
     """Two samples of each image, not trained on."""
     rows = torch.randint(VOCABULARY, (count, 8), generator=torch.Generator().manual_seed(len(task)))
     return [{"input_ids": row, "labels": row, "image": f"image-{i // 2}"} for i, row in enumerate(rows)]

@@ -35,6 +35,10 @@ ROLES = (
 HOSTILE = "<script>alert('x')</script> & $a$ \"b\""
 
 
+#: Groups of a result by the arguments that they were made with.
+_MEASURED: dict[str, dict[str, xr.Dataset]] = {}
+
+
 def matrix_names(count: int) -> list[str]:
     """Names of a Llama-style model, seven a layer, in model order."""
     return [f"model.layers.{index // len(ROLES)}.{ROLES[index % len(ROLES)]}" for index in range(count)]
@@ -56,6 +60,8 @@ def example_tree(
 ) -> xr.DataTree:
     """A plausible result of one run: updates that grow over the steps and concentrate.
 
+    Measured once for each set of arguments; what is returned is a copy.
+
     Args:
         steps: The steps, or how many (100, 200, …).
         matrices: Their names, or how many.
@@ -72,16 +78,13 @@ def example_tree(
     numbers = [100 * (1 + index) for index in range(steps)] if isinstance(steps, int) else list(steps)
     names = matrix_names(matrices) if isinstance(matrices, int) else list(matrices)
     segments = [0] * len(numbers) if segment is None else list(segment)
-    update = _spectra(numbers, names, segments, rank, seed, zero or (), missing)
-    update = update.assign(measures_of(update))
-    null, against_null = null_models_of(update)
-    update = update.assign(against_null).assign(_flags(update)).assign(_geometry(update, seed))
-    update = update.assign(direct_sums(update)).assign(suggested_rank(update))
-    summary = quantiles_over_matrices(update, null)
-    groups = {"/update": update, "/null": null, "/summary": summary, "/training": _training(numbers, segments)}
-    if gradients is not None:
-        groups |= _gradients(gradients, names, rank, seed, gradient_spectra)
-    tree = xr.DataTree.from_dict(groups)
+    of_update = numbers, names, segments, rank, seed, zero or (), missing
+    key = repr((*of_update, gradients, gradient_spectra))
+    if key not in _MEASURED:
+        _MEASURED[key] = _updates(*of_update) | {"/training": _training(numbers, segments)}
+        if gradients is not None:
+            _MEASURED[key] |= _gradients(gradients, names, rank, seed, gradient_spectra)
+    tree = xr.DataTree.from_dict({name: group.copy(deep=True) for name, group in _MEASURED[key].items()})
     inputs = [
         {"path": f"checkpoint-{step}/adapter_model.safetensors", "bytes": 4096, "header_sha256": "a" * 64, "step": step}
         for step in numbers
@@ -100,6 +103,18 @@ def example_tree(
     if gradients is not None:
         tree.attrs["captured"] = json.dumps({"steps": numbers, "checkpoints": []})
     return tree
+
+
+def _updates(
+    steps: list[int], names: list[str], segments: list[int], rank: int, seed: int, *of_matrices: Sequence[str]
+) -> dict[str, xr.Dataset]:
+    """Updates with their null models and their quantiles over matrices; the arguments are those of ``_spectra``."""
+    update = _spectra(steps, names, segments, rank, seed, *of_matrices)
+    update = update.assign(measures_of(update))
+    null, against_null = null_models_of(update)
+    update = update.assign(against_null).assign(_flags(update)).assign(_geometry(update, seed))
+    update = update.assign(direct_sums(update)).assign(suggested_rank(update))
+    return {"/update": update, "/null": null, "/summary": quantiles_over_matrices(update, null)}
 
 
 def example_runs(**runs: xr.DataTree) -> xr.DataTree:

@@ -36,14 +36,14 @@ def probe_tasks(groups: int = 8, batch_size: int = 8) -> list[Task]:
     ]
 
 
-def adapted_model(dtype: torch.dtype = torch.float64) -> nn.Module:
+def adapted_model(dtype: torch.dtype = torch.float64, layers: int = 1) -> nn.Module:
     """A Llama with LoRA whose B is not zero."""
-    return lora_llama(lora_dropout=0.0, init_lora_weights=False).to(dtype).eval()
+    return lora_llama(layers, lora_dropout=0.0, init_lora_weights=False).to(dtype).eval()
 
 
 def small_llama() -> nn.Module:
     """One layer with LoRA on two matrices, dropout in it, and B = 0: for trainings with several interventions."""
-    return lora_llama(1, target_modules=["q_proj", "v_proj"])
+    return lora_llama(target_modules=["q_proj", "v_proj"])
 
 
 def dense_model(dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -50,7 +50,7 @@ def _tensor(values: Any) -> Tensor:
     return torch.from_numpy(np.array(values, dtype=np.float64))
 
 
-def _clean(values: Any, *, eigenvalues: bool = False) -> tuple[Float[Tensor, "... rank"], Bool[Tensor, ...]]:
+def _clean(values: Any, *, eigenvalues: bool = False) -> tuple[Float[Tensor, "... rank"], Bool[Tensor, "*_"]]:
     """Return values over their largest, padding as zeros, and where there is no distribution."""
     values = _tensor(values)
     if values.ndim == 0:
@@ -73,7 +73,7 @@ def _missing_where(undefined: Tensor, result: Tensor) -> Tensor:
     return torch.where(undefined, torch.nan, result)
 
 
-def _distribution(values: Any, weights: str) -> tuple[Float[Tensor, "... rank"], Bool[Tensor, ...]]:
+def _distribution(values: Any, weights: str) -> tuple[Float[Tensor, "... rank"], Bool[Tensor, "*_"]]:
     if weights not in _EXPONENTS:
         raise ValueError(f"Expected weights 'energy', 'amplitude' or 'eigenvalue', got {weights!r}.")
     scaled, undefined = _clean(values, eigenvalues=weights == "eigenvalue")

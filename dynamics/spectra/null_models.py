@@ -199,7 +199,7 @@ def _points(values: Float[Tensor, "*cells draws"], quantiles: Sequence[float]) -
     return torch.stack([values.mean(-1) + float(stdtrit(draws - 1, point)) * deviation for point in quantiles])
 
 
-def outliers(values: Float[Tensor, "... k"], edge: Float[Tensor, "*cells"] | float) -> Float[Tensor, ...]:
+def outliers(values: Float[Tensor, "... k"], edge: Float[Tensor, "*cells"] | float) -> Float[Tensor, "*_"]:
     """Return how many singular values exceed ``edge`` times their own median.
 
     The median sets the noise scale (Gavish & Donoho 2014). For a low-rank update the edge is that of the random
@@ -235,7 +235,7 @@ class NullModel:
     low: Mapping[str, np.ndarray]
     high: Mapping[str, np.ndarray]
 
-    def percentile(self, entropy: Float[Tensor, ...]) -> Float[Tensor, ...]:
+    def percentile(self, entropy: Float[Tensor, "*_"]) -> Float[Tensor, "*_"]:
         """Return where an entropy lies among the draws, 0 to 100: small means more concentrated than chance.
 
         NaN where all draws agree, as for a single singular value: then chance leaves nothing to compare with.

@@ -41,9 +41,10 @@ def run(tmp_path):
     return write_run(tmp_path / "run")
 
 
+@FORKS
 def test_a_clean_run(run):
-    program = [sys.executable, "-m", "dynamics.analyze", str(run)]
-    result = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, check=False)
+    """As a program of its own it runs in :func:`in_a_c_locale`."""
+    result = finished(command(run))
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert result.stdout.rstrip().endswith(str(run / "dynamics" / "analysis" / "report.html"))
@@ -120,16 +121,20 @@ def test_help_needs_no_torch():
 
 
 def test_analysis_imports_only_what_it_needs(run):
-    """First without a report, then with one."""
+    """First without a report, then with one, which leaves the settings of matplotlib as they are."""
     needless = {"transformers", "peft", "scipy.stats", "scipy.sparse", "matplotlib.pyplot", "seaborn"}
     script = f"""
         import sys
         from dynamics.analyze import _analyze
-        for report, needless in ((False, {needless | {"matplotlib", "jinja2"}}), (True, {needless})):
-            print(_analyze([{str(run)!r}], {{"report": report}}, None, False, None, True))
-            print(needless & set(sys.modules))
+        print(_analyze([{str(run)!r}], {{"report": False}}, None, False, None, True))
+        print({needless | {"matplotlib", "jinja2"}} & set(sys.modules))
+        import matplotlib
+        before = dict(dict.items(matplotlib.rcParams))  # reading the backend by its name would choose one
+        print(_analyze([{str(run)!r}], {{"report": True}}, None, False, None, True))
+        print({needless} & set(sys.modules))
+        print(dict(dict.items(matplotlib.rcParams)) == before)
     """
-    assert python(script).stdout.splitlines() == ["0", "set()"] * 2
+    assert python(script).stdout.splitlines() == [*["0", "set()"] * 2, "True"]
 
 
 def test_progress_goes_to_stderr(run):
@@ -147,6 +152,7 @@ def test_bad_usage(arguments, run):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux' /dev/full")
+@pytest.mark.usefixtures("one_figure")
 def test_a_full_disk_leaves_the_old_result(run, tmp_path):
     assert analyze(run, "--quiet", "--no-report").returncode == 0
     old = (run / "dynamics" / "analysis" / "summary.json").read_bytes()
@@ -164,8 +170,9 @@ def test_a_full_disk_leaves_the_old_result(run, tmp_path):
 
 
 @FORKS
-def test_killed_at_any_moment_the_old_result_or_the_new_stands(run):
+def test_killed_at_any_moment_the_old_result_or_the_new_stands(tmp_path):
     """Each process is killed at a later call that moves a file."""
+    run = write_run(tmp_path / "run", [1])
     assert analyze(run, "--quiet", "--no-report").returncode == 0
     found = []
     killed = True
@@ -237,6 +244,7 @@ NAMES_OF_FOLDERS = (b"caf\xe9", "gr\u00fcn".encode(), b".hidden", b"x" * 255)
 
 
 @FORKS
+@pytest.mark.usefixtures("one_figure")  # in processes that fork
 @pytest.mark.parametrize(
     ("names", "options", "process"),
     [(NAMES_OF_FOLDERS, ["--json", "--no-report"], in_a_c_locale), (NAMES_OF_FOLDERS[1:2], [], writing_ascii)],

@@ -86,15 +86,20 @@ def damage_dora(checkpoint):
 DAMAGES = [value for name, value in list(globals().items()) if name.startswith("damage_")]
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__.removeprefix("damage_"))
-def test_one_damaged_checkpoint_is_named_and_the_rest_is_saved(run, damage):
-    damage(run / "checkpoint-20")
+def test_damaged_checkpoints_are_named_and_the_rest_is_saved(tmp_path):
+    """A whole checkpoint stands before and after each that is damaged."""
+    damaged = {20 * (1 + place): damage for place, damage in enumerate(DAMAGES)}
+    whole = [step - 10 for step in damaged] + [10 + max(damaged)]
+    run = write_run(tmp_path / "run", sorted([*whole, *damaged]))
+    for step, damage in damaged.items():
+        damage(run / f"checkpoint-{step}")
     result = analyze(run, "--quiet", "--no-report")
-    assert_refused(result, 1, "checkpoint-20")
+    for step in damaged:
+        assert_refused(result, 1, f"checkpoint-{step}")
     tree = open_run(run)
     schema.check(tree)
-    assert {10, 30} <= set(tree["update"]["step"].values.tolist())
-    assert np.isfinite(tree["update"]["frobenius_norm"].sel(step=[10, 30], kind="total")).all()
+    assert set(whole) <= set(tree["update"]["step"].values.tolist())
+    assert np.isfinite(tree["update"]["frobenius_norm"].sel(step=whole, kind="total")).all()
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__.removeprefix("damage_"))
@@ -110,7 +115,7 @@ def test_a_damaged_adapter_alone(tmp_path, damage):
 def test_a_number_that_is_not_finite_is_exit_status_1(tmp_path):
     factors = random_factors()
     factors[NAMES[0]][0][0, 0] = torch.nan
-    result = analyze(write_run(tmp_path / "run", {1: factors}), "--quiet")
+    result = analyze(write_run(tmp_path / "run", {1: factors}), "--quiet", "--no-report")
     assert_refused(result, 1, NAMES[0], "checkpoint-1/adapter_model.safetensors")
 
 

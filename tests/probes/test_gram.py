@@ -34,7 +34,7 @@ def tokens(rows: Tensor = ROWS) -> dict[str, Tensor]:
 def adapted(**lora) -> nn.Module:
     torch.manual_seed(0)
     options = {"r": 3, "lora_alpha": 6, "init_lora_weights": False, "target_modules": "all-linear", "lora_dropout": 0.1}
-    return get_peft_model(llama(), LoraConfig(**{**options, **lora})).double()
+    return get_peft_model(llama(num_hidden_layers=2), LoraConfig(**{**options, **lora})).double()
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -101,7 +101,7 @@ ADAPTERS = {
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_every_kind_of_adapter(name):
     torch.manual_seed(0)
-    model = get_peft_model(llama(), ADAPTERS[name]).double()
+    model = get_peft_model(llama(num_hidden_layers=2), ADAPTERS[name]).double()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(0.05 * torch.randn_like(parameter))
@@ -128,7 +128,7 @@ def test_batches_of_any_size_are_one(space, cuts):
 
 
 def test_tied_embeddings_sum_before_the_product():
-    model = llama(tie_word_embeddings=True).double()
+    model = llama(num_hidden_layers=2, tie_word_embeddings=True).double()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     found = assert_is_twins(model, tokens())
     assert "model.embed_tokens" in found.gram
@@ -207,7 +207,7 @@ def test_samples_share_an_image():
 
 def explicit(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """∇W of each adapted matrix by merging the adapters into a plain Llama, and the projection on the tangent space."""
-    base, found = llama().double(), {}
+    base, found = llama(num_hidden_layers=2).double(), {}
     matrices = {each.name: each.read() for each in find(model).watched if not each.part_of}
     plain = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in model.named_parameters()}
     for name, parameter in base.named_parameters():
@@ -525,7 +525,7 @@ def test_no_batch_and_no_trainable_parameter_are_refused():
     with pytest.raises(ValueError, match=r"Expected at least one batch of probe samples, got none\."):
         gradient_gram(adapted(), [])
     with pytest.raises(ValueError, match="got one in which none requires a gradient"):
-        gradient_gram(llama().requires_grad_(False), tokens())
+        gradient_gram(llama(num_hidden_layers=2).requires_grad_(False), tokens())
 
 
 @pytest.mark.parametrize("broken", ["labels", "loss"])

@@ -70,7 +70,7 @@ def test_slopes_of_a_model_whose_norms_round(make):
 
 def test_at_the_start_of_an_adapter_they_hold_what_a_itself_changed():
     """B = 0 there: gradients of the factors know nothing of A's change, gradients of the weight do."""
-    model = lora_llama(1, target_modules=["q_proj", "down_proj"], lora_dropout=0.0).double().eval()
+    model = lora_llama(target_modules=["q_proj", "down_proj"], lora_dropout=0.0).double().eval()
     factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(0)
     changes = {}
@@ -143,7 +143,7 @@ def tokens_of(model: nn.Module, sample: Mapping[str, object]) -> tuple[Tensor, T
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_the_quadratic_is_that_of_the_fisher(reduction):
     """Twin: Σ over tokens of E_p[(dlog p/dλ)²], from differences of all log-probabilities; draws vary around it."""
-    model = llama(num_hidden_layers=1).double().eval()
+    model = llama().double().eval()
     ids = torch.randint(1, VOCABULARY, (24, 9), generator=torch.Generator().manual_seed(3))
     task = Task("a", [{"input_ids": row, "labels": row} for row in ids], loss=reduction)
     names = [name for name in blocks_in_weight_space(model) if "proj" in name]

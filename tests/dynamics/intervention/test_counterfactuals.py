@@ -40,7 +40,7 @@ def explicit(model, tasks, change, space: str = "tangent") -> tuple[Tensor, Tens
 @pytest.fixture(scope="module")
 def adapter():
     """Model, tasks, update, K and b: LoRA in float64."""
-    model, tasks = adapted_model(), probe_tasks()
+    model, tasks = adapted_model(layers=2), probe_tasks()
     change, _, _ = trained(model)
     return model, tasks, change, gradient_gram(model, tasks, update=change)
 
@@ -157,7 +157,7 @@ def test_the_same_for_every_gauge(adapter) -> None:
     """B M and M⁻¹A are the same adapter: on is the same change of the matrix."""
     _model, tasks, change, _ = adapter
     expected = counterfactuals(adapter).folds[0].arms["on"]
-    turned = adapted_model()
+    turned = adapted_model(layers=2)
     generator = torch.Generator().manual_seed(3)
     modules = [module for module in turned.modules() if hasattr(module, "lora_A") and "default" in module.lora_A]
     for module in modules:
@@ -243,7 +243,7 @@ def test_lower_precision_resolves_directions(dtype: torch.dtype) -> None:
 def test_autocast_within_the_forward_counts(adapter) -> None:
     """As accelerate has it: the weights alone do not tell in which format gradients are."""
     model, tasks, change, _ = adapter
-    model = adapted_model(torch.float32)
+    model = adapted_model(torch.float32, layers=2)
     forward = model.forward
 
     def autocast(*arguments, **options):
@@ -265,7 +265,7 @@ def test_shorter_products_of_single_precision_count(adapter, monkeypatch: pytest
     tolerances = []
     for precision in ("high", "highest"):
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
-        models = adapted_model(), adapted_model(torch.float32)
+        models = adapted_model(layers=2), adapted_model(torch.float32, layers=2)
         tolerances.append([dynamics.counterfactuals(m, tasks, gram, change).update.tolerance for m in models])
     assert tolerances == [[1e-5, 2e-2], [1e-5, 1e-5]]
 
@@ -364,7 +364,7 @@ def test_an_arm_made_before_the_model_moved_is_refused() -> None:
 
 def test_effects_are_of_the_model_and_the_tasks_behind_the_arms(adapter, arms) -> None:
     model, tasks, *_ = adapter
-    other = adapted_model()
+    other = adapted_model(layers=2)
     next(parameter for parameter in other.parameters() if parameter.requires_grad).data += 0.01
     with pytest.raises(ValueError, match="where the update began"):
         dynamics.intervene(other, tasks, arms)

@@ -22,7 +22,7 @@ from tests.updates import adapted_model, dense_model, probe_tasks, texts, traine
 @pytest.fixture(scope="module")
 def run() -> tuple[nn.Module, list[Task], Counterfactuals, xr.Dataset, list[tuple[int, int]]]:
     """A model at the start of an update, its tasks and arms, the effects, and the progress told meanwhile."""
-    model, tasks = adapted_model(), probe_tasks()
+    model, tasks = adapted_model(layers=2), probe_tasks()
     change, _, _ = trained(model)
     gram = gradient_gram(model, tasks, update=change)
     arms = dynamics.counterfactuals(model, tasks, gram, change, k=(4, 2), arms=(*ALL_ARMS, "layer:0"))

@@ -88,12 +88,12 @@ def test_weights_saved_beside_an_adapter_are_in_every_arm(tmp_path: Path) -> Non
     """As they were where the update began, if the arm does not change them."""
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
-    model, tasks = get_peft_model(llama(), config).eval(), probe_tasks()
+    model, tasks = get_peft_model(llama(num_hidden_layers=2), config).eval(), probe_tasks()
     model.get_parameter("base_model.model.lm_head.modules_to_save.default.weight").data *= 1.5
     change, _, _ = trained(model)
     gram = gradient_gram(model, tasks, update=change)
     arms = dynamics.counterfactuals(model, tasks, gram, change, k=2, arms=["layer:1"])
-    loaded = PeftModel.from_pretrained(llama(), arms.save(tmp_path / "arm", "layer:1")).eval()
+    loaded = PeftModel.from_pretrained(llama(num_hidden_layers=2), arms.save(tmp_path / "arm", "layer:1")).eval()
     with added(model, arms.whole["layer:1"]):
         assert loss(loaded) == pytest.approx(loss(model), rel=1e-5)
 
@@ -119,7 +119,7 @@ def test_an_arm_of_another_length(arms, tmp_path: Path) -> None:
 
 
 def frozen_layer() -> nn.Module:
-    model = adapted_model(torch.float32)
+    model = adapted_model(torch.float32, layers=2)
     for name, parameter in model.named_parameters():
         if ".layers.1." in name:
             parameter.requires_grad_(False)

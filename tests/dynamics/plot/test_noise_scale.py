@@ -24,7 +24,7 @@ def test_draws_noise_beside_the_batch(batch, expected, unit):
     assert line.get_ydata()[1:].tolist() == expected
     assert (edge.get_ydata() == (1.0 if np.isnan(batch) else batch)).all()
     assert figure.axes[0].get_ylabel() == f"Noise scale ({unit})"
-    assert "noise_scale" in plot.figures(with_noise(batch))
+    assert "noise_scale" in plot.drawings(with_noise(batch))
 
 
 def test_without_micro_batches_there_is_no_figure():

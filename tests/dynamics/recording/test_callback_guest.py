@@ -167,7 +167,7 @@ MODELS = {
     "tied weights once, others frozen": (tied, {"model.embed_tokens"}),
     "without any LoRA": (one_matrix, {"model.layers.0.self_attn.q_proj"}),
     "modules_to_save": (
-        lambda: lora_llama(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        lambda: lora_llama(2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
         {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "lm_head"},
     ),
 }
@@ -194,7 +194,7 @@ def test_a_compiled_model_is_trained_alike_and_compiled_no_more_often(tmp_path):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "save_strategy": "no"}
-        training = trainer(tmp_path / name, callbacks, llama(num_hidden_layers=1), max_steps=3, **options)
+        training = trainer(tmp_path / name, callbacks, llama(), max_steps=3, **options)
         training.train()
         results.append(outcome(training))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -207,7 +207,7 @@ def test_a_compiled_model_is_trained_alike_and_compiled_no_more_often(tmp_path):
 
 def test_nothing_to_watch_is_an_error_when_training_begins(tmp_path):
     callback = DynamicsCallback(tmp_path, matrices="no_such_matrix")
-    message = "Expected at least one matrix to watch whose name matches 'no_such_matrix', found none among 28 trainable"
+    message = "Expected at least one matrix to watch whose name matches 'no_such_matrix', found none among 14 trainable"
     with pytest.raises(ValueError, match=re.escape(message)):
         trainer(tmp_path, [callback]).train()
     assert not (tmp_path / "dynamics").exists()

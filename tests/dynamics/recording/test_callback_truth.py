@@ -51,7 +51,7 @@ def test_records_equal_what_analyze_computes_from_checkpoints(tmp_path):
 
 
 def test_dense_weights_have_the_spectra_of_their_differences(tmp_path):
-    model = llama()
+    model = llama(num_hidden_layers=2)
     weights = {}
 
     class Keep(TrainerCallback):
@@ -107,7 +107,7 @@ class BruteForce(TrainerCallback):
     list(product([1, 3], [0.0, 0.05], [False, True], [False, True])),
 )
 def test_norms_equal_a_brute_force_twin(tmp_path, monkeypatch, accumulation, clipping, bf16, checkpointing):
-    model = lora_llama()
+    model = lora_llama(2)
     twin = BruteForce(model, clipping)
     callback = DynamicsCallback(tmp_path, preset="economy", every=1)
     training = trainer(
@@ -192,7 +192,7 @@ def test_a_step_that_is_not_captured_runs_no_operation(tmp_path):
             self.operations += 1
             return func(*args, **(kwargs or {}))
 
-    model = lora_llama()
+    model = lora_llama(2)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with Recorder(tmp_path, model, preset="full", at=[2]) as recorder:
         counts = {}

@@ -29,7 +29,7 @@ CHOICE = {"intervene": True, "arms": ARMS, "k": 2}
 
 
 def load(folder: str):
-    return PeftModel.from_pretrained(llama(num_hidden_layers=1), folder, is_trainable=True), probe_tasks(), 4
+    return PeftModel.from_pretrained(llama(), folder, is_trainable=True), probe_tasks(), 4
 
 
 def of_three_groups(folder: str):
@@ -62,6 +62,15 @@ def run(captured, tmp_path) -> Path:
     """Its last two checkpoints."""
     ignored = shutil.ignore_patterns("dynamics", "checkpoint-1")
     return shutil.copytree(captured, tmp_path / "run", ignore=ignored)
+
+
+@pytest.fixture
+def searched(analysed, monkeypatch) -> None:
+    """In place of the search for critical sharpness, which takes most of the time, what it found in the first run."""
+    found = analysed[1]["sharpness"].to_dataset().load().isel(step=[0])
+    monkeypatch.setattr(
+        "dynamics.recording.fisher.critical_sharpness", lambda *_, step, **options: found.assign_coords(step=[step])
+    )
 
 
 def codes(tree: xr.DataTree) -> list[str]:
@@ -163,13 +172,14 @@ def by_hand(captured) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("arm", ["full", *ARMS])
 def test_an_exported_arm_is_an_adapter_with_its_losses(analysed, by_hand, arm):
     folder = analysed[0] / "arms" / arm
-    model = PeftModel.from_pretrained(llama(num_hidden_layers=1), folder).eval()
+    model = PeftModel.from_pretrained(llama(), folder).eval()
     torch.testing.assert_close(losses(model, probe_tasks()), by_hand[arm], rtol=1e-5, atol=0)
     assert "lm_eval --model hf" in (folder / "README.md").read_text()
     base = losses(load(str(analysed[0] / "checkpoint-2"))[0].eval(), probe_tasks())
     assert not torch.allclose(by_hand[arm], base, rtol=1e-5, atol=0)
 
 
+@pytest.mark.usefixtures("searched")
 def test_records_win_and_come_again(captured, tmp_path):
     """As long as the record of step 3 is away, the checkpoint's effects stand there; both are kept apart."""
     folder = shutil.copytree(captured, tmp_path / "run")
@@ -185,6 +195,7 @@ def test_records_win_and_come_again(captured, tmp_path):
     assert dynamics.open_run(folder)["intervention"]["recorded"].values.tolist() == [True, False]
 
 
+@pytest.mark.usefixtures("searched")
 def test_an_intervention_that_fails_costs_neither_k_nor_the_others(captured, tmp_path):
     folder = shutil.copytree(captured, tmp_path / "run", ignore=shutil.ignore_patterns("dynamics"))
 
@@ -213,6 +224,7 @@ def test_one_checkpoint_has_no_increment(captured, tmp_path):
     assert os.listdir(tmp_path / "arms") == []
 
 
+@pytest.mark.usefixtures("searched")
 def test_without_the_last_checkpoint_nothing_is_exported(captured, tmp_path):
     folder = shutil.copytree(captured, tmp_path / "run", ignore=shutil.ignore_patterns("dynamics"))
 
@@ -238,6 +250,7 @@ def probe(tmp_path, monkeypatch):
     sys.modules.pop("arms_probe", None)
 
 
+@pytest.mark.usefixtures("searched")
 def test_command_line(run, probe, tmp_path):
     other = shutil.copytree(run, tmp_path / "other")
     command = [run, other, "--no-report", "--probe", f"{probe}:load", "--intervene", "--arms", "on, sigma_top"]
@@ -255,9 +268,10 @@ def test_command_line(run, probe, tmp_path):
     assert_refused(analyze(*command, "--export", tmp_path / "arms"), 2, "export: expected a new or empty folder, got")
 
 
+@pytest.mark.usefixtures("searched")
 def test_full_fine_tuning_has_no_directions_but_parts(tmp_path):
     torch.manual_seed(0)
-    first, second = (llama(num_hidden_layers=1, attention_bias=True) for _ in range(2))
+    first, second = (llama(attention_bias=True) for _ in range(2))
     with torch.no_grad():
         for parameter in second.parameters():
             parameter += 0.01 * torch.randn(parameter.shape)

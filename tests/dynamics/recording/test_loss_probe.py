@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ import dynamics
 from dynamics import DynamicsCallback, Recorder, analyze_run, schema
 from dynamics.intervention.loss_changes import NOT_ASKED, loss_changes
 from dynamics.recording.loss_probe import LATE, LossProbe, losses_along, outside, predictions, starts_at_zero
+from dynamics.recording.schedules import PRESETS
 from dynamics.store.record_file import encoded_record, read_record
 from probes import Task
 from probes.undisturbed import swapped
@@ -42,7 +45,15 @@ def first_logit(model: nn.Module, batch) -> Tensor:
 
 
 def small() -> nn.Module:
-    return lora_llama(1, target_modules=["q_proj", "v_proj"])
+    return lora_llama(target_modules=["q_proj", "v_proj"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_sharpness() -> Iterator[None]:
+    """Most of the time would go into the search for critical sharpness, which has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "full", replace(PRESETS["full"], sharpness=False))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +72,7 @@ def measured(run) -> xr.Dataset:
 
 
 def load(folder: str):
-    return PeftModel.from_pretrained(llama(num_hidden_layers=1), folder, is_trainable=True), tasks(), 4
+    return PeftModel.from_pretrained(llama(), folder, is_trainable=True), tasks(), 4
 
 
 def all_losses(model: nn.Module) -> np.ndarray:
@@ -162,7 +173,7 @@ def test_records_win_over_checkpoints_and_scales_are_added(run, measured):
 
 def test_dense_checkpoints_count_from_the_first(tmp_path):
     """Without a checkpoint of step 0 nobody knows where the weights began."""
-    model = llama(num_hidden_layers=1)
+    model = llama()
     trainer(tmp_path, [], model, save_strategy="steps", save_steps=1, max_steps=2).train()
 
     def load_dense(folder: str):
@@ -387,13 +398,13 @@ def test_a_sample_without_a_loss_costs_itself_alone(tmp_path):
 
 def test_only_adapters_that_began_at_zero_have_a_known_start():
     assert starts_at_zero(small())
-    assert not starts_at_zero(lora_llama(1, init_lora_weights=False))
-    assert not starts_at_zero(lora_llama(1, modules_to_save=["lm_head"]))
-    assert not starts_at_zero(llama(num_hidden_layers=1))
+    assert not starts_at_zero(lora_llama(init_lora_weights=False))
+    assert not starts_at_zero(lora_llama(modules_to_save=["lm_head"]))
+    assert not starts_at_zero(llama())
 
 
 def test_bf16_adapters_are_predicted_beside_their_weights():
-    model = lora_llama(1, target_modules=["q_proj", "v_proj"], lora_dropout=0.0).to(torch.bfloat16).eval()
+    model = lora_llama(target_modules=["q_proj", "v_proj"], lora_dropout=0.0).to(torch.bfloat16).eval()
     left = {name: p for name, p in model.named_parameters() if "lora_B" in name}
     changes, _, after = trained(model, lr=3.0)
     tables = predictions(model, tasks(), changes)

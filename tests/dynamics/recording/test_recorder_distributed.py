@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,12 @@ def ranks() -> Iterator[Ranks]:
 
 def model() -> nn.Module:
     """LoRA on a Llama in float64, without dropout; B is not zero, so that both factors have gradients."""
-    return lora_llama(lora_dropout=0.0, init_lora_weights=False).double().eval()
+    return lora_llama(2, lora_dropout=0.0, init_lora_weights=False).double().eval()
 
 
 def dense() -> nn.Module:
     """A Llama that is trained whole."""
-    return llama().double().eval()
+    return llama(num_hidden_layers=2).double().eval()
 
 
 def batches() -> Tensor:
@@ -126,7 +127,7 @@ def with_fsdp_resumed(run: Path) -> tuple[int, int]:
 def with_trainer(run: Path, batch: int = 2) -> tuple[int, int, bool]:
     """Processes that the Trainer counts, records written, and whether a number reached this rank's log."""
     callback = DynamicsCallback(run, preset="full", every=1)
-    model = lora_llama(lora_dropout=0.0)
+    model = lora_llama(2, lora_dropout=0.0)
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0  # random numbers differ between one process and two
@@ -155,6 +156,19 @@ def alone(tmp_path_factory) -> dict[str, xr.Dataset]:
     return numbers(run)
 
 
+@pytest.fixture(scope="module")
+def together(ranks, tmp_path_factory) -> Path:
+    """Both processes."""
+    run = tmp_path_factory.mktemp("together") / "run"
+    assert ranks(with_ddp, run) == [STEPS, 0]
+    return run
+
+
+@pytest.fixture
+def run(together, tmp_path) -> Path:
+    return shutil.copytree(together, tmp_path / "run")
+
+
 def numbers(run: Path) -> dict[str, xr.Dataset]:
     tree = dynamics.open_run(run)
     groups = {"update", "gradient", "intervention"} & set(tree.children)
@@ -171,9 +185,8 @@ def assert_same(found: dict[str, xr.Dataset], expected: dict[str, xr.Dataset], t
         np.testing.assert_allclose(gradient[name], expected["gradient"][name], rtol=tolerance, atol=tolerance / 1e3)
 
 
-def test_ddp(ranks, alone, tmp_path):
-    assert ranks(with_ddp, tmp_path) == [STEPS, 0]
-    found = numbers(tmp_path)
+def test_ddp(together, alone):
+    found = numbers(together)
     assert_same(found, alone)
     effects, expected = (each["intervention"]["effect"] for each in (found, alone))
     assert effects["step"].values.tolist() == [STEPS]
@@ -211,9 +224,8 @@ def test_fsdp2_goes_on_in_the_same_records(ranks, alone, tmp_path):
     assert found["update"]["from_step"].values.tolist() == list(range(STEPS))
 
 
-def test_what_the_first_rank_refuses_all_refuse(ranks, tmp_path):
-    ranks(with_ddp, tmp_path)
-    first, second = ranks(refused, tmp_path)
+def test_what_the_first_rank_refuses_all_refuse(ranks, run):
+    first, second = ranks(refused, run)
     assert first == second
     assert first.startswith("RecordsExist: ")
     assert f"holds {STEPS} captured steps" in first
@@ -226,17 +238,15 @@ def test_what_the_first_rank_refuses_all_refuse(ranks, tmp_path):
         ("start.safetensors", "broken", "does not open"),
     ],
 )
-def test_what_the_first_rank_cannot_read_all_refuse(ranks, tmp_path, broken, content, message):
-    ranks(with_ddp, tmp_path)
-    (tmp_path / "dynamics" / "records" / broken).write_text(content)
-    first, second = ranks(refused, tmp_path, resume_from=STEPS)
+def test_what_the_first_rank_cannot_read_all_refuse(ranks, run, broken, content, message):
+    (run / "dynamics" / "records" / broken).write_text(content)
+    first, second = ranks(refused, run, resume_from=STEPS)
     assert first == second
     assert message in first
 
 
-def test_a_record_of_other_weights_all_refuse(ranks, tmp_path):
-    ranks(with_ddp, tmp_path)
-    first, second = ranks(refused, tmp_path, resume_from=STEPS)
+def test_a_record_of_other_weights_all_refuse(ranks, run):
+    first, second = ranks(refused, run, resume_from=STEPS)
     assert first == second
     assert f"has a record of step {STEPS} whose spectra differ from the model's" in first
 

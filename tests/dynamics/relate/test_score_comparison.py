@@ -245,9 +245,12 @@ def test_the_smallest_design_is_the_first_that_can(given, comparisons):
 
 
 def test_recipes_that_do_not_differ_are_said_to_in_five_percent_of_studies():
-    """400 studies of 5 + 5 runs and three tasks, spreads 3 : 1: the mean, and anything beside it."""
+    """200 studies of 5 + 5 runs and three tasks, spreads 3 : 1: the mean, and anything beside it.
+
+    Three tasks that are each tested at 5 percent would have a verdict in 14 percent, which 19 of 20 such tests refuse.
+    """
     rng = np.random.default_rng(1)
-    said = np.zeros((400, 2), dtype=bool)
+    said = np.zeros((200, 2), dtype=bool)
     tasks = ["a/accuracy", "b/accuracy", "c/accuracy"]
     runs = [f"r{n}" for n in range(10)]
     for study_ in said:
@@ -255,4 +258,4 @@ def test_recipes_that_do_not_differ_are_said_to_in_five_percent_of_studies():
         scores = xr.DataArray(values, {"run": runs, "step": [10], "task": tasks}, ("run", "step", "task"))
         holds = compare_scores(scores, {"a": runs[:5], "b": runs[5:]})["holds"].values[0]
         study_[:] = holds[0], holds[1:].any()
-    assert (said.mean(0) <= 0.08).all()  # 0.05 and three standard errors
+    assert (said.mean(0) <= 0.096).all()  # 0.05 and three standard errors

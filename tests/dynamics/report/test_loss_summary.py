@@ -60,4 +60,4 @@ def test_the_summary_is_strict_json_and_the_page_has_a_section():
 
 
 def test_the_page_has_no_section_without_losses():
-    assert "What did it gain and forget?" not in page(tree_of(None))
+    assert "What did it gain and forget?" not in page(tree_of(None), figures={})

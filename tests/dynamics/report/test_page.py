@@ -201,7 +201,7 @@ def test_numbers_of_gradients_are_defined(captured, parsed):
 
 
 def test_norms_alone_are_said_to_be_that():
-    text = page(example_tree(steps=2, matrices=2, gradients=[100, 200], gradient_spectra=False))
+    text = page(example_tree(steps=2, matrices=2, gradients=[100, 200], gradient_spectra=False), figures={})
     assert "Only norms were recorded; the preset “standard” records spectra as well." in Page(text).words()
     assert "gradient norm of a matrix" in Page(text).words()
     assert "effective rank (energy) of the gradients" not in Page(text).words().lower()
@@ -211,7 +211,7 @@ def test_gradients_that_were_gone_are_said_to_be_that():
     tree = example_tree(steps=2, matrices=2, gradients=[100, 200], gradient_spectra=False)
     for name in ("norm_before_clip", "norm_after_clip"):
         tree["gradient"][name][:] = np.nan
-    words = Page(page(tree)).words()
+    words = Page(page(tree, figures={})).words()
     assert "No gradient could be measured: see the findings." in words
     assert "Only norms were recorded" not in words
 

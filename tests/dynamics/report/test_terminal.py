@@ -112,7 +112,8 @@ def test_zero_updates_say_so():
 
 
 def test_several_runs_have_a_line_each_and_one_answer():
-    trees = {f"run_{n}": example_tree(steps=1, matrices=2, findings=[Finding("OD117", "Names.")]) for n in range(64)}
+    tree = example_tree(steps=1, matrices=2, findings=[Finding("OD117", "Names.")])
+    trees = {f"run_{n}": tree.copy() for n in range(64)}
     tree = example_runs(**trees)
     summary = answered(summarise(tree))
     summary["answers"] = [answer.to_json() for answer in answers_of_runs(tree, summary)]

@@ -52,7 +52,7 @@ def whisper() -> Any:
 
 MODELS: dict[str, Callable[[], Any]] = {
     "Llama": llama,
-    "Llama, tied": lambda: llama(tie_word_embeddings=True),
+    "Llama, tied": lambda: llama(num_hidden_layers=2, tie_word_embeddings=True),
     "GPT-2": gpt2,
     "T5": t5,
     "Whisper": whisper,
