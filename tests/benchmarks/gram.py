@@ -68,7 +68,7 @@ def plain(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
         model.zero_grad()
 
 
-def stepped(net: nn.Module, given: dict[str, Tensor], kind: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+def stepped(net: nn.Module, given: dict[str, Tensor], kind: Any) -> torch.optim.Optimizer:
     """An optimizer of the factors that has a state, and has moved nothing."""
     optimizer = kind([parameter for parameter in net.parameters() if parameter.requires_grad], lr=1e-12)
     token_losses(net, given).sum().backward()
