@@ -69,8 +69,8 @@ class ShardedModel:
             )
         if not all(hasattr(module, "reset_iter_state") for module in self._modules):
             raise ValueError(
-                f"Expected a torch whose FSDP 2 can be reset after an error (2.13 can), got {torch.__version__}. Update it, "
-                "or leave tasks out and probe checkpoints."
+                f"Expected a torch whose FSDP 2 can be reset after an error (2.13 can), got {torch.__version__}. Update "
+                "it, or leave tasks out and probe checkpoints."
             )
 
     def stand_in(self, parameter: nn.Parameter) -> nn.Parameter:

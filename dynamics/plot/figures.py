@@ -172,7 +172,7 @@ def _of_routing(tree: xr.DataTree) -> dict[str, Draw]:
         return {}
     table = group(tree, "routing")
     draws: dict[str, Draw] = {"expert_load": partial(expert_load, tree)}
-    if (np.isfinite(table["load"]) & np.isfinite(table["update_norm"])).values.any():
+    if bool((table["load"].notnull() & table["update_norm"].notnull()).any()):
         draws["expert_updates"] = partial(expert_updates, tree)
     return draws | {f"routing_{name}": partial(routing, tree, variable=name) for name in OF_ROUTING}
 
