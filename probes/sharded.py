@@ -40,7 +40,7 @@ class ShardedModel:
         self._stand_ins: dict[int, nn.Parameter] = {}  # by the identity of the sharded parameter
         self._sharded: dict[int, tuple[int, int]] = {}  # identity of a stand-in → its group, and its number there
         self._other_values: dict[int, Tensor] = {}  # of stand-ins without memory, in place of the present ones
-        self._present: Mapping[int, Tensor] = {}  # by the identity of the sharded parameter, whole
+        self._present: dict[int, Tensor] = {}  # by the identity of the sharded parameter, whole
         self._ask: Ask | None = None
         self._require_whole_layers()
 
@@ -69,8 +69,8 @@ class ShardedModel:
             )
         if not all(hasattr(module, "reset_iter_state") for module in self._modules):
             raise ValueError(
-                f"Expected a torch whose FSDP 2 can be reset after an error (2.13 can), got {torch.__version__}. Update "
-                "it, or leave tasks out and probe checkpoints."
+                f"Expected a torch whose FSDP 2 can be reset after an error (2.13 can), got {torch.__version__}. "
+                "Update it, or leave tasks out and probe checkpoints."
             )
 
     def stand_in(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -83,9 +83,10 @@ class ShardedModel:
 
         Args:
             ask: Asks them.
-            present: Whole values of parameters as they are now, by identity; of others they are gathered.
+            present: Whole values of parameters as they are now, by identity. Those of other trained weights are
+                gathered beside them, and all can be read until :meth:`forget`.
         """
-        self._ask, self._present = ask, present or {}
+        self._ask, self._present = ask, dict(present or {})
         with ExitStack() as stack:
             stack.callback(self._settle)
             for group in self._groups:
@@ -94,6 +95,10 @@ class ShardedModel:
             for number, group in enumerate(self._groups):
                 stack.enter_context(self._intercepted(number, group))
             self._take_stand_ins(stack)
+            if present is not None:
+                for key, stand_in in self._stand_ins.items():
+                    if id(stand_in) in ABSENT and key not in self._present:
+                        self._present[key] = self.value(stand_in).cpu()
             yield
 
     def hand_over(self, request: str) -> None:

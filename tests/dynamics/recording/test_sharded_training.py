@@ -81,6 +81,15 @@ def test_interventions_sharpness_and_losses_are_those_of_one_process(ranks, tmp_
         np.testing.assert_allclose(values, truth, atol=1e-4 * float(np.abs(truth).max()), err_msg=name)
 
 
+def test_a_dense_weight_beside_the_watched_matrices(ranks, tmp_path):
+    asked = {"tasks": probe_tasks(2), "matrices": "q_proj"}
+    trained_alone(tmp_path / "alone", **asked)
+    ranks(trained_by_torch, tmp_path / "run", "FSDP 2", **asked)
+    worst = differences(tmp_path / "run", tmp_path / "alone")
+    assert len(worst) == 5
+    assert max(worst.values()) <= TOLERANCES["float32"]
+
+
 # ---- what goes wrong on one rank ----
 
 
