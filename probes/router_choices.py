@@ -249,10 +249,9 @@ def sums_of(layout: Layout, call: Call) -> Sums:
         if mask is not None:
             chosen = chosen & mask.to(chosen.device)[:, None]
         assigned = chosen.sum(0, dtype=torch.int64).double()
-    counted = torch.tensor(float(tokens), dtype=torch.float64) if mask is None else mask.sum(dtype=torch.float64)
-    margin, with_margin = _margin(layout, logits, chosen)
-    device = assigned.device
-    return Sums(assigned, torch.stack([counted.to(device), margin.to(device), with_margin.to(device)]))
+    # Made on the device: nothing here waits for it.
+    counted = assigned.new_full((), float(tokens)) if mask is None else mask.sum(dtype=torch.float64)
+    return Sums(assigned, torch.stack([counted.to(assigned.device), *_margin(layout, logits, chosen)]))
 
 
 def _chosen(layout: Layout, call: Call, logits: Tensor | None) -> Bool[Tensor, "token expert"]:

@@ -230,4 +230,4 @@ def has_values(array: xr.DataArray | None, kind: str = "") -> bool:
     """Return whether there is a finite number to draw."""
     if array is None:
         return False
-    return bool(np.isfinite((array.sel(kind=kind) if kind else array).values).any())
+    return bool((array.sel(kind=kind) if kind else array).notnull().any())

@@ -336,6 +336,7 @@ class Recorder:
     def close(self) -> None:
         """Remove all hooks and close the records; later calls do nothing, and closing twice does no harm."""
         self._disarm()
+        self._routing.close()
         self._in_flight = None
         self._takes_part = False
         try:

@@ -45,6 +45,7 @@ class RoutingRecorder:
         self._modules = _modules(model)
         self._told: set[str] = set()
         self._armed: int | None = None
+        self._is_closed = False
 
     @property
     def is_empty(self) -> bool:
@@ -53,6 +54,8 @@ class RoutingRecorder:
 
     def arm(self, step: int) -> None:
         """Count the forward passes of this step."""
+        if self._is_closed:
+            return
         modules = _modules(self._model)
         if modules != self._modules:  # an adapter was added, say
             self._routing.disarm()
@@ -65,6 +68,11 @@ class RoutingRecorder:
     def disarm(self) -> None:
         """Remove all hooks."""
         self._routing.disarm()
+
+    def close(self) -> None:
+        """Remove all hooks; nothing is counted any more."""
+        self.disarm()
+        self._armed, self._is_closed = None, True
 
     def send(self) -> None:
         """On a rank that does not write: hand over what was counted since :meth:`arm`. Raises nothing."""

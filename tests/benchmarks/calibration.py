@@ -21,11 +21,13 @@ from dynamics.fisher.task_structure import divergence_test
 from dynamics.relate import associate, compare, compare_scores
 from dynamics.relate.differences import relabelled_difference, students_test
 from dynamics.relate.permutations import LEVEL
+from dynamics.routing.findings import STEPS, routing_findings
 from probes import ProbeGram
 from probes.preconditioner import Orthogonalisation
 from tests.dynamics.fisher.simulated import NORMS, gradients, grams, norms, power_law, stacked
 from tests.dynamics.relate import simulated
 from tests.dynamics.relate.simulated import decided
+from tests.dynamics.routing.test_findings import routing as routed
 
 Row = Sequence[str]
 Table = Callable[[np.random.Generator, int], Iterator[Row]]
@@ -369,6 +371,24 @@ def optimizer_shares(
     yield "/".join(share(above) for above in ((plain[1].low > 1) & (centred[1].low > 1)).T)
 
 
+def routing_rates(rng: np.random.Generator, sets: int) -> Iterator[Row]:
+    """Findings about uniform routers of 4 layers at 3 steps, tokens choosing alone or in runs that choose alike."""
+    yield "tokens, experts, k, run", "largest load above its null, a layer", "OD330", "OD331"
+    for tokens, experts, k in ((256, 8, 2), (1024, 8, 2), (1024, 64, 4), (4096, 64, 1)):
+        for run in (1, 4, 16, 64):
+            above, dead, over = [], [], []
+            for _ in range(sets):
+                scores = rng.random((STEPS, 4, tokens // run, experts), dtype=np.float32)
+                chosen = np.argpartition(scores, k - 1, axis=-1)[..., :k].reshape(STEPS, 4, -1)
+                counts = run * np.stack([[np.bincount(one, minlength=experts) for one in of] for of in chosen])
+                measured = routed(counts.astype(np.float64), k)
+                codes = {finding.code for finding in routing_findings(measured, [])}
+                above.append((measured["largest_share"] > measured["largest_share_chance"]).values.mean())
+                dead.append("OD330" in codes)
+                over.append("OD331" in codes)
+            yield f"{tokens}, {experts}, {k}, {run}", *(share(np.array(flags)) for flags in (above, dead, over))
+
+
 #: Each gives a table: headings first, then its rows.
 TABLES: dict[str, Table] = {
     "associations": false_associations,
@@ -381,6 +401,7 @@ TABLES: dict[str, Table] = {
     "participation": participation_coverage,
     "gain": gain_rates,
     "optimizer": optimizer_rates,
+    "routing": routing_rates,
 }
 
 

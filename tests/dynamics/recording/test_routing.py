@@ -188,6 +188,16 @@ def test_an_adapter_that_is_added_later_does_not_lose_the_routers(tmp_path: Path
     assert record["layer"].values.tolist() == ["model.layers.0.mlp", "model.layers.1.mlp"]
 
 
+def test_a_closed_recorder_counts_no_more() -> None:
+    model = mixture("mixtral")
+    routing = RoutingRecorder(model)
+    routing.arm(1)
+    routing.close()
+    routing.arm(2)
+    assert routing.record() is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 # --- ranks ---
 
 
