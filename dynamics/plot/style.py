@@ -244,11 +244,17 @@ def to_svg(figure: Figure) -> str:
     Args:
         figure: Any matplotlib figure; ``describe`` gives it its title and description.
 
+    Raises:
+        TypeError: If it is no figure.
+
     Example: ``Path("spectra.svg").write_text(plot.to_svg(plot.spectrum(tree)))``
 
     >>> to_svg(Figure())[:4]
     '<svg'
     """
+    if not isinstance(figure, Figure):
+        kind = type(figure).__name__
+        raise TypeError(f"Expected a matplotlib figure, got {kind}. Draw one first: to_svg(plot.spectrum(tree)).")
     drawn = StringIO()
     with mpl.rc_context(_OUTPUT), warnings.catch_warnings():
         # The letters are drawn by the reader's fonts, not by the one matplotlib measures with.

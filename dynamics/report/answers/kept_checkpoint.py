@@ -23,6 +23,10 @@ _HOW = (
     "Pass --probe MODULE:FUNCTION with tasks of both kinds (retained=True for what the base could do), or --scores "
     "FILE with scores of each checkpoint and of step 0, and --retained TASK."
 )
+_FINITE = (
+    "If losses are finite at the start, the training diverged: begin again before they are not, "
+    "with a smaller learning rate. Otherwise look at the probe samples."
+)
 _MARK = "Mark samples of what the base could do: Task(..., retained=True), or --retained TASK for scores."
 _START = "Evaluate the model before training, too (step 0)."
 _ERRORS = "Give standard errors of the scores (--scores FILE)."
@@ -44,7 +48,7 @@ def which_checkpoint(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
       than 0.1 % does not count. Or the best is not shown to be better, and by the last step a retained loss has risen.
     - ``no``: no checkpoint is better than the start: the interval of each one's value lies below 0. Or, where nothing
       can be chosen (every task is retained), something is shown to be worse.
-    - ``undecided``: neither is shown, or the start was not measured.
+    - ``undecided``: neither is shown, or the start was not measured, or no loss after it is finite.
     - ``not_asked``: there are neither losses of probe samples nor scores of a checkpoint.
 
     Steps that were evaluated and not saved are no candidates, unless none was saved. Where the best is not the last
@@ -65,8 +69,10 @@ def which_checkpoint(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     beside, paths = _worse_beside(tree, choice)
     if choice["best"] is None and choice["reported"] is None:
         sentence = "; ".join([f"No checkpoint can be chosen: {choice['reason']}", *beside])
-        verdict: Verdict = "no" if beside else "not_asked"
-        return Answer(_QUESTION, verdict, f"{sentence}.", (*map(Evidence, paths),), 0.95 if beside else None, _HOW)
+        verdict: Verdict = "no" if beside else "undecided" if of_losses else "not_asked"
+        measured = ["/loss/sample_loss", *paths] if of_losses else paths
+        how = _FINITE if of_losses else _HOW
+        return Answer(_QUESTION, verdict, f"{sentence}.", (*map(Evidence, measured),), 0.95 if beside else None, how)
     evidence = (
         Evidence("checkpoint_choice", *(_nan(reported[name]) for name in ("value", "low", "high"))),
         Evidence("/loss/sample_loss" if of_losses else "/score/score"),

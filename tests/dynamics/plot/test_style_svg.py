@@ -1,3 +1,4 @@
+import inspect
 import re
 from contextlib import nullcontext
 from xml.etree import ElementTree
@@ -96,3 +97,8 @@ def test_an_axis_that_does_not_begin_at_zero_is_marked(values, scale, marked):
     with panel(own, "title", "description"):
         own.plot([0, 1], values)
     assert not own.patches
+
+
+def test_what_is_no_figure_is_refused(tree):
+    with pytest.raises(TypeError, match=r"Expected a matplotlib figure, got DataTree\. Draw one first"):
+        inspect.unwrap(plot.to_svg)(tree)

@@ -123,13 +123,23 @@ def test_retained_tasks_alone_tell_what_was_forgotten(plain):
     assert answer.answer.endswith("; every task is retained.")
 
 
+def test_where_no_loss_after_the_start_is_finite_nothing_is_chosen(plain):
+    data = losses()
+    data["sample_loss"][1:] = data["scaled_loss"][:] = np.nan
+    answer = answered(plain, data)
+    assert (answer.verdict, answer.sure) == ("undecided", None)
+    assert answer.answer == "No checkpoint can be chosen: no checkpoint after the start has finite losses."
+    assert [piece.path for piece in answer.evidence] == ["/loss/sample_loss"]
+    assert "smaller learning rate" in answer.surer
+
+
 @pytest.mark.parametrize("bad", ["all", "last step", "start"])
 def test_losses_that_are_not_finite_are_no_candidates(plain, bad):
     data = losses()
     rows = {"all": slice(None), "last step": slice(-1, None), "start": slice(0, 1)}[bad]
     data["sample_loss"][rows] = np.nan
     answer = answered(plain, data)
-    assert answer.verdict == ("mixed" if bad == "last step" else "not_asked")
+    assert answer.verdict == ("mixed" if bad == "last step" else "undecided")
     assert ("(of 7)" if bad == "last step" else "no task has a finite, positive loss at the start") in answer.answer
 
 
