@@ -54,7 +54,7 @@ def whole(parameter: Tensor) -> Tensor:
     >>> whole(nn.Parameter(torch.ones(2)))
     tensor([1., 1.])
     """
-    if parameter.shape != shape_of(parameter):
+    if hasattr(parameter, "ds_shape") and parameter.shape != shape_of(parameter):
         raise ValueError(
             f"Expected a parameter that can be read, got one of {tuple(shape_of(parameter))} that DeepSpeed ZeRO-3 has "
             "split over all ranks. Put the code into deepspeed.zero.GatheredParameters(model.parameters())."
@@ -129,17 +129,17 @@ class AdapterProduct:
         left, right = self.left_view(reading(self.left)), self.right_view(reading(self.right))
         return LowRankMatrix(left, right, self.scale() if scale is None else scale, column_scale=column_scale)
 
-    def derivative(self, reading: Reading, direction: Reading) -> LowRankMatrix:
-        """Return the first-order change of the product along ``direction``, of rank at most 2r (3r)."""
+    def derivative(self, reading: Reading, direction: Reading) -> list[LowRankMatrix]:
+        """Return the first-order change of the product along ``direction``, as two (three) products that add up."""
         left, right = self.left_view(reading(self.left)), self.right_view(reading(self.right))
         left_change, right_change = self.left_view(direction(self.left)), self.right_view(direction(self.right))
         if self.diagonal is None:
-            columns, rows = [left_change, left], [right, right_change]
+            factors = [(left_change, right), (left, right_change)]
         else:
             diagonal, change = reading(self.diagonal).flatten(), direction(self.diagonal).flatten()
-            columns = [left_change * diagonal, left * diagonal, left * change]
-            rows = [right, right_change, right]
-        return LowRankMatrix(torch.cat(columns, 1), torch.cat(rows), self.scale())
+            factors = [(left_change * diagonal, right), (left * diagonal, right_change), (left * change, right)]
+        scale = self.scale()
+        return [LowRankMatrix(*pair, scale) for pair in factors]
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,12 @@ class Watched:
         """
         if isinstance(self.terms, Dense):
             return self.terms.view(gradients(self.terms.parameter))
-        return _sum([term.derivative(reading, gradients) for term in self.terms])
+        return _sum(self.gradient_products(gradients, reading))
+
+    def gradient_products(self, gradients: Reading, reading: Reading = whole) -> list[LowRankMatrix]:
+        """Return products that add up to :meth:`gradient`, by reference; none for a dense weight."""
+        terms = () if isinstance(self.terms, Dense) else self.terms
+        return [product for term in terms for product in term.derivative(reading, gradients)]
 
 
 def _sum(products: list[LowRankMatrix]) -> LowRankMatrix:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any
+from itertools import chain
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +57,7 @@ class ModelState:
 
     def has_changed(self) -> bool:
         """Return whether the model says something else now."""
-        return self._read() != self._flags or any(
-            _settings(module) != self._settings[id(module)] for module in self._adapters
-        )
+        return self._read() != self._flags or list(map(_settings, self._adapters)) != [*self._settings.values()]
 
     @property
     def parameters(self) -> set[int]:
@@ -84,20 +84,21 @@ class ModelState:
                 }
         return parameters
 
-    def _read(self) -> list[object]:
-        flags: list[object] = []
-        for module in self._modules:
-            flags += map(id, module._modules.values())
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    flags.append(parameter.requires_grad)
-                    if self._by_identity:
-                        flags.append(id(parameter))
-        return flags
+    def _read(self) -> tuple[list[int], list[bool], list[int]]:
+        """Return the children of all modules, and of all parameters their flags and who they are.
+
+        Every training step asks twice, so nothing here is done module by module in Python.
+        """
+        children, parameters = (
+            list(chain.from_iterable(map(dict.values, map(attrgetter(name), self._modules))))
+            for name in ("_modules", "_parameters")
+        )
+        trainable = [parameter for parameter in parameters if parameter is not None]
+        flags = list(map(attrgetter("requires_grad"), trainable))
+        return list(map(id, children)), flags, list(map(id, parameters if self._by_identity else ()))
 
 
-@dataclass(frozen=True)
-class _Settings:
+class _Settings(NamedTuple):
     """The settings of an adapter layer (PEFT's).
 
     Active adapters, merged ones, scales by adapter, whether all are off.
@@ -289,15 +290,14 @@ class BaseWeights:
             watched: The matrices.
             previous: The sum of the adapters of each matrix at the last captured step.
         """
-        layers = [(layer, then) for layer, then in self._entries.values() if _base_weight(layer) is not None]
-        now = [_entries(_base_weight(layer)) for layer, _ in layers]
-        if not layers or _equal([then for _, then in layers], now):
+        weights = [(*entry, _base_weight(entry[0])) for entry in self._entries.values()]
+        layers = [(layer, then, weight) for layer, then, weight in weights if weight is not None]
+        now = [_entries(weight) for *_, weight in layers]
+        if not layers or _equal([then for _, then, _ in layers], now):
             return []
         names: list[str] = []
         products = previous()
-        for (layer, then), entries in zip(layers, now, strict=True):
-            weight = _base_weight(layer)
-            assert weight is not None
+        for (layer, then, weight), entries in zip(layers, now, strict=True):
             factors = {id(parameter) for parameter in layer.parameters()}
             adapted = [
                 matrix for matrix in watched if not matrix.part_of and any(id(p) in factors for p in matrix.sources)

@@ -7,6 +7,7 @@ of matrices at a time, by all ranks in the same order; one rank computes.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
@@ -27,8 +28,8 @@ from dynamics.recording.snapshots import (
     terms_of,
 )
 from dynamics.spectra import walk
-from dynamics.spectra.increments import Workspace, difference
-from dynamics.spectra.singular_values import batched_singular_values, dense_singular_values
+from dynamics.spectra.increments import Workspace, cores, difference, stack_sums
+from dynamics.spectra.singular_values import core_singular_values, dense_singular_values
 from dynamics.spectra.walk import BatchResult, MatrixSpectra, Previous
 from probes.low_rank import LowRankMatrix
 from probes.watched import AdapterProduct, Matrix, Reading, Watched, shape_of, whole
@@ -66,6 +67,7 @@ class LiveSpectra:
     ) -> None:
         self._cosines, self._leads, self._zero = cosines, leads, zero
         self._dense: set[int] = set()
+        self._workspace = Workspace()  # kept: a fresh one is mapped and zeroed anew at each step
         self._start, self._before, self._earlier = Snapshot(), Snapshot(), Snapshot()
         # The following is the same on all ranks, those without copies included.
         self._begun: dict[int, nn.Parameter] = {}  # by identity: a start is known, be it a product of zero
@@ -179,13 +181,12 @@ class LiveSpectra:
             earlier step there is no increment, and no total of a dense weight whose start is not known.
         """
         self._results, self._gathered = {}, {}
-        workspace = Workspace()
 
         def solve(batch: Sequence[Watched], values: dict[int, Tensor]) -> None:
             # On the host, so that no more than one batch is ever whole beside the model.
             sharded = [p for matrix in batch for p in matrix.sources if needs_all_ranks(p)]
             self._gathered |= {id(p): values[id(p)].to("cpu", copy=True) for p in sharded}
-            self._results |= self._solve(batch, Snapshot(values), workspace)
+            self._results |= self._solve(batch, Snapshot(values))
 
         self._for_each_batch(solve)
         return {name: result.spectra for name, result in self._results.items() if name not in self._lost}
@@ -283,10 +284,8 @@ class LiveSpectra:
         failures: dict[str, str] = {}
 
         def solve(batch: Sequence[Watched], values: dict[int, Tensor], changes: dict[int, Tensor]) -> None:
-            slopes = [matrix.gradient(_reading(changes), _reading(values)) for matrix in batch]
-            for matrix, slope, spectrum in zip(batch, slopes, _values_of(slopes), strict=True):
-                rank = slope.rank if isinstance(slope, LowRankMatrix) else min(slope.shape)
-                spectra[matrix.name] = spectrum.cpu(), rank
+            measured = _gradient_values(batch, _reading(changes), _reading(values), self._workspace)
+            spectra.update(zip([matrix.name for matrix in batch], measured, strict=True))
 
         def solve_or_note(batch: Sequence[Watched], values: dict[int, Tensor], changes: dict[int, Tensor]) -> None:
             try:
@@ -323,6 +322,7 @@ class LiveSpectra:
                 except Exception as error:  # the other ranks wait for this one to gather the rest
                     failure = error
             del gathered  # before the next batch is
+        self._workspace.leave_accelerators()
         if failure is not None:
             raise failure
 
@@ -435,14 +435,14 @@ class LiveSpectra:
     def _home(self, parameter: nn.Parameter) -> torch.device:
         return torch.device("cpu") if id(parameter) in self._dense else parameter.device
 
-    def _solve(self, batch: Sequence[Watched], now: Snapshot, workspace: Workspace) -> dict[str, BatchResult]:
+    def _solve(self, batch: Sequence[Watched], now: Snapshot) -> dict[str, BatchResult]:
         parts = [part for matrix in batch if (part := self._start.part(matrix)) is not None]
         results = walk.solve_batch(
             [now.read(matrix) for matrix in batch],
             self._previous(batch),
             [self._start.read(part) for part in parts] or None,
             device=batch[0].sources[0].device,
-            workspace=workspace,
+            workspace=self._workspace,
             fast=True,
         )
         return {matrix.name: result for matrix, result in zip(batch, results, strict=True)}
@@ -491,11 +491,24 @@ def _low_rank(snapshot: Snapshot, batch: Sequence[Watched]) -> list[LowRankMatri
     return [matrix for matrix in matrices if isinstance(matrix, LowRankMatrix)]
 
 
-def _values_of(matrices: Sequence[Matrix]) -> list[Tensor]:
-    factored = [matrix for matrix in matrices if isinstance(matrix, LowRankMatrix)]
-    dense = [matrix for matrix in matrices if isinstance(matrix, Tensor)]
-    return (
-        batched_singular_values(factored, fast=True)
-        if factored
-        else [dense_singular_values(one.to(torch.float64)) for one in dense]
-    )
+def _gradient_values(
+    batch: Sequence[Watched], gradients: Reading, values: Reading, workspace: Workspace
+) -> list[tuple[Float[Tensor, " k"], int]]:
+    """Return the singular values of the gradients of matrices of one shape, on the host, and the columns of factors."""
+    measured: list[tuple[Tensor, int]] = [(torch.empty(0), 0)] * len(batch)
+    groups: dict[tuple[int, ...], list[tuple[int, list[LowRankMatrix]]]] = defaultdict(list)
+    for index, matrix in enumerate(batch):
+        if matrix.is_dense:
+            slope = matrix.gradient(gradients, values)
+            assert isinstance(slope, Tensor)
+            measured[index] = dense_singular_values(slope.to(torch.float64)).cpu(), min(slope.shape)
+        else:
+            products = matrix.gradient_products(gradients, values)
+            groups[tuple(product.rank for product in products)].append((index, products))
+    for ranks, members in groups.items():
+        sums = [products for _, products in members]
+        reduced = cores(stack_sums(sums, sums[0][0].left_factor.device, workspace), fast=True)
+        rows = core_singular_values(reduced.total())[:, : min(sum(ranks), *sums[0][0].shape)]
+        for (index, _), row in zip(members, rows.unbind(), strict=True):
+            measured[index] = row, sum(ranks)
+    return measured

@@ -250,13 +250,15 @@ def update_numbers(update: xr.Dataset, gradient: xr.Dataset | None = None) -> di
     """
     numbers: dict[str, float] = {}
     alone = ~np.asarray(parts_of_sums(update["matrix"].values.tolist()), dtype=bool)
-    columns = (update[name].values[0] for name in ("singular_value", "count"))
-    for kind, values, count in zip(update["kind"].values.tolist(), *columns, strict=True):
+    spectra, counts = (update[name].values[0] for name in ("singular_value", "count"))
+    measures = (measure(torch.from_numpy(spectra)).numpy() for measure in (effective_rank, dominant_ratio))
+    columns = zip(update["kind"].values.tolist(), spectra, counts, *measures, strict=True)
+    for kind, values, count, ranks, ratios in columns:
         present = alone & (count > 0)
         norms = np.where(np.isnan(values).all(-1), np.nan, np.sqrt(np.nansum(values**2, -1)))
         numbers[f"{kind}/frobenius_norm"] = _together(norms[present])
-        numbers[f"{kind}/effective_rank_energy"] = _median(effective_rank(torch.from_numpy(values)).numpy())
-        numbers[f"{kind}/dominant_ratio"] = _median(dominant_ratio(torch.from_numpy(values)).numpy())
+        numbers[f"{kind}/effective_rank_energy"] = _median(ranks)
+        numbers[f"{kind}/dominant_ratio"] = _median(ratios)
     if gradient is not None:  # of what is trained now, which may be less than what has moved
         alone = ~np.asarray(parts_of_sums(gradient["matrix"].values.tolist()), dtype=bool)
         for name in ("norm_before_clip", "norm_after_clip"):

@@ -44,6 +44,7 @@ _JSON_ATTRIBUTES = ("library_versions", "configuration", "inputs", "findings")
 
 
 @lru_cache(maxsize=10_000)
+@lru_cache(maxsize=10_000)
 def layer_and_role(name: str) -> tuple[int, str, str]:
     """Layer number (−1 if none), role within the layer, and the stack of layers it belongs to.
 

@@ -40,6 +40,10 @@ class Workspace:
             self._buffers[key] = torch.empty(size, dtype=torch.float64, device=device)
         return self._buffers[key][:size].view(shape)
 
+    def leave_accelerators(self) -> None:
+        """Let go of all buffers that are not on the host: elsewhere memory is scarce, and allocating is cheap."""
+        self._buffers = {key: buffer for key, buffer in self._buffers.items() if buffer.device.type == "cpu"}
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -79,24 +83,53 @@ def stack(
     if before is not None and before[0].rank != rank_now:
         left.zero_()
         right.zero_()
-    for index, matrix in enumerate(now):
-        left[index, :rank_now] = matrix.left_factor.detach().mT
-        right[index, :rank_now] = matrix.right_factor.detach()
+    _copy_factors(now, left[:, :rank_now], right[:, :rank_now])
     if before is None:
         return Stack(left, right, rank, scales(now, rank), None)
-    for index, matrix in enumerate(before):
-        left[index, rank : rank + matrix.rank] = matrix.left_factor.detach().mT
-        right[index, rank : rank + matrix.rank] = matrix.right_factor.detach()
+    end = rank + before[0].rank
+    _copy_factors(before, left[:, rank:end], right[:, rank:end])
     torch.sub(left[:, :rank], left[:, rank:], out=left[:, rank:])
     torch.sub(right[:, :rank], right[:, rank:], out=right[:, rank:])
     return Stack(left, right, rank, scales(now, rank), scales(before, rank))
 
 
+def stack_sums(
+    sums: Sequence[Sequence[LowRankMatrix]], device: torch.device | str = "cpu", workspace: Workspace | None = None
+) -> Stack:
+    """Stack a batch of sums of products, of one shape and with ranks that are alike term by term.
+
+    >>> one = LowRankMatrix(torch.ones(1, 1), torch.ones(1, 1))
+    >>> stack_sums([[one, one]]).left
+    tensor([[[1.],
+             [1.]]], dtype=torch.float64)
+    """
+    terms = list(zip(*sums, strict=True))
+    ranks, (out, in_) = [term[0].rank for term in terms], terms[0][0].shape
+    workspace = workspace or Workspace()
+    left = workspace.take("left", (len(sums), sum(ranks), out), device)
+    right = workspace.take("right", (len(sums), sum(ranks), in_), device)
+    for term, columns, rows in zip(terms, left.split(ranks, 1), right.split(ranks, 1), strict=True):
+        _copy_factors(term, columns, rows)
+    scale = torch.cat([scales(term, rank) for term, rank in zip(terms, ranks, strict=True)], 1)
+    return Stack(left, right, sum(ranks), scale, None)
+
+
+def _copy_factors(
+    matrices: Sequence[LowRankMatrix], left: Float[Tensor, "batch r out"], right: Float[Tensor, "batch r in"]
+) -> None:
+    for matrix, columns, rows in zip(matrices, left.unbind(), right.unbind(), strict=True):
+        columns.copy_(matrix.left_factor.detach().mT)
+        rows.copy_(matrix.right_factor.detach())
+
+
 def scales(matrices: Sequence[LowRankMatrix], rank: int) -> Float[Tensor, "batch rank"]:
     """Return the scales of the columns of each matrix, ones up to ``rank``."""
-    columns = torch.ones(len(matrices), rank, dtype=torch.float64)
-    for row, matrix in zip(columns, matrices, strict=True):
-        row[: matrix.rank] = matrix.scales()
+    columns = torch.tensor([matrix.scale for matrix in matrices], dtype=torch.float64)[:, None].repeat(1, rank)
+    for row, matrix in enumerate(matrices):
+        if matrix.column_scale is not None:
+            columns[row, : matrix.rank] = matrix.scales()
+        if matrix.rank < rank:
+            columns[row, matrix.rank :] = 1.0
     return columns
 
 
@@ -137,9 +170,11 @@ class Cores:
     scale_before: Float[Tensor, "batch rank"] | None
     by_gram: Bool[Tensor, " batch"] | None = None
 
-    def member(self, index: int) -> Cores:
-        """Return one matrix of the batch, as a batch of one."""
-        return self.members(slice(index, index + 1))
+    def each(self) -> list[Cores]:
+        """Return each matrix of the batch, as a batch of one."""
+        before = [None] * len(self.left) if self.scale_before is None else self.scale_before.split(1)
+        columns = zip(self.left.split(1), self.right.split(1), self.scale.split(1), before, strict=True)
+        return [Cores(left, right, self.rank, scale, scale_before) for left, right, scale, scale_before in columns]
 
     def members(self, part: slice) -> Cores:
         """Return consecutive matrices of the batch."""
@@ -171,13 +206,15 @@ class Cores:
         left_before, right_before = (side[:, :, :r] - side[:, :, r:] for side in (self.left, self.right))
         right_change = self.right[:, :, r:]
         left_change = _columns(self.left[:, :, r:], self.scale) + _columns(left_before, self.scale - self.scale_before)
-        moved_left, moved_right = ((side != 0).any(1) for side in (left_change, right_change))
+        moved_left, moved_right = (side.abs().amax(1) != 0 for side in (left_change, right_change))
         left = core_singular_values(_columns(_columns(left_before, self.scale_before), moved_right.double()))
         right = core_singular_values(_columns(right_before, moved_left.double()))
         norms = [torch.linalg.vector_norm(change, dim=(1, 2)).tolist() for change in (left_change, right_change)]
+        counts = [moved.sum(1).tolist() for moved in (moved_right, moved_left)]
+        columns = zip(left.unbind(), right.unbind(), *counts, *norms, strict=True)
         return [
-            FactorSpectra(_first(left[i], int(rows)), _first(right[i], int(columns)), norms[0][i], norms[1][i])
-            for i, (rows, columns) in enumerate(zip(moved_right.sum(1), moved_left.sum(1), strict=True))
+            FactorSpectra(_first(of_left, rows), _first(of_right, columns), *moves)
+            for of_left, of_right, rows, columns, *moves in columns
         ]
 
 
@@ -204,11 +241,11 @@ class FactorSpectra:
 
 def _first(values: Float[Tensor, " k"], count: int) -> Float[Tensor, " count"]:
     """Return the ``count`` largest values, zeros appended where there are fewer."""
-    return torch.nn.functional.pad(values, (0, max(0, count - len(values))))[:count]
+    return values[:count] if count <= len(values) else torch.nn.functional.pad(values, (0, count - len(values)))
 
 
 def join(members: Sequence[Cores]) -> Cores:
-    """Join members of one shape to a batch: the inverse of :meth:`Cores.member`."""
+    """Join members of one shape to a batch: the inverse of :meth:`Cores.each`."""
     before = [member.scale_before for member in members if member.scale_before is not None]
     return Cores(
         torch.cat([member.left for member in members]),

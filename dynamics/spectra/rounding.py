@@ -82,12 +82,12 @@ def stacked_ulp_energy(rows: Float[Tensor, "*batch n"], dtype: torch.dtype) -> F
         return torch.zeros(rows.shape[:-1], dtype=torch.float64)
     _, _, bits, smallest = _FORMATS[dtype]
     norms = []
-    for part in rows.flatten(0, -2).split(max(1, _CACHED // max(1, rows.shape[-1]))):
+    for part in rows.split(max(1, _CACHED // max(1, math.prod(rows.shape[1:])))):
         powers = torch.bitwise_and(part.view(torch.int64), 0x7FF0000000000000).view(torch.float64)
         if dtype == torch.float16:
             powers.clamp_min_(smallest)
         norms.append(torch.linalg.vector_norm(powers, dim=-1))
-    return torch.cat(norms).square_().mul_(4.0**-bits).cpu().view(rows.shape[:-1])
+    return torch.cat(norms).square_().mul_(4.0**-bits).cpu()
 
 
 def noise_energy(
@@ -117,6 +117,8 @@ def noise_of_ulps(
 
 def product_noise_energy(matrix: LowRankMatrix) -> float:
     """Return :func:`noise_energy` of a product, with the energies of its factors."""
+    if matrix.left_factor.dtype != torch.float16 and not matrix.left_factor.any():  # as LoRA begins: zeros are exact
+        return 0.0
     left = matrix.left_factor.detach().to(torch.float64).square().sum(0).cpu()
     right = matrix.right_factor.detach().to(torch.float64).square().sum(1).cpu()
     return noise_energy(matrix, left, right)

@@ -44,12 +44,11 @@ def singular_values(matrix: Matrix | Sequence[Matrix]) -> Tensor | list[Tensor]:
     tensor([2., 1.], dtype=torch.float64)
     """
     if isinstance(matrix, Tensor | LowRankMatrix):
-        return batched_singular_values([matrix])[0]
-    return batched_singular_values(matrix)
+        return _batched_singular_values([matrix])[0]
+    return _batched_singular_values(matrix)
 
 
-def batched_singular_values(matrices: Sequence[Matrix], *, fast: bool = False) -> list[Tensor]:
-    """Return :func:`singular_values` of a list; ``fast`` as in :func:`tall_triangle`."""
+def _batched_singular_values(matrices: Sequence[Matrix]) -> list[Tensor]:
     groups: dict[tuple, list[int]] = defaultdict(list)
     for position, matrix in enumerate(matrices):
         if isinstance(matrix, LowRankMatrix):
@@ -66,20 +65,20 @@ def batched_singular_values(matrices: Sequence[Matrix], *, fast: bool = False) -
             dense = torch.stack([matrices[i].detach().to(torch.float64) for i in members])  # type: ignore[union-attr]
             values = core_singular_values(dense)
         else:
-            values = core_singular_values(_cores([matrices[i] for i in members], fast=fast))  # type: ignore[arg-type]
+            values = core_singular_values(_cores([matrices[i] for i in members]))  # type: ignore[arg-type]
         for position, row in zip(members, values, strict=True):
             result[position] = row.to(device)
     return result
 
 
-def _cores(matrices: Sequence[LowRankMatrix], *, fast: bool) -> Float[Tensor, "batch k l"]:
-    """Return R_B S R_Aᵀ of matrices of one shape and rank, on the host; ``fast`` as in :func:`tall_triangle`."""
+def _cores(matrices: Sequence[LowRankMatrix]) -> Float[Tensor, "batch k l"]:
+    """Return R_B S R_Aᵀ of matrices of one shape and rank, on the host."""
     left, right = (
         torch.stack([factor.detach() for factor in side]).to(torch.float64)
         for side in ([m.left_factor for m in matrices], [m.right_factor for m in matrices])
     )
     scales = torch.stack([matrix.scales() for matrix in matrices])
-    (of_left, _), (of_right, _) = (tall_triangle(side, fast=fast) for side in (left, right.mT))
+    (of_left, _), (of_right, _) = (tall_triangle(side) for side in (left, right.mT))
     return (of_left * scales.cpu()[:, None, :]) @ of_right.mT
 
 
@@ -115,8 +114,8 @@ def gram_triangles(
     unit = torch.where(size > 0, size, 1.0)
     scaled = grams / unit[..., :, None] / unit[..., None, :]
     scaled.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    finite = scaled.isfinite().all(-1).all(-1)
-    lower, failed = torch.linalg.cholesky_ex(torch.where(finite[..., None, None], scaled, 0.0))
+    finite, clean = _finite(scaled)
+    lower, failed = torch.linalg.cholesky_ex(clean)
     pivots = torch.where(finite & (failed == 0), lower.diagonal(dim1=-2, dim2=-1).amin(-1), 0.0)
     return lower.mT * size[..., None, :], pivots
 
@@ -185,14 +184,22 @@ def core_singular_values(cores: Float[Tensor, "*batch k l"]) -> Float[Tensor, "*
     Raises:
         Nothing for a core that does not converge: it becomes NaN, and its neighbours are computed alone.
     """
-    cores = cores.cpu()
-    finite = cores.isfinite().all(-1).all(-1)
-    clean = torch.where(finite[..., None, None], cores, 0.0)
+    finite, clean = _finite(cores.cpu())
     try:
         values = torch.linalg.svdvals(clean)
     except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         values = _one_by_one(clean)
-    return torch.where(finite[..., None], values, torch.nan)
+    return values.masked_fill(~finite[..., None], torch.nan)
+
+
+def _finite(
+    matrices: Float[Tensor, "*batch k l"],
+) -> tuple[Bool[Tensor, "*batch"], Float[Tensor, "*batch k l"]]:
+    """Return which matrices are finite, and all of them with zeros in place of those that are not."""
+    if not matrices.numel():
+        return torch.ones(matrices.shape[:-2], dtype=torch.bool), matrices
+    finite = torch.linalg.vector_norm(matrices, torch.inf, (-2, -1)).isfinite()
+    return finite, matrices if finite.all() else torch.where(finite[..., None, None], matrices, 0.0)
 
 
 def _one_by_one(cores: Float[Tensor, "*batch k l"]) -> Float[Tensor, "*batch n"]:

@@ -228,10 +228,11 @@ def _solve_factors(
         changes = core_singular_values(reduced.increment())[:, :columns]
         inner = _inner_products(previous, before, stacked, reduced, workspace)
         factors = reduced.factors() if same_rank else [None] * len(now)
+        values, values_of_changes = totals.unbind(), changes.unbind()
         spectra = [
             MatrixSpectra(
-                totals[i],
-                changes[i],
+                values[i],
+                values_of_changes[i],
                 total_noise[i],
                 noise[i] + previous.noise[i],
                 inner[i],
@@ -242,10 +243,8 @@ def _solve_factors(
             for i in range(len(now))
         ]
     # The inner product with the next increment needs this one's triangles; across a change of rank there is none.
-    return [
-        BatchResult(one, reduced.member(i) if same_rank else None, bool(finite[i]), noise[i])
-        for i, one in enumerate(spectra)
-    ]
+    members = reduced.each() if same_rank else [None] * len(now)
+    return list(map(BatchResult, spectra, members, finite.tolist(), noise))
 
 
 def _noise(

@@ -82,6 +82,10 @@ def encoded_json(content: Mapping[Any, Any], *, indent: int | None = None) -> st
     Raises:
         ValueError: If JSON cannot hold something.
     """
+    with suppress(TypeError, ValueError, RecursionError):  # what is plain already need not be looked through
+        text = json.dumps(content, allow_nan=False, indent=indent)
+        if "\\ud" not in text:  # no half of a pair of code points
+            return text
     try:
         return json.dumps(_finite(encodable(content)), allow_nan=False, indent=indent)
     except (TypeError, RecursionError) as error:

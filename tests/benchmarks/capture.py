@@ -6,7 +6,8 @@ A Llama of 66 million parameters with LoRA of rank 16 on all linear layers (56 m
 random tokens, once without a callback and once for each preset at its default schedule, alternating; a fresh process
 measures peak memory. Machines are noisy: read the ratios. Two ratios are printed. The first compares whole trainings,
 and on a busy machine its spread is larger than what it measures. The second divides the time spent inside the callback
-by the rest of the same training; what it leaves out are the hooks' own calls during a captured step's backward passes.
+by the rest of the same training; the hooks' own calls during the backward passes of captured steps are in it. Where
+that time goes is printed by phase, as processor time of all threads; what is left are checks of every step and tables.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +34,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from dynamics import DynamicsCallback
 from dynamics.recording import PRESETS
+from dynamics.recording.live import LiveSpectra
+from dynamics.recording.step_gradients import StepGradients
+from dynamics.recording.writer import Records
+from probes.gradients import GradientNorms
 from probes.watched import find_watched
 
 RANK, VOCABULARY, WIDTH, LAYERS = 16, 8192, 768, 8
@@ -57,29 +65,66 @@ class RandomTokens(Dataset):
         return {"input_ids": self._rows[index], "labels": self._rows[index]}
 
 
-class TimedCallback(DynamicsCallback):
-    """Adds up the time spent in each event, by the clock and of all threads of the process."""
+@dataclass
+class Spent:
+    """Seconds of one training: of all its steps, and inside the callback, by the clock and of all threads."""
 
-    seconds = 0.0
-    processor_seconds = 0.0
-
-
-def _timed(event: str) -> Callable[..., Any]:
-    inherited = getattr(DynamicsCallback, event)
-
-    def run(self: TimedCallback, *args: Any, **kwargs: Any) -> Any:
-        start, processor_start = time.perf_counter(), time.process_time()
-        try:
-            return inherited(self, *args, **kwargs)
-        finally:
-            self.seconds += time.perf_counter() - start
-            self.processor_seconds += time.process_time() - processor_start
-
-    return run
+    whole: float = 0.0
+    inside: float = 0.0
+    processor: float = 0.0
+    phases: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # processor seconds
 
 
-for _event in ("on_step_begin", "on_pre_optimizer_step", "on_step_end", "on_save", "on_log"):
-    setattr(TimedCallback, _event, _timed(_event))
+#: Phase → class and methods that are its work: the last within the training's own backward passes.
+PHASES = {
+    "gradients": (StepGradients, ("read", "record")),
+    "spectra of updates": (LiveSpectra, ("measure",)),
+    "copies": (LiveSpectra, ("advance",)),
+    "writing": (Records, ("write", "annotate")),
+    "log": (DynamicsCallback, ("on_log",)),
+    "hooks in backward": (GradientNorms, ("_ask", "_end", "_measure_micro", "_measure")),
+}
+EVENTS = ("on_step_begin", "on_pre_optimizer_step", "on_step_end", "on_save", "on_log")
+
+
+@contextmanager
+def timed(spent: Spent) -> Iterator[None]:
+    """Add up what the callback's events, the hooks and the phases take."""
+    undo: list[tuple[type, str, Callable[..., Any]]] = []
+    depth = 0  # of events within events: a step's end logs
+
+    def wrap(owner: type, name: str, phase: str, *, counts: bool) -> None:
+        original = getattr(owner, name)
+        # Hooks run beside the threads of the training's own operations.
+        clock = time.thread_time if owner is GradientNorms else time.process_time
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            depth += counts
+            start, processor_start = time.perf_counter(), clock()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                seconds, processor = time.perf_counter() - start, clock() - processor_start
+                depth -= counts
+                spent.phases[phase] += processor
+                if counts and depth == 0:
+                    spent.inside += seconds
+                    spent.processor += processor
+
+        undo.append((owner, name, original))
+        setattr(owner, name, run)
+
+    for phase, (owner, names) in PHASES.items():
+        for name in names:
+            wrap(owner, name, phase, counts=owner in (DynamicsCallback, GradientNorms))
+    for name in set(EVENTS) - set(PHASES["log"][1]):
+        wrap(DynamicsCallback, name, name, counts=True)
+    try:
+        yield
+    finally:
+        for owner, name, original in reversed(undo):
+            setattr(owner, name, original)
 
 
 class Clock(TrainerCallback):
@@ -107,11 +152,12 @@ def model() -> nn.Module:
     return get_peft_model(LlamaForCausalLM(config), lora)
 
 
-def train(contestant: str, options: argparse.Namespace) -> tuple[float, float, int, float]:
-    """Seconds of the steps of one training, seconds inside the callback, captured steps, processor seconds inside."""
+def train(contestant: str, options: argparse.Namespace) -> Spent:
+    """Train once, with a preset or without a callback."""
     set_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        callback = None if contestant == WITHOUT else TimedCallback(folder, preset=contestant)
+    spent = Spent()
+    with tempfile.TemporaryDirectory() as folder, timed(spent):
+        callback = None if contestant == WITHOUT else DynamicsCallback(folder, preset=contestant)
         clock = Clock()
         arguments = TrainingArguments(
             folder,
@@ -131,12 +177,8 @@ def train(contestant: str, options: argparse.Namespace) -> tuple[float, float, i
         if callback is not None:
             callback.attach(trainer)
         trainer.train()
-        if callback is None:
-            return clock.seconds, 0.0, 0, 0.0
-        recorder = callback.recorder
-        assert recorder is not None
-        captured = sum(map(PRESETS[contestant].schedule, range(1, options.steps + 1)))
-        return clock.seconds, callback.seconds, captured, callback.processor_seconds
+    spent.whole = clock.seconds
+    return spent
 
 
 def peak_memory(contestant: str, options: argparse.Namespace) -> float:
@@ -161,6 +203,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
+    parser.add_argument(
+        "--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory, too"
+    )
     parser.add_argument("--only", help="one training of this contestant, for its memory")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -176,22 +221,26 @@ def main() -> None:
     )
     print("| | median | range |\n|---|---|---|")
     contestants = [WITHOUT, *options.presets]
-    rounds: list[dict[str, tuple[float, float, int, float]]] = []
+    rounds: list[dict[str, Spent]] = []
     for number in range(options.rounds):
         order = contestants if number % 2 == 0 else contestants[::-1]
         rounds.append({contestant: train(contestant, options) for contestant in order})
-    plain = [each[WITHOUT][0] for each in rounds]
+    plain = [each[WITHOUT].whole for each in rounds]
     print(row("one step without callback", [1e3 * seconds / options.steps for seconds in plain], "ms"))
     for preset in options.presets:
         taken = [each[preset] for each in rounds]
-        captured = max(1, taken[0][2])
+        captured = max(1, sum(map(PRESETS[preset].schedule, range(1, options.steps + 1))))
         each = f"{preset}: {captured} captured steps, each"
-        print(row(each, [1e3 * inside / captured for _, inside, _, _ in taken], "ms"))
-        print(row(f"{each}, processor", [1e3 * processor / captured for *_, processor in taken], "ms"))
-        wholes = [100 * (whole / bare - 1) for (whole, *_), bare in zip(taken, plain, strict=True)]
+        print(row(each, [1e3 * one.inside / captured for one in taken], "ms"))
+        print(row(f"{each}, processor", [1e3 * one.processor / captured for one in taken], "ms"))
+        for phase in PHASES:
+            print(row(f"… {phase}", [1e3 * one.phases[phase] / captured for one in taken], "ms"))
+        wholes = [100 * (one.whole / bare - 1) for one, bare in zip(taken, plain, strict=True)]
         print(row(f"{preset}: whole training, over without", wholes, "%"))
-        inside = [100 * inside / (whole - inside) for whole, inside, *_ in taken]
+        inside = [100 * one.inside / (one.whole - one.inside) for one in taken]
         print(row(f"{preset}: time inside the callback, of the rest", inside, "%"), flush=True)
+    if not options.memory:
+        return
     copy = sum(p.numel() * p.element_size() for p in factors) / 2**20
     print(f"\nOne copy of the watched factors: {copy:.1f} MiB.\n\n| peak memory | MiB | over without |\n|---|---|---|")
     bare = math.nan

@@ -6,6 +6,7 @@ import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 
 import dynamics
 from dynamics import DynamicsCallback
-from tests.runs import llama, lora_llama, losses, random_states, trainer
+from probes import Task
+from tests.runs import VOCABULARY, llama, lora_llama, losses, random_states, trainer
 
 STATES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 
@@ -76,6 +78,39 @@ def test_the_training_is_the_same_bit_for_bit(without, tmp_path, preset, attache
     training.train()
     assert_same(outcome(training), without)
     assert callback.recorder.steps[-1] == 8
+
+
+#: What the twin above, with two batches accumulated, leaves out.
+MODES = {
+    "one batch a step": {"gradient_accumulation_steps": 1},
+    "bf16 autocast": {"bf16": True},
+    "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+}
+
+
+def trained_in(mode: str, folder: Path, callbacks=()) -> SimpleNamespace:
+    training = trainer(folder, callbacks, max_steps=3, save_strategy="no", logging_steps=1, **MODES[mode])
+    training.train()
+    return outcome(training)
+
+
+@pytest.fixture(scope="module", params=MODES)
+def mode_without(request, tmp_path_factory) -> tuple[str, SimpleNamespace]:
+    return request.param, trained_in(request.param, tmp_path_factory.mktemp("mode"))
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_training_is_the_same_in_every_mode(mode_without, tmp_path, everything):
+    mode, expected = mode_without
+    rows = torch.randint(VOCABULARY, (8, 8), generator=torch.Generator().manual_seed(99))
+    options: dict[str, Any] = {"preset": "standard"}
+    if everything:
+        held_out = Task("held out", [{"input_ids": row, "labels": row} for row in rows])
+        options = {"preset": "full", "tasks": [held_out], "intervene": [2]}
+    callback = DynamicsCallback(tmp_path, every=1, strict=True, **options)
+    assert_same(trained_in(mode, tmp_path, [callback]), expected)
+    assert callback.recorder.steps == [1, 2, 3]
 
 
 @pytest.mark.parametrize("preset", ["economy", "standard", "full"])

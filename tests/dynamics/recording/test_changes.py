@@ -352,14 +352,14 @@ def test_a_gradient_that_cannot_be_measured_costs_its_matrix(tmp_path, monkeypat
 
     torch.manual_seed(0)
     trained = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 3, bias=False))
-    values_of = live._values_of
+    values_of = live._gradient_values
 
-    def refuse(matrices):
-        if matrices[0].shape == (3, 4):
+    def refuse(batch, *arguments):
+        if batch[0].sources[0].shape == (3, 4):
             raise NotImplementedError("no SVD today")
-        return values_of(matrices)
+        return values_of(batch, *arguments)
 
-    monkeypatch.setattr(live, "_values_of", refuse)
+    monkeypatch.setattr(live, "_gradient_values", refuse)
     with Recorder(tmp_path, trained, every=1, strict=True) as recorder:
         recorder.before_backward(1)
         trained(torch.ones(2, 4)).square().sum().backward()

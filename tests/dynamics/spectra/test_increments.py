@@ -58,7 +58,7 @@ def test_a_batch_equals_its_members():
     for index, (a, b) in enumerate(pairs):
         alone = increments.cores(increments.stack([a], [b]))
         torch.testing.assert_close(batch.increment()[index], alone.increment()[0])
-        torch.testing.assert_close(batch.member(index).total(), alone.total())
+        torch.testing.assert_close(batch.each()[index].total(), alone.total())
 
 
 @pytest.mark.parametrize("relative", [1e-1, 1e-8])
@@ -129,8 +129,26 @@ def test_inner_product_of_consecutive_increments(relative, scales):
 def test_members_join_to_their_batch():
     now, before = random_lora(9, 8, 2, 0), random_lora(9, 8, 2, 1)
     batch = increments.cores(increments.stack([now, before], [before, now]))
-    joined = increments.join([batch.member(0), batch.member(1)])
+    joined = increments.join(batch.each())
     torch.testing.assert_close(joined.increment(), batch.increment(), rtol=0, atol=0)
+
+
+def test_a_workspace_keeps_what_is_on_the_host():
+    workspace = increments.Workspace()
+    kept = workspace.take("left", (2, 3), "cpu")
+    workspace.take("left", (2, 3), "meta")
+    workspace.leave_accelerators()
+    assert workspace.take("left", (3, 2), "cpu").data_ptr() == kept.data_ptr()
+    assert {device.type for _, device in workspace._buffers} == {"cpu"}
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_sums_of_products_have_the_spectra_of_their_dense_sums(fast):
+    ranks = (2, 3, 1)
+    sums = [[random_lora(9, 8, rank, seed=10 * index + rank) for rank in ranks] for index in range(2)]
+    values = core_singular_values(increments.cores(increments.stack_sums(sums), fast=fast).total())
+    expected = torch.stack([torch.linalg.svdvals(sum(term.to_dense() for term in terms)) for terms in sums])
+    assert (values[:, :6] - expected[:, :6]).abs().max() <= 1e-12 * expected.max()
 
 
 @pytest.mark.parametrize("relative", STEP_SIZES)

@@ -1,11 +1,15 @@
 """Files that are whole or not there."""
 
+import json
 import os
 import re
 
+import numpy as np
 import pytest
 
+from dynamics.store import disk
 from dynamics.store.disk import encoded_json, parsed_json, read_file, read_json_file, write_file
+from dynamics.text import encodable
 
 
 def test_a_file_is_written_with_one_sync_and_nothing_is_left_beside_it(tmp_path, monkeypatch):
@@ -46,6 +50,20 @@ def test_what_is_no_object(tmp_path, content, reason):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path.name}/a.json' {reason}")):
         read_json_file(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"plain": [1, 2.5, None, True, (1, "two")], "ä": {"nested": "∑"}},
+        {1: "a key that is no text", None: 0},
+        {"half of a pair": "caf\udce9", "whole": "\U0001f600"},
+        {"arrays": np.arange(3.0), "of numpy": np.float64(0.1), "NaN within": [np.array([np.nan, 1.0])]},
+    ],
+)
+def test_json_is_the_same_whether_or_not_it_is_looked_through(content):
+    looked_through = json.dumps(disk._finite(encodable(content)), allow_nan=False)
+    assert encoded_json(content) == looked_through
 
 
 def test_numbers_that_are_not_finite_are_unknown():
