@@ -1,15 +1,23 @@
 """What the packages promise by their names: documented, typed, cheap to import, and loud when wrong."""
 
+from __future__ import annotations
+
 import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import torch
+from beartype import beartype
+from jaxtyping import Float, TypeCheckError
+from torch import Tensor
 
 import dynamics
 import probes
+from dynamics.spectra import dense
 
 ROOT = Path(__file__).parents[1]
 PUBLIC = [(package, name) for package in (dynamics, probes) for name in package.__all__ if name != "__version__"]
@@ -86,3 +94,19 @@ def test_readme_has_exactly_two_commands_that_set_up():
     assert len(commands) == 2
     assert "dynamics.analyze examples/runs/" in commands[0]
     assert "pytest" in commands[1]
+
+
+@jaxtyping.jaxtyped(typechecker=beartype)  # what the import hook does to every function
+def turned(matrix: Float[Tensor, "row column"]) -> Float[Tensor, "row column"]:
+    return matrix.mT
+
+
+def test_shapes_are_checked_while_tests_run():
+    """In one argument, in all of them, and in what is returned; sizes are forgotten after a call."""
+    with pytest.raises(TypeCheckError):
+        dense._from_gram(torch.ones(2, 3))
+    with pytest.raises(TypeCheckError):
+        dense._plus_products(torch.ones(2, 2), torch.ones(3, 4))
+    with pytest.raises(TypeCheckError):
+        turned(torch.ones(2, 3))
+    assert [len(turned(torch.ones(size, size))) for size in (2, 3)] == [2, 3]
