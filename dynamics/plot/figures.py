@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
@@ -230,4 +231,4 @@ def has_values(array: xr.DataArray | None, kind: str = "") -> bool:
     """Return whether there is a finite number to draw."""
     if array is None:
         return False
-    return bool((array.sel(kind=kind) if kind else array).notnull().any())
+    return bool(np.isfinite((array.sel(kind=kind) if kind else array).values).any())
