@@ -8,9 +8,9 @@ of matrices at a time, by all ranks in the same order; one rank computes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TypeAlias
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -36,6 +36,7 @@ from probes.watched import AdapterProduct, Matrix, Reading, Watched, shape_of, w
 
 #: From parameters to a whole tensor of each, by identity; all ranks together.
 Gather: TypeAlias = Callable[[Sequence[nn.Parameter]], dict[int, Tensor]]
+_Result = TypeVar("_Result")
 #: Storage dtypes as safetensors names them.
 _STORAGE = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -67,7 +68,7 @@ class LiveSpectra:
     ) -> None:
         self._cosines, self._leads, self._zero = cosines, leads, zero
         self._dense: set[int] = set()
-        self._workspace = Workspace()  # kept: a fresh one is mapped and zeroed anew at each step
+        self._workspaces = [Workspace()]  # one a thread; kept, since a fresh one is mapped and zeroed anew at each step
         self._start, self._before, self._earlier = Snapshot(), Snapshot(), Snapshot()
         # The following is the same on all ranks, those without copies included.
         self._begun: dict[int, nn.Parameter] = {}  # by identity: a start is known, be it a product of zero
@@ -182,13 +183,17 @@ class LiveSpectra:
         """
         self._results, self._gathered = {}, {}
 
-        def solve(batch: Sequence[Watched], values: dict[int, Tensor]) -> None:
+        def solve(
+            workspace: Workspace, batch: Sequence[Watched], values: dict[int, Tensor]
+        ) -> tuple[dict[str, BatchResult], dict[int, Tensor]]:
             # On the host, so that no more than one batch is ever whole beside the model.
             sharded = [p for matrix in batch for p in matrix.sources if needs_all_ranks(p)]
-            self._gathered |= {id(p): values[id(p)].to("cpu", copy=True) for p in sharded}
-            self._results |= self._solve(batch, Snapshot(values))
+            gathered = {id(p): values[id(p)].to("cpu", copy=True) for p in sharded}
+            return self._solve(workspace, batch, Snapshot(values)), gathered
 
-        self._for_each_batch(solve)
+        for results, gathered in self._by_batch(solve):
+            self._results |= results
+            self._gathered |= gathered
         return {name: result.spectra for name, result in self._results.items() if name not in self._lost}
 
     def advance(self) -> None:
@@ -283,26 +288,30 @@ class LiveSpectra:
         spectra: dict[str, tuple[Tensor, int]] = {}
         failures: dict[str, str] = {}
 
-        def solve(batch: Sequence[Watched], values: dict[int, Tensor], changes: dict[int, Tensor]) -> None:
-            measured = _gradient_values(batch, _reading(changes), _reading(values), self._workspace)
-            spectra.update(zip([matrix.name for matrix in batch], measured, strict=True))
-
-        def solve_or_note(batch: Sequence[Watched], values: dict[int, Tensor], changes: dict[int, Tensor]) -> None:
+        def solve(
+            workspace: Workspace, batch: Sequence[Watched], values: dict[int, Tensor], changes: dict[int, Tensor]
+        ) -> dict[str, tuple[Tensor, int] | str]:
+            """Return spectra, or what went wrong."""
             try:
-                solve(batch, values, changes)
+                measured = _gradient_values(batch, _reading(changes), _reading(values), workspace)
+                return dict(zip([matrix.name for matrix in batch], measured, strict=True))
             except torch.OutOfMemoryError:  # what comes next will not fare better
                 raise
             except Exception as error:
                 if len(batch) == 1:
-                    failures[batch[0].name] = f"{type(error).__name__}: {error}"
-                else:
-                    for matrix in batch:
-                        solve_or_note([matrix], values, changes)
+                    return {batch[0].name: f"{type(error).__name__}: {error}"}
+                alone = [solve(workspace, [matrix], values, changes) for matrix in batch]
+                return {name: result for results in alone for name, result in results.items()}
 
         def gathered(batch: Sequence[Watched]) -> dict[int, Tensor]:
             return self._gather(batch, gradient) if gather is None else gather(_sources(batch))
 
-        self._for_each_batch(solve_or_note, gathered)
+        for results in self._by_batch(solve, gathered):
+            for name, result in results.items():
+                if isinstance(result, str):
+                    failures[name] = result
+                else:
+                    spectra[name] = result
         return spectra, failures
 
     def visit(self, gather: Gather) -> None:
@@ -310,36 +319,75 @@ class LiveSpectra:
         for batch in self._batches:
             gather(_sources(batch))
 
-    def _for_each_batch(self, function: Callable[..., None], *gathers: Callable[..., dict[int, Tensor]]) -> None:
-        """Call it with each batch and its parameters' values (and what else is read); on the leading rank alone."""
+    def _by_batch(self, function: Callable[..., _Result], *gathers: Callable[..., dict[int, Tensor]]) -> list[_Result]:
+        """Return what it gives for each batch and its parameters' values (and what else is read); on the leading rank.
+
+        Batches that fit a core's cache and need no other rank are solved side by side, by one thread each: where others
+        want the cores, two that share a batch wait for each other. Results do not depend on how many threads there are.
+        """
+        small = [index for index, batch in enumerate(self._batches) if self._leads and self._is_small(batch)]
+        results: dict[int, _Result] = {}
         failure: Exception | None = None
-        for batch in self._batches:
+        try:
+            results |= zip(
+                small, self._side_by_side([self._batches[i] for i in small], function, *gathers), strict=True
+            )
+        except Exception as error:  # the other ranks wait for this one to gather the rest
+            failure = error
+        for index, batch in enumerate(self._batches):
+            if index in small:
+                continue
             gathered = [gather(batch) for gather in (self._gather, *gathers)]
             if self._leads and failure is None:
                 try:
-                    with self._threads_for(batch):
-                        function(batch, *gathered)
-                except Exception as error:  # the other ranks wait for this one to gather the rest
+                    results[index] = function(self._workspaces[0], batch, *gathered)
+                except Exception as error:
                     failure = error
             del gathered  # before the next batch is
-        self._workspace.leave_accelerators()
+        for workspace in self._workspaces:
+            workspace.leave_accelerators()
         if failure is not None:
             raise failure
+        return [results[index] for index in sorted(results)]
 
-    @contextmanager
-    def _threads_for(self, batch: Sequence[Watched]) -> Iterator[None]:
-        """Keep what fits a core's cache to one thread: where others want the cores, two wait for each other."""
+    def _side_by_side(
+        self,
+        batches: Sequence[Sequence[Watched]],
+        function: Callable[..., _Result],
+        *gathers: Callable[..., dict[int, Tensor]],
+    ) -> list[_Result]:
+        threads = max(1, min(torch.get_num_threads(), len(batches)))
+        self._workspaces += [Workspace() for _ in range(threads - len(self._workspaces))]
+        free = list(self._workspaces)
+
+        @torch.no_grad()
+        def solve(batch: Sequence[Watched]) -> _Result:
+            workspace = free.pop()
+            try:
+                return function(workspace, batch, *(gather(batch) for gather in (self._gather, *gathers)))
+            finally:
+                free.append(workspace)
+
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            if threads == 1:
+                return list(map(solve, batches))
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+                return list(executor.map(solve, batches))
+        finally:
+            torch.set_num_threads(before)
+
+    def _is_small(self, batch: Sequence[Watched]) -> bool:
+        """Return whether a batch of products is on the host, needs no other rank, and fits a core's cache."""
         shapes = [self.shapes[matrix.name] for matrix in batch]
         size = sum(16 * shape.rank * (shape.out + shape.in_) for shape in shapes)
-        threads = torch.get_num_threads()
-        small = 0 < size <= walk.BATCH_BYTES["cpu"] and batch[0].sources[0].device.type == "cpu"
-        try:
-            if small:
-                torch.set_num_threads(1)
-            yield
-        finally:
-            if small:
-                torch.set_num_threads(threads)
+        parameters = _sources(batch)
+        return (
+            0 < size <= walk.BATCH_BYTES["cpu"]
+            and parameters[0].device.type == "cpu"
+            and not any(map(needs_all_ranks, parameters))
+        )
 
     def _watch(self, watched: Sequence[Watched]) -> None:
         self._watched = list(watched)
@@ -435,14 +483,14 @@ class LiveSpectra:
     def _home(self, parameter: nn.Parameter) -> torch.device:
         return torch.device("cpu") if id(parameter) in self._dense else parameter.device
 
-    def _solve(self, batch: Sequence[Watched], now: Snapshot) -> dict[str, BatchResult]:
+    def _solve(self, workspace: Workspace, batch: Sequence[Watched], now: Snapshot) -> dict[str, BatchResult]:
         parts = [part for matrix in batch if (part := self._start.part(matrix)) is not None]
         results = walk.solve_batch(
             [now.read(matrix) for matrix in batch],
             self._previous(batch),
             [self._start.read(part) for part in parts] or None,
             device=batch[0].sources[0].device,
-            workspace=self._workspace,
+            workspace=workspace,
             fast=True,
         )
         return {matrix.name: result for matrix, result in zip(batch, results, strict=True)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -142,6 +143,60 @@ def test_batches_do_not_show_in_the_numbers(monkeypatch, bytes_):
 
 
 # ---- the start ----
+
+
+def test_batches_are_solved_side_by_side_in_their_order(monkeypatch):
+    """Three threads, each kept to one of torch's, give what one gives, beside a dense weight."""
+    monkeypatch.setattr(walk, "BATCH_BYTES", {"cpu": 16 * 3 * 12})  # one product a batch
+    matrices = [lora("a", seed=1), dense(3), *(lora(name, seed=seed) for seed, name in enumerate("bcde", start=5))]
+    seen: set[tuple[int, int]] = set()
+    solve = walk.solve_batch
+
+    def watched(*arguments, **options):
+        if isinstance(arguments[0][0], LowRankMatrix):
+            seen.add((threading.get_ident(), torch.get_num_threads()))
+        return solve(*arguments, **options)
+
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        seen.clear()
+        spectra = LiveSpectra(matrices)
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(walk, "solve_batch", watched)
+                results.append(spectra.measure())
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+        assert {count for _, count in seen} == {1}
+        assert all(ident != threading.get_ident() for ident, _ in seen) == (threads > 1)
+    one, three = results
+    assert list(one) == list(three) == [*"abcde", "dense"]
+    for name, spectrum in one.items():
+        assert torch.equal(spectrum.total, three[name].total)
+
+
+def test_a_batch_that_fails_beside_others_costs_the_measurement_not_the_threads(monkeypatch):
+    monkeypatch.setattr(walk, "BATCH_BYTES", {"cpu": 16 * 3 * 12})
+    spectra, before = LiveSpectra([lora(name, seed=seed) for seed, name in enumerate("abcd")]), torch.get_num_threads()
+    solve, calls = walk.solve_batch, []
+
+    def fail_once(*arguments, **options):
+        calls.append(0)
+        if len(calls) == 2:
+            raise RuntimeError("made up")
+        return solve(*arguments, **options)
+
+    monkeypatch.setattr(walk, "solve_batch", fail_once)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="made up"):
+            spectra.measure()
+        assert torch.get_num_threads() == 2
+        assert list(spectra.measure()) == list("abcd")
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_start_is_kept_where_it_is_not_zero():
