@@ -36,9 +36,9 @@ from dynamics.recording.monitor import (
     update_numbers,
     watched_or_refused,
 )
+from dynamics.recording.probing_ranks import ProbingRanks
 from dynamics.recording.routing import RoutingRecorder, exchange_of_ranks, routing_numbers
 from dynamics.recording.schedules import schedule_of
-from dynamics.recording.sharded import ProbingRanks
 from dynamics.recording.step_gradients import StepGradients
 from dynamics.recording.step_probes import StepProbes, chosen_interventions
 from dynamics.recording.writer import Records, earlier_records, refuse_other_weights, store_path

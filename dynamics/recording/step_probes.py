@@ -16,8 +16,8 @@ from dynamics.intervention.counterfactuals import ARMS
 from dynamics.recording.fisher import FisherProbe, Increment, Interventions, Passing, descent_rate, momentum_of
 from dynamics.recording.live import LiveSpectra
 from dynamics.recording.loss_probe import LossProbe, outside
+from dynamics.recording.probing_ranks import ProbingRanks
 from dynamics.recording.schedules import Preset, Schedule, at_no_step, chosen_steps
-from dynamics.recording.sharded import ProbingRanks
 from probes.tasks import Task
 from probes.watched import WatchedModel
 

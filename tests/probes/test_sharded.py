@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from dynamics.recording.meeting import Meeting
-from dynamics.recording.sharded import ProbingRanks
+from dynamics.recording.probing_ranks import ProbingRanks
 from probes import gradient_gram
 from probes.additions import added
 from probes.blocks import trained_parameters
