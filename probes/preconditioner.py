@@ -23,6 +23,8 @@ from probes.watched import is_sharded
 
 State = Mapping[str, Any]
 Group = Mapping[str, Any]
+#: Why there is no preconditioner where nobody has given an optimizer.
+NO_OPTIMIZER = "the optimizer is unknown"
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def preconditioner_of(optimizer: Any) -> Preconditioner:
     1.0
     """
     if optimizer is None:
-        raise ValueError("the optimizer is unknown")
+        raise ValueError(NO_OPTIMIZER)
     inner = optimizer
     while type(inner).__module__.split(".")[0] in ("accelerate", "deepspeed") and hasattr(inner, "optimizer"):
         if type(inner).__module__.startswith("deepspeed"):

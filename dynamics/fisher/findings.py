@@ -11,6 +11,7 @@ from dynamics.findings import Finding
 from dynamics.fisher.concentration import LEAST_GRADIENTS, LEAST_GROUPS
 from dynamics.schema import ALL, GLOBAL
 from dynamics.text import percent, some
+from probes.preconditioner import NO_OPTIMIZER
 
 #: Below this many groups an interval is wide, and its Student's t leans on normality.
 FEW_GROUPS = 8
@@ -177,7 +178,9 @@ def _beside_optimizer(concentration: xr.Dataset) -> Iterator[Finding]:
             "OD335",
             f"At {steps} of {several} steps the update is not compared with steps of its optimizer along fresh "
             f"gradients: {reason}. Adam's scaling alone can bring a gain below 1.",
-            "Compare other steps, or updates of the same optimizer with each other.",
+            "Pass the optimizer to recorder.step(step, optimizer)."
+            if reason == NO_OPTIMIZER
+            else "Compare other steps, or updates of the same optimizer with each other.",
             evidence={"steps": steps, "of": several, "reason": reason},
         )
     elif (

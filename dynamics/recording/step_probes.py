@@ -70,7 +70,7 @@ class StepProbes:
         self._fisher, self._losses = (None, None) if probes is None else probes
         self._lost_start = False  # of the increment: no Fisher can be measured there
         self._momentum = self._rate = math.nan
-        self._passing = Passing()
+        self._passing = Passing.through(None)  # until an optimizer is given
         self._sharpness: xr.Dataset | None = None  # of the last step that has one: the next search starts there
 
     def _begin(

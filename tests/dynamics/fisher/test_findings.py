@@ -124,6 +124,9 @@ def test_the_reason_why_the_optimizers_null_is_missing():
         "At 3 of 3 steps the update is not compared with steps of its optimizer along fresh gradients: the "
         "preconditioner of Lion (lion) is unknown. "
     )
+    assert "Compare other steps" in codes(raw)["OD335"].remedy
+    raw.attrs["unpreconditioned"] = "the optimizer is unknown"
+    assert codes(raw)["OD335"].remedy == "Pass the optimizer to recorder.step(step, optimizer)."
     without_null = fisher_record(batch_size=0)
     without_null.attrs["unpreconditioned"] = "some reason"
     assert "OD335" not in codes(without_null)
