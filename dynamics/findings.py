@@ -87,6 +87,7 @@ CATALOGUE: Mapping[str, tuple[Severity, str]] = {
     "OD318": ("warning", "training may minimise a different loss than the one probed"),
     "OD319": ("note", "records in two formats"),
     "OD320": ("note", "a record of the Fisher is large"),
+    "OD325": ("warning", "norms before clipping may be of one process alone"),
     "OD330": ("warning", "experts that get no token"),
     "OD331": ("note", "experts that get too many tokens"),
     "OD332": ("note", "a router whose choices are not known"),

@@ -69,6 +69,8 @@ class Preconditioning:
         self._sum = first, second
 
     def _of(self, block: Block, columns: Sequence[SampleGradient], k: Tensor) -> tuple[Tensor, Tensor]:
+        if not all(self._preconditioner.steps(parameter) for parameter, _ in block.parameters):
+            raise ValueError(f"{self._preconditioner.optimizer} does not step all that is trained; another may")
         grams = None
         if _is_plain(self._preconditioner, block):
             grams = k, k

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from probes.watched import is_sharded
 
 State = Mapping[str, Any]
 Group = Mapping[str, Any]
+#: Why there is no preconditioner where nobody has given an optimizer.
+NO_OPTIMIZER = "the optimizer is unknown"
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Orthogonalisation:
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """The preconditioner of an optimizer, by parameter. A parameter that it does not step does not move.
+    """The preconditioner of an optimizer, by parameter. A parameter that it has not stepped yet does not move.
 
     Args:
         optimizer: Name of its class.
@@ -80,6 +83,10 @@ class Preconditioner:
         if key in self.orthogonalised:
             return self.orthogonalised[key]
         return self.rules[key]() if key in self.rules else self.constant.get(key, 0.0)
+
+    def steps(self, parameter: nn.Parameter) -> bool:
+        """Return whether the optimizer has a parameter. If not, another one may step it."""
+        return any(id(parameter) in known for known in (self.constant, self.orthogonalised, self.rules))
 
     @property
     def gradients(self) -> float:
@@ -116,7 +123,7 @@ def preconditioner_of(optimizer: Any) -> Preconditioner:
     1.0
     """
     if optimizer is None:
-        raise ValueError("the optimizer is unknown")
+        raise ValueError(NO_OPTIMIZER)
     inner = optimizer
     while type(inner).__module__.split(".")[0] in ("accelerate", "deepspeed") and hasattr(inner, "optimizer"):
         if type(inner).__module__.startswith("deepspeed"):
@@ -129,13 +136,13 @@ def preconditioner_of(optimizer: Any) -> Preconditioner:
     parameters = [(parameter, group) for group in groups for parameter in group["params"]]
     if any(is_sharded(parameter) for parameter, _ in parameters):
         raise ValueError(f"the state of {name} is divided over processes")
-    rates = [_number(group["lr"]) for group in groups if group.get("lr") is not None]
-    largest = max(rates, default=1.0)
+    rates = [_rate(group) for group in groups]
+    largest = max((rate for rate in rates if rate is not None), default=1.0)
     if largest <= 0:
         raise ValueError(f"the learning rate of {name} is 0 at this step")
     constant, orthogonalised, rules, counts = {}, {}, {}, []
     for parameter, group in parameters:
-        rate = 1.0 if group.get("lr") is None else _number(group["lr"]) / largest
+        rate = 1.0 if (stated := _rate(group)) is None else stated / largest
         if name == "SGD":
             constant[id(parameter)] = rate
         elif name == "Muon":
@@ -146,6 +153,12 @@ def preconditioner_of(optimizer: Any) -> Preconditioner:
     return Preconditioner(name, constant, orthogonalised, rules, counts)
 
 
+def _rate(group: Group) -> float | None:
+    """Return a group's learning rate, ``None`` where the optimizer's rule has its own (transformers' Adafactor)."""
+    own = group.get("relative_step", False) or group.get("lr") is None
+    return None if own else _number(group["lr"])
+
+
 def _read(
     rule: Callable[..., Tensor | float], optimizer: Any, parameter: nn.Parameter, group: Group, rate: float
 ) -> Tensor | float:
@@ -154,16 +167,29 @@ def _read(
 
 
 def _count(name: str, optimizer: Any, parameter: nn.Parameter, group: Group) -> float:
-    """Return (Σw)²/Σw² of the weights of squared gradients in the second moment."""
+    """Return (Σw)²/Σw² of the weights of squared gradients in the second moment; NaN before the first."""
     state = optimizer.state.get(parameter)
-    if not state:
+    if not state or (step := _number(state["step"])) < 1:
         return math.nan
-    step = _number(state["step"])
+    if name == "Adafactor":
+        return _growing_window(int(step), float(group.get("beta2_decay", group.get("decay_rate"))))
     decay = _number(group["betas"][1]) if "betas" in group else _number(group.get("alpha", 1.0))
     if name == "Adamax":  # a maximum: the present gradient's with a probability of one over the number that count
         return min(step, 1 / (1 - decay) if decay < 1 else step)
     kept = decay**step
     return step if decay >= 1 else (1 - kept) * (1 + decay) / ((1 - decay) * (1 + kept))
+
+
+@lru_cache
+def _growing_window(steps: int, exponent: float) -> float:
+    """Return (Σw)²/Σw² of an average that takes in the t-th value with the weight t^exponent, after so many steps.
+
+    >>> _growing_window(1, -0.8), round(_growing_window(10, -0.8), 3)
+    (1.0, 8.79)
+    """
+    taken = np.arange(1, steps + 1, dtype=np.float64) ** exponent
+    left = np.append(np.cumprod((1 - taken)[:0:-1])[::-1], 1.0)  # of each value by those that follow it
+    return float(1 / ((taken * left) ** 2).sum())
 
 
 def _orthogonalisation(rate: float, group: Group, shape: torch.Size) -> Orthogonalisation:

@@ -85,6 +85,10 @@ INTENDED: tuple[Intended, ...] = (
     Intended("*", "summary.json:intervention", "added", "What parts of updates do; nothing where none was run."),
     Intended("*", "summary.json:sharpness", "added", "How far a step can go; nothing where it was not measured."),
     Intended("*", "summary.json:routing", "added", "Who was trained of a mixture; nothing without one."),
+    *(
+        Intended("*", path, "added", "Updates stand beside steps of their optimizer, too; NaN where that is unknown.")
+        for path in ("*/concentration/*optimizer*", "summary.json:fisher.concentration.*optimizer*")
+    ),
     Intended("*", "OD206", "missing", "The answer to “Is the rank right?” says it."),
     Intended("*", "summary.json:answers*", "added", "A result answers the questions that it is asked first."),
     *(

@@ -39,8 +39,8 @@ COLUMNS = (
 
 
 def model() -> nn.Module:
-    """LoRA on every linear layer, and one weight that is trained whole."""
-    adapted = lora_llama(lora_dropout=0.0).eval()
+    """Two layers with LoRA on every linear one, and one weight that is trained whole."""
+    adapted = lora_llama(2, lora_dropout=0.0).eval()
     adapted.get_output_embeddings().weight.requires_grad_(True)
     return adapted
 

@@ -11,6 +11,7 @@ from dynamics.findings import Finding
 from dynamics.fisher.concentration import LEAST_GRADIENTS, LEAST_GROUPS
 from dynamics.schema import ALL, GLOBAL
 from dynamics.text import percent, some
+from probes.preconditioner import NO_OPTIMIZER
 
 #: Below this many groups an interval is wide, and its Student's t leans on normality.
 FEW_GROUPS = 8
@@ -166,28 +167,33 @@ def _concentrated(concentration: xr.Dataset) -> Iterator[Finding]:
 
 def _beside_optimizer(concentration: xr.Dataset) -> Iterator[Finding]:
     known, beside = (concentration[name].notnull().any(("block", "k")).values for name in ("gain", "gain_optimizer"))
-    lacking, several = known & ~beside, int(known.sum())
-    young = concentration["optimizer_gradients"].values < LEAST_GRADIENTS
-    if lacking.any():
-        reason = str(concentration.attrs.get("unpreconditioned", ""))
-        if (young | ~lacking).all():
-            reason = f"the optimizer's second moments rest on fewer than {LEAST_GRADIENTS} gradients there"
+    lacking, young = known & ~beside, concentration["optimizer_gradients"].values < LEAST_GRADIENTS
+    reason, told = str(concentration.attrs.get("unpreconditioned", "")), lacking & ~young
+    if lacking.any() and young[lacking].all() and not beside.any():  # else there are others to look at
+        reason, told = f"the optimizer's second moments rest on fewer than {LEAST_GRADIENTS} gradients there", lacking
+    # Of checkpoints nobody can tell what their optimizer would have done.
+    if reason and told.any():
+        steps, several = int(told.sum()), int(known.sum())
         yield Finding(
             "OD335",
-            f"At {int(lacking.sum())} of {several} steps the update is not compared with steps of its optimizer along "
-            f"fresh gradients: {reason or 'no optimizer was given'}. Adam's scaling alone can bring a gain below 1.",
-            "Record a training with tasks; its optimizer's state is not read from checkpoints."
-            if not reason
+            f"At {steps} of {several} steps the update is not compared with steps of its optimizer along fresh "
+            f"gradients: {reason}. Adam's scaling alone can bring a gain below 1.",
+            "Pass the optimizer to recorder.step(step, optimizer)."
+            if reason == NO_OPTIMIZER
             else "Compare other steps, or updates of the same optimizer with each other.",
-            evidence={"steps": int(lacking.sum()), "of": several, "reason": reason},
+            evidence={"steps": steps, "of": several, "reason": reason},
         )
-    elif known.any() and (unknown := concentration["gain_optimizer"].isnull().all(("step", "k")).values).any():
+    elif (
+        reason
+        and beside.any()
+        and (unknown := concentration["gain_optimizer"].isnull().all(("step", "k")).values).any()
+    ):
         names = concentration["block"].values[unknown].tolist()
         yield Finding(
             "OD335",
             f"The update of {_named(names)} is not compared with steps of its optimizer along fresh gradients: "
-            f"{concentration.attrs.get('unpreconditioned', '')}.",
-            evidence={"blocks": names[:_NAMED], "reason": concentration.attrs.get("unpreconditioned", "")},
+            f"{reason}.",
+            evidence={"blocks": names[:_NAMED], "reason": reason},
         )
     concentrated, cases = _cases(concentration, "_optimizer")
     share = concentrated / max(cases, 1)

@@ -99,4 +99,7 @@ def _description(shares: xr.Dataset, variable: str) -> str:
             f"a random direction {percent(float(last['null_isotropic']))}."
         )
     gain, low, high = (number(float(last[f"gain{end}"])) for end in ("", "_low", "_high"))
-    return f"Points over k with intervals. With {directions} the gain is {gain} ({low} to {high})."
+    beside = ""
+    if has_optimizer(shares):
+        beside = f" Over a fresh step of the optimizer it is {number(float(last['gain_optimizer']))}."
+    return f"Points over k with intervals. With {directions} the gain is {gain} ({low} to {high}).{beside}"

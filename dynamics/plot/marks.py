@@ -13,6 +13,8 @@ from dynamics.schema import QUANTILES
 _MOST_MARKERS = 40
 #: Entries of a legend that fit in one row.
 _ONE_ROW = 3
+#: Characters of an entry beyond which three beside each other are wider than a figure.
+_LONG = 34
 #: The ends of an interval are cut off beyond this factor from all gains, which they would otherwise squeeze together.
 _FAR = 8.0
 #: Variable, suffix, colour, marker and label of each kind of gain; the last only where the optimizer is known.
@@ -156,7 +158,8 @@ def legend_below(axes: Axes, distance: float = 0.2) -> None:
         ordered,
         loc="upper center",
         bbox_to_anchor=(0.5, -distance),
-        ncols=2 if len(ordered) == 4 else 3,  # a fourth entry would stand alone in a row of three
+        # A fourth entry would stand alone in a row of three, and three long ones are wider than a figure.
+        ncols=2 if len(ordered) == 4 or len(max(ordered, key=len, default="")) > _LONG else 3,
         columnspacing=1.0,
         handlelength=1.4,
     )

@@ -76,7 +76,7 @@ class Interventions:
 
 
 class Passing(NamedTuple):
-    """The optimizer that made an increment.
+    """The optimizer that made an increment; by default nobody asks for it, as of a checkpoint.
 
     Args:
         preconditioner: As after the increment's last step; ``None`` if unknown.
@@ -86,7 +86,7 @@ class Passing(NamedTuple):
 
     preconditioner: Preconditioner | None = None
     batches: float = 1.0
-    reason: str = "the optimizer is unknown"
+    reason: str = ""
 
     @classmethod
     def through(cls, optimizer: Any) -> Passing:
@@ -172,6 +172,7 @@ class FisherProbe:
         watched = find(self._model).watched
         of_matrices = {id(parameter) for matrix in watched for parameter in matrix.parameters}
         others = [name for name, parameter in self._trained.items() if id(parameter) not in of_matrices]
+        self._has_factors = any(not matrix.is_dense and matrix.parameters for matrix in watched)
         return {matrix.name for matrix in watched if not matrix.part_of and matrix.parameters}, others
 
     def _chosen(self, blocks: Sequence[str] | None) -> list[str] | None:
@@ -305,10 +306,13 @@ class FisherProbe:
 
     def _lacking(self, passing: Passing) -> str:
         """Return why gradients are not passed through the optimizer, empty if they are."""
+        preconditioner, trained = passing.preconditioner, list(self._trained.values())
+        if preconditioner is None or (preconditioner.is_plain(trained) and not self._has_factors):
+            return passing.reason  # plain gradients are stored once
         chosen = self._of_all if self._blocks is None else len(self._blocks) + 1
-        size = 3 * record_bytes(1 if self._blocks == [schema.GLOBAL] else chosen, self._samples)
-        too_large = f"a record would take {_mebibytes(size)} with it" if size > MOST_BYTES else ""
-        return passing.reason or too_large
+        size = record_bytes(1 if self._blocks == [schema.GLOBAL] else chosen, self._samples)
+        size *= 3 if preconditioner.is_linear(trained) else 1  # products with drawn gradients are few
+        return f"a record would take {_mebibytes(size)} with it" if size > MOST_BYTES else ""
 
     def record(self, increment: Increment, step: int, evaluated_at: int, momentum: float = math.nan) -> xr.Dataset:
         """Return the record of K and b.

@@ -36,9 +36,9 @@ from dynamics.recording.monitor import (
     update_numbers,
     watched_or_refused,
 )
+from dynamics.recording.probing_ranks import ProbingRanks
 from dynamics.recording.routing import RoutingRecorder, exchange_of_ranks, routing_numbers
 from dynamics.recording.schedules import schedule_of
-from dynamics.recording.sharded import ProbingRanks
 from dynamics.recording.step_gradients import StepGradients
 from dynamics.recording.step_probes import StepProbes, chosen_interventions
 from dynamics.recording.writer import Records, earlier_records, refuse_other_weights, store_path
@@ -184,6 +184,7 @@ class Recorder:
         self._in_flight: int | None = None  # the step that is being captured
         self._reads_gradients, self._batch_size = gradients, float(batch_size) or math.nan
         self._gradients: StepGradients | None = None
+        self._told_to_reduce = False  # whether it was said that norms before clipping may be of one process
         self._routing = RoutingRecorder(model, exchange_of_ranks())
         self._records: Records | None = None
         self._probes: StepProbes | None = None
@@ -284,7 +285,9 @@ class Recorder:
     def before_clipping(self) -> None:
         """Call this before clipping if the loop itself reduces gradients over processes: only then are they whole.
 
-        DDP, FSDP 2 and DeepSpeed reduce them within the backward pass, at whose end their norms are taken.
+        DDP, FSDP 2 and DeepSpeed reduce them within the backward pass, at whose end their norms are taken. A loop that
+        reduces them later and does not call this records norms of one process alone; finding OD325 says so where
+        gradients of different matrices changed by different factors in between.
         """
         if self._in_flight is not None and self._gradients is not None:
             with self._forgiven(self._in_flight):
@@ -371,6 +374,11 @@ class Recorder:
             failures = self._gradients.read(optimizer)
             if self._records is not None and failures:
                 self._records.unmeasured_gradients(self._in_flight, failures)
+            if self._records is not None and not self._told_to_reduce:
+                finding = self._gradients.unreduced(self._in_flight)
+                if finding is not None:
+                    self._told_to_reduce = True
+                    self._records.note(finding)
 
     def _capture(self, step: int, gradient: xr.Dataset | None, routing: xr.Dataset | None = None) -> bool:
         if not self._takes_part:  # since a rank was missing in this step

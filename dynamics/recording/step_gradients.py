@@ -16,12 +16,17 @@ import torch.distributed as dist
 import xarray as xr
 from torch import Tensor, nn
 
+from dynamics.findings import Finding
 from dynamics.recording.deepspeed import Zero
 from dynamics.recording.live import LiveSpectra
 from dynamics.spectra import raw
 from dynamics.spectra.raw import GradientSpectrum
+from dynamics.text import number
 from probes.gradients import GradientNorms, loss_scale, norms_of
 from probes.watched import WatchedModel, is_sharded
+
+#: Clipping multiplies all gradients by one factor, at most 1; beyond this, something else was done to them.
+_UNEVEN = 1.05
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class StepGradients:
     ) -> None:
         self._live, self._zero, self._spectra, self._leads, self._batch_size = live, zero, spectra, leads, batch_size
         self._call_off: Callable[[], None] = lambda: None  # the reading under ZeRO
-        self._scaler, self._scale, self._is_read = None, 1.0, False
+        self._scaler, self._scale, self._is_read, self._is_told = None, 1.0, False, False
         self._reading: _Reading | None = None  # on the rank that writes
         self.watch(watched)
 
@@ -76,6 +81,7 @@ class StepGradients:
             before_zero_steps: What ZeRO's optimizer calls before it steps, to :meth:`read`.
         """
         self._scaler, self._scale, self._is_read, self._reading = scaler, loss_scale(scaler, None), False, None
+        self._is_told = False
         if self._zero is not None:
             self._call_off = self._zero.before_step(before_zero_steps)
         if self._zero is None or not any(map(is_sharded, self._parameters)):  # gradients of micro-batches, too
@@ -90,6 +96,26 @@ class StepGradients:
         """Take norms before clipping now, and not at the end of the backward pass; under ZeRO they are taken later."""
         if not self._is_read and self._zero is None:
             self._norms.measure()
+            self._is_told = True
+
+    def unreduced(self, step: int) -> Finding | None:
+        """Return a finding if gradients seem to have been reduced over processes after the backward pass, untold."""
+        processes = _processes()
+        if processes < 2 or self._is_told or self._zero is not None or self._reading is None:
+            return None
+        pairs = zip(self._reading.before, self._reading.after, strict=True)
+        factors = [after / before for before, after in pairs if 0 < before < math.inf and 0 < after < math.inf]
+        if not factors or (max(factors) <= _UNEVEN and max(factors) <= _UNEVEN * min(factors)):
+            return None
+        return Finding(
+            "OD325",
+            f"Between the backward pass and the optimizer's step {step:,} norms of gradients changed by factors from "
+            f"{number(min(factors))} to {number(max(factors))}, which clipping alone does not do. If the loop reduces "
+            f"gradients over its {processes} processes itself, norms before clipping and the noise scale are wrong.",
+            "Call recorder.before_clipping() after that, before gradients are clipped.",
+            step=step,
+            evidence={"smallest": min(factors), "largest": max(factors), "processes": processes},
+        )
 
     def read(self, optimizer: Any) -> Mapping[str, str]:
         """Measure gradients as they are: after clipping, under ZeRO before it; only the first time in a step.
@@ -174,7 +200,7 @@ class StepGradients:
         NaN for gradients of a single micro-batch, and where processes hold shards of a parameter.
         """
         passes, sums = self._norms.of_micro_batches()
-        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        processes = _processes()
         if passes * processes < 2 or any(map(is_sharded, self._parameters)):
             return math.nan, [math.nan] * len(self._of_matrices)
         norms = norms_of(sums, self._parameters, list(self._of_matrices.values()))
@@ -186,6 +212,10 @@ class StepGradients:
         if squared is None:
             return [math.nan] * len(self._of_matrices)
         return [norm / scale for norm in norms_of(squared, self._parameters, list(self._of_matrices.values()))]
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -16,8 +16,8 @@ from dynamics.intervention.counterfactuals import ARMS
 from dynamics.recording.fisher import FisherProbe, Increment, Interventions, Passing, descent_rate, momentum_of
 from dynamics.recording.live import LiveSpectra
 from dynamics.recording.loss_probe import LossProbe, outside
+from dynamics.recording.probing_ranks import ProbingRanks
 from dynamics.recording.schedules import Preset, Schedule, at_no_step, chosen_steps
-from dynamics.recording.sharded import ProbingRanks
 from probes.tasks import Task
 from probes.watched import WatchedModel
 
@@ -70,7 +70,7 @@ class StepProbes:
         self._fisher, self._losses = (None, None) if probes is None else probes
         self._lost_start = False  # of the increment: no Fisher can be measured there
         self._momentum = self._rate = math.nan
-        self._passing = Passing()
+        self._passing = Passing.through(None)  # until an optimizer is given
         self._sharpness: xr.Dataset | None = None  # of the last step that has one: the next search starts there
 
     def _begin(

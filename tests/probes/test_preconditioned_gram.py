@@ -207,6 +207,16 @@ def test_reasons_why_nothing_is_known_of_a_block():
     assert "global" not in found.preconditioned_gram
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Muon])
+def test_weights_that_another_optimizer_may_step_have_no_null(make):
+    """Muon for the matrices and AdamW beside it: only one of them is known."""
+    model = Layers()
+    optimizer = make([model.last.weight], lr=0.1)
+    found = gradient_gram(model, BATCH, squares, optimizer=optimizer, draws=lambda k: torch.eye(SAMPLES).double())
+    assert found.unpreconditioned == f"{make.__name__} does not step all that is trained; another may"
+    assert list(found.preconditioned_gram or found.drawn_norm_squared) == ["last"]
+
+
 def test_an_unknown_optimizer_is_refused():
     model = Layers()
     with pytest.raises(ValueError, match=r"^Expected an optimizer whose steps are known, but the preconditioner of "):

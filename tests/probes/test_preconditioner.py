@@ -104,6 +104,7 @@ def test_what_the_optimizer_does_not_step_does_not_move():
     preconditioner = preconditioner_of(optimizer)
     assert [preconditioner.of(weight) for weight in (unstepped, frozen)] == [0.0, 0.0]
     assert preconditioner.of(stepped).shape == (2,)
+    assert [preconditioner.steps(weight) for weight in (stepped, unstepped, frozen)] == [True, True, False]
 
 
 def test_rates_are_those_of_the_step_and_the_state_is_read_later():
@@ -117,6 +118,36 @@ def test_rates_are_those_of_the_step_and_the_state_is_read_later():
     weight.grad = torch.full((2,), 4.0)
     adam.step()
     torch.testing.assert_close(preconditioner.of(weight), torch.full((2,), 0.25))
+
+
+@pytest.mark.parametrize("name", ["Adam", "RMSprop", "Adagrad", "Adafactor", "Adafactor of transformers"])
+def test_how_many_gradients_a_second_moment_rests_on(name):
+    """(Σw)²/Σw² of their weights, which are found by a single gradient that is not 0."""
+    steps, weights = 6, []
+    for only in range(steps):
+        weight, idle = nn.Parameter(torch.ones(1, dtype=torch.float64)), nn.Parameter(torch.ones(1))
+        optimizer = OPTIMIZERS[name]([weight, idle])
+        for step in range(steps):
+            weight.grad = torch.full_like(weight, float(step == only))
+            optimizer.step()
+        state = optimizer.state[weight]
+        weights.append(
+            float(next(state[key] for key in ("exp_avg_sq", "square_avg", "sum", "variance") if key in state))
+        )
+    counted = sum(weights) ** 2 / sum(part**2 for part in weights)
+    assert preconditioner_of(optimizer).gradients == pytest.approx(counted, rel=1e-6)
+
+
+def test_a_schedule_of_transformers_adafactor_is_its_own():
+    """It writes what the optimizer computes into the group, which the optimizer does not read."""
+    weights = parameters()
+    optimizer = Adafactor([{"params": weights[:1]}, {"params": weights[1:]}])
+    last_step(optimizer, weights)
+    before = [preconditioner_of(optimizer).of(weight) for weight in weights]
+    for group, rate in zip(optimizer.param_groups, (0.0, 3.0), strict=True):
+        group["lr"] = rate
+    for one, other in zip(before, [preconditioner_of(optimizer).of(weight) for weight in weights], strict=True):
+        assert torch.equal(one, other)
 
 
 def test_accelerates_wrapper_is_looked_into():

@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from dynamics.recording.meeting import Meeting
-from dynamics.recording.sharded import ProbingRanks
+from dynamics.recording.probing_ranks import ProbingRanks
 from probes import gradient_gram
 from probes.additions import added
 from probes.blocks import trained_parameters
@@ -26,7 +26,7 @@ from probes.watched import find, whole
 from tests.distributed import RANKS, Ranks
 from tests.one_training import sharded
 from tests.runs import llama
-from tests.updates import adapted_model, dense_model, probe_tasks
+from tests.updates import adapted_model, probe_tasks
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +39,11 @@ def ranks() -> Iterator[Ranks]:
 
 
 def lora() -> nn.Module:
-    return adapted_model(torch.float32)
+    return adapted_model(torch.float32, layers=2)
 
 
 def dense() -> nn.Module:
-    return dense_model(torch.float32)
+    return llama(num_hidden_layers=2).eval()
 
 
 def partly_dense() -> nn.Module:
@@ -231,31 +231,53 @@ def test_two_layers_at_most_are_whole_beside_the_root(ranks):
 # ---- errors ----
 
 
+def broken_probe(model: nn.Module, where: str) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError(where)
+
+    layer = model.model.layers[1].mlp
+    if where == "forward":
+        handle = layer.register_forward_hook(fail)
+    else:
+        handle = layer.register_forward_hook(lambda module, inputs, output: output.register_hook(fail) and None)
+    try:
+        gradient_gram(model, probe_tasks(2))
+    finally:
+        handle.remove()
+
+
+def measured_after_error(where: str) -> tuple[dict[str, Any] | None, bool]:
+    """What is measured beside a probe that fails, as at a captured step, where one that fails costs nothing else."""
+    model, twin = sharded(dense()), sharded(dense())
+    for one in (model, twin):
+        passed(one)
+
+    def probe() -> dict[str, Any]:
+        with pytest.raises(ZeroDivisionError):
+            broken_probe(model, where)
+        return measured(model)
+
+    return ranks_of(model).together(probe), is_as(model, twin)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_error_in_a_pass_costs_nothing_of_what_is_measured_next(ranks, where):
+    (found, same), (_, other_same) = ranks(measured_after_error, where)
+    assert_same(found, measured(dense()))
+    assert (same, other_same) == (True, True)
+
+
 def with_errors(where: str) -> tuple[list[str], bool]:
     """What is raised on this rank, and whether training goes on as without that."""
     model, twin = sharded(dense()), sharded(dense())
     probing = ranks_of(model)
     errors = []
 
-    def fail(*_: Any) -> None:
-        raise ZeroDivisionError(where)
-
-    def probe() -> None:
-        layer = model.model.layers[1].mlp
-        if where == "forward":
-            handle = layer.register_forward_hook(fail)
-        else:
-            handle = layer.register_forward_hook(lambda module, inputs, output: output.register_hook(fail) and None)
-        try:
-            gradient_gram(model, probe_tasks(2))
-        finally:
-            handle.remove()
-
     for _ in range(2):
         for one in (model, twin):
             passed(one)
         try:
-            probing.together(probe)
+            probing.together(lambda: broken_probe(model, where))
         except (ZeroDivisionError, RuntimeError) as error:
             errors.append(f"{type(error).__name__}: {error}")
     return errors, is_as(model, twin)

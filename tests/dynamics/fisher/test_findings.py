@@ -111,27 +111,34 @@ def beside_optimizer(**changes):
     return {f.code: f for f in findings_of(measure_fisher(fisher_record(optimizer=True, **changes)))}
 
 
-def test_without_a_known_optimizer_its_null_is_missing():
-    finding = codes(fisher_record())["OD335"]
-    assert finding.message.startswith(
-        "At 3 of 3 steps the update is not compared with steps of its optimizer along fresh gradients: no optimizer "
-        "was given. "
-    )
+def test_nothing_is_said_where_no_optimizer_could_be_asked():
+    """Of checkpoints, whose optimizer is not read."""
+    assert "OD335" not in codes(fisher_record())
     assert "OD335" not in beside_optimizer()
-    assert "OD335" not in codes(fisher_record(batch_size=0))  # there is no null at all
 
 
 def test_the_reason_why_the_optimizers_null_is_missing():
     raw = fisher_record()
     raw.attrs["unpreconditioned"] = "the preconditioner of Lion (lion) is unknown"
-    assert "gradients: the preconditioner of Lion (lion) is unknown." in codes(raw)["OD335"].message
+    assert codes(raw)["OD335"].message.startswith(
+        "At 3 of 3 steps the update is not compared with steps of its optimizer along fresh gradients: the "
+        "preconditioner of Lion (lion) is unknown. "
+    )
+    assert "Compare other steps" in codes(raw)["OD335"].remedy
+    raw.attrs["unpreconditioned"] = "the optimizer is unknown"
+    assert codes(raw)["OD335"].remedy == "Pass the optimizer to recorder.step(step, optimizer)."
+    without_null = fisher_record(batch_size=0)
+    without_null.attrs["unpreconditioned"] = "some reason"
+    assert "OD335" not in codes(without_null)
 
 
 def test_young_second_moments_have_no_null():
     raw = fisher_record(optimizer=True)
     raw["optimizer_gradients"][0] = 3.0
+    assert "OD335" not in codes(raw)  # other steps have one
+    raw["optimizer_gradients"][:] = 3.0
     finding = codes(raw)["OD335"]
-    assert finding.evidence["steps"] == 1
+    assert finding.evidence["steps"] == 3
     assert "the optimizer's second moments rest on fewer than 10 gradients there." in finding.message
 
 

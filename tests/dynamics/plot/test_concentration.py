@@ -144,3 +144,14 @@ def test_a_null_that_is_the_gradients_is_not_drawn_twice(tree):
         shares[f"gain_optimizer{end}"] = shares[f"gain{end}"]
     assert "gain over a step of the optimizer" not in labels(plot.concentration(shares, show="gain"))
     assert "the same through the optimizer, mean and 95 %" not in labels(plot.concentration(shares))
+
+
+@pytest.mark.filterwarnings("error:constrained_layout")
+@pytest.mark.parametrize("show", ["share", "gain"])
+def test_a_legend_with_the_optimizers_null_is_inside_the_figure(show):
+    figure = plot.concentration(with_fisher(example_tree(3, 2), optimizer=True), show=show)
+    figure.draw_without_rendering()
+    legend = figure.axes[0].get_legend().get_window_extent()
+    assert legend.x0 >= 0
+    assert legend.x1 <= figure.bbox.x1
+    assert "Over a fresh step of the optimizer it is" in figure.get_label() or show == "share"

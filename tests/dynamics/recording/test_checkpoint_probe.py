@@ -90,6 +90,14 @@ def test_scores_are_those_of_the_checkpoint_itself(captured, probed):
     np.testing.assert_allclose(probed["score"].sel(task="b", step=[2, 4, 6])["score"].values, expected, rtol=1e-5)
 
 
+def test_nothing_is_said_of_an_optimizer_that_nobody_can_know(probed):
+    """Its state in a checkpoint is a pickle."""
+    shares = probed["concentration"]
+    assert np.isfinite(shares["gain"].sel(k=1)).any()
+    assert np.isnan(shares["gain_optimizer"]).all()
+    assert "OD335" not in probed.attrs["findings"]
+
+
 def test_one_model_whose_weights_are_exchanged(run, probed):
     """A function may keep the model and load each checkpoint's weights into it."""
     model = PeftModel.from_pretrained(llama(), run / "checkpoint-2", is_trainable=True)

@@ -1,6 +1,6 @@
 """One training in two processes by DeepSpeed ZeRO, and in one: the records hold the same numbers.
 
-Run as a module, it prints the table of docs/recording.md, with the ways of test_sharded_training.py.
+Run as a module, it prints the table of docs/recording.md, with the ways of test_probing_ranks_training.py.
 """
 
 from __future__ import annotations

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import xarray as xr
 
 import dynamics
 from dynamics import Recorder
+from tests.distributed import RANKS, Ranks
 from tests.runs import Tokens, lora_llama, loss_of
 
 
@@ -125,3 +128,46 @@ def test_gradients_are_read_once_a_step_and_anew_in_the_next(tmp_path):
                 optimizer.step()
             after = dynamics.open_run(tmp_path)["gradient"]["norm_after_clip"].sel(step=step, matrix="0")
             assert float(after) == pytest.approx(expected, rel=1e-12)
+
+
+# ---- gradients that a loop reduces itself ----
+
+
+def reduced_by_the_loop(run: Path, way: str) -> list[str]:
+    """What is said in a loop of two processes; ``way`` is what it does between the backward pass and the step."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 2))
+    model = torch.nn.parallel.DistributedDataParallel(model) if way == "DDP" else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs = torch.randn(3, 6, generator=torch.Generator().manual_seed(dist.get_rank()))
+    with Recorder(run, model, every=1, strict=True) as recorder:
+        for step in (1, 2):
+            with recorder.step(step, optimizer):
+                model(inputs).square().sum().backward()
+                if way != "DDP":
+                    for parameter in model.parameters():
+                        dist.all_reduce(parameter.grad)
+                        parameter.grad /= RANKS
+                if way == "told":
+                    recorder.before_clipping()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+        return [f"{finding.code} {finding.step}" for finding in recorder.findings if finding.code == "OD325"]
+
+
+def test_norms_of_one_process_alone_are_told_once(tmp_path):
+    with Ranks() as ranks:
+        assert ranks(reduced_by_the_loop, tmp_path / "untold", "untold") == [["OD325 1"], []]
+        for way in ("told", "DDP"):
+            assert ranks(reduced_by_the_loop, tmp_path / way, way) == [[], []]
+
+
+def test_one_process_may_do_what_it_likes_to_gradients(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(tmp_path, model, every=1, strict=True) as recorder, recorder.step(1, optimizer):
+        model(torch.ones(3, 6)).square().sum().backward()
+        model[0].weight.grad *= 3
+        optimizer.step()
+    assert "OD325" not in {finding.code for finding in recorder.findings}

@@ -33,7 +33,7 @@ def layers():
     return nn.Sequential(nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, 2, bias=False))
 
 
-def trained(folder, make, *, steps=24, at=(12, 24), recorded=True):
+def trained(folder, make, *, steps=24, at=(12, 24), recorded=True, given=True):
     """A training of a small model; its weights at the end."""
     model, data = layers(), samples(16 * steps, 1)
     optimizer = make(model.parameters())
@@ -46,7 +46,7 @@ def trained(folder, make, *, steps=24, at=(12, 24), recorded=True):
         if recorder is None:
             take(model, optimizer, batch)
         else:
-            with recorder.step(step, optimizer):
+            with recorder.step(step, optimizer if given else None):
                 take(model, optimizer, batch)
     if recorder is not None:
         recorder.close()
@@ -123,6 +123,12 @@ def test_an_optimizer_that_is_unknown_is_named(tmp_path):
     assert "the preconditioner of Adadelta (torch.optim.adadelta) is unknown." in message
 
 
+def test_a_recorder_without_an_optimizer_says_so(tmp_path):
+    trained(tmp_path, adamw, given=False)
+    (message,) = told(dynamics.open_run(tmp_path))
+    assert "gradients: the optimizer is unknown." in message
+
+
 def test_records_that_would_be_too_large_are_without_it(tmp_path, monkeypatch):
     monkeypatch.setattr(fisher, "MOST_BYTES", 3 * fisher.record_bytes(3, 40) - 1)
     trained(tmp_path, adamw)
@@ -130,6 +136,16 @@ def test_records_that_would_be_too_large_are_without_it(tmp_path, monkeypatch):
     assert np.isnan(tree["concentration"]["gain_optimizer"].values).all()
     (message,) = told(tree)
     assert "a record would take 0.0 MiB with it." in message
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=1e-2), lambda p: torch.optim.Muon(p, lr=1e-2)])
+def test_what_takes_no_room_is_there_all_the_same(tmp_path, monkeypatch, make):
+    """Plain gradients are stored once, and those drawn for Muon are few."""
+    monkeypatch.setattr(fisher, "MOST_BYTES", 3 * fisher.record_bytes(3, 40) - 1)
+    trained(tmp_path, make)
+    tree = dynamics.open_run(tmp_path)
+    assert np.isfinite(tree["concentration"]["gain_optimizer"].sel(k=1).values).all()
+    assert not told(tree)
 
 
 def test_the_training_is_the_same_bit_for_bit(tmp_path):
