@@ -12,7 +12,7 @@ KEYS = {
     "captured",
     "gradient",
     "fisher", "intervention", "losses", "sharpness", "path", "base", "scores", "checkpoints", "checkpoint_choice",
-    "association", "comparison", "score_comparison",
+    "routing", "association", "comparison", "score_comparison",
     "toolkit_version", "run", "label", "created", "steps", "segments", "matrices", "last_step", "suggested_rank_energy",
     "totals", "adapters", "over_matrices", "roles", "table", "findings",
 }  # fmt: skip
