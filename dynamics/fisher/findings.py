@@ -165,8 +165,8 @@ def _concentrated(concentration: xr.Dataset) -> Iterator[Finding]:
 
 
 def _beside_optimizer(concentration: xr.Dataset) -> Iterator[Finding]:
-    known, beside = (concentration[name].notnull().any(("block", "k")).values for name in ("gain", "gain_optimizer"))
-    lacking, several = known & ~beside, int(known.sum())
+    compared, beside = (concentration[name].notnull().any(("block", "k")).values for name in ("gain", "gain_optimizer"))
+    lacking, several = compared & ~beside, int(compared.sum())
     young = concentration["optimizer_gradients"].values < LEAST_GRADIENTS
     if lacking.any():
         reason = str(concentration.attrs.get("unpreconditioned", ""))
@@ -181,7 +181,7 @@ def _beside_optimizer(concentration: xr.Dataset) -> Iterator[Finding]:
             else "Compare other steps, or updates of the same optimizer with each other.",
             evidence={"steps": int(lacking.sum()), "of": several, "reason": reason},
         )
-    elif known.any() and (unknown := concentration["gain_optimizer"].isnull().all(("step", "k")).values).any():
+    elif compared.any() and (unknown := concentration["gain_optimizer"].isnull().all(("step", "k")).values).any():
         names = concentration["block"].values[unknown].tolist()
         yield Finding(
             "OD335",
