@@ -140,8 +140,8 @@ def preconditioned_grams(
         elif scale == 0:
             continue
         else:
-            own = k if len(block.parameters) == 1 else gram(column)
-            parts = scale * own, scale**2 * own
+            factor_gram = k if len(block.parameters) == 1 else gram(column)
+            parts = scale * factor_gram, scale**2 * factor_gram
         between, within = between + parts[0], within + parts[1]
     return between, within
 

@@ -24,7 +24,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 @dataclass
-class Call:
+class MixturePass:
     """What passed through a mixture in one forward pass.
 
     Args:
@@ -106,12 +106,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
                 yield from _tensors(part)
 
 
-def rows_of(tensor: Tensor) -> int:
+def token_count(tensor: Tensor) -> int:
     """Return the number of tokens in a tensor whose last dimension is that of features."""
     return tensor.numel() // tensor.shape[-1] if tensor.ndim and tensor.shape[-1] else 0
 
 
-def learn(call: Call, experts: int, ks: Mapping[int, int], order: Sequence[int]) -> Layout | None:
+def learn(
+    call: MixturePass, experts: int, ks: Mapping[int, int], order: Sequence[int], *, is_named: bool = True
+) -> Layout | None:
     """Return how to read a mixture's choices, ``None`` if nothing in this call tells.
 
     Args:
@@ -119,39 +121,45 @@ def learn(call: Call, experts: int, ks: Mapping[int, int], order: Sequence[int])
         experts: Number of experts that it holds.
         ks: Number of the candidate → experts of a token, where it or the block says so.
         order: Numbers of the candidates, the likeliest router first.
+        is_named: Whether a name speaks of experts or a router. Otherwise layers in a row, beside a head with as many
+            outputs, look like experts that all get every token.
     """
-    found = _learn(call, experts, ks, order)
-    if found is None or found.way in ("rows", "soft") or not call.rows:
-        return found
+    layout = _learn(call, experts, ks, order, is_named=is_named)
+    if layout is None or layout.way in ("rows", "soft") or not call.rows:
+        return layout
     rows = [float(call.rows.get(expert, 0)) for expert in range(experts)]
-    sums = sums_of(found, Call(call.outputs, call.arguments))
+    sums = sums_of(layout, MixturePass(call.outputs, call.arguments))
     # Where all experts compute all tokens, weights of zero decide; else what experts are called with is the truth.
     if rows == sums.assigned.tolist()[:experts] or all(row == float(sums.others[0]) for row in rows):
-        return found
-    return Layout("rows", experts, found.router if found.experts == experts else -1, logits=found.logits)
+        return layout
+    return Layout("rows", experts, layout.router if layout.experts == experts else -1, logits=layout.logits)
 
 
-def _learn(call: Call, experts: int, ks: Mapping[int, int], order: Sequence[int]) -> Layout | None:
+def _learn(
+    call: MixturePass, experts: int, ks: Mapping[int, int], order: Sequence[int], *, is_named: bool
+) -> Layout | None:
     routers = [number for number in order if number in call.outputs]
     for number in routers:
-        found = _returned(call.outputs[number], experts, number, k=ks.get(number, 0))
-        if found is not None:
-            return found
+        layout = _returned(call.outputs[number], experts, number, k=ks.get(number, 0))
+        if layout is not None:
+            return layout
     scored = [(number, position) for number in routers if (position := _scores(call.outputs[number], experts)) >= 0]
     number, position = scored[0] if scored else (-1, -1)
     scores = call.outputs[number][position] if scored else None
+    if scores is not None and not scores.numel():  # without a token nothing shows
+        return None
     scale = _scale(scores) if scores is not None else "logits"
     width = scores.shape[-1] if scores is not None else experts
-    tokens = rows_of(scores) if scores is not None else call.tokens
+    tokens = token_count(scores) if scores is not None else call.tokens
     for choice, weights in _index_pairs(call.arguments, width, tokens):
         return Layout("arguments", width, number, choice, weights, position, scale)
     k = ks.get(number, 0)
     if scores is not None and 0 < k <= width:
         return Layout("top_k", width, number, logits=position, scale=scale, k=k)
     everywhere = scores is not None and all(call.rows.get(expert, 0) == tokens for expert in range(experts))
-    if call.rows and not everywhere:
+    if call.rows and not everywhere and (is_named or len({*call.rows.values()}) > 1):
         return Layout("rows", experts, number if width == experts else -1, logits=position, scale=scale, k=k)
-    if scores is not None and (call.rows or call.arguments) and scale != "sigmoid":
+    if scores is not None and (call.rows or call.arguments) and scale != "sigmoid" and is_named:
         return Layout("soft", width, number, logits=position, scale=scale)
     return None
 
@@ -162,13 +170,13 @@ def _returned(tensors: Sequence[Tensor], experts: int, number: int, k: int) -> L
     if position < 0:
         return None
     logits = tensors[position]
-    width, tokens, scale = logits.shape[-1], rows_of(logits), _scale(logits)
+    width, tokens, scale = logits.shape[-1], token_count(logits), _scale(logits)
     for choice, weights in _index_pairs(tensors, width, tokens):
         is_mask = tensors[choice].shape[-1] == width and k != width
         if not is_mask:
             return Layout("indices", width, number, choice, weights, position, scale)
     square = [
-        other for other, tensor in enumerate(tensors) if tensor.shape[-1:] == (width,) and rows_of(tensor) == tokens
+        other for other, tensor in enumerate(tensors) if tensor.shape[-1:] == (width,) and token_count(tensor) == tokens
     ]
     for other in square:
         # Chosen by a weight: as many zeros as experts that were not, in rows that are not all zero.
@@ -184,7 +192,7 @@ def _index_pairs(tensors: Sequence[Tensor], experts: int, tokens: int) -> Iterat
     """Yield positions of indices of experts, one row a token, and of the weights of the same shape."""
     for choice, tensor in enumerate(tensors):
         is_index = tensor.dtype in _INTEGERS and tensor.ndim > 1 and 0 < tensor.shape[-1] <= experts
-        if is_index and rows_of(tensor) == tokens:
+        if is_index and token_count(tensor) == tokens:
             for weights, other in enumerate(tensors):
                 if other.is_floating_point() and other.shape == tensor.shape:
                     yield choice, weights
@@ -215,12 +223,13 @@ def _is_sparse(weights: Tensor) -> bool:
 def _scale(scores: Tensor) -> Scale:
     """Return what scores are: rows of probabilities, numbers between 0 and 1, or anything."""
     scores = scores.double()
-    if not scores.numel() or not bool(((scores >= 0) & (scores <= 1)).all()):
+    # Zeros throughout are the logits of a router that begins at zero.
+    if not bool(scores.any()) or not bool(((scores >= 0) & (scores <= 1)).all()):
         return "logits"
     return "softmax" if bool((scores.sum(-1) - 1).abs().max() < 0.02) else "sigmoid"
 
 
-def sums_of(layout: Layout, call: Call) -> Sums:
+def sums_of(layout: Layout, call: MixturePass) -> Sums:
     """Return the sums of one forward pass.
 
     Args:
@@ -234,6 +243,8 @@ def sums_of(layout: Layout, call: Call) -> Sums:
     logits = outputs[layout.logits].reshape(-1, outputs[layout.logits].shape[-1]) if layout.logits >= 0 else None
     tokens = call.tokens if logits is None else len(logits)
     mask = None if call.mask is None or call.mask.numel() != tokens else call.mask.reshape(-1)
+    if mask is not None and logits is not None:
+        mask = mask.to(logits.device)
     if layout.way == "rows":
         assigned = torch.tensor([float(call.rows.get(expert, 0)) for expert in range(layout.experts)])
         return Sums(assigned.double(), torch.tensor([tokens, 0.0, 0.0], dtype=torch.float64))
@@ -254,7 +265,7 @@ def sums_of(layout: Layout, call: Call) -> Sums:
     return Sums(assigned, torch.stack([counted.to(assigned.device), *_margin(layout, logits, chosen)]))
 
 
-def _chosen(layout: Layout, call: Call, logits: Tensor | None) -> Bool[Tensor, "token expert"]:
+def _chosen(layout: Layout, call: MixturePass, logits: Tensor | None) -> Bool[Tensor, "token expert"]:
     """Return which experts each token was sent to, with a weight other than 0."""
     if layout.way == "top_k":
         assert logits is not None
@@ -263,7 +274,7 @@ def _chosen(layout: Layout, call: Call, logits: Tensor | None) -> Bool[Tensor, "
     tensors = call.arguments if layout.way == "arguments" else call.outputs[layout.router]
     choice = tensors[layout.choice].reshape(-1, tensors[layout.choice].shape[-1])
     if layout.way in ("weights", "mask"):
-        return choice > 0
+        return choice != 0
     kept = tensors[layout.weights].reshape(choice.shape) != 0
     # An index beyond all experts stands for none, as under expert parallelism.
     kept &= (choice >= 0) & (choice < layout.experts)

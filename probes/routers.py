@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probes.router_choices import Call, Layout, Sums, learn, rows_of, sums_of, tensors_in
+from probes.router_choices import Layout, MixturePass, Sums, learn, sums_of, tensors_in, token_count
 from probes.watched import base_model, class_names, plain_path, shape_of
 
 _EXPERTS = re.compile(r"expert", re.IGNORECASE)
@@ -55,7 +55,7 @@ class Mixture:
     layout: Layout | None = None
     was_called: bool = False
     sums: Sums | None = None
-    call: Call | None = field(default=None, repr=False)
+    call: MixturePass | None = field(default=None, repr=False)
 
     def close(self) -> None:
         """Add up what passed through since the block was entered."""
@@ -66,7 +66,8 @@ class Mixture:
             modules = list(self.candidates.values())
             ks = {number: _top_k([module, self.block], self.experts) for number, module in enumerate(modules)}
             words = [_ROUTER.search(path) is None for path in self.candidates]
-            self.layout = learn(call, self.experts, ks, sorted(range(len(modules)), key=words.__getitem__))
+            order = sorted(range(len(modules)), key=words.__getitem__)
+            self.layout = learn(call, self.experts, ks, order, is_named=self.is_named or not all(words))
         if self.layout is not None:
             sums = sums_of(self.layout, call)
             self.sums = sums if self.sums is None else self.sums + sums
@@ -82,8 +83,8 @@ class Routing:
     """The mixtures of experts of a model in training.
 
     Counted are forward passes of the training: not those that gradient checkpointing repeats, nor those without
-    gradients or in evaluation mode. Tokens that the attention mask leaves out do not count, where the mask is passed to
-    the model and has as many entries as the router gets tokens.
+    gradients (evaluation, generation). Tokens that the attention mask leaves out do not count, where the mask is passed
+    to the model and has as many entries as the router gets tokens.
 
     Args:
         model: In any wrapper.
@@ -148,7 +149,7 @@ class Routing:
 
     def unread(self) -> dict[str, str]:
         """Return the blocks with experts whose routing is not known, and why."""
-        known = [mixture.name for mixture in self.mixtures if mixture.layout is not None]
+        read = [mixture.name for mixture in self.mixtures if mixture.layout is not None]
         return {
             mixture.name: (
                 "nothing that passes through it tells which experts were chosen"
@@ -157,7 +158,7 @@ class Routing:
             )
             for mixture in self.mixtures
             if mixture.layout is None and mixture.is_named
-            if not any(name.startswith(f"{mixture.name}.") for name in known)
+            if not any(name.startswith(f"{mixture.name}.".lstrip(".")) for name in read)
         }
 
     def held_in(self, name: str) -> list[str]:
@@ -172,29 +173,31 @@ class Routing:
         """Register the hooks of one mixture and yield their handles."""
         layout = mixture.layout
 
-        def opened(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        def opened(module: nn.Module, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
             mixture.close()
             mixture.was_called = True
-            tensors = tensors_in(arguments)
-            mixture.call = Call(mask=self._mask_of(mixture.name), tokens=rows_of(tensors[0]) if tensors else 0)
+            tensors = tensors_in((*arguments, *options.values()))
+            mixture.call = MixturePass(
+                mask=self._mask_of(mixture.name), tokens=token_count(tensors[0]) if tensors else 0
+            )
 
         def returned(number: int, module: nn.Module, arguments: Any, output: Any) -> None:
             mixture.was_called, call = True, mixture.call
             if call is None or number in call.outputs:  # called again, or from outside of the block's forward
                 mixture.close()
-                call = mixture.call = Call(mask=self._mask_of(mixture.name))
+                call = mixture.call = MixturePass(mask=self._mask_of(mixture.name))
             call.outputs[number] = tensors_in(output)
 
         def called(module: nn.Module, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
             if mixture.call is not None:
                 mixture.call.arguments = tensors_in((*arguments, *options.values()))
 
-        def reached(number: int, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if mixture.call is not None and (tensors := tensors_in(arguments)):
+        def reached(number: int, module: nn.Module, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+            if mixture.call is not None and (tensors := tensors_in((*arguments, *options.values()))):
                 rows = mixture.call.rows
-                rows[number] = rows.get(number, 0) + rows_of(tensors[0])
+                rows[number] = rows.get(number, 0) + token_count(tensors[0])
 
-        yield mixture.block.register_forward_pre_hook(self._counted(opened))
+        yield mixture.block.register_forward_pre_hook(self._counted(opened), with_kwargs=True)
         yield mixture.block.register_forward_hook(self._counted(lambda *_: mixture.close()))
         for number, module in enumerate(mixture.candidates.values()):
             if layout is None or layout.router == number:
@@ -204,7 +207,7 @@ class Routing:
                 yield module.register_forward_pre_hook(self._counted(called), with_kwargs=True)
             if isinstance(module, nn.ModuleList | nn.ModuleDict) and (layout is None or layout.way == "rows"):
                 for number, child in enumerate(_listed(module)):
-                    yield child.register_forward_pre_hook(self._counted(partial(reached, number)))
+                    yield child.register_forward_pre_hook(self._counted(partial(reached, number)), with_kwargs=True)
 
     def _counted(self, hook: Callable[..., None]) -> Callable[..., None]:
         """Return a hook that acts in forward passes of the training alone."""

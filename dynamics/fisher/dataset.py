@@ -536,10 +536,10 @@ def _of_optimizer(step: xr.Dataset, gram: dict[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {"optimizer_gradients": float(step["optimizer_gradients"])}
     for name in OPTIMIZER_RECORD.keys() - {"plain_optimizer", "optimizer_gradients"}:
         if name in step:
-            known = {
+            passed = {
                 block: values
                 for block, values in zip(step["block"].values.tolist(), step[name].values, strict=True)
                 if np.isfinite(values).all()
             }
-            fields |= {name: known} if known else {}
+            fields |= {name: passed} if passed else {}
     return fields

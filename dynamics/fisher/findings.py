@@ -166,14 +166,14 @@ def _concentrated(concentration: xr.Dataset) -> Iterator[Finding]:
 
 
 def _beside_optimizer(concentration: xr.Dataset) -> Iterator[Finding]:
-    known, beside = (concentration[name].notnull().any(("block", "k")).values for name in ("gain", "gain_optimizer"))
-    lacking, young = known & ~beside, concentration["optimizer_gradients"].values < LEAST_GRADIENTS
+    compared, beside = (concentration[name].notnull().any(("block", "k")).values for name in ("gain", "gain_optimizer"))
+    lacking, young = compared & ~beside, concentration["optimizer_gradients"].values < LEAST_GRADIENTS
     reason, told = str(concentration.attrs.get("unpreconditioned", "")), lacking & ~young
     if lacking.any() and young[lacking].all() and not beside.any():  # else there are others to look at
         reason, told = f"the optimizer's second moments rest on fewer than {LEAST_GRADIENTS} gradients there", lacking
     # Of checkpoints nobody can tell what their optimizer would have done.
     if reason and told.any():
-        steps, several = int(told.sum()), int(known.sum())
+        steps, several = int(told.sum()), int(compared.sum())
         yield Finding(
             "OD335",
             f"At {steps} of {several} steps the update is not compared with steps of its optimizer along fresh "

@@ -279,9 +279,9 @@ def _pair(
 
 
 def _filled(values: Mapping[str, Any], blocks: Sequence[str]) -> np.ndarray:
-    known = {name: as_array(array) for name, array in values.items()}
-    missing = np.full(next(iter(known.values())).shape, np.nan)
-    return np.stack([known.get(name, missing) for name in blocks])
+    by_block = {name: as_array(array) for name, array in values.items()}
+    missing = np.full(next(iter(by_block.values())).shape, np.nan)
+    return np.stack([by_block.get(name, missing) for name in blocks])
 
 
 def _part(pair: tuple[np.ndarray, np.ndarray] | None, part: slice) -> tuple[np.ndarray, np.ndarray] | None:

@@ -40,8 +40,8 @@ def expert_updates(data: xr.DataTree | xr.Dataset, *, step: int | None = None, a
         if not len(layers):
             say_nothing_to_draw(axes, "No expert has a load and an increment of its own")
             return figure_of(axes)
-        for place, row in enumerate(layers.tolist()):
-            shown = place if len(layers) <= _MOST_LAYERS else 0
+        for order, row in enumerate(layers.tolist()):
+            shown = order if len(layers) <= _MOST_LAYERS else 0
             name = str(routing["layer"].values[row]) if len(layers) <= _MOST_LAYERS else "experts of all layers"
             axes.plot(
                 load[row][drawn[row]],

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -90,7 +90,7 @@ class ModelState:
         Every training step asks twice, so nothing here is done module by module in Python.
         """
         children, parameters = (
-            list(chain.from_iterable(map(dict.values, map(attrgetter(name), self._modules))))
+            list(chain.from_iterable(map(methodcaller("values"), map(attrgetter(name), self._modules))))
             for name in ("_modules", "_parameters")
         )
         trainable = [parameter for parameter in parameters if parameter is not None]

@@ -597,11 +597,11 @@ def _of_optimizer(gram: ProbeGram, present: np.ndarray, samples: int) -> dict[st
             arrays[name] = array
     for name, by_block in {name: getattr(gram, name) for name in ("drawn_product", "drawn_norm_squared")}.items():
         if by_block:
-            known = {block: np.asarray(values) for block, values in by_block.items()}
-            missing = np.full(next(iter(known.values())).shape, np.nan)
-            arrays[name] = np.stack([known.get(block, missing) for block in gram.blocks])[None]
-    known = {"plain_optimizer": np.zeros(1), "optimizer_gradients": np.array([gram.optimizer_gradients])}
-    return {**known, **arrays} if arrays else {}
+            sums = {block: np.asarray(values) for block, values in by_block.items()}
+            missing = np.full(next(iter(sums.values())).shape, np.nan)
+            arrays[name] = np.stack([sums.get(block, missing) for block in gram.blocks])[None]
+    always = {"plain_optimizer": np.zeros(1), "optimizer_gradients": np.array([gram.optimizer_gradients])}
+    return {**always, **arrays} if arrays else {}
 
 
 def score_record(step: int, scores: Sequence[Score], retained: Sequence[bool]) -> xr.Dataset:

@@ -293,8 +293,8 @@ class LiveSpectra:
         ) -> dict[str, tuple[Tensor, int] | str]:
             """Return spectra, or what went wrong."""
             try:
-                measured = _gradient_values(batch, _reading(changes), _reading(values), workspace)
-                return dict(zip([matrix.name for matrix in batch], measured, strict=True))
+                gradient_values = _gradient_values(batch, _reading(changes), _reading(values), workspace)
+                return dict(zip([matrix.name for matrix in batch], gradient_values, strict=True))
             except torch.OutOfMemoryError:  # what comes next will not fare better
                 raise
             except Exception as error:
@@ -543,13 +543,13 @@ def _gradient_values(
     batch: Sequence[Watched], gradients: Reading, values: Reading, workspace: Workspace
 ) -> list[tuple[Float[Tensor, " k"], int]]:
     """Return the singular values of the gradients of matrices of one shape, on the host, and the columns of factors."""
-    measured: list[tuple[Tensor, int]] = [(torch.empty(0), 0)] * len(batch)
+    gradient_values: list[tuple[Tensor, int]] = [(torch.empty(0), 0)] * len(batch)
     groups: dict[tuple[int, ...], list[tuple[int, list[LowRankMatrix]]]] = defaultdict(list)
     for index, matrix in enumerate(batch):
         if matrix.is_dense:
             slope = matrix.gradient(gradients, values)
             assert isinstance(slope, Tensor)
-            measured[index] = dense_singular_values(slope.to(torch.float64)).cpu(), min(slope.shape)
+            gradient_values[index] = dense_singular_values(slope.to(torch.float64)).cpu(), min(slope.shape)
         else:
             products = matrix.gradient_products(gradients, values)
             groups[tuple(product.rank for product in products)].append((index, products))
@@ -558,5 +558,5 @@ def _gradient_values(
         reduced = cores(stack_sums(sums, sums[0][0].left_factor.device, workspace), fast=True)
         rows = core_singular_values(reduced.total())[:, : min(sum(ranks), *sums[0][0].shape)]
         for (index, _), row in zip(members, rows.unbind(), strict=True):
-            measured[index] = row, sum(ranks)
-    return measured
+            gradient_values[index] = row, sum(ranks)
+    return gradient_values

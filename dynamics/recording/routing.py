@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from dynamics.findings import Finding
+from dynamics.recording.changes import ModelState
 from dynamics.routing.dataset import CHOSEN, SOFT, routing_record
 from dynamics.text import counted, some
 from probes.router_choices import Sums
@@ -28,6 +30,8 @@ from probes.routers import Routing
 PATIENCE = 15.0
 #: What a rank leaves in the store: its counts, or why it has none.
 _COUNTS, _FAILED = b"c", b"f"
+#: Key that the first rank sets once it receives nothing any more.
+_ENDED = "ended"
 _NAMED = 5
 
 
@@ -41,26 +45,25 @@ class RoutingRecorder:
 
     def __init__(self, model: nn.Module, exchange: Exchange | None = None) -> None:
         self._model, self._exchange = model, exchange
-        self._routing = Routing(model)
-        self._modules = _modules(model)
+        self._look()
         self._told: set[str] = set()
         self._armed: int | None = None
         self._is_closed = False
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether the model has no block that may be a mixture of experts."""
-        return not self._routing.mixtures
+    def _look(self) -> None:
+        self._routing, self._state = Routing(self._model), ModelState(self._model)
+        #: Whether the model has no block that may be a mixture of experts.
+        self.is_empty = not self._routing.mixtures
 
     def arm(self, step: int) -> None:
         """Count the forward passes of this step."""
         if self._is_closed:
             return
-        modules = _modules(self._model)
-        if modules != self._modules:  # an adapter was added, say
+        if self._state.has_changed():  # an adapter was added or switched, say
             self._routing.disarm()
-            self._routing, self._modules = Routing(self._model), modules
-        if self.is_empty:
+            self._look()
+        # One rank may learn before another that no block is a mixture: all go on to hand over what they have.
+        if self.is_empty or (self._exchange is None and not self._routing.mixtures):
             return
         self._armed = step
         self._routing.arm()
@@ -85,7 +88,7 @@ class RoutingRecorder:
         """Return the counts of all ranks since :meth:`arm`, ``None`` if no router was called.
 
         Raises:
-            RuntimeError: If counting failed on a rank, or a rank did not come.
+            RuntimeError: If counting failed on a rank; or if a rank did not come, after which nothing is counted.
         """
         step, self._armed = self._armed, None
         if step is None:
@@ -94,7 +97,7 @@ class RoutingRecorder:
         try:
             sums = self._routing.take()
         finally:  # what the others have sent is taken in any case
-            others = [] if self._exchange is None else self._exchange.receive(step)
+            others = self._received(step)
         for rank in others:
             for name, theirs in _unpacked(rank).items():
                 sums[name] = sums[name] + theirs if name in sums else theirs
@@ -108,6 +111,15 @@ class RoutingRecorder:
             "held_in": [",".join(self._routing.held_in(name)) for name in names],
         }
         return routing_record(step, layers, about)
+
+    def _received(self, step: int) -> list[bytes]:
+        if self._exchange is None:
+            return []
+        try:
+            return self._exchange.receive(step)
+        finally:
+            if self._exchange.has_ended:
+                self.close()
 
     def findings(self) -> list[Finding]:
         """Return findings on routers that a captured step could not read; each block is told once."""
@@ -154,13 +166,20 @@ class Exchange:
         self._patience = patience
         self._missing = ""
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether a rank did not come, so that nothing is received any more."""
+        return bool(self._missing)
+
     def send(self, step: int, counts: Callable[[], bytes]) -> None:
-        """Leave this rank's counts for the first; what goes wrong is left in their place."""
+        """Leave this rank's counts for the first; what goes wrong is left in their place. Raises nothing."""
         try:
             message = _COUNTS + counts()
         except Exception as error:  # the first rank tells
             message = _FAILED + f"rank {self._rank}: {error}".encode(errors="replace")
-        self._store.set(f"{step}/{self._rank}", message)
+        with suppress(Exception):  # without its store the first rank misses this one, and tells
+            if not self._store.check([_ENDED]):
+                self._store.set(f"{step}/{self._rank}", message)
 
     def receive(self, step: int) -> list[bytes]:
         """Return the counts of the other ranks.
@@ -176,6 +195,7 @@ class Exchange:
         while not self._store.check(keys):
             if time.monotonic() > deadline:
                 self._missing = f"a rank did not send what its routers chose within {patience:g} s"
+                self._store.set(_ENDED, b"")  # so that the others leave nothing that nobody takes
                 raise RuntimeError(self._missing)
             time.sleep(pause)  # the store serves others, too
             pause = min(2 * pause, 0.02)
@@ -186,10 +206,6 @@ class Exchange:
         if failures:
             raise RuntimeError(failures[0])
         return [message[1:] for message in messages]
-
-
-def _modules(model: nn.Module) -> tuple[int, ...]:
-    return tuple(map(id, model.modules()))
 
 
 def _packed(sums: Mapping[str, Sums]) -> bytes:
@@ -224,13 +240,13 @@ def routing_numbers(record: xr.Dataset | None) -> dict[str, float]:
         return {}
     assigned, experts = record["assigned"].values[0], record["experts"].values
     total = np.nansum(assigned, -1)
-    known = total > 0
-    if not known.any():
+    called = total > 0
+    if not called.any():
         return {}
-    load = np.nan_to_num(assigned[known] / total[known, None])
-    entropy = np.exp(-(load * np.log(np.where(load > 0, load, 1.0))).sum(-1)) / experts[known]
-    largest = load.max(-1) * experts[known]
-    dead = (assigned[known] == 0).sum(-1)
+    load = np.nan_to_num(assigned[called] / total[called, None])
+    entropy = np.exp(-(load * np.log(np.where(load > 0, load, 1.0))).sum(-1)) / experts[called]
+    largest = load.max(-1) * experts[called]
+    dead = (assigned[called] == 0).sum(-1)
     margin = record["margin"].values[0]
     margin = margin[np.isfinite(margin)]
     numbers = {

@@ -56,25 +56,25 @@ def _row(layer: xr.Dataset) -> dict[str, Any]:
 
 def _sentence(rows: list[dict[str, Any]]) -> str:
     """Return loads and who was trained in words."""
-    known = [row for row in rows if row["largest_share"] is not None]
-    if not known:
+    loaded = [row for row in rows if row["largest_share"] is not None]
+    if not loaded:
         return "No router was called at the last step with routing."
-    shares = [row["effective_experts"] / row["experts"] for row in known]
-    worst = max(known, key=lambda row: row["largest_share"] * row["experts"])
-    dead = sum(row["dead"] or 0 for row in known)
-    experts = sum(row["experts"] for row in known)
+    shares = [row["effective_experts"] / row["experts"] for row in loaded]
+    worst = max(loaded, key=lambda row: row["largest_share"] * row["experts"])
+    dead = sum(row["dead"] or 0 for row in loaded)
+    experts = sum(row["experts"] for row in loaded)
     text = (
         f"Tokens are spread as if over {percent(float(np.median(shares)), 0)} of the experts of a layer (median of "
-        f"{counted(len(known), 'layer')}). The largest load is that of expert {worst['largest_expert']} of "
+        f"{counted(len(loaded), 'layer')}). The largest load is that of expert {worst['largest_expert']} of "
         f"{worst['layer']}: {percent(worst['largest_share'])} of its layer's, "
         f"{number(worst['largest_share'] * worst['experts'], 2)} times a uniform load. "
         f"{f'{dead:,} of {experts:,} experts got no token' if dead else f'All {experts:,} experts got tokens'}."
     )
-    correlations = [row["load_update_correlation"] for row in known if row["load_update_correlation"] is not None]
+    correlations = [row["load_update_correlation"] for row in loaded if row["load_update_correlation"] is not None]
     if correlations:
         middle = number(float(np.median(correlations)), 2)
         text += (
             f" Rank correlation of load and increment over the experts of a layer: {middle} (median over layers; near "
-            "1, tokens decide who is trained)."
+            "1, experts with more tokens moved more)."
         )
     return text

@@ -85,12 +85,13 @@ def measure_routing(record: xr.Dataset, update: xr.Dataset, gradient: xr.Dataset
     assigned, tokens = record["assigned"].values, record["tokens"].values
     experts = record["experts"].values.astype(np.float64)[None]
     total = np.nansum(assigned, -1)
-    known = np.isfinite(tokens) & (total > 0)
+    routed = np.isfinite(tokens) & (total > 0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        load = np.where(known[..., None], assigned / total[..., None], np.nan)
-        entropy = np.where(known, -np.nansum(load * np.log(np.where(load > 0, load, 1.0)), -1), np.nan)
-        k = np.where(known & (record["routing"].values != SOFT)[None], total / tokens, np.nan)
-    largest = np.where(known, np.nan_to_num(load).max(-1, initial=0.0), np.nan)
+        load = np.where(routed[..., None], assigned / total[..., None], np.nan)
+        entropy = np.where(routed, -np.nansum(load * np.log(np.where(load > 0, load, 1.0)), -1), np.nan)
+        chooses = routed & (tokens > 0) & (record["routing"].values != SOFT)[None]
+        k = np.where(chooses, total / tokens, np.nan)
+    largest = np.where(routed, np.nan_to_num(load).max(-1, initial=0.0), np.nan)
     numbers = {
         "assigned": assigned,
         "tokens": tokens,
@@ -100,7 +101,7 @@ def measure_routing(record: xr.Dataset, update: xr.Dataset, gradient: xr.Dataset
         "effective_experts": np.exp(entropy),
         "largest_share": largest,
         "largest_share_chance": largest_share(tokens, k, np.broadcast_to(experts, tokens.shape)),
-        "dead": np.where(known, (assigned == 0).sum(-1), np.nan),
+        "dead": np.where(routed, (assigned == 0).sum(-1), np.nan),
         "dead_chance": experts * dead_probability(tokens, k, np.broadcast_to(experts, tokens.shape)),
         "update_norm": _norms(record, update, "increment"),
         "gradient_norm": _norms(record, gradient, ""),
@@ -110,22 +111,31 @@ def measure_routing(record: xr.Dataset, update: xr.Dataset, gradient: xr.Dataset
     return xr.Dataset(schema.label_arrays(schema.ROUTING, numbers), coords)
 
 
-def expert_matrices(record: xr.Dataset, names: Sequence[str]) -> Iterator[tuple[int, int, int]]:
+def holders(record: xr.Dataset) -> list[tuple[str, int, int]]:
+    """Return the modules that hold experts, each with the number of its layer and how many experts that has.
+
+    >>> holders(routing_record(1, {"mlp": (np.ones(3), 3.0, 1.0)}, {"routing": ["top-k"], "held_in": ["experts"]}))
+    [('mlp.experts', 0, 3)]
+    """
+    columns = (record[name].values.tolist() for name in ("layer", "held_in", "experts"))
+    return [
+        (f"{layer}.{word}".strip("."), row, int(experts))
+        for row, (layer, words, experts) in enumerate(zip(*columns, strict=True))
+        for word in words.split(",")
+        if word
+    ]
+
+
+def matrices_by_expert(record: xr.Dataset, names: Sequence[str]) -> Iterator[tuple[int, int, int]]:
     """Yield layer, expert and matrix, by number, for each matrix that belongs to one expert.
 
     >>> record = routing_record(1, {"mlp": (np.ones(3), 3.0, 1.0)}, {"routing": ["top-k"], "held_in": ["experts"]})
-    >>> list(expert_matrices(record, ["mlp.experts.down_proj[2]", "mlp.experts.0.w1", "mlp.gate"]))
+    >>> list(matrices_by_expert(record, ["mlp.experts.down_proj[2]", "mlp.experts.0.w1", "mlp.gate"]))
     [(0, 2, 0), (0, 0, 1)]
     """
-    holders = [
-        (f"{layer}.{word}".strip("."), row, int(experts))
-        for row, (layer, words, experts) in enumerate(
-            zip(*(record[name].values.tolist() for name in ("layer", "held_in", "experts")), strict=True)
-        )
-        for word in words.split(",")
-    ]
+    modules = holders(record)
     for number, name in enumerate(names):
-        for prefix, row, experts in holders:
+        for prefix, row, experts in modules:
             match = _NUMBER.fullmatch(name[len(prefix) :]) if name.startswith(prefix) else None
             if match is not None and (expert := int(match[1] or match[2])) < experts:
                 yield row, expert, number
@@ -141,7 +151,7 @@ def _norms(record: xr.Dataset, group: xr.Dataset | None, kind: str) -> Float[np.
     values = norm.reindex(step=record["step"].values).transpose("step", "matrix").values
     squares, counts = np.zeros(shape), np.zeros(shape[1:])
     is_part = parts_of_sums(names)
-    for layer, expert, matrix in expert_matrices(record, names):
+    for layer, expert, matrix in matrices_by_expert(record, names):
         if not is_part[matrix]:
             squares[:, layer, expert] += values[:, matrix] ** 2
             counts[layer, expert] += 1
@@ -149,10 +159,10 @@ def _norms(record: xr.Dataset, group: xr.Dataset | None, kind: str) -> Float[np.
 
 
 def _correlations(load: Float[np.ndarray, "step layer expert"], norms: Float[np.ndarray, "step layer expert"]):
-    result = np.full(load.shape[:2], np.nan)
-    for place in np.ndindex(*result.shape):
-        both = np.isfinite(load[place]) & np.isfinite(norms[place])
-        ranks = [stats.rankdata(values[place][both]) for values in (load, norms)]
-        if both.sum() >= 3 and all(np.ptp(rank) > 0 for rank in ranks):
-            result[place] = np.corrcoef(*ranks)[0, 1]
-    return result
+    both = np.isfinite(load) & np.isfinite(norms)
+    ranks = [stats.rankdata(np.where(both, one, np.nan), axis=-1, nan_policy="omit") for one in (load, norms)]
+    # Ranks from 1 to n have the mean (n + 1)/2, whatever ties there are.
+    of_load, of_norm = (np.where(both, rank - (both.sum(-1, keepdims=True) + 1) / 2, 0.0) for rank in ranks)
+    size = np.sqrt((of_load**2).sum(-1) * (of_norm**2).sum(-1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where((both.sum(-1) >= 3) & (size > 0), (of_load * of_norm).sum(-1) / size, np.nan)

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics.findings import Finding
-from dynamics.routing.dataset import SOFT, expert_matrices
+from dynamics.routing.dataset import SOFT, holders, matrices_by_expert
 from dynamics.routing.uniform_null import LEVEL, dead_probability, largest_share
 from dynamics.text import counted, number, percent, some
 
@@ -115,13 +115,9 @@ def _overloaded(routing: xr.Dataset) -> list[Finding]:
 
 def _together(routing: xr.Dataset, names: Sequence[str]) -> list[Finding]:
     """Return a finding if matrices hold the weights of several experts."""
-    own = {matrix for *_, matrix in expert_matrices(routing, names)}
-    prefixes = tuple(
-        f"{layer}.{word}".strip(".") + "."
-        for layer, words in zip(routing["layer"].values.tolist(), routing["held_in"].values.tolist(), strict=True)
-        for word in words.split(",")
-    )
-    mixed = [name for row, name in enumerate(names) if row not in own and name.startswith(prefixes)]
+    of_one = {matrix for *_, matrix in matrices_by_expert(routing, names)}
+    prefixes = tuple(f"{holder}." for holder, *_ in holders(routing))
+    mixed = [name for row, name in enumerate(names) if row not in of_one and name.startswith(prefixes)]
     if not mixed:
         return []
     return [

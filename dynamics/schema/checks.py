@@ -44,7 +44,6 @@ _JSON_ATTRIBUTES = ("library_versions", "configuration", "inputs", "findings")
 
 
 @lru_cache(maxsize=10_000)
-@lru_cache(maxsize=10_000)
 def layer_and_role(name: str) -> tuple[int, str, str]:
     """Layer number (−1 if none), role within the layer, and the stack of layers it belongs to.
 
@@ -476,7 +475,8 @@ def _recorded_routing_problems(dataset: xr.Dataset) -> Iterator[str]:
     if (experts > dataset.sizes["expert"]).any():
         yield "counts more experts than it has"
     inside = np.arange(dataset.sizes["expert"]) < experts[:, None]
-    if (np.isfinite(assigned) != inside).any() or (np.nan_to_num(assigned) < 0).any():
+    counted = np.isfinite(assigned)
+    if (counted & ~inside).any() or (counted.any(-1) & ~(counted | ~inside).all(-1)).any() or (assigned < 0).any():
         yield "does not count the tokens of each expert from 0"
     if not (dataset["tokens"].values >= 0).all():
         yield "does not count its tokens"

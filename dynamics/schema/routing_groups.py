@@ -17,9 +17,10 @@ ROUTING_RECORD: Mapping[str, Variable] = {
         "tokens sent to an expert",
         "number of tokens that the router sent to the expert with a weight other than 0, in the forward passes of the "
         "step over all micro-batches and processes; of soft routing Σ of the tokens' weights. Tokens that the model's "
-        "attention mask leaves out are not counted, where the mask has as many entries as the router gets tokens. "
-        "Passes that gradient checkpointing repeats, evaluation, generation and probes are not counted, nor are shared "
-        "experts. NaN beyond experts",
+        "attention mask leaves out are not counted, where the mask has as many entries as the router gets tokens and "
+        "the choice is read token by token, not from the rows of experts alone. Passes that gradient checkpointing "
+        "repeats, evaluation, generation and probes are not counted, nor are shared "
+        "experts. NaN beyond experts, and throughout a layer of soft routing in which a weight is not finite",
     ),
     "tokens": Variable(_PER_LAYER, "tokens", "tokens routed", "tokens that the router was called with, as in assigned"),
     "margin": Variable(

@@ -170,7 +170,7 @@ class Cores:
     scale_before: Float[Tensor, "batch rank"] | None
     by_gram: Bool[Tensor, " batch"] | None = None
 
-    def each(self) -> list[Cores]:
+    def one_by_one(self) -> list[Cores]:
         """Return each matrix of the batch, as a batch of one."""
         before = [None] * len(self.left) if self.scale_before is None else self.scale_before.split(1)
         columns = zip(self.left.split(1), self.right.split(1), self.scale.split(1), before, strict=True)
@@ -245,7 +245,7 @@ def _first(values: Float[Tensor, " k"], count: int) -> Float[Tensor, " count"]:
 
 
 def join(members: Sequence[Cores]) -> Cores:
-    """Join members of one shape to a batch: the inverse of :meth:`Cores.each`."""
+    """Join members of one shape to a batch: the inverse of :meth:`Cores.one_by_one`."""
     before = [member.scale_before for member in members if member.scale_before is not None]
     return Cores(
         torch.cat([member.left for member in members]),

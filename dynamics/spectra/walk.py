@@ -243,7 +243,7 @@ def _solve_factors(
             for i in range(len(now))
         ]
     # The inner product with the next increment needs this one's triangles; across a change of rank there is none.
-    members = reduced.each() if same_rank else [None] * len(now)
+    members = reduced.one_by_one() if same_rank else [None] * len(now)
     return list(map(BatchResult, spectra, members, finite.tolist(), noise))
 
 

@@ -329,6 +329,77 @@ def test_a_model_without_experts_has_no_mixture() -> None:
     assert not [m for m in find_mixtures(nn.Sequential(nn.Linear(3, 3), nn.Conv1d(3, 3, 1))) if m.is_named]
 
 
+class Stacked(nn.Module):
+    """Layers in a row and a head with as many outputs: nothing to do with experts."""
+
+    def __init__(self, *, pools: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.head, self.pools = nn.Linear(4, 3), pools
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return self.head(tokens.mean(1) if self.pools else tokens)
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(2, 5, 4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens + self.table[0]
+
+
+class Tagger(nn.Module):
+    """A weight with three dimensions, and a head with as many outputs as it has entries in the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.head = Positions(), nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.positions(tokens))
+
+
+@pytest.mark.parametrize("model", [Stacked(pools=False), Stacked(pools=True), Tagger()], ids=["row", "pooled", "stack"])
+def test_layers_beside_a_head_of_as_many_outputs_are_no_experts(model: nn.Module) -> None:
+    routing = Routing(model)
+    assert routing.mixtures  # until they are called
+    routing.arm()
+    model(torch.randn(2, 5, 4)).sum().backward()
+    routing.disarm()
+    assert routing.take() == {}
+    assert not routing.mixtures
+    assert routing.unread() == {}
+
+
+class Keywords(Listed):
+    """Experts without a word on scores, called by keyword, inside a model that knows their number."""
+
+    def __init__(self) -> None:
+        super().__init__(says_k=False)
+        self.gate, self.table = nn.Identity(), nn.Embedding(5, 4)  # type: ignore[assignment]
+
+    def forward(self, *, tokens: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.cat([self.experts[0](input=tokens[:2]), self.experts[3](input=tokens[2:])])
+
+
+def test_blocks_and_experts_that_are_called_by_keyword() -> None:
+    model = nn.Module()
+    model.num_experts, model.mlp = 4, Keywords()
+    model.forward = lambda tokens: model.mlp(tokens=tokens)  # type: ignore[method-assign]
+    routing = Routing(model)
+    routing.arm()
+    model(torch.randn(5, 4)).sum().backward()
+    routing.disarm()
+    sums = routing.take()
+    assert sums["mlp"].assigned.tolist() == [2, 0, 0, 3]
+    assert sums["mlp"].others[0] == 5
+    assert routing.unread() == {}  # what is read inside of it need not be read of the whole
+
+
 def test_a_fault_in_a_hook_is_told_later_and_the_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mixture("mixtral")
     routing = Routing(model)

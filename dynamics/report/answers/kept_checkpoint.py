@@ -70,9 +70,9 @@ def which_checkpoint(tree: xr.DataTree, summary: Mapping[str, Any]) -> Answer:
     if choice["best"] is None and choice["reported"] is None:
         sentence = "; ".join([f"No checkpoint can be chosen: {choice['reason']}", *beside])
         verdict: Verdict = "no" if beside else "undecided" if of_losses else "not_asked"
-        measured = ["/loss/sample_loss", *paths] if of_losses else paths
+        all_paths = ["/loss/sample_loss", *paths] if of_losses else paths
         how = _FINITE if of_losses else _HOW
-        return Answer(_QUESTION, verdict, f"{sentence}.", (*map(Evidence, measured),), 0.95 if beside else None, how)
+        return Answer(_QUESTION, verdict, f"{sentence}.", (*map(Evidence, all_paths),), 0.95 if beside else None, how)
     evidence = (
         Evidence("checkpoint_choice", *(_nan(reported[name]) for name in ("value", "low", "high"))),
         Evidence("/loss/sample_loss" if of_losses else "/score/score"),

@@ -13,7 +13,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 
 from dynamics.report.answers.answer import Answer, Evidence, Verdict
-from dynamics.routing.dataset import expert_matrices
+from dynamics.routing.dataset import matrices_by_expert
 from dynamics.spectra.dataset import parts_of_sums
 from dynamics.spectra.findings import LOST
 from dynamics.spectra.outlying_sizes import FACTOR, is_expert, outlying, relative_sizes
@@ -276,7 +276,7 @@ def _without_tokens(tree: xr.DataTree, matrices: _Matrices) -> Bool[np.ndarray, 
     routing = routing.isel(step=routing["step"].values >= matrices.newest["step"].values[0]).load()
     assigned = routing["assigned"].values
     dead = (np.nan_to_num(assigned) == 0).all(0) & np.isfinite(assigned).any(0)
-    for layer, expert, matrix in expert_matrices(routing, matrices.names):
+    for layer, expert, matrix in matrices_by_expert(routing, matrices.names):
         unreached[matrix] = dead[layer, expert]
     return unreached
 

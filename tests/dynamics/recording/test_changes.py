@@ -401,3 +401,12 @@ def test_a_recorder_without_records_gives_way(tmp_path):
         warnings.simplefilter("error")
         first.close()
         Recorder(tmp_path, trained, every=1).close()
+
+
+def test_a_compiled_script_inside_the_model_is_followed_too() -> None:
+    """Its modules and parameters are in no dictionary of Python."""
+    whole = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2)))
+    state = ModelState(whole)
+    assert not state.has_changed()
+    whole[1].weight.requires_grad_(False)
+    assert state.has_changed()

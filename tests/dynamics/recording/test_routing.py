@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from dynamics import DynamicsCallback, Recorder
 from dynamics.recording.routing import Exchange, RoutingRecorder, routing_numbers
 from dynamics.routing.dataset import routing_record
 from tests.mixtures import batch, loss, mixture
+from tests.probes.test_routers import Connector
 from tests.runs import VOCABULARY, trainer
 
 STEPS = 3
@@ -188,6 +190,35 @@ def test_an_adapter_that_is_added_later_does_not_lose_the_routers(tmp_path: Path
     assert record["layer"].values.tolist() == ["model.layers.0.mlp", "model.layers.1.mlp"]
 
 
+def test_another_adapter_is_looked_at_anew() -> None:
+    """Which module computes is a setting of PEFT's wrapper; the modules stay."""
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["experts"])
+    model = peft.get_peft_model(mixture("mixtral"), config)
+    model.add_adapter("other", config)
+    routing = RoutingRecorder(model)
+    model.set_adapter("other")
+    routing.arm(1)
+    loss(model, batch(model)).backward()
+    assert routing.record() is not None
+    (saved,) = {type(m): m for m in routing._routing.mixtures[0].holders.values()}.values()
+    assert saved is model.base_model.model.model.layers[0].mlp.experts.modules_to_save["other"]
+
+
+@pytest.mark.parametrize("logit", [torch.nan, torch.inf])
+def test_soft_routing_that_is_not_finite_is_a_record_without_a_load(logit: float, tmp_path: Path) -> None:
+    model = Connector()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with Recorder(tmp_path, model, every=1) as recorder:
+        for step in (1, 2):
+            with recorder.step(step, optimizer):
+                model(torch.randn(4, 4)).sum().backward()
+            model.router[2].bias.data[1] = logit
+    routing = dynamics.open_run(tmp_path)["routing"]
+    assert routing["load"].sel(step=1).sum() == pytest.approx(1)
+    assert routing["tokens"].values.tolist() == [[4], [4]]
+    assert routing["load"].sel(step=2).isnull().all()
+
+
 def test_a_closed_recorder_counts_no_more() -> None:
     model = mixture("mixtral")
     routing = RoutingRecorder(model)
@@ -229,6 +260,49 @@ def test_a_rank_that_does_not_come_costs_its_patience_once() -> None:
     with pytest.raises(RuntimeError, match=message):
         first.receive(2)
     assert time.monotonic() - begin < 0.2
+
+
+def test_once_a_rank_is_missing_nothing_is_counted_or_left_in_the_store() -> None:
+    store = dist.HashStore()
+    first, second = exchanges(store, patience=0.05)
+    model = mixture("mixtral")
+    recorder = RoutingRecorder(model, first)
+    recorder.arm(1)
+    loss(model, batch(model)).backward()
+    with pytest.raises(RuntimeError, match="a rank did not send"):
+        recorder.record()
+    second.send(1, lambda: b"late")
+    assert store.num_keys() == 1  # which says that it is over
+    recorder.arm(2)
+    assert recorder.record() is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_rank_hands_over_even_where_it_has_found_no_mixture() -> None:
+    """One rank may learn from its batch what another does not; the first one waits for all."""
+    first, second = exchanges(dist.HashStore())
+    models = [mixture("mixtral"), mixture("mixtral")]
+    recorders = [RoutingRecorder(model, one) for model, one in zip(models, (first, second), strict=True)]
+    recorders[1]._routing.mixtures = []
+    for step in (1, 2):
+        for recorder, model in zip(recorders, models, strict=True):
+            recorder.arm(step)
+            loss(model, batch(model)).backward()
+        recorders[1].send()
+        record = recorders[0].record()
+        assert record is not None
+        assert (record["tokens"] == 12).all()
+
+
+def test_a_store_that_is_gone_costs_nothing() -> None:
+    class Gone:
+        def check(self, keys: list[str]) -> bool:
+            raise RuntimeError("Broken pipe")
+
+        def set(self, key: str, message: bytes) -> None:
+            raise RuntimeError("Broken pipe")
+
+    Exchange(Gone(), 1, 2).send(1, lambda: b"")
 
 
 def test_a_rank_that_failed_says_why() -> None:

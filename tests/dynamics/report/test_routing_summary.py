@@ -46,8 +46,8 @@ def test_the_sentence():
     assert summary["sentence"] == (
         "Tokens are spread as if over 76 % of the experts of a layer (median of 2 layers). The largest load is that of "
         "expert 0 of b.mlp: 83.3 % of its layer's, 2.5 times a uniform load. 1 of 6 experts got no token. Rank "
-        "correlation of load and increment over the experts of a layer: 1.0 (median over layers; near 1, tokens decide "
-        "who is trained)."
+        "correlation of load and increment over the experts of a layer: 1.0 (median over layers; near 1, experts with "
+        "more tokens moved more)."
     )
 
 

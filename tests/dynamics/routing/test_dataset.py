@@ -10,7 +10,7 @@ import xarray as xr
 from scipy import stats
 
 from dynamics import schema
-from dynamics.routing.dataset import expert_matrices, joined_routing, measure_routing, routing_record
+from dynamics.routing.dataset import joined_routing, matrices_by_expert, measure_routing, routing_record
 
 COUNTS = np.array([6.0, 0.0, 2.0, 4.0])
 
@@ -104,4 +104,4 @@ def test_no_token_at_all_has_no_load() -> None:
     ],
 )
 def test_whose_matrix_a_matrix_is(name: str, expert: int | None) -> None:
-    assert [found[1] for found in expert_matrices(record(), [name])] == ([] if expert is None else [expert])
+    assert [found[1] for found in matrices_by_expert(record(), [name])] == ([] if expert is None else [expert])

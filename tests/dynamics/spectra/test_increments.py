@@ -58,7 +58,7 @@ def test_a_batch_equals_its_members():
     for index, (a, b) in enumerate(pairs):
         alone = increments.cores(increments.stack([a], [b]))
         torch.testing.assert_close(batch.increment()[index], alone.increment()[0])
-        torch.testing.assert_close(batch.each()[index].total(), alone.total())
+        torch.testing.assert_close(batch.one_by_one()[index].total(), alone.total())
 
 
 @pytest.mark.parametrize("relative", [1e-1, 1e-8])
@@ -129,7 +129,7 @@ def test_inner_product_of_consecutive_increments(relative, scales):
 def test_members_join_to_their_batch():
     now, before = random_lora(9, 8, 2, 0), random_lora(9, 8, 2, 1)
     batch = increments.cores(increments.stack([now, before], [before, now]))
-    joined = increments.join(batch.each())
+    joined = increments.join(batch.one_by_one())
     torch.testing.assert_close(joined.increment(), batch.increment(), rtol=0, atol=0)
 
 
