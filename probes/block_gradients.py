@@ -14,7 +14,7 @@ from probes.layer_rules import adapted_layer
 from probes.low_rank import LowRankMatrix
 from probes.sample_gradients import Materialised, Outer, SampleGradient, Scatter, Term, at_least_single
 from probes.spaces import TangentSpace
-from probes.watched import Matrix
+from probes.watched import Matrix, without_values
 
 
 def factors(block: Block) -> list[nn.Parameter]:
@@ -31,7 +31,7 @@ def viewed(gradient: SampleGradient, view: Callable[[Tensor], Tensor] | None, pa
     """Return a block's part of a parameter's gradients."""
     if view is None:
         return gradient
-    part = view(parameter.detach())
+    part = view(without_values(parameter))
     if part.numel() == parameter.numel():  # all of it, flattened perhaps: rows stay rows
         return SampleGradient(tuple(part.shape), gradient.samples, gradient.terms)
     values = torch.stack([view(values) for values in gradient.dense(parameter)])
@@ -46,7 +46,7 @@ def gradient_as_matrix(
     Raises:
         ValueError: If the layer's inputs and outputs do not determine it.
     """
-    out, in_ = block.products[0].matrix(lambda p: p.detach()).shape
+    out, in_ = block.products[0].matrix(without_values).shape
     # An embedding's rows are words; the adapter's matrix is (dimension, words).
     shape = (in_, out) if isinstance(adapted_layer(layer), nn.Embedding) else (out, in_)
     if term is None and any(gradients[id(parameter)].terms for parameter, _ in block.parameters):

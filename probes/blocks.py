@@ -20,6 +20,7 @@ from probes.watched import (
     is_sharded,
     plain_path,
     unique_names,
+    without_values,
 )
 
 
@@ -144,8 +145,7 @@ def _layer(watched: Watched, adapted: Mapping[int, nn.Module]) -> nn.Module | No
 def _block(watched: Watched, space: str, adapted: Mapping[int, nn.Module]) -> Block:
     if isinstance(watched.terms, Dense):
         parameter, view = watched.terms.parameter, watched.terms.view
-        matrix = view(parameter.detach())
-        return Block(watched.name, parameters=((parameter, view),), dimension=matrix.numel())
+        return Block(watched.name, parameters=((parameter, view),), dimension=view(without_values(parameter)).numel())
     products = watched.terms
     parameters = tuple(
         {id(p): (p, None) for product in products for p in product.parameters if p.requires_grad}.values()
@@ -164,7 +164,7 @@ def _block(watched: Watched, space: str, adapted: Mapping[int, nn.Module]) -> Bl
             )
             if p is not None and p.requires_grad
         )
-        size = sum((view(p.detach()) if view else p).numel() for p, view in views)
+        size = sum((view(without_values(p)) if view else p).numel() for p, view in views)
         return Block(watched.name, products, views, size)
     layer = _layer(watched, adapted)
     if layer is None:
@@ -172,7 +172,7 @@ def _block(watched: Watched, space: str, adapted: Mapping[int, nn.Module]) -> Bl
             f"Expected matrices of layers in weight space, got {watched.name!r}: its gradient does not follow from "
             "the inputs and outputs of a layer. Choose space='tangent', or other blocks."
         )
-    out, in_ = products[0].matrix(lambda p: p.detach()).shape
+    out, in_ = products[0].matrix(without_values).shape
     return Block(watched.name, products, parameters, out * in_, layer=layer)
 
 

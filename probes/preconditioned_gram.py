@@ -22,6 +22,7 @@ from probes.block_gradients import along
 from probes.blocks import Block
 from probes.preconditioner import Orthogonalisation, Preconditioner
 from probes.sample_gradients import Materialised, SampleGradient, gram, inner_products, scaled_grams, weighted_sums
+from probes.watched import without_values
 
 #: Combinations of samples' gradients, from their K: ``(N, N)`` → ``(draw, N)``.
 Draws = Callable[[Tensor], Tensor]
@@ -223,12 +224,12 @@ def _stepped(
     taken_left = taken_right = 0
     for product in block.products:
         if product.left.requires_grad:
-            rank = product.left_view(product.left.detach()).shape[1]
+            rank = product.left_view(without_values(product.left)).shape[1]
             part = left[:, taken_left : taken_left + rank]
             of_left.append(_passed(preconditioner.of(product.left), part.mT, product.left, product.left_view).mT)
             taken_left += rank
         if product.right.requires_grad:
-            rank = product.right_view(product.right.detach()).shape[0]
+            rank = product.right_view(without_values(product.right)).shape[0]
             part = right[:, taken_right : taken_right + rank]
             of_right.append(_passed(preconditioner.of(product.right), part, product.right, product.right_view))
             taken_right += rank

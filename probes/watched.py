@@ -80,6 +80,15 @@ def shape_of(parameter: Tensor) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def without_values(parameter: Tensor) -> Tensor:
+    """Return a tensor of a parameter's shape on the meta device: to view what has no values, as between FSDP 2's steps.
+
+    >>> without_values(nn.Parameter(torch.ones(4, 2, 3)))[0].shape
+    torch.Size([2, 3])
+    """
+    return torch.empty(shape_of(parameter), dtype=parameter.dtype, device="meta")
+
+
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 

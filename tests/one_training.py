@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
 
 import dynamics
 from dynamics import Recorder
@@ -47,7 +48,7 @@ def model() -> nn.Module:
 
 def sharded(model: nn.Module, **options: Any) -> nn.Module:
     """By FSDP 2, layer by layer."""
-    for layer in [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]:
+    for layer in [module for module in model.modules() if isinstance(module, LlamaDecoderLayer | MixtralDecoderLayer)]:
         fully_shard(layer, **options)
     return fully_shard(model, **options)
 
@@ -72,9 +73,11 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return model(input_ids=tokens, labels=tokens).loss
 
 
-def trained_alone(run: Path, precision: str = "float32", *, split: bool = False, **options: Any) -> None:
+def trained_alone(
+    run: Path, precision: str = "float32", *, split: bool = False, build: Any = None, **options: Any
+) -> None:
     """One process, which goes through the micro-batches of both; or through their samples, one by one."""
-    trained = model()
+    trained = model() if build is None else build()
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer, rows = optimizer_of(parameters), [batches(rank) for rank in range(RANKS)]
     with Recorder(run, trained, every=1, strict=True, **options) as recorder:

@@ -72,12 +72,12 @@ def _draw_shares(axes: Axes, shares: xr.Dataset) -> None:
         ("null_gradient", _GRADIENT, f"fresh gradient{of_samples}", "--"),
     ]
     if has_optimizer(shares):
-        nulls.append(("null_optimizer", _OPTIMIZER, "the same through the optimizer", "-."))
+        nulls.append(("null_optimizer", _OPTIMIZER, "fresh step of the optimizer", "-."))
     for name, colour, label, line in nulls:
         mean, low, high = (shares[f"{name}{end}"].values for end in ("", "_low", "_high"))
         if np.isfinite(mean).any():
             axes.fill_between(k, low, high, facecolor=colour, edgecolor=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(k, mean, color=colour, linestyle=line, label=f"{label}, mean and 95 %")
+            axes.plot(k, mean, color=colour, linestyle=line, label=f"{label}, 95 %")
     axes.plot(k, shares["captured"].values, color=_UPDATE, marker="o", label="update, directions of all samples")
     split = shares["captured_split"].values
     if np.isfinite(split).any():

@@ -52,8 +52,8 @@ def expert_updates(data: xr.DataTree | xr.Dataset, *, step: int | None = None, a
                 label=f" {shorten(name)}",
             )
         axes.axvline(1, color="#444444", linestyle="--", linewidth=1.0)
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
+        axes.set_xlim(0, 1.05 * max(load[drawn].max(), 1.0))
+        axes.set_ylim(0, 1.08 * norm[drawn].max() or 1.0)
         axes.set_xlabel("Load (1: uniform)")
         axes.set_ylabel(axis_label(routing["update_norm"]))
         legend_below(axes)

@@ -13,8 +13,8 @@ from dynamics.schema import QUANTILES
 _MOST_MARKERS = 40
 #: Entries of a legend that fit in one row.
 _ONE_ROW = 3
-#: Characters of an entry beyond which three beside each other are wider than a figure.
-_LONG = 34
+#: Longer entries, in characters, leave room for only two columns.
+_LONG = 24
 #: The ends of an interval are cut off beyond this factor from all gains, which they would otherwise squeeze together.
 _FAR = 8.0
 #: Variable, suffix, colour, marker and label of each kind of gain; the last only where the optimizer is known.
@@ -111,7 +111,8 @@ def draw_gains(axes: Axes, gains: xr.Dataset, x: tuple[np.ndarray, np.ndarray, n
         if flag in gains
     }
     bottom, top = gain_limits(gains)
-    axes.axhline(1, color="#444444", linestyle="--", linewidth=1.2, label="as a fresh gradient")
+    null = "its null" if has_optimizer(gains) else "a fresh gradient"
+    axes.axhline(1, color="#444444", linestyle="--", linewidth=1.2, label=f"as {null}")
     for at, (name, suffix, colour, marker, label) in zip(x, _GAINS, strict=True):
         if name == "gain_optimizer" and not has_optimizer(gains):
             continue
@@ -126,7 +127,7 @@ def draw_gains(axes: Axes, gains: xr.Dataset, x: tuple[np.ndarray, np.ndarray, n
         axes.plot([], [], "o", color="#444444", markersize=6, label="filled: both above 1")
     axes.set_ylim(bottom, top)
     logarithmic(axes)
-    axes.set_ylabel("Gain over a fresh gradient")
+    axes.set_ylabel(f"Gain over {null}")
 
 
 def gain_limits(gains: xr.Dataset) -> tuple[float, float]:
@@ -158,8 +159,8 @@ def legend_below(axes: Axes, distance: float = 0.2) -> None:
         ordered,
         loc="upper center",
         bbox_to_anchor=(0.5, -distance),
-        # A fourth entry would stand alone in a row of three, and three long ones are wider than a figure.
-        ncols=2 if len(ordered) == 4 or len(max(ordered, key=len, default="")) > _LONG else 3,
+        # A fourth entry would stand alone in a row of three.
+        ncols=2 if len(ordered) == 4 or (len(ordered) > _ONE_ROW and max(map(len, ordered)) > _LONG) else 3,
         columnspacing=1.0,
         handlelength=1.4,
     )

@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dynamics.plot.marks import first_and_last, legend_below
 from dynamics.plot.select import axis_label, group, long_name, variable_of
@@ -54,6 +55,9 @@ def routing(data: xr.DataTree | xr.Dataset, *, variable: str = "effective_expert
         if f"{variable}_chance" in table:
             chance = table[f"{variable}_chance"].transpose("layer", "step").values[worst]
             axes.plot(steps, chance, color=NULL_COLOUR, linestyle="--", marker=marker, label="uniform routing")
+        if variable == "dead":
+            axes.set_ylim(-0.05 * (top := max(axes.get_ylim()[1], 1.0)), top)  # without any, the null is 1e-20
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         step_axis(axes, steps.tolist())
         legend_below(axes)
     return figure_of(axes)

@@ -142,7 +142,7 @@ def matrices_by_expert(record: xr.Dataset, names: Sequence[str]) -> Iterator[tup
 
 
 def _norms(record: xr.Dataset, group: xr.Dataset | None, kind: str) -> Float[np.ndarray, "step layer expert"]:
-    """Return the norm of each expert's matrices together."""
+    """Return the norm of each expert's matrices together, of those with a value: checkpoints may name others."""
     shape = [record.sizes[name] for name in ("step", "layer", "expert")]
     if group is None:
         return np.full(shape, np.nan)
@@ -150,9 +150,9 @@ def _norms(record: xr.Dataset, group: xr.Dataset | None, kind: str) -> Float[np.
     names = norm["matrix"].values.tolist()
     values = norm.reindex(step=record["step"].values).transpose("step", "matrix").values
     squares, counts = np.zeros(shape), np.zeros(shape[1:])
-    is_part = parts_of_sums(names)
+    counted = np.isfinite(values).any(0) & ~np.array(parts_of_sums(names), dtype=bool)
     for layer, expert, matrix in matrices_by_expert(record, names):
-        if not is_part[matrix]:
+        if counted[matrix]:
             squares[:, layer, expert] += values[:, matrix] ** 2
             counts[layer, expert] += 1
     return np.where(counts > 0, np.sqrt(squares), np.nan)

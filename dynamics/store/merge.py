@@ -11,15 +11,18 @@ The rules:
 4. An increment whose ``from_step`` is no longer an earlier step of its training is left out.
 5. Where the records know the start of their training, a checkpoint of step 0 that has moved is not it, and is left out
    with a finding: an adapter whose folder does not say its step counts as step 0, and is usually the last one.
+6. Where the records know the start of their training, totals of dense weights that are counted from its first
+   checkpoint, for want of a base, are left out: they are smaller, and agree with nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Bool
 
 from dynamics import schema
 from dynamics.findings import Finding
@@ -48,8 +51,15 @@ def merge(checkpoints: xr.Dataset | None, records: xr.Dataset | None) -> tuple[x
             raise ValueError("Expected checkpoints or captured steps, got neither.")
         return _without_dangling(raw.completed(one.copy(deep=True))), []
     common = np.intersect1d(checkpoints["step"].values, records["step"].values).tolist()
-    agreements = {step: same_spectra(checkpoints.sel(step=step), records.sel(step=step)) for step in common}
+    late = (
+        since_first_checkpoint(checkpoints)
+        if knows_start(records)
+        else np.zeros(checkpoints["inner_product"].shape, bool)
+    )
+    comparable = _without_totals(checkpoints, late)
+    agreements = {step: same_spectra(comparable.sel(step=step), records.sel(step=step)) for step in common}
     segment = _segment(checkpoints, agreements)
+    checkpoints = _without_totals(checkpoints, late & (checkpoints["segment"].values == segment)[:, None])
     checkpoints, misplaced = _without_false_start(checkpoints, records, segment)
     segments = dict(zip(checkpoints["step"].values.tolist(), checkpoints["segment"].values.tolist(), strict=True))
     records = records.assign_coords(segment=records["segment"].copy(data=np.full(records.sizes["step"], segment)))
@@ -58,12 +68,44 @@ def merge(checkpoints: xr.Dataset | None, records: xr.Dataset | None) -> tuple[x
         # Where nothing can be compared, a step belongs to the records' training or to another one.
         if agreements[step].is_same or (not agreements[step].is_other and segments[step] == segment):
             _add_totals(merged, checkpoints, step)
-    _drop_inner_products(merged, checkpoints)
+    _drop_inner_products(merged, checkpoints, set(records["step"].values.tolist()))
     disagreeing = {step: agreement for step, agreement in agreements.items() if agreement.is_other}
     return _without_dangling(merged), [
         *misplaced,
         *([_finding(disagreeing, segment in segments.values())] if disagreeing else []),
     ]
+
+
+def knows_start(records: xr.Dataset) -> bool:
+    """Return whether the totals of captured steps are counted from the start of the training."""
+    return 0 in records["from_step"].values and 0 not in records["step"].values
+
+
+def since_first_checkpoint(checkpoints: xr.Dataset) -> Bool[np.ndarray, "step matrix"]:
+    """Return which totals are counted from the first checkpoint of their training: of dense weights without a base.
+
+    Such a matrix has no total at that checkpoint, and at the next one a total that is the increment since.
+    """
+    steps, segments = checkpoints["step"].values.tolist(), checkpoints["segment"].values
+    spectra, counts = checkpoints["singular_value"].values, checkpoints["count"].values
+    late = np.zeros(counts.shape[::2], dtype=bool)
+    for row, origin in enumerate(checkpoints["from_step"].values.tolist()):
+        if origin > 0 and origin in steps:
+            first = steps.index(origin)
+            same = (spectra[row, _TOTAL] == spectra[row, _INCREMENT]) | np.isnan(spectra[row]).all(0)
+            begins = (counts[first, _TOTAL] == 0) & (counts[row, _TOTAL] > 0) & same.all(-1)
+            late |= begins & (segments == segments[row])[:, None]
+    return late
+
+
+def _without_totals(checkpoints: xr.Dataset, absent: Bool[np.ndarray, "step matrix"]) -> xr.Dataset:
+    """Return the checkpoints without the totals of some matrices at some steps."""
+    if not absent.any():
+        return checkpoints
+    kept = checkpoints.copy(deep=True)
+    for name in (*_PER_KIND, *(set(raw.REMAINDER) & set(kept))):
+        kept[name].values[:, _TOTAL][absent] = 0 if name in ("count", "factor_rank", "decomposition") else np.nan
+    return kept
 
 
 def with_live_names(checkpoints: xr.Dataset, names: Mapping[str, str]) -> xr.Dataset:
@@ -128,8 +170,7 @@ def _without_false_start(
 ) -> tuple[xr.Dataset, list[Finding]]:
     """Rule 5."""
     false = (checkpoints["step"].values == 0) & (checkpoints["segment"].values == segment)
-    begins = 0 in records["from_step"].values and 0 not in records["step"].values
-    if not begins or not np.nan_to_num(checkpoints["singular_value"].values[false, _TOTAL]).any():
+    if not knows_start(records) or not np.nan_to_num(checkpoints["singular_value"].values[false, _TOTAL]).any():
         return checkpoints, []
     return checkpoints.isel(step=~false), [
         Finding(
@@ -161,11 +202,16 @@ def _add_totals(merged: xr.Dataset, checkpoints: xr.Dataset, step: int) -> None:
                     target[(*cell, slice(np.size(values))) if np.ndim(values) else cell] = values
 
 
-def _drop_inner_products(merged: xr.Dataset, checkpoints: xr.Dataset) -> None:
-    """Drop inner products where the increment before is another one now than when they were formed."""
+def _drop_inner_products(merged: xr.Dataset, checkpoints: xr.Dataset, captured: Set[int]) -> None:
+    """Drop inner products of checkpoints where the increment before is another one now than when they were formed."""
     before, now = _origins(checkpoints), _origins(merged)
     for row, (step, origin) in enumerate(now.items()):
-        if before.get(step) == origin and origin in before and now.get(origin) != before[origin]:
+        if (
+            step not in captured
+            and before.get(step) == origin
+            and origin in before
+            and now.get(origin) != before[origin]
+        ):
             merged["inner_product"].values[row] = np.nan
 
 

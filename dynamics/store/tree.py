@@ -34,7 +34,7 @@ from dynamics.spectra.null_models import SEED
 from dynamics.spectra.path import renamed_path
 from dynamics.store.capture import CAPTURE
 from dynamics.store.loss_records import unmeasured_losses, with_probed_losses
-from dynamics.store.merge import merge, unmeasured, with_live_names
+from dynamics.store.merge import knows_start, merge, unmeasured, with_live_names
 from dynamics.store.record_folders import RECORDS, RecordFolders, record_folders, records_below
 from dynamics.store.records import (
     TrainingRecords,
@@ -98,7 +98,7 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
         raw_update, findings = merge(checkpoints, None)
         groups = measure_update(raw_update)
     else:
-        live = None if checkpoints is None else with_live_names(checkpoints, records.live_names)
+        live = None if checkpoints is None else _live_checkpoints(checkpoints, records)
         raw_update, findings = merge(live, records.update)
         groups = measure_update(raw_update, records.gradient)
         if checkpoints is not None:
@@ -141,12 +141,23 @@ def result_tree(parts: Parts, configuration: Mapping[str, Any]) -> xr.DataTree:
         inputs.append(records.input)
         findings = [*records.findings, *findings]
     tree.attrs = provenance(parts.run, configuration, inputs, SEED)
-    tree.attrs["findings"] = to_json([*_findings_of_checkpoints(parts), *findings])
+    tree.attrs["findings"] = to_json([*_findings_of_checkpoints(parts, raw_update), *findings])
     if records is not None:
         steps = [] if checkpoints is None else checkpoints["step"].values.tolist()
         tree.attrs["captured"] = json.dumps(encodable({**records.stamp, "checkpoints": steps}))
         tree.attrs["checkpoint_findings"] = to_json(parts.findings)
     return tree
+
+
+def _live_checkpoints(checkpoints: xr.Dataset, records: TrainingRecords) -> xr.Dataset:
+    """Return raw checkpoints under live names, without matrices that are parts of a recorded one (``gate_up_proj``)."""
+    names = records.attributes.get("disk_names")
+    pairs = names.items() if isinstance(names, dict) else ()
+    recorded = set() if records.update is None else set(records.update["matrix"].values.tolist())
+    several = [disk for live, disk in pairs if live in recorded and isinstance(disk, list) and len(disk) > 1]
+    parts = {part for disk in several for part in disk} - recorded
+    kept = [name not in parts for name in checkpoints["matrix"].values.tolist()]
+    return with_live_names(checkpoints if all(kept) else checkpoints.isel(matrix=kept), records.live_names)
 
 
 def _live(group: xr.Dataset, live_names: Mapping[str, str]) -> xr.Dataset:
@@ -161,10 +172,25 @@ def _scores(first: xr.Dataset, second: xr.Dataset) -> xr.Dataset:
     return with_retained(one.combine_first(other), first, second).assign_attrs(second.attrs)
 
 
-def _findings_of_checkpoints(parts: Parts) -> list[Finding]:
-    """Return findings about checkpoints; where the records say what matrices are called on disk, OD117 is dropped."""
-    mapped = parts.records is not None and isinstance(parts.records.attributes.get("disk_names"), dict)
-    return [finding for finding in parts.findings if not (mapped and finding.code == "OD117")]
+def _findings_of_checkpoints(parts: Parts, update: xr.Dataset) -> list[Finding]:
+    """Return findings about checkpoints that stay true beside the records.
+
+    Where these say what matrices are called on disk, OD117 is dropped; where they know the start of a training, the
+    OD123 that counts its dense updates from the first checkpoint.
+    """
+    records = parts.records
+    if records is None:
+        return list(parts.findings)
+    mapped = isinstance(records.attributes.get("disk_names"), dict)
+    known = set()
+    if records.update is not None and knows_start(records.update):
+        known = set(update["segment"].sel(step=records.update["step"].values).values.tolist())
+    return [
+        finding
+        for finding in parts.findings
+        if not (mapped and finding.code == "OD117")
+        and not (finding.code == "OD123" and finding.evidence.get("segment") in known)
+    ]
 
 
 #: Groups that the records do not change.

@@ -19,6 +19,7 @@ import dynamics
 from dynamics import DynamicsCallback, Recorder
 from dynamics.recording import meeting
 from tests.distributed import Ranks
+from tests.mixtures import mixture
 from tests.one_training import (
     CLIP,
     STEPS,
@@ -33,7 +34,7 @@ from tests.one_training import (
     trained_alone,
     trained_by_torch,
 )
-from tests.runs import trainer
+from tests.runs import VOCABULARY, trainer
 from tests.updates import probe_tasks
 
 EVERY_STEP = list(range(1, STEPS + 1))
@@ -83,6 +84,20 @@ def test_interventions_sharpness_and_losses_are_those_of_one_process(ranks, tmp_
 
 def test_a_dense_weight_beside_the_watched_matrices(ranks, tmp_path):
     asked = {"tasks": probe_tasks(2), "matrices": "q_proj"}
+    trained_alone(tmp_path / "alone", **asked)
+    ranks(trained_by_torch, tmp_path / "run", "FSDP 2", **asked)
+    worst = differences(tmp_path / "run", tmp_path / "alone")
+    assert len(worst) == 5
+    assert max(worst.values()) <= TOLERANCES["float32"]
+
+
+def experts() -> torch.nn.Module:
+    """Dense experts, which are stacks of matrices."""
+    return mixture("mixtral", vocab_size=VOCABULARY).eval()
+
+
+def test_stacks_of_experts(ranks, tmp_path):
+    asked = {"tasks": probe_tasks(2), "build": experts, "matrices": "experts"}
     trained_alone(tmp_path / "alone", **asked)
     ranks(trained_by_torch, tmp_path / "run", "FSDP 2", **asked)
     worst = differences(tmp_path / "run", tmp_path / "alone")

@@ -63,6 +63,12 @@ def test_experts_that_are_not_trained_have_no_norm() -> None:
     assert routing["load_update_correlation"].isnull().all()
 
 
+def test_a_matrix_without_any_value_takes_nothing_from_its_experts_norm() -> None:
+    names = [*NAMES, "a.mlp.experts.0.w1"]
+    routing = measure_routing(record(), update(names, [*range(8), np.nan]))
+    np.testing.assert_allclose(routing["update_norm"].values[0, 0], [np.hypot(n, n + 4) for n in range(4)])
+
+
 def test_soft_routing_has_no_null() -> None:
     routing = measure_routing(record(counts=np.array([0.5, 1.5]), kind="soft"), update(NAMES, range(8)))
     assert routing["largest_share"].values.tolist() == [[0.75]]

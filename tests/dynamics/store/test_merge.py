@@ -8,7 +8,7 @@ from dynamics.checkpoints.trajectory import MatrixShape
 from dynamics.findings import Finding
 from dynamics.spectra import raw
 from dynamics.spectra.dataset import SAME_SPECTRA, measure_update
-from dynamics.store.merge import merge, unmeasured, with_live_names
+from dynamics.store.merge import merge, since_first_checkpoint, unmeasured, with_live_names
 from tests.runs import NAMES, drifting, random_factors, records
 
 TOTAL, INCREMENT = 0, 1
@@ -383,3 +383,43 @@ def test_a_finding_of_a_merge_can_be_stored():
     (finding,) = merge(raw_steps([10], seed=0), captured([10], seed=7))[1]
     assert isinstance(finding, Finding)
     assert isinstance(finding.evidence["largest_difference"], float)
+
+
+# Rule 6: totals of dense weights that are counted from the first checkpoint.
+
+
+def without_base(steps, names=NAMES):
+    """Checkpoints of dense weights: no total at the first, at the next one that since the first."""
+    checkpoints = raw_steps(steps, names=names)
+    spectra, counts = checkpoints["singular_value"].values, checkpoints["count"].values
+    spectra[0, TOTAL], counts[0, TOTAL] = np.nan, 0
+    spectra[1, TOTAL] = spectra[1, INCREMENT]
+    spectra[2:, TOTAL] /= 2
+    return checkpoints
+
+
+def test_totals_since_the_first_checkpoint_are_left_out_where_the_records_know_the_start():
+    checkpoints, training = without_base([10, 20, 30, 40]), captured([10, 20, 30], names=NAMES[:2])
+    merged, findings = merge(checkpoints, training)
+    assert findings == []
+    assert set(merged["segment"].values.tolist()) == {0}
+    for step in (10, 20, 30):
+        assert_same_at(merged, training, step)
+    assert (merged["count"].sel(kind="total", matrix=list(NAMES[2:])) == 0).all()
+    assert (merged["count"].sel(kind="total", step=40) == 0).all()
+    found, expected = (each["singular_value"].sel(kind="increment", step=40) for each in (merged, checkpoints))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_totals_since_the_first_checkpoint_stay_where_the_records_begin_there_too():
+    checkpoints = without_base([10, 20, 30])
+    _, findings = merge(checkpoints, raw_steps([10, 20, 30], names=NAMES[:2]))
+    assert [finding.code for finding in findings] == ["OD308"]
+    assert since_first_checkpoint(checkpoints).all()
+    assert not since_first_checkpoint(raw_steps([10, 20, 30])).any()
+
+
+def test_the_records_own_inner_products_stay_whatever_the_checkpoints_start_from():
+    training = captured([10, 20])
+    merged, _ = merge(raw_steps([10, 20]), training)
+    np.testing.assert_array_equal(merged["inner_product"].sel(step=20), training["inner_product"].sel(step=20))
