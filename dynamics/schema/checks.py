@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import xarray as xr
 
-from dynamics.schema.fisher_groups import ALL, FISHER_GROUPS, SAMPLE_LABELS
+from dynamics.schema.fisher_groups import ALL, FISHER_GROUPS, OPTIMIZER_NULL, SAMPLE_LABELS
 from dynamics.schema.intervention_groups import INTERVENTION_AXES, INTERVENTION_FLAGS, INTERVENTION_GROUPS
 from dynamics.schema.relation_groups import ASSOCIATION, COMPARISON, SCORE, SCORE_COMPARISON
 from dynamics.schema.routing_groups import ROUTING, ROUTING_COORDINATES
@@ -111,7 +111,10 @@ def _problems(tree: xr.DataTree) -> Iterator[str]:
     for name, variables in FISHER_GROUPS.items():
         if name in tree.children:
             dataset = tree[name].to_dataset()
-            yield from _variable_problems(f"/{name}", dataset, variables, complete=True)
+            expected = {
+                key: variable for key, variable in variables.items() if key in dataset or key not in OPTIMIZER_NULL
+            }
+            yield from _variable_problems(f"/{name}", dataset, expected, complete=True)
             yield from _fisher_problems(f"/{name}", dataset)
     for name, variables in INTERVENTION_GROUPS.items():
         if name in tree.children:  # an intervention lacks what an arm that was not run would give

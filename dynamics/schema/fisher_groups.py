@@ -386,6 +386,9 @@ CONCENTRATION: Mapping[str, Variable] = {
     ),
 }
 
+#: Of /concentration, what earlier results lack: the null of the optimizer.
+OPTIMIZER_NULL = frozenset(name for name in CONCENTRATION if "optimizer" in name)
+
 _PAIRS = "over pairs of samples of different groups"
 
 #: The group that follows from K and the tasks of its samples.
