@@ -268,8 +268,8 @@ def subset(task: Task, numbers: Sequence[int]) -> Task:
     return replace(task, samples=Subset(task.samples, numbers), group=part(task.group, None), sample_id=sample_id)
 
 
-def require_names(tasks: Sequence[Task]) -> None:
-    """Raise ``ValueError`` if there are no tasks, or two of them have one name.
+def require_names(tasks: Any) -> None:
+    """Raise ``ValueError`` if there are no tasks, something else is among them, or two of them have one name.
 
     >>> require_names([])
     Traceback (most recent call last):
@@ -277,6 +277,11 @@ def require_names(tasks: Sequence[Task]) -> None:
     """
     if not tasks:
         raise ValueError("Expected at least one task, got none.")
+    other = tasks if callable(tasks) else next((task for task in tasks if not isinstance(task, Task)), None)
+    if other is not None:
+        raise ValueError(
+            f"Expected tasks, each a probes.Task, got {type(other).__name__}. Pass [probes.Task(name, samples), …]."
+        )
     names = [task.name for task in tasks]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Expected tasks with different names, got several named {', '.join(map(repr, twice))}.")

@@ -25,7 +25,7 @@ from dynamics.recording.disk_names import disk_names
 from dynamics.recording.recorder import Recorder
 from dynamics.recording.step_probes import chosen_interventions
 from dynamics.text import some
-from probes.tasks import Task
+from probes.tasks import Task, require_names
 from probes.undisturbed import undisturbed
 
 #: What the recorder's numbers are called in the training log.
@@ -67,8 +67,8 @@ class DynamicsCallback(TrainerCallback):
         strict: Raise if recording fails.
 
     Raises:
-        ValueError: If the preset or an arm is unknown, or ``intervene`` has no tasks; when training begins, if there is
-            nothing to watch.
+        ValueError: If the preset or an arm is unknown, something else is among the tasks, or ``intervene`` has no
+            tasks; when training begins, if there is nothing to watch.
         RecordsExist: When training begins, if the run has records and the training does not resume.
 
     Example: ``attach`` sends the numbers to every integration of ``report_to``, too::
@@ -95,6 +95,8 @@ class DynamicsCallback(TrainerCallback):
         strict: bool = False,
     ) -> None:
         tasks = (tasks,) if isinstance(tasks, Task) else tasks
+        if tasks:
+            require_names(tasks)
         chosen_interventions(tasks, intervene, arms, k)  # refused here, not when training begins
         default = preset_named(preset).schedule if every is None and at is None else at_no_step
         self._schedule = default if schedule is None else schedule

@@ -232,9 +232,10 @@ def routing_numbers(record: xr.Dataset | None) -> dict[str, float]:
         record: The group ``routing`` of one step; ``None`` gives no numbers.
 
     Returns:
-        ``routing/…``: ``load_entropy`` (mean over layers of exp(entropy)/experts) and ``load_entropy_worst``;
-        ``largest_load`` (mean over layers, in uniform loads) and ``largest_load_worst``; ``dead_experts`` (of all
-        layers) and ``dead_experts_worst`` (of one); ``margin`` and ``margin_worst``.
+        ``routing/…``: ``effective_experts_share`` (mean over layers of exp(entropy)/experts) and
+        ``effective_experts_share_worst``; ``largest_load`` (mean over layers, in uniform loads) and
+        ``largest_load_worst``; ``dead_experts`` (of all layers) and ``dead_experts_worst`` (of one); ``margin`` and
+        ``margin_worst``.
     """
     if record is None:
         return {}
@@ -250,8 +251,8 @@ def routing_numbers(record: xr.Dataset | None) -> dict[str, float]:
     margin = record["margin"].values[0]
     margin = margin[np.isfinite(margin)]
     numbers = {
-        "load_entropy": float(entropy.mean()),
-        "load_entropy_worst": float(entropy.min()),
+        "effective_experts_share": float(entropy.mean()),
+        "effective_experts_share_worst": float(entropy.min()),
         "largest_load": float(largest.mean()),
         "largest_load_worst": float(largest.max()),
         "dead_experts": float(dead.sum()),

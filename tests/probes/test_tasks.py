@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from probes.tasks import ProbeBatch, Task, probe_batches, probe_loss
+from probes.tasks import ProbeBatch, Task, probe_batches, probe_loss, require_names
 from tests.families import FAMILIES
 
 
@@ -45,6 +45,14 @@ def test_batches_in_order() -> None:
 )
 def test_groups(group: Any) -> None:
     assert Task("a", words(1, 1, 1), group=group).groups() == ["0.png", "0.png", "1.png"]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "kind"), [({"a": [1]}, "str"), ([{"input_ids": 1}], "dict"), (len, "builtin_function_or_method")]
+)
+def test_something_else_than_tasks_is_refused(tasks: Any, kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"^Expected tasks, each a probes\.Task, got {kind}\. Pass "):
+        require_names(tasks)
 
 
 def test_names_are_text() -> None:

@@ -126,8 +126,8 @@ def test_few_numbers_are_logged_whatever_the_number_of_layers(tmp_path: Path) ->
     numbers = routing_numbers(routing_record(7, layers, about))
     entropy = 0.5 * np.log(2) + 0.5 * np.log(4)
     assert numbers == {
-        "routing/load_entropy": pytest.approx(np.exp(entropy) / 4),
-        "routing/load_entropy_worst": pytest.approx(np.exp(entropy) / 4),
+        "routing/effective_experts_share": pytest.approx(np.exp(entropy) / 4),
+        "routing/effective_experts_share_worst": pytest.approx(np.exp(entropy) / 4),
         "routing/largest_load": 2.0,
         "routing/largest_load_worst": 2.0,
         "routing/dead_experts": 300.0,
