@@ -10,7 +10,7 @@ can be measured on the other.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from typing import Any
@@ -277,7 +277,8 @@ def require_names(tasks: Any) -> None:
     """
     if not tasks:
         raise ValueError("Expected at least one task, got none.")
-    other = tasks if callable(tasks) else next((task for task in tasks if not isinstance(task, Task)), None)
+    members = tasks if isinstance(tasks, Iterable) else (tasks,)
+    other = next((task for task in members if not isinstance(task, Task)), None)
     if other is not None:
         raise ValueError(
             f"Expected tasks, each a probes.Task, got {type(other).__name__}. Pass [probes.Task(name, samples), …]."
