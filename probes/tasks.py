@@ -277,6 +277,8 @@ def require_names(tasks: Any) -> None:
     """
     if not tasks:
         raise ValueError("Expected at least one task, got none.")
+    if isinstance(tasks, Task):
+        raise ValueError(f"Expected a list of tasks, got the task {tasks.name!r} alone. Pass [task].")
     members = tasks if isinstance(tasks, Iterable) else (tasks,)
     other = next((task for task in members if not isinstance(task, Task)), None)
     if other is not None:

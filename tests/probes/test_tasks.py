@@ -55,6 +55,11 @@ def test_something_else_than_tasks_is_refused(tasks: Any, kind: str) -> None:
         require_names(tasks)
 
 
+def test_a_task_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^Expected a list of tasks, got the task 'a' alone\. Pass \[task\]\.$"):
+        require_names(Task("a", words(1)))
+
+
 def test_names_are_text() -> None:
     samples = [{"x": [1.0], "image": torch.tensor(17)}, {"x": [1.0], "image": 17}]
     assert Task("a", samples, group="image").groups() == ["17", "17"]
