@@ -92,6 +92,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 LONGEST = (
     "test_recorder_distributed.py",
     "test_docs.py",
+    "test_probing_ranks_training.py",
     "test_analyze.py",
     "test_checkpoint_probe_interventions.py",
     "test_analyze_scores.py",
@@ -110,6 +111,7 @@ LONGEST = (
     "test_train.py",
     "test_examples.py",
     "test_dataset.py",
+    "test_sharded.py",
     "test_analyze_places.py",
     "test_score_comparison.py",
     "test_callback_guest.py",

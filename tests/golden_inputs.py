@@ -286,8 +286,13 @@ def make_first_format(folder: Path) -> None:
 
     Later code cannot write them. In ``.staging/written.json`` the host name was replaced.
     """
-    with tarfile.open(DATA / "first_format.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
+    unpack(DATA / "first_format.tar.xz", folder)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack an archive of this repository; Python before 3.11.4 has no filters."""
+    with tarfile.open(archive) as members:
+        members.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
 
 
 def _small_training(folder: Path) -> None:

@@ -7,14 +7,13 @@ change, and give the reason in the commit. ``python -m tests.goldens compare`` c
 from __future__ import annotations
 
 import re
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.golden_differences import Dump, Intended, differences, renamed, unintended
-from tests.golden_inputs import DATA, MAKERS
+from tests.golden_inputs import DATA, MAKERS, unpack
 from tests.goldens import INTENDED, KEPT, results
 
 #: Other machines and libraries round differently.
@@ -27,8 +26,7 @@ NULLS, NULLS_RTOL, ROUNDING = re.compile("/null|_null"), 1e-6, re.compile("condi
 @pytest.fixture(scope="module")
 def frozen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("frozen")
-    with tarfile.open(DATA / "results.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
+    unpack(DATA / "results.tar.xz", folder)
     return folder
 
 

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dynamics.plot.select import group
 from dynamics.plot.style import COLOUR_MAP, MISSING_COLOUR, figure_of, panel, shorten, without_mathematics
+from dynamics.routing.dataset import at_step
 from dynamics.text import counted
 
 #: Inches for a layer, and for the whole figure at most.
@@ -59,20 +60,6 @@ def expert_load(data: xr.DataTree | xr.Dataset, *, step: int | None = None, ax: 
         axes.set_xlabel("Expert")
         figure_of(axes).colorbar(image, ax=axes, fraction=0.05, pad=0.02).set_label("Load (1: uniform)")
     return figure_of(axes)
-
-
-def at_step(routing: xr.Dataset, step: int | None) -> xr.Dataset:
-    """Return ``/routing`` at one step, the last one with a load by default.
-
-    Raises:
-        ValueError: If it has no such step.
-    """
-    if step is None:
-        present = np.flatnonzero(routing["load"].notnull().any(["layer", "expert"]).values)
-        return routing.isel(step=int(present[-1]) if len(present) else -1)
-    if step not in routing["step"].values:
-        raise ValueError(f"Expected a step with routing, got {step}. There are: {routing['step'].values.tolist()}.")
-    return routing.sel(step=step)
 
 
 def _description(load: np.ndarray, dead: np.ndarray) -> str:

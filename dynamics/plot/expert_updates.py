@@ -7,10 +7,10 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.plot.expert_load import at_step
 from dynamics.plot.marks import legend_below
 from dynamics.plot.select import axis_label, group
 from dynamics.plot.style import COLOURS, MARKERS, figure_of, panel, say_nothing_to_draw, shorten
+from dynamics.routing.dataset import at_step
 from dynamics.text import counted, number
 
 #: Layers with a mark of their own.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from dynamics.plot.expert_load import at_step
+from dynamics.routing.dataset import at_step
 from dynamics.text import counted, finite, integer, number, percent
 
 

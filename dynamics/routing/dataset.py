@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
-from scipy import stats
 
 from dynamics import schema
 from dynamics.routing.uniform_null import dead_probability, largest_share
@@ -158,7 +157,23 @@ def _norms(record: xr.Dataset, group: xr.Dataset | None, kind: str) -> Float[np.
     return np.where(counts > 0, np.sqrt(squares), np.nan)
 
 
+def at_step(routing: xr.Dataset, step: int | None) -> xr.Dataset:
+    """Return ``/routing`` at one step, the last one with a load by default.
+
+    Raises:
+        ValueError: If it has no such step.
+    """
+    if step is None:
+        present = np.flatnonzero(routing["load"].notnull().any(["layer", "expert"]).values)
+        return routing.isel(step=int(present[-1]) if len(present) else -1)
+    if step not in routing["step"].values:
+        raise ValueError(f"Expected a step with routing, got {step}. There are: {routing['step'].values.tolist()}.")
+    return routing.sel(step=step)
+
+
 def _correlations(load: Float[np.ndarray, "step layer expert"], norms: Float[np.ndarray, "step layer expert"]):
+    from scipy import stats  # only where there are experts: it takes longer to import than most runs to analyse
+
     both = np.isfinite(load) & np.isfinite(norms)
     ranks = [stats.rankdata(np.where(both, one, np.nan), axis=-1, nan_policy="omit") for one in (load, norms)]
     # Ranks from 1 to n have the mean (n + 1)/2, whatever ties there are.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 #: Share of cases that lie beyond a bound by chance.
 LEVEL = 0.05
@@ -43,6 +42,8 @@ def largest_share(
     >>> largest_share(np.array([1000.0]), np.array([2.0]), np.array([8.0]))
     array([0.1425])
     """
+    from scipy import stats  # only where there are experts, as it takes long to import
+
     count = np.ceil(tokens)
     with np.errstate(invalid="ignore", divide="ignore"):
         most = stats.binom.isf(LEVEL / experts, count, np.clip(k / experts, 0.0, 1.0))

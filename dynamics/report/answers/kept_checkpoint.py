@@ -180,14 +180,16 @@ def _change(task: Mapping[str, Any], of_losses: bool, with_level: bool) -> str:
     improved = value >= 0
     if not improved and low is not None:
         low, high = -high, -low
-    kind = "retained " if task["retained"] else ""
+    name = f"{'retained ' if task['retained'] else ''}{task['task']}"
     way = "improved" if improved else "got worse"
     size = f"{number(100 * abs(value), 2)} %" if of_losses else number(abs(value))
-    text = f"{kind}{task['task']} {way} by {size}"
     if low is None:
-        return f"{text} (no interval)"
+        return f"{name} {way} by {size} (no interval)"
     ends = [number(100 * end, 2) if of_losses else number(end) for end in (low, high)]
-    return f"{text} ({'95 % interval ' if with_level else ''}{' to '.join(ends)})"
+    interval = f"{'95 % interval ' if with_level else ''}{' to '.join(ends)}"
+    if low <= 0 <= high:
+        return f"no change of {name} is shown ({'better' if improved else 'worse'} by {size}, {interval})"
+    return f"{name} {way} by {size} ({interval})"
 
 
 def _worse_beside(tree: xr.DataTree, choice: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -205,7 +205,7 @@ def _judged(
         advice = "a longer schedule would not be shown to go further" if ended else "lower the learning rate or stop"
         what = "more steps at this learning rate only diffuse" if not ended else "noise moved it more than a drift did"
         return "yes", f"{opening}training wanders: {_direction(course, training)}, so {what}; {advice}."
-    data = f"{counted(len(training.step), 'checkpoint')} and {counted(_rows(training), 'row')} of the log"
+    data = f"{counted(len(training.step), 'measured step')} and {counted(_rows(training), 'row')} of the log"
     if ended:
         return "yes", (
             f"{ended}, so more steps like the last ones change nothing; whether a longer schedule would go further "

@@ -104,13 +104,13 @@ def mode_without(request, tmp_path_factory) -> tuple[str, SimpleNamespace]:
 def test_the_training_is_the_same_in_every_mode(mode_without, tmp_path, everything):
     mode, expected = mode_without
     rows = torch.randint(VOCABULARY, (8, 8), generator=torch.Generator().manual_seed(99))
-    options: dict[str, Any] = {"preset": "standard"}
+    options: dict[str, Any] = {"preset": "standard", "every": 1}
     if everything:
         held_out = Task("held out", [{"input_ids": row, "labels": row} for row in rows])
-        options = {"preset": "full", "tasks": [held_out], "intervene": [2]}
-    callback = DynamicsCallback(tmp_path, every=1, strict=True, **options)
+        options = {"preset": "full", "tasks": [held_out], "intervene": [2], "at": [2]}
+    callback = DynamicsCallback(tmp_path, strict=True, **options)
     assert_same(trained_in(mode, tmp_path, [callback]), expected)
-    assert callback.recorder.steps == [1, 2, 3]
+    assert callback.recorder.steps == ([2, 3] if everything else [1, 2, 3])
 
 
 @pytest.mark.parametrize("preset", ["economy", "standard", "full"])

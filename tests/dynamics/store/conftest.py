@@ -1,11 +1,9 @@
 """Records to begin with: two written now, and three of the first format as they are kept."""
 
-import tarfile
-
 import pytest
 
 from dynamics.store import RecordWriter
-from tests.golden_inputs import DATA
+from tests.golden_inputs import DATA, unpack
 from tests.records import record
 
 
@@ -26,6 +24,5 @@ def writer(folder):
 @pytest.fixture(scope="session")
 def first_edition(tmp_path_factory):
     """A run as the first edition left it: ``capture.zarr`` of the steps 1, 2 and 4, and results beside it."""
-    with tarfile.open(DATA / "first_format.tar.xz") as archive:
-        archive.extractall(folder := tmp_path_factory.mktemp("first"), filter="data")
+    unpack(DATA / "first_format.tar.xz", folder := tmp_path_factory.mktemp("first"))
     return folder / "run"

@@ -85,7 +85,7 @@ def answered(tree: xr.DataTree, **changes):
         ("diverging", "mixed", "Training is unstable: "),
         ("one spike", "mixed", "Training is unstable: the loss has 1 spike in its newest half."),
         ("overfitting while the loss falls", "mixed", "keep the earlier checkpoint."),
-        ("3 checkpoints, stationary", "undecided", "cannot be told from 3 checkpoints and 80 rows of the log."),
+        ("3 checkpoints, stationary", "undecided", "cannot be told from 3 measured steps and 80 rows of the log."),
     ],
 )
 def test_a_simulated_training_is_answered(name, verdict, words):
@@ -122,7 +122,7 @@ def test_a_schedule_that_ended_with_three_checkpoints_leaves_a_longer_one_open()
     training = simulated("3 checkpoints, stationary")
     answer = answered(tree_of(dataclasses.replace(training, learning_rate=np.linspace(1, 0, 80))))
     assert answer.verdict == "yes"
-    assert "whether a longer schedule would go further cannot be told from 3 checkpoints" in answer.answer
+    assert "whether a longer schedule would go further cannot be told from 3 measured steps" in answer.answer
     assert answer.surer
 
 
